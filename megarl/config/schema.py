@@ -1,0 +1,339 @@
+"""Every setting of MegaRL, one class per owner, a sentence under each field.
+
+Configurations are read once, never written to, and never used to pass messages between stages.
+Unknown keys are errors (see :mod:`megarl.config.load` for what the user then reads).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys rejected, no silent type coercion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str
+    """Run directory; starting the same command again resumes from it."""
+    seed: NonNegativeInt = 1
+    """Seeds model initialisation, data order and sampling."""
+
+
+class ModelConfig(Section):
+    """The model to train."""
+
+    path: str
+    """Hugging Face directory: config.json, safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameter and activation type. fp32 is the fast one on CPUs without AMX/AVX512-BF16."""
+
+
+class ParallelConfig(Section):
+    """How the trainer is split over processes. data_parallel_size is what remains."""
+
+    num_processes: PositiveInt = 1
+    """Trainer ranks `megarl` starts on this machine; ignored under torchrun or srun (WORLD_SIZE set)."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Ranks that share the stack of layers."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence."""
+    sequence_parallel: bool = False
+    """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
+
+
+class OptimizerConfig(Section):
+    """Megatron's AdamW, its schedule and gradient clipping."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where linear and cosine schedules end."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up, over the run's optimizer steps."""
+    lr_warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (norms and biases excluded)."""
+    adam_beta1: Fraction = 0.9
+    """First-moment decay."""
+    adam_beta2: Fraction = 0.95
+    """Second-moment decay."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Global gradient norm to clip to; 0 switches clipping off."""
+    distributed: bool = False
+    """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+
+
+class PackingConfig(Section):
+    """How sequences become microbatches."""
+
+    max_tokens_per_microbatch: PositiveInt = 4096
+    """Token budget of one microbatch; no single sequence may exceed it."""
+    max_sequence_length: PositiveInt | None = None
+    """Longest prompt + response; None reads the model's max_position_embeddings."""
+
+
+class CheckpointConfig(Section):
+    """When to save, and how much to keep."""
+
+    interval: NonNegativeInt = 50
+    """Save every so many steps (and at the end); 0 saves only at the end."""
+    keep: PositiveInt = 2
+    """Complete checkpoints to keep; older ones are deleted."""
+    save_optimizer: bool = True
+    """Without it a run cannot be resumed, only its weights used."""
+    export_hf: bool = True
+    """Write the final weights as a Hugging Face directory, <run.dir>/hf."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases sink."""
+
+    project: str
+    """W&B project."""
+    entity: str | None = None
+    """W&B entity; None is the account's default."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes files under the run directory for `wandb sync`."""
+
+
+class LoggingConfig(Section):
+    """Sinks beside metrics.jsonl, samples/ and report.html, which are always written."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events to <run.dir>/tensorboard."""
+    wandb: WandbConfig | None = None
+    """Send metrics to Weights & Biases."""
+    samples_per_step: NonNegativeInt = 16
+    """Samples written to samples/step_N.jsonl per step (0: none)."""
+    report_interval: PositiveInt = 10
+    """Rewrite report.html every so many steps (and at the end)."""
+
+
+class ReasoningGymSource(Section):
+    """Generated, verifiable problems from the reasoning-gym package."""
+
+    source: Literal["reasoning_gym"]
+    task: str
+    """Dataset name in reasoning-gym, e.g. chain_sum."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that dataset, e.g. {min_terms: 2, max_terms: 2}."""
+    size: PositiveInt = 10_000
+    """Number of problems."""
+    seed: NonNegativeInt = 1
+    """Problem seed; train and held-out seeds must differ."""
+
+
+class JsonlSource(Section):
+    """Prompt/answer pairs from a JSONL file, one object per line."""
+
+    source: Literal["jsonl"]
+    path: str
+    """JSONL file."""
+    prompt_field: str = "prompt"
+    """Field with the problem (a string, or a list of chat messages)."""
+    answer_field: str = "answer"
+    """Field with the reference answer."""
+    verifier: Literal["math"] = "math"
+    """How answers are judged: math uses math-verify."""
+
+
+PromptSource = Annotated[ReasoningGymSource | JsonlSource, Field(discriminator="source")]
+
+
+class PromptFormat(Section):
+    """How a problem becomes prompt tokens."""
+
+    chat_template: bool = True
+    """Apply the tokenizer's chat template; otherwise the bare problem text is the prompt."""
+    system_prompt: str | None = None
+    """System message placed first (chat template only)."""
+    prompt_suffix: str = ""
+    """Text appended to every problem, e.g. an instruction on the answer's form."""
+
+
+class PromptDataConfig(Section):
+    """Problems to train on and to evaluate with."""
+
+    train: PromptSource
+    """Problems GRPO samples from."""
+    held_out: PromptSource | None = None
+    """Problems only evaluation sees."""
+    format: PromptFormat = PromptFormat()
+    """How a problem becomes prompt tokens."""
+    shuffle: bool = True
+    """Shuffle once per epoch, by run.seed."""
+
+
+class SftJsonlSource(Section):
+    """Demonstrations from a JSONL file: {"messages": [...]} or {"prompt": ..., "response": ...}."""
+
+    source: Literal["jsonl"]
+    path: str
+    """JSONL file."""
+
+
+class SftReasoningGymSource(ReasoningGymSource):
+    """reasoning-gym problems with their reference answers as demonstrations."""
+
+
+SftSource = Annotated[SftReasoningGymSource | SftJsonlSource, Field(discriminator="source")]
+
+
+class SftDataConfig(Section):
+    """Demonstrations to learn from and to validate on."""
+
+    train: SftSource
+    """Demonstrations."""
+    held_out: SftSource | None = None
+    """Demonstrations only the validation loss sees."""
+    format: PromptFormat = PromptFormat()
+    """How a problem becomes prompt tokens."""
+    shuffle: bool = True
+    """Shuffle once per epoch, by run.seed."""
+
+
+class EngineConfig(Section):
+    """The colocated vLLM engine."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto is the trainer's type, the one with which weights can be aliased."""
+    kv_cache_gib: PositiveFloat = 0.5
+    """Memory for the KV cache."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded side by side."""
+    max_num_batched_tokens: PositiveInt = 4096
+    """Tokens per engine step (prefill and decode together)."""
+    enable_prefix_caching: bool = True
+    """Compute the prompt of a group once."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of the engine; None uses all cores."""
+    start_timeout_seconds: PositiveFloat = 300.0
+    """How long the engine may take to start before the run ends with an error."""
+
+
+class RolloutConfig(Section):
+    """What is sampled each step."""
+
+    num_prompts_per_step: PositiveInt
+    """Prompts per step."""
+    num_generations_per_prompt: PositiveInt
+    """Samples per prompt (the group size G)."""
+    max_new_tokens: PositiveInt
+    """Longest response; longer ones end with finish_reason length."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's logprobs use the same."""
+    engine: EngineConfig = EngineConfig()
+    """The colocated vLLM engine."""
+
+
+class EvaluationConfig(Section):
+    """Greedy accuracy on held-out problems."""
+
+    interval: NonNegativeInt = 0
+    """Evaluate every so many steps (0: only before and after)."""
+    num_prompts: PositiveInt = 256
+    """Held-out problems per evaluation; must not exceed the held-out set."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest response; None is rollout.max_new_tokens."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+
+
+class GrpoAlgorithmConfig(Section):
+    """GRPO (Shao et al. 2024, arXiv:2402.03300) and its usual variations."""
+
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    """Group baseline subtracted from each reward (leave_one_out: RLOO, arXiv:2402.14740)."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation + 1e-6 where it is above 0."""
+    clip_ratio_low: NonNegativeFloat = 0.2
+    """Lower clip: ratios below 1 - clip_ratio_low get no gradient."""
+    clip_ratio_high: NonNegativeFloat = 0.2
+    """Upper clip (DAPO's clip-higher, arXiv:2503.14476, is 0.28)."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight beta of the KL to the reference; 0 skips the reference altogether."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL (Schulman 2020); its plain gradient is used (docs/algorithms.md)."""
+    loss_aggregation: Literal["token", "sequence"] = "token"
+    """token: sum over tokens / T; sequence: mean over each sequence's tokens, then / S."""
+    num_optimizer_steps_per_batch: PositiveInt = 1
+    """Optimizer steps per rollout batch, each on its own share of the prompts' groups."""
+    num_epochs_per_batch: PositiveInt = 1
+    """Passes over the rollout batch."""
+
+
+class _TrainingRoot(Section):
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    packing: PackingConfig = PackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+class SftTrainingConfig(Section):
+    """Length and batch of an SFT run."""
+
+    num_steps: PositiveInt
+    """Optimizer steps."""
+    batch_size: PositiveInt
+    """Sequences per step, over all ranks."""
+    validation_interval: NonNegativeInt = 0
+    """Validation loss every so many steps (0: only at the end); needs data.held_out."""
+    validation_size: PositiveInt = 128
+    """Sequences per validation."""
+
+
+class SftConfig(_TrainingRoot):
+    """Root of `megarl sft`."""
+
+    data: SftDataConfig
+    training: SftTrainingConfig
+
+
+class GrpoTrainingConfig(Section):
+    """Length of a GRPO run."""
+
+    num_steps: PositiveInt
+    """Rollout batches."""
+
+
+class GrpoConfig(_TrainingRoot):
+    """Root of `megarl grpo`."""
+
+    data: PromptDataConfig
+    rollout: RolloutConfig
+    algorithm: GrpoAlgorithmConfig = GrpoAlgorithmConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    training: GrpoTrainingConfig
+
+
+class EvalConfig(Section):
+    """Root of `megarl eval`: greedy accuracy of a Hugging Face directory."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: PromptDataConfig
+    rollout: RolloutConfig
+    evaluation: EvaluationConfig = EvaluationConfig()

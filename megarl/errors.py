@@ -1,0 +1,11 @@
+"""The one exception meant for users."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend: bad configuration, file, checkpoint or model.
+
+    The message is one line (or one line per violation) that names the field, file or tensor. The
+    command line prints it without a traceback and exits with code 2; nothing was started or lost.
+    """

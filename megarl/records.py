@@ -1,0 +1,119 @@
+"""The typed records in which the stages of a step meet (docs/architecture.md, "The step").
+
+Shapes: T packed tokens, S sequences, G samples per group, N response tokens of one sample, P prompt
+tokens. Lists are plain Python so that records cross process boundaries (Ray, gloo) unchanged;
+tensors appear first in :class:`PackedBatch`, which never leaves a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, ready for the engine: text is tokenised once and never again.
+
+    ``index`` is the position in its dataset: (dataset seed, index) names a problem for ever.
+    ``metadata`` is what its environment needs to judge an answer (the reference answer, the
+    reasoning-gym entry, ...); it never reaches the engine.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]  # [P]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sequence drawn from the policy: a prompt and the response the engine gave.
+
+    ``rollout_logprobs`` are the engine's own, after temperature, of exactly the tokens in
+    ``response_ids`` (the stop token included when the engine emitted it). ``reward`` and
+    ``advantage`` are None until their stage has run.
+    """
+
+    prompt_index: int
+    prompt_ids: list[int]  # [P]
+    response_ids: list[int]  # [N]
+    rollout_logprobs: list[float]  # [N]
+    policy_version: int
+    finish_reason: FinishReason
+    text: str = ""  # the response, decoded for verifiers and people; never re-tokenised
+    reward: float | None = None
+    advantage: float | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(slots=True)
+class Group:
+    """The G samples of one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample]  # [G]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One training sequence before packing: ids and which of them are learned from.
+
+    ``loss_mask[i]`` is 1 where ``token_ids[i]`` is a *target* (a response token); position 0 can
+    never be a target and its mask is ignored. Per-token fields are aligned with ``token_ids``
+    (the value at i belongs to the prediction of token i), empty when the stage has no use for them.
+    """
+
+    token_ids: list[int]  # [n]
+    loss_mask: list[int]  # [n], 0 or 1
+    advantage: float = 0.0
+    rollout_logprobs: list[float] = field(default_factory=list)  # [n] or empty
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One microbatch in THD layout: sequences end to end, no padding between tokens of one.
+
+    Worked example, sequences [a b c] and [d e] with c and e as targets::
+
+        token_ids     a  b  c  d  e
+        labels        b  c  .  e  .      token t+1 of the same sequence; 0 where there is none
+        loss_mask     0  1  0  1  0      1 where labels[t] is a target
+        position_ids  0  1  2  0  1
+        cu_seqlens    0  3  5
+        sequence_ids  0  0  0  1  1      row of the caller's list of sequences
+
+    Every per-token field is aligned with ``labels``: the value at t belongs to the prediction
+    that position t makes. Padding (to a multiple of 2 * context_parallel_size per sequence)
+    carries loss_mask 0.
+    """
+
+    token_ids: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64
+    loss_mask: torch.Tensor  # [T] float32
+    position_ids: torch.Tensor  # [T] int64
+    cu_seqlens: torch.Tensor  # [S + 1] int32
+    sequence_ids: torch.Tensor  # [T] int64
+    advantages: torch.Tensor | None = None  # [T] float32
+    rollout_logprobs: torch.Tensor | None = None  # [T] float32
+    old_logprobs: torch.Tensor | None = None  # [T] float32
+    ref_logprobs: torch.Tensor | None = None  # [T] float32
+
+
+@dataclass(slots=True)
+class StepMetrics:
+    """What one step reports: ``values`` is one line of metrics.jsonl, in its order."""
+
+    step: int
+    values: dict[str, float]
