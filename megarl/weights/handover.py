@@ -1,0 +1,73 @@
+"""What the trainer tells an engine about its weights: which memory, and what lies where.
+
+A :class:`WeightPlan` is plain data (picklable, no tensors). On a CPU the trainer's storages live in
+shared memory; the engine maps each once and then either *aliases* a parameter (the parameter is
+the trainer's memory, nothing is ever copied) or *copies* regions straight into their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStorage:
+    """One shared memory block of the trainer: ``handle`` is what torch's
+    ``UntypedStorage._share_filename_cpu_()`` returned in the owning process."""
+
+    handle: tuple[bytes, bytes, int]  # manager, name, bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the block."""
+        return self.handle[2]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceView:
+    """A strided view of a shared storage. Offsets and strides count elements of ``dtype``."""
+
+    storage: int  # index into WeightPlan.storages
+    dtype: str  # torch name without the prefix, e.g. "float32"
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """The whole engine parameter ``param`` is this view of the trainer's memory."""
+
+    param: str
+    source: SourceView
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``param[index]`` of the engine is written from ``source`` (same shape; dtype converts).
+
+    ``index`` has one entry per dimension of the parameter: (start, stop), or an int that picks
+    one row and drops the dimension.
+    """
+
+    param: str
+    index: tuple[int | tuple[int, int], ...]
+    source: SourceView
+
+
+@dataclass(frozen=True, slots=True)
+class ParamInfo:
+    """One engine parameter as its worker describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """Everything one engine rank needs; every element of every parameter is covered exactly once."""
+
+    storages: list[SharedStorage]
+    aliases: list[Alias]
+    copies: list[Copy]
+    copy_reasons: dict[str, str] = field(default_factory=dict)  # param -> why it is not aliased
