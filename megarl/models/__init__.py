@@ -1,0 +1,41 @@
+"""Architecture tables (docs/architecture.md, decision 4). ``load_architecture`` picks the family."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import UserError
+from megarl.models import llama, qwen2, qwen3
+from megarl.models.table import Architecture
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
+    "llama": llama.architecture,
+    "qwen2": qwen2.architecture,
+    "qwen3": qwen3.architecture,
+}
+
+
+def load_architecture(model_dir: str | Path) -> Architecture:
+    """Read ``model_dir``/config.json; a UserError names what is missing or not supported."""
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.path: {path} does not exist")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        near = difflib.get_close_matches(str(model_type), FAMILIES, 1)
+        hint = f"; nearest is {near[0]}" if near else ""
+        raise UserError(
+            f"{path}: model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))}{hint})"
+        )
+    try:
+        return FAMILIES[model_type](config)
+    except KeyError as error:
+        raise UserError(f"{path}: field {error.args[0]!r} is missing") from None

@@ -1,0 +1,126 @@
+"""The table shared by Llama-like dense decoders; families differ in biases, qk-norm and defaults."""
+
+from __future__ import annotations
+
+from megarl.models.spec import ModelSpec
+from megarl.models.table import Architecture, Place, Rule, Slot
+
+_HF = "model.layers.{layer}."
+_MEGATRON = "decoder.layers.{layer}."
+
+
+def dense_architecture(spec: ModelSpec) -> Architecture:
+    """Rules for embeddings, norms, attention (q|k|v flat), gated MLP (gate|up flat) and head."""
+    return Architecture(spec, (*_ends(spec), *_attention(spec), *_mlp(spec)))
+
+
+def _ends(spec: ModelSpec) -> list[Rule]:
+    embedding_shape = (spec.vocab_size, spec.hidden_size)
+    padded = spec.padded_vocab(1)
+
+    def rows(param: str, stage: str) -> Place:
+        return Place(param, stage, dim=0, rows=padded)  # type: ignore[arg-type]
+
+    trainer = [rows("embedding.word_embeddings.weight", "first")]
+    rules = []
+    if spec.tied_embeddings:
+        # A last stage of its own keeps a copy that Megatron holds equal; see Policy.tied_copy.
+        trainer.append(rows("output_layer.weight", "last"))
+    else:
+        rules.append(
+            Rule(
+                "lm_head.weight",
+                embedding_shape,
+                (rows("output_layer.weight", "last"),),
+                (rows("lm_head.weight", "last"),),
+            )
+        )
+    rules += [
+        Rule(
+            "model.embed_tokens.weight",
+            embedding_shape,
+            tuple(trainer),
+            (rows("model.embed_tokens.weight", "first"),),
+        ),
+        Rule(
+            "model.norm.weight",
+            (spec.hidden_size,),
+            (Place("decoder.final_layernorm.weight", "last"),),
+            (Place("model.norm.weight", "last"),),
+        ),
+    ]
+    return rules
+
+
+def _attention(spec: ModelSpec) -> list[Rule]:
+    head, hidden = spec.head_dim, spec.hidden_size
+    q, kv = spec.num_heads * head, spec.num_kv_heads * head
+    slots = (Slot(q, head), Slot(kv, head), Slot(kv, head))
+    rules = []
+    for slot, (name, size) in enumerate((("q", q), ("k", kv), ("v", kv))):
+        for kind, shape in (("weight", (size, hidden)), ("bias", (size,))):
+            if kind == "bias" and not spec.qkv_bias:
+                continue
+            rules.append(
+                Rule(
+                    f"{_HF}self_attn.{name}_proj.{kind}",
+                    shape,
+                    (Place(f"{_MEGATRON}self_attention.linear_qkv.{kind}", dim=0, slots=slots, slot=slot),),
+                    (Place(f"{_HF}self_attn.qkv_proj.{kind}", dim=0, slots=slots, slot=slot),),
+                )
+            )
+    output = (Slot(q, head),)
+    rules.append(
+        Rule(
+            f"{_HF}self_attn.o_proj.weight",
+            (hidden, q),
+            (Place(f"{_MEGATRON}self_attention.linear_proj.weight", dim=1, slots=output),),
+            (Place(f"{_HF}self_attn.o_proj.weight", dim=1, slots=output),),
+        )
+    )
+    replicated = [("input_layernorm.weight", "input_layernorm.weight", hidden)]
+    replicated += [("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", hidden)]
+    if spec.output_bias:
+        replicated += [("self_attn.o_proj.bias", "self_attention.linear_proj.bias", hidden)]
+    if spec.qk_norm:
+        replicated += [("self_attn.q_norm.weight", "self_attention.q_layernorm.weight", head)]
+        replicated += [("self_attn.k_norm.weight", "self_attention.k_layernorm.weight", head)]
+    rules += [
+        Rule(_HF + hf, (size,), (Place(_MEGATRON + megatron),), (Place(_HF + hf),))
+        for hf, megatron, size in replicated
+    ]
+    return rules
+
+
+def _mlp(spec: ModelSpec) -> list[Rule]:
+    inner, hidden = spec.intermediate_size, spec.hidden_size
+    slots = (Slot(inner), Slot(inner))
+    kinds = [("weight", (inner, hidden))] + ([("bias", (inner,))] if spec.mlp_bias else [])
+    rules = [
+        Rule(
+            f"{_HF}mlp.{name}_proj.{kind}",
+            shape,
+            (Place(f"{_MEGATRON}mlp.linear_fc1.{kind}", dim=0, slots=slots, slot=slot),),
+            (Place(f"{_HF}mlp.gate_up_proj.{kind}", dim=0, slots=slots, slot=slot),),
+        )
+        for slot, name in enumerate(("gate", "up"))
+        for kind, shape in kinds
+    ]
+    rules.append(
+        Rule(
+            f"{_HF}mlp.down_proj.weight",
+            (hidden, inner),
+            (Place(f"{_MEGATRON}mlp.linear_fc2.weight", dim=1),),
+            (Place(f"{_HF}mlp.down_proj.weight", dim=1),),
+        )
+    )
+    if spec.mlp_bias:
+        rules.append(
+            Rule(
+                f"{_HF}mlp.down_proj.bias",
+                (hidden,),
+                (Place(f"{_MEGATRON}mlp.linear_fc2.bias"),),
+                (Place(f"{_HF}mlp.down_proj.bias"),),
+            )
+        )
+    return rules

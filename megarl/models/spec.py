@@ -1,0 +1,73 @@
+"""What MegaRL knows about a decoder-only transformer, read from its Hugging Face config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megarl.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary embedding: base and, for llama3 and linear scaling, its parameters."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], default_theta: float = 10_000.0) -> RopeSpec:
+        """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling`` (before)."""
+        rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = float(rope.get("rope_theta", config.get("rope_theta", default_theta)))
+        if kind not in ("default", "linear", "llama3"):
+            raise UserError(f"config.json: rope_type {kind!r} is not supported (default, linear, llama3)")
+        if kind == "default":
+            return cls(theta)
+        if kind == "linear":
+            return cls(theta, "linear", factor=float(rope["factor"]))
+        return cls(
+            theta,
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Shape and options of a dense decoder. Sizes are counts of elements, not bytes."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope: RopeSpec
+    tied_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    init_std: float = 0.02
+
+    def padded_vocab(self, tensor_parallel_size: int) -> int:
+        """Rows of the stored embedding: the engine's padding (a multiple of 64), then of the ranks."""
+        rows = -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+        return -(-rows // tensor_parallel_size) * tensor_parallel_size
+
+
+VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to this; storing the same rows is what lets it alias the embedding."""
