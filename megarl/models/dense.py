@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megarl.models.spec import ModelSpec
-from megarl.models.table import Architecture, Place, Rule, Slot
+from megarl.models.table import Architecture, Place, Rule, Slot, Stage
 
 _HF = "model.layers.{layer}."
 _MEGATRON = "decoder.layers.{layer}."
@@ -18,14 +18,14 @@ def _ends(spec: ModelSpec) -> list[Rule]:
     embedding_shape = (spec.vocab_size, spec.hidden_size)
     padded = spec.padded_vocab(1)
 
-    def rows(param: str, stage: str) -> Place:
-        return Place(param, stage, dim=0, rows=padded)  # type: ignore[arg-type]
+    def rows(param: str, stage: Stage) -> Place:
+        return Place(param, stage, dim=0, rows=padded)
 
     trainer = [rows("embedding.word_embeddings.weight", "first")]
     rules = []
     if spec.tied_embeddings:
-        # A last stage of its own keeps a copy that Megatron holds equal; see Policy.tied_copy.
-        trainer.append(rows("output_layer.weight", "last"))
+        # A last stage that is not the first keeps a copy, which Megatron's gradient reduction holds equal.
+        trainer.append(rows("output_layer.weight", "last_alone"))
     else:
         rules.append(
             Rule(

@@ -17,7 +17,8 @@ from megarl.models.spec import ModelSpec
 
 Index = tuple["int | tuple[int, int]", ...]
 Box = tuple[tuple[int, int], ...]
-Stage = Literal["first", "layer", "last"]
+Stage = Literal["first", "layer", "last", "last_alone"]
+"""last_alone: the last pipeline stage when it is not also the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,9 @@ class Architecture:
             for place in rule.trainer if side == "trainer" else rule.engine:
                 if place.stage == "first" and at.pipeline != 0:
                     continue
-                if place.stage == "last" and at.pipeline != layout.pipeline - 1:
+                if place.stage.startswith("last") and at.pipeline != layout.pipeline - 1:
+                    continue
+                if place.stage == "last_alone" and layout.pipeline == 1:
                     continue
                 for number in layers if place.stage == "layer" else (0,):
                     local = number - layers.start if side == "trainer" else number

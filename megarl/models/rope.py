@@ -1,0 +1,46 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as Hugging Face does."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megarl.models.spec import RopeSpec
+
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
+    """Angle per position of each pair of dimensions: [head_dim / 2], fp32.
+
+    ``llama3`` scaling as in Llama 3.1 (arXiv:2407.21783): wavelengths above
+    original_max / low_freq_factor are slowed by ``factor``, those below original_max /
+    high_freq_factor are kept, and what lies between is interpolated.
+    """
+    inv_freq = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if rope.kind == "linear":
+        return inv_freq / rope.factor
+    if rope.kind == "llama3":
+        wavelength = 2 * math.pi / inv_freq
+        low = rope.original_max_position_embeddings / rope.low_freq_factor
+        high = rope.original_max_position_embeddings / rope.high_freq_factor
+        smooth = (rope.original_max_position_embeddings / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+        slowed = torch.where(wavelength > low, inv_freq / rope.factor, inv_freq)
+        return torch.where((wavelength <= low) & (wavelength >= high), blended, slowed)
+    return inv_freq
+
+
+def cos_sin(inv_freq: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for each token: two tensors [T, 1, head_dim], fp32."""
+    angles = position_ids.to(torch.float32)[:, None] * inv_freq[None, :]
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate q or k [T, heads, head_dim] by its token's angle."""
+    first, second = x.chunk(2, dim=-1)
+    rotated_half = torch.cat((-second, first), dim=-1)
+    return (x * cos + rotated_half * sin).to(x.dtype)

@@ -1,0 +1,60 @@
+"""Where the trainer runs: CUDA + NCCL, or a CPU + gloo. The only package that knows the difference.
+
+``install()`` is called once per trainer process, before megatron.core is imported, and says which
+platform it chose. Importing this package changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What the rest of MegaRL may know about the device."""
+
+    name: Literal["cuda", "cpu"]
+    device: torch.device
+    backend: Literal["nccl", "gloo"]
+
+
+_installed: Platform | None = None
+
+
+def install() -> Platform:
+    """Choose the platform and, on a CPU, map the torch.cuda entry points megatron-core uses.
+
+    A second call returns the first one's answer. MEGARL_PLATFORM=cpu forces the CPU on a GPU machine.
+    """
+    global _installed
+    if _installed is not None:
+        return _installed
+    if torch.cuda.is_available() and os.environ.get("MEGARL_PLATFORM") != "cpu":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        _installed = Platform("cuda", device, "nccl")
+    else:
+        from megarl.platform import cpu
+
+        cpu.install()
+        _installed = Platform("cpu", torch.device("cpu"), "gloo")
+    return _installed
+
+
+def current() -> Platform:
+    """The installed platform; asking before ``install()`` is a programming error."""
+    assert _installed is not None, "megarl.platform.install() has not been called"
+    return _installed
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process so far: device memory on CUDA, resident memory on a CPU."""
+    if current().name == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

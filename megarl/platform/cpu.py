@@ -1,0 +1,226 @@
+"""megatron-core on a CPU: every mapping of a torch.cuda entry point, in this one file.
+
+megatron-core 0.16.1 asks torch.cuda for the current device, streams, events and RNG state, and
+creates a few tensors with ``device="cuda"``. On a CPU each of these has an exact equivalent (the CPU
+device, program order, the CPU generator) or is meaningless (pinning, stream waits). megatron-core
+itself stays as it is on disk.
+
+``install()`` has two parts: what must stand before megatron.core is imported (its modules bind some
+names at import), and four names inside megatron.core that only exist for CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like")
+
+
+class _Stream:
+    """Program order is the only stream a CPU has: waiting for it is always already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Event:
+    """An event in program order has happened by the time anyone can ask."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+def install() -> None:
+    """Map torch.cuda for megatron-core. Called by :func:`megarl.platform.install`, once."""
+    assert "megatron.core" not in sys.modules, "platform.install() must come before importing megatron.core"
+    _map_torch_cuda()
+    _map_tensor_methods()
+    for name in _FACTORIES:
+        setattr(torch, name, _without_cuda(getattr(torch, name)))
+    _map_megatron()
+
+
+def _map_torch_cuda() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    cuda.current_device = lambda: _CPU
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.Stream, cuda.Event = _Stream, _Event
+    for name in ("synchronize", "empty_cache", "set_device", "set_stream"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    cuda.get_device_capability = lambda *args, **kwargs: (0, 0)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
+    cuda.nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
+
+
+def _map_tensor_methods() -> None:
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = lambda self, *args, **kwargs: self
+    tensor.record_stream = lambda self, stream: None
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,return-value]
+
+    original_to, original_type = tensor.to, tensor.type
+
+    @functools.wraps(original_to)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return original_to(self, *args, **kwargs)
+
+    @functools.wraps(original_type)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original_type(self, *args, **kwargs)
+        # Megatron's optimizers sort parameters by comparing this string with 'torch.cuda.FloatTensor'.
+        if not args and not kwargs and _caller_is("megatron/core/optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    tensor.to, tensor.type = to, type_
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _caller_is(folder: str) -> bool:
+    return folder in sys._getframe(2).f_code.co_filename
+
+
+def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _map_megatron() -> None:
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random.CudaRNGStatesTracker.fork = _fork_rng
+    if not hasattr(moe_utils, "te_general_gemm"):  # read without Transformer Engine: a NameError in 0.16.1
+        moe_utils.te_general_gemm = None
+    dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = _to_numpy_if_asked
+    filesystem._get_write_results_queue = _results_queue
+    filesystem.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)
+
+
+@contextlib.contextmanager
+def _fork_rng(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """CudaRNGStatesTracker.fork on the CPU generator."""
+    if name not in tracker.states_:
+        raise KeyError(f"random number generator state {name!r} has not been added")
+    before, outer = torch.get_rng_state(), tracker._current_state_name
+    nested = outer != "default-rng"
+    if nested:
+        tracker.states_[outer] = before
+    torch.set_rng_state(tracker.states_[name])
+    tracker._current_state_name = name
+    try:
+        yield
+    finally:
+        tracker.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(tracker.states_[outer] if nested else before)
+        tracker._current_state_name = outer
+
+
+def _to_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The CUDA original leaves CPU tensors alone, but the dispatcher then wants numpy split sizes."""
+    return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+
+_results: queue.Queue[Any] = queue.Queue()
+
+
+def _results_queue() -> queue.Queue[Any]:
+    """Results of checkpoint writes; the original is a queue of a spawned manager process."""
+    return _results
+
+
+class _Uncounted:
+    def get(self) -> None:
+        pass
+
+    def task_done(self) -> None:
+        pass
+
+
+def _write_in_process(
+    transform_list: Any, use_msc: bool, rank: int, write_buckets: list[Any], results: queue.Queue[Any]
+) -> None:
+    """Write checkpoint buckets here: the original forks, which a process with OpenMP threads must not."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
+
+    written: Any = {}
+    for number, bucket in enumerate(write_buckets):
+        answer: queue.Queue[Any] = queue.Queue()
+        filesystem.FileSystemWriterAsync.write_preloaded_data(
+            transform_list, number, bucket, answer, _Uncounted(), True
+        )
+        _, outcome = answer.get()
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        written[number] = outcome
+    results.put(written)

@@ -1,0 +1,282 @@
+"""MegaRL's attention inside Megatron's transformer layer.
+
+Two differences from Megatron's own: the q|k|v projection is stored flat, as the engine stores it
+(so the engine can alias it), and the core attention works on packed (THD) sequences on any device,
+with context parallelism by all-gathering K and V. Rotary embedding is applied here, from the
+microbatch's position ids, in one vectorised step for all sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+
+from megarl.models.rope import cos_sin, rotate
+
+_MAX_PADDED_RATIO = 1.3
+"""A bucket of sequences is padded to its longest; more waste than this starts a new bucket."""
+
+
+@dataclass
+class PackedMicrobatch(PackedSeqParams):  # type: ignore[misc]
+    """Megatron's packed-sequence parameters plus what every layer would compute again.
+
+    ``lengths`` are the padded lengths of the sequences over all context-parallel ranks;
+    ``position_ids`` [T local] are those of this rank's tokens.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    position_ids: torch.Tensor | None = None
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [T, 1, head_dim]
+    buckets: list[Bucket] | None = None
+    unbucket: torch.Tensor | None = None  # [T] into the buckets' padded tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences of similar length, padded to ``longest``: rows of token indices [B, longest]."""
+
+    index: torch.Tensor
+    longest: int
+
+
+def make_buckets(lengths: list[int], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
+    """Group sequences so that few attention calls serve all, and the way back to packed order.
+
+    Padding slots repeat a sequence's last token; under a causal mask no real token sees them.
+    """
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    groups: list[list[int]] = []
+    real = 0
+    for s in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and longest * (len(groups[-1]) + 1) <= _MAX_PADDED_RATIO * (real + lengths[s]):
+            groups[-1].append(s)
+            real += lengths[s]
+        else:
+            groups.append([s])
+            real = lengths[s]
+    way_back = torch.empty(starts[-1], dtype=torch.int64)
+    buckets, offset = [], 0
+    for group in groups:
+        longest = lengths[group[0]]
+        steps = torch.arange(longest)
+        first = torch.tensor([starts[s] for s in group])[:, None]
+        last = torch.tensor([starts[s] + lengths[s] - 1 for s in group])[:, None]
+        index = torch.minimum(first + steps, last)
+        buckets.append(Bucket(index.to(device), longest))
+        for row, s in enumerate(group):
+            begin = offset + row * longest
+            way_back[starts[s] : starts[s + 1]] = torch.arange(begin, begin + lengths[s])
+        offset += len(group) * longest
+    return buckets, way_back.to(device)
+
+
+def packed_causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedMicrobatch, scale: float
+) -> torch.Tensor:
+    """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d]."""
+    if packed.buckets is None:
+        packed.buckets, packed.unbucket = make_buckets(packed.lengths, q.device)
+    outs = []
+    for bucket in packed.buckets:
+        rows = bucket.index.shape[0]
+        batch = [
+            x.index_select(0, bucket.index.flatten()).view(rows, bucket.longest, x.shape[1], -1).transpose(1, 2)
+            for x in (q, k, v)
+        ]
+        out = F.scaled_dot_product_attention(
+            *batch, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outs.append(out.transpose(1, 2).reshape(rows * bucket.longest, q.shape[1], -1))
+    assert packed.unbucket is not None
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, packed.unbucket)
+
+
+class _GatherContext(torch.autograd.Function):
+    """All-gather [t, ...] over the context group, rank after rank; backward sums and scatters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        out = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+def zigzag_order(lengths: list[int], size: int, rank: int) -> torch.Tensor:
+    """Global token indices that context-parallel ``rank`` owns, in its local order.
+
+    Each padded sequence is cut into 2 * size chunks; rank r owns chunks r and 2 * size - 1 - r, so
+    that causal attention costs every rank the same.
+    """
+    parts, start = [], 0
+    for length in lengths:
+        assert length % (2 * size) == 0, (length, size)
+        chunk = length // (2 * size)
+        for c in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(start + c * chunk, start + (c + 1) * chunk))
+        start += length
+    return torch.cat(parts)
+
+
+def context_parallel_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: PackedMicrobatch,
+    scale: float,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """As :func:`packed_causal_attention`, q, k, v being this rank's zigzag chunks of each sequence."""
+    size, rank = group.size(), group.rank()
+    order = torch.cat([zigzag_order(packed.lengths, size, r) for r in range(size)]).to(q.device)
+    gathered = _GatherContext.apply(torch.stack((k, v), dim=1), group).index_select(0, order.argsort())
+    keys, values = gathered.unbind(1)
+    outs, local, start = [], 0, 0
+    for length in packed.lengths:
+        chunk = length // (2 * size)
+        for c in (rank, 2 * size - 1 - rank):
+            stop = (c + 1) * chunk
+            mask = torch.ones(chunk, stop, dtype=torch.bool, device=q.device).tril(stop - chunk)
+            q_c, k_c, v_c = (
+                x.transpose(0, 1)[None]
+                for x in (q[local : local + chunk], keys[start : start + stop], values[start : start + stop])
+            )
+            out = F.scaled_dot_product_attention(
+                q_c, k_c, v_c, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outs.append(out[0].transpose(0, 1))
+            local += chunk
+        start += length
+    return torch.cat(outs)
+
+
+class PackedAttention(MegatronModule):  # type: ignore[misc]
+    """Core attention for packed microbatches: rotary embedding, then causal attention per sequence."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.context_group = groups.cp
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedMicrobatch | None = None,
+    ) -> torch.Tensor:
+        """query [T, heads, d], key and value [T, kv_heads, d] -> [T, heads * d]."""
+        packed = packed_seq_params
+        assert isinstance(packed, PackedMicrobatch), "MegaRL's attention works on packed microbatches only"
+        if packed.rope is None:
+            packed.rope = cos_sin(self.config.rope_inverse_frequencies, packed.position_ids)
+        query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
+        if self.context_group.size() > 1:
+            out = context_parallel_attention(query, key, value, packed, self.scale, self.context_group)
+        else:
+            out = packed_causal_attention(query, key, value, packed, self.scale)
+        return out.reshape(out.shape[0], -1)
+
+
+class FlatQkvSelfAttention(SelfAttention):  # type: ignore[misc]
+    """Self-attention whose fused projection is q | k | v on each tensor rank, not interleaved by group."""
+
+    def _sizes(self) -> list[int]:
+        head = self.hidden_size_per_attention_head
+        q = self.num_attention_heads_per_partition * head
+        kv = self.num_query_groups_per_partition * head
+        return [q, kv, kv]
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden [T, 1, H] -> query [T, 1, heads, d], key and value [T, 1, kv_heads, d]."""
+        assert split_qkv and not output_gate and key_value_states is None
+        mixed, _ = self.linear_qkv(hidden_states)
+        query, key, value = (
+            part.unflatten(-1, (-1, self.hidden_size_per_attention_head))
+            for part in mixed.split(self._sizes(), dim=-1)
+        )
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Checkpoint q, k and v as three tensors, so that another tensor-parallel size can read them."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for kind in ("weight", "bias"):
+            name = f"{prefix}linear_qkv.{kind}"
+            if name in state:
+                state[name] = _split_for_checkpoint(state[name], self._sizes(), sharded_offsets)
+        return dict(state)
+
+
+def _split_for_checkpoint(
+    whole: ShardedTensor, sizes: list[int], sharded_offsets: tuple[Any, ...]
+) -> ShardedTensorFactory:
+    prepended = len(sharded_offsets)
+    local_rows = whole.local_shape[0]
+    rank = whole.global_offset[prepended] // local_rows
+    ranks = whole.axis_fragmentations[prepended]
+
+    @torch.no_grad()
+    def build(key: str, tensor: torch.Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
+        assert flattened_range is None
+        return [
+            ShardedTensor.from_rank_offsets(
+                f"{key}.{name}",
+                part,
+                *sharded_offsets,
+                (prepended, rank, ranks),
+                replica_id=replica_id,
+                prepend_axis_num=prepended,
+            )
+            for name, part in zip("qkv", tensor.split(sizes), strict=True)
+        ]
+
+    def merge(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts)
+
+    return ShardedTensorFactory(whole.key, whole.data, build, merge, whole.replica_id)

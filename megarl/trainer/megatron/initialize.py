@@ -1,0 +1,75 @@
+"""One rank's process groups and random state."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megarl import platform
+from megarl.config.schema import ParallelConfig
+from megarl.layout import ParallelLayout, RankCoordinates
+
+
+@dataclass(frozen=True, slots=True)
+class RankContext:
+    """Who this process is."""
+
+    rank: int
+    layout: ParallelLayout
+    at: RankCoordinates
+    platform: platform.Platform
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that talks to engines and people."""
+        return self.rank == 0
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
+    """Install the platform, join the process group (RANK, WORLD_SIZE, MASTER_ADDR from the
+    launcher; alone without one) and build Megatron's groups."""
+    # megatron-core warns at import of each optional package it does without; `megarl doctor` lists them.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope is deprecated).*")
+    chosen = platform.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    layout = ParallelLayout.from_world_size(
+        world_size,
+        tensor=parallel.tensor_parallel_size,
+        pipeline=parallel.pipeline_parallel_size,
+        context=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    timeout = timedelta(minutes=60)  # rank 0 may spend a long rollout before the others hear of it
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+        dist.init_process_group(chosen.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(chosen.backend, rank=rank, world_size=world_size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        create_gloo_process_groups=chosen.name == "cuda",
+    )
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return RankContext(rank, layout, layout.coordinates(rank), chosen)
+
+
+def finalize() -> None:
+    """Leave the process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

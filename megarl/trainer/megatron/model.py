@@ -1,0 +1,166 @@
+"""A Megatron GPTModel built from an architecture's spec, ending in hidden states instead of logits.
+
+The language-model head is applied by the losses (megarl/ops/linear_token_logprob.py) to the rows
+that have a loss, so that logits of prompt tokens, and the full [T, V] matrix, never exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megarl.layout import ParallelLayout
+from megarl.models.rope import inverse_frequencies
+from megarl.models.spec import ModelSpec
+from megarl.trainer.megatron.attention import FlatQkvSelfAttention, PackedAttention
+
+
+class RmsNorm(torch.nn.RMSNorm):
+    """RMS norm with Megatron's constructor; marks its weight for sequence-parallel gradient reduction."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class _BiasedColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron has one switch for all biases; models have them layer by layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"bias": True}))
+
+
+class _BiasedRowParallelLinear(RowParallelLinear):  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"bias": True}))
+
+
+class PolicyModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose last stage returns hidden states [T, 1, H] (after the final norm)."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """Rows of the head this tensor rank owns, padding rows cut off: [V_local, H]."""
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return weight[: self.real_vocab_rows(weight.shape[0])]
+
+    def real_vocab_rows(self, local_rows: int) -> int:
+        """How many of the local rows are real vocabulary."""
+        start = parallel_state.get_tensor_model_parallel_rank() * local_rows
+        return max(0, min(local_rows, int(self.config.real_vocab_size) - start))
+
+
+def transformer_config(
+    spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
+    """Megatron's configuration for this model and layout."""
+    config = TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.intermediate_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=spec.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=spec.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=layout.pipeline > 1,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,  # weights come from a checkpoint
+        calculate_per_token_loss=True,  # losses carry their global denominators already
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=layout.pipeline > 1,
+    )
+    config.rope_inverse_frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
+    config.real_vocab_size = spec.vocab_size
+    return config
+
+
+def layer_spec(spec: ModelSpec) -> ModuleSpec:
+    """MegaRL's transformer layer: Megatron's modules, MegaRL's attention and norms."""
+    row = _BiasedRowParallelLinear if spec.output_bias else RowParallelLinear
+    mlp_column = _BiasedColumnParallelLinear if spec.mlp_bias else ColumnParallelLinear
+    mlp_row = _BiasedRowParallelLinear if spec.mlp_bias else RowParallelLinear
+    qk_norm = RmsNorm if spec.qk_norm else None
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RmsNorm,
+            self_attention=ModuleSpec(
+                module=FlatQkvSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedAttention,
+                    linear_proj=row,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_cross_attn_layernorm=IdentityOp,
+            pre_mlp_layernorm=RmsNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=mlp_column, linear_fc2=mlp_row)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_model(
+    spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, device: torch.device
+) -> PolicyModel:
+    """This rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf."""
+    config = transformer_config(spec, layout, dtype, device)
+    layers = layer_spec(spec)
+    first = parallel_state.is_pipeline_first_stage()
+    last = parallel_state.is_pipeline_last_stage()
+    count = spec.num_layers // layout.pipeline
+    model = PolicyModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layers] * count, layer_norm=RmsNorm),
+        vocab_size=spec.padded_vocab(layout.tensor),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=first,
+        post_process=last,
+        share_embeddings_and_output_weights=spec.tied_embeddings,
+        position_embedding_type="none",  # MegaRL's attention applies RoPE by position ids
+    )
+    return model.to(dtype=dtype, device=device)

@@ -1,0 +1,165 @@
+"""Hugging Face directories into local parameters and back, region by region.
+
+Both directions follow the architecture table alone. Names, shapes and coverage are checked before
+the first byte is written; everything that disagrees is listed in one error.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megarl.errors import UserError
+from megarl.models.table import Architecture, Region, check_names
+
+_MAX_SHARD_BYTES = 5 * 2**30
+_CARRIED_OVER = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
+    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json"
+).split()
+
+
+def region_index(index: tuple[int | tuple[int, int], ...]) -> tuple[int | slice, ...]:
+    """A region's index as Python indexing of a tensor."""
+    return tuple(i if isinstance(i, int) else slice(*i) for i in index)
+
+
+def safetensors_files(model_dir: Path) -> dict[str, Path]:
+    """Tensor name -> file, for sharded and single-file checkpoints."""
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"]
+        files = {name: model_dir / file for name, file in names.items()}
+        missing = sorted({str(path) for path in files.values() if not path.is_file()})
+        if missing:
+            raise UserError("\n".join(f"{index}: shard {path} does not exist" for path in missing))
+        return files
+    single = model_dir / "model.safetensors"
+    if not single.is_file():
+        raise UserError(f"model.path: {model_dir} has neither model.safetensors nor its index")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def load_hf(
+    model_dir: str | Path,
+    architecture: Architecture,
+    regions: list[Region],
+    params: Mapping[str, torch.Tensor],
+) -> None:
+    """Fill this rank's parameters from a Hugging Face directory; only the bytes it needs are read.
+
+    Raises UserError listing missing, left-over and misshapen tensors, and parameters that no
+    region fills. Vocabulary padding rows become zero.
+    """
+    model_dir = Path(model_dir)
+    files = safetensors_files(model_dir)
+    with ExitStack() as stack:
+        handles = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
+
+        def read(name: str) -> Any:
+            return handles[files[name]].get_slice(name)
+
+        expected = architecture.hf_shapes()
+        if architecture.spec.tied_embeddings and "lm_head.weight" in files:
+            embedding = "model.embed_tokens.weight"
+            if not torch.equal(read("lm_head.weight")[:], read(embedding)[:]):
+                raise UserError(f"{model_dir}: lm_head.weight differs from {embedding} though they are tied")
+            del files["lm_head.weight"]
+        check_names(expected, files, str(model_dir))
+        wrong = [
+            f"{model_dir}: tensor {name} has shape {list(read(name).get_shape())}, the table expects {list(shape)}"
+            for name, shape in expected.items()
+            if tuple(read(name).get_shape()) != shape
+        ]
+        wrong += uncovered(architecture, regions, params)
+        if wrong:
+            raise UserError("\n".join(wrong))
+        with torch.no_grad():
+            for param in params.values():
+                param.zero_()
+            for region in regions:
+                part = read(region.hf)[tuple(slice(*span) for span in region.box)]
+                params[region.param][region_index(region.index)].copy_(part)
+
+
+def uncovered(
+    architecture: Architecture, regions: list[Region], params: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Parameters whose elements are not each in exactly one region (padding rows excepted)."""
+    problems = []
+    counts: dict[str, int] = dict.fromkeys(params, 0)
+    for region in regions:
+        if region.param not in counts:
+            problems.append(f"table: tensor {region.hf} belongs in parameter {region.param}, which does not exist")
+            continue
+        counts[region.param] += _box_size(region)
+    padded = architecture.spec.padded_vocab(1) - architecture.spec.vocab_size
+    for name, count in counts.items():
+        missing = params[name].numel() - count
+        is_vocab = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        if missing and not (is_vocab and (padded or missing > 0) and missing % architecture.spec.hidden_size == 0):
+            problems.append(f"table: {missing} of {params[name].numel()} elements of parameter {name} have no tensor")
+    return problems
+
+
+def _box_size(region: Region) -> int:
+    size = 1
+    for start, stop in region.box:
+        size *= stop - start
+    return size
+
+
+def export_hf(
+    directory: str | Path,
+    source_dir: str | Path,
+    architecture: Architecture,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+) -> None:
+    """Write a Hugging Face directory: safetensors (sharded above 5 GiB), configuration and tokenizer
+    files of ``source_dir``. The directory appears complete or not at all."""
+    directory, source_dir = Path(directory), Path(source_dir)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    dtype = None
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + num_bytes > _MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += num_bytes
+        dtype = tensor.dtype
+    check_names(architecture.hf_shapes(), (name for shard in shards for name in shard), str(directory))
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        file = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        )
+        save_file(shard, partial / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name in _CARRIED_OVER:
+        if (source_dir / name).is_file():
+            shutil.copy(source_dir / name, partial / name)
+    config = json.loads((partial / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
