@@ -93,6 +93,7 @@ class PackedBatch:
         position_ids  0  1  2  0  1
         cu_seqlens    0  3  5
         sequence_ids  0  0  0  1  1      row of the caller's list of sequences
+        lengths       3  2
 
     Every per-token field is aligned with ``labels``: the value at t belongs to the prediction
     that position t makes. Padding (to a multiple of 2 * context_parallel_size per sequence)
@@ -109,6 +110,7 @@ class PackedBatch:
     rollout_logprobs: torch.Tensor | None = None  # [T] float32
     old_logprobs: torch.Tensor | None = None  # [T] float32
     ref_logprobs: torch.Tensor | None = None  # [T] float32
+    lengths: torch.Tensor | None = None  # [S] int32, tokens without padding (dummy: 0); None: no padding
 
 
 @dataclass(slots=True)

@@ -1,0 +1,44 @@
+"""The share of a packed microbatch that one context-parallel rank computes."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+
+from megarl.records import PackedBatch
+
+_PER_SEQUENCE = frozenset({"cu_seqlens", "lengths"})
+
+
+def zigzag_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Positions [T / size] int64 of the packed row that ``rank`` of ``size`` computes, in its order.
+
+    Each sequence is cut into 2 * size equal chunks, of which rank r holds chunks r and 2 * size - 1 - r:
+    with causal attention an early (cheap) and a late (dear) one, so all ranks do the same work.
+    """
+    bounds = cu_seqlens.tolist()
+    pieces = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        chunk, rest = divmod(end - start, 2 * size)
+        assert rest == 0, f"sequence of {end - start} tokens does not divide into 2 * {size} chunks"
+        for piece in (rank, 2 * size - 1 - rank):
+            pieces.append(torch.arange(start + piece * chunk, start + (piece + 1) * chunk))
+    return torch.cat(pieces).to(cu_seqlens.device)
+
+
+def context_parallel_slice(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
+    """Cut every per-token field [T] of a packed batch to the [T / size] of one context-parallel rank.
+
+    Sequences must have been padded to a multiple of 2 * size (``pack(pad_to_multiple=...)``).
+    ``cu_seqlens`` and ``lengths`` stay global, as Megatron's packed_seq_params want them: its rotary
+    embedding and attention divide by the context-parallel size themselves. The boundaries of the slice
+    are ``cu_seqlens // size``. Labels were made before the cut, so a chunk's last label is the first
+    token of the next chunk, wherever that one lives.
+    """
+    assert 0 <= rank < size, f"context-parallel rank {rank} of {size}"
+    if size == 1:
+        return batch
+    index = zigzag_indices(batch.cu_seqlens, rank, size)
+    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in _PER_SEQUENCE}
+    return replace(batch, **{name: v[index] for name, v in values.items() if v is not None})

@@ -1,0 +1,70 @@
+"""Group advantages in closed form."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+
+from megarl.advantages import group_advantages, zero_std_fraction
+from megarl.errors import UserError
+
+
+def test_mean_baseline_by_hand() -> None:
+    # Two right, two wrong: mean 1/2, sample deviation sqrt(4 * 0.25 / 3) = 1 / sqrt(3).
+    (advantages,) = group_advantages([[1.0, 0.0, 0.0, 1.0]], epsilon=0.0)
+    assert advantages == pytest.approx([math.sqrt(3) / 2 * s for s in (1, -1, -1, 1)], rel=1e-14)
+    (plain,) = group_advantages([[1.0, 0.0, 0.0, 1.0]], normalize_std=False)
+    assert plain == [0.5, -0.5, -0.5, 0.5]
+
+
+def test_one_right_answer_among_g() -> None:
+    """Mean 1/G, variance 1/G: the one right answer gets (G-1)/sqrt(G), the others -1/sqrt(G)."""
+    for size in (2, 5, 16):
+        (advantages,) = group_advantages([[1.0] + [0.0] * (size - 1)], epsilon=0.0)
+        assert advantages[0] == pytest.approx((size - 1) / math.sqrt(size))
+        assert advantages[1:] == pytest.approx([-1 / math.sqrt(size)] * (size - 1))
+
+
+def test_leave_one_out_is_the_mean_of_the_others() -> None:
+    rewards = [3.0, -1.0, 0.5, 0.5, 7.0]
+    (advantages,) = group_advantages([rewards], baseline="leave_one_out", normalize_std=False)
+    expected = [r - statistics.mean(rewards[:i] + rewards[i + 1 :]) for i, r in enumerate(rewards)]
+    assert advantages == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_random_ragged_groups_against_the_statistics_module(baseline: str) -> None:
+    rng = random.Random(2)
+    groups = [[rng.gauss(3, 2) for _ in range(rng.randint(2, 9))] for _ in range(50)]
+    result = group_advantages(groups, baseline=baseline, epsilon=1e-3)  # type: ignore[arg-type]
+    for rewards, advantages in zip(groups, result, strict=True):
+        assert sum(advantages) == pytest.approx(0.0, abs=1e-9)
+        for i, (reward, advantage) in enumerate(zip(rewards, advantages, strict=True)):
+            others = rewards if baseline == "mean" else rewards[:i] + rewards[i + 1 :]
+            expected = (reward - statistics.fmean(others)) / (statistics.stdev(rewards) + 1e-3)
+            assert advantage == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_equal_rewards_give_exactly_zero(baseline: str) -> None:
+    groups = [[0.1] * 3, [1 / 3] * 7, [0.0] * 4, [-2.7] * 2]
+    assert sum([0.1] * 3) / 3 != 0.1, "the residue this guards against"
+    result = group_advantages(groups, baseline=baseline, epsilon=0.0)  # type: ignore[arg-type]
+    assert result == [[0.0] * len(g) for g in groups]
+
+
+def test_degenerate_shapes() -> None:
+    assert group_advantages([]) == []
+    assert group_advantages([[], [4.0]]) == [[], [0.0]]
+    assert zero_std_fraction([]) == 0.0
+    assert zero_std_fraction([[1.0, 1.0], [0.0, 1.0], [2.0], [0.3, 0.3, 0.3]]) == 0.75
+
+
+def test_user_errors_name_the_group() -> None:
+    with pytest.raises(UserError, match="sample 1 in group 2 is nan"):
+        group_advantages([[1.0], [2.0], [0.0, math.nan]])
+    with pytest.raises(UserError, match="leave_one_out.*group 1 has 1"):
+        group_advantages([[1.0, 2.0], [2.0]], baseline="leave_one_out")
