@@ -110,6 +110,7 @@ class PackedBatch:
     rollout_logprobs: torch.Tensor | None = None  # [T] float32
     old_logprobs: torch.Tensor | None = None  # [T] float32
     ref_logprobs: torch.Tensor | None = None  # [T] float32
+    loss_weights: torch.Tensor | None = None  # [T] float32, the share of each token in the step's mean
     lengths: torch.Tensor | None = None  # [S] int32, tokens without padding (dummy: 0); None: no padding
 
 

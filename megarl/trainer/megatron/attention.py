@@ -22,6 +22,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
 from megarl.models.rope import cos_sin, rotate
+from megarl.packing.context_parallel import zigzag_indices
 
 _MAX_PADDED_RATIO = 1.3
 """A bucket of sequences is padded to its longest; more waste than this starts a new bucket."""
@@ -122,22 +123,6 @@ class _GatherContext(torch.autograd.Function):
         return out, None
 
 
-def zigzag_order(lengths: list[int], size: int, rank: int) -> torch.Tensor:
-    """Global token indices that context-parallel ``rank`` owns, in its local order.
-
-    Each padded sequence is cut into 2 * size chunks; rank r owns chunks r and 2 * size - 1 - r, so
-    that causal attention costs every rank the same.
-    """
-    parts, start = [], 0
-    for length in lengths:
-        assert length % (2 * size) == 0, (length, size)
-        chunk = length // (2 * size)
-        for c in (rank, 2 * size - 1 - rank):
-            parts.append(torch.arange(start + c * chunk, start + (c + 1) * chunk))
-        start += length
-    return torch.cat(parts)
-
-
 def context_parallel_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -148,7 +133,8 @@ def context_parallel_attention(
 ) -> torch.Tensor:
     """As :func:`packed_causal_attention`, q, k, v being this rank's zigzag chunks of each sequence."""
     size, rank = group.size(), group.rank()
-    order = torch.cat([zigzag_order(packed.lengths, size, r) for r in range(size)]).to(q.device)
+    bounds = packed.cu_seqlens_q
+    order = torch.cat([zigzag_indices(bounds, r, size) for r in range(size)]).to(q.device)
     gathered = _GatherContext.apply(torch.stack((k, v), dim=1), group).index_select(0, order.argsort())
     keys, values = gathered.unbind(1)
     outs, local, start = [], 0, 0

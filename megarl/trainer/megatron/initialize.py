@@ -58,7 +58,6 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
-        create_gloo_process_groups=chosen.name == "cuda",
     )
     random.seed(seed)
     numpy.random.seed(seed)

@@ -1,0 +1,1 @@
+"""Losses over the tokens of a packed microbatch; see :mod:`megarl.losses.base` for the interface."""

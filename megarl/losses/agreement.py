@@ -1,0 +1,64 @@
+"""How far the engine's logprobs are from the trainer's for the same tokens and weights.
+
+The first thing to look at when RL goes wrong: engine and trainer must be the same policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class WorstToken:
+    """The token on which engine and trainer disagree most."""
+
+    difference: float
+    sequence_id: int
+    label: int
+    trainer_logprob: float
+    rollout_logprob: float
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Sums over tokens; merge over microbatches and ranks with ``+``."""
+
+    num_tokens: int = 0
+    abs_diff_sum: float = 0.0
+    kl_sum: float = 0.0  # k3 estimate of KL(rollout || trainer), tokens drawn from the engine
+    worst: WorstToken | None = None
+
+    def __add__(self, other: Agreement) -> Agreement:
+        candidates = [w for w in (self.worst, other.worst) if w is not None]
+        return Agreement(
+            self.num_tokens + other.num_tokens,
+            self.abs_diff_sum + other.abs_diff_sum,
+            self.kl_sum + other.kl_sum,
+            max(candidates, key=lambda w: w.difference, default=None),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """logprob_abs_diff_mean, logprob_abs_diff_max and kl_rollout_trainer."""
+        count = max(self.num_tokens, 1)
+        return {
+            "logprob_abs_diff_mean": self.abs_diff_sum / count,
+            "logprob_abs_diff_max": self.worst.difference if self.worst else 0.0,
+            "kl_rollout_trainer": self.kl_sum / count,
+        }
+
+
+def measure_agreement(
+    trainer: torch.Tensor, rollout: torch.Tensor, labels: torch.Tensor, sequence_ids: torch.Tensor
+) -> Agreement:
+    """Compare logprobs [N] of the same tokens, computed with the same weights and temperature."""
+    if trainer.numel() == 0:
+        return Agreement()
+    d = trainer.detach().double() - rollout.double()
+    difference = d.abs()
+    at = int(difference.argmax())
+    worst = WorstToken(
+        float(difference[at]), int(sequence_ids[at]), int(labels[at]), float(trainer[at]), float(rollout[at])
+    )
+    return Agreement(d.numel(), float(difference.sum()), float((torch.expm1(d) - d).sum()), worst)

@@ -1,0 +1,65 @@
+"""What a loss sees, and how denominators stay independent of the parallel layout.
+
+A loss is a sum over tokens of ``weight * value``. The weights carry the *global* denominators (over
+all ranks and microbatches of the optimizer step), so sums over microbatches, context- and
+data-parallel ranks need no further scaling, whatever the split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from megarl.records import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class LossTokens:
+    """The rows of one microbatch that have a loss: N tokens, each field [N]."""
+
+    logprobs: torch.Tensor  # trainer's, with gradient
+    entropy: torch.Tensor
+    weights: torch.Tensor  # share of each token in the mean
+    labels: torch.Tensor  # int64
+    sequence_ids: torch.Tensor  # int64
+    advantages: torch.Tensor | None
+    old_logprobs: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+    rollout_logprobs: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class LossResult:
+    """A microbatch's loss (its share of the global mean) and what is to be logged.
+
+    ``sums`` are added over microbatches and ranks, of ``maxima`` the largest survives. Values are
+    scalars without gradient.
+    """
+
+    loss: torch.Tensor
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    maxima: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """A loss as the trainer calls it, once per microbatch."""
+
+    def __call__(self, tokens: LossTokens) -> LossResult:
+        """Loss and sums of these tokens."""
+        ...
+
+
+def token_weights(
+    sequences: list[Sequence], aggregation: Literal["token", "sequence"]
+) -> list[float]:
+    """Weight of each target token of each sequence, [S]: 1 / T, or 1 / (S * its own number of targets).
+
+    T counts all targets and S all sequences with at least one, over the whole optimizer step.
+    """
+    counts = [sum(sequence.loss_mask[1:]) for sequence in sequences]
+    total, num_sequences = sum(counts), sum(count > 0 for count in counts)
+    if aggregation == "token":
+        return [1.0 / total if total else 0.0] * len(sequences)
+    return [1.0 / (num_sequences * count) if count else 0.0 for count in counts]

@@ -1,0 +1,80 @@
+"""Megatron distributed checkpoints of weights, optimizer and schedule, and each rank's random state."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megarl.errors import UserError
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def save(directory: Path, module: Any, optimizer: Any | None, schedule: Any) -> None:
+    """Write into ``directory`` (existing, empty). It is complete when the call returns on all ranks."""
+    state = _sharded_state(module, optimizer, is_loading=False)
+    state["schedule"] = schedule.state_dict()
+    dist_checkpointing.save(state, str(directory), async_sharded_save=False)
+    with _rng_file(directory, dist.get_rank()).open("wb") as file:
+        torch.save(_rng_state(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def load(directory: Path, module: Any, optimizer: Any, schedule: Any) -> bool:
+    """Read weights, optimizer and schedule; the layout may differ from the writer's.
+
+    Returns whether the random state was restored too, which needs as many ranks as wrote it.
+    """
+    if not (directory / "metadata.json").is_file():
+        raise UserError(f"checkpoint {directory} has no metadata.json: it is not a complete checkpoint")
+    state = dist_checkpointing.load(_sharded_state(module, optimizer, is_loading=True), str(directory))
+    missing, unexpected = module.load_state_dict(state["model"], strict=False)
+    wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
+    assert not wrong, f"checkpoint and model disagree on {wrong}"
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    same_ranks = not _rng_file(directory, dist.get_world_size()).exists()
+    file = _rng_file(directory, dist.get_rank())
+    if same_ranks and file.exists():
+        _set_rng_state(torch.load(file, weights_only=False))
+        return True
+    return False
+
+
+def _sharded_state(module: Any, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+    model = module.sharded_state_dict(metadata=_METADATA)
+    state: dict[str, Any] = {"model": model}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    return state
+
+
+def _rng_file(directory: Path, rank: int) -> Path:
+    return directory / f"rng_{rank:05}.pt"
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,338 @@
+"""The Megatron trainer of one rank: packed microbatches in, optimizer steps and logprobs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+from megarl.losses.agreement import Agreement, measure_agreement
+from megarl.losses.base import Loss, LossResult, LossTokens, token_weights
+from megarl.models.table import Architecture
+from megarl.ops import linear_token_logprob
+from megarl.packing.context_parallel import context_parallel_slice
+from megarl.packing.pack import pack
+from megarl.packing.plan import CostModel, plan_microbatches
+from megarl.records import PackedBatch, Sequence
+from megarl.trainer.megatron import checkpoint
+from megarl.trainer.megatron.attention import PackedMicrobatch
+from megarl.trainer.megatron.initialize import RankContext
+from megarl.trainer.megatron.model import PolicyModel, build_model
+from megarl.trainer.megatron.optimizer import build_optimizer
+from megarl.trainer.policy import LogprobField, TrainStepResult
+from megarl.weights.hf import load_hf, region_index
+from megarl.weights.plan import Owner
+from megarl.weights.share import pool_parameters, share_parameters
+
+
+class MegatronPolicy:
+    """Implements :class:`megarl.trainer.policy.Policy` on Megatron-Core."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        architecture: Architecture,
+        model: ModelConfig,
+        packing: PackingConfig,
+        optimizer: OptimizerConfig,
+        total_optimizer_steps: int,
+    ) -> None:
+        self.context, self.architecture, self.packing = context, architecture, packing
+        self.device = context.platform.device
+        dtype = getattr(torch, model.dtype)
+        module = build_model(architecture.spec, context.layout, dtype, self.device)
+        self.params = dict(module.named_parameters())
+        self.regions = architecture.trainer_regions(context.layout, context.at)
+        load_hf(model.path, architecture, self.regions, self.params)
+        if not optimizer.distributed:  # Megatron's distributed optimizer brings its own flat buffer
+            pool_parameters(self.params)
+        self.module: PolicyModel = module
+        self.ddp = DistributedDataParallel(
+            module.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=optimizer.distributed,
+            ),
+            module,
+        )
+        self.optimizer, self.schedule = build_optimizer(optimizer, [self.ddp], dtype, total_optimizer_steps)
+        module.config.finalize_model_grads_func = _finalize_without_scaling
+        module.config.grad_scale_func = self.optimizer.scale_loss if dtype == torch.float16 else None
+        self._reference: dict[str, torch.Tensor] | None = None
+        self._costs = CostModel.transformer(architecture.spec.hidden_size)
+
+    # --- from sequences to microbatches -------------------------------------------------------
+
+    def prepare(self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]) -> list[PackedBatch]:
+        """See Policy. All ranks pass all sequences; each packs its own microbatches."""
+        layout, at = self.context.layout, self.context.at
+        multiple = (2 * layout.context if layout.context > 1 else 1) * (
+            layout.tensor if layout.sequence_parallel else 1
+        )
+        plan = plan_microbatches(
+            [len(s.token_ids) for s in sequences],
+            max_tokens=self.packing.max_tokens_per_microbatch,
+            num_ranks=layout.data,
+            pad_to_multiple=multiple,
+            costs=self._costs,
+        )
+        weights = torch.tensor(token_weights(sequences, aggregation), dtype=torch.float32, device=self.device)
+        batches = []
+        for indices in plan.microbatches[at.data]:
+            batch = pack(sequences, indices, pad_to_multiple=multiple, device=self.device)
+            batch.loss_weights = weights[batch.sequence_ids] * batch.loss_mask
+            batches.append(context_parallel_slice(batch, at.context, layout.context))
+        return batches
+
+    # --- forward and backward -----------------------------------------------------------------
+
+    def fill_logprobs(
+        self, batches: list[PackedBatch], into: LogprobField, *, temperature: float
+    ) -> Agreement:
+        """See Policy. The agreement is that of the filled logprobs with the rollout's, over all ranks."""
+        agreement = Agreement()
+
+        def keep(batch: PackedBatch, rows: torch.Tensor, tokens: LossTokens) -> LossResult:
+            nonlocal agreement
+            values = torch.zeros(batch.token_ids.shape[0], device=self.device)
+            values[rows] = tokens.logprobs
+            setattr(batch, into, values)
+            agreement = agreement + _agreement(tokens)
+            return LossResult(tokens.logprobs.sum())
+
+        with torch.no_grad():
+            self._run(batches, keep, temperature, forward_only=True)
+        return self._reduce_agreement(agreement)
+
+    def evaluate_loss(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
+        """See Policy."""
+        with torch.no_grad():
+            results = self._run(batches, lambda _batch, _rows, tokens: loss(tokens), 1.0, forward_only=True)
+        return self._reduce(results)
+
+    def train_step(self, batches: list[PackedBatch], loss: Loss, *, temperature: float) -> TrainStepResult:
+        """See Policy."""
+        agreement = Agreement()
+
+        def learn(batch: PackedBatch, rows: torch.Tensor, tokens: LossTokens) -> LossResult:
+            nonlocal agreement
+            agreement = agreement + _agreement(tokens)
+            return loss(tokens)
+
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(batches, learn, temperature, forward_only=False)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        success, grad_norm, _ = self.optimizer.step()
+        assert success, "fp32 and bf16 steps never overflow a loss scale"
+        self.schedule.step(1)
+        metrics = self._reduce(results)
+        metrics["grad_norm"] = float(grad_norm)
+        metrics["lr"] = float(learning_rate)
+        return TrainStepResult(metrics, self._reduce_agreement(agreement))
+
+    def _run(self, batches: list[PackedBatch], use: Any, temperature: float, *, forward_only: bool) -> list[Any]:
+        longest = max(batch.token_ids.shape[0] for batch in batches)
+        return list(
+            get_forward_backward_func()(
+                forward_step_func=partial(self._forward_step, use=use, temperature=temperature),
+                data_iterator=iter(batches),
+                model=[self.ddp],
+                num_microbatches=len(batches),
+                seq_length=longest,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        )
+
+    def _forward_step(
+        self, batches: Iterator[PackedBatch], model: Any, *, use: Any, temperature: float
+    ) -> tuple[torch.Tensor, Any]:
+        batch = next(batches)
+        packed = PackedMicrobatch(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            lengths=batch.cu_seqlens.diff().tolist(),
+            position_ids=batch.position_ids,
+        )
+        hidden = model(
+            batch.token_ids[None], batch.position_ids[None], attention_mask=None, packed_seq_params=packed
+        )
+        return hidden, partial(self._head_and_loss, batch, use, temperature)
+
+    def _head_and_loss(
+        self, batch: PackedBatch, use: Any, temperature: float, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, LossResult | None]:
+        no_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # denominators are in the weights
+        rows = batch.loss_mask.nonzero().flatten()
+        if rows.numel() == 0:  # a dummy microbatch: take part in the backward pass with nothing
+            return hidden.sum() * 0.0, no_tokens, None
+        hidden = hidden[:, 0]
+        if self.context.layout.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+            hidden = hidden.index_select(0, rows)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden.index_select(0, rows))
+        weight = self.module.head_weight()
+        group = parallel_state.get_tensor_model_parallel_group() if self.context.layout.tensor > 1 else None
+        stored_rows = self.architecture.spec.padded_vocab(self.context.layout.tensor) // self.context.layout.tensor
+        out = linear_token_logprob(
+            hidden,
+            weight,
+            batch.labels[rows],
+            temperature=temperature,
+            vocab_start=self.context.at.tensor * stored_rows,
+            tp_group=group,
+        )
+        assert batch.loss_weights is not None
+
+        def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[rows]
+
+        tokens = LossTokens(
+            logprobs=out.logprob,
+            entropy=out.entropy,
+            weights=batch.loss_weights[rows],
+            labels=batch.labels[rows],
+            sequence_ids=batch.sequence_ids[rows],
+            advantages=of_rows(batch.advantages),
+            old_logprobs=of_rows(batch.old_logprobs),
+            ref_logprobs=of_rows(batch.ref_logprobs),
+            rollout_logprobs=of_rows(batch.rollout_logprobs),
+        )
+        result = use(batch, rows, tokens)
+        return result.loss, no_tokens, result
+
+    # --- reductions over ranks ----------------------------------------------------------------
+
+    def _reduce(self, results: list[LossResult | None]) -> dict[str, float]:
+        """Sums and maxima over microbatches and ranks; tensor ranks hold copies, so one of them counts."""
+        local = [r for r in results if r is not None] if self._counts() else []
+        names = {
+            kind: sorted(set().union(*(getattr(r, kind) for r in local))) if local else []
+            for kind in ("sums", "maxima")
+        }
+        if dist.get_world_size() > 1:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            mine = [[(r.sums, r.maxima) for r in local], names]
+            mine[0] = [
+                ({k: float(v) for k, v in s.items()}, {k: float(v) for k, v in m.items()}) for s, m in mine[0]
+            ]
+            dist.all_gather_object(gathered, mine[0])
+            pairs = [pair for rank in gathered for pair in rank]
+        else:
+            pairs = [
+                ({k: float(v) for k, v in r.sums.items()}, {k: float(v) for k, v in r.maxima.items()})
+                for r in local
+            ]
+        out: dict[str, float] = {}
+        for sums, maxima in pairs:
+            for name, value in sums.items():
+                out[name] = out.get(name, 0.0) + value
+            for name, value in maxima.items():
+                out[name] = max(out.get(name, float("-inf")), value)
+        return out
+
+    def _reduce_agreement(self, agreement: Agreement) -> Agreement:
+        if dist.get_world_size() == 1:
+            return agreement
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, agreement if self._counts() else Agreement())
+        return sum(gathered, Agreement())
+
+    def _counts(self) -> bool:
+        """Whether this rank's results are its own and not a copy of another tensor rank's."""
+        return self.context.at.tensor == 0 and parallel_state.is_pipeline_last_stage()
+
+    # --- reference ----------------------------------------------------------------------------
+
+    def keep_reference(self) -> None:
+        """See Policy."""
+        with torch.no_grad():
+            self._reference = {name: param.detach().clone() for name, param in self.params.items()}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """See Policy."""
+        assert self._reference is not None, "keep_reference() first"
+        self._exchange(self._reference)
+        try:
+            yield
+        finally:
+            self._exchange(self._reference)
+
+    def _exchange(self, other: dict[str, torch.Tensor]) -> None:
+        for name, param in self.params.items():
+            param.data, other[name] = other[name], param.data
+
+    # --- weights ------------------------------------------------------------------------------
+
+    def weight_owners(self) -> list[Owner]:
+        """See Policy. Data-parallel replicas hold equal weights; the first replica offers its own."""
+        at = self.context.at
+        mine = share_parameters(self.params, self.regions) if at.data == 0 and at.context == 0 else None
+        gathered: list[Owner | None] = [mine]
+        if dist.get_world_size() > 1:
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, mine)
+        return [owner for owner in gathered if owner is not None] if self.context.is_first else []
+
+    def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Policy. One tensor at a time is whole on rank 0."""
+        at = self.context.at
+        offers = at.data == 0 and at.context == 0
+        by_name: dict[str, list[Any]] = {}
+        for region in self.regions if offers else []:
+            by_name.setdefault(region.hf, []).append(region)
+        for name, shape in self.architecture.hf_shapes().items():
+            parts = [
+                (region.box, self.params[region.param].detach()[region_index(region.index)].cpu().clone())
+                for region in by_name.get(name, [])
+            ]
+            gathered = [parts]
+            if dist.get_world_size() > 1:
+                everything: list[Any] = [None] * dist.get_world_size()
+                dist.gather_object(parts, everything if self.context.is_first else None)
+                gathered = everything
+            if self.context.is_first:
+                whole = torch.empty(shape, dtype=next(iter(self.params.values())).dtype)
+                for box, part in (piece for rank in gathered for piece in rank):
+                    whole[tuple(slice(*span) for span in box)] = part
+                yield name, whole
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def save(self, directory: Path, *, optimizer: bool) -> None:
+        """See Policy."""
+        checkpoint.save(directory, self.module, self.optimizer if optimizer else None, self.schedule)
+
+    def load(self, directory: Path) -> None:
+        """See Policy."""
+        checkpoint.load(directory, self.module, self.optimizer, self.schedule)
+
+
+def _agreement(tokens: LossTokens) -> Agreement:
+    if tokens.rollout_logprobs is None:
+        return Agreement()
+    return measure_agreement(tokens.logprobs, tokens.rollout_logprobs, tokens.labels, tokens.sequence_ids)
+
+
+def _finalize_without_scaling(model: list[Any], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction; the division by tokens is left out, the loss weights did it."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,83 @@
+"""The trainer as algorithms see it; megarl/trainer/megatron/policy.py implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from megarl.losses.agreement import Agreement
+from megarl.losses.base import Loss
+from megarl.records import PackedBatch, Sequence
+from megarl.weights.plan import Owner
+
+LogprobField = Literal["old_logprobs", "ref_logprobs"]
+
+
+@dataclass(slots=True)
+class TrainStepResult:
+    """One optimizer step, reduced over all ranks."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    agreement: Agreement = field(default_factory=Agreement)
+
+
+class Policy(Protocol):
+    """Every rank calls every method, in the same order."""
+
+    def prepare(self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]) -> list[PackedBatch]:
+        """Plan and pack: this rank's microbatches of one optimizer step."""
+        ...
+
+    def fill_logprobs(
+        self, batches: list[PackedBatch], into: LogprobField, *, temperature: float
+    ) -> Agreement:
+        """Forward only: set ``into`` of every microbatch to the current weights' logprobs."""
+        ...
+
+    def evaluate_loss(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
+        """Forward only: the loss's sums over all ranks."""
+        ...
+
+    def train_step(self, batches: list[PackedBatch], loss: Loss, *, temperature: float) -> TrainStepResult:
+        """Forward, backward, gradient reduction, clipping, optimizer and schedule."""
+        ...
+
+    def keep_reference(self) -> None:
+        """Remember the present weights as the reference."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the model computes with the reference weights (an exchange of pointers)."""
+        ...
+
+    def weight_owners(self) -> list[Owner]:
+        """What every rank offers to engines, on rank 0 (elsewhere empty)."""
+        ...
+
+    def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the Hugging Face checkpoint, on rank 0 (elsewhere none)."""
+        ...
+
+    def save(self, directory: Path, *, optimizer: bool) -> None:
+        """Write weights, optimizer and schedule as a Megatron distributed checkpoint."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Read what ``save`` wrote, under this run's layout."""
+        ...
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank (picklable; other ranks pass anything)."""
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
