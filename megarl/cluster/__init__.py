@@ -1,0 +1,1 @@
+"""The processes around the trainer: Ray here, launchers later."""

@@ -1,0 +1,65 @@
+"""One local Ray runtime per driver process: started quietly, tied to the driver's life.
+
+Ray's own processes get the kernel's parent-death signal from ``ray.init`` and end with the thread
+that called it, so call :func:`start_ray` from a thread that lives as long as the driver (the main
+thread). Worker processes end when their raylet does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Records cross by value and weights not at all, so the object store only needs Ray's minimum comfort.
+OBJECT_STORE_BYTES = 128 * 2**20
+_DIR_PREFIX = "megarl-ray-"
+# Unix socket paths end at 107 bytes, and Ray's session directory takes about 75 of them.
+_MAX_TEMP_ROOT = 30
+
+
+def start_ray() -> None:
+    """Start this driver's own Ray on this machine; does nothing when it runs already."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # keep an engine's view of the GPUs ours to set
+    import ray
+
+    if ray.is_initialized():
+        return
+    _remove_stale_dirs()
+    temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
+    ray.init(
+        address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
+        num_cpus=os.cpu_count(),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=temp_dir,
+    )
+
+
+def stop_ray() -> None:
+    """Stop what :func:`start_ray` started and remove its files; does nothing when it does not run."""
+    import ray
+
+    if not ray.is_initialized():
+        return
+    ray.shutdown()
+    for path in _temp_root().glob(f"{_DIR_PREFIX}{os.getpid()}-*"):
+        shutil.rmtree(path, ignore_errors=True)  # a daemon may still be writing its last log line
+
+
+def _temp_root() -> Path:
+    root = Path(tempfile.gettempdir())
+    return root if len(str(root)) <= _MAX_TEMP_ROOT else Path("/tmp")
+
+
+def _remove_stale_dirs() -> None:
+    """Directories of drivers that were killed before they could tidy up."""
+    for path in _temp_root().glob(f"{_DIR_PREFIX}*"):
+        pid = path.name.removeprefix(_DIR_PREFIX).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and path.stat().st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)

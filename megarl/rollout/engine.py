@@ -1,0 +1,139 @@
+"""What a rollout engine is, seen from the trainer: token ids in, token ids and logprobs out.
+
+Text never crosses this interface, so nothing is re-tokenised on the way back. The records hold
+plain Python values and cross process boundaries unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megarl.records import FinishReason
+from megarl.weights.handover import ParamInfo, WeightPlan
+
+
+class EngineError(RuntimeError):
+    """The engine could not start, or died too often; the message shows its cause and log."""
+
+
+class WeightPlanError(ValueError):
+    """A weight plan does not fit the engine; one line per violation."""
+
+    def __init__(self, violations: Sequence[str]) -> None:
+        super().__init__(
+            "the weight plan does not fit the engine:\n" + "\n".join(f"  {v}" for v in violations)
+        )
+        self.violations = list(violations)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only."""
+
+    request_id: str
+    prompt_ids: list[int]  # [P]
+    max_new_tokens: int
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How tokens are drawn; the same for all requests of one call.
+
+    ``temperature`` 0 is greedy. Sampling ends at the first of ``stop_token_ids`` (kept, with its
+    logprob, as the last token) and nowhere else: an end-of-sequence id that is not listed is a
+    token like any other. With ``logprobs``, responses carry log p(token) after temperature.
+    """
+
+    temperature: float
+    stop_token_ids: tuple[int, ...]
+    logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedResponse:
+    """What was sampled for one request. ``finish_reason`` is "length" at max_new_tokens and at the
+    engine's max_model_len; "abort" keeps the tokens there were.
+    """
+
+    request_id: str
+    token_ids: list[int]  # [N]
+    logprobs: list[float]  # [N], empty when not asked for
+    finish_reason: FinishReason
+    policy_version: int  # the weights that drew the first token
+
+
+@dataclass(frozen=True, slots=True)
+class AttachReport:
+    """How one engine rank reaches its weights. ``aliased`` parameters are the trainer's memory."""
+
+    aliased: list[str]
+    copied: list[str]
+    aliased_bytes: int
+    copied_bytes: int  # written into the engine's own parameters at every sync
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One hand-over: bytes written into engine parameters (all ranks) and wall time."""
+
+    bytes_moved: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """A sign of life. ``policy_version`` is None before the first sync."""
+
+    pid: int
+    policy_version: int | None
+    num_unfinished_requests: int
+    paused: bool
+
+
+class Engine(Protocol):
+    """An engine the trainer drives. Order: wait_ready, attach, sync, then generate and sync in turns."""
+
+    def wait_ready(self) -> None:
+        """Return when the engine takes calls; raises EngineError with the cause otherwise."""
+        ...
+
+    def describe_parameters(self) -> list[dict[str, ParamInfo]]:
+        """The parameters of every engine rank, tied ones once."""
+        ...
+
+    def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
+        """Bind one plan per engine rank; raises WeightPlanError with every violation."""
+        ...
+
+    def sync(self, policy_version: int) -> SyncReport:
+        """Make the trainer's present weights the engine's, forget cached KV, set the version."""
+        ...
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingConfig
+    ) -> Iterator[GeneratedResponse]:
+        """Sample all requests together; yields each response when it finishes."""
+        ...
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests now; unknown and finished ids are ignored."""
+        ...
+
+    def pause(self) -> None:
+        """Stop decoding; unfinished requests keep their place."""
+        ...
+
+    def resume(self) -> None:
+        """Go on after pause."""
+        ...
+
+    def health(self) -> EngineHealth:
+        """A sign of life."""
+        ...
+
+    def shutdown(self) -> None:
+        """End the engine's process."""
+        ...

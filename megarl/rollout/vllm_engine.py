@@ -1,0 +1,268 @@
+"""The driver's side of the vLLM engine: starts the actor, talks to it, and replaces it when it dies.
+
+Plans, policy version and unfinished requests are kept here, so a new actor can take up where a
+dead one stopped: seeded requests give the tokens they would have given.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megarl.cluster.ray_runtime import start_ray
+from megarl.config.schema import EngineConfig
+from megarl.rollout.engine import (
+    AttachReport,
+    EngineError,
+    EngineHealth,
+    GeneratedResponse,
+    GenerateRequest,
+    SamplingConfig,
+    SyncReport,
+    WeightPlanError,
+)
+from megarl.rollout.vllm_worker import EngineActor, EngineSettings
+from megarl.weights.handover import ParamInfo, WeightPlan
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS_IN_A_ROW = 3
+_LOG_TAIL_LINES = 25
+# Calls that only wait (generate, wait_started) each hold one of the actor's threads.
+_ACTOR_THREADS = 16
+
+
+class VllmEngine:
+    """An :class:`megarl.rollout.engine.Engine` in a Ray actor on this machine. Make it with :meth:`start`."""
+
+    def __init__(self, settings: EngineSettings, log_path: Path) -> None:
+        self._settings = settings
+        self._log_path = log_path
+        self._plans: list[WeightPlan] = []
+        self._policy_version: int | None = None
+        self._deaths_in_a_row = 0
+        self._spawn()
+
+    @classmethod
+    def start(
+        cls,
+        model_dir: Path,
+        config: EngineConfig,
+        *,
+        dtype: str,
+        max_model_len: int,
+        seed: int,
+        log_dir: Path | None = None,
+    ) -> VllmEngine:
+        """Start the actor in the background; :meth:`wait_ready` joins it.
+
+        Args:
+            model_dir: Hugging Face directory; only config.json is read.
+            config: the engine's own settings.
+            dtype: the trainer's parameter type, which ``config.dtype`` "auto" follows.
+            max_model_len: most tokens of prompt and response together.
+            seed: seeds requests that bring none.
+            log_dir: where engine.log goes; None makes a temporary directory.
+
+        Call it from a thread that lives as long as the driver (see :mod:`megarl.cluster.ray_runtime`).
+        """
+        start_ray()
+        settings = EngineSettings(
+            model_dir=str(Path(model_dir).resolve()),
+            config=config,
+            dtype=dtype if config.dtype == "auto" else config.dtype,
+            max_model_len=max_model_len,
+            seed=seed,
+        )
+        directory = log_dir or Path(tempfile.mkdtemp(prefix="megarl-engine-"))
+        return cls(settings, directory.resolve() / "engine.log")
+
+    @property
+    def log_path(self) -> Path:
+        """Everything the engine's process prints."""
+        return self._log_path
+
+    def wait_ready(self) -> None:
+        """Wait until the engine takes calls.
+
+        Raises:
+            EngineError: it crashed (at once, with the cause) or start_timeout_seconds passed.
+        """
+        try:
+            self._wait_started()
+        except _actor_died() as death:
+            raise EngineError(self._explain(f"the vLLM engine died while starting: {death}")) from death
+
+    def describe_parameters(self) -> list[dict[str, ParamInfo]]:
+        """See Engine.describe_parameters."""
+        return self._call("describe_parameters")
+
+    def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
+        """See Engine.attach. The plans are kept for a restart; their storages must outlive the engine."""
+        reports = self._call("attach", plans)
+        self._plans = plans
+        return reports
+
+    def sync(self, policy_version: int) -> SyncReport:
+        """See Engine.sync. Nothing is copied for aliased parameters; the trainer must not write meanwhile."""
+        report = self._call("sync", policy_version)
+        self._policy_version = policy_version
+        self._deaths_in_a_row = 0
+        return report
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], sampling: SamplingConfig
+    ) -> Iterator[GeneratedResponse]:
+        """See Engine.generate. Survives the actor's death; a consumer that stops early aborts the rest.
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room in max_model_len, or an id occurs twice.
+            EngineError: the engine failed, or died three times in a row.
+        """
+        self._check_requests(requests)
+        return self._generate({request.request_id: request for request in requests}, sampling)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """See Engine.abort; the aborted responses come out of generate with what they had."""
+        self._call("abort", list(request_ids))
+
+    def pause(self) -> None:
+        """See Engine.pause."""
+        self._call("set_paused", True)
+
+    def resume(self) -> None:
+        """See Engine.resume."""
+        self._call("set_paused", False)
+
+    def health(self) -> EngineHealth:
+        """See Engine.health. Raises EngineError when the actor does not answer; restarts nothing."""
+        try:
+            return self._get(self._actor.health.remote(), timeout=30)
+        except (_actor_died(), TimeoutError) as error:
+            raise EngineError(self._explain(f"the vLLM engine does not answer: {error}")) from error
+
+    def shutdown(self) -> None:
+        """End the actor. Ray goes on running (:func:`megarl.cluster.ray_runtime.stop_ray`)."""
+        import ray
+
+        ray.kill(self._actor, no_restart=True)
+
+    def _spawn(self) -> None:
+        import ray
+
+        actor_class: Any = ray.remote(EngineActor)
+        self._actor: Any = actor_class.options(
+            num_cpus=0, max_restarts=0, max_concurrency=_ACTOR_THREADS
+        ).remote(self._settings, str(self._log_path))
+        self._started: Any = self._actor.wait_started.remote()
+
+    def _wait_started(self) -> None:
+        timeout = self._settings.config.start_timeout_seconds
+        try:
+            self._get(self._started, timeout=timeout)
+        except TimeoutError:
+            message = (
+                f"the vLLM engine was not ready after {timeout:g} s (rollout.engine.start_timeout_seconds)"
+            )
+            raise EngineError(self._explain(message)) from None
+
+    def _generate(
+        self, unfinished: dict[str, GenerateRequest], sampling: SamplingConfig
+    ) -> Iterator[GeneratedResponse]:
+        try:
+            while unfinished:
+                try:
+                    for finished in self._actor.generate.options(num_returns="streaming").remote(
+                        list(unfinished.values()), sampling
+                    ):
+                        for response in self._get(finished):
+                            del unfinished[response.request_id]
+                            self._deaths_in_a_row = 0
+                            yield response
+                except _actor_died() as death:
+                    self._replace(
+                        death,
+                        f"{len(unfinished)} unfinished requests are sampled again",
+                    )
+        except GeneratorExit:
+            self._actor.abort.remote(list(unfinished))
+            raise
+
+    def _call(self, method: str, *args: Any) -> Any:
+        """Call the actor; if it dies, once more on its successor."""
+        while True:
+            try:
+                return self._get(getattr(self._actor, method).remote(*args))
+            except _actor_died() as death:
+                self._replace(death, f"{method} is called again")
+
+    def _replace(self, death: Exception, then: str) -> None:
+        """Start a new actor with the stored plans and policy version; or raise EngineError."""
+        import ray
+
+        while True:
+            self._deaths_in_a_row += 1
+            if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
+                message = (
+                    f"the vLLM engine died {MAX_DEATHS_IN_A_ROW} times in a row; last cause: {_cause(death)}"
+                )
+                raise EngineError(self._explain(message)) from death
+            log.warning("The vLLM engine died (%s). Restarting it; %s.", _cause(death), then)
+            ray.kill(self._actor, no_restart=True)  # it may be unreachable rather than dead
+            self._spawn()
+            try:
+                self._wait_started()
+                if self._plans:
+                    self._get(self._actor.attach.remote(self._plans))
+                if self._policy_version is not None:
+                    self._get(self._actor.sync.remote(self._policy_version))
+                return
+            except _actor_died() as next_death:
+                death = next_death
+
+    def _get(self, reference: Any, timeout: float | None = None) -> Any:
+        """The value of a Ray reference, with errors of the engine as this module's types."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayTaskError
+
+        try:
+            return ray.get(reference, timeout=timeout)
+        except GetTimeoutError:
+            raise TimeoutError(f"no answer within {timeout:g} s") from None
+        except RayTaskError as error:
+            if isinstance(error.cause, WeightPlanError | AssertionError):
+                raise error.cause from None
+            raise EngineError(self._explain(f"the vLLM engine failed: {error.cause!r}")) from error
+
+    def _explain(self, message: str) -> str:
+        """``message`` with the end of the engine's log below it."""
+        lines = self._log_path.read_text(errors="replace").splitlines() if self._log_path.exists() else []
+        tail = "\n".join(f"  | {line}" for line in lines[-_LOG_TAIL_LINES:])
+        return f"{message}\nEnd of {self._log_path}:\n{tail or '  | (empty)'}"
+
+    def _check_requests(self, requests: Sequence[GenerateRequest]) -> None:
+        limit = self._settings.max_model_len
+        seen: set[str] = set()
+        for request in requests:
+            if request.request_id in seen:
+                raise ValueError(f"request {request.request_id}: the id occurs twice")
+            seen.add(request.request_id)
+            if not 0 < len(request.prompt_ids) < limit:
+                raise ValueError(
+                    f"request {request.request_id}: a prompt of {len(request.prompt_ids)} tokens does not fit"
+                    f" an engine with max_model_len {limit} (at least 1 of each prompt and response)"
+                )
+
+
+def _actor_died() -> type[Exception]:
+    from ray.exceptions import RayActorError
+
+    return RayActorError
+
+
+def _cause(death: Exception) -> str:
+    """Ray's description in one line."""
+    return " ".join(str(death).split())[:400]

@@ -1,0 +1,344 @@
+"""The vLLM side: an actor process with one thread that owns the engine, and the worker extension.
+
+Only this process imports vllm. The engine runs in the actor's own process (no EngineCore child),
+so its parameters can be bound to the trainer's memory by a plain method call.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megarl.config.schema import EngineConfig
+from megarl.rollout.engine import (
+    AttachReport,
+    EngineHealth,
+    GeneratedResponse,
+    GenerateRequest,
+    SamplingConfig,
+    SyncReport,
+    WeightPlanError,
+)
+from megarl.weights.handover import ParamInfo, WeightPlan
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+ResponseQueue = queue.SimpleQueue["list[GeneratedResponse] | BaseException"]
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same cores, in turns
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_COLOR": "0",
+    "OMP_WAIT_POLICY": "passive",  # spinning workers would take the trainer's cores
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """All an actor needs to build its engine."""
+
+    model_dir: str
+    config: EngineConfig
+    dtype: str
+    max_model_len: int
+    seed: int
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker (worker_extension_cls): binds its parameters to the trainer's memory."""
+
+    model_runner: Any
+    _attached: Any = None
+
+    def megarl_describe(self) -> dict[str, ParamInfo]:
+        """Shape and dtype of every parameter; a tied head is listed once, as the embedding."""
+        from megarl.rollout.attach import dtype_name
+
+        return {name: ParamInfo(tuple(p.shape), dtype_name(p)) for name, p in self._parameters().items()}
+
+    def megarl_check(self, plan: WeightPlan) -> list[str]:
+        """Violations of ``plan``; changes nothing."""
+        from megarl.rollout.attach import check_plan
+
+        return check_plan(plan, self._parameters())
+
+    def megarl_attach(self, plan: WeightPlan) -> AttachReport:
+        """Bind a plan that megarl_check found good."""
+        from megarl.rollout.attach import AttachedWeights
+
+        self._attached = AttachedWeights(plan, self._parameters())
+        return self._attached.report()
+
+    def megarl_copy(self) -> int:
+        """Write what is not aliased; returns bytes."""
+        return self._attached.copy_()
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self.model_runner.model.named_parameters())
+
+
+class EngineActor:
+    """Body of the Ray actor. Ray calls its methods on several threads; all but the waiting is done
+    on one engine thread, between decoding steps, so no call ever meets a half-done step.
+    """
+
+    def __init__(self, settings: EngineSettings, log_path: str) -> None:
+        _redirect_output(log_path)
+        threads = settings.config.num_threads or len(os.sched_getaffinity(0))
+        os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))  # read when torch is first imported
+        self._settings = settings
+        self._started: Future[None] = Future()
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._requests: dict[str, ResponseQueue] = {}  # unfinished, by id
+        self._policy_version: int | None = None
+        self._paused = False
+        self._engine: LLMEngine
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    # ---- called by the driver, on Ray's threads ----
+
+    def wait_started(self) -> None:
+        """Return when the engine is built, or raise what stopped it."""
+        self._started.result()
+
+    def describe_parameters(self) -> list[dict[str, ParamInfo]]:
+        """See Engine.describe_parameters."""
+        return self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_describe"))
+
+    def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
+        """See Engine.attach."""
+        return self._on_engine_thread(lambda: self._attach(plans))
+
+    def sync(self, policy_version: int) -> SyncReport:
+        """See Engine.sync."""
+        return self._on_engine_thread(lambda: self._sync(policy_version))
+
+    def generate(
+        self, requests: list[GenerateRequest], sampling: SamplingConfig
+    ) -> Iterator[list[GeneratedResponse]]:
+        """Stream the responses, those that finish in one decoding step together."""
+        responses: ResponseQueue = queue.SimpleQueue()
+        self._on_engine_thread(lambda: self._admit(requests, sampling, responses))
+        remaining = len(requests)
+        while remaining:
+            finished = responses.get()
+            if isinstance(finished, BaseException):
+                raise finished
+            remaining -= len(finished)
+            yield finished
+
+    def abort(self, request_ids: list[str]) -> None:
+        """See Engine.abort."""
+        self._on_engine_thread(lambda: self._abort(request_ids))
+
+    def set_paused(self, paused: bool) -> None:
+        """See Engine.pause and Engine.resume."""
+        self._on_engine_thread(lambda: setattr(self, "_paused", paused))
+
+    def health(self) -> EngineHealth:
+        """See Engine.health; answers while a step is running too."""
+        return EngineHealth(os.getpid(), self._policy_version, len(self._requests), self._paused)
+
+    # ---- on the engine thread ----
+
+    def _run(self) -> None:
+        try:
+            self._engine = build_engine(self._settings)
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        try:
+            while True:
+                decoding = bool(self._requests) and not self._paused
+                self._run_commands(wait=not decoding)
+                if self._requests and not self._paused:
+                    self._deliver([output for output in self._engine.step() if output.finished])
+        except BaseException as error:
+            self._refuse_all(error)
+
+    def _refuse_all(self, error: BaseException) -> None:
+        """A decoding step failed and left the engine in an unknown state: every call gets the cause."""
+        for responses in set(self._requests.values()):
+            responses.put(error)
+        while True:
+            self._commands.get()[1].set_exception(error)
+
+    def _on_engine_thread(self, command: Callable[[], Any]) -> Any:
+        self._started.result()
+        done: Future[Any] = Future()
+        self._commands.put((command, done))
+        return done.result()
+
+    def _run_commands(self, *, wait: bool) -> None:
+        """Run what is queued; with ``wait``, sleep until something is."""
+        while wait or not self._commands.empty():
+            wait = False
+            command, done = self._commands.get()
+            try:
+                done.set_result(command())
+            except BaseException as error:
+                done.set_exception(error)
+
+    def _attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
+        ranks = self._engine.collective_rpc("megarl_describe")
+        if len(plans) != len(ranks):
+            raise WeightPlanError([f"{len(plans)} plans for {len(ranks)} engine ranks"])
+        violations = [
+            v for plan in plans for v in self._engine.collective_rpc("megarl_check", args=(plan,))[0]
+        ]
+        if violations:
+            raise WeightPlanError(violations)
+        return [self._engine.collective_rpc("megarl_attach", args=(plan,))[0] for plan in plans]
+
+    def _sync(self, policy_version: int) -> SyncReport:
+        start = time.perf_counter()
+        bytes_moved = sum(self._engine.collective_rpc("megarl_copy"))
+        # KV entries of the old weights are stale; running requests recompute theirs.
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.set_weight_version(str(policy_version))
+        self._policy_version = policy_version
+        return SyncReport(bytes_moved, time.perf_counter() - start)
+
+    def _admit(
+        self,
+        requests: list[GenerateRequest],
+        sampling: SamplingConfig,
+        responses: ResponseQueue,
+    ) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        assert self._policy_version is not None, "generate before the first sync: the engine has no weights"
+        duplicates = self._requests.keys() & {r.request_id for r in requests}
+        assert not duplicates, f"request ids already in use: {sorted(duplicates)}"
+        for request in requests:
+            params = SamplingParams(
+                temperature=sampling.temperature,
+                seed=request.seed,
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=True,
+                logprobs=0 if sampling.logprobs else None,  # 0: of the sampled token only
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            prompts = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_ids}])
+            self._engine.add_request(request.request_id, prompts[0], params)
+            self._requests[request.request_id] = responses
+
+    def _deliver(self, outputs: Sequence[Any]) -> None:
+        by_caller: dict[ResponseQueue, list[GeneratedResponse]] = {}
+        for output in outputs:
+            caller = self._requests.pop(output.request_id)
+            by_caller.setdefault(caller, []).append(self._response(output))
+        for caller, finished in by_caller.items():
+            caller.put(finished)
+
+    def _response(self, output: RequestOutput) -> GeneratedResponse:
+        completion = output.outputs[0]
+        logprobs = completion.logprobs
+        assert self._policy_version is not None
+        return GeneratedResponse(
+            request_id=output.request_id,
+            token_ids=list(completion.token_ids),
+            logprobs=[] if logprobs is None else [logprobs.logprobs[i] for i in logprobs.start_indices],
+            finish_reason=completion.finish_reason,
+            policy_version=int(completion.weight_versions[0].version)
+            if completion.weight_versions
+            else self._policy_version,
+        )
+
+    def _abort(self, request_ids: list[str]) -> None:
+        from vllm.v1.engine import FinishReason
+
+        wanted = self._requests.keys() & set(request_ids)
+        states = [
+            s for s in self._engine.output_processor.request_states.values() if s.external_req_id in wanted
+        ]
+        outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in states]
+        self._engine.abort_request(sorted(wanted))
+        self._deliver(outputs)
+
+
+def build_engine(settings: EngineSettings) -> LLMEngine:
+    """An in-process vLLM engine with unset weights, whose parameters are what its kernels read."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    _keep_weights_unpacked()
+    _register_architecture(settings.model_dir)
+    config = settings.config
+    args = EngineArgs(
+        model=settings.model_dir,
+        skip_tokenizer_init=True,
+        load_format="dummy",  # weights come from attach
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        seed=settings.seed,
+        enforce_eager=True,
+        kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),  # the default misreads the free memory
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        logprobs_mode="processed_logprobs",  # after temperature, as the trainer's are
+        generation_config="vllm",  # the model's generation_config.json must not change sampling
+        async_scheduling=False,
+        disable_log_stats=True,
+        worker_extension_cls=f"{WeightReceiver.__module__}.{WeightReceiver.__qualname__}",
+    )
+    return LLMEngine.from_engine_args(args)
+
+
+def _keep_weights_unpacked() -> None:
+    """Make vLLM's CPU layers multiply with the parameter itself.
+
+    vLLM 0.32 packs weights into private buffers (oneDNN, AMX, zentorch) after loading and empties the
+    parameter, so a write to the trainer's memory would not be seen.
+    """
+    from torch.nn import functional
+    from vllm.model_executor.layers import utils
+
+    def use_parameter(layer: torch.nn.Module, remove_weight: bool) -> None:
+        setattr(layer, "cpu_linear", functional.linear)  # noqa: B010 - not declared on Module
+
+    utils.dispatch_cpu_unquantized_gemm = use_parameter
+
+
+def _register_architecture(model_dir: str) -> None:
+    """Register the model's class by object: by name, vLLM inspects it in a child process (15 s once)."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    for name in AutoConfig.from_pretrained(model_dir).architectures or []:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def _redirect_output(log_path: str) -> None:
+    """Send everything this process prints, from C++ too, to one file instead of the console."""
+    Path(log_path).parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    # Ray may have put file objects of its own in place of the standard streams.
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
