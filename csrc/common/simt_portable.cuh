@@ -1,0 +1,65 @@
+// What CUDA kernel headers include instead of the CUDA runtime, so that the same source compiles with nvcc and, for the
+// tests, with g++ (tests/simt/simt.h runs it thread by thread on a CPU). No torch in here.
+#pragma once
+
+#if defined(MEGARL_SIMT)
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#endif
+
+// Shared memory. MEGARL_SHARED(type, name, [n]) declares `__shared__ type name[n]`; MEGARL_DYNAMIC_SHARED(type, name)
+// points `name` at the launch's dynamic shared memory. Macros, because the executor must know each variable's bounds.
+#if defined(MEGARL_SIMT)
+#define MEGARL_SHARED(TYPE, NAME, EXTENT)                                                               \
+  static const char NAME##_site = 0;                                                                    \
+  using NAME##_type = TYPE EXTENT;                                                                      \
+  NAME##_type& NAME = *static_cast<NAME##_type*>(                                                       \
+      simt::shared_variable(&NAME##_site, #NAME, sizeof(NAME##_type), alignof(NAME##_type)))
+#define MEGARL_DYNAMIC_SHARED(TYPE, NAME) TYPE* const NAME = static_cast<TYPE*>(simt::dynamic_shared())
+#else
+#define MEGARL_SHARED(TYPE, NAME, EXTENT) __shared__ TYPE NAME EXTENT
+#define MEGARL_DYNAMIC_SHARED(TYPE, NAME)                     \
+  extern __shared__ __align__(16) unsigned char NAME##_bytes[]; \
+  TYPE* const NAME = reinterpret_cast<TYPE*>(NAME##_bytes)
+#endif
+
+namespace megarl {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// 2^x: one MUFU instruction (ex2.approx: 2 ulp, 2^-inf = 0, NaN stays NaN, results below 2^-126 become 0).
+__device__ __forceinline__ float fast_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+}  // namespace megarl

@@ -1,0 +1,9 @@
+"""The Python face of csrc: one file per op, with its fake and autograd registrations.
+
+Importing this package loads megarl._C; without it NativeOpsUnavailable says how to build it.
+"""
+
+from megarl.ops._load import NativeOpsUnavailable
+from megarl.ops.token_logprob import TokenLogprobs, token_logprob
+
+__all__ = ["NativeOpsUnavailable", "TokenLogprobs", "token_logprob"]

@@ -1,0 +1,190 @@
+"""Logprob and entropy of each token from logits, in one pass and without a [T, V] temporary.
+
+With x the row's logits over temperature, M their maximum and p = softmax(x):
+
+    logprob = x[target] - M - log(sum_j exp(x_j - M))
+    entropy = log(sum_j exp(x_j - M)) - sum_j p_j (x_j - M)
+
+Each vocabulary shard yields four floats per row (:class:`RowStats`); tensor parallelism gathers those,
+in one collective, and combines them. The combination is ordinary autograd on [R] tensors; the native
+backward turns its gradients into the gradient of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megarl.ops._load import load_native
+
+load_native()
+
+
+class TokenLogprobs(NamedTuple):
+    """Per row, float32 (float64 for float64 logits)."""
+
+    logprob: torch.Tensor  # [R], of the target, after temperature
+    entropy: torch.Tensor  # [R], of the softmax after temperature, in nats
+
+
+def token_logprob(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    vocab_start: int = 0,
+    row_index: torch.Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    min_logit: torch.Tensor | None = None,
+    inplace_backward: bool = True,
+    check_numerics: bool = False,
+) -> TokenLogprobs:
+    """Logprob of ``targets`` and entropy under softmax(logits / temperature).
+
+    logits [T, V_shard]: fp32, bf16, fp16 or fp64, any row stride; this rank's columns
+    ``vocab_start ...`` of the vocabulary. targets [R] int64: global ids. temperature: positive, one
+    number or [R]. row_index [R]: distinct rows to evaluate; all rows (R = T) when None.
+    min_logit [R]: the softmax runs over logits at or above it (see ``support_min_logit``); the
+    target always counts as inside, for it was sampled.
+
+    **The backward overwrites the logits** by their gradient, which saves one [T, V] buffer. Pass
+    ``inplace_backward=False`` where the logits are needed after backward; autograd refuses a second
+    backward through overwritten logits.
+
+    Raises ValueError for wrong shapes, dtypes, devices and (on CPUs, where looking is free) targets
+    outside the vocabulary; elsewhere such targets get logprob -inf. With check_numerics a result
+    that is not finite raises FloatingPointError naming the row.
+    """
+    columns = logits.shape[-1]
+    check_targets("token_logprob", targets, columns * _group_size(tp_group))
+    heat = temperature_tensor(temperature, logits.device)
+    stats = torch.ops.megarl.token_logprob(
+        logits, targets, heat, vocab_start, row_index, min_logit, inplace_backward
+    )
+    result = combine(stats, heat, tp_group)
+    if check_numerics:
+        check_finite("token_logprob", result, row_index)
+    return result
+
+
+def combine(
+    stats: torch.Tensor, temperature: torch.Tensor, tp_group: dist.ProcessGroup | None
+) -> TokenLogprobs:
+    """Merge the shards' row statistics [R, 4] (one all_gather) into logprob and entropy, differentiably.
+
+    Every rank of the group must go on to compute the same loss: the gradient each rank sends back
+    to its own shard is not summed over ranks.
+    """
+    shards = gather_shards(stats, tp_group)  # [P, R, 4]
+    if shards.shape[0] == 1:
+        maximum, total, target, weighted = shards[0].unbind(-1)
+        maximum = maximum.detach()
+    else:
+        shard_max = shards[..., 0].detach()
+        maximum = shard_max.amax(0)
+        # A shard without any finite logit has sums of 0, and its shift is -inf.
+        shift = ((shard_max - maximum) / temperature).masked_fill(shard_max == -torch.inf, 0.0)
+        scale = shift.exp()
+        total = (scale * shards[..., 1]).sum(0)
+        weighted = (scale * (shards[..., 3] + shift * shards[..., 1])).sum(0)
+        target = shards[..., 2].amax(0)
+    log_total = total.log()
+    logprob = (target - maximum) / temperature - log_total
+    return TokenLogprobs(logprob, log_total - weighted / total)
+
+
+def gather_shards(stats: torch.Tensor, tp_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Row statistics of every rank, [P, R, K]; differentiable in this rank's own."""
+    if _group_size(tp_group) == 1:
+        return stats.unsqueeze(0)
+    assert tp_group is not None
+    flat = stats.new_empty(tp_group.size() * stats.shape[0], stats.shape[1])
+    dist.all_gather_into_tensor(flat, stats.detach().contiguous(), group=tp_group)
+    shards = list(flat.view(tp_group.size(), *stats.shape).unbind(0))
+    shards[dist.get_rank(tp_group)] = stats
+    return torch.stack(shards)
+
+
+def temperature_tensor(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Temperature as the ops take it: float32, [1] or [R], on the logits' device."""
+    if isinstance(temperature, torch.Tensor):
+        return temperature.to(torch.float32).reshape(-1)
+    return torch.full((1,), temperature, dtype=torch.float32, device=device)
+
+
+def check_targets(op: str, targets: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError for a CPU target outside [0, vocab_size); on an accelerator looking would wait."""
+    if targets.device.type != "cpu" or targets.numel() == 0 or targets.dtype != torch.int64:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(targets))
+    if low < 0 or high >= vocab_size:
+        row = int(((targets < 0) | (targets >= vocab_size)).nonzero()[0, 0])
+        raise ValueError(
+            f"megarl::{op}: targets[{row}] = {int(targets[row])} is outside the vocabulary of {vocab_size}"
+        )
+
+
+def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = None) -> None:
+    """Raise FloatingPointError naming the first row and field that is NaN or infinite."""
+    for name, values in result._asdict().items():
+        bad = (~torch.isfinite(values.detach())).nonzero()
+        if bad.numel():
+            position = int(bad[0, 0])
+            row = position if row_index is None else int(row_index[position])
+            raise FloatingPointError(
+                f"megarl::{op}: {name} of row {row} is {float(values[position])} ({bad.shape[0]} such rows); "
+                "its logits hold NaN or inf, or the target's logit is -inf"
+            )
+
+
+def zero_other_rows(matrix: torch.Tensor, row_index: torch.Tensor | None) -> None:
+    """Set the rows that row_index does not name to 0, in place."""
+    if row_index is not None:
+        other = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
+        other[row_index] = False
+        matrix.masked_fill_(other.unsqueeze(1), 0.0)
+
+
+def _group_size(tp_group: dist.ProcessGroup | None) -> int:
+    return 1 if tp_group is None else tp_group.size()
+
+
+@torch.library.register_fake("megarl::token_logprob")
+def _fake_stats(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: torch.Tensor,
+    vocab_start: int,
+    row_index: torch.Tensor | None,
+    min_logit: torch.Tensor | None,
+    inplace_backward: bool,
+) -> torch.Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(targets.shape[0], 4, dtype=dtype)
+
+
+@torch.library.register_fake("megarl::token_logprob_backward_")
+def _fake_backward(*arguments: Any) -> None:
+    return None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    logits, targets, temperature, vocab_start, row_index, min_logit, inplace_backward = inputs
+    ctx.save_for_backward(logits, targets, temperature, row_index, min_logit, output)
+    ctx.vocab_start = vocab_start
+    ctx.inplace_backward = inplace_backward
+
+
+def _backward(ctx: Any, grad_stats: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    logits, targets, temperature, row_index, min_logit, stats = ctx.saved_tensors
+    grad = logits.detach() if ctx.inplace_backward else logits.clone()
+    torch.ops.megarl.token_logprob_backward_(
+        grad, targets, temperature, ctx.vocab_start, row_index, min_logit, stats[:, 0], grad_stats
+    )
+    zero_other_rows(grad, row_index)
+    return grad, None, None, None, None, None, None
+
+
+torch.library.register_autograd("megarl::token_logprob", _backward, setup_context=_save)
