@@ -1,0 +1,33 @@
+// Group-relative advantages; definitions in megarl/advantages/group.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace megarl {
+
+// What is known of a group after reading it twice: for the mean, then for the deviations from it.
+struct GroupStatistics {
+  int64_t size;
+  double mean;
+  double sum_squared_deviations;
+  bool all_equal;  // compared on the rewards: a computed deviation keeps a rounding residue
+};
+
+// advantage = (reward - mean) * scale.
+MEGARL_HD double group_scale(const GroupStatistics& group, bool leave_one_out, bool normalize_std, double epsilon) {
+  if (group.all_equal || group.size < 2) {
+    return 0.0;
+  }
+  const double others = static_cast<double>(group.size - 1);
+  // reward - mean of the others = (reward - mean of all) * G / (G - 1)
+  double scale = leave_one_out ? static_cast<double>(group.size) / others : 1.0;
+  if (normalize_std) {
+    scale /= sqrt(group.sum_squared_deviations / others) + epsilon;
+  }
+  return scale;
+}
+
+}  // namespace megarl
