@@ -7,6 +7,7 @@ dead one stopped: seeded requests give the tokens they would have given.
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from megarl.cluster.ray_runtime import start_ray
 from megarl.config.schema import EngineConfig
+from megarl.errors import UserError
 from megarl.rollout.engine import (
     AttachReport,
     EngineError,
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MAX_DEATHS_IN_A_ROW = 3
 _LOG_TAIL_LINES = 25
+_LOG_LINE_WIDTH = 300  # vLLM prints its whole configuration in one line
 # Calls that only wait (generate, wait_started) each hold one of the actor's threads.
 _ACTOR_THREADS = 16
 
@@ -233,14 +236,14 @@ class VllmEngine:
         except GetTimeoutError:
             raise TimeoutError(f"no answer within {timeout:g} s") from None
         except RayTaskError as error:
-            if isinstance(error.cause, WeightPlanError | AssertionError):
+            if isinstance(error.cause, UserError | WeightPlanError | AssertionError):
                 raise error.cause from None
             raise EngineError(self._explain(f"the vLLM engine failed: {error.cause!r}")) from error
 
     def _explain(self, message: str) -> str:
         """``message`` with the end of the engine's log below it."""
         lines = self._log_path.read_text(errors="replace").splitlines() if self._log_path.exists() else []
-        tail = "\n".join(f"  | {line}" for line in lines[-_LOG_TAIL_LINES:])
+        tail = "\n".join(f"  | {line[:_LOG_LINE_WIDTH]}" for line in lines[-_LOG_TAIL_LINES:])
         return f"{message}\nEnd of {self._log_path}:\n{tail or '  | (empty)'}"
 
     def _check_requests(self, requests: Sequence[GenerateRequest]) -> None:
@@ -264,5 +267,8 @@ def _actor_died() -> type[Exception]:
 
 
 def _cause(death: Exception) -> str:
-    """Ray's description in one line."""
-    return " ".join(str(death).split())[:400]
+    """The telling part of Ray's description, in one line."""
+    text = " ".join(str(death).split())
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    pid = re.search(r"pid: (\d+)", text)
+    return (f"pid {pid[1]}: " if pid else "") + (detail[1] if detail else text)[:300]

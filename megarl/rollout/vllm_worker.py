@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.schema import EngineConfig
+from megarl.errors import UserError
 from megarl.rollout.engine import (
     AttachReport,
     EngineHealth,
@@ -41,6 +43,7 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same cores, in turns
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_COLOR": "0",
+    "TORCH_COMPILE_DISABLE": "1",  # the sampler compiles one comparison otherwise: 7 s at the first request
     "OMP_WAIT_POLICY": "passive",  # spinning workers would take the trainer's cores
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -159,6 +162,7 @@ class EngineActor:
         try:
             self._engine = build_engine(self._settings)
         except BaseException as error:
+            traceback.print_exc()
             self._started.set_exception(error)
             return
         self._started.set_result(None)
@@ -173,6 +177,7 @@ class EngineActor:
 
     def _refuse_all(self, error: BaseException) -> None:
         """A decoding step failed and left the engine in an unknown state: every call gets the cause."""
+        traceback.print_exception(error)
         for responses in set(self._requests.values()):
             responses.put(error)
         while True:
@@ -302,7 +307,20 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         disable_log_stats=True,
         worker_extension_cls=f"{WeightReceiver.__module__}.{WeightReceiver.__qualname__}",
     )
-    return LLMEngine.from_engine_args(args)
+    engine = LLMEngine.from_engine_args(args)
+    _check_head_sizes(engine)
+    return engine
+
+
+def _check_head_sizes(engine: LLMEngine) -> None:
+    """vLLM's CPU attention takes some head sizes only, and says so no sooner than at the first request."""
+    for layer in engine.vllm_config.compilation_config.static_forward_context.values():
+        if hasattr(layer, "head_size") and not layer.attn_backend.supports_head_size(layer.head_size):
+            sizes = ", ".join(map(str, layer.attn_backend.get_supported_head_sizes()))
+            raise UserError(
+                f"model.path {engine.model_config.model}: vLLM's CPU attention does not take"
+                f" head size {layer.head_size} (only {sizes})"
+            )
 
 
 def _keep_weights_unpacked() -> None:
