@@ -99,6 +99,7 @@ def transformer_config(
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths even without experts
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,  # weights come from a checkpoint
         calculate_per_token_loss=True,  # losses carry their global denominators already
