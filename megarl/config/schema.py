@@ -14,19 +14,22 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys rejected, no silent type coercion."""
+    """Base of all sections: frozen, unknown keys rejected, no silent type coercion, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    dir: str
+    dir: Text
     """Run directory; starting the same command again resumes from it."""
     seed: NonNegativeInt = 1
     """Seeds model initialisation, data order and sampling."""
@@ -35,7 +38,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The model to train."""
 
-    path: str
+    path: Text
     """Hugging Face directory: config.json, safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type. fp32 is the fast one on CPUs without AMX/AVX512-BF16."""
@@ -45,7 +48,7 @@ class ParallelConfig(Section):
     """How the trainer is split over processes. data_parallel_size is what remains."""
 
     num_processes: PositiveInt = 1
-    """Trainer ranks `megarl` starts on this machine; ignored under torchrun or srun (WORLD_SIZE set)."""
+    """Trainer ranks `megarl` starts on this machine; under torchrun or srun WORLD_SIZE replaces it."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each layer's matrices."""
     pipeline_parallel_size: PositiveInt = 1
@@ -69,9 +72,9 @@ class OptimizerConfig(Section):
     """Optimizer steps of linear warm-up from 0."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay (norms and biases excluded)."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Decay = 0.9
     """First-moment decay."""
-    adam_beta2: Fraction = 0.95
+    adam_beta2: Decay = 0.95
     """Second-moment decay."""
     adam_eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -87,7 +90,7 @@ class PackingConfig(Section):
     max_tokens_per_microbatch: PositiveInt = 4096
     """Token budget of one microbatch; no single sequence may exceed it."""
     max_sequence_length: PositiveInt | None = None
-    """Longest prompt + response; None reads the model's max_position_embeddings."""
+    """Longest prompt + response; null is what the model's positions and the token budget both allow."""
 
 
 class CheckpointConfig(Section):
@@ -106,10 +109,10 @@ class CheckpointConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases sink."""
 
-    project: str
+    project: Text
     """W&B project."""
     entity: str | None = None
-    """W&B entity; None is the account's default."""
+    """W&B entity; null is the account's default."""
     mode: Literal["online", "offline"] = "online"
     """offline writes files under the run directory for `wandb sync`."""
 
@@ -131,25 +134,25 @@ class ReasoningGymSource(Section):
     """Generated, verifiable problems from the reasoning-gym package."""
 
     source: Literal["reasoning_gym"]
-    task: str
+    task: Text
     """Dataset name in reasoning-gym, e.g. chain_sum."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that dataset, e.g. {min_terms: 2, max_terms: 2}."""
     size: PositiveInt = 10_000
     """Number of problems."""
     seed: NonNegativeInt = 1
-    """Problem seed; train and held-out seeds must differ."""
+    """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
 
 
 class JsonlSource(Section):
     """Prompt/answer pairs from a JSONL file, one object per line."""
 
     source: Literal["jsonl"]
-    path: str
+    path: Text
     """JSONL file."""
-    prompt_field: str = "prompt"
+    prompt_field: Text = "prompt"
     """Field with the problem (a string, or a list of chat messages)."""
-    answer_field: str = "answer"
+    answer_field: Text = "answer"
     """Field with the reference answer."""
     verifier: Literal["math"] = "math"
     """How answers are judged: math uses math-verify."""
@@ -182,11 +185,20 @@ class PromptDataConfig(Section):
     """Shuffle once per epoch, by run.seed."""
 
 
+class EvalDataConfig(Section):
+    """Problems to judge answers to."""
+
+    held_out: PromptSource
+    """Problems."""
+    format: PromptFormat = PromptFormat()
+    """How a problem becomes prompt tokens."""
+
+
 class SftJsonlSource(Section):
     """Demonstrations from a JSONL file: {"messages": [...]} or {"prompt": ..., "response": ...}."""
 
     source: Literal["jsonl"]
-    path: str
+    path: Text
     """JSONL file."""
 
 
@@ -224,35 +236,45 @@ class EngineConfig(Section):
     enable_prefix_caching: bool = True
     """Compute the prompt of a group once."""
     num_threads: PositiveInt | None = None
-    """CPU threads of the engine; None uses all cores."""
+    """CPU threads of the engine; null uses all cores."""
     start_timeout_seconds: PositiveFloat = 300.0
     """How long the engine may take to start before the run ends with an error."""
 
 
-class RolloutConfig(Section):
+class GenerationConfig(Section):
+    """How responses are generated, whatever for."""
+
+    max_new_tokens: PositiveInt
+    """Longest response; longer ones end with finish_reason length."""
+    engine: EngineConfig = EngineConfig()
+    """The colocated vLLM engine."""
+
+
+class RolloutConfig(GenerationConfig):
     """What is sampled each step."""
 
     num_prompts_per_step: PositiveInt
     """Prompts per step."""
     num_generations_per_prompt: PositiveInt
     """Samples per prompt (the group size G)."""
-    max_new_tokens: PositiveInt
-    """Longest response; longer ones end with finish_reason length."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer's logprobs use the same."""
-    engine: EngineConfig = EngineConfig()
-    """The colocated vLLM engine."""
 
 
-class EvaluationConfig(Section):
+class EvaluationSizeConfig(Section):
     """Greedy accuracy on held-out problems."""
 
-    interval: NonNegativeInt = 0
-    """Evaluate every so many steps (0: only before and after)."""
     num_prompts: PositiveInt = 256
     """Held-out problems per evaluation; must not exceed the held-out set."""
     max_new_tokens: PositiveInt | None = None
-    """Longest response; None is rollout.max_new_tokens."""
+    """Longest response; null is rollout.max_new_tokens."""
+
+
+class EvaluationConfig(EvaluationSizeConfig):
+    """Greedy accuracy on held-out problems, before, during and after training."""
+
+    interval: NonNegativeInt = 0
+    """Evaluate every so many steps (0: only before and after)."""
     at_start: bool = True
     """Evaluate before the first step."""
     at_end: bool = True
@@ -334,6 +356,6 @@ class EvalConfig(Section):
 
     run: RunConfig
     model: ModelConfig
-    data: PromptDataConfig
-    rollout: RolloutConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
+    data: EvalDataConfig
+    rollout: GenerationConfig
+    evaluation: EvaluationSizeConfig = EvaluationSizeConfig()

@@ -1,0 +1,190 @@
+"""The `megarl` command line.
+
+Exit codes: 0 done; 1 a bug (with its traceback); 2 something the user can mend, said in a line each;
+130 after Ctrl-C; 143 after SIGTERM. Nothing heavy is imported before the configuration is known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarl import __version__
+from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    from megarl.config.derived import AnyConfig
+
+_DESCRIPTION = "Post-train language models on Megatron-Core and vLLM."
+_EXAMPLES = """\
+examples:
+  megarl sft --config configs/quickstart_sft.yaml
+  megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20
+  megarl grpo --config configs/quickstart_grpo.yaml --dry-run
+  megarl eval --config configs/eval.yaml model.path=runs/quickstart/hf
+  megarl report runs/quickstart
+  megarl doctor
+
+Every setting is described in docs/configuration.md. Starting a command again resumes its run."""
+_JOB_HELP = {
+    "sft": "supervised fine-tuning on demonstrations",
+    "grpo": "reinforcement learning with verifiable rewards (GRPO)",
+    "eval": "greedy accuracy of a Hugging Face model on held-out problems",
+}
+_JOB_EPILOG = """\
+overrides:
+  Any setting of the file can be set as section.key=value; lists and mappings are written as YAML:
+    optimizer.lr=1e-5  logging.wandb=null  data.train.arguments.min_terms=3
+    'data.held_out={{source: jsonl, path: data/test.jsonl}}'
+
+several trainer processes:
+  parallel.num_processes=N starts N on this machine. Under torchrun or srun each rank runs this same command:
+    torchrun --nproc-per-node 8 -m megarl.cli {job} --config FILE
+    srun --ntasks-per-node 8 megarl {job} --config FILE"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(arguments)
+    try:
+        match options.command:
+            case "report":
+                return _report(options.run_dir)
+            case "doctor":
+                from megarl.doctor import main as doctor
+
+                return doctor()
+            case _:
+                return _run_job(options, arguments)
+    except UserError as error:
+        _print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="megarl", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"megarl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    jobs = {}
+    for job, text in _JOB_HELP.items():
+        jobs[job] = command = commands.add_parser(
+            job,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=_JOB_EPILOG.format(job=job),
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+        command.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved configuration and what follows from it; stop",
+        )
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings that replace the file's"
+        )
+    report = commands.add_parser("report", help="write the HTML report of a run (again)", allow_abbrev=False)
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, e.g. runs/quickstart")
+    commands.add_parser(
+        "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
+    )
+
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes one block of positional arguments; overrides may stand on both sides of an option.
+    strangers = [text for text in rest if text.startswith("-")] if options.command in jobs else rest
+    if strangers:
+        jobs.get(options.command, parser).error(f"unrecognized arguments: {' '.join(strangers)}")
+    if options.command in jobs:
+        options.overrides += rest
+    return options
+
+
+def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from megarl.config.load import load_config
+    from megarl.config.schema import EvalConfig
+    from megarl.config.suggest import COMMANDS
+    from megarl.launch import adopt_slurm, run_ranks, world_size
+
+    adopt_slurm(os.environ)
+    started = world_size(os.environ)
+    try:
+        config: AnyConfig = load_config(
+            COMMANDS[options.command],
+            options.config,
+            options.overrides,
+            num_processes=None if options.command == "eval" else started,
+        )
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 2  # every rank finds the same; the first of each machine says it
+        raise
+    if options.dry_run:
+        if _rank() == 0:
+            print(_resolved(config), end="")
+        return 0
+    if not isinstance(config, EvalConfig) and config.parallel.num_processes > 1 and started is None:
+        return run_ranks(config.parallel.num_processes, arguments)
+    _call_loop(config)
+    return 0
+
+
+def _call_loop(config: AnyConfig) -> None:
+    from megarl.config.schema import GrpoConfig, SftConfig
+
+    match config:
+        case SftConfig():
+            from megarl.algorithms.sft import run_sft
+
+            run_sft(config)
+        case GrpoConfig():
+            from megarl.algorithms.grpo import run_grpo
+
+            run_grpo(config)
+        case _:
+            from megarl.algorithms.evaluate import run_eval
+
+            run_eval(config)
+
+
+def _resolved(config: AnyConfig) -> str:
+    from megarl.config.derived import describe, read_model_config
+    from megarl.config.load import dump_config
+
+    facts = describe(config, read_model_config(config.model.path))
+    return "".join(f"# {line}\n" for line in facts) + dump_config(config)
+
+
+def _report(run_dir: Path) -> int:
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"{run_dir}: not a run directory (no metrics.jsonl in it)")
+    from megarl.metrics.report import write_report
+
+    print(write_report(run_dir))
+    return 0
+
+
+def _print_error(error: UserError) -> None:
+    """One line per violation, prefixed so that it can be found in a log."""
+    rank = _rank()
+    prefix = "error" if rank == 0 else f"error (rank {rank})"
+    for line in str(error).splitlines():
+        print(f"{prefix}: {line}", file=sys.stderr)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

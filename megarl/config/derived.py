@@ -1,0 +1,109 @@
+"""What follows from a configuration: sizes, counts, and which passes a step needs.
+
+The loops and ``--dry-run`` ask the same functions, so what is printed is what runs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megarl.config.schema import EvalConfig, GrpoAlgorithmConfig, GrpoConfig, ParallelConfig, SftConfig
+
+AnyConfig = SftConfig | GrpoConfig | EvalConfig
+
+
+def data_parallel_size(parallel: ParallelConfig) -> int:
+    """Ranks that see different sequences."""
+    return parallel.num_processes // model_parallel_size(parallel)
+
+
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Ranks that together hold one copy of the model and one sequence."""
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+
+
+def optimizer_steps_per_batch(algorithm: GrpoAlgorithmConfig) -> int:
+    """Optimizer steps taken on one rollout batch, over all its epochs."""
+    return algorithm.num_optimizer_steps_per_batch * algorithm.num_epochs_per_batch
+
+
+def num_optimizer_steps(config: SftConfig | GrpoConfig) -> int:
+    """Optimizer steps of the whole run: the length of the learning-rate schedule."""
+    if isinstance(config, GrpoConfig):
+        return config.training.num_steps * optimizer_steps_per_batch(config.algorithm)
+    return config.training.num_steps
+
+
+def needs_reference(algorithm: GrpoAlgorithmConfig) -> bool:
+    """Whether reference logprobs enter the loss (kl_coef > 0)."""
+    return algorithm.kl_coef > 0
+
+
+def needs_old_logprobs(algorithm: GrpoAlgorithmConfig) -> bool:
+    """Whether old logprobs need a pass of their own.
+
+    With one optimizer step per batch the policy that is trained is the one that sampled, so the old
+    logprobs are the current ones, detached.
+    """
+    return optimizer_steps_per_batch(algorithm) > 1
+
+
+def read_model_config(path: str) -> dict[str, Any]:
+    """config.json of a Hugging Face directory (OSError or ValueError where it cannot be read)."""
+    value = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("config.json does not hold an object")
+    return value
+
+
+def max_sequence_length(config: AnyConfig, model_config: dict[str, Any]) -> int:
+    """Longest prompt + response in tokens.
+
+    packing.max_sequence_length where it is set; else what the model's positions and, in training,
+    the token budget of a microbatch both allow.
+    """
+    positions = int(model_config["max_position_embeddings"])
+    if isinstance(config, EvalConfig):
+        return positions
+    explicit = config.packing.max_sequence_length
+    return explicit if explicit is not None else min(positions, config.packing.max_tokens_per_microbatch)
+
+
+def describe(config: AnyConfig, model_config: dict[str, Any] | None) -> list[str]:
+    """Lines for --dry-run: what the configuration amounts to."""
+    lines = []
+    if not isinstance(config, EvalConfig):
+        size = data_parallel_size(config.parallel)
+        lines.append(f"trainer processes: {config.parallel.num_processes}, data_parallel_size: {size}")
+    if model_config is not None and "max_position_embeddings" in model_config:
+        lines.append(f"longest sequence: {max_sequence_length(config, model_config)} tokens")
+    if isinstance(config, SftConfig):
+        lines.append(f"sequences per step: {config.training.batch_size}")
+    if isinstance(config, SftConfig | GrpoConfig):
+        lines.append(f"optimizer steps in all: {num_optimizer_steps(config)}")
+    if isinstance(config, GrpoConfig):
+        lines += _describe_grpo(config)
+    return lines
+
+
+def _describe_grpo(config: GrpoConfig) -> list[str]:
+    rollout, algorithm = config.rollout, config.algorithm
+    samples = rollout.num_prompts_per_step * rollout.num_generations_per_prompt
+    per_update = samples // algorithm.num_optimizer_steps_per_batch
+    lines = [
+        f"sequences per step: {samples} ({rollout.num_prompts_per_step} prompts x "
+        f"{rollout.num_generations_per_prompt} samples)",
+        f"samples per optimizer step: {per_update}, optimizer steps per rollout batch: "
+        f"{optimizer_steps_per_batch(algorithm)}",
+    ]
+    if needs_old_logprobs(algorithm):
+        lines.append("old logprobs: one forward pass per rollout batch")
+    else:
+        lines.append("old logprobs: pass skipped (one optimizer step per rollout batch: old = current)")
+    if needs_reference(algorithm):
+        lines.append("reference logprobs: one forward pass per rollout batch")
+    else:
+        lines.append("reference logprobs: pass skipped (algorithm.kl_coef is 0)")
+    return lines

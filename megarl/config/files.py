@@ -1,0 +1,124 @@
+"""Checks of what a configuration names on disk: data files, and the model's directory and sizes.
+
+Nothing is parsed beyond config.json and the safetensors index, so this takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megarl.config.derived import read_model_config
+from megarl.config.schema import EvalConfig, Section
+from megarl.config.violation import Violation
+
+Violations = Iterator[Violation]
+_MODEL_PATH = ("model", "path")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def find_file_violations(config: Section) -> list[Violation]:
+    """What is missing or does not fit on disk; sections that failed the schema are left out."""
+    return [
+        *_run_directory(getattr(config, "run", None)),
+        *_data_files(getattr(config, "data", None)),
+        *_model(config),
+    ]
+
+
+def _run_directory(run: Any) -> Violations:
+    directory = getattr(run, "dir", None)
+    if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
+        yield Violation(("run", "dir"), f"is a file, not a directory (got {directory!r})")
+
+
+def _data_files(data: Any) -> Violations:
+    for name in ("train", "held_out"):
+        file = getattr(getattr(data, name, None), "path", None)
+        if file is None:
+            continue
+        path = ("data", name, "path")
+        if not Path(file).is_file():
+            yield Violation(path, f"no such file (got {file!r}){_from_here(file)}")
+        elif Path(file).stat().st_size == 0:
+            yield Violation(path, f"the file is empty (got {file!r})")
+
+
+def _model(config: Section) -> Violations:
+    path = getattr(getattr(config, "model", None), "path", None)
+    if path is None:
+        return
+    directory = Path(path)
+    if not directory.is_dir():
+        yield Violation(_MODEL_PATH, f"no such directory (got {path!r}){_from_here(path)}")
+        return
+    missing = [] if (directory / "config.json").is_file() else ["config.json"]
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        missing.append("a tokenizer (tokenizer.json)")
+    missing += _missing_weights(directory)
+    if missing:
+        yield Violation(_MODEL_PATH, f"the directory lacks {', '.join(missing)} (got {path!r})")
+    if "config.json" in missing:
+        return
+    try:
+        model_config = read_model_config(path)
+    except (OSError, ValueError) as error:
+        yield Violation(_MODEL_PATH, f"config.json cannot be read: {error} (got {path!r})")
+        return
+    yield from _parallel_fits(config, model_config)
+    yield from _lengths_fit(config, model_config)
+
+
+def _missing_weights(directory: Path) -> list[str]:
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [] if any(directory.glob("*.safetensors")) else ["weights (*.safetensors)"]
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return [f"a readable {index.name}"]
+    return [shard for shard in shards if not (directory / shard).is_file()]
+
+
+def _parallel_fits(config: Section, model_config: dict[str, Any]) -> Violations:
+    parallel = getattr(config, "parallel", None)
+    counts = {
+        "tensor_parallel_size": ("num_attention_heads", "num_key_value_heads"),
+        "pipeline_parallel_size": ("num_hidden_layers",),
+    }
+    for field, names in counts.items():
+        size = getattr(parallel, field, 1)
+        uneven = [f"{n} {model_config[n]}" for n in names if n in model_config and model_config[n] % size]
+        if uneven:
+            yield Violation(
+                ("parallel", field),
+                f"does not divide the model's {' and '.join(uneven)} (got {size})",
+                (_MODEL_PATH,),
+            )
+
+
+def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Violations:
+    positions = model_config.get("max_position_embeddings")
+    if positions is None:
+        return
+    longest = getattr(getattr(config, "packing", None), "max_sequence_length", None)
+    if longest is not None and longest > positions:
+        yield Violation(
+            ("packing", "max_sequence_length"),
+            f"the model has max_position_embeddings = {positions} (got {longest})",
+        )
+    for path in (("rollout", "max_new_tokens"), ("evaluation", "max_new_tokens")):
+        length = getattr(getattr(config, path[0], None), path[1], None)
+        # With an explicit max_sequence_length, megarl.config.validate has compared the two already.
+        if length is not None and length >= positions and (longest is None or isinstance(config, EvalConfig)):
+            yield Violation(
+                path,
+                f"leaves no room for a prompt within the model's max_position_embeddings = {positions}"
+                f" (got {length})",
+            )
+
+
+def _from_here(path: str) -> str:
+    return "" if Path(path).is_absolute() else f", relative to {Path.cwd()}"

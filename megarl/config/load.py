@@ -1,0 +1,238 @@
+"""Reading a configuration: YAML file, key=value overrides, schema, combinations, files.
+
+Everything that is wrong is collected and reported at once, a line each, with the place where the
+user wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megarl.config.files import find_file_violations
+from megarl.config.introspect import (
+    Path,
+    accepts_null,
+    accepts_text,
+    config_path,
+    describe_field,
+    dotted,
+    fields_at,
+    sections_of,
+    select_section,
+    tag_of,
+)
+from megarl.config.schema import Section
+from megarl.config.suggest import explain_unknown
+from megarl.config.validate import find_violations
+from megarl.config.violation import Origins, Violation, show
+from megarl.config.yaml_text import dump_yaml, expand_variables, parse_yaml
+from megarl.errors import UserError
+
+_Config = TypeVar("_Config", bound=Section)
+_COMMAND_LINE = "command line"
+_NO_VALUE = object()
+
+
+def load_config(
+    kind: type[_Config],
+    path: str | FilePath,
+    overrides: Sequence[str] = (),
+    *,
+    check_files: bool = True,
+    num_processes: int | None = None,
+) -> _Config:
+    """Read ``path``, apply ``overrides`` ("optimizer.lr=1e-5"), and check everything.
+
+    Args:
+        kind: SftConfig, GrpoConfig or EvalConfig.
+        path: YAML file; strings in it may hold ${NAME} and ${NAME:-default}.
+        overrides: dotted key=value pairs, later ones win. Where the schema wants a string the value is
+            taken as it stands (quotes allow YAML escapes), elsewhere it is YAML.
+        check_files: also check what the configuration names on disk, relative to the current directory.
+        num_processes: trainer ranks when a launcher has already decided (WORLD_SIZE); replaces
+            parallel.num_processes.
+
+    Raises:
+        UserError: one line per violation: "field.path: what is wrong (got value) [file:line]".
+    """
+    return _Loading(kind, FilePath(path), check_files).load(overrides, num_processes)
+
+
+def dump_config(config: Section) -> str:
+    """YAML text with every field resolved; :func:`load_config` reads it back as an equal configuration."""
+    return dump_yaml(config.model_dump())
+
+
+class _Loading:
+    """One call of load_config: the raw data as it grows, and what was found wrong."""
+
+    def __init__(self, kind: type[Any], path: FilePath, check_files: bool) -> None:
+        self.kind = kind
+        self.path = path
+        self.check_files = check_files
+        self.data: dict[str, Any] = {}
+        self.origins = Origins(str(path))
+        self.violations: list[Violation] = []
+
+    def load(self, overrides: Sequence[str], num_processes: int | None) -> Any:
+        self.read_file()
+        for override in overrides:
+            self.apply_override(override)
+        if num_processes is not None:
+            self.set_value(("parallel", "num_processes"), num_processes, "WORLD_SIZE")
+        config = self.check()
+        if self.violations:
+            raise UserError("\n".join(self.origins.report(self.violations)))
+        return config
+
+    def read_file(self) -> None:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: not a UTF-8 text file ({error.reason})") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read the configuration: {error.strerror}") from None
+        parsed = parse_yaml(text, str(self.path))
+        self.origins.places = {p: f"{self.path}:{line}" for p, line in parsed.lines.items() if p}
+        for path, line, problem in parsed.problems:
+            self.violations.append(Violation(path, problem))
+            self.origins.places[path] = f"{self.path}:{line}"
+        if parsed.value is not None and not isinstance(parsed.value, dict):
+            raise UserError(
+                f"{self.path}: a configuration is a mapping of sections (got {show(parsed.value)})"
+            )
+        self.data = parsed.value or {}
+
+    def apply_override(self, override: str) -> None:
+        key, equals, text = override.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            message = f"an override is written as section.key=value (got {show(override)})"
+            self.origins.places[(override,)] = _COMMAND_LINE
+            self.violations.append(Violation((override,), message))
+            return
+        value = self.read_override(path, text)
+        if value is not _NO_VALUE:
+            self.set_value(path, value, _COMMAND_LINE)
+
+    def read_override(self, path: Path, text: str) -> Any:
+        annotations = [field.annotation for field in fields_at(self.kind, path)]
+        wants_text = any(accepts_text(annotation) for annotation in annotations)
+        is_null = text in ("null", "~") and any(accepts_null(annotation) for annotation in annotations)
+        try:
+            if wants_text and not is_null and not text.startswith(('"', "'")):
+                return expand_variables(text)
+            parsed = parse_yaml(text, dotted(path))
+        except (ValueError, UserError) as error:
+            problem = str(error).removeprefix(f"{dotted(path)}: ")
+            self.fail_override(path, f"{problem} (got {show(text)})")
+            return _NO_VALUE
+        for inner, _, problem in parsed.problems:
+            self.fail_override((*path, *inner), problem)
+        return _NO_VALUE if parsed.problems else parsed.value
+
+    def fail_override(self, path: Path, message: str) -> None:
+        self.origins.overwrite(path, _COMMAND_LINE)
+        self.violations.append(Violation(path, message))
+
+    def set_value(self, path: Path, value: Any, place: str) -> None:
+        section = self.data
+        for depth, name in enumerate(path[:-1], start=1):
+            inner = section.get(name)
+            if inner is None:
+                inner = section[name] = {}
+            if not isinstance(inner, dict):
+                what = f"{dotted(path[:depth])} is a value, not a section"
+                self.fail_override(path, f"{what} (got {show(inner)})")
+                return
+            section = inner
+        section[path[-1]] = value
+        # Whatever the file had here no longer matters, its mistakes included.
+        self.violations = [v for v in self.violations if v.path[: len(path)] != path]
+        self.origins.overwrite(path, place)
+
+    def check(self) -> Any:
+        failed = {v.path for v in self.violations}
+        config: Section | None = None
+        try:
+            config = self.kind.model_validate(self.data)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False, include_context=False):
+                violation = self.translate(detail)
+                if violation.path not in failed:
+                    self.violations.append(violation)
+                failed.add(violation.path)
+        partial = bool(failed)
+        if config is None or partial:
+            config = _build_partial(self.kind, self.data, failed, ())
+        self.violations += find_violations(config, partial=partial)
+        if self.check_files:
+            self.violations += find_file_violations(config)
+        return config
+
+    def translate(self, detail: ErrorDetails) -> Violation:
+        path = config_path(self.kind, detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            return Violation(path, explain_unknown(self.kind, path, self.parent_sections(path)))
+        fields = fields_at(self.kind, path)
+        expected = describe_field(fields[0]) if fields else "a mapping of sections"
+        if detail["type"] == "missing":
+            return Violation(path, f"required but missing: {expected}. {fields[0].description}")
+        if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            sections = sections_of(fields[0].annotation)
+            tags = " or ".join(repr(tag_of(section)) for section in sections)
+            source = self.value_at((*path, "source"))
+            if source is _NO_VALUE:
+                return Violation((*path, "source"), f"required but missing: {tags}")
+            return Violation((*path, "source"), f"expected {tags} (got {show(source)})")
+        if detail["loc"] and not fields:  # inside a free mapping
+            return Violation(path, f"{detail['msg'].lower()} (got {show(detail['input'])})")
+        return Violation(path, f"expected {expected} (got {show(detail['input'])})")
+
+    def parent_sections(self, path: Path) -> list[type[Section]]:
+        """The classes the section around ``path`` may be, narrowed by its ``source``."""
+        if len(path) == 1:
+            return [self.kind]
+        annotations = [field.annotation for field in fields_at(self.kind, path[:-1])]
+        sections = [section for annotation in annotations for section in sections_of(annotation)]
+        chosen = select_section(sections, self.value_at(path[:-1]))
+        return sections if chosen is None else [chosen]
+
+    def value_at(self, path: Path) -> Any:
+        value: Any = self.data
+        for name in path:
+            if not isinstance(value, dict) or name not in value:
+                return _NO_VALUE
+            value = value[name]
+        return value
+
+
+def _build_partial(kind: type[Section], data: dict[str, Any], failed: set[Path], at: Path) -> Section:
+    """``kind`` from ``data`` without the fields that failed: reading one of those is an AttributeError.
+
+    So the rules that need none of them still run, and all violations come in one go.
+    """
+    values: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        path = (*at, name)
+        if path in failed:
+            continue
+        sections = sections_of(field.annotation)
+        if name not in data:
+            if not field.is_required():
+                values[name] = field.get_default(call_default_factory=True, validated_data={})
+        elif sections and isinstance(data[name], dict):
+            chosen = select_section(sections, data[name])
+            if chosen is not None:
+                values[name] = _build_partial(chosen, data[name], failed, path)
+        else:
+            values[name] = data[name]
+    section = kind.model_construct(**values)
+    for name in kind.model_fields.keys() - values.keys():
+        vars(section).pop(name, None)  # model_construct fills in defaults
+    return section

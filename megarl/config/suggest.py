@@ -1,0 +1,61 @@
+"""What the user may have meant by a key that does not exist."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from megarl.config.introspect import Path, dotted, sections_of, tag_of, walk
+from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
+
+COMMANDS: dict[str, type[SftConfig | GrpoConfig | EvalConfig]] = {
+    "sft": SftConfig,
+    "grpo": GrpoConfig,
+    "eval": EvalConfig,
+}
+
+
+def explain_unknown(root: type[Section], path: Path, sections: list[type[Section]]) -> str:
+    """Why ``path`` is refused and what comes nearest.
+
+    ``sections`` are the classes its parent may be (one, unless a tagged union is undecided). Looked
+    for in this order: a near name beside it, another ``source`` that has it, the same name elsewhere,
+    another command that has it, a less near name beside it, a near name elsewhere.
+    """
+    key = path[-1].replace("-", "_").lower()
+    beside = [name for section in sections for name in section.model_fields]
+    elsewhere = {p: p[-1] for p, _ in walk(root)}
+
+    if near := get_close_matches(key, beside, n=1, cutoff=0.8):
+        return _meant((*path[:-1], near[0]))
+    if source := _other_source(root, path):
+        return f"unknown key here; it belongs to source {source}"
+    if same := [p for p, name in elsewhere.items() if name == key]:
+        return _meant(*same[:3])
+    if commands := _other_commands(root, path):
+        return f"unknown key here; it is a setting of megarl {' and '.join(commands)}"
+    if near := get_close_matches(key, beside, n=1, cutoff=0.6):
+        return _meant((*path[:-1], near[0]))
+    if near := get_close_matches(key, set(elsewhere.values()), n=1, cutoff=0.75):
+        return _meant(next(p for p, name in elsewhere.items() if name == near[0]))
+    return f"unknown key; valid here: {', '.join(beside)}"
+
+
+def _meant(*paths: Path) -> str:
+    return f"unknown key; did you mean {' or '.join(dotted(p) for p in paths)}?"
+
+
+def _other_source(root: type[Section], path: Path) -> str | None:
+    """The member of the tagged union around ``path`` that has its key."""
+    for p, field in walk(root):
+        if p == path[:-1]:
+            for section in sections_of(field.annotation):
+                if path[-1] in section.model_fields and tag_of(section) is not None:
+                    return tag_of(section)
+    return None
+
+
+def _other_commands(root: type[Section], path: Path) -> list[str]:
+    """The commands whose configuration has exactly this key."""
+    return [
+        name for name, kind in COMMANDS.items() if kind is not root and any(p == path for p, _ in walk(kind))
+    ]

@@ -1,0 +1,315 @@
+"""Combinations of settings that cannot work, each a rule of its own.
+
+A rule looks at a configuration whose fields have valid types and yields what is wrong. Rules never
+raise: all violations of a configuration are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from megarl.config.derived import model_parallel_size, num_optimizer_steps
+from megarl.config.schema import (
+    EvalConfig,
+    EvaluationSizeConfig,
+    GrpoConfig,
+    JsonlSource,
+    ReasoningGymSource,
+    Section,
+    SftConfig,
+    SftJsonlSource,
+)
+from megarl.config.violation import Violation
+
+TrainingConfig = SftConfig | GrpoConfig
+Violations = Iterator[Violation]
+_Config = TypeVar("_Config", bound=Section)
+
+
+def find_violations(config: Section, *, partial: bool = False) -> list[Violation]:
+    """Every violated rule of ``config`` (SftConfig, GrpoConfig or EvalConfig).
+
+    With ``partial`` the configuration lacks the fields that failed the schema; rules that ask for one
+    of them are skipped.
+    """
+    found: list[Violation] = []
+    if isinstance(config, SftConfig):
+        found += _apply(_TRAINING_RULES + _SFT_RULES, config, partial)
+    elif isinstance(config, GrpoConfig):
+        found += _apply(_TRAINING_RULES + _GRPO_RULES, config, partial)
+    elif isinstance(config, EvalConfig):
+        found += _apply(_EVAL_RULES, config, partial)
+    return found
+
+
+def _apply(rules: list[Callable[[_Config], Violations]], config: _Config, partial: bool) -> list[Violation]:
+    found: list[Violation] = []
+    for rule in rules:
+        try:
+            found += rule(config)
+        except AttributeError:
+            if not partial:
+                raise
+    return found
+
+
+def _parallel_sizes(config: TrainingConfig) -> Violations:
+    parallel = config.parallel
+    product = model_parallel_size(parallel)
+    if parallel.num_processes % product:
+        yield Violation(
+            ("parallel", "num_processes"),
+            "must be a multiple of tensor_parallel_size * pipeline_parallel_size * context_parallel_size"
+            f" = {product} (got {parallel.num_processes})",
+            (
+                ("parallel", "tensor_parallel_size"),
+                ("parallel", "pipeline_parallel_size"),
+                ("parallel", "context_parallel_size"),
+            ),
+        )
+
+
+def _sequence_parallel(config: TrainingConfig) -> Violations:
+    if config.parallel.sequence_parallel and config.parallel.tensor_parallel_size == 1:
+        yield Violation(
+            ("parallel", "sequence_parallel"),
+            "needs parallel.tensor_parallel_size > 1 (got tensor_parallel_size 1)",
+            (("parallel", "tensor_parallel_size"),),
+        )
+
+
+def _learning_rates(config: TrainingConfig) -> Violations:
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield Violation(
+            ("optimizer", "min_lr"),
+            f"must not exceed optimizer.lr = {config.optimizer.lr} (got {config.optimizer.min_lr})",
+            (("optimizer", "lr"),),
+        )
+
+
+def _warmup(config: TrainingConfig) -> Violations:
+    steps = num_optimizer_steps(config)
+    if config.optimizer.lr_warmup_steps > steps:
+        yield Violation(
+            ("optimizer", "lr_warmup_steps"),
+            f"longer than the run's {steps} optimizer steps (got {config.optimizer.lr_warmup_steps})",
+            (("training", "num_steps"),),
+        )
+
+
+def _token_budget(config: TrainingConfig) -> Violations:
+    packing = config.packing
+    longest = packing.max_sequence_length
+    if longest is not None and longest > packing.max_tokens_per_microbatch:
+        yield Violation(
+            ("packing", "max_sequence_length"),
+            "a sequence of this length must fit into one microbatch, packing.max_tokens_per_microbatch ="
+            f" {packing.max_tokens_per_microbatch} (got {longest})",
+            (("packing", "max_tokens_per_microbatch"),),
+        )
+
+
+def _system_prompt(config: TrainingConfig | EvalConfig) -> Violations:
+    form = config.data.format
+    if form.system_prompt is not None and not form.chat_template:
+        yield Violation(
+            ("data", "format", "system_prompt"),
+            "only a chat template has a place for it, and data.format.chat_template is false",
+            (("data", "format", "chat_template"),),
+        )
+
+
+def _separate_sets(config: TrainingConfig) -> Violations:
+    train, held_out, files = config.data.train, config.data.held_out, JsonlSource | SftJsonlSource
+    if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
+        same_task = train.task == held_out.task and train.arguments == held_out.arguments
+        first = max(train.seed, held_out.seed)
+        last = min(train.seed + train.size, held_out.seed + held_out.size)
+        if same_task and first < last:
+            # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems.
+            yield Violation(
+                ("data", "held_out", "seed"),
+                f"{last - first} problems would be in both data.train and data.held_out: problem i depends on"
+                f" seed + i only; use a seed >= {train.seed + train.size} (got {held_out.seed})",
+                (("data", "train", "seed"), ("data", "train", "size")),
+            )
+    elif isinstance(train, files) and isinstance(held_out, files) and train.path == held_out.path:
+        yield Violation(
+            ("data", "held_out", "path"),
+            f"is the same file as data.train.path (got {held_out.path!r})",
+            (("data", "train", "path"),),
+        )
+
+
+def _sft_sizes(config: SftConfig) -> Violations:
+    train, batch_size = config.data.train, config.training.batch_size
+    if isinstance(train, ReasoningGymSource) and batch_size > train.size:
+        yield Violation(
+            ("training", "batch_size"),
+            f"larger than the training set, data.train.size = {train.size} (got {batch_size})",
+            (("data", "train", "size"),),
+        )
+
+
+def _sft_validation(config: SftConfig) -> Violations:
+    training, held_out = config.training, config.data.held_out
+    if training.validation_interval and held_out is None:
+        yield Violation(
+            ("training", "validation_interval"),
+            f"needs data.held_out, which is not set (got {training.validation_interval})",
+            (("data", "held_out"),),
+        )
+    if isinstance(held_out, ReasoningGymSource) and training.validation_size > held_out.size:
+        yield Violation(
+            ("training", "validation_size"),
+            f"larger than the held-out set, data.held_out.size = {held_out.size}"
+            f" (got {training.validation_size})",
+            (("data", "held_out", "size"),),
+        )
+
+
+def _sft_ranks(config: SftConfig) -> Violations:
+    yield from _enough_for_ranks(config, config.training.batch_size, ("training", "batch_size"))
+
+
+def _grpo_ranks(config: GrpoConfig) -> Violations:
+    rollout, updates = config.rollout, config.algorithm.num_optimizer_steps_per_batch
+    samples = rollout.num_prompts_per_step * rollout.num_generations_per_prompt
+    if samples >= updates:
+        yield from _enough_for_ranks(config, samples // updates, ("rollout", "num_prompts_per_step"))
+
+
+def _enough_for_ranks(config: TrainingConfig, sequences: int, path: tuple[str, ...]) -> Violations:
+    ranks = config.parallel.num_processes // model_parallel_size(config.parallel)
+    if sequences < ranks:
+        yield Violation(
+            path,
+            f"an optimizer step of {sequences} sequences leaves some of {ranks} data-parallel ranks empty",
+            (("parallel", "num_processes"),),
+        )
+
+
+def _group_size(config: GrpoConfig) -> Violations:
+    if config.rollout.num_generations_per_prompt < 2:
+        yield Violation(
+            ("rollout", "num_generations_per_prompt"),
+            "a group needs at least 2 samples: alone, a sample has no baseline and its advantage is always 0"
+            f" (got {config.rollout.num_generations_per_prompt})",
+            (("algorithm", "baseline"),),
+        )
+
+
+def _clip(config: GrpoConfig) -> Violations:
+    if config.algorithm.clip_ratio_low >= 1:
+        yield Violation(
+            ("algorithm", "clip_ratio_low"),
+            "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
+            f" (got {config.algorithm.clip_ratio_low})",
+        )
+
+
+def _updates_per_batch(config: GrpoConfig) -> Violations:
+    prompts, updates = config.rollout.num_prompts_per_step, config.algorithm.num_optimizer_steps_per_batch
+    if prompts % updates:
+        yield Violation(
+            ("rollout", "num_prompts_per_step"),
+            f"must be a multiple of algorithm.num_optimizer_steps_per_batch = {updates} (got {prompts})",
+            (("algorithm", "num_optimizer_steps_per_batch"),),
+        )
+
+
+def _rollout_size(config: GrpoConfig) -> Violations:
+    train, prompts = config.data.train, config.rollout.num_prompts_per_step
+    if isinstance(train, ReasoningGymSource) and prompts > train.size:
+        yield Violation(
+            ("rollout", "num_prompts_per_step"),
+            f"more than the training set has, data.train.size = {train.size} (got {prompts})",
+            (("data", "train", "size"),),
+        )
+
+
+def _response_lengths(config: GrpoConfig) -> Violations:
+    packing = config.packing
+    limit, name = packing.max_sequence_length, "packing.max_sequence_length"
+    if limit is None:
+        limit, name = packing.max_tokens_per_microbatch, "packing.max_tokens_per_microbatch"
+    lengths = {
+        ("rollout", "max_new_tokens"): config.rollout.max_new_tokens,
+        ("evaluation", "max_new_tokens"): config.evaluation.max_new_tokens,
+    }
+    for path, length in lengths.items():
+        if length is not None and length >= limit:
+            yield Violation(
+                path,
+                f"leaves no room for a prompt within {name} = {limit} (got {length})",
+                (("packing", name.split(".")[1]),),
+            )
+
+
+def _engine(config: GrpoConfig | EvalConfig) -> Violations:
+    engine = config.rollout.engine
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        yield Violation(
+            ("rollout", "engine", "max_num_batched_tokens"),
+            f"must be at least rollout.engine.max_num_seqs = {engine.max_num_seqs}, a token per sequence"
+            f" (got {engine.max_num_batched_tokens})",
+            (("rollout", "engine", "max_num_seqs"),),
+        )
+
+
+def _evaluation(config: GrpoConfig) -> Violations:
+    evaluation = config.evaluation
+    asked = [name for name in ("interval", "at_start", "at_end") if getattr(evaluation, name)]
+    if not asked:
+        return
+    if config.data.held_out is None:
+        yield Violation(
+            ("data", "held_out"),
+            f"missing, but evaluation asks for it by {', '.join(f'evaluation.{name}' for name in asked)}",
+            tuple(("evaluation", name) for name in asked),
+        )
+    yield from _evaluation_size(evaluation, config.data.held_out)
+
+
+def _eval_data(config: EvalConfig) -> Violations:
+    yield from _evaluation_size(config.evaluation, config.data.held_out)
+
+
+def _evaluation_size(
+    evaluation: EvaluationSizeConfig, held_out: ReasoningGymSource | JsonlSource | None
+) -> Violations:
+    if isinstance(held_out, ReasoningGymSource) and evaluation.num_prompts > held_out.size:
+        yield Violation(
+            ("evaluation", "num_prompts"),
+            f"more than the held-out set has, data.held_out.size = {held_out.size}"
+            f" (got {evaluation.num_prompts})",
+            (("data", "held_out", "size"),),
+        )
+
+
+_TRAINING_RULES: list[Callable[[SftConfig | GrpoConfig], Violations]] = [
+    _parallel_sizes,
+    _sequence_parallel,
+    _learning_rates,
+    _warmup,
+    _token_budget,
+    _system_prompt,
+    _separate_sets,
+]
+_SFT_RULES: list[Callable[[SftConfig], Violations]] = [_sft_sizes, _sft_validation, _sft_ranks]
+_GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
+    _group_size,
+    _updates_per_batch,
+    _rollout_size,
+    _grpo_ranks,
+    _response_lengths,
+    _clip,
+    _engine,
+    _evaluation,
+]
+_EVAL_RULES: list[Callable[[EvalConfig], Violations]] = [
+    _system_prompt,
+    _engine,
+    _eval_data,
+]

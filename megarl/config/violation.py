@@ -1,0 +1,77 @@
+"""What is wrong with a configuration, and where the user wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megarl.config.introspect import Path, dotted
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing to mend: the field it is reported at and one line of explanation.
+
+    ``related`` are other fields that take part; the line number comes from the first that was written.
+    """
+
+    path: Path
+    message: str
+    related: tuple[Path, ...] = ()
+
+    @property
+    def fields(self) -> tuple[Path, ...]:
+        """All fields that take part."""
+        return (self.path, *self.related)
+
+
+@dataclass
+class Origins:
+    """Where each key was written: 'configs/a.yaml:12' or 'command line'."""
+
+    file: str
+    places: dict[Path, str] = field(default_factory=dict)
+
+    def overwrite(self, path: Path, place: str) -> None:
+        """``path`` was set anew: forget where it and everything below it came from."""
+        self.places = {p: where for p, where in self.places.items() if p[: len(path)] != path}
+        self.places[path] = place
+
+    def find(self, violation: Violation) -> str:
+        """The place of the first field that was written, else of the nearest enclosing section."""
+        for path in violation.fields:
+            if path in self.places:
+                return self.places[path]
+        path = violation.path
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places[path] if path else self.file
+
+    def report(self, violations: list[Violation]) -> list[str]:
+        """The lines the user reads: the file's from top to bottom, then the command line's."""
+        placed = [(self.find(violation), violation) for violation in violations]
+        placed.sort(key=lambda pair: self._order(pair[0]))
+        lines = [f"{dotted(violation.path)}: {violation.message} [{place}]" for place, violation in placed]
+        return list(dict.fromkeys(lines))
+
+    def _order(self, place: str) -> float:
+        line = place.removeprefix(f"{self.file}:")
+        if place == self.file:
+            return 0
+        return int(line) if line.isdigit() else float("inf")
+
+
+def show(value: Any) -> str:
+    """A value as the user would have written it, shortened."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a mapping"
+        case list():
+            return "a list"
+        case str():
+            return repr(value if len(value) <= 60 else value[:57] + "...")
+    return str(value)

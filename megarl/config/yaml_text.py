@@ -1,0 +1,190 @@
+"""YAML in and out: the core schema of YAML 1.2, line numbers, environment variables.
+
+PyYAML reads YAML 1.1, where ``1e-5`` is a string and ``off`` a boolean, and it lets a repeated key
+win silently. Here numbers, booleans and null are those of the YAML 1.2 core schema (section 10.3.2 of
+its specification), repeated keys are errors, and every key remembers the line it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from megarl.config.introspect import Path
+from megarl.errors import UserError
+
+_CORE_SCHEMA = [
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$")),
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")),
+    ("tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+    ),
+]
+_VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?")
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+
+for _tag, _pattern in _CORE_SCHEMA:
+    _Loader.add_implicit_resolver(_tag, _pattern, [None])
+    _Dumper.add_implicit_resolver(_tag, _pattern, [None])
+
+
+@dataclass
+class YamlText:
+    """A parsed text: its value, the line of every key, and what is wrong with single keys.
+
+    Keys named in ``problems`` are left out of ``value``. Path elements of list items are indices.
+    """
+
+    value: Any = None
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[tuple[Path, int, str]] = field(default_factory=list)
+
+
+def parse_yaml(text: str, name: str) -> YamlText:
+    """Parse one YAML document; ``name`` is the file's, for syntax errors (UserError, with the line)."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f":{mark.line + 1}" if mark is not None else ""
+        why = " ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{name}{where}: not valid YAML: {why}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    parsed = YamlText()
+    if node is not None:
+        parsed.value = _Reader(parsed).read(node, (), node.start_mark.line + 1)
+    return parsed
+
+
+def dump_yaml(value: Any) -> str:
+    """The YAML text that :func:`parse_yaml` reads back as ``value``."""
+    return yaml.dump(_escape(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def expand_variables(text: str) -> str:
+    """Replace ${NAME} and ${NAME:-default} by the environment; $${ stands for a plain ${.
+
+    Raises:
+        ValueError: a variable without default is unset, or ${ starts something else.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        if match.group().startswith("$$"):
+            return "${"
+        if name is None:
+            raise ValueError("'${' starts no ${NAME} or ${NAME:-default}; write $${ for a plain ${")
+        value = os.environ.get(name)
+        if default is not None:
+            return value or default  # as in a shell, :- also replaces an empty value
+        if value is None:
+            raise ValueError(f"environment variable {name} is not set")
+        return value
+
+    return _VARIABLE.sub(replace, text)
+
+
+def _escape(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("${", "$${")
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escape(item) for item in value]
+    return value
+
+
+_FAILED = object()  # what a key with a problem reads as; its parent leaves it out
+
+
+class _Reader:
+    """Turns nodes into values, noting lines and problems on the way."""
+
+    def __init__(self, parsed: YamlText) -> None:
+        self.parsed = parsed
+        self.open_nodes: set[int] = set()
+        self.loader = _Loader("")
+
+    def fail(self, path: Path, line: int, problem: str) -> object:
+        self.parsed.problems.append((path, line, problem))
+        return _FAILED
+
+    def read(self, node: yaml.Node, path: Path, line: int) -> Any:
+        self.parsed.lines.setdefault(path, line)
+        if isinstance(node, yaml.ScalarNode):
+            return self.read_scalar(node, path, line)
+        if id(node) in self.open_nodes:
+            return self.fail(path, line, "an alias (*) inside its own anchor (&)")
+        self.open_nodes.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            value: Any = self.read_mapping(node, path)
+        else:
+            items = [
+                self.read(item, (*path, str(index)), item.start_mark.line + 1)
+                for index, item in enumerate(node.value)
+            ]
+            value = [item for item in items if item is not _FAILED]
+        self.open_nodes.discard(id(node))
+        return value
+
+    def read_mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        first_line: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            key = self.loader.construct_object(key_node, deep=True) if key_node.tag.endswith(":str") else None
+            if not isinstance(key, str):
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                self.fail((*path, str(shown)), line, "keys must be strings; put it in quotes")
+            elif key in first_line:
+                self.fail((*path, key), line, f"given twice, first on line {first_line[key]}")
+            else:
+                first_line[key] = line
+                item = self.read(value_node, (*path, key), line)
+                if item is not _FAILED:
+                    value[key] = item
+        return value
+
+    def read_scalar(self, node: yaml.ScalarNode, path: Path, line: int) -> Any:
+        text, tag = node.value, node.tag
+        if "${" in text:
+            try:
+                text = expand_variables(text)
+            except ValueError as error:
+                return self.fail(path, line, str(error))
+            if node.style is None:  # unquoted: the type is that of the text as if written in place
+                tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))
+        return self.construct(tag, text, path, line)
+
+    def construct(self, tag: Hashable, text: str, path: Path, line: int) -> Any:
+        match str(tag).removeprefix("tag:yaml.org,2002:"):
+            case "str":
+                return text
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+            case "float":
+                return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+        return self.fail(path, line, f"unknown YAML tag {tag}")

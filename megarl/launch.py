@@ -1,0 +1,189 @@
+"""How a command becomes trainer ranks: torchrun, srun, or processes of its own.
+
+A rank reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and does not know who set them.
+Here they come from Slurm's variables, or from :func:`run_ranks`, which starts the ranks of one machine.
+It is used instead of torchrun because it keeps the ranks' exit codes (2 for a user's error, 143
+after SIGTERM), hands signals on exactly once and waits for the checkpoint that follows them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, MutableMapping, Sequence
+from types import FrameType
+
+from megarl.errors import UserError
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Ranks that lost one of their number may hang in a collective: they get this long to end by themselves.
+_GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def world_size(environ: Mapping[str, str]) -> int | None:
+    """The number of ranks a launcher has started, None where there is none.
+
+    Raises:
+        UserError: WORLD_SIZE is no number, or the variables that belong to it are missing.
+    """
+    text = environ.get("WORLD_SIZE")
+    if text is None:
+        return None
+    size = _positive(text, "WORLD_SIZE")
+    missing = [name for name in _RANK_VARIABLES if name not in environ]
+    if size > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE is {size} but {', '.join(missing)} not set; start ranks with torchrun or srun"
+        )
+    return size
+
+
+def adopt_slurm(environ: MutableMapping[str, str]) -> None:
+    """Under `srun` with several tasks, set a rank's variables from Slurm's.
+
+    Does nothing where WORLD_SIZE is set, and in a batch script outside srun, where Slurm sets
+    SLURM_PROCID and SLURM_NTASKS too but starts one process only (no SLURM_STEP_ID there).
+
+    Raises:
+        UserError: the rendezvous host cannot be told.
+    """
+    if "WORLD_SIZE" in environ or "SLURM_PROCID" not in environ:
+        return
+    in_batch_script = "SLURM_JOB_ID" in environ and not {"SLURM_STEP_ID", "SLURM_STEPID"} & environ.keys()
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
+    size = _positive(tasks, "SLURM_NTASKS")
+    if size == 1 or in_batch_script:
+        return
+    if "MASTER_ADDR" not in environ:
+        names = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+        nodes = next((environ[name] for name in names if environ.get(name)), None)
+        if nodes is None:
+            raise UserError(
+                "srun: neither MASTER_ADDR nor SLURM_STEP_NODELIST is set; set MASTER_ADDR to rank 0's host"
+            )
+        environ["MASTER_ADDR"] = first_host(nodes)
+    environ.setdefault("MASTER_PORT", str(_slurm_port(environ)))
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
+    environ["WORLD_SIZE"] = str(size)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: 'gpu[007-012,20],login1' is gpu007."""
+    depth, end = 0, len(nodes)
+    for index, character in enumerate(nodes):
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            end = index
+            break
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes[:end])
+
+
+def run_ranks(num_processes: int, arguments: Sequence[str]) -> int:
+    """Start ``python -m megarl.cli *arguments`` once per rank on this machine and wait for all.
+
+    SIGINT, SIGTERM and SIGHUP go to every rank once and are then waited for without limit: ranks
+    write a checkpoint first. When a rank fails by itself the others are ended.
+
+    Returns:
+        The exit code of the rank that failed first (128 + n after signal n), else 0.
+    """
+    ranks: list[subprocess.Popen[bytes]] = []
+    signalled: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        signalled.append(number)
+        _send(ranks, signal.SIGTERM if number == signal.SIGHUP else number)
+
+    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    port = str(_free_port())
+    try:
+        for rank in range(num_processes):
+            if signalled:
+                break
+            ranks.append(_start_rank(rank, num_processes, port, arguments))
+        if signalled:  # ranks that were not yet in the list when it came
+            _send(ranks, signal.SIGTERM)
+        return _wait(ranks, signalled)
+    finally:
+        for rank_process in ranks:
+            if rank_process.poll() is None:
+                rank_process.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _start_rank(rank: int, size: int, port: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    # As torchrun does: as many threads per rank as there are cores would only get in each other's way.
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // size)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "megarl.cli", *arguments],
+        env=environment,
+        start_new_session=True,  # a Ctrl-C reaches the ranks through this process only, once
+        preexec_fn=_die_with_parent,  # a SIGKILL here must not leave ranks writing to the run directory
+    )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], signalled: Sequence[int]) -> int:
+    first_failure = 0
+    deadline: float | None = None
+    while any(rank.poll() is None for rank in ranks):
+        failed = [rank.returncode for rank in ranks if rank.returncode]
+        if failed and not first_failure:
+            first_failure = failed[0]
+        if first_failure and deadline is None and not signalled:
+            deadline = time.monotonic() + _GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            _send(ranks, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(_POLL_SECONDS)
+    code = first_failure or next((rank.returncode for rank in ranks if rank.returncode), 0)
+    if not ranks and signalled:
+        code = -signalled[0]
+    return 128 - code if code < 0 else code
+
+
+def _send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for rank in ranks:
+        rank.send_signal(number)  # does nothing for a rank that has ended
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """A port all tasks of a job step agree on, below the range that systems hand out by themselves."""
+    job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
+    return 20000 + (int(job) + 97 * int(step)) % 12000
+
+
+def _positive(text: str, name: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{name}: expected a whole number >= 1 (got {text!r})")
+    return int(text)
