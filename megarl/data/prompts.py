@@ -1,0 +1,237 @@
+"""Problems as tokenised prompts: reasoning-gym tasks (generated on access) and JSONL files."""
+
+from __future__ import annotations
+
+import functools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from megarl.config.schema import JsonlSource, PromptDataConfig, PromptFormat, PromptSource, ReasoningGymSource
+from megarl.data.jsonl import get_field, get_messages, get_text, read_jsonl
+from megarl.data.tokenizer import chat_ids
+from megarl.environments.tasks import check_disjoint, make_dataset
+from megarl.errors import UserError
+from megarl.records import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "held_out"]
+
+# Generated problems are checked this far at load and the rest when they are drawn.
+_NUM_CHECKED_AT_LOAD = 256
+# The overlap report may not hold up the start of a run: some tasks take 0.1 s per problem.
+_MAX_OVERLAP_SECONDS = 10.0
+
+
+class PromptDataset(ABC, Sequence[Prompt]):
+    """Problems by index; the same index is the same problem, always.
+
+    ``prompt.text`` is what the model reads, chat template included; ``prompt.metadata`` has
+    ``answer`` (the reference) and ``entry`` (the reasoning-gym entry or the file's object).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_format: PromptFormat,
+        max_prompt_tokens: int,
+        field: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._format = prompt_format
+        self._max_prompt_tokens = max_prompt_tokens
+        self._field = field
+        self._train: PromptSource | None = None  # to compare with; None for the training problems
+
+    @abstractmethod
+    def questions(self) -> Iterator[str]:
+        """The bare problem texts in order, without suffix and chat template."""
+
+    @abstractmethod
+    def _prompt(self, index: int) -> Prompt:
+        """The problem at ``index`` in [0, len)."""
+
+    @functools.cached_property
+    def overlap(self) -> int | None:
+        """How many of these problems' texts also occur among the training problems.
+
+        Nothing is removed. 0 for the training problems themselves; None where generating the
+        training problems to compare with would take more than 10 s.
+        """
+        if self._train is None:
+            return 0
+        start = time.monotonic()
+        train: set[str] = set()
+        for question in _questions(self._train, "data.train"):
+            if time.monotonic() - start > _MAX_OVERLAP_SECONDS:
+                return None
+            train.add(question)
+        return sum(question in train for question in self.questions())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        return self._prompt(index % len(self))
+
+    def _make(
+        self, index: int, where: str, problem: str | list[dict[str, str]], metadata: dict[str, Any]
+    ) -> Prompt:
+        """Tokenise one problem; ``where`` begins the message of any UserError."""
+        if self._format.chat_template:
+            messages = self._messages(where, problem)
+            try:
+                ids = chat_ids(self._tokenizer, messages, add_generation_prompt=True)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from error
+            text = str(
+                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
+        else:
+            if not isinstance(problem, str):
+                raise UserError(f"{where}: chat messages need data.format.chat_template: true")
+            text = problem + self._format.prompt_suffix
+            ids = list(self._tokenizer(text)["input_ids"])
+        if not ids:
+            raise UserError(f"{where}: the prompt has no tokens")
+        if len(ids) > self._max_prompt_tokens:
+            raise UserError(
+                f"{where}: the prompt has {len(ids)} tokens, but at most {self._max_prompt_tokens} are "
+                "allowed (longest sequence minus rollout.max_new_tokens)"
+            )
+        return Prompt(index=index, text=text, token_ids=ids, metadata=metadata)
+
+    def _messages(self, where: str, problem: str | list[dict[str, str]]) -> list[dict[str, str]]:
+        messages = (
+            [{"role": "user", "content": problem}]
+            if isinstance(problem, str)
+            else [dict(message) for message in problem]
+        )
+        if messages[-1]["role"] != "user":
+            raise UserError(f"{where}: the last chat message must be the user's, for the model to answer")
+        messages[-1]["content"] += self._format.prompt_suffix
+        if self._format.system_prompt is not None:
+            if messages[0]["role"] == "system":
+                raise UserError(f"{where}: has a system message, and data.format.system_prompt is set too")
+            messages.insert(0, {"role": "system", "content": self._format.system_prompt})
+        return messages
+
+
+class _ReasoningGymPrompts(PromptDataset):
+    def __init__(self, source: ReasoningGymSource, *args: Any) -> None:
+        super().__init__(*args)
+        self._source = source
+        self._dataset = make_dataset(source, self._field)
+        for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
+            self._prompt(index)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def questions(self) -> Iterator[str]:
+        return _questions(self._source, self._field)
+
+    def _prompt(self, index: int) -> Prompt:
+        entry = self._dataset[index]
+        metadata = {"answer": entry["answer"], "entry": entry}
+        return self._make(index, f"{self._field}: problem {index}", entry["question"], metadata)
+
+
+class _JsonlPrompts(PromptDataset):
+    def __init__(self, source: JsonlSource, *args: Any) -> None:
+        super().__init__(*args)
+        self._source = source
+        self._prompts = []
+        lines = []
+        for index, (number, record) in enumerate(read_jsonl(source.path, f"{self._field}.path")):
+            where = f"{source.path}:{number}"
+            problem: str | list[dict[str, str]]
+            if isinstance(get_field(record, source.prompt_field, where), list):
+                problem = get_messages(record, source.prompt_field, where)
+            else:
+                problem = get_text(record, source.prompt_field, where)
+            answer = _reference(record, source.answer_field, where)
+            metadata = {"answer": answer, "entry": record}
+            self._prompts.append(self._make(index, where, problem, metadata))
+            lines.append((f"{where}: field {source.answer_field!r}", answer))
+        _check_references(lines)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def questions(self) -> Iterator[str]:
+        return _questions(self._source, self._field)
+
+    def _prompt(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+
+def _reference(record: dict[str, Any], name: str, where: str) -> str:
+    """The reference answer as text; numbers may be written as JSON numbers."""
+    value = get_field(record, name, where)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return get_text(record, name, where)
+
+
+def _check_references(lines: list[tuple[str, str]]) -> None:
+    # The one place where a stage calls another: only the verifier knows which references it can use.
+    from megarl.environments.math import check_references
+
+    check_references(lines)
+
+
+def load_prompts(
+    config: PromptDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    split: Split,
+) -> PromptDataset:
+    """The problems of one split, each at most ``max_prompt_tokens`` tokens long.
+
+    JSONL files are checked whole. Of generated problems the first 256 are checked here, the others
+    when they are drawn.
+
+    Raises:
+        UserError: unknown task or argument, file errors with their line, a reference that cannot
+            be parsed, a prompt that is too long (its index or line, its length and the limit),
+            held-out problems drawn from the training problems' seeds.
+    """
+    if config.held_out is not None:
+        _check_apart(config.train, config.held_out)
+    source = config.train if split == "train" else config.held_out
+    if source is None:
+        raise UserError("data.held_out: missing; evaluation needs held-out problems")
+    arguments = (tokenizer, config.format, max_prompt_tokens, f"data.{split}")
+    dataset: PromptDataset
+    if isinstance(source, ReasoningGymSource):
+        dataset = _ReasoningGymPrompts(source, *arguments)
+    else:
+        dataset = _JsonlPrompts(source, *arguments)
+    if split == "held_out":
+        dataset._train = config.train
+    return dataset
+
+
+def _questions(source: PromptSource, field: str) -> Iterator[str]:
+    """The bare problem texts of a source, in order; a chat is compared as its messages."""
+    if isinstance(source, ReasoningGymSource):
+        dataset = make_dataset(source, field)
+        for index in range(len(dataset)):
+            yield str(dataset[index]["question"])
+    else:
+        for number, record in read_jsonl(source.path, f"{field}.path"):
+            problem = get_field(record, source.prompt_field, f"{source.path}:{number}")
+            yield problem if isinstance(problem, str) else repr(problem)
+
+
+def _check_apart(train: PromptSource, held_out: PromptSource) -> None:
+    if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
+        check_disjoint(train, held_out)
+    if isinstance(train, JsonlSource) and isinstance(held_out, JsonlSource) and train.path == held_out.path:
+        raise UserError(f"data.held_out.path: {held_out.path} is also data.train.path")

@@ -1,0 +1,134 @@
+"""The model directory's tokenizer: loading, checking against the model, stop tokens, chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megarl.config.schema import PromptFormat
+
+Message = Mapping[str, str]
+
+
+def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a Hugging Face directory; nothing is looked up on a hub.
+
+    Raises:
+        UserError: no such directory, or no tokenizer in it.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(model_dir)
+    if not path.is_dir():
+        raise UserError(f"model.path: no directory {path}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the library raises OSError, ValueError, KeyError and others alike
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.path: cannot load a tokenizer from {path}: {reason}") from error
+    if len(tokenizer) == 0:
+        raise UserError(f"model.path: the tokenizer in {path} is empty (is tokenizer.json missing?)")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_format: PromptFormat) -> None:
+    """Refuse a tokenizer that does not fit the model or the configured prompts.
+
+    Args:
+        tokenizer: as loaded.
+        vocab_size: rows of the model's embedding, before any padding of MegaRL's own.
+        prompt_format: ``data.format``.
+
+    Raises:
+        UserError: all violations, one per line.
+    """
+    problems = []
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        problems.append(
+            f"model.path: the tokenizer's largest token id is {largest}, but the model's vocabulary "
+            f"has {vocab_size} entries (ids 0 to {vocab_size - 1})"
+        )
+    if tokenizer.eos_token_id is None:
+        problems.append("model.path: the tokenizer has no EOS token; set eos_token in tokenizer_config.json")
+    if prompt_format.chat_template:
+        if tokenizer.chat_template is None:
+            problems.append(
+                "data.format.chat_template: the tokenizer has no chat template; false gives bare prompts"
+            )
+    else:
+        if prompt_format.system_prompt is not None:
+            problems.append("data.format.system_prompt: needs data.format.chat_template: true")
+        if tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
+            problems.append(
+                "data.format.chat_template: false does not work with this tokenizer: it ends every text "
+                "with EOS, so that nothing would be generated"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> list[int]:
+    """Every token id that ends a response, sorted: the tokenizer's EOS and those the model names.
+
+    Chat models often end a turn with another token than the tokenizer's EOS and say so only in
+    generation_config.json; config.json counts where that file says nothing.
+
+    Raises:
+        UserError: none is named anywhere, or a file cannot be read.
+    """
+    ids: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    for name in ("generation_config.json", "config.json"):
+        named = _eos_ids(Path(model_dir) / name)
+        ids.update(named)
+        if named:
+            break
+    if not ids:
+        raise UserError(
+            f"model.path: neither the tokenizer nor the configuration in {model_dir} names an EOS"
+        )
+    return sorted(ids)
+
+
+def _eos_ids(path: Path) -> list[int]:
+    if not path.is_file():
+        return []
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"model.path: {path} is not a JSON object: {error}") from error
+    if eos is None:
+        return []
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError(f"model.path: eos_token_id in {path} is {eos!r}, not a token id or a list of them")
+    return list(ids)
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+) -> list[int]:
+    """The messages as the tokenizer's chat template tokenises them.
+
+    Raises:
+        ValueError: the template refuses these messages (the caller knows where they are from).
+    """
+    try:
+        ids: Any = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+        )
+    except Exception as error:  # templates raise through jinja2, in many ways
+        raise ValueError(f"the chat template refuses it: {error}") from error
+    return list(ids)

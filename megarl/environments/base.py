@@ -1,0 +1,100 @@
+"""The environment protocol: an episode is one ``reset`` and then ``step`` until ``done``.
+
+A verifier is an environment of one step: the action is the whole response, the reward its score.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from megarl.records import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the policy reads next: the text of the prompt, or of the environment's turn."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one action led to. ``observation`` is None exactly when the episode is over."""
+
+    observation: Observation | None
+    reward: float
+    done: bool
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Environment(Protocol):
+    """Plays one episode at a time.
+
+    ``copy.copy(environment)`` gives another that plays its own episode and shares everything that
+    is expensive (data sets, worker processes), so that a whole batch can be played side by side.
+    """
+
+    async def reset(self, prompt: Prompt) -> Observation:
+        """Start an episode on ``prompt``."""
+        ...
+
+    async def step(self, action: str) -> StepResult:
+        """Take the policy's turn, decoded without special tokens."""
+        ...
+
+
+class VerifierError(RuntimeError):
+    """A verifier broke. Never turned into a reward: a silent 0 would be learned from."""
+
+
+class Verifier(ABC):
+    """An environment of one step; subclasses say how a response is judged."""
+
+    _prompt: Prompt | None = None
+
+    async def reset(self, prompt: Prompt) -> Observation:
+        """Remember the problem to judge by; the observation is the prompt's own text."""
+        self._prompt = prompt
+        return Observation(prompt.text)
+
+    async def step(self, action: str) -> StepResult:
+        """Judge the whole response; always the last step of its episode."""
+        assert self._prompt is not None, "step() before reset()"
+        prompt, self._prompt = self._prompt, None
+        reward, info = await self.judge(prompt, action)
+        return StepResult(observation=None, reward=reward, done=True, info=info)
+
+    @abstractmethod
+    async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
+        """The response's reward, usually in [0, 1], and what to show people beside it."""
+
+
+async def grade(environment: Environment, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
+    """Judge one response in an episode of its own; safe to run for many samples side by side.
+
+    Returns:
+        The reward (finite) and the environment's info.
+
+    Raises:
+        VerifierError: the environment raised, wants more than one turn, or returned a reward that
+            is not a finite number; the message names the prompt.
+    """
+    episode = copy.copy(environment)
+    try:
+        await episode.reset(prompt)
+        result = await episode.step(response_text)
+    except Exception as error:
+        raise VerifierError(
+            f"prompt {prompt.index}: the verifier raised {type(error).__name__}: {error}"
+        ) from error
+    if not result.done:
+        raise VerifierError(f"prompt {prompt.index}: the environment wants more turns; grade() plays one")
+    reward = float(result.reward)
+    if not math.isfinite(reward):
+        raise VerifierError(f"prompt {prompt.index}: the verifier returned the reward {reward}")
+    return reward, result.info

@@ -1,0 +1,155 @@
+"""Mathematical answers judged by math-verify (parse both sides, compare as expressions)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megarl.environments.base import Verifier
+from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    from megarl.records import Prompt
+
+_WORKER = Path(__file__).with_name("math_worker.py")
+# The worker's own alarms (5 s each) do not fire inside one long C call, e.g. a huge integer power.
+_DEADLINE_SECONDS = 30.0
+# Importing sympy on a busy machine is part of the first request.
+_START_SECONDS = 120.0
+
+
+class _Worker:
+    """One math-verify process: started at the first request, again after it was killed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, reference: str, response: str | None) -> dict[str, str]:
+        """The worker's reply (see math_worker.py); outcome "timeout" where it had to be killed.
+
+        Raises:
+            RuntimeError: the worker ended by itself.
+        """
+        with self._lock:
+            deadline = _DEADLINE_SECONDS
+            if self._process is None:
+                deadline = _START_SECONDS
+                # -P: the worker's folder holds math.py, which must not hide the standard library's.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                )
+            process = self._process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            request = json.dumps({"reference": reference, "response": response}) + "\n"
+            try:
+                process.stdin.write(request.encode())
+                process.stdin.flush()
+                line = _read_line(process.stdout.fileno(), deadline)
+            except TimeoutError:
+                self._stop()
+                return {"outcome": "timeout", "detail": f"killed after {deadline:.0f} s"}
+            except BrokenPipeError:
+                line = b""
+            if not line:
+                self._process = None
+                raise RuntimeError(f"the math-verify process ended (exit status {process.wait()})")
+            reply: dict[str, str] = json.loads(line)
+            return reply
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process = None
+
+    def close(self) -> None:
+        """End the process; the next request starts another."""
+        with self._lock:
+            self._stop()
+
+
+def _read_line(descriptor: int, seconds: float) -> bytes:
+    """One line from an unbuffered descriptor; b"" at its end, TimeoutError after ``seconds``."""
+    line = b""
+    while not line.endswith(b"\n"):
+        ready, _, _ = select.select([descriptor], [], [], seconds)
+        if not ready:
+            raise TimeoutError
+        chunk = os.read(descriptor, 65536)
+        if not chunk:
+            return b""
+        line += chunk
+    return line
+
+
+class MathEnvironment(Verifier):
+    """Reward 1 where the response's final expression equals ``prompt.metadata["answer"]``, else 0.
+
+    The reference may be a plain number or LaTeX, with or without delimiters. In the response,
+    math-verify looks for boxed answers, "final answer is", LaTeX, then plain numbers, the last one
+    first. ``info`` has the parsed answer (``answer``) or why there is none: ``unparsed``,
+    ``timeout`` or ``incomparable``, each True with ``detail``.
+    """
+
+    def __init__(self) -> None:
+        self._worker = _Worker()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy in another process starts its own worker
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._worker = _Worker()
+
+    def __copy__(self) -> MathEnvironment:
+        episode = MathEnvironment.__new__(MathEnvironment)
+        episode._worker = self._worker
+        return episode
+
+    async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
+        """Reward 0 or 1. A reference that cannot be parsed raises: the loader has refused it before."""
+        reference = str(prompt.metadata["answer"])
+        reply = await asyncio.to_thread(self._worker.ask, reference, response_text)
+        outcome, detail = reply["outcome"], reply["detail"]
+        if outcome == "bad_reference":
+            raise ValueError(f"the reference {reference!r} cannot be parsed: {detail}")
+        if outcome in ("equal", "different"):
+            return float(outcome == "equal"), {"answer": detail}
+        return 0.0, {outcome: True, "detail": detail}
+
+    def close(self) -> None:
+        """End the worker process; it also ends with this one."""
+        self._worker.close()
+
+
+def check_references(references: Iterable[tuple[str, str]]) -> None:
+    """Refuse reference answers that math-verify cannot parse.
+
+    Args:
+        references: (where, answer) pairs; ``where`` (file:line: field) begins the error message.
+
+    Raises:
+        UserError: at the first that cannot be parsed.
+    """
+    worker = _Worker()
+    try:
+        for where, reference in references:
+            reply = worker.ask(reference, None)
+            if reply["outcome"] != "equal":
+                raise UserError(
+                    f"{where}: math-verify cannot use the answer {reference!r}: {reply['detail']}"
+                )
+    finally:
+        worker.close()
