@@ -1,0 +1,1 @@
+"""The loops: each algorithm on one page, in data order."""

@@ -1,0 +1,338 @@
+"""Group relative policy optimisation (GRPO: Shao et al. 2024, arXiv:2402.03300).
+
+One step, in data order (rank 0 drives the engine; every rank trains)::
+
+    prompts -> rollout -> rewards -> advantages -> packing -> [old, reference logprobs]
+            -> forward/backward -> optimizer -> weights to the engine
+
+consumes ``rollout.num_prompts_per_step`` prompts, produces one line of metrics and policy version
+``step``, and waits for the engine once: when the last response of the step is in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.advantages.group import group_advantages, zero_std_fraction
+from megarl.algorithms.engines import attach_weights, start_engine
+from megarl.algorithms.rollouts import Rollouts, accuracy
+from megarl.algorithms.run import Run
+from megarl.config.schema import GrpoConfig
+from megarl.data.order import PromptOrder
+from megarl.data.prompts import PromptDataset, load_prompts
+from megarl.data.tokenizer import check_tokenizer, load_tokenizer, stop_token_ids
+from megarl.environments import make
+from megarl.losses.agreement import Agreement
+from megarl.losses.policy import PolicyLoss
+from megarl.metrics.timers import PHASES
+from megarl.models import load_architecture
+from megarl.records import Group, PackedBatch, Sample, Sequence
+from megarl.trainer.megatron.initialize import finalize, initialize
+from megarl.trainer.policy import Policy, broadcast
+
+_MAX_LOGPROB_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.3}
+"""Above this, engine and trainer are not the same policy: measured 4e-5 in fp32, up to 0.28 in bf16."""
+
+
+def run_grpo(config: GrpoConfig) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    architecture = load_architecture(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
+    longest = config.packing.max_sequence_length or architecture.spec.max_position_embeddings
+    room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    train = load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="train")
+    held_out = (
+        load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="held_out")
+        if config.data.held_out is not None
+        else None
+    )
+    context = initialize(config.parallel, config.run.seed)
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    with Run(config, "grpo", is_first=context.is_first) as run:
+        engine = None
+        if context.is_first:
+            engine = start_engine(
+                config.model,
+                config.rollout.engine,
+                max_model_len=longest,
+                seed=config.run.seed,
+                log_dir=run.directory.path,
+            )
+        steps_per_batch = config.algorithm.num_optimizer_steps_per_batch * config.algorithm.num_epochs_per_batch
+        policy = MegatronPolicy(
+            context,
+            architecture,
+            config.model,
+            config.packing,
+            config.optimizer,
+            config.training.num_steps * steps_per_batch,
+        )
+        if config.algorithm.kl_coef > 0:
+            policy.keep_reference()
+        state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
+        owners = policy.weight_owners()
+        rollouts = None
+        if engine is not None:
+            with run.console.waiting("vLLM engine"):
+                for line in attach_weights(engine, architecture, owners):
+                    run.console.note(line)
+            environment = make(config.data.train)
+            stops = tuple(stop_token_ids(tokenizer, config.model.path))
+            rollouts = Rollouts(engine, environment, tokenizer, stops, run.timers, config.run.seed)
+            engine.sync(state["step"])
+        loop = _GrpoLoop(config, run, policy, rollouts, engine, train, held_out, tokenizer)
+        loop.run(state)
+        run.export(policy, architecture)
+        if engine is not None:
+            engine.shutdown()
+    finalize()
+
+
+class _GrpoLoop:
+    """The loop with everything it drives; ``rollouts`` and ``engine`` exist on rank 0 only."""
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        run: Run,
+        policy: Policy,
+        rollouts: Rollouts | None,
+        engine: Any,
+        train: PromptDataset,
+        held_out: PromptDataset | None,
+        tokenizer: Any,
+    ) -> None:
+        self.config, self.run_, self.policy, self.rollouts = config, run, policy, rollouts
+        self.engine, self.train, self.held_out, self.tokenizer = engine, train, held_out, tokenizer
+        algorithm = config.algorithm
+        self.loss = PolicyLoss(
+            algorithm.clip_ratio_low, algorithm.clip_ratio_high, algorithm.kl_coef, algorithm.kl_estimator
+        )
+        self.needs_old = algorithm.num_optimizer_steps_per_batch * algorithm.num_epochs_per_batch > 1
+        self.needs_reference = algorithm.kl_coef > 0
+
+    def run(self, state: dict[str, Any]) -> None:
+        """From the state of the last finished step to the last step."""
+        config, run = self.config, self.run_
+        run.console.note(
+            "old logprobs: "
+            + ("one forward pass per batch" if self.needs_old else "skipped (one on-policy optimizer step)")
+            + "; reference logprobs: "
+            + ("one forward pass per batch" if self.needs_reference else "skipped (kl_coef = 0)")
+        )
+        order = PromptOrder(len(self.train), config.data.shuffle, config.run.seed)
+        totals: dict[str, float] = dict(state["totals"])
+        position, last = state["position"], config.training.num_steps
+        if state["step"] == 0 and config.evaluation.at_start:
+            totals["accuracy_before"] = self.evaluate(0)
+            run.timers.start_step()
+        run.timers.start_step()
+        for step in range(state["step"] + 1, last + 1):
+            indices = order.batch(position, config.rollout.num_prompts_per_step)
+            position += len(indices)
+            groups, values = self.rollout(step, indices)
+            values |= self.learn(step, groups)
+            with run.timers("weights"):
+                values |= self.hand_over(step)
+            interval = config.evaluation.interval
+            if (interval and step % interval == 0) or (step == last and config.evaluation.at_end):
+                values["accuracy"] = totals["accuracy_after"] = self.evaluate(step)
+            self.write_samples(step, groups)
+            self._log(step, values, totals)
+            run.after_step(step, last, self.policy, {"position": position, "totals": totals})
+        run.finish(self.summary(totals))
+
+    def rollout(self, step: int, indices: list[int]) -> tuple[list[Group], dict[str, float]]:
+        """Sample, grade and give advantages: the same groups on every rank."""
+        config, groups = self.config, None
+        if self.rollouts is not None:
+            prompts = [self.train[i] for i in indices]
+            total = len(prompts) * config.rollout.num_generations_per_prompt
+            with self.run_.console.progress("rollout", total=total) as advance:
+                groups = self.rollouts.sample(
+                    prompts,
+                    step=step,
+                    generations=config.rollout.num_generations_per_prompt,
+                    temperature=config.rollout.temperature,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    advance=advance,
+                )
+        shared: list[Group] = broadcast(groups)
+        rewards = [[float(s.reward or 0.0) for s in group.samples] for group in shared]
+        advantages = group_advantages(
+            rewards, baseline=config.algorithm.baseline, normalize_std=config.algorithm.normalize_std
+        )
+        for group, values in zip(shared, advantages, strict=True):
+            for sample, advantage in zip(group.samples, values, strict=True):
+                sample.advantage = advantage
+        return shared, _rollout_metrics(shared, rewards)
+
+    def learn(self, step: int, groups: list[Group]) -> dict[str, float]:
+        """Pack, fill the logprobs that are needed, and take the optimizer steps of this batch."""
+        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+        share = len(groups) // algorithm.num_optimizer_steps_per_batch
+        samples = [
+            [sample for group in groups[i : i + share] for sample in group.samples]
+            for i in range(0, len(groups), share)
+        ]
+        minibatches: list[list[PackedBatch]] = [
+            self.policy.prepare([to_sequence(s) for s in part], algorithm.loss_aggregation) for part in samples
+        ]
+        agreement = Agreement()
+        with self.run_.timers("logprobs"):
+            for batches in minibatches if self.needs_old else []:
+                agreement = agreement + self.policy.fill_logprobs(batches, "old_logprobs", temperature=temperature)
+            if self.needs_reference:
+                with self.policy.reference():
+                    for batches in minibatches:
+                        self.policy.fill_logprobs(batches, "ref_logprobs", temperature=temperature)
+        results = []
+        total = algorithm.num_epochs_per_batch * len(minibatches)
+        with self.run_.timers("train"), self.run_.console.progress("train", total=total) as advance:
+            for _ in range(algorithm.num_epochs_per_batch):
+                for batches in minibatches:
+                    results.append(self.policy.train_step(batches, self.loss, temperature=temperature))
+                    advance(1)
+        if not self.needs_old:  # these very weights drew the samples
+            agreement = results[0].agreement
+        self._check_agreement(step, agreement, [s for part in samples for s in part])
+        values = {
+            name: sum(r.metrics[name] for r in results) / len(results) for name in results[0].metrics
+        }
+        values["lr"] = results[-1].metrics["lr"]
+        values["num_microbatches"] = sum(len(batches) for batches in minibatches)
+        tokens = sum(s.num_tokens for part in samples for s in part)
+        values["num_tokens"] = tokens
+        values["tokens_per_second_train"] = (
+            tokens * algorithm.num_epochs_per_batch / self.run_.timers.seconds("train")
+        )
+        return values | agreement.metrics()
+
+    def hand_over(self, step: int) -> dict[str, float]:
+        """The engine gets policy version ``step``; counts the bytes that had to move."""
+        moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
+        return {"weights_bytes_moved": moved, "policy_version": step}
+
+    def evaluate(self, step: int) -> float:
+        """Greedy accuracy on the first ``evaluation.num_prompts`` held-out problems (every rank gets it)."""
+        result = 0.0
+        if self.rollouts is not None:
+            assert self.held_out is not None
+            config = self.config
+            prompts = [self.held_out[i] for i in range(config.evaluation.num_prompts)]
+            with self.run_.console.progress("evaluation", total=len(prompts)) as advance:
+                groups = self.rollouts.sample(
+                    prompts,
+                    step=step,
+                    generations=1,
+                    temperature=0.0,
+                    max_new_tokens=config.evaluation.max_new_tokens or config.rollout.max_new_tokens,
+                    advance=advance,
+                )
+            result = accuracy(groups)
+            self.run_.console.note(f"accuracy on {len(prompts)} held-out problems at step {step}: {result:.1%}")
+        return float(broadcast(result))
+
+    def write_samples(self, step: int, groups: list[Group]) -> None:
+        """Keep the first ``logging.samples_per_step`` samples for people (whole groups first)."""
+        count = self.config.logging.samples_per_step
+        if not self.run_.is_first or not count:
+            return
+        rows = []
+        for group in groups:
+            answer = group.prompt.metadata.get("answer")
+            for sample in group.samples:
+                rows.append(
+                    {
+                        "step": step,
+                        "prompt_index": sample.prompt_index,
+                        "prompt": group.prompt.text,
+                        "response": sample.text,
+                        "answer": answer,
+                        "reward": sample.reward,
+                        "advantage": sample.advantage,
+                        "finish_reason": sample.finish_reason,
+                        "policy_version": sample.policy_version,
+                        "num_response_tokens": len(sample.response_ids),
+                        "info": sample.info,
+                        "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs],
+                        "response_tokens": [self.tokenizer.decode([i]) for i in sample.response_ids],
+                    }
+                )
+        self.run_.directory.write_samples(step, rows[:count])
+
+    def _check_agreement(self, step: int, agreement: Agreement, samples: list[Sample]) -> None:
+        bound = _MAX_LOGPROB_DIFFERENCE[self.config.model.dtype]
+        worst = agreement.worst
+        if worst is None or worst.difference <= bound:
+            return
+        self.run_.console.warn(
+            f"step {step}: engine and trainer disagree by {worst.difference:.2e} (bound {bound:g}) on token "
+            f"{worst.label} {self.tokenizer.decode([worst.label])!r}: trainer {worst.trainer_logprob:.5f}, engine "
+            f"{worst.rollout_logprob:.5f}. They are not the same policy: check weights.sync and the engine's dtype."
+        )
+
+    def _log(self, step: int, values: dict[str, float], totals: dict[str, float]) -> None:
+        rollout_seconds = self.run_.timers.seconds("rollout")
+        tokens = values.pop("num_response_tokens")
+        values["tokens_per_second_rollout"] = tokens / rollout_seconds if rollout_seconds else 0.0
+        for name, value in (
+            ("rollout_tokens", tokens),
+            ("train_tokens", values["num_tokens"] * self.config.algorithm.num_epochs_per_batch),
+            ("weights_bytes_moved", values["weights_bytes_moved"]),
+        ):
+            totals[name] = totals.get(name, 0) + value
+        worst = max(totals.get("logprob_abs_diff_max", 0.0), values["logprob_abs_diff_max"])
+        totals["logprob_abs_diff_max"] = worst
+        self.run_.log(step, values)
+        for phase, seconds in self.run_.timers.last_step.items():
+            totals[phase] = totals.get(phase, 0.0) + seconds
+
+    def summary(self, totals: dict[str, float]) -> dict[str, Any]:
+        """What summary.json says about the run, its earlier parts included when it was resumed."""
+        seconds = {phase: totals.get(f"seconds_{phase}", 0.0) for phase in PHASES}
+        return {
+            "accuracy_before": totals.get("accuracy_before"),
+            "accuracy_after": totals.get("accuracy_after"),
+            "grpo_steps": self.config.training.num_steps,
+            "wall_seconds": totals.get("seconds", 0.0),
+            "phase_seconds": seconds,
+            "tokens_per_second": {
+                "rollout": totals.get("rollout_tokens", 0) / seconds["rollout"] if seconds["rollout"] else 0.0,
+                "train": totals.get("train_tokens", 0) / seconds["train"] if seconds["train"] else 0.0,
+            },
+            "weights_bytes_moved": int(totals.get("weights_bytes_moved", 0)),
+            "logprob_abs_diff_max": totals.get("logprob_abs_diff_max", 0.0),
+        }
+
+
+def to_sequence(sample: Sample) -> Sequence:
+    """A graded sample as a training sequence: the response tokens are the targets."""
+    prompt = len(sample.prompt_ids)
+    assert sample.advantage is not None
+    return Sequence(
+        token_ids=sample.prompt_ids + sample.response_ids,
+        loss_mask=[0] * prompt + [1] * len(sample.response_ids),
+        advantage=sample.advantage,
+        rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs,
+    )
+
+
+def _rollout_metrics(groups: list[Group], rewards: list[list[float]]) -> dict[str, float]:
+    flat = [reward for group in rewards for reward in group]
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [len(sample.response_ids) for sample in samples]
+    mean = sum(flat) / len(flat)
+    return {
+        "reward_mean": mean,
+        "reward_std": (sum((r - mean) ** 2 for r in flat) / len(flat)) ** 0.5,
+        "reward_min": min(flat),
+        "reward_max": max(flat),
+        "zero_std_groups_fraction": zero_std_fraction(rewards),
+        "response_length_mean": sum(lengths) / len(lengths),
+        "response_length_max": max(lengths),
+        "truncated_fraction": sum(s.finish_reason == "length" for s in samples) / len(samples),
+        "num_response_tokens": sum(lengths),
+    }

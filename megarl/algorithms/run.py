@@ -1,0 +1,154 @@
+"""What every training loop needs around it: run directory, sinks, checkpoints, resume and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from megarl import platform
+from megarl.config.schema import GrpoConfig, SftConfig
+from megarl.errors import UserError
+from megarl.metrics.console import Console
+from megarl.metrics.report import write_report
+from megarl.metrics.sinks import MetricsSink, build_sinks
+from megarl.metrics.timers import PhaseTimers
+from megarl.models.table import Architecture
+from megarl.records import StepMetrics
+from megarl.rundir import RunDirectory
+from megarl.trainer.policy import Policy, broadcast
+from megarl.weights.hf import export_hf
+
+_STATE_FILE = "run_state.json"
+
+
+class Interrupted(SystemExit):
+    """Ends the process with the signal's customary code, after a checkpoint was written."""
+
+
+class Run:
+    """One training run on one rank. Rank 0 writes; the others keep step."""
+
+    def __init__(self, config: SftConfig | GrpoConfig, kind: str, *, is_first: bool) -> None:
+        self.config, self.is_first = config, is_first
+        self.directory = RunDirectory(config.run.dir)
+        self.console = Console(kind, enabled=is_first)
+        self.timers = PhaseTimers()
+        self.started = time.perf_counter()
+        self._sinks: list[MetricsSink] = []
+        self._signal: int | None = None
+        self._resolved = config.model_dump(mode="json")
+
+    # --- beginning and end --------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        """Open the run directory (rank 0); from here on SIGTERM and SIGINT end the run after a step."""
+        problem = None
+        if self.is_first:
+            try:
+                for line in self.directory.open(self._resolved):
+                    self.console.note(line)
+            except UserError as error:
+                problem = str(error)
+        if problem := broadcast(problem):
+            raise UserError(problem)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self.directory.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:  # the second one is meant
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signal = number
+        self.console.note(f"{signal.Signals(number).name}: ending after this step, with a checkpoint")
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def resume(self, policy: Policy) -> dict[str, Any] | None:
+        """Load the latest complete checkpoint into ``policy``; returns its state, None for a fresh run."""
+        found = self.directory.latest_checkpoint() if self.is_first else None
+        path: Path | None = broadcast(found)
+        state = None
+        if path is not None:
+            policy.load(path)
+            state = json.loads((path / _STATE_FILE).read_text())
+            self.console.note(f"Resuming from {path} (step {state['step']})")
+        if self.is_first:
+            self.directory.start_after(state["step"] if state else None)
+            self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
+        return state
+
+    def after_step(self, step: int, last_step: int, policy: Policy, state: Mapping[str, Any]) -> None:
+        """Save when it is time; end the process here if a signal asked for it."""
+        number = broadcast(self._signal)
+        interval = self.config.checkpoint.interval
+        due = step == last_step or (interval and step % interval == 0)
+        if due or number is not None:
+            self.save(step, policy, state)
+        if self.is_first and (due or step % self.config.logging.report_interval == 0):
+            write_report(self.directory.path)
+        if number is not None and step != last_step:
+            self.console.note(f"Stopped at step {step}; the same command goes on from there")
+            raise Interrupted(128 + number)
+
+    def save(self, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
+        """Write a complete checkpoint of ``step``, then drop the oldest ones."""
+        if self.is_first:
+            partial = self.directory.begin_checkpoint(step)
+            (partial / _STATE_FILE).write_text(json.dumps({"step": step, **state}))
+        _barrier()
+        policy.save(
+            self.directory.partial_checkpoint_path(step), optimizer=self.config.checkpoint.save_optimizer
+        )
+        _barrier()
+        if self.is_first:
+            self.directory.commit_checkpoint(step)
+            self.directory.prune(self.config.checkpoint.keep)
+
+    def export(self, policy: Policy, architecture: Architecture) -> None:
+        """Write the weights as a Hugging Face directory, <run.dir>/hf, unless switched off."""
+        if not self.config.checkpoint.export_hf:
+            return
+        tensors = policy.hf_tensors()
+        if self.is_first:
+            export_hf(self.directory.path / "hf", self.config.model.path, architecture, tensors)
+        else:
+            for _ in tensors:  # every rank takes part in the gathering
+                pass
+
+    # --- figures ------------------------------------------------------------------------------
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Close the step's clock and hand its figures to every sink and the console (rank 0)."""
+        values = values | self.timers.end_step()
+        values["peak_memory_gib"] = platform.peak_memory_gib()
+        if self.is_first:
+            metrics = StepMetrics(step, values)
+            for sink in self._sinks:
+                sink.log(metrics)
+            self.console.step(metrics)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and the report, and say where it is."""
+        if self.is_first:
+            self.directory.write_summary(summary)
+            report = write_report(self.directory.path)
+            self.console.note(f"Report: {report}")
+
+
+def _barrier() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,62 @@
+"""Supervised fine-tuning.
+
+demonstrations -> batch -> packing -> forward/backward -> optimizer. Each step consumes
+``training.batch_size`` sequences over all ranks; the loss is the mean over all target tokens.
+"""
+
+from __future__ import annotations
+
+from megarl.algorithms.run import Run
+from megarl.config.schema import SftConfig
+from megarl.data.order import PromptOrder
+from megarl.data.sft import load_demonstrations
+from megarl.data.tokenizer import check_tokenizer, load_tokenizer
+from megarl.losses.sft import sft_loss
+from megarl.models import load_architecture
+from megarl.trainer.megatron.initialize import finalize, initialize
+
+
+def run_sft(config: SftConfig) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    architecture = load_architecture(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
+    longest = config.packing.max_sequence_length or architecture.spec.max_position_embeddings
+    train = load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="train")
+    held_out = (
+        load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="held_out")
+        if config.data.held_out is not None
+        else None
+    )
+    context = initialize(config.parallel, config.run.seed)
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    training, last = config.training, config.training.num_steps
+    with Run(config, "sft", is_first=context.is_first) as run:
+        policy = MegatronPolicy(context, architecture, config.model, config.packing, config.optimizer, last)
+        state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
+        order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
+        position, totals = state["position"], dict(state["totals"])
+        validation = [held_out[i] for i in range(min(training.validation_size, len(held_out)))] if held_out else []
+        run.timers.start_step()
+        for step in range(state["step"] + 1, last + 1):
+            sequences = [train[i] for i in order.batch(position, training.batch_size)]
+            position += training.batch_size
+            batches = policy.prepare(sequences, "token")
+            with run.timers("train"):
+                result = policy.train_step(batches, sft_loss, temperature=1.0)
+            values = dict(result.metrics)
+            at_interval = training.validation_interval and step % training.validation_interval == 0
+            if validation and (at_interval or step == last):
+                held = policy.evaluate_loss(policy.prepare(validation, "token"), sft_loss)
+                values["validation_loss"] = totals["validation_loss"] = held["loss"]
+            tokens = sum(len(s.token_ids) for s in sequences)
+            values |= {"num_tokens": tokens, "num_microbatches": len(batches)}
+            values["tokens_per_second_train"] = tokens / run.timers.seconds("train")
+            run.log(step, values)
+            totals["loss"] = values["loss"]
+            totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
+            run.after_step(step, last, policy, {"position": position, "totals": totals})
+        run.export(policy, architecture)
+        run.finish({"sft_steps": last, **totals})
+    finalize()

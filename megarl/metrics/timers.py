@@ -1,0 +1,78 @@
+"""Where the wall time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, get_args
+
+Phase = Literal["rollout", "reward", "logprobs", "train", "weights", "other"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+class PhaseTimers:
+    """Exclusive wall time per phase: every moment belongs to exactly one phase.
+
+    ``with timers("train"):`` may be nested; the inner phase stops the outer one's clock, so that the
+    phases of a step always add up to its wall time. Time outside any phase is "other"; entering
+    ``timers("other")`` takes work inside a phase out of it. One thread uses one object.
+
+    Args:
+        range_hook: wraps each phase, e.g. an NVTX range: ``hook(name)`` returns a context manager.
+        clock: seconds from any origin, monotonic.
+    """
+
+    def __init__(
+        self,
+        range_hook: Callable[[str], AbstractContextManager[object]] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.totals: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        """Seconds per phase over all ended steps of this process."""
+        self.last_step: dict[str, float] = {}
+        """What the latest end_step returned."""
+        self._range_hook = range_hook
+        self._clock = clock
+        self._step: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._active: list[Phase] = []
+        self._since = clock()
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        """Count the time inside the ``with`` block as ``phase``."""
+        assert phase in PHASES, f"{phase!r} is not one of {PHASES}"
+        with nullcontext() if self._range_hook is None else self._range_hook(phase):
+            self._book()
+            self._active.append(phase)
+            try:
+                yield
+            finally:
+                self._book()
+                self._active.pop()
+
+    def start_step(self) -> None:
+        """Forget the time since the last step ended (start-up, a long pause): it belongs to no step."""
+        assert not self._active, f"step started inside phase {self._active[-1]!r}"
+        self._step = dict.fromkeys(PHASES, 0.0)
+        self._since = self._clock()
+
+    def end_step(self) -> dict[str, float]:
+        """Close the step: ``seconds`` and ``seconds_<phase>`` since it began; the next one begins now."""
+        assert not self._active, f"step ended inside phase {self._active[-1]!r}"
+        self._book()
+        step, self._step = self._step, dict.fromkeys(PHASES, 0.0)
+        for phase in PHASES:
+            self.totals[phase] += step[phase]
+        self.last_step = {"seconds": sum(step.values())} | {f"seconds_{p}": step[p] for p in PHASES}
+        return self.last_step
+
+    def seconds(self, phase: Phase) -> float:
+        """Seconds of ``phase`` in the present step so far."""
+        self._book()
+        return self._step[phase]
+
+    def _book(self) -> None:
+        now = self._clock()
+        self._step[self._active[-1] if self._active else "other"] += now - self._since
+        self._since = now
