@@ -1,0 +1,126 @@
+"""Where the metrics of a step go: metrics.jsonl always, TensorBoard and W&B when configured."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from megarl.config.schema import LoggingConfig, WandbConfig
+from megarl.errors import UserError
+from megarl.records import StepMetrics
+from megarl.rundir import RunDirectory, write_atomically
+
+
+class MetricsSink(Protocol):
+    """Takes the metrics of each step. Rank 0 only."""
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+
+    def close(self) -> None:
+        """Write out what is buffered; nothing is logged afterwards."""
+
+
+def build_sinks(
+    logging: LoggingConfig, run_directory: RunDirectory, resolved_config: dict[str, Any]
+) -> list[MetricsSink]:
+    """The sinks a run writes to, metrics.jsonl first.
+
+    Call it on rank 0 after ``run_directory.start_after``, which says from which step the curves go on.
+
+    Raises:
+        UserError: a configured sink cannot be imported or started; names the field.
+    """
+    sinks: list[MetricsSink] = [JsonlSink(run_directory)]
+    if logging.tensorboard:
+        sinks.append(TensorBoardSink(run_directory))
+    if logging.wandb is not None:
+        sinks.append(WandbSink(logging.wandb, run_directory, resolved_config))
+    return sinks
+
+
+class JsonlSink:
+    """metrics.jsonl in the run directory, which owns and closes the file."""
+
+    def __init__(self, run_directory: RunDirectory) -> None:
+        self._run_directory = run_directory
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Append the step's line."""
+        self._run_directory.append_metrics(metrics.step, metrics.values)
+
+    def close(self) -> None:
+        """Nothing to do: every line is already on disk."""
+
+
+class TensorBoardSink:
+    """Scalars in <run.dir>/tensorboard; a resumed run hides the steps it repeats."""
+
+    def __init__(self, run_directory: RunDirectory) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            first_step = 0 if run_directory.started_after is None else run_directory.started_after + 1
+            self._writer = SummaryWriter(str(run_directory.tensorboard_path), purge_step=first_step)
+        except (ImportError, OSError) as error:
+            raise UserError(f"logging.tensorboard: cannot start TensorBoard ({error})") from error
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Write one scalar per value, at once, so that a running TensorBoard shows it."""
+        for name, value in metrics.values.items():
+            self._writer.add_scalar(name, value, metrics.step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandbSink:
+    """A W&B run that keeps its identity over restarts; curves are drawn over ``step``."""
+
+    def __init__(
+        self, config: WandbConfig, run_directory: RunDirectory, resolved_config: dict[str, Any]
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(f"logging.wandb: cannot import wandb ({error}); pip install wandb") from error
+        folder = run_directory.path / "wandb"
+        folder.mkdir(exist_ok=True)  # wandb falls back to /tmp, silently, when it is not there
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                mode=config.mode,
+                dir=str(run_directory.path),
+                name=run_directory.path.resolve().name,
+                id=_wandb_run_id(folder / "run_id", resumes=run_directory.started_after is not None),
+                resume="allow",
+                config=resolved_config,
+                # console capture would record the progress bars, character by character
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"logging.wandb: cannot start a run ({reason}); mode: offline needs no account"
+            ) from error
+        self._run.define_metric("step")
+        # W&B drops rows whose own counter goes backwards, as it does after a resume: plot over ours.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: StepMetrics) -> None:
+        """Send the step's values as one row."""
+        self._run.log({"step": metrics.step, **metrics.values})
+
+    def close(self) -> None:
+        """Finish the run; waits until W&B has everything."""
+        self._run.finish()
+
+
+def _wandb_run_id(path: Path, resumes: bool) -> str:
+    if not (resumes and path.exists()):
+        write_atomically(path, uuid.uuid4().hex[:8])
+    return path.read_text()
