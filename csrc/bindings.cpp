@@ -7,8 +7,11 @@
 // Words: T rows (tokens) of the logits, R rows evaluated (R = T without row_index), V columns of this
 // vocabulary shard. temperature is [1] or [R]; statistics are float32 (float64 for float64 logits).
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
+
+#include "packing/planner.h"
 
 // Read by megarl/ops/_load.py *before* this library is loaded: on a machine that lacks these
 // instructions even its static initialisers would not run.
@@ -59,8 +62,33 @@ TORCH_LIBRARY(megarl, m) {
       "-> Tensor");
 }
 
+namespace {
+
+template <typename T>
+pybind11::array_t<T> to_array(const std::vector<T>& values) {
+  return pybind11::array_t<T>(static_cast<pybind11::ssize_t>(values.size()), values.data());
+}
+
+// Padded lengths [n] -> (indices [n], microbatch offsets [K + 1], microbatches per rank [num_ranks]).
+pybind11::tuple plan_microbatches(
+    pybind11::array_t<int64_t, pybind11::array::c_style | pybind11::array::forcecast> lengths, int64_t max_tokens,
+    int64_t num_ranks, int64_t group, bool equal_counts, double a, double b) {
+  megarl::packing::Plan plan;
+  {
+    pybind11::gil_scoped_release unlocked;
+    plan = megarl::packing::plan_microbatches(
+        {lengths.data(), lengths.size(), max_tokens, num_ranks, group, equal_counts, a, b});
+  }
+  return pybind11::make_tuple(to_array(plan.indices), to_array(plan.offsets), to_array(plan.rank_counts));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of MegaRL; importing registers torch.ops.megarl.*";
+  m.def("plan_microbatches", &plan_microbatches, pybind11::arg("lengths"), pybind11::kw_only(),
+        pybind11::arg("max_tokens"), pybind11::arg("num_ranks"), pybind11::arg("group"),
+        pybind11::arg("equal_counts"), pybind11::arg("a"), pybind11::arg("b"));
   m.attr("cpu_capability") = MEGARL_CPU_CAPABILITY;
 #ifdef MEGARL_WITH_CUDA
   m.attr("with_cuda") = true;

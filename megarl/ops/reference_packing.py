@@ -23,6 +23,8 @@ from dataclasses import dataclass
 FILL_MAX_SEQUENCES = 65_536  # beyond this, best-fit bins: row dealing alone balances them, and it is faster
 FILL_POPS_PER_SEQUENCE = 8  # how long the fill may look for room before the budget counts as too tight
 REFINE_MAX_BINS = 512  # bins are refined one against another only in plans of a step's size
+REFINE_WORK = 1 << 24  # steps times sequences, beyond REFINE_MIN_STEPS
+REFINE_MIN_STEPS = 8
 REFINE_TOLERANCE = 1e-3  # costs within 0.1 % of their mean are balanced
 REFINE_PARTNERS = 4  # cheapest groups tried as partners of the costliest one
 REFINE_NEIGHBOURS = 4  # sequences looked at on each side of the ideal exchange
@@ -75,10 +77,11 @@ def plan_reference(
     bins = _fill(lengths, costs, order, max_tokens, num_bins) or _spread(
         lengths, costs, packed, max_tokens, num_bins
     )
+    affordable = max(REFINE_MIN_STEPS, REFINE_WORK // max(len(lengths), 1))
     if num_bins <= REFINE_MAX_BINS:
-        _refine(bins, [[i] for i in range(num_bins)], steps=2 * num_bins)
+        _refine(bins, [[i] for i in range(num_bins)], steps=min(2 * num_bins, affordable))
     ranks = _deal_rows(bins, num_ranks) if equal_counts else _deal_freely(bins, num_ranks)
-    _refine(bins, ranks, steps=16 * num_ranks)
+    _refine(bins, ranks, steps=min(16 * num_ranks, affordable))
     return [[sorted(bins.members[i]) for i in _by_cost(bins, rank)] for rank in ranks]
 
 
@@ -197,13 +200,8 @@ def _refine(bins: _Bins, groups: list[list[int]], steps: int) -> None:
     if len(groups) < 2:
         return
     for _ in range(steps):
-        totals = []
-        for group in groups:
-            total = 0.0
-            for bin_id in group:
-                total += bins.totals[bin_id]
-            totals.append(total)
-        mean = sum(totals) / len(totals)
+        totals = [_add_up([bins.totals[bin_id] for bin_id in group]) for group in groups]
+        mean = _add_up(totals) / len(totals)
         cheapest_first = sorted(range(len(groups)), key=lambda g: (totals[g], g))
         high = max(range(len(groups)), key=lambda g: (totals[g], -g))
         if totals[high] <= mean * (1.0 + REFINE_TOLERANCE):
@@ -228,25 +226,35 @@ def _best_exchange(bins: _Bins, high: list[int], low: list[int], gap: float) -> 
             error = abs(delta - gap / 2)
             best = _Exchange(delta, give_bin, give_item, take_bin, take_item)
 
+    whole = sorted((bins.totals[bin_id], -1, bin_id) for bin_id in low)
     for give in high:  # whole bins: the budget holds by itself
-        for take in low:
-            consider(bins.totals[give] - bins.totals[take], give, -1, take, -1)
-    theirs = sorted((bins.costs[i], i, bin_id) for bin_id in low for i in bins.members[bin_id])
-    their_costs = [entry[0] for entry in theirs]
+        for cost, _, take in _nearest(whole, bins.totals[give] - gap / 2):
+            consider(bins.totals[give] - cost, give, -1, take, -1)
+    single = sorted((bins.costs[i], i, bin_id) for bin_id in low for i in bins.members[bin_id])
     for give in high:
         for item in bins.members[give]:
             length, cost = bins.lengths[item], bins.costs[item]
-            if len(bins.members[give]) > 1:
-                for take in low:
-                    if bins.loads[take] + length <= bins.max_tokens:
-                        consider(cost, give, item, take, -1)
-                        break
-            middle = bisect_left(their_costs, cost - gap / 2)
-            first = max(0, middle - REFINE_NEIGHBOURS)
-            for their_cost, other, take in theirs[first : middle + REFINE_NEIGHBOURS]:
+            with_room = (take for take in low if bins.loads[take] + length <= bins.max_tokens)
+            take = next(with_room, -1)
+            if take >= 0 and len(bins.members[give]) > 1:
+                consider(cost, give, item, take, -1)
+            for other_cost, other, take in _nearest(single, cost - gap / 2):
                 if bins.loads[take] - bins.lengths[other] + length <= bins.max_tokens:
-                    consider(cost - their_cost, give, item, take, other)
+                    consider(cost - other_cost, give, item, take, other)
     return best
+
+
+def _nearest(offers: list[tuple[float, int, int]], ideal: float) -> list[tuple[float, int, int]]:
+    middle = bisect_left(offers, ideal, key=lambda offer: offer[0])
+    return offers[max(0, middle - REFINE_NEIGHBOURS) : middle + REFINE_NEIGHBOURS]
+
+
+def _add_up(values: list[float]) -> float:
+    """Plain left-to-right sum: from Python 3.12 on, sum() compensates rounding and C++ would differ."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 def _apply(bins: _Bins, high: list[int], low: list[int], exchange: _Exchange) -> None:

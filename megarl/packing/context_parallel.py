@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import torch
 
@@ -19,7 +20,7 @@ def zigzag_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tens
     """
     bounds = cu_seqlens.tolist()
     pieces = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         chunk, rest = divmod(end - start, 2 * size)
         assert rest == 0, f"sequence of {end - start} tokens does not divide into 2 * {size} chunks"
         for piece in (rank, 2 * size - 1 - rank):

@@ -72,7 +72,7 @@ def plan_microbatches(
     max_tokens: int,
     num_ranks: int = 1,
     pad_to_multiple: int = 1,
-    costs: CostModel = CostModel(),  # noqa: B008  frozen
+    costs: CostModel = CostModel(),
     equal_counts: bool = True,
     microbatch_group_size: int = 1,
 ) -> PackingPlan:
