@@ -9,7 +9,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 #endif
 
 // Shared memory. MEGARL_SHARED(type, name, [n]) declares `__shared__ type name[n]`; MEGARL_DYNAMIC_SHARED(type, name)
@@ -28,6 +31,14 @@
   TYPE* const NAME = reinterpret_cast<TYPE*>(NAME##_bytes)
 #endif
 
+// Stops the kernel with a message where the caller's tensors are wrong: an illegal index is never followed.
+#if defined(MEGARL_SIMT)
+#define MEGARL_DEVICE_CHECK(CONDITION, MESSAGE) ((CONDITION) ? void(0) : simt::device_check_failed(MESSAGE))
+#else
+#define MEGARL_DEVICE_CHECK(CONDITION, MESSAGE) \
+  ((CONDITION) ? void(0) : __assert_fail("megarl: " MESSAGE, __FILE__, __LINE__, __func__))
+#endif
+
 namespace megarl {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
@@ -43,23 +54,39 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ double fast_exp2(double x) { return exp2(x); }
+
+// Arithmetic is in float, for double inputs in double.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccumulatorOf<T>::type;
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
 template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
+__device__ __forceinline__ T narrow(acc_t<T> x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
 }
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
+
+template <class A>
+__device__ __forceinline__ A negative_infinity() {
+  return -A(INFINITY);
 }
 
 }  // namespace megarl

@@ -72,6 +72,7 @@ void* shared_variable(const void* site, const char* name, size_t bytes, size_t a
 void* dynamic_shared();
 // Checks an access of `bytes` at `address` as one transaction; returns only where it is allowed.
 void check_access(const void* address, size_t bytes, size_t alignment, Access access);
+[[noreturn]] void device_check_failed(const char* message);
 int run(const char* kernel, uint3 grid, uint3 block, size_t dynamic_shared_bytes, void (*body)(const void*),
         const void* parameters, size_t parameter_bytes);
 
@@ -226,6 +227,11 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 using std::max;
 using std::min;
+// As on a device, the other operand where one is NaN.
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline double max(double a, double b) { return std::fmax(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
 
 struct __nv_bfloat16 {
   uint16_t bits;

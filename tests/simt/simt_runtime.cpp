@@ -287,6 +287,7 @@ void fail(const std::string& message, const Thread* thread) {
   throw 0;  // in the scheduler itself; caught in run()
 }
 
+void device_check_failed(const char* message) { fail(message); }
 uint3 thread_index() { return current_thread->index; }
 uint3 block_index() { return block_at; }
 uint3 block_extent() { return block; }
