@@ -63,4 +63,7 @@ def native_extension() -> CppExtension:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[native_extension()], cmdclass={"build_ext": BuildExtension})
+    # tools/setup_env.py builds the extension in place, where ninja keeps the objects between builds;
+    # its editable install then needs the metadata alone.
+    metadata_only = os.environ.get("MEGARL_METADATA_ONLY") == "1"
+    setup(ext_modules=[] if metadata_only else [native_extension()], cmdclass={"build_ext": BuildExtension})

