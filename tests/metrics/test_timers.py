@@ -53,8 +53,10 @@ def test_steps_start_anew_and_totals_grow() -> None:
     for seconds in (1.0, 2.0):
         with timers("train"):
             clock.now += seconds
+        assert timers.seconds("train") == seconds
         clock.now += 0.5
         step = timers.end_step()
+        assert timers.last_step == step
         assert (step["seconds_train"], step["seconds_other"]) == (seconds, 0.5)
     assert timers.totals == dict.fromkeys(PHASES, 0.0) | {"train": 3.0, "other": 1.0}
 

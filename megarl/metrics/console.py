@@ -1,0 +1,226 @@
+"""The run as a person at a terminal sees it: one line per step, live bars for the long phases.
+
+On a terminal (rich) lines are coloured and progress bars live below them. Anywhere else, e.g. in a
+log file, everything is a plain line without control codes, and a phase reports itself now and then.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import TimeRemainingColumn as Remaining
+from rich.text import Text
+
+from megarl.records import StepMetrics
+
+_HEADER_EVERY = 25  # lines: on most screens a header is in sight
+_PLAIN_PROGRESS_SECONDS = 30.0  # in a log, a long phase reports this often
+
+# Rollout against trainer logprobs: above these the value is shown in yellow, in red.
+_DIFFERENCE_LIMITS = (1e-3, 0.3)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One column of the step line: the first metric of ``sources`` (name -> title) that the step has."""
+
+    sources: Mapping[str, str]
+    form: Literal["count", "fixed", "percent", "scientific", "thousands", "seconds"]
+    width: int
+
+
+_STEP = _Column({"step": "step"}, "count", 6)
+_COMMON = (
+    _Column({"grad_norm": "grad norm"}, "fixed", 9),
+    _Column({"lr": "lr"}, "scientific", 7),
+)
+_SPEED = (
+    _Column({"tokens_per_second": "tok/s"}, "thousands", 9),
+    _Column({"seconds": "seconds"}, "seconds", 7),
+)
+COLUMNS: Mapping[str, tuple[_Column, ...]] = {
+    "grpo": (
+        _STEP,
+        _Column({"reward_mean": "reward"}, "fixed", 7),
+        _Column({"accuracy": "accuracy"}, "percent", 8),
+        _Column({"kl_ref": "kl ref", "kl_policy": "kl old"}, "scientific", 8),
+        _Column({"logprob_abs_diff_max": "logp diff"}, "scientific", 9),
+        *_COMMON,
+        _Column({"response_length_mean": "length"}, "fixed", 7),
+        *_SPEED,
+    ),
+    "sft": (
+        _STEP,
+        _Column({"loss": "loss"}, "fixed", 8),
+        _Column({"validation_loss": "validation"}, "fixed", 10),
+        *_COMMON,
+        *_SPEED,
+    ),
+}
+_GAP = "  "
+
+
+class Console:
+    """Prints a run's progress. With ``enabled=False`` (all ranks but 0) every method is silent.
+
+    Args:
+        kind: which columns a step has.
+        enabled: whether this rank prints.
+        stream: where to; None is standard output.
+    """
+
+    def __init__(self, kind: str, *, enabled: bool = True, stream: TextIO | None = None) -> None:
+        self._columns = COLUMNS[kind]
+        self._enabled = enabled
+        self._stream = sys.stdout if stream is None else stream
+        self._rich: RichConsole | None = None
+        if self._stream.isatty():
+            rich = RichConsole(file=self._stream, highlight=False)
+            self._rich = None if rich.is_dumb_terminal else rich
+        self._progress: Progress | None = None
+        self._lines_since_header = _HEADER_EVERY
+
+    def step(self, metrics: StepMetrics) -> None:
+        """One aligned line with the most telling values; a value the step lacks is a dash."""
+        values = dict(metrics.values) | {"step": metrics.step}
+        if values.get("seconds") and "num_tokens" in values:
+            values["tokens_per_second"] = values["num_tokens"] / values["seconds"]
+        sources = [next((name for name in c.sources if name in values), None) for c in self._columns]
+        cells = list(zip(self._columns, sources, strict=True))
+        if self._lines_since_header >= _HEADER_EVERY:
+            titles = [c.sources[name] if name else next(iter(c.sources.values())) for c, name in cells]
+            aligned = (title.rjust(c.width) for c, title in zip(self._columns, titles, strict=True))
+            self._print(Text(_GAP.join(aligned), style="bold"))
+            self._lines_since_header = 0
+        self._lines_since_header += 1
+        line = Text(_GAP).join(
+            Text("-".rjust(c.width))
+            if name is None
+            else Text(_format(values[name], c).rjust(c.width), style=_style(name, values[name]))
+            for c, name in cells
+        )
+        self._print(line)
+
+    def note(self, message: str) -> None:
+        """A line of information."""
+        self._print(Text(message, style="" if self._rich is None else "dim"))
+
+    def warn(self, message: str) -> None:
+        """A line nobody should overlook."""
+        self._print(Text(f"WARNING: {message}", style="bold yellow"))
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a long phase while the block runs; ``advance(n)`` says that n of ``total`` are done."""
+        with self._phase(label, total) as advance:
+            yield advance
+
+    @contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """Show that something of unknown length is going on, and how long it took."""
+        started = time.monotonic()
+        with self._phase(label, None):
+            yield
+        self.note(f"{label}: ready after {time.monotonic() - started:.1f} s")
+
+    @contextmanager
+    def _phase(self, label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        if not self._enabled:
+            yield lambda count: None
+        elif self._rich is None:
+            yield self._plain_advance(label, total)
+        else:
+            outermost = self._progress is None
+            progress = self._progress = self._progress or _new_progress(self._rich)
+            if outermost:
+                progress.start()
+            task = progress.add_task(label, total=total)
+            try:
+                yield lambda count: progress.advance(task, count)
+            finally:
+                progress.remove_task(task)
+                if outermost:
+                    progress.stop()
+                    self._progress = None
+
+    def _plain_advance(self, label: str, total: int | None) -> Callable[[int], None]:
+        started = last = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            now = time.monotonic()
+            if now - last >= _PLAIN_PROGRESS_SECONDS:
+                last = now
+                share = f"/{total} ({done / total:.0%})" if total else ""
+                self._print(Text(f"{label}: {done}{share} after {now - started:.0f} s"))
+
+        return advance
+
+    def _print(self, line: Text) -> None:
+        if not self._enabled:
+            return
+        if self._rich is None:
+            self._stream.write(line.plain + "\n")
+            self._stream.flush()
+        else:
+            self._rich.print(line, soft_wrap=True)  # a narrow terminal wraps lines, nothing is cut
+
+
+def _new_progress(console: RichConsole) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        Remaining(),
+        console=console,
+        transient=True,
+    )
+
+
+def _format(value: float, column: _Column) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    match column.form:
+        case "count":
+            return f"{int(value)}"
+        case "percent":
+            return f"{value:.1%}"
+        case "scientific":
+            return "0" if value == 0 else f"{value:.1e}"
+        case "thousands":
+            return f"{value:,.0f}"
+        case "seconds":
+            return f"{value:.1f}" if value < 1e4 else f"{value:.0f}"
+    for digits in (4, 3, 2, 1, 0):  # as many as fit, so that the column keeps its width
+        text = f"{value:.{digits}f}"
+        if len(text) <= column.width - 1:
+            return text
+    return f"{value:.1e}"
+
+
+def _style(key: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "bold red"
+    if key == "logprob_abs_diff_max":
+        warn, bad = _DIFFERENCE_LIMITS
+        return "green" if value <= warn else "yellow" if value <= bad else "bold red"
+    return "bold" if key in ("reward_mean", "accuracy", "loss", "validation_loss") else ""
