@@ -25,7 +25,7 @@ examples:
   megarl sft --config configs/quickstart_sft.yaml
   megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20
   megarl grpo --config configs/quickstart_grpo.yaml --dry-run
-  megarl eval --config configs/eval.yaml model.path=runs/quickstart/hf
+  megarl eval --config configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf
   megarl report runs/quickstart
   megarl doctor
 

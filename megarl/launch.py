@@ -150,17 +150,15 @@ def _die_with_parent() -> None:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], signalled: Sequence[int]) -> int:
     first_failure = 0
     deadline: float | None = None
-    while any(rank.poll() is None for rank in ranks):
-        failed = [rank.returncode for rank in ranks if rank.returncode]
-        if failed and not first_failure:
-            first_failure = failed[0]
+    while None in (codes := [rank.poll() for rank in ranks]):
+        first_failure = first_failure or next((code for code in codes if code), 0)
         if first_failure and deadline is None and not signalled:
             deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             _send(ranks, signal.SIGKILL)
             deadline = float("inf")
         time.sleep(_POLL_SECONDS)
-    code = first_failure or next((rank.returncode for rank in ranks if rank.returncode), 0)
+    code = first_failure or next((code for code in codes if code), 0)
     if not ranks and signalled:
         code = -signalled[0]
     return 128 - code if code < 0 else code

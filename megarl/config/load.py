@@ -127,10 +127,12 @@ class _Loading:
         try:
             if wants_text and not is_null and not text.startswith(('"', "'")):
                 return expand_variables(text)
-            parsed = parse_yaml(text, dotted(path))
-        except (ValueError, UserError) as error:
-            problem = str(error).removeprefix(f"{dotted(path)}: ")
-            self.fail_override(path, f"{problem} (got {show(text)})")
+            parsed = parse_yaml(text, _COMMAND_LINE)
+        except ValueError as error:
+            self.fail_override(path, f"{error} (got {show(text)})")
+            return _NO_VALUE
+        except UserError as error:
+            self.fail_override(path, f"{str(error).partition(': ')[2]} (got {show(text)})")
             return _NO_VALUE
         for inner, _, problem in parsed.problems:
             self.fail_override((*path, *inner), problem)
@@ -182,7 +184,9 @@ class _Loading:
         fields = fields_at(self.kind, path)
         expected = describe_field(fields[0]) if fields else "a mapping of sections"
         if detail["type"] == "missing":
-            return Violation(path, f"required but missing: {expected}. {fields[0].description}")
+            sections = sections_of(fields[0].annotation)
+            about = fields[0].description or (sections[0].__doc__ or "").strip()
+            return Violation(path, f"required but missing: {expected}. {about}")
         if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
             sections = sections_of(fields[0].annotation)
             tags = " or ".join(repr(tag_of(section)) for section in sections)

@@ -134,6 +134,7 @@ class ReasoningGymSource(Section):
     """Generated, verifiable problems from the reasoning-gym package."""
 
     source: Literal["reasoning_gym"]
+    """Selects this kind of source."""
     task: Text
     """Dataset name in reasoning-gym, e.g. chain_sum."""
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -148,6 +149,7 @@ class JsonlSource(Section):
     """Prompt/answer pairs from a JSONL file, one object per line."""
 
     source: Literal["jsonl"]
+    """Selects this kind of source."""
     path: Text
     """JSONL file."""
     prompt_field: Text = "prompt"
@@ -198,6 +200,7 @@ class SftJsonlSource(Section):
     """Demonstrations from a JSONL file: {"messages": [...]} or {"prompt": ..., "response": ...}."""
 
     source: Literal["jsonl"]
+    """Selects this kind of source."""
     path: Text
     """JSONL file."""
 
@@ -305,6 +308,8 @@ class GrpoAlgorithmConfig(Section):
 
 
 class _TrainingRoot(Section):
+    """What every training run is made of."""
+
     run: RunConfig
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()

@@ -1,0 +1,26 @@
+"""docs/configuration.md is what the schema says, and the schema says something about every field."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from megarl.config.introspect import sections_of, walk
+from megarl.config.suggest import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_page_is_up_to_date() -> None:
+    command = [sys.executable, "tools/make_config_docs.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_page_names_every_setting() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    for root in COMMANDS.values():
+        for path, field in walk(root):
+            assert f"`{path[-1]}`" in page, path
+            assert field.description or sections_of(field.annotation), path

@@ -1,0 +1,245 @@
+"""Every rule about combinations: the exact line when it is broken, silence just inside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megarl.config.load import load_config
+from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
+from megarl.errors import UserError
+
+GYM = {"source": "reasoning_gym", "task": "chain_sum", "size": 100}
+BASE: dict[str, Any] = {"run": {"dir": "r"}, "model": {"path": "m"}}
+DATA = {"train": {**GYM, "seed": 0}, "held_out": {**GYM, "seed": 100}}
+GRPO = {
+    **BASE,
+    "optimizer": {"lr": 1e-3},
+    "data": DATA,
+    "rollout": {"num_prompts_per_step": 8, "num_generations_per_prompt": 4, "max_new_tokens": 16},
+    "evaluation": {"num_prompts": 100},
+    "training": {"num_steps": 10},
+}
+SFT = {**BASE, "optimizer": {"lr": 1e-3}, "data": DATA, "training": {"num_steps": 10, "batch_size": 8}}
+SFT["training"] |= {"validation_size": 100}
+EVAL = {
+    **BASE,
+    "data": {"held_out": DATA["held_out"]},
+    "rollout": {"max_new_tokens": 16},
+    "evaluation": {"num_prompts": 100},
+}
+ROOTS: dict[type[Section], dict[str, Any]] = {GrpoConfig: GRPO, SftConfig: SFT, EvalConfig: EVAL}
+
+
+def lines(tmp_path: Path, kind: type[Section], overrides: list[str]) -> list[str]:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(ROOTS[kind]))
+    try:
+        load_config(kind, file, overrides, check_files=False)
+    except UserError as error:
+        return [line.split(" [")[0] for line in str(error).splitlines()]
+    return []
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+def test_the_bases_are_valid(tmp_path: Path, kind: type[Section]) -> None:
+    assert lines(tmp_path, kind, []) == []
+
+
+BROKEN: list[tuple[type[Section], list[str], str]] = [
+    (
+        SftConfig,
+        ["parallel.sequence_parallel=true"],
+        "parallel.sequence_parallel: needs parallel.tensor_parallel_size > 1 (got tensor_parallel_size 1)",
+    ),
+    (
+        SftConfig,
+        [f"parallel.{n}_parallel_size=2" for n in ("tensor", "pipeline", "context")]
+        + ["parallel.num_processes=12"],
+        "parallel.num_processes: must be a multiple of tensor_parallel_size * pipeline_parallel_size * "
+        "context_parallel_size = 8 (got 12)",
+    ),
+    (
+        SftConfig,
+        ["optimizer.min_lr=0.01"],
+        "optimizer.min_lr: must not exceed optimizer.lr = 0.001 (got 0.01)",
+    ),
+    (
+        SftConfig,
+        ["optimizer.lr_warmup_steps=11"],
+        "optimizer.lr_warmup_steps: longer than the run's 10 optimizer steps (got 11)",
+    ),
+    (
+        GrpoConfig,
+        [
+            "optimizer.lr_warmup_steps=41",
+            "algorithm.num_optimizer_steps_per_batch=2",
+            "algorithm.num_epochs_per_batch=2",
+        ],
+        "optimizer.lr_warmup_steps: longer than the run's 40 optimizer steps (got 41)",
+    ),
+    (
+        SftConfig,
+        ["packing.max_sequence_length=4097"],
+        "packing.max_sequence_length: a sequence of this length must fit into one microbatch, "
+        "packing.max_tokens_per_microbatch = 4096 (got 4097)",
+    ),
+    (
+        EvalConfig,
+        ["data.format.chat_template=false", "data.format.system_prompt=Be brief."],
+        "data.format.system_prompt: only a chat template has a place for it, and "
+        "data.format.chat_template is "
+        "false",
+    ),
+    (
+        GrpoConfig,
+        ["data.held_out.seed=90"],
+        "data.held_out.seed: 10 problems would be in both data.train and data.held_out: problem i depends on "
+        "seed + i only; use a seed >= 100 (got 90)",
+    ),
+    (
+        SftConfig,
+        ["data.train.seed=150"],
+        "data.held_out.seed: 50 problems would be in both data.train and data.held_out: problem i depends on "
+        "seed + i only; use a seed >= 250 (got 100)",
+    ),
+    (
+        SftConfig,
+        ["data.train={source: jsonl, path: a}", "data.held_out={source: jsonl, path: a}"],
+        "data.held_out.path: is the same file as data.train.path (got 'a')",
+    ),
+    (
+        SftConfig,
+        ["training.batch_size=101"],
+        "training.batch_size: larger than the training set, data.train.size = 100 (got 101)",
+    ),
+    (
+        SftConfig,
+        ["training.validation_interval=5", "data.held_out=null"],
+        "training.validation_interval: needs data.held_out, which is not set (got 5)",
+    ),
+    (
+        SftConfig,
+        ["training.validation_size=101"],
+        "training.validation_size: larger than the held-out set, data.held_out.size = 100 (got 101)",
+    ),
+    (
+        SftConfig,
+        ["training.batch_size=3", "parallel.num_processes=4"],
+        "training.batch_size: an optimizer step of 3 sequences leaves some of 4 data-parallel ranks empty",
+    ),
+    (
+        GrpoConfig,
+        [
+            "rollout.num_prompts_per_step=2",
+            "rollout.num_generations_per_prompt=2",
+            "parallel.num_processes=5",
+        ],
+        "rollout.num_prompts_per_step: an optimizer step of 4 sequences leaves some of 5 data-parallel ranks "
+        "empty",
+    ),
+    (
+        GrpoConfig,
+        ["rollout.num_generations_per_prompt=1"],
+        "rollout.num_generations_per_prompt: a group needs at least 2 samples: alone, a sample "
+        "has no baseline "
+        "and its advantage is always 0 (got 1)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.clip_ratio_low=1"],
+        "algorithm.clip_ratio_low: must be below 1: ratios are positive, so 1 - clip_ratio_low "
+        "<= 0 never clips "
+        "(got 1.0)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.num_optimizer_steps_per_batch=3"],
+        "rollout.num_prompts_per_step: must be a multiple of "
+        "algorithm.num_optimizer_steps_per_batch = 3 (got 8)",
+    ),
+    (
+        GrpoConfig,
+        ["rollout.num_prompts_per_step=101"],
+        "rollout.num_prompts_per_step: more than the training set has, data.train.size = 100 (got 101)",
+    ),
+    (
+        GrpoConfig,
+        ["rollout.max_new_tokens=512", "packing.max_sequence_length=512"],
+        "rollout.max_new_tokens: leaves no room for a prompt within packing.max_sequence_length "
+        "= 512 (got 512)",
+    ),
+    (
+        GrpoConfig,
+        ["evaluation.max_new_tokens=4096"],
+        "evaluation.max_new_tokens: leaves no room for a prompt within "
+        "packing.max_tokens_per_microbatch = 4096 "
+        "(got 4096)",
+    ),
+    (
+        EvalConfig,
+        ["rollout.engine.max_num_batched_tokens=100"],
+        "rollout.engine.max_num_batched_tokens: must be at least rollout.engine.max_num_seqs = "
+        "256, a token per "
+        "sequence (got 100)",
+    ),
+    (
+        GrpoConfig,
+        ["data.held_out=null", "evaluation.interval=5", "evaluation.at_end=false"],
+        "data.held_out: missing, but evaluation asks for it by evaluation.interval, evaluation.at_start",
+    ),
+    (
+        GrpoConfig,
+        ["evaluation.num_prompts=101"],
+        "evaluation.num_prompts: more than the held-out set has, data.held_out.size = 100 (got 101)",
+    ),
+    (
+        EvalConfig,
+        ["evaluation.num_prompts=101"],
+        "evaluation.num_prompts: more than the held-out set has, data.held_out.size = 100 (got 101)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "overrides", "line"), BROKEN)
+def test_broken(tmp_path: Path, kind: type[Section], overrides: list[str], line: str) -> None:
+    assert lines(tmp_path, kind, overrides) == [line]
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        (
+            SftConfig,
+            [
+                "parallel.sequence_parallel=true",
+                "parallel.tensor_parallel_size=2",
+                "parallel.num_processes=4",
+            ],
+        ),
+        (SftConfig, ["optimizer.min_lr=0.001", "optimizer.lr_warmup_steps=10"]),
+        (SftConfig, ["packing.max_sequence_length=4096", "training.batch_size=100"]),
+        (SftConfig, ["data.held_out=null", "data.train.size=10"]),
+        (GrpoConfig, ["rollout.engine.dtype=bfloat16"]),
+        (GrpoConfig, ["rollout.num_generations_per_prompt=2", "algorithm.clip_ratio_low=0.99"]),
+        (GrpoConfig, ["rollout.max_new_tokens=511", "packing.max_sequence_length=512"]),
+        (GrpoConfig, ["data.held_out.seed=0", "data.held_out.arguments.max_terms=9"]),
+        (GrpoConfig, ["data.held_out=null", "evaluation.at_start=false", "evaluation.at_end=false"]),
+        (EvalConfig, ["data.format.system_prompt=Be brief."]),
+    ],
+)
+def test_just_inside(tmp_path: Path, kind: type[Section], overrides: list[str]) -> None:
+    assert lines(tmp_path, kind, overrides) == []
+
+
+def test_line_number_of_the_field_that_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(SFT) + "parallel:\n  tensor_parallel_size: 2\n")
+    number = len(file.read_text().splitlines())
+    with pytest.raises(UserError) as caught:
+        load_config(SftConfig, file, check_files=False)
+    # num_processes has its default; the size that does not divide it is what stands in the file.
+    assert str(caught.value).endswith(f"= 2 (got 1) [{file}:{number}]")

@@ -1,0 +1,202 @@
+"""The command line as a user meets it: real processes, exit codes, what is printed where, how fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megarl
+from megarl import cli
+from megarl.config.load import load_config
+from megarl.config.schema import GrpoConfig
+from megarl.errors import UserError
+
+ROOT = Path(megarl.__file__).resolve().parents[1]
+CLEAN = {k: v for k, v in os.environ.items() if not re.match(r"(SLURM_|MASTER_|WORLD_SIZE|RANK|LOCAL_)", k)}
+CONFIG = """\
+run: {dir: runs/x}
+model: {path: model}
+optimizer: {lr: 1e-5}
+data:
+  train: {source: reasoning_gym, task: chain_sum, seed: 0, size: 100}
+rollout: {num_prompts_per_step: 8, num_generations_per_prompt: 4, max_new_tokens: 16}
+evaluation: {at_start: false, at_end: false}
+training: {num_steps: 3}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    for name in os.environ.keys() - CLEAN.keys():
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def megarl_command(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megarl.cli", *arguments],
+        env={**CLEAN, "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_version_and_help(folder: Path) -> None:
+    assert megarl_command("--version").stdout == f"megarl {megarl.__version__}\n"
+    text = megarl_command("--help").stdout
+    for word in ("sft", "grpo", "eval", "report", "doctor", "examples:", "--dry-run"):
+        assert word in text
+    assert (
+        "torchrun --nproc-per-node 8 -m megarl.cli sft --config FILE"
+        in megarl_command("sft", "--help").stdout
+    )
+
+
+def test_user_errors_have_a_line_each_and_no_traceback(folder: Path) -> None:
+    done = megarl_command("grpo", "--config", "c.yaml", "optimizer.lrr=1", "model.path=none")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: optimizer.lrr: unknown key; did you mean optimizer.lr? [command line]",
+        f"error: model.path: no such directory (got 'none'), relative to {folder} [command line]",
+    ]
+    assert not (folder / "runs").exists()
+
+
+def test_usage_errors(folder: Path) -> None:
+    for arguments in (["grpo"], [], ["train"], ["grpo", "--config", "c.yaml", "--dryrun"]):
+        done = megarl_command(*arguments)
+        assert done.returncode == 2
+        assert "usage: megarl" in done.stderr
+    assert "unrecognized arguments: --dryrun" in done.stderr
+
+
+def test_dry_run(folder: Path) -> None:
+    done = megarl_command("grpo", "optimizer.lr=2e-3", "--config", "c.yaml", "--dry-run", "run.seed=7")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "# sequences per step: 32 (8 prompts x 4 samples)\n" in done.stdout
+    assert "# longest sequence: 64 tokens\n" in done.stdout
+    assert "# reference logprobs: pass skipped (algorithm.kl_coef is 0)\n" in done.stdout
+    (folder / "resolved.yaml").write_text(done.stdout)
+    expected = load_config(GrpoConfig, "c.yaml", ["optimizer.lr=2e-3", "run.seed=7"])
+    assert load_config(GrpoConfig, "resolved.yaml") == expected
+    assert not (folder / "runs").exists()
+
+
+def test_overrides_on_both_sides_of_options_apply_in_order(folder: Path) -> None:
+    done = megarl_command("grpo", "run.seed=1", "--config", "c.yaml", "run.seed=2", "--dry-run", "run.seed=3")
+    assert "  seed: 3\n" in done.stdout
+
+
+def test_only_rank_0_prints(folder: Path) -> None:
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for rank in ("0", "1"):
+        dry = megarl_command("grpo", "--config", "c.yaml", "--dry-run", RANK=rank, LOCAL_RANK=rank, **ranks)
+        wrong = megarl_command("grpo", "--config", "c.yaml", "x=1", RANK=rank, LOCAL_RANK=rank, **ranks)
+        assert (dry.returncode, wrong.returncode) == (0, 2)
+        assert bool(dry.stdout) == bool(wrong.stderr) == (rank == "0")
+        if rank == "0":
+            assert "# trainer processes: 2, data_parallel_size: 2\n" in dry.stdout
+
+
+def test_nothing_heavy_before_the_configuration_is_good(folder: Path) -> None:
+    script = (
+        "import sys; from megarl.cli import main; code = main(sys.argv[1:]); "
+        "print(code, [m for m in ('torch', 'vllm', 'ray', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    for arguments, code in ((["x=1"], 2), (["--dry-run"], 0)):
+        command = [sys.executable, "-c", script, "grpo", "--config", "c.yaml", *arguments]
+        done = subprocess.run(
+            command, env={**CLEAN, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.splitlines()[-1] == f"{code} []"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["grpo", "--config", "c.yaml", "x=1"]])
+def test_start_up_time(folder: Path, arguments: list[str]) -> None:
+    times = []
+    for _ in range(3):  # processor time, the least of three: other processes share the machine
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        megarl_command(*arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 1.0
+
+
+def test_loop_gets_the_configuration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = []
+    monkeypatch.setattr(cli, "_call_loop", got.append)
+    assert cli.main(["grpo", "--config", "c.yaml", "run.seed=5"]) == 0
+    assert got == [load_config(GrpoConfig, "c.yaml", ["run.seed=5"])]
+
+
+def test_exit_codes_of_the_loop(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def loop(error: BaseException) -> None:
+        def run(_config: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cli, "_call_loop", run)
+
+    command = ["grpo", "--config", "c.yaml"]
+    loop(UserError("model.layers.0.x: no such tensor"))
+    assert cli.main(command) == 2
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(command) == 2
+    lines = "error: model.layers.0.x: no such tensor\nerror (rank 1): model.layers.0.x: no such tensor\n"
+    assert capfd.readouterr().err == lines
+    loop(KeyboardInterrupt())
+    assert cli.main(command) == 130
+    loop(SystemExit(143))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command)
+    assert caught.value.code == 143
+    loop(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(command)
+
+
+def test_several_processes_are_started_here_only_without_a_launcher(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, called = [], []
+    monkeypatch.setattr("megarl.launch.run_ranks", lambda *arguments: started.append(arguments) or 7)
+    monkeypatch.setattr(cli, "_call_loop", called.append)
+    arguments = ["grpo", "--config", "c.yaml", "parallel.num_processes=2"]
+    assert cli.main(arguments) == 7
+    assert started == [(2, arguments)]
+    assert not called
+    for name, value in {
+        "WORLD_SIZE": "4",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(arguments) == 0
+    assert len(started) == 1
+    assert called[0].parallel.num_processes == 4
+
+
+def test_report_of_something_else(folder: Path) -> None:
+    done = megarl_command("report", "model")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: model: not a run directory (no metrics.jsonl in it)\n",
+    )

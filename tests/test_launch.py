@@ -1,0 +1,192 @@
+"""Ranks from Slurm's variables and from run_ranks: exit codes and signals of real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megarl.errors import UserError
+from megarl.launch import adopt_slurm, first_host, world_size
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node7", "node7"),
+        ("node7,node9", "node7"),
+        ("gpu[007-012,20],login1", "gpu007"),
+        ("gpu[3,5-6]", "gpu3"),
+        ("rack[0-1]n[02-13]-ib,x", "rack0n02-ib"),
+        ("a-b-[11-12].cluster.org", "a-b-11.cluster.org"),
+    ],
+)
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+STEP = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_NODELIST": "gpu[01-08]",
+}
+
+
+def test_srun_step() -> None:
+    environ = dict(STEP)
+    adopt_slurm(environ)
+    assert {name: environ[name] for name in environ.keys() - STEP.keys()} == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": str(20000 + (12345 + 97 * 2) % 12000),
+    }
+    assert world_size(environ) == 8
+
+
+def test_all_tasks_agree_on_the_rendezvous() -> None:
+    seen = set()
+    for rank in range(8):
+        environ = STEP | {"SLURM_PROCID": str(rank)}
+        adopt_slurm(environ)
+        seen.add((environ["MASTER_ADDR"], environ["MASTER_PORT"]))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"SLURM_NTASKS": "8"},  # salloc's shell
+        STEP | {"SLURM_NTASKS": "1"},
+        STEP | {"WORLD_SIZE": "2"},  # torchrun inside srun
+        {name: value for name, value in STEP.items() if name != "SLURM_STEP_ID"},  # sbatch script
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},  # srun -n1 within a larger job
+    ],
+)
+def test_not_several_tasks_of_srun(environ: dict[str, str]) -> None:
+    after = dict(environ)
+    adopt_slurm(after)
+    assert after == environ
+
+
+def test_given_rendezvous_is_kept() -> None:
+    environ = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    adopt_slurm(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+def test_no_host_to_meet_at() -> None:
+    environ = {name: value for name, value in STEP.items() if "NODELIST" not in name}
+    with pytest.raises(UserError, match="neither MASTER_ADDR nor SLURM_STEP_NODELIST"):
+        adopt_slurm(environ)
+
+
+def test_world_size() -> None:
+    assert world_size({}) is None
+    assert world_size({"WORLD_SIZE": "1"}) == 1
+    with pytest.raises(UserError) as caught:
+        world_size({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"})
+    message = "WORLD_SIZE is 2 but LOCAL_RANK, MASTER_PORT not set; start ranks with torchrun or srun"
+    assert str(caught.value) == message
+    with pytest.raises(UserError, match="WORLD_SIZE: expected a whole number >= 1"):
+        world_size({"WORLD_SIZE": "two"})
+
+
+# Stands in for the command line in the ranks: `python -m megarl.cli` finds this package first.
+RANK_PROGRAM = """
+import os, pathlib, signal, sys, time
+rank = os.environ["RANK"]
+assert os.environ["WORLD_SIZE"] == "3" and os.environ["LOCAL_RANK"] == rank
+mode, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+if mode == "exit2":
+    sys.exit(2 if rank == "1" else 0)
+if mode == "killed" and rank == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "checkpoint":
+    def save(number, frame):
+        time.sleep(0.5)
+        with open(folder / f"saved{rank}", "a") as file:
+            file.write(f"{number}\\n")
+        sys.exit(128 + number)
+    signal.signal(signal.SIGTERM, save)
+    signal.signal(signal.SIGINT, save)
+(folder / f"pid{rank}").write_text(f"{os.getpid()} {os.environ['MASTER_PORT']}")
+if mode != "done":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> list[str]:
+    package = tmp_path / "ranks" / "megarl"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "cli.py").write_text(RANK_PROGRAM)
+    script = f"""
+        import os, sys
+        from megarl import launch
+        launch._GRACE_SECONDS = 1.0
+        os.chdir({str(tmp_path / "ranks")!r})  # python -m looks here first
+        sys.exit(launch.run_ranks(3, [sys.argv[1], {str(tmp_path)!r}]))
+    """
+    return [sys.executable, "-c", textwrap.dedent(script)]
+
+
+def wait_for_ranks(folder: Path, ranks: tuple[int, ...] = (0, 1, 2)) -> list[list[str]]:
+    end = time.monotonic() + 30
+    files = [folder / f"pid{rank}" for rank in ranks]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return [file.read_text().split() for file in files]
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(("mode", "code"), [("done", 0), ("exit2", 2)])
+def test_exit_code(launcher: list[str], tmp_path: Path, mode: str, code: int) -> None:
+    assert subprocess.run([*launcher, mode], timeout=60).returncode == code
+    if mode == "done":
+        assert len({port for _, port in wait_for_ranks(tmp_path)}) == 1
+
+
+def test_a_killed_rank_ends_the_others(launcher: list[str], tmp_path: Path) -> None:
+    assert subprocess.run([*launcher, "killed"], timeout=60).returncode == 128 + signal.SIGKILL
+    assert not any(is_running(pid) for pid, _ in wait_for_ranks(tmp_path, (0, 2)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_every_rank_once(launcher: list[str], tmp_path: Path, number: int) -> None:
+    process = subprocess.Popen([*launcher, "checkpoint"])
+    wait_for_ranks(tmp_path)
+    os.kill(process.pid, number)
+    assert process.wait(30) == 128 + number
+    assert [(tmp_path / f"saved{rank}").read_text() for rank in range(3)] == [f"{number:d}\n"] * 3
+
+
+def test_no_rank_outlives_a_killed_launcher(launcher: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen([*launcher, "sleep"])
+    pids = [pid for pid, _ in wait_for_ranks(tmp_path)]
+    process.kill()
+    process.wait(10)
+    end = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -1,0 +1,121 @@
+"""Writes docs/configuration.md from the configuration schema.
+
+python tools/make_config_docs.py           write the page
+python tools/make_config_docs.py --check   exit 1 when the page is not what the schema says
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from megarl.config.introspect import describe_field, sections_of, tag_of
+from megarl.config.schema import Section
+from megarl.config.suggest import COMMANDS
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by tools/make_config_docs.py from megarl/config/schema.py; edit there. -->
+
+A run is described by one YAML file, and settings on the command line that replace the file's:
+
+```
+megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 data.train.arguments.max_digits=3
+megarl grpo --config configs/quickstart_grpo.yaml --dry-run      # print the resolved configuration and stop
+```
+
+- **Types** are those of YAML 1.2: `1e-5` is a number, `true` and `false` are the booleans, `on`, `off`, `yes`
+  and `no` are strings. A string is never read as a number, nor a number as a string; an integer may stand for
+  a number. A key given twice is an error.
+- **Overrides** are `section.key=value`; later ones win. Where a string is wanted the value is taken as it
+  stands (in quotes, YAML escapes work: `'data.format.prompt_suffix="\\nAnswer:"'`); elsewhere it is YAML:
+  `logging.wandb=null`, `'data.held_out={source: jsonl, path: test.jsonl}'`. A whole section is replaced,
+  not merged.
+- **Environment variables** are put in for `${NAME}` and `${NAME:-default}`; outside quotes the result is
+  read as if it had been written there, so that `${STEPS:-10}` is a number. `$${` stands for a plain `${`.
+  A variable that is not set and has no default is an error.
+- **Paths** are relative to the current directory.
+- **Mistakes** are reported all at once, a line each, with file and line; the exit code is 2 and nothing
+  has been started. Combinations that cannot work (say, `sequence_parallel` without tensor parallelism) and
+  missing files are reported with them.
+- The run directory keeps the resolved configuration in `config.yaml`; it can be used as a `--config` file.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION]
+    described: dict[type[Section], str] = {}
+    for command, root in COMMANDS.items():
+        parts.append(f"## megarl {command}\n\n{_sentence(root)}\n")
+        parts += _render_sections(root, command, described)
+    return "\n".join(parts)
+
+
+def _render_sections(root: type[Section], command: str, described: dict[type[Section], str]) -> list[str]:
+    rows, tables = [], []
+    for name, field in root.model_fields.items():
+        (section,) = sections_of(field.annotation)
+        need = "required" if field.is_required() else "optional"
+        link = described.get(section)
+        if link is None:
+            described[section] = link = f"{command}-{name}"
+            tables += _render_table(section, name, link, described)
+        rows.append(f"| [`{name}`](#{link}) | {need} | {_sentence(section)} |")
+    return ["| section | | |\n|---|---|---|\n" + "\n".join(rows) + "\n", *tables]
+
+
+def _render_table(
+    section: type[Section], path: str, anchor: str, described: dict[type[Section], str]
+) -> list[str]:
+    title = f"### `{path}`" + (f" with `source: {tag_of(section)}`" if tag_of(section) else "")
+    rows, nested = [], []
+    for name, field in section.model_fields.items():
+        links = []
+        for inner in sections_of(field.annotation):
+            inner_anchor = f"{anchor}-{name}" + (f"-{tag_of(inner)}" if tag_of(inner) else "")
+            if inner not in described:
+                described[inner] = inner_anchor
+                nested += _render_table(inner, f"{path}.{name}", inner_anchor, described)
+            links.append(f"[{tag_of(inner) or 'see below'}](#{described[inner]})")
+        kind = _type(field, links)
+        rows.append(f"| `{name}` | {kind} | {_default(field)} | {_cell(field.description)} |")
+    table = "| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows)
+    return [f'<a id="{anchor}"></a>\n{title}\n\n{_sentence(section)}\n\n{table}\n', *nested]
+
+
+def _type(field: FieldInfo, links: list[str]) -> str:
+    text = describe_field(field)
+    return _cell(f"{text}: {', '.join(links)}" if links else text)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value: Any = field.get_default(call_default_factory=True, validated_data={})
+    return "" if isinstance(value, Section) else f"`{json.dumps(value)}`"
+
+
+def _sentence(section: type[Section]) -> str:
+    return _cell((section.__doc__ or "").strip())
+
+
+def _cell(text: str | None) -> str:
+    assert text, "every field and section of the schema carries a docstring"
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != render():
+            sys.exit(f"{PAGE} is not what the schema says; run python tools/make_config_docs.py")
+    else:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(render(), encoding="utf-8")
