@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 PAD, SYSTEM, USER, ASSISTANT, EOS = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
-VOCAB_SIZE = 768
+VOCAB_SIZE = 512
 MAX_POSITIONS = 512
 
 # One token before and one after each message: a tiny model's steps are dominated by prompt tokens.

@@ -8,7 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from megarl.config.schema import JsonlSource, PromptDataConfig, PromptFormat, PromptSource, ReasoningGymSource
+from megarl.config.schema import (
+    EvalDataConfig,
+    JsonlSource,
+    PromptDataConfig,
+    PromptFormat,
+    PromptSource,
+    ReasoningGymSource,
+)
 from megarl.data.jsonl import get_field, get_messages, get_text, read_jsonl
 from megarl.data.tokenizer import chat_ids
 from megarl.environments.tasks import check_disjoint, make_dataset
@@ -186,7 +193,7 @@ def _check_references(lines: list[tuple[str, str]]) -> None:
 
 
 def load_prompts(
-    config: PromptDataConfig,
+    config: PromptDataConfig | EvalDataConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_tokens: int,
@@ -206,7 +213,7 @@ def load_prompts(
         _check_apart(config.train, config.held_out)
     source = config.train if split == "train" else config.held_out
     if source is None:
-        raise UserError("data.held_out: missing; evaluation needs held-out problems")
+        raise UserError(f"data.{split}: missing")
     arguments = (tokenizer, config.format, max_prompt_tokens, f"data.{split}")
     dataset: PromptDataset
     if isinstance(source, ReasoningGymSource):
@@ -230,7 +237,7 @@ def _questions(source: PromptSource, field: str) -> Iterator[str]:
             yield problem if isinstance(problem, str) else repr(problem)
 
 
-def _check_apart(train: PromptSource, held_out: PromptSource) -> None:
+def _check_apart(train: PromptSource | None, held_out: PromptSource) -> None:
     if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
         check_disjoint(train, held_out)
     if isinstance(train, JsonlSource) and isinstance(held_out, JsonlSource) and train.path == held_out.path:

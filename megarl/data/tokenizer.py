@@ -33,8 +33,10 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the library raises OSError, ValueError, KeyError and others alike
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.path: cannot load a tokenizer from {path}: {reason}") from error
-    if len(tokenizer) == 0:
-        raise UserError(f"model.path: the tokenizer in {path} is empty (is tokenizer.json missing?)")
+    # Without its files the library makes a tokenizer of a few special tokens from config.json alone.
+    names = list(tokenizer.vocab_files_names.values())
+    if not any((path / name).is_file() for name in names):
+        raise UserError(f"model.path: no tokenizer in {path}; expected {' or '.join(names)}")
     return tokenizer
 
 
