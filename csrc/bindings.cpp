@@ -32,14 +32,15 @@ TORCH_LIBRARY(megarl, m) {
       "token_logprob_backward_(Tensor(a!) logits, Tensor targets, Tensor temperature, int vocab_start, "
       "Tensor? row_index, Tensor? min_logit, Tensor row_max, Tensor grad_stats) -> ()");
 
-  // Packing (layout: PackedBatch in megarl/records.py). M ragged sequences lie end to end in token_ids [N] int64,
-  // loss_mask [N] uint8, rollout_logprobs [N] float32, bounded by offsets [M + 1] int64; advantages [M] float32.
-  // Packs sequences indices [S] int64 (-1: a dummy without tokens) into cu_seqlens [S + 1] int32, padded and global;
-  // returns the share of context-parallel rank cp_rank, T = num_tokens = cu_seqlens[S] / cp_size: token_ids, labels,
-  // loss_mask, position_ids, sequence_ids, advantages, rollout_logprobs ([0] where none came in).
+  // Packing (layout: PackedBatch in megarl/records.py). Ragged sequences lie in token_ids [N] int64, loss_mask [N] uint8
+  // and rollout_logprobs [N] float32. Sequence s of S is lengths [S] int32 (0: a dummy) tokens from starts [S] int64 on;
+  // its row in the caller's list is rows [S] int64, its advantage advantages [S] float32, and it gets the padded room
+  // of cu_seqlens [S + 1] int32. Returns the share of context-parallel rank cp_rank, T = num_tokens =
+  // cu_seqlens[S] / cp_size: token_ids, labels, loss_mask, position_ids, sequence_ids, advantages, rollout_logprobs
+  // ([0] where none came in).
   m.def(
-      "pack_sequences(Tensor token_ids, Tensor loss_mask, Tensor offsets, Tensor advantages, "
-      "Tensor? rollout_logprobs, Tensor indices, Tensor cu_seqlens, int num_tokens, int cp_rank, int cp_size) "
+      "pack_sequences(Tensor token_ids, Tensor loss_mask, Tensor? rollout_logprobs, Tensor starts, Tensor lengths, "
+      "Tensor rows, Tensor advantages, Tensor cu_seqlens, int num_tokens, int cp_rank, int cp_size) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Its inverse for one field: values [T] -> [num_values = sum of lengths [S] int32], one to the right (element 0
   // of a sequence is 0), padding left out. starts [S] int64 is where each sequence goes.

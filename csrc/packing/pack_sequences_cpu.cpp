@@ -19,9 +19,15 @@ constexpr int64_t kTokensPerThread = 4096;
 struct Ragged {
   const int64_t* token_ids;
   const uint8_t* loss_mask;
-  const int64_t* offsets;
-  const float* advantages;
   const float* logprobs;  // or nullptr
+};
+
+// One sequence: where it lies in Ragged, and what all its tokens share.
+struct Row {
+  int64_t start;
+  int64_t length;
+  int64_t id;
+  float advantage;
 };
 
 struct Packed {
@@ -35,28 +41,24 @@ struct Packed {
 };
 
 // Writes positions [begin, end) of one padded sequence, the first of them at `to`.
-void write_run(const Ragged& in, const Packed& out, int64_t index, int64_t begin, int64_t end, int64_t to) {
-  const int64_t source = index < 0 ? 0 : in.offsets[index];
-  const int64_t length = index < 0 ? 0 : in.offsets[index + 1] - source;
-  const int64_t tokens = std::clamp<int64_t>(length - begin, 0, end - begin);
-  const int64_t targets = std::clamp<int64_t>(length - 1 - begin, 0, end - begin);
-  const int64_t from = source + begin;
+void write_run(const Ragged& in, const Packed& out, const Row& row, int64_t begin, int64_t end, int64_t to) {
+  const int64_t tokens = std::clamp<int64_t>(row.length - begin, 0, end - begin);
+  const int64_t targets = std::clamp<int64_t>(row.length - 1 - begin, 0, end - begin);
+  const int64_t from = row.start + begin;
   const int64_t size = end - begin;
 
   std::copy_n(in.token_ids + from, tokens, out.token_ids + to);
   std::fill_n(out.token_ids + to + tokens, size - tokens, 0);
   std::copy_n(in.token_ids + from + 1, targets, out.labels + to);
   std::fill_n(out.labels + to + targets, size - targets, 0);
-  const int64_t row = std::max<int64_t>(index, 0);
   for (int64_t i = 0; i < size; ++i) {
     out.position_ids[to + i] = begin + i;
-    out.sequence_ids[to + i] = row;
+    out.sequence_ids[to + i] = row.id;
   }
-  const float advantage = index < 0 ? 0.0f : in.advantages[index];
   const uint8_t* mask = in.loss_mask + from + 1;
   for (int64_t i = 0; i < targets; ++i) {
     out.loss_mask[to + i] = mask[i] ? 1.0f : 0.0f;
-    out.advantages[to + i] = mask[i] ? advantage : 0.0f;
+    out.advantages[to + i] = mask[i] ? row.advantage : 0.0f;
   }
   std::fill_n(out.loss_mask + to + targets, size - targets, 0.0f);
   std::fill_n(out.advantages + to + targets, size - targets, 0.0f);
@@ -74,51 +76,47 @@ void check_flat(const char* name, const at::Tensor& tensor, int64_t size, at::Sc
   MEGARL_CHECK("pack_sequences", tensor.is_contiguous(), name, " must be contiguous");
 }
 
-void check_bounds(const at::Tensor& offsets, const at::Tensor& indices, const at::Tensor& cu_seqlens,
-                  int64_t num_flat, int64_t num_tokens, int64_t cp_size) {
+void check_rows(const at::Tensor& starts, const at::Tensor& lengths, const at::Tensor& cu_seqlens, int64_t num_flat,
+                int64_t num_tokens, int64_t cp_size) {
   const char* op = "pack_sequences";
-  const int64_t* bounds = offsets.const_data_ptr<int64_t>();
-  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const int64_t* start = starts.const_data_ptr<int64_t>();
+  const int32_t* length = lengths.const_data_ptr<int32_t>();
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t num_sequences = offsets.numel() - 1;
-  MEGARL_CHECK(op, bounds[0] == 0 && bounds[num_sequences] == num_flat, "offsets must run from 0 to ", num_flat,
-               ", found ", bounds[0], " to ", bounds[num_sequences]);
-  for (int64_t m = 0; m < num_sequences; ++m) {
-    MEGARL_CHECK(op, bounds[m] <= bounds[m + 1], "offsets must not fall, found ", bounds[m], ", ", bounds[m + 1]);
-  }
+  const int64_t num_sequences = starts.numel();
   MEGARL_CHECK(op, cu[0] == 0, "cu_seqlens must begin with 0, found ", cu[0]);
-  for (int64_t s = 0; s < indices.numel(); ++s) {
-    MEGARL_CHECK(op, index[s] >= -1 && index[s] < num_sequences, "indices[", s, "] = ", index[s], " is outside the ",
-                 num_sequences, " sequences");
-    const int64_t length = index[s] < 0 ? 0 : bounds[index[s] + 1] - bounds[index[s]];
+  for (int64_t s = 0; s < num_sequences; ++s) {
+    MEGARL_CHECK(op, length[s] >= 0 && start[s] >= 0 && start[s] <= num_flat - length[s], "sequence ", s, " of ",
+                 length[s], " tokens from ", start[s], " on is outside the ", num_flat, " tokens given");
     const int64_t padded = cu[s + 1] - cu[s];
-    MEGARL_CHECK(op, padded >= length, "sequence ", index[s], " has ", length, " tokens, cu_seqlens gives it ", padded);
-    MEGARL_CHECK(op, cp_size == 1 || padded % (2 * cp_size) == 0, "padded length ", padded, " of sequence ", index[s],
+    MEGARL_CHECK(op, padded >= length[s], "sequence ", s, " has ", length[s], " tokens, cu_seqlens gives it ", padded);
+    MEGARL_CHECK(op, cp_size == 1 || padded % (2 * cp_size) == 0, "padded length ", padded, " of sequence ", s,
                  " is no multiple of 2 * cp_size = ", 2 * cp_size);
   }
-  const int64_t total = cu[indices.numel()];
+  const int64_t total = cu[num_sequences];
   MEGARL_CHECK(op, num_tokens == total / cp_size, "num_tokens must be ", total / cp_size, ", got ", num_tokens);
 }
 
 using Fields = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Fields pack_sequences(const at::Tensor& token_ids, const at::Tensor& loss_mask, const at::Tensor& offsets,
-                      const at::Tensor& advantages, const std::optional<at::Tensor>& rollout_logprobs,
-                      const at::Tensor& indices, const at::Tensor& cu_seqlens, int64_t num_tokens, int64_t cp_rank,
-                      int64_t cp_size) {
+Fields pack_sequences(const at::Tensor& token_ids, const at::Tensor& loss_mask,
+                      const std::optional<at::Tensor>& rollout_logprobs, const at::Tensor& starts,
+                      const at::Tensor& lengths, const at::Tensor& rows, const at::Tensor& advantages,
+                      const at::Tensor& cu_seqlens, int64_t num_tokens, int64_t cp_rank, int64_t cp_size) {
   const char* op = "pack_sequences";
-  MEGARL_CHECK(op, offsets.dim() == 1 && offsets.numel() > 0, "offsets must have shape [M + 1], got ", offsets.sizes());
   MEGARL_CHECK(op, cp_size >= 1 && cp_rank >= 0 && cp_rank < cp_size, "cp_rank ", cp_rank, " of cp_size ", cp_size);
-  check_flat("token_ids", token_ids, token_ids.numel(), at::kLong);
-  check_flat("loss_mask", loss_mask, token_ids.numel(), at::kByte);
-  check_flat("offsets", offsets, offsets.numel(), at::kLong);
-  check_flat("advantages", advantages, offsets.numel() - 1, at::kFloat);
-  check_flat("indices", indices, indices.numel(), at::kLong);
-  check_flat("cu_seqlens", cu_seqlens, indices.numel() + 1, at::kInt);
+  const int64_t num_flat = token_ids.numel();
+  const int64_t num_sequences = starts.numel();
+  check_flat("token_ids", token_ids, num_flat, at::kLong);
+  check_flat("loss_mask", loss_mask, num_flat, at::kByte);
   if (rollout_logprobs) {
-    check_flat("rollout_logprobs", *rollout_logprobs, token_ids.numel(), at::kFloat);
+    check_flat("rollout_logprobs", *rollout_logprobs, num_flat, at::kFloat);
   }
-  check_bounds(offsets, indices, cu_seqlens, token_ids.numel(), num_tokens, cp_size);
+  check_flat("starts", starts, num_sequences, at::kLong);
+  check_flat("lengths", lengths, num_sequences, at::kInt);
+  check_flat("rows", rows, num_sequences, at::kLong);
+  check_flat("advantages", advantages, num_sequences, at::kFloat);
+  check_flat("cu_seqlens", cu_seqlens, num_sequences + 1, at::kInt);
+  check_rows(starts, lengths, cu_seqlens, num_flat, num_tokens, cp_size);
 
   const auto longs = token_ids.options();
   const auto floats = longs.dtype(at::kFloat);
@@ -126,20 +124,22 @@ Fields pack_sequences(const at::Tensor& token_ids, const at::Tensor& loss_mask, 
                 at::empty({num_tokens}, longs),  at::empty({num_tokens}, longs),  at::empty({num_tokens}, floats),
                 at::empty({rollout_logprobs ? num_tokens : 0}, floats)};
   const Ragged in{token_ids.const_data_ptr<int64_t>(), loss_mask.const_data_ptr<uint8_t>(),
-                  offsets.const_data_ptr<int64_t>(), advantages.const_data_ptr<float>(),
                   rollout_logprobs ? rollout_logprobs->const_data_ptr<float>() : nullptr};
   const Packed out{std::get<0>(fields).data_ptr<int64_t>(), std::get<1>(fields).data_ptr<int64_t>(),
                    std::get<2>(fields).data_ptr<float>(),   std::get<3>(fields).data_ptr<int64_t>(),
                    std::get<4>(fields).data_ptr<int64_t>(), std::get<5>(fields).data_ptr<float>(),
                    rollout_logprobs ? std::get<6>(fields).data_ptr<float>() : nullptr};
-  const int64_t* index = indices.const_data_ptr<int64_t>();
+  const int64_t* first_token = starts.const_data_ptr<int64_t>();
+  const int32_t* length = lengths.const_data_ptr<int32_t>();
+  const int64_t* id = rows.const_data_ptr<int64_t>();
+  const float* advantage = advantages.const_data_ptr<float>();
   const int32_t* cu = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t num_sequences = indices.numel();
 
   // Threads share tokens, not sequences: one long sequence is cut, many short ones are batched.
   at::parallel_for(0, num_tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
     const int64_t first = std::upper_bound(cu, cu + num_sequences + 1, begin * cp_size) - cu - 1;
     for (int64_t s = first; s < num_sequences && cu[s] / cp_size < end; ++s) {
+      const Row row{first_token[s], length[s], id[s], advantage[s]};
       const int64_t start = cu[s] / cp_size;
       const int64_t stop = cu[s + 1] / cp_size;
       const int64_t chunk = cp_size == 1 ? stop - start : (stop - start) / 2;
@@ -148,7 +148,7 @@ Fields pack_sequences(const at::Tensor& token_ids, const at::Tensor& loss_mask, 
         const int64_t local = to - start;
         const int64_t run_end = std::min(limit, start + (local < chunk ? chunk : stop - start));
         const int64_t position = zigzag_position(local, chunk, cp_rank, cp_size);
-        write_run(in, out, index[s], position, position + (run_end - to), to);
+        write_run(in, out, row, position, position + (run_end - to), to);
         to = run_end;
       }
     }

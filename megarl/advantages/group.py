@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
+import torch
+
 from megarl.errors import UserError
+from megarl.ops.group_advantage import group_advantage
 
 Baseline = Literal["mean", "leave_one_out"]
 
@@ -41,7 +45,16 @@ def group_advantages(
     Raises:
         UserError: a reward is not finite, or leave_one_out meets a group of one.
     """
-    return [_one_group(list(group), g, baseline, normalize_std, epsilon) for g, group in enumerate(rewards)]
+    sizes = [len(group) for group in rewards]
+    _check(rewards, baseline)
+    advantages = group_advantage(
+        torch.tensor([reward for group in rewards for reward in group], dtype=torch.float64),
+        torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
+        leave_one_out=baseline == "leave_one_out",
+        normalize_std=normalize_std,
+        epsilon=epsilon,
+    )
+    return [group.tolist() for group in advantages.split(sizes)]
 
 
 def zero_std_fraction(rewards: Sequence[Sequence[float]]) -> float:
@@ -54,22 +67,12 @@ def is_degenerate(rewards: Sequence[float]) -> bool:
     return len(rewards) == 0 or min(rewards) == max(rewards)
 
 
-def _one_group(
-    rewards: list[float], group: int, baseline: Baseline, normalize_std: bool, epsilon: float
-) -> list[float]:
-    size = len(rewards)
-    for i, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise UserError(f"reward of sample {i} in group {group} is {reward}")
-    if baseline == "leave_one_out" and size == 1:
-        raise UserError(
-            f"algorithm.baseline = leave_one_out needs at least 2 samples per group, group {group} has 1"
-        )
-    if is_degenerate(rewards):
-        return [0.0] * size
-    mean = math.fsum(rewards) / size
-    deviations = [reward - mean for reward in rewards]
-    scale = size / (size - 1) if baseline == "leave_one_out" else 1.0
-    if normalize_std:
-        scale /= math.sqrt(math.fsum(d * d for d in deviations) / (size - 1)) + epsilon
-    return [d * scale for d in deviations]
+def _check(rewards: Sequence[Sequence[float]], baseline: Baseline) -> None:
+    for g, group in enumerate(rewards):
+        for i, reward in enumerate(group):
+            if not math.isfinite(reward):
+                raise UserError(f"reward of sample {i} in group {g} is {reward}")
+        if baseline == "leave_one_out" and len(group) == 1:
+            raise UserError(
+                f"algorithm.baseline = leave_one_out needs at least 2 samples per group, group {g} has 1"
+            )

@@ -1,7 +1,8 @@
-"""The packing planner in plain Python: the definition the C++ planner (csrc/packing) is tested against.
+"""Packing without C++: the definitions that csrc/packing is tested against.
 
-Both halves do the same steps in the same order on the same doubles, so their plans are equal, not
-merely equally good. The steps, for n sequences, R ranks and a budget of B tokens:
+The planner comes first, pack_sequences_reference last. Both planners do the same steps in the same
+order on the same doubles, so that their plans are equal, not merely equally good. The steps, for n
+sequences, R ranks and a budget of B tokens:
 
 1. *Count.* Best-fit decreasing (each sequence, longest first, into the fullest bin with room) says how
    many microbatches K the budget needs; K is rounded up to what the ranks and pipeline groups need.
@@ -19,6 +20,10 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from dataclasses import dataclass
+
+import torch
+
+from megarl.ops.pack import PackedFields, PackedRows, RaggedTokens
 
 FILL_MAX_SEQUENCES = 65_536  # beyond this, best-fit bins: row dealing alone balances them, and it is faster
 FILL_POPS_PER_SEQUENCE = 8  # how long the fill may look for room before the budget counts as too tight
@@ -267,3 +272,37 @@ def _apply(bins: _Bins, high: list[int], low: list[int], exchange: _Exchange) ->
         bins.remove(take, exchange.take_item)
         bins.add(give, exchange.take_item)
     bins.add(take, exchange.give_item)
+
+
+def pack_sequences_reference(
+    tokens: RaggedTokens, rows: PackedRows, *, num_tokens: int, cp_rank: int = 0, cp_size: int = 1
+) -> PackedFields:
+    """:func:`megarl.ops.pack.pack_sequences` in plain torch, vectorised over tokens."""
+    widths = rows.cu_seqlens.long().diff()
+    which = torch.arange(len(widths)).repeat_interleave(widths // cp_size)  # sequence of each position
+    local = torch.arange(num_tokens) - (rows.cu_seqlens.long()[:-1] // cp_size)[which]
+    if cp_size == 1:
+        positions = local
+    else:
+        chunk = (widths // (2 * cp_size))[which]
+        late = (2 * cp_size - 1 - cp_rank) * chunk + (local - chunk)
+        positions = torch.where(local < chunk, cp_rank * chunk + local, late)
+    lengths = rows.lengths.long()[which]
+    source = rows.starts[which] + positions
+    has_token = positions < lengths
+    has_target = positions + 1 < lengths
+    token_at = source[has_token]
+    target_at = source[has_target] + 1
+    token_ids = torch.zeros(num_tokens, dtype=torch.int64)
+    token_ids[has_token] = tokens.token_ids[token_at]
+    labels = torch.zeros(num_tokens, dtype=torch.int64)
+    labels[has_target] = tokens.token_ids[target_at]
+    loss_mask = torch.zeros(num_tokens)
+    loss_mask[has_target] = (tokens.loss_mask[target_at] != 0).float()
+    advantages = torch.where(loss_mask > 0, rows.advantages[which], 0.0)
+    logprobs = torch.zeros(0)
+    if tokens.rollout_logprobs is not None:
+        logprobs = torch.zeros(num_tokens)
+        logprobs[has_target] = tokens.rollout_logprobs[target_at]
+        logprobs = torch.where(loss_mask > 0, logprobs, 0.0)
+    return PackedFields(token_ids, labels, loss_mask, positions, rows.rows[which], advantages, logprobs)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+from itertools import accumulate
+
 import torch
 
+from megarl.ops.pack import PackedRows, RaggedTokens, pack_sequences, unpack_values
 from megarl.records import PackedBatch, Sequence
 
 
@@ -13,6 +17,8 @@ def pack(
     *,
     pad_to_multiple: int = 1,
     device: torch.device | str = "cpu",
+    cp_rank: int = 0,
+    cp_size: int = 1,
 ) -> PackedBatch:
     """Lay ``sequences[i] for i in indices`` end to end, fields aligned with the labels.
 
@@ -29,47 +35,41 @@ def pack(
         sequences: all sequences of the step; ``sequence_ids`` point into this list.
         indices: which of them to pack, in this order.
         pad_to_multiple: 2 * context_parallel_size, or 1.
-        device: where the tensors go; one copy per field.
+        device: where the tensors are made.
+        cp_rank: with cp_size, write only the share of this context-parallel rank: the same as
+            :func:`megarl.packing.context_parallel_slice` of the whole, without making the whole.
+        cp_size: context-parallel size.
     """
     with_logprobs = bool(sequences) and bool(sequences[0].rollout_logprobs)
-    chosen = [sequences[i] for i in indices] or [Sequence([], [], rollout_logprobs=[])]
     _check(sequences, indices, with_logprobs)
-    lengths = [len(s.token_ids) for s in chosen]
+    chosen = [sequences[i] for i in indices]
+    lengths = [len(s.token_ids) for s in chosen] or [0]  # the dummy
     padded = [max(1, -(-n // pad_to_multiple)) * pad_to_multiple for n in lengths]
-    num_tokens = sum(padded)
-    token_ids = torch.zeros(num_tokens, dtype=torch.int64)
-    labels = torch.zeros(num_tokens, dtype=torch.int64)
-    loss_mask = torch.zeros(num_tokens)
-    advantages = torch.zeros(num_tokens)
-    logprobs = torch.zeros(num_tokens)
-    start = 0
-    for sequence, n, width in zip(chosen, lengths, padded, strict=True):
-        ids = torch.tensor(sequence.token_ids, dtype=torch.int64)
-        token_ids[start : start + n] = ids
-        if n > 1:
-            targets = torch.tensor(sequence.loss_mask[1:], dtype=torch.float32)
-            span = slice(start, start + n - 1)
-            labels[span] = ids[1:]
-            loss_mask[span] = targets
-            advantages[span] = targets * sequence.advantage
-            if with_logprobs:
-                logprobs[span] = torch.tensor(sequence.rollout_logprobs[1:]).where(
-                    targets > 0, torch.zeros(())
-                )
-        start += width
-    widths = torch.tensor(padded)
-    cu_seqlens = torch.zeros(len(padded) + 1, dtype=torch.int32)
-    cu_seqlens[1:] = widths.cumsum(0)
+    rows = PackedRows(
+        starts=torch.tensor([0, *accumulate(lengths[:-1])]),
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+        rows=torch.tensor(indices or [0]),
+        advantages=torch.tensor([s.advantage for s in chosen] or [0.0]),
+        cu_seqlens=torch.tensor([0, *accumulate(padded)], dtype=torch.int32),
+    )
+    rows = PackedRows(*(tensor.to(device) for tensor in rows))
+    fields = pack_sequences(
+        _flatten(chosen, with_logprobs, device),
+        rows,
+        num_tokens=sum(padded) // cp_size,
+        cp_rank=cp_rank,
+        cp_size=cp_size,
+    )
     return PackedBatch(
-        token_ids=token_ids.to(device),
-        labels=labels.to(device),
-        loss_mask=loss_mask.to(device),
-        position_ids=torch.cat([torch.arange(width) for width in padded]).to(device),
-        cu_seqlens=cu_seqlens.to(device),
-        sequence_ids=torch.tensor(indices or [0]).repeat_interleave(widths).to(device),
-        lengths=torch.tensor(lengths, dtype=torch.int32).to(device),
-        advantages=advantages.to(device),
-        rollout_logprobs=logprobs.to(device) if with_logprobs else None,
+        token_ids=fields.token_ids,
+        labels=fields.labels,
+        loss_mask=fields.loss_mask,
+        position_ids=fields.position_ids,
+        cu_seqlens=rows.cu_seqlens,
+        sequence_ids=fields.sequence_ids,
+        lengths=rows.lengths,
+        advantages=fields.advantages,
+        rollout_logprobs=fields.rollout_logprobs if with_logprobs else None,
     )
 
 
@@ -78,19 +78,32 @@ def unpack(values: torch.Tensor, batch: PackedBatch) -> list[torch.Tensor]:
 
     Back in the alignment of :class:`megarl.records.Sequence`: element i belongs to the prediction of
     token i, element 0 (which nothing predicts) is 0. In the order of pack's ``indices``; padding and
-    the dummy sequence are left out. Any dtype; ``values`` must cover the whole batch, so gather a
-    context-parallel slice first.
+    the dummy sequence are left out. No gradient; ``values`` must cover the whole batch, so gather
+    context-parallel slices first. The tensors are views of one.
     """
-    assert values.shape[0] == batch.token_ids.shape[0], f"values {tuple(values.shape)} do not match the batch"
-    starts = batch.cu_seqlens.tolist()
-    lengths = (batch.cu_seqlens.diff() if batch.lengths is None else batch.lengths).tolist()
-    sequences = []
-    for start, n in zip(starts, lengths, strict=False):
-        if n > 0:
-            sequence = torch.zeros(n, dtype=values.dtype, device=values.device)
-            sequence[1:] = values[start : start + n - 1]
-            sequences.append(sequence)
-    return sequences
+    lengths = batch.cu_seqlens.diff() if batch.lengths is None else batch.lengths
+    sizes = lengths.tolist()
+    starts = torch.tensor([0, *accumulate(sizes[:-1])], device=values.device)
+    flat = unpack_values(values.detach().contiguous(), batch.cu_seqlens, lengths, starts, sum(sizes))
+    return [sequence for sequence in flat.split(sizes) if len(sequence)]
+
+
+def _flatten(chosen: list[Sequence], with_logprobs: bool, device: torch.device | str) -> RaggedTokens:
+    """Python lists end to end, through array and bytes: several times faster than torch.tensor(list)."""
+    token_ids, loss_mask, logprobs = array("q"), bytearray(), array("f")
+    for sequence in chosen:
+        token_ids.extend(sequence.token_ids)
+        loss_mask.extend(sequence.loss_mask)
+        if with_logprobs:
+            logprobs.extend(sequence.rollout_logprobs)
+    if not chosen:
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        return RaggedTokens(empty, empty.byte(), empty.float() if with_logprobs else None)
+    return RaggedTokens(
+        torch.frombuffer(token_ids, dtype=torch.int64).to(device),
+        torch.frombuffer(loss_mask, dtype=torch.uint8).to(device),
+        torch.frombuffer(logprobs, dtype=torch.float32).to(device) if with_logprobs else None,
+    )
 
 
 def _check(sequences: list[Sequence], indices: list[int], with_logprobs: bool) -> None:
@@ -98,9 +111,8 @@ def _check(sequences: list[Sequence], indices: list[int], with_logprobs: bool) -
         sequence = sequences[index]
         n = len(sequence.token_ids)
         assert n > 0, f"sequence {index} is empty"
-        assert len(sequence.loss_mask) == n, (
-            f"sequence {index}: {len(sequence.loss_mask)} mask values, {n} tokens"
-        )
+        masked = len(sequence.loss_mask)
+        assert masked == n, f"sequence {index}: {masked} mask values, {n} tokens"
         expected = n if with_logprobs else 0
         found = len(sequence.rollout_logprobs)
         assert found == expected, f"sequence {index}: {found} rollout_logprobs, expected {expected}"

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from megarl.errors import UserError
-from megarl.ops.reference_packing import plan_reference
+from megarl.ops._load import load_native
+
+load_native()
+from megarl import _C  # noqa: E402  once it is known that this machine can load it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,8 @@ class CostModel:
     b: float = 1.0 / (12 * 2048)
 
     def __post_init__(self) -> None:
-        assert self.a >= 0 and self.b >= 0 and self.a + self.b > 0, f"costs must grow with length: {self}"
+        assert min(self.a, self.b) >= 0, f"costs must not fall with length: {self}"
+        assert self.a + self.b > 0, f"costs must grow with length: {self}"
 
     @classmethod
     def transformer(cls, hidden_size: int) -> CostModel:
@@ -96,13 +101,13 @@ def plan_microbatches(
     Raises:
         UserError: a sequence is empty or longer than the budget.
     """
-    assert max_tokens > 0 and num_ranks > 0 and pad_to_multiple > 0 and microbatch_group_size > 0
+    assert min(max_tokens, num_ranks, pad_to_multiple, microbatch_group_size) > 0
     assert equal_counts or microbatch_group_size == 1, "groups of microbatches need equal counts"
     true_lengths = np.asarray(lengths, dtype=np.int64)
     padded = -(-true_lengths // pad_to_multiple) * pad_to_multiple
     _check_lengths(true_lengths, padded, max_tokens, pad_to_multiple)
-    microbatches = plan_reference(
-        padded.tolist(),
+    indices, offsets, rank_counts = _C.plan_microbatches(
+        padded,
         max_tokens=max_tokens,
         num_ranks=num_ranks,
         group=microbatch_group_size,
@@ -110,10 +115,14 @@ def plan_microbatches(
         a=costs.a,
         b=costs.b,
     )
-    _assert_invariants(microbatches, padded, max_tokens, num_ranks, equal_counts, microbatch_group_size)
+    rank_ends = np.concatenate([[0], rank_counts.cumsum()])
+    _assert_invariants(padded[indices], indices, offsets, max_tokens)
+    _assert_counts(rank_counts, equal_counts, microbatch_group_size, offsets[rank_ends])
     per_sequence = costs.a * padded + costs.b * (padded * padded)
-    rank_costs = [float(sum(per_sequence[m].sum() for m in rank if m)) for rank in microbatches]
-    return PackingPlan(microbatches, rank_costs, int(padded.sum()))
+    rank_costs = _sums(per_sequence[indices], offsets[rank_ends])
+    microbatches = [indices[i:j].tolist() for i, j in pairwise(offsets.tolist())]
+    ranks = [microbatches[i:j] for i, j in pairwise(rank_ends.tolist())]
+    return PackingPlan(ranks, rank_costs.tolist(), int(padded.sum()))
 
 
 def _check_lengths(lengths: np.ndarray, padded: np.ndarray, max_tokens: int, multiple: int) -> None:
@@ -131,21 +140,22 @@ def _check_lengths(lengths: np.ndarray, padded: np.ndarray, max_tokens: int, mul
     )
 
 
-def _assert_invariants(
-    microbatches: list[list[list[int]]],
-    padded: np.ndarray,
-    max_tokens: int,
-    num_ranks: int,
-    equal_counts: bool,
-    group: int,
-) -> None:
-    flat = [microbatch for rank in microbatches for microbatch in rank]
-    seen = np.sort(np.array([i for microbatch in flat for i in microbatch], dtype=np.int64))
-    assert np.array_equal(seen, np.arange(len(padded))), "every sequence exactly once"
-    assert all(padded[m].sum() <= max_tokens for m in flat if m), "token budget"
-    assert len(microbatches) == num_ranks
-    counts = {len(rank) for rank in microbatches}
-    assert not equal_counts or len(counts) == 1, f"equal counts, found {counts}"
-    assert all(count % group == 0 for count in counts), f"groups of {group}, found {counts}"
-    if len(padded) >= num_ranks:
-        assert all(rank and rank[0] for rank in microbatches), "no idle rank"
+def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Sum of values between consecutive bounds, empty stretches included."""
+    return np.diff(np.concatenate([[0], values.cumsum()])[bounds])
+
+
+def _assert_invariants(packed: np.ndarray, indices: np.ndarray, offsets: np.ndarray, max_tokens: int) -> None:
+    seen = np.zeros(len(indices), dtype=bool)
+    seen[indices] = True
+    assert seen.all(), "every sequence exactly once"
+    assert offsets[0] == 0, "microbatches begin with the first sequence"
+    assert offsets[-1] == len(indices), "and end with the last"
+    assert not len(offsets) > 1 or _sums(packed, offsets).max() <= max_tokens, "token budget"
+
+
+def _assert_counts(rank_counts: np.ndarray, equal_counts: bool, group: int, rank_bounds: np.ndarray) -> None:
+    assert not equal_counts or len(set(rank_counts.tolist())) == 1, f"equal counts, found {rank_counts}"
+    assert not (rank_counts % group).any(), f"groups of {group}, found {rank_counts}"
+    if rank_bounds[-1] >= len(rank_counts):
+        assert np.diff(rank_bounds).min() > 0, "no idle rank"
