@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megarl.config.derived import read_model_config
-from megarl.config.schema import EvalConfig, Section
+from megarl.config.derived import max_sequence_length, read_model_config
+from megarl.config.schema import EvalConfig, GrpoConfig, Section
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -69,6 +69,7 @@ def _model(config: Section) -> Violations:
         return
     yield from _parallel_fits(config, model_config)
     yield from _lengths_fit(config, model_config)
+    yield from _kv_cache_fits(config, model_config)
 
 
 def _missing_weights(directory: Path) -> list[str]:
@@ -118,6 +119,35 @@ def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Violations:
                 f"leaves no room for a prompt within the model's max_position_embeddings = {positions}"
                 f" (got {length})",
             )
+
+
+def _kv_cache_fits(config: Section, model_config: dict[str, Any]) -> Violations:
+    """The engine refuses to start unless its cache holds one sequence of full length."""
+    cache = getattr(getattr(getattr(config, "rollout", None), "engine", None), "kv_cache_gib", None)
+    needed = {"num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"}
+    if not isinstance(config, GrpoConfig | EvalConfig) or cache is None or not needed <= model_config.keys():
+        return
+    try:
+        longest = max_sequence_length(config, model_config)
+        engine_type = config.rollout.engine.dtype
+        number_bytes = {"float32": 4, "bfloat16": 2}[
+            config.model.dtype if engine_type == "auto" else engine_type
+        ]
+    except AttributeError:  # a field that failed the schema, reported already
+        return
+    heads = model_config["num_attention_heads"]
+    head_size = model_config.get("head_dim") or model_config["hidden_size"] // heads
+    numbers = (
+        2 * model_config["num_hidden_layers"] * model_config.get("num_key_value_heads", heads) * head_size
+    )
+    gib = numbers * number_bytes * longest / 2**30
+    if gib > cache:
+        yield Violation(
+            ("rollout", "engine", "kv_cache_gib"),
+            f"one sequence of {longest} tokens takes {gib:.2f} GiB; raise it, or lower"
+            f" packing.max_sequence_length (got {cache})",
+            (("packing", "max_sequence_length"), _MODEL_PATH),
+        )
 
 
 def _from_here(path: str) -> str:

@@ -192,6 +192,8 @@ class EvalDataConfig(Section):
 
     held_out: PromptSource
     """Problems."""
+    train: PromptSource | None = None
+    """The model's training problems, to count the held-out ones that are among them."""
     format: PromptFormat = PromptFormat()
     """How a problem becomes prompt tokens."""
 

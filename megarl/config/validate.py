@@ -120,14 +120,14 @@ def _system_prompt(config: TrainingConfig | EvalConfig) -> Violations:
         )
 
 
-def _separate_sets(config: TrainingConfig) -> Violations:
+def _separate_sets(config: TrainingConfig | EvalConfig) -> Violations:
     train, held_out, files = config.data.train, config.data.held_out, JsonlSource | SftJsonlSource
     if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
-        same_task = train.task == held_out.task and train.arguments == held_out.arguments
         first = max(train.seed, held_out.seed)
         last = min(train.seed + train.size, held_out.seed + held_out.size)
-        if same_task and first < last:
-            # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems.
+        if train.task == held_out.task and first < last:
+            # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems,
+            # and with other arguments still random streams.
             yield Violation(
                 ("data", "held_out", "seed"),
                 f"{last - first} problems would be in both data.train and data.held_out: problem i depends on"
@@ -310,6 +310,7 @@ _GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
 ]
 _EVAL_RULES: list[Callable[[EvalConfig], Violations]] = [
     _system_prompt,
+    _separate_sets,
     _engine,
     _eval_data,
 ]

@@ -123,3 +123,15 @@ def test_lengths_against_the_model(folder: Path) -> None:
         "(got 128)"
     ]
     assert lines("rollout.max_new_tokens=127") == []
+
+
+def test_kv_cache_against_the_model(folder: Path) -> None:
+    # 2 (k, v) * 3 layers * 2 heads * 16 numbers * 4 bytes * 128 tokens = 98,304 bytes
+    (folder / "model" / "config.json").write_text(json.dumps(SIZES | {"hidden_size": 64}))
+    assert lines(f"rollout.engine.kv_cache_gib={98304 / 2**30}") == []
+    (line,) = lines(f"rollout.engine.kv_cache_gib={98303 / 2**30}")
+    assert line.startswith("rollout.engine.kv_cache_gib: one sequence of 128 tokens takes 0.00 GiB; raise it")
+    half = f"rollout.engine.kv_cache_gib={49152 / 2**30}"
+    assert len(lines(half)) == 1
+    assert lines(half, "packing.max_sequence_length=64") == []
+    assert lines(half, "rollout.engine.dtype=bfloat16") == []

@@ -27,7 +27,7 @@ data:
     source: reasoning_gym
     task: chain_sum
     size: 50
-    seed: 100
+    seed: 200
 rollout:
   num_prompts_per_step: 8
   num_generations_per_prompt: 4
@@ -178,7 +178,7 @@ def test_environment_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "data.train.source: required but missing: 'reasoning_gym' or 'jsonl' [c.yaml:8]",
         ),
         (
-            "  held_out:\n    source: reasoning_gym\n    task: chain_sum\n    size: 50\n    seed: 100",
+            "  held_out:\n    source: reasoning_gym\n    task: chain_sum\n    size: 50\n    seed: 200",
             "  held_out: 5",
             "data.held_out: expected a section with source 'reasoning_gym' or 'jsonl' or null "
             "(got 5) [c.yaml:13]",
@@ -315,7 +315,7 @@ def test_recursive_alias(folder: Path) -> None:
 
 def test_aliases_are_read(folder: Path) -> None:
     text = GRPO.replace("    seed: 0", "    seed: 0\n    arguments: &arguments {min_digits: 1}")
-    text = text.replace("    seed: 100", "    seed: 100\n    arguments: *arguments")
+    text = text.replace("    seed: 200", "    seed: 200\n    arguments: *arguments")
     held_out = grpo(folder, text=text).data.held_out
     assert isinstance(held_out, ReasoningGymSource)
     assert held_out.arguments == {"min_digits": 1}

@@ -226,7 +226,7 @@ def test_broken(tmp_path: Path, kind: type[Section], overrides: list[str], line:
         (GrpoConfig, ["rollout.engine.dtype=bfloat16"]),
         (GrpoConfig, ["rollout.num_generations_per_prompt=2", "algorithm.clip_ratio_low=0.99"]),
         (GrpoConfig, ["rollout.max_new_tokens=511", "packing.max_sequence_length=512"]),
-        (GrpoConfig, ["data.held_out.seed=0", "data.held_out.arguments.max_terms=9"]),
+        (GrpoConfig, ["data.held_out.seed=0", "data.held_out.task=leg_counting"]),
         (GrpoConfig, ["data.held_out=null", "evaluation.at_start=false", "evaluation.at_end=false"]),
         (EvalConfig, ["data.format.system_prompt=Be brief."]),
     ],
