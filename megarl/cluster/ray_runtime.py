@@ -1,8 +1,7 @@
 """One local Ray runtime per driver process: started quietly, tied to the driver's life.
 
 Ray's own processes get the kernel's parent-death signal from ``ray.init`` and end with the thread
-that called it, so call :func:`start_ray` from a thread that lives as long as the driver (the main
-thread). Worker processes end when their raylet does.
+that called it, so :func:`start_ray` belongs on the main thread. Workers end when their raylet does.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -22,14 +22,16 @@ _MAX_TEMP_ROOT = 30
 
 def start_ray() -> None:
     """Start this driver's own Ray on this machine; does nothing when it runs already."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # keep an engine's view of the GPUs ours to set
     import ray
 
     if ray.is_initialized():
         return
     _remove_stale_dirs()
-    temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
+    # Ray's agents then end with their raylet instead of noticing its death after 25 s.
+    os.environ["RAY_enable_pipe_based_agent_to_parent_health_check"] = "1"  # noqa: SIM112 - Ray's spelling
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
         num_cpus=os.cpu_count(),
@@ -37,8 +39,15 @@ def start_ray() -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _temp_dir=temp_dir,
+        _temp_dir=tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root()),
     )
+    # Ray puts a crash reporter on SIGTERM, after which the driver could no longer end in order.
+    signal.signal(signal.SIGTERM, handler)
+
+
+def ray_temp_dir() -> Path:
+    """Where this driver's Ray keeps its files; removed by :func:`stop_ray` or by a later driver."""
+    return next(_temp_root().glob(f"{_DIR_PREFIX}{os.getpid()}-*"))
 
 
 def stop_ray() -> None:
@@ -47,9 +56,9 @@ def stop_ray() -> None:
 
     if not ray.is_initialized():
         return
+    temp_dir = ray_temp_dir()
     ray.shutdown()
-    for path in _temp_root().glob(f"{_DIR_PREFIX}{os.getpid()}-*"):
-        shutil.rmtree(path, ignore_errors=True)  # a daemon may still be writing its last log line
+    shutil.rmtree(temp_dir, ignore_errors=True)  # a daemon may still be writing its last log line
 
 
 def _temp_root() -> Path:

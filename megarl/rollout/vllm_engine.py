@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.cluster.ray_runtime import start_ray
+from megarl.cluster.ray_runtime import ray_temp_dir, start_ray
 from megarl.config.schema import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout.engine import (
@@ -68,9 +67,9 @@ class VllmEngine:
             dtype: the trainer's parameter type, which ``config.dtype`` "auto" follows.
             max_model_len: most tokens of prompt and response together.
             seed: seeds requests that bring none.
-            log_dir: where engine.log goes; None makes a temporary directory.
+            log_dir: where engine.log goes; None keeps it among Ray's files, while Ray runs.
 
-        Call it from a thread that lives as long as the driver (see :mod:`megarl.cluster.ray_runtime`).
+        Call it from the main thread (see :mod:`megarl.cluster.ray_runtime`).
         """
         start_ray()
         settings = EngineSettings(
@@ -79,9 +78,9 @@ class VllmEngine:
             dtype=dtype if config.dtype == "auto" else config.dtype,
             max_model_len=max_model_len,
             seed=seed,
+            temp_dir=str(ray_temp_dir()),
         )
-        directory = log_dir or Path(tempfile.mkdtemp(prefix="megarl-engine-"))
-        return cls(settings, directory.resolve() / "engine.log")
+        return cls(settings, (log_dir or ray_temp_dir()).resolve() / "engine.log")
 
     @property
     def log_path(self) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 ResponseQueue = queue.SimpleQueue["list[GeneratedResponse] | BaseException"]
 
+# Prefixes are shared in whole blocks; with the default of 128 tokens, short prompts would share nothing.
+KV_BLOCK_SIZE = 32
+
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same cores, in turns
@@ -59,6 +63,7 @@ class EngineSettings:
     dtype: str
     max_model_len: int
     seed: int
+    temp_dir: str  # for the files vLLM leaves behind, such as gloo's rendezvous
 
 
 class WeightReceiver:
@@ -102,7 +107,9 @@ class EngineActor:
     def __init__(self, settings: EngineSettings, log_path: str) -> None:
         _redirect_output(log_path)
         threads = settings.config.num_threads or len(os.sched_getaffinity(0))
-        os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads))  # read when torch is first imported
+        # Libraries read these when they are first imported, which nothing did yet.
+        os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads), TMPDIR=settings.temp_dir)
+        tempfile.tempdir = settings.temp_dir
         self._settings = settings
         self._started: Future[None] = Future()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -300,6 +307,7 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),  # the default misreads the free memory
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=KV_BLOCK_SIZE,
         enable_prefix_caching=config.enable_prefix_caching,
         logprobs_mode="processed_logprobs",  # after temperature, as the trainer's are
         generation_config="vllm",  # the model's generation_config.json must not change sampling
