@@ -199,7 +199,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json atomically."""
-        write_atomically(self.summary_path, json.dumps(_strict(summary), indent=2) + "\n")
+        write_atomically(self.summary_path, to_json(summary, indent=2) + "\n")
 
     # --- checkpoints -----------------------------------------------------------------------------
 
@@ -284,7 +284,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``: readers, and a crash at any moment, see the old or the new file whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
+    # Text of a broken tokenizer may hold lone surrogates; "\ud83d" is what JSON would write for one.
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
@@ -300,18 +301,26 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """``json.dumps`` that writes strict JSON: see :func:`strict_json` for non-finite numbers."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # a non-finite number: rare, and looking for one costs more than writing
+        return json.dumps(strict_json(value), allow_nan=False, **options)
+
+
 def _to_json_line(values: Mapping[str, Any]) -> str:
-    return json.dumps(_strict(values), ensure_ascii=False, allow_nan=False) + "\n"
+    return to_json(values, ensure_ascii=False) + "\n"
 
 
-def _strict(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
     """Non-finite floats as strings, since JSON has no NaN and browsers refuse to read one."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict_json(item) for item in value]
     return value
 
 

@@ -1,0 +1,179 @@
+"""What the report page holds: the run directory, read and cut to a size a browser opens at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.config.yaml_text import parse_yaml
+from megarl.errors import UserError
+from megarl.metrics.summary import merge_steps, summarize
+from megarl.rundir import read_metrics, to_json
+
+MAX_CHART_STEPS = 2000
+"""Steps drawn; of a longer run evenly spaced ones, the worst of each stretch and all evaluations."""
+MAX_SAMPLE_BYTES = 4 * 2**20
+"""Samples embedded in the page, as JSON."""
+_MAX_SAMPLE_STEPS = 64
+
+_SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSelection:
+    """Samples the page shows, and out of how many."""
+
+    records: list[str]  # each one JSON object
+    num_in_steps: int  # samples in the files of the shown steps
+    num_steps_shown: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """A run as the report shows it."""
+
+    name: str
+    kind: str  # grpo or sft
+    steps: list[dict[str, Any]]  # merged metrics lines, ascending
+    chart_steps: list[dict[str, Any]]  # those that are drawn
+    config: dict[str, Any]
+    config_text: str
+    summary: dict[str, Any]  # summary.json over what the metrics say
+    finished: bool  # summary.json is there and covers the last step
+    samples: SampleSelection
+
+
+def read_run(run_dir: Path) -> RunData:
+    """Read a run directory; files that do not exist yet are simply not shown.
+
+    Raises:
+        UserError: the directory does not exist or holds a file that is not what its name says.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+    steps = merge_steps(read_metrics(run_dir))
+    config_path, summary_path = run_dir / "config.yaml", run_dir / "summary.json"
+    config_text = config_path.read_text(encoding="utf-8") if config_path.exists() else ""
+    config = parse_yaml(config_text, str(config_path)).value or {}
+    written = _read_json(summary_path) if summary_path.exists() else {}
+    summary = summarize(steps) | {name: value for name, value in written.items() if value is not None}
+    is_grpo = "rollout" in config or any("reward_mean" in step for step in steps)
+    planned = config.get("training", {}).get("num_steps", 0)
+    return RunData(
+        name=run_dir.resolve().name,
+        kind="grpo" if is_grpo else "sft",
+        steps=steps,
+        chart_steps=_thin(steps),
+        config=config,
+        config_text=config_text,
+        summary=summary,
+        # summary.json of an earlier, shorter run says nothing about one that goes on
+        finished=bool(written) and bool(steps) and steps[-1]["step"] >= planned,
+        samples=_select_samples(run_dir / "samples"),
+    )
+
+
+def chart_columns(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Metrics by name, one value per step, None where a step lacks it; numbers exactly as written."""
+    names = dict.fromkeys(name for step in steps for name in step if name != "step")
+    return {name: [step.get(name) for step in steps] for name in names}
+
+
+def _thin(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if len(steps) <= MAX_CHART_STEPS:
+        return steps
+    stride = -(-len(steps) // (MAX_CHART_STEPS // 2))
+    kept = {0, len(steps) - 1}
+    kept |= {i for i, step in enumerate(steps) if "accuracy" in step or "validation_loss" in step}
+    for start in range(0, len(steps), stride):
+        stretch = range(start, min(start + stride, len(steps)))
+        # a spike is what one looks for in these curves: thinning must not lose it
+        kept |= {start, max(stretch, key=lambda i: _severity(steps[i]))}
+    return [steps[i] for i in sorted(kept)]
+
+
+def _severity(step: Mapping[str, Any]) -> float:
+    value = step.get("logprob_abs_diff_max", step.get("grad_norm", 0.0))
+    return float("inf") if isinstance(value, str) else float(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def _select_samples(folder: Path) -> SampleSelection:
+    """Samples of the last and first step, then of ever finer divisions between, while they fit."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _SAMPLES_NAME.fullmatch(path.name):
+            found[int(match[1])] = path
+    steps = sorted(found)
+    chosen: dict[int, list[str]] = {}
+    num_in_steps, room = 0, MAX_SAMPLE_BYTES
+    for step in _coarse_to_fine(steps)[:_MAX_SAMPLE_STEPS]:
+        lines = [line for line in found[step].read_text(encoding="utf-8").split("\n") if line]
+        step_room = min(room, MAX_SAMPLE_BYTES // 4)  # one step of huge samples must not take the page
+        records = []
+        for number, line in enumerate(lines, start=1):
+            record = _fit(line, step_room, f"{found[step]}, line {number}")
+            if record is None:
+                break
+            size = len(record.encode(errors="backslashreplace"))
+            step_room, room = step_room - size, room - size
+            records.append(record)
+        if not records:
+            break
+        num_in_steps += len(lines)
+        chosen[step] = records
+    return SampleSelection(
+        records=[record for step in sorted(chosen) for record in chosen[step]],
+        num_in_steps=num_in_steps,
+        num_steps_shown=len(chosen),
+        num_steps=len(steps),
+    )
+
+
+def _fit(line: str, room: int, where: str) -> str | None:
+    """A sample as embedded JSON; without its token logprobs where only that fits; None where nothing does."""
+    try:
+        sample = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON") from error
+    if not isinstance(sample, dict):
+        raise UserError(f"{where}: not a JSON object")
+    if len(record := _embed(sample)) <= room:
+        return record
+    for name in ("rollout_logprobs", "response_tokens"):
+        sample.pop(name, None)
+    sample["logprobs_left_out"] = True
+    record = _embed(sample)
+    return record if len(record) <= room else None
+
+
+def _embed(sample: dict[str, Any]) -> str:
+    return to_json(sample, separators=(",", ":"))
+
+
+def _coarse_to_fine(steps: list[int]) -> list[int]:
+    """All steps, the last first, then the first, then midpoints of what is left between."""
+    if len(steps) <= 2:
+        return steps[::-1]
+    order = [len(steps) - 1, 0]
+    spans = [(0, len(steps) - 1)]
+    for low, high in spans:  # grows while it is walked: breadth first
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            spans += [(low, middle), (middle, high)]
+    return [steps[i] for i in order]
