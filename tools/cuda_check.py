@@ -1,0 +1,239 @@
+"""Compiles every CUDA kernel with nvcc and reads the resource report; needs no GPU and no CUDA torch.
+
+For each csrc/*/*_kernels.cuh all template variants are compiled for sm_80, sm_90 and sm_100. The check fails
+on an error, on a register spill and on a stack frame (arrays in local memory), and prints registers, shared
+memory and theoretical occupancy per kernel. ``--with-torch`` also compiles the launchers (*_cuda.cu) against
+torch's headers.
+
+    .venv/bin/python tools/cuda_check.py [--arch sm_90] [--only token_logprob] [--with-torch]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]
+
+LOGITS = ["float", "__nv_bfloat16", "__half", "double"]
+# Header (without _kernels.cuh) -> its kernels with all template arguments they are launched with.
+VARIANTS: dict[str, list[str]] = {
+    "token_logprob/token_logprob": [
+        *(
+            f"token_logprob::{k}<{t}, {m}>"
+            for k in ("forward", "backward")
+            for t in LOGITS
+            for m in ("false", "true")
+        ),
+        *(f"token_logprob::combine_splits<{t}>" for t in LOGITS),
+    ],
+    "packing/pack_sequences": [
+        "pack_sequences::pack",
+        *(f"pack_sequences::unpack<uint{bits}_t>" for bits in (16, 32, 64)),
+    ],
+    "segment/segment_reduce": [f"segment_reduce::{k}<{t}>" for k in ("forward", "backward") for t in LOGITS],
+    "segment/gae": ["gae::forward<float>", "gae::forward<double>"],
+    "segment/group_advantage": ["group_advantage::forward<float>", "group_advantage::forward<double>"],
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Per-SM limits (CUDA programming guide, compute capabilities) that bound the resident blocks."""
+
+    shared_bytes: int
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65536
+
+
+DEVICES = {"sm_80": Device(164 * 1024), "sm_90": Device(228 * 1024), "sm_100": Device(228 * 1024)}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry function in ptxas' report."""
+
+    name: str
+    arch: str
+    stack_bytes: int
+    spill_bytes: int
+    registers: int
+    shared_bytes: int
+
+    def resident_blocks(self, threads: int) -> int:
+        """Blocks of ``threads`` threads that fit on one SM at the same time."""
+        device = DEVICES[self.arch]
+        warps = -(-threads // 32)
+        registers_per_warp = -(-self.registers // 8) * 8 * 32
+        shared = -(-self.shared_bytes // 128) * 128 + 1024  # 1 KiB of each block's is the system's
+        by_registers = device.registers // registers_per_warp // warps
+        return min(device.blocks, device.warps // warps, by_registers, device.shared_bytes // shared)
+
+
+def parse_report(report: str) -> Iterator[Kernel]:
+    """Reads the kernels out of ``nvcc -Xptxas -v`` (demangled)."""
+    entry = r"Compiling entry function '(?P<name>[^']*)' for '(?P<arch>sm_\w+?)a?'"
+    stack = r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes"
+    used = r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
+    for match in re.finditer(rf"{entry}.*?{stack}.*?{used}", report, re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", match["rest"])
+        spills = int(match["stores"]) + int(match["loads"])
+        name = re.sub(r"^void |\(.*|megarl::", "", match["name"])
+        yield Kernel(
+            name,
+            match["arch"],
+            int(match["stack"]),
+            spills,
+            int(match["registers"]),
+            int(shared[1]) if shared else 0,
+        )
+
+
+def check_variants() -> list[str]:
+    """What VARIANTS misses: headers, and kernels in them."""
+    problems = []
+    found = {str(p.relative_to(CSRC)).removesuffix("_kernels.cuh") for p in CSRC.glob("*/*_kernels.cuh")}
+    problems += [
+        f"{name}_kernels.cuh is not in VARIANTS of tools/cuda_check.py"
+        for name in sorted(found - set(VARIANTS))
+    ]
+    problems += [f"csrc/{name}_kernels.cuh does not exist" for name in sorted(set(VARIANTS) - found)]
+    for header in sorted(found & set(VARIANTS)):
+        source = (CSRC / f"{header}_kernels.cuh").read_text()
+        defined = set(re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", source))
+        listed = {re.sub(r"<.*|.*::", "", re.sub(r"<.*", "", v)) for v in VARIANTS[header]}
+        problems += [f"{header}: kernel {name} is not in VARIANTS" for name in sorted(defined - listed)]
+    return problems
+
+
+def block_size(header: str) -> int:
+    """Threads per block: the header's kThreads."""
+    found = re.search(r"constexpr int kThreads = (\d+);", (CSRC / f"{header}_kernels.cuh").read_text())
+    assert found, f"{header} has no kThreads"
+    return int(found[1])
+
+
+def run_nvcc(nvcc: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and all output, demangled."""
+    result = subprocess.run([nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    demangle = shutil.which("cu++filt") or shutil.which("c++filt")
+    if demangle is None:
+        return result.returncode, result.stdout
+    return result.returncode, subprocess.run(
+        [demangle], input=result.stdout, capture_output=True, text=True
+    ).stdout
+
+
+def compile_kernels(nvcc: str, header: str, arches: list[str], work: Path) -> tuple[list[Kernel], str]:
+    """Compiles all variants of one header; returns the kernels, or the compiler's message."""
+    source = work / f"{header.replace('/', '_')}.cu"
+    pointers = "\n".join(
+        f"    reinterpret_cast<const void*>(&megarl::{variant})," for variant in VARIANTS[header]
+    )
+    source.write_text(
+        f'#include "{header}_kernels.cuh"\n\nextern const void* const kernels[] = {{\n{pointers}\n}};\n'
+    )
+    codes = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in arches]
+    target = str(source.with_suffix(".fatbin"))
+    code, output = run_nvcc(nvcc, [*FLAGS, "-Xptxas", "-v", "-fatbin", *codes, str(source), "-o", target])
+    return (list(parse_report(output)), "") if code == 0 else ([], output)
+
+
+def compile_launcher(nvcc: str, source: Path, work: Path) -> str:
+    """Compiles one *_cuda.cu for sm_90 against torch's headers; returns the message of a failure."""
+    from torch.utils.cpp_extension import include_paths
+
+    stub = work / "stub" / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # CPU builds of torch lack it
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    includes = [f"-I{path}" for path in include_paths()] + [f"-I{work / 'stub'}"]
+    target = str(work / f"{source.stem}.o")
+    code, output = run_nvcc(nvcc, [*FLAGS, *includes, "-w", "-arch=sm_90", "-c", str(source), "-o", target])
+    return output if code else ""
+
+
+def print_table(header: str, kernels: list[Kernel]) -> list[str]:
+    """Prints one line per kernel and architecture; returns what is wrong."""
+    threads, problems = block_size(header), []
+    print(f"\n{header}_kernels.cuh, {threads} threads per block")
+    print(f"  {'kernel':<50} {'arch':<7} registers  shared  blocks/SM  occupancy")
+    for kernel in sorted(kernels, key=lambda k: (k.name, list(DEVICES).index(k.arch))):
+        blocks = kernel.resident_blocks(threads)
+        occupancy = blocks * -(-threads // 32) / DEVICES[kernel.arch].warps
+        print(
+            f"  {kernel.name:<50} {kernel.arch:<7} {kernel.registers:>9}  {kernel.shared_bytes:>6}"
+            f"  {blocks:>9}  {occupancy:>9.0%}"
+        )
+        if kernel.spill_bytes:
+            problems.append(f"{kernel.name} ({kernel.arch}) spills {kernel.spill_bytes} bytes of registers")
+        elif kernel.stack_bytes:
+            problems.append(f"{kernel.name} ({kernel.arch}) keeps {kernel.stack_bytes} bytes in local memory")
+    return problems
+
+
+def check_headers(nvcc: str, headers: list[str], arches: list[str], work: Path) -> list[str]:
+    """Compiles and judges the kernels of all headers."""
+    problems: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda header: compile_kernels(nvcc, header, arches, work), headers)
+        for header, (kernels, message) in zip(headers, results, strict=True):
+            if message:
+                problems.append(f"{header}_kernels.cuh does not compile:\n{message}")
+                continue
+            problems += print_table(header, kernels)
+            expected = len(VARIANTS[header]) * len(arches)
+            if len(kernels) != expected:
+                problems.append(f"{header}: ptxas reported {len(kernels)} kernels, {expected} were asked for")
+    return problems
+
+
+def check_launchers(nvcc: str, sources: list[Path], work: Path) -> list[str]:
+    """Compiles the launchers; prints one line each."""
+    problems: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        messages = pool.map(lambda source: compile_launcher(nvcc, source, work), sources)
+        for source, message in zip(sources, messages, strict=True):
+            print(f"{source.relative_to(ROOT)}: {'failed' if message else 'compiles'} for sm_90")
+            if message:
+                problems.append(f"{source.name} does not compile:\n{message}")
+    return problems
+
+
+def main() -> int:
+    """Runs the check; 0 where nothing is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", action="append", choices=list(DEVICES), help="only these architectures")
+    parser.add_argument("--only", default="", help="only files whose path holds this text")
+    parser.add_argument("--with-torch", action="store_true", help="also compile the launchers (minutes)")
+    parser.add_argument("--allow-missing", action="store_true", help="succeed where there is no nvcc")
+    arguments = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("cuda-check: nvcc is not on PATH: install the CUDA toolkit, 12.8 or newer (no GPU is needed)")
+        return 0 if arguments.allow_missing else 1
+    problems = check_variants()
+    headers = [header for header in VARIANTS if arguments.only in header]
+    with tempfile.TemporaryDirectory() as work:
+        problems += check_headers(nvcc, headers, arguments.arch or list(DEVICES), Path(work))
+        if arguments.with_torch:
+            sources = [p for p in sorted(CSRC.glob("*/*_cuda.cu")) if arguments.only in str(p)]
+            problems += check_launchers(nvcc, sources, Path(work))
+    print("\n" + "\n".join(problems) if problems else "\nno spills, no local memory")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
