@@ -14,24 +14,23 @@ namespace {
 namespace kernels = pack_sequences;
 using Fields = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Values of offsets, indices and cu_seqlens are checked by the kernel: looking at them here would wait for the device.
-Fields pack_sequences_cuda(const at::Tensor& token_ids, const at::Tensor& loss_mask, const at::Tensor& offsets,
-                           const at::Tensor& advantages, const std::optional<at::Tensor>& rollout_logprobs,
-                           const at::Tensor& indices, const at::Tensor& cu_seqlens, int64_t num_tokens, int64_t cp_rank,
-                           int64_t cp_size) {
+// Values of starts, lengths and cu_seqlens are checked by the kernel: looking at them here would wait for the device.
+Fields pack_sequences_cuda(const at::Tensor& token_ids, const at::Tensor& loss_mask,
+                           const std::optional<at::Tensor>& rollout_logprobs, const at::Tensor& starts,
+                           const at::Tensor& lengths, const at::Tensor& rows, const at::Tensor& advantages,
+                           const at::Tensor& cu_seqlens, int64_t num_tokens, int64_t cp_rank, int64_t cp_size) {
   constexpr const char* op = "pack_sequences";
-  MEGARL_CHECK(op, offsets.dim() == 1 && offsets.numel() > 0, "offsets must have shape [M + 1], got ", offsets.sizes());
+  const int64_t num_values = token_ids.numel(), num_sequences = starts.numel();
   MEGARL_CHECK(op, cp_size >= 1 && cp_rank >= 0 && cp_rank < cp_size, "cp_rank ", cp_rank, " of cp_size ", cp_size);
   MEGARL_CHECK(op, num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
-  check_input(op, "token_ids", token_ids, token_ids.numel(), at::kLong, token_ids);
-  check_input(op, "loss_mask", loss_mask, token_ids.numel(), at::kByte, token_ids);
-  check_input(op, "offsets", offsets, offsets.numel(), at::kLong, token_ids);
-  check_input(op, "advantages", advantages, offsets.numel() - 1, at::kFloat, token_ids);
-  check_input(op, "indices", indices, indices.numel(), at::kLong, token_ids);
-  check_input(op, "cu_seqlens", cu_seqlens, indices.numel() + 1, at::kInt, token_ids);
-  if (rollout_logprobs) {
-    check_input(op, "rollout_logprobs", *rollout_logprobs, token_ids.numel(), at::kFloat, token_ids);
-  }
+  check_input(op, "token_ids", token_ids, num_values, at::kLong, token_ids);
+  check_input(op, "loss_mask", loss_mask, num_values, at::kByte, token_ids);
+  if (rollout_logprobs) check_input(op, "rollout_logprobs", *rollout_logprobs, num_values, at::kFloat, token_ids);
+  check_input(op, "starts", starts, num_sequences, at::kLong, token_ids);
+  check_input(op, "lengths", lengths, num_sequences, at::kInt, token_ids);
+  check_input(op, "rows", rows, num_sequences, at::kLong, token_ids);
+  check_input(op, "advantages", advantages, num_sequences, at::kFloat, token_ids);
+  check_input(op, "cu_seqlens", cu_seqlens, num_sequences + 1, at::kInt, token_ids);
 
   const c10::cuda::CUDAGuard guard(token_ids.device());
   const auto longs = token_ids.options();
@@ -42,15 +41,15 @@ Fields pack_sequences_cuda(const at::Tensor& token_ids, const at::Tensor& loss_m
                 at::empty({rollout_logprobs ? num_tokens : 0}, floats)};
   if (num_tokens == 0) return fields;
   const kernels::Ragged in{token_ids.const_data_ptr<int64_t>(), loss_mask.const_data_ptr<uint8_t>(),
-                           offsets.const_data_ptr<int64_t>(), advantages.const_data_ptr<float>(),
-                           data_or_null<float>(rollout_logprobs), offsets.numel() - 1, token_ids.numel()};
+                           data_or_null<float>(rollout_logprobs), num_values};
   const kernels::Packed out{
       std::get<0>(fields).data_ptr<int64_t>(), std::get<1>(fields).data_ptr<int64_t>(),
       std::get<2>(fields).data_ptr<float>(),   std::get<3>(fields).data_ptr<int64_t>(),
       std::get<4>(fields).data_ptr<int64_t>(), std::get<5>(fields).data_ptr<float>(),
       rollout_logprobs ? std::get<6>(fields).data_ptr<float>() : nullptr};
-  const kernels::Plan plan{indices.const_data_ptr<int64_t>(), cu_seqlens.const_data_ptr<int32_t>(), indices.numel(),
-                           num_tokens, cp_rank, cp_size};
+  const kernels::Plan plan{starts.const_data_ptr<int64_t>(), lengths.const_data_ptr<int32_t>(),
+                           rows.const_data_ptr<int64_t>(), advantages.const_data_ptr<float>(),
+                           cu_seqlens.const_data_ptr<int32_t>(), num_sequences, num_tokens, cp_rank, cp_size};
   const unsigned blocks = blocks_for(num_tokens, kernels::kThreads * kernels::kPerThread);
   kernels::pack<<<blocks, kernels::kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(in, out, plan);
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -10,12 +10,9 @@ constexpr int kThreads = 256;
 constexpr int kPerThread = 2;  // neighbouring positions, so that int64 fields are written 16 bytes at a time
 
 struct Ragged {
-  const int64_t* token_ids;
+  const int64_t* token_ids;   // [num_values], as the two below
   const uint8_t* loss_mask;
-  const int64_t* offsets;  // [num_ragged + 1]
-  const float* advantages;
   const float* logprobs;  // or null
-  int64_t num_ragged;
   int64_t num_values;
 };
 
@@ -30,37 +27,36 @@ struct Packed {
   float* logprobs;  // or null
 };
 
+// Sequence s: `lengths` tokens from `starts` on, and what all its positions share.
 struct Plan {
-  const int64_t* indices;     // [S], -1 for a dummy
+  const int64_t* starts;      // [S]
+  const int32_t* lengths;     // [S], 0 for a dummy
+  const int64_t* rows;        // [S]
+  const float* advantages;    // [S]
   const int32_t* cu_seqlens;  // [S + 1]
   int64_t num_sequences;
   int64_t num_tokens;  // T
   int64_t cp_rank, cp_size;
 };
 
-// One packed sequence as this rank sees it.
 struct PackedSequence {
-  int64_t row, source, length;        // in the ragged tensors; length 0 for a dummy
-  int64_t start, stop, chunk;         // in this rank's share
+  int64_t source, length, row;
   float advantage;
+  int64_t begin, end, chunk;  // in this rank's share
 };
 
 __device__ __forceinline__ PackedSequence sequence_of(const Ragged& in, const Plan& plan, int64_t s) {
-  const int64_t index = plan.indices[s], begin = plan.cu_seqlens[s], end = plan.cu_seqlens[s + 1];
-  MEGARL_DEVICE_CHECK(index >= -1 && index < in.num_ragged, "indices is outside the sequences");
-  PackedSequence sequence{max(index, int64_t(0)), 0, 0, begin / plan.cp_size, end / plan.cp_size, 0, 0.0f};
-  if (index >= 0) {
-    sequence.source = in.offsets[index];
-    sequence.length = in.offsets[index + 1] - sequence.source;
-    sequence.advantage = in.advantages[index];
-    MEGARL_DEVICE_CHECK(sequence.source >= 0 && sequence.length >= 0 &&
-                            sequence.source + sequence.length <= in.num_values, "offsets are outside token_ids");
-  }
-  MEGARL_DEVICE_CHECK(end - begin >= sequence.length, "cu_seqlens gives a sequence fewer positions than it has tokens");
-  MEGARL_DEVICE_CHECK(plan.cp_size == 1 || (end - begin) % (2 * plan.cp_size) == 0,
+  MEGARL_DEVICE_CHECK(s < plan.num_sequences, "num_tokens exceeds cu_seqlens");
+  const int64_t begin = plan.cu_seqlens[s], padded = plan.cu_seqlens[s + 1] - begin;
+  PackedSequence sequence{plan.starts[s], plan.lengths[s], plan.rows[s], plan.advantages[s], 0, 0, 0};
+  MEGARL_DEVICE_CHECK(sequence.source >= 0 && sequence.length >= 0 &&
+                          sequence.source <= in.num_values - sequence.length, "a sequence is outside token_ids");
+  MEGARL_DEVICE_CHECK(padded >= sequence.length, "cu_seqlens gives a sequence fewer positions than it has tokens");
+  MEGARL_DEVICE_CHECK(plan.cp_size == 1 || padded % (2 * plan.cp_size) == 0,
                       "a padded length is no multiple of 2 * cp_size");
-  const int64_t share = sequence.stop - sequence.start;
-  sequence.chunk = plan.cp_size == 1 ? share : share / 2;
+  sequence.begin = begin / plan.cp_size;
+  sequence.end = sequence.begin + padded / plan.cp_size;
+  sequence.chunk = plan.cp_size == 1 ? padded : padded / (2 * plan.cp_size);
   return sequence;
 }
 
@@ -71,7 +67,7 @@ struct Position {
 
 __device__ __forceinline__ Position position_at(const Ragged& in, const Plan& plan, const PackedSequence& sequence,
                                                 int64_t to) {
-  const int64_t position = zigzag_position(to - sequence.start, sequence.chunk, plan.cp_rank, plan.cp_size);
+  const int64_t position = zigzag_position(to - sequence.begin, sequence.chunk, plan.cp_rank, plan.cp_size);
   const PackedPosition holds = packed_position(position, sequence.length);
   const int64_t from = sequence.source + position;
   Position p{0, 0, position, sequence.row, 0.0f, 0.0f, 0.0f};
@@ -107,18 +103,13 @@ __global__ void __launch_bounds__(kThreads, 2) pack(const Ragged in, const Packe
   const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kPerThread;
   if (at >= plan.num_tokens) return;
   int64_t s = last_at_most(plan.cu_seqlens, plan.num_sequences + 1, at * plan.cp_size);
-  MEGARL_DEVICE_CHECK(s < plan.num_sequences, "num_tokens exceeds cu_seqlens");
   PackedSequence sequence = sequence_of(in, plan, s);
-  MEGARL_DEVICE_CHECK(sequence.start <= at, "cu_seqlens does not begin with 0");
+  MEGARL_DEVICE_CHECK(sequence.begin <= at, "cu_seqlens does not begin with 0");
   const Position first = position_at(in, plan, sequence, at);
   const bool both = at + 1 < plan.num_tokens;
   Position second = first;
   if (both) {
-    while (at + 1 >= sequence.stop) {  // past the end, and past sequences without positions
-      ++s;
-      MEGARL_DEVICE_CHECK(s < plan.num_sequences, "num_tokens exceeds cu_seqlens");
-      sequence = sequence_of(in, plan, s);
-    }
+    while (at + 1 >= sequence.end) sequence = sequence_of(in, plan, ++s);  // also past sequences without positions
     second = position_at(in, plan, sequence, at + 1);
   }
   store_pair(out.token_ids, at, first.token_id, second.token_id, both);
