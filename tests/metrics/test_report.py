@@ -19,7 +19,7 @@ from megarl.errors import UserError
 from megarl.metrics import report_data
 from megarl.metrics.report import write_report
 from megarl.metrics.summary import merge_steps, summarize
-from megarl.rundir import RunDirectory
+from megarl.rundir import RunDirectory, to_json
 
 HOSTILE = (
     """</script><script>document.title="pwned"</script><img src=x onerror='document.title="pwned"'><!--&lt;"""
@@ -71,8 +71,8 @@ def make_run(
     with RunDirectory(path) as run:
         run.open(config)
         run.start_after(None)
-        for line in lines:
-            run.append_metrics(line["step"], line)
+        # in one go: append_metrics waits for the disk after every line
+        run.metrics_path.write_text("".join(to_json(line) + "\n" for line in lines))
         for step, rows in (samples or {}).items():
             run.write_samples(step, rows)
         if summary is not None:
