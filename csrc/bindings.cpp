@@ -32,6 +32,59 @@ TORCH_LIBRARY(megarl, m) {
       "token_logprob_backward_(Tensor(a!) logits, Tensor targets, Tensor temperature, int vocab_start, "
       "Tensor? row_index, Tensor? min_logit, Tensor row_max, Tensor grad_stats) -> ()");
 
+  // The same statistics of the logits hidden [R, H] x weight [V, H]^T, a tile of at most max_extra_bytes
+  // at a time; the backward recomputes the tiles. A gradient not asked for comes back empty.
+  m.def(
+      "linear_token_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, int vocab_start, "
+      "Tensor? min_logit, int max_extra_bytes) -> Tensor");
+  m.def(
+      "linear_token_logprob_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, "
+      "int vocab_start, Tensor? min_logit, Tensor row_max, Tensor grad_stats, int max_extra_bytes, "
+      "bool need_hidden, bool need_weight) -> (Tensor, Tensor)");
+
+  // Student and teacher logits [R, V] -> [R, 6]: student max and sum of exp(ds), teacher max and sum of exp(dt),
+  // sum of exp(ds) (ds - dt), sum of exp(dt) (dt - ds), with d = (x - max) / temperature of each.
+  // Gradients flow to the student; inplace_backward as above.
+  m.def("vocab_kl(Tensor student, Tensor teacher, Tensor temperature, bool inplace_backward) -> Tensor");
+  // Overwrites the student's logits by the gradient that grad_stats [R, 6] makes; the columns that hold
+  // maxima are ignored. row_max [R, 2] are the shifts: student's, teacher's.
+  m.def(
+      "vocab_kl_backward_(Tensor(a!) student, Tensor teacher, Tensor temperature, Tensor row_max, "
+      "Tensor grad_stats) -> ()");
+  // With p student, q teacher, M = (1 - beta) p + beta q and their log-sum-exps [R]: this shard's
+  // sums [R, 2] of p log(p / M) and q log(q / M). The generalised Jensen-Shannon divergence is
+  // (1 - beta) first + beta second.
+  m.def(
+      "vocab_js(Tensor student, Tensor teacher, Tensor temperature, Tensor student_lse, Tensor teacher_lse, "
+      "float beta) -> Tensor");
+  // Overwrites the student's logits by grad [R] times the gradient of the divergence; student_sum [R]
+  // is the first sum over all shards.
+  m.def(
+      "vocab_js_backward_(Tensor(a!) student, Tensor teacher, Tensor temperature, Tensor student_lse, "
+      "Tensor teacher_lse, float beta, Tensor student_sum, Tensor grad) -> ()");
+
+  // Per sequence [S, 3] float64 over its tokens with weight != 0: sums of logprobs - old_logprobs and of
+  // old_logprobs - rollout_logprobs (0 without), and their number. sequence_ids [R] int64 ascend.
+  m.def(
+      "policy_sequence_sums(Tensor logprobs, Tensor old_logprobs, Tensor? rollout_logprobs, Tensor weights, "
+      "Tensor sequence_ids, int num_sequences) -> Tensor");
+  // Per-token tensors are [R]; tokens of weight 0 are left out, whatever they hold. -> [17] float64: the loss, then
+  // the logged sums in the order of megarl/ops/policy_loss.py. Only the loss has a gradient.
+  // sequence_sums [S, 3] is needed by level "sequence" and by correction "sequence_mask".
+  m.def(
+      "policy_loss(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages, Tensor weights, "
+      "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? sequence_ids, Tensor? sequence_sums, "
+      "str objective, str level, float clip_low, float clip_high, float? dual_clip, str correction, "
+      "float correction_low, float correction_high, str kl, bool kl_score_gradient, float kl_coef, "
+      "float entropy_coef) -> Tensor");
+  // -> gradients of logprobs and of entropy (empty without), times grad_loss [].
+  m.def(
+      "policy_loss_backward(Tensor grad_loss, Tensor logprobs, Tensor? entropy, Tensor old_logprobs, "
+      "Tensor advantages, Tensor weights, Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? sequence_ids, "
+      "Tensor? sequence_sums, str objective, str level, float clip_low, float clip_high, float? dual_clip, "
+      "str correction, float correction_low, float correction_high, str kl, bool kl_score_gradient, "
+      "float kl_coef, float entropy_coef) -> (Tensor, Tensor)");
+
   // Packing (layout: PackedBatch in megarl/records.py). Ragged sequences lie in token_ids [N] int64, loss_mask [N] uint8
   // and rollout_logprobs [N] float32. Sequence s of S is lengths [S] int32 (0: a dummy) tokens from starts [S] int64 on;
   // its row in the caller's list is rows [S] int64, its advantage advantages [S] float32, and it gets the padded room

@@ -4,6 +4,7 @@ Importing this package loads megarl._C; without it NativeOpsUnavailable says how
 """
 
 from megarl.ops._load import NativeOpsUnavailable
+from megarl.ops.linear_token_logprob import linear_token_logprob
 from megarl.ops.token_logprob import TokenLogprobs, token_logprob
 
-__all__ = ["NativeOpsUnavailable", "TokenLogprobs", "token_logprob"]
+__all__ = ["NativeOpsUnavailable", "TokenLogprobs", "linear_token_logprob", "token_logprob"]

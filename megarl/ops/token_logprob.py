@@ -18,6 +18,14 @@ import torch
 import torch.distributed as dist
 
 from megarl.ops._load import load_native
+from megarl.ops._shards import (
+    check_extents,
+    check_finite,
+    check_targets,
+    gather_shards,
+    temperature_tensor,
+    zero_other_rows,
+)
 
 load_native()
 
@@ -57,27 +65,33 @@ def token_logprob(
     outside the vocabulary; elsewhere such targets get logprob -inf. With check_numerics a result
     that is not finite raises FloatingPointError naming the row.
     """
-    columns = logits.shape[-1]
-    check_targets("token_logprob", targets, columns * _group_size(tp_group))
     heat = temperature_tensor(temperature, logits.device)
     stats = torch.ops.megarl.token_logprob(
         logits, targets, heat, vocab_start, row_index, min_logit, inplace_backward
     )
-    result = combine(stats, heat, tp_group)
+    extent = (vocab_start, logits.shape[1])
+    result = combine("token_logprob", stats, heat, targets, extent, tp_group)
     if check_numerics:
         check_finite("token_logprob", result, row_index)
     return result
 
 
 def combine(
-    stats: torch.Tensor, temperature: torch.Tensor, tp_group: dist.ProcessGroup | None
+    op: str,
+    stats: torch.Tensor,
+    temperature: torch.Tensor,
+    targets: torch.Tensor,
+    extent: tuple[int, int],
+    tp_group: dist.ProcessGroup | None,
 ) -> TokenLogprobs:
     """Merge the shards' row statistics [R, 4] (one all_gather) into logprob and entropy, differentiably.
 
-    Every rank of the group must go on to compute the same loss: the gradient each rank sends back
-    to its own shard is not summed over ranks.
+    extent is this shard's (vocab_start, columns). Every rank of the group must go on to compute the same
+    loss: the gradient each rank sends back to its own shard is not summed over ranks.
     """
-    shards = gather_shards(stats, tp_group)  # [P, R, 4]
+    shards, extents = gather_shards(stats, tp_group, extent)  # [P, R, 4]
+    if extents is not None:
+        check_targets(op, targets, *check_extents(op, extents))
     if shards.shape[0] == 1:
         maximum, total, target, weighted = shards[0].unbind(-1)
         maximum = maximum.detach()
@@ -91,64 +105,7 @@ def combine(
         weighted = (scale * (shards[..., 3] + shift * shards[..., 1])).sum(0)
         target = shards[..., 2].amax(0)
     log_total = total.log()
-    logprob = (target - maximum) / temperature - log_total
-    return TokenLogprobs(logprob, log_total - weighted / total)
-
-
-def gather_shards(stats: torch.Tensor, tp_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Row statistics of every rank, [P, R, K]; differentiable in this rank's own."""
-    if _group_size(tp_group) == 1:
-        return stats.unsqueeze(0)
-    assert tp_group is not None
-    flat = stats.new_empty(tp_group.size() * stats.shape[0], stats.shape[1])
-    dist.all_gather_into_tensor(flat, stats.detach().contiguous(), group=tp_group)
-    shards = list(flat.view(tp_group.size(), *stats.shape).unbind(0))
-    shards[dist.get_rank(tp_group)] = stats
-    return torch.stack(shards)
-
-
-def temperature_tensor(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Temperature as the ops take it: float32, [1] or [R], on the logits' device."""
-    if isinstance(temperature, torch.Tensor):
-        return temperature.to(torch.float32).reshape(-1)
-    return torch.full((1,), temperature, dtype=torch.float32, device=device)
-
-
-def check_targets(op: str, targets: torch.Tensor, vocab_size: int) -> None:
-    """Raise ValueError for a CPU target outside [0, vocab_size); on an accelerator looking would wait."""
-    if targets.device.type != "cpu" or targets.numel() == 0 or targets.dtype != torch.int64:
-        return
-    low, high = (int(bound) for bound in torch.aminmax(targets))
-    if low < 0 or high >= vocab_size:
-        row = int(((targets < 0) | (targets >= vocab_size)).nonzero()[0, 0])
-        raise ValueError(
-            f"megarl::{op}: targets[{row}] = {int(targets[row])} is outside the vocabulary of {vocab_size}"
-        )
-
-
-def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = None) -> None:
-    """Raise FloatingPointError naming the first row and field that is NaN or infinite."""
-    for name, values in result._asdict().items():
-        bad = (~torch.isfinite(values.detach())).nonzero()
-        if bad.numel():
-            position = int(bad[0, 0])
-            row = position if row_index is None else int(row_index[position])
-            raise FloatingPointError(
-                f"megarl::{op}: {name} of row {row} is {float(values[position])} ({bad.shape[0]} such rows); "
-                "its logits hold NaN or inf, or the target's logit is -inf"
-            )
-
-
-def zero_other_rows(matrix: torch.Tensor, row_index: torch.Tensor | None) -> None:
-    """Set the rows that row_index does not name to 0, in place."""
-    if row_index is not None:
-        other = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
-        other[row_index] = False
-        matrix.masked_fill_(other.unsqueeze(1), 0.0)
-
-
-def _group_size(tp_group: dist.ProcessGroup | None) -> int:
-    return 1 if tp_group is None else tp_group.size()
+    return TokenLogprobs((target - maximum) / temperature - log_total, log_total - weighted / total)
 
 
 @torch.library.register_fake("megarl::token_logprob")
@@ -184,6 +141,8 @@ def _backward(ctx: Any, grad_stats: torch.Tensor) -> tuple[torch.Tensor | None, 
         grad, targets, temperature, ctx.vocab_start, row_index, min_logit, stats[:, 0], grad_stats
     )
     zero_other_rows(grad, row_index)
+    # Custom ops do not count as writes by themselves; a later backward must notice this one.
+    torch.autograd.graph.increment_version(grad)
     return grad, None, None, None, None, None, None
 
 

@@ -1,0 +1,92 @@
+"""What the vocabulary ops share: gathering row statistics over shards, and their checks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+def group_size(tp_group: dist.ProcessGroup | None) -> int:
+    """Ranks that share the vocabulary."""
+    return 1 if tp_group is None else tp_group.size()
+
+
+def gather_shards(
+    stats: torch.Tensor, tp_group: dist.ProcessGroup | None, extent: tuple[int, int]
+) -> tuple[torch.Tensor, list[tuple[int, int]] | None]:
+    """Row statistics of every rank [P, R, K], differentiable in this rank's own, in one all_gather.
+
+    extent is this shard's (vocab_start, columns). Every rank's extent travels along as one more row, and
+    comes back where reading it is free: on CPUs. Accelerators get None.
+    """
+    if group_size(tp_group) == 1:
+        return stats.unsqueeze(0), [extent] if stats.device.type == "cpu" else None
+    assert tp_group is not None
+    # float32 holds whole numbers up to 2^24, well above any vocabulary
+    last = stats.new_zeros(1, stats.shape[1])
+    last[0, 0], last[0, 1] = extent
+    own = torch.cat([stats.detach(), last])
+    flat = own.new_empty(tp_group.size() * own.shape[0], own.shape[1])
+    dist.all_gather_into_tensor(flat, own, group=tp_group)
+    gathered = flat.view(tp_group.size(), *own.shape)
+    shards = list(gathered[:, :-1].unbind(0))
+    shards[dist.get_rank(tp_group)] = stats
+    extents = None
+    if stats.device.type == "cpu":
+        extents = [(int(start), int(columns)) for start, columns in gathered[:, -1, :2].tolist()]
+    return torch.stack(shards), extents
+
+
+def check_extents(op: str, extents: list[tuple[int, int]]) -> tuple[int, int]:
+    """The range of global ids that the shards cover, without gap or overlap; ValueError otherwise."""
+    ordered = sorted(extents)
+    for (start, columns), (following, _) in pairwise(ordered):
+        if start + columns != following:
+            raise ValueError(
+                f"megarl::{op}: vocab_start: shards do not tile the vocabulary: one covers "
+                f"[{start}, {start + columns}), the next starts at {following}"
+            )
+    return ordered[0][0], ordered[-1][0] + ordered[-1][1]
+
+
+def check_targets(op: str, targets: torch.Tensor, low: int, high: int) -> None:
+    """Raise ValueError for a target outside [low, high)."""
+    if targets.numel() == 0:
+        return
+    least, greatest = (int(bound) for bound in torch.aminmax(targets))
+    if least < low or greatest >= high:
+        row = int(((targets < low) | (targets >= high)).nonzero()[0, 0])
+        raise ValueError(
+            f"megarl::{op}: targets[{row}] = {int(targets[row])} is outside the vocabulary [{low}, {high})"
+        )
+
+
+def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = None) -> None:
+    """Raise FloatingPointError naming the first row and field that is NaN or infinite."""
+    for name, values in result._asdict().items():
+        bad = (~torch.isfinite(values.detach())).nonzero()
+        if bad.numel():
+            position = int(bad[0, 0])
+            row = position if row_index is None else int(row_index[position])
+            raise FloatingPointError(
+                f"megarl::{op}: {name} of row {row} is {float(values[position])} ({bad.shape[0]} such rows): "
+                "its logits hold NaN or inf, or give the target no probability"
+            )
+
+
+def temperature_tensor(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Temperature as the ops take it: float32, [1] or [R], on the logits' device."""
+    if isinstance(temperature, torch.Tensor):
+        return temperature.to(torch.float32).reshape(-1)
+    return torch.full((1,), temperature, dtype=torch.float32, device=device)
+
+
+def zero_other_rows(matrix: torch.Tensor, row_index: torch.Tensor | None) -> None:
+    """Set the rows that row_index does not name to 0, in place."""
+    if row_index is not None:
+        other = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
+        other[row_index] = False
+        matrix.masked_fill_(other.unsqueeze(1), 0.0)
