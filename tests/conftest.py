@@ -1,0 +1,27 @@
+"""Settings every test runs under: no hub, no telemetry, one thread; tests for a GPU skipped without one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Set before torch, transformers, vllm or ray are imported by a test, and inherited by what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where torch sees no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
