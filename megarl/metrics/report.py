@@ -217,7 +217,7 @@ def _dtype(run: RunData) -> str:
 def _number(value: float) -> str:
     """Three significant digits, small numbers as 2.2e-4."""
     if value == 0 or abs(value) >= 1e-3 or not math.isfinite(value):
-        return f"{value:.3g}"
+        return f"{value:#.3g}".rstrip(".")
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 

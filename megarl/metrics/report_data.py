@@ -65,7 +65,7 @@ def read_run(run_dir: Path) -> RunData:
     is_grpo = "rollout" in config or any("reward_mean" in step for step in steps)
     planned = config.get("training", {}).get("num_steps", 0)
     return RunData(
-        name=run_dir.resolve().name,
+        name=str(config.get("run", {}).get("dir") or run_dir.resolve().name).removeprefix("runs/"),
         kind="grpo" if is_grpo else "sft",
         steps=steps,
         chart_steps=_thin(steps),

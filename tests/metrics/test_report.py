@@ -216,8 +216,8 @@ def test_sft_runs_have_their_own_figures(tmp_path: Path) -> None:
     lines[1]["validation_loss"], lines[3]["validation_loss"] = 2.5, 1.25
     page = make_run(tmp_path, lines, config=SFT)
     text = " ".join(page.text.split())
-    assert "Validation loss2.5 → 1.25" in text
-    assert "Training loss4 → 1" in text
+    assert "Validation loss2.50 → 1.25" in text
+    assert "Training loss4.00 → 1.00" in text
     assert "Accuracy" not in text
     assert "Samples" not in text
 
