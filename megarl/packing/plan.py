@@ -7,6 +7,7 @@ products are linear in a sequence's length, causal attention is quadratic).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,7 +73,7 @@ class PackingPlan:
 
 
 def plan_microbatches(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     *,
     max_tokens: int,
     num_ranks: int = 1,
@@ -120,9 +121,20 @@ def plan_microbatches(
     _assert_counts(rank_counts, equal_counts, microbatch_group_size, offsets[rank_ends])
     per_sequence = costs.a * padded + costs.b * (padded * padded)
     rank_costs = _sums(per_sequence[indices], offsets[rank_ends])
-    microbatches = [indices[i:j].tolist() for i, j in pairwise(offsets.tolist())]
-    ranks = [microbatches[i:j] for i, j in pairwise(rank_ends.tolist())]
+    ranks = _nested_lists(indices, offsets, rank_ends)
     return PackingPlan(ranks, rank_costs.tolist(), int(padded.sum()))
+
+
+def _nested_lists(indices: np.ndarray, offsets: np.ndarray, rank_ends: np.ndarray) -> list[list[list[int]]]:
+    # A million sequences make 100,000 lists, during which the cycle collector would walk the whole heap
+    # again and again, for half of the planner's time; lists of ints form no cycles.
+    collecting = gc.isenabled()
+    gc.disable()
+    flat = indices.tolist()
+    microbatches = [flat[i:j] for i, j in pairwise(offsets.tolist())]
+    if collecting:
+        gc.enable()
+    return [microbatches[i:j] for i, j in pairwise(rank_ends.tolist())]
 
 
 def _check_lengths(lengths: np.ndarray, padded: np.ndarray, max_tokens: int, multiple: int) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks of MegaRL; run one with ``python -m benchmarks NAME --json FILE``."""
