@@ -37,6 +37,11 @@ VARIANTS: dict[str, list[str]] = {
         ),
         *(f"token_logprob::combine_splits<{t}>" for t in LOGITS),
     ],
+    "vocab_kl/vocab_kl": [
+        f"vocab_kl::{k}<{t}>"
+        for k in ("forward", "combine_splits", "backward", "js_forward", "js_combine_splits", "js_backward")
+        for t in LOGITS
+    ],
     "packing/pack_sequences": [
         "pack_sequences::pack",
         *(f"pack_sequences::unpack<uint{bits}_t>" for bits in (16, 32, 64)),

@@ -41,18 +41,23 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
   *reinterpret_cast<Vector<T>*>(address) = vector;
 }
 
-// Part `split` of `num_splits` of a row: [begin, end) in whole aligned vectors, and up to 2 * (vector size - 1) single
-// elements that alignment leaves over at the row's ends. Each column belongs to exactly one part.
+// Part `split` of `num_splits` of a row: [begin, end) in whole aligned vectors, and single elements: up to
+// 2 * (vector size - 1) that alignment leaves over at the row's ends. Each column belongs to exactly one part.
 struct RowPart {
   int begin, end;            // columns, covered by whole vectors
-  int head_end, tail_begin;  // singles are [0, head_end) and [tail_begin, tail_end)
-  int tail_end;
+  int head_begin, head_end;  // singles
+  int tail_begin, tail_end;
 };
+
+template <class T>
+__device__ __forceinline__ int misalignment(const T* row) {
+  return int(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(T));
+}
 
 template <class T>
 __device__ __forceinline__ RowPart row_part(const T* row, int columns, int split, int num_splits) {
   constexpr int size = kVectorSize<T>;
-  const int misaligned = int(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(T));
+  const int misaligned = misalignment(row);
   const int head = min(columns, misaligned == 0 ? 0 : size - misaligned);
   const int vectors = (columns - head) / size;
   const int per_split = (vectors + num_splits - 1) / num_splits;
@@ -60,10 +65,21 @@ __device__ __forceinline__ RowPart row_part(const T* row, int columns, int split
   RowPart part;
   part.begin = head + first * size;
   part.end = head + last * size;
+  part.head_begin = 0;
   part.head_end = split == 0 ? head : 0;
   part.tail_begin = head + vectors * size;
   part.tail_end = split == num_splits - 1 ? columns : part.tail_begin;
   return part;
+}
+
+// The same for two rows read side by side. Where they are misaligned differently there are singles only: right, but
+// far slower; rows of whole vectors (every model's padded vocabulary) never are.
+template <class T>
+__device__ __forceinline__ RowPart row_part(const T* row, const T* other, int columns, int split, int num_splits) {
+  if (misalignment(row) == misalignment(other)) return row_part(row, columns, split, num_splits);
+  const int per_split = (columns + num_splits - 1) / num_splits;
+  const int first = min(columns, split * per_split), last = min(columns, first + per_split);
+  return {0, 0, first, last, columns, columns};
 }
 
 // How many parts to cut each row into so that `slots` blocks (those resident at once) are evenly busy: the fewest parts

@@ -151,3 +151,22 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     """bfloat16 bits (uint16) -> float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "float64": np.float64}
+
+
+def stored(values: np.ndarray, dtype: str, *, padding: int = 0, offset: int = 0) -> np.ndarray:
+    """``values`` as a kernel's ``dtype``; a matrix as a view with ``offset``, ``padding`` around its rows."""
+    narrow = to_bfloat16(values) if dtype == "bfloat16" else values.astype(STORAGE[dtype])
+    if values.ndim == 1:
+        return narrow
+    columns = values.shape[1]
+    buffer = np.full((len(values), offset + columns + padding), 7, STORAGE[dtype])
+    buffer[:, offset : offset + columns] = narrow
+    return buffer[:, offset : offset + columns]
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """float64 values of a stored array (uint16 holds bfloat16)."""
+    return (from_bfloat16(array) if array.dtype == np.uint16 else array).astype(np.float64)

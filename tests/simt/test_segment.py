@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.simt.executor import Kernels, Read, SimtError, Write, from_bfloat16, to_bfloat16
+from tests.simt.executor import Kernels, Read, SimtError, Write, stored, widened
 
 LENGTHS = {  # around a tile of the scan (1024), a block (256), a warp, and nothing at all
     "one": [1],
@@ -22,14 +22,6 @@ TOLERANCE = {"float32": 1e-6, "float64": 1e-12, "bfloat16": 2**-8, "float16": 2*
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
     return Kernels("segment_simt.cpp")
-
-
-def stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    return to_bfloat16(values) if dtype == "bfloat16" else np.ascontiguousarray(values.astype(dtype))
-
-
-def widened(values: np.ndarray) -> np.ndarray:
-    return (from_bfloat16(values) if values.dtype == np.uint16 else values).astype(np.float64)
 
 
 def bounds(lengths: list[int]) -> np.ndarray:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tests.simt.executor import Kernels, Read, SimtError, Write, from_bfloat16, to_bfloat16
+from tests.simt.executor import Kernels, Read, SimtError, Write, stored, widened
 
 # Of the sums relative to their own size; bfloat16 and float16 are compared on the rounded logits.
 STATS_TOLERANCE = {"float32": 4e-6, "bfloat16": 4e-6, "float16": 4e-6, "float64": 1e-13}
 # Of the gradient relative to the row's largest: rounding to the type of the logits.
 GRAD_TOLERANCE = {"float32": 4e-6, "bfloat16": 2**-8, "float16": 2**-10, "float64": 1e-13}
-STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "float64": np.float64}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +43,7 @@ class Case:
     scale: float = 3.0
     seed: int = 0
     logits: np.ndarray = field(init=False)  # float64 [T, columns], the values as stored
+    view: np.ndarray = field(init=False)
     buffer: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,20 +64,10 @@ class Case:
             self.min_logit = np.quantile(self.selected(), 0.6, axis=1).astype(acc(self.dtype))
 
     def set_logits(self, values: np.ndarray) -> None:
-        stride = self.columns + self.padding + self.offset
-        self.buffer = np.full((len(values), stride), 7, STORAGE[self.dtype])
-        self.buffer[:, self.offset : self.offset + self.columns] = (
-            to_bfloat16(values) if self.dtype == "bfloat16" else values
-        )
-        self.logits = self.stored()
-
-    @property
-    def view(self) -> np.ndarray:
-        return self.buffer[:, self.offset : self.offset + self.columns]
-
-    def stored(self) -> np.ndarray:
-        view = self.view
-        return (from_bfloat16(view) if self.dtype == "bfloat16" else view).astype(np.float64)
+        self.view = stored(values, self.dtype, padding=self.padding, offset=self.offset)
+        assert self.view.base is not None
+        self.buffer = self.view.base
+        self.logits = widened(self.view)
 
     def selected(self) -> np.ndarray:
         return self.logits if self.row_index is None else self.logits[self.row_index]
@@ -117,7 +107,7 @@ class Case:
             Read(grad_stats, "grad_stats"),
             seed=self.seed,
         )
-        return self.stored()
+        return widened(self.view)
 
     def supported(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scaled d [R, V] with -inf outside the support, the maximum [R], and where the target is [R, V]."""
