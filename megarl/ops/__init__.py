@@ -5,6 +5,15 @@ Importing this package loads megarl._C; without it NativeOpsUnavailable says how
 
 from megarl.ops._load import NativeOpsUnavailable
 from megarl.ops.linear_token_logprob import linear_token_logprob
+from megarl.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 from megarl.ops.token_logprob import TokenLogprobs, token_logprob
 
-__all__ = ["NativeOpsUnavailable", "TokenLogprobs", "linear_token_logprob", "token_logprob"]
+__all__ = [
+    "NativeOpsUnavailable",
+    "PolicyLoss",
+    "PolicyLossOptions",
+    "TokenLogprobs",
+    "linear_token_logprob",
+    "policy_loss",
+    "token_logprob",
+]

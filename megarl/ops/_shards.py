@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 
 
+LOGITS_CAUSE = ": its logits hold NaN or inf, or give the target no probability"
+
+
 def group_size(tp_group: dist.ProcessGroup | None) -> int:
     """Ranks that share the vocabulary."""
     return 1 if tp_group is None else tp_group.size()
@@ -64,7 +67,7 @@ def check_targets(op: str, targets: torch.Tensor, low: int, high: int) -> None:
         )
 
 
-def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = None) -> None:
+def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = None, cause: str = "") -> None:
     """Raise FloatingPointError naming the first row and field that is NaN or infinite."""
     for name, values in result._asdict().items():
         bad = (~torch.isfinite(values.detach())).nonzero()
@@ -72,8 +75,7 @@ def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = N
             position = int(bad[0, 0])
             row = position if row_index is None else int(row_index[position])
             raise FloatingPointError(
-                f"megarl::{op}: {name} of row {row} is {float(values[position])} ({bad.shape[0]} such rows): "
-                "its logits hold NaN or inf, or give the target no probability"
+                f"megarl::{op}: {name} of row {row} is {float(values[position])} ({bad.shape[0]} such rows){cause}"
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megarl.ops._shards import check_finite, temperature_tensor
+from megarl.ops._shards import LOGITS_CAUSE, check_finite, temperature_tensor
 from megarl.ops.token_logprob import TokenLogprobs, combine
 
 DEFAULT_MAX_EXTRA_BYTES = 64 * 2**20
@@ -54,7 +54,7 @@ def linear_token_logprob(
     extent = (vocab_start, weight.shape[0])
     result = combine("linear_token_logprob", stats, heat, targets, extent, tp_group)
     if check_numerics:
-        check_finite("linear_token_logprob", result, row_index)
+        check_finite("linear_token_logprob", result, row_index, LOGITS_CAUSE)
     return result
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megarl.ops._load import load_native
 from megarl.ops._shards import (
+    LOGITS_CAUSE,
     check_extents,
     check_finite,
     check_targets,
@@ -72,7 +73,7 @@ def token_logprob(
     extent = (vocab_start, logits.shape[1])
     result = combine("token_logprob", stats, heat, targets, extent, tp_group)
     if check_numerics:
-        check_finite("token_logprob", result, row_index)
+        check_finite("token_logprob", result, row_index, LOGITS_CAUSE)
     return result
 
 

@@ -1,0 +1,162 @@
+// The arguments of the policy_loss ops, checked once for both devices.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+#include "common/check.h"
+#include "policy_loss/policy_loss_math.h"
+
+namespace megarl {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <typename Enum>
+struct Named {
+  const char* name;
+  Enum value;
+};
+
+template <typename Enum, size_t N>
+Enum parse(const char* op, const char* argument, std::string_view text, const Named<Enum> (&choices)[N]) {
+  std::string names;
+  for (const auto& choice : choices) {
+    if (text == choice.name) return choice.value;
+    names += std::string(names.empty() ? "" : ", ") + choice.name;
+  }
+  MEGARL_CHECK(op, false, argument, " must be one of ", names, "; got '", text, "'");
+}
+
+inline PolicyOptions policy_options(const char* op, std::string_view objective, std::string_view level,
+                                    double clip_low, double clip_high, std::optional<double> dual_clip,
+                                    std::string_view correction, double correction_low, double correction_high,
+                                    std::string_view kl, bool kl_score_gradient, double kl_coef,
+                                    double entropy_coef) {
+  constexpr Named<Objective> objectives[] = {{"clip", Objective::clip}, {"cispo", Objective::cispo}};
+  constexpr Named<bool> levels[] = {{"token", false}, {"sequence", true}};
+  constexpr Named<Correction> corrections[] = {{"none", Correction::none},
+                                               {"tis", Correction::tis},
+                                               {"icepop", Correction::icepop},
+                                               {"sequence_mask", Correction::sequence_mask},
+                                               {"sequence_tis", Correction::sequence_tis}};
+  constexpr Named<KlEstimator> estimators[] = {
+      {"none", KlEstimator::none}, {"k1", KlEstimator::k1}, {"k2", KlEstimator::k2}, {"k3", KlEstimator::k3}};
+  MEGARL_CHECK(op, clip_low >= 0, "clip_low must not be negative, got ", clip_low);
+  MEGARL_CHECK(op, clip_high >= 0, "clip_high must not be negative, got ", clip_high);
+  MEGARL_CHECK(op, !dual_clip || *dual_clip > 1, "dual_clip must be above 1, got ", *dual_clip);
+  MEGARL_CHECK(op, correction_low >= 0 && correction_low <= correction_high, "correction_low must lie in [0, ",
+               correction_high, "], got ", correction_low);
+  return {
+      .objective = parse(op, "objective", objective, objectives),
+      .sequence_level = parse(op, "level", level, levels),
+      .clip_low = clip_low,
+      .clip_high = clip_high,
+      .dual_clip = dual_clip.value_or(0),
+      .correction = parse(op, "correction", correction, corrections),
+      .correction_low = correction_low,
+      .correction_high = correction_high,
+      .kl = parse(op, "kl", kl, estimators),
+      .kl_score_gradient = kl_score_gradient,
+      .kl_coef = kl_coef,
+      .entropy_coef = entropy_coef,
+  };
+}
+
+// Contiguous pointers to the per-token tensors; nullptr for those not given.
+template <typename real>
+struct PolicyTokens {
+  const real *logprobs, *entropy, *old_logprobs, *advantages, *weights, *ref_logprobs, *rollout_logprobs;
+  const int64_t* sequence_ids;
+  const double* sequence_sums;
+
+  MEGARL_HD PolicyToken<real> load(int64_t i) const {
+    PolicyToken<real> token{
+        logprobs[i],
+        old_logprobs[i],
+        advantages[i],
+        weights[i],
+        entropy ? entropy[i] : real(0),
+        ref_logprobs ? ref_logprobs[i] : real(0),
+        rollout_logprobs ? rollout_logprobs[i] : real(0),
+        rollout_logprobs != nullptr,
+        real(0),
+        real(0),
+    };
+    if (sequence_sums) {
+      const double* sums = sequence_sums + 3 * sequence_ids[i];
+      token.sequence_log_ratio = static_cast<real>(sums[0] / sums[2]);
+      token.sequence_log_off_policy = static_cast<real>(sums[1] / sums[2]);
+    }
+    return token;
+  }
+};
+
+// The tensors as given, made contiguous and kept alive, and checked against logprobs [R].
+struct PolicyArguments {
+  at::Tensor logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs, sequence_ids,
+      sequence_sums;
+
+  PolicyArguments(const char* op, const PolicyOptions& options, const at::Tensor& logprobs_,
+                  const OptionalTensor& entropy_, const at::Tensor& old_logprobs_, const at::Tensor& advantages_,
+                  const at::Tensor& weights_, const OptionalTensor& ref_logprobs_,
+                  const OptionalTensor& rollout_logprobs_, const OptionalTensor& sequence_ids_,
+                  const OptionalTensor& sequence_sums_) {
+    MEGARL_CHECK(op, logprobs_.dim() == 1, "logprobs must have shape [R], got ", logprobs_.sizes());
+    const auto dtype = logprobs_.scalar_type();
+    MEGARL_CHECK(op, dtype == at::kFloat || dtype == at::kDouble, "logprobs must be float32 or float64, got ",
+                 dtype);
+    auto take = [&](const char* name, const OptionalTensor& tensor, at::ScalarType type) {
+      if (!tensor) return at::Tensor();
+      check_vector(op, name, *tensor, logprobs_.size(0), type);
+      check_device(op, name, *tensor, logprobs_);
+      return tensor->contiguous();
+    };
+    logprobs = logprobs_.contiguous();
+    entropy = take("entropy", entropy_, dtype);
+    old_logprobs = take("old_logprobs", old_logprobs_, dtype);
+    advantages = take("advantages", advantages_, dtype);
+    weights = take("weights", weights_, dtype);
+    ref_logprobs = take("ref_logprobs", ref_logprobs_, dtype);
+    rollout_logprobs = take("rollout_logprobs", rollout_logprobs_, dtype);
+    sequence_ids = take("sequence_ids", sequence_ids_, at::kLong);
+    MEGARL_CHECK(op, options.kl == KlEstimator::none || ref_logprobs.defined(), "kl needs ref_logprobs");
+    MEGARL_CHECK(op, options.entropy_coef == 0 || entropy.defined(), "entropy_coef = ", options.entropy_coef,
+                 " needs entropy");
+    MEGARL_CHECK(op, options.correction == Correction::none || rollout_logprobs.defined(),
+                 "correction needs rollout_logprobs");
+    const bool sequences = options.sequence_level || options.correction == Correction::sequence_mask ||
+                           options.correction == Correction::sequence_tis;
+    if (sequences) {
+      MEGARL_CHECK(op, sequence_ids.defined() && sequence_sums_,
+                   "level and correction by sequence need sequence_ids and sequence_sums");
+      MEGARL_CHECK(op, sequence_sums_->dim() == 2 && sequence_sums_->size(1) == 3 &&
+                           sequence_sums_->scalar_type() == at::kDouble,
+                   "sequence_sums must be float64 [S, 3], got ", sequence_sums_->scalar_type(), " ",
+                   sequence_sums_->sizes());
+      check_device(op, "sequence_sums", *sequence_sums_, logprobs_);
+      sequence_sums = sequence_sums_->contiguous();
+    }
+  }
+
+  template <typename real>
+  PolicyTokens<real> tokens() const {
+    auto pointer = [](const at::Tensor& tensor) -> const real* {
+      return tensor.defined() ? tensor.const_data_ptr<real>() : nullptr;
+    };
+    return {
+        pointer(logprobs),
+        pointer(entropy),
+        pointer(old_logprobs),
+        pointer(advantages),
+        pointer(weights),
+        pointer(ref_logprobs),
+        pointer(rollout_logprobs),
+        sequence_sums.defined() ? sequence_ids.const_data_ptr<int64_t>() : nullptr,
+        sequence_sums.defined() ? sequence_sums.const_data_ptr<double>() : nullptr,
+    };
+  }
+};
+
+}  // namespace megarl

@@ -1,0 +1,212 @@
+"""The policy-gradient loss of a packed microbatch, its gradient and every sum that is logged.
+
+Per token, with r = exp(logprob - old_logprob) (level "sequence": of the sequence's mean of that
+difference, GSPO, arXiv:2507.18071) and A the advantage:
+
+    clip    max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))         PPO, arXiv:1707.06347
+            and, for A < 0, min(that, -A dual_clip)                     arXiv:1912.09729
+    cispo   -A sg(clamp(r, 1 - clip_low, 1 + clip_high)) logprob        arXiv:2506.13585
+
+times the off-policy weight, a constant to the gradient, with w = exp(old_logprob - rollout_logprob) and
+g = exp of the sequence's mean of that difference:
+
+    tis            min(w, correction_high)
+    icepop         w inside [correction_low, correction_high], else 0
+    sequence_mask  1 where g is inside [correction_low, correction_high], else 0
+    sequence_tis   min(g, correction_high)
+
+plus kl_coef times a KL estimate to the reference (Schulman 2020), with d = ref_logprob - logprob:
+
+    k1 = -d        k2 = d^2 / 2        k3 = exp(d) - 1 - d
+
+minus entropy_coef times the entropy. kl_gradient "plain" differentiates the estimate (k3: 1 - exp(d));
+"score" uses the gradient logprob - ref_logprob, which is in expectation that of the reverse KL, and keeps
+the value.
+
+The loss is sum_t weights[t] * loss[t]. weights hold mask and denominators: mask / T for token level,
+mask / (tokens of the sequence * S) for sequence level, with global T and S. With level "sequence" each
+token receives its own share of the gradient, as if the mean's gradient passed straight through to it
+(GSPO-token); where weights and advantages are constant over a sequence this is GSPO's gradient exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megarl.ops._load import load_native
+from megarl.ops._shards import check_finite
+
+load_native()
+
+# In the order of csrc/policy_loss/policy_loss_math.h.
+SUM_NAMES = (
+    "loss",  # what is differentiated
+    "policy_loss",  # its parts, weighted by `weights` and not yet by their coefficients
+    "kl_loss",
+    "entropy_loss",
+    "tokens",  # from here on plain sums over tokens of weight != 0
+    "ratio",
+    "clipped_low",
+    "clipped_high",
+    "dual_clipped",
+    "old_kl",  # k3 estimate of KL(old || current)
+    "ref_kl",
+    "entropy",
+    "correction_weight",
+    "corrected",  # tokens whose off-policy weight was truncated or set to 0
+    "rollout_exp_error",  # exp|old - rollout|
+    "rollout_kl",  # k3 estimate of KL(rollout || old)
+    "rollout_max_error",  # max|old - rollout|: combine by maximum, not by sum
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLossOptions:
+    """Which loss; the module's docstring has the formulas."""
+
+    objective: Literal["clip", "cispo"] = "clip"
+    level: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    correction: Literal["none", "tis", "icepop", "sequence_mask", "sequence_tis"] = "none"
+    correction_low: float = 0.5
+    correction_high: float = 2.0
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    kl_gradient: Literal["plain", "score"] = "plain"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether sequence means are needed."""
+        return self.level == "sequence" or self.correction in ("sequence_mask", "sequence_tis")
+
+
+class PolicyLoss(NamedTuple):
+    """The loss [] in the dtype of logprobs, and the float64 sums [17] in the order of SUM_NAMES."""
+
+    loss: torch.Tensor
+    sums: torch.Tensor
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    options: PolicyLossOptions,
+    entropy: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
+    sequence_ids: torch.Tensor | None = None,
+    num_sequences: int | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+    check_numerics: bool = False,
+) -> PolicyLoss:
+    """Loss over R tokens, and what is logged about it; sums are bitwise repeatable.
+
+    All per-token tensors are [R]; tokens of weight 0 are left out, whatever their values. Gradients flow
+    to logprobs (fp32 or fp64) and entropy. Sequence level and sequence corrections need sequence_ids
+    [R] int64, ascending, below num_sequences; cp_group sums the sequence means over the ranks that
+    share sequences. Raises ValueError naming the argument and its value, with check_numerics
+    FloatingPointError naming the row.
+    """
+    if check_numerics:
+        _check_inputs(logprobs, old_logprobs, advantages, weights, entropy, ref_logprobs, rollout_logprobs)
+    dtype = logprobs.dtype
+    old, advantages, weights = (tensor.detach().to(dtype) for tensor in (old_logprobs, advantages, weights))
+    ref = None if ref_logprobs is None else ref_logprobs.detach().to(dtype)
+    rollout = None if rollout_logprobs is None else rollout_logprobs.detach().to(dtype)
+    sequence_sums = None
+    if options.by_sequence:
+        if sequence_ids is None or num_sequences is None:
+            raise ValueError(
+                "megarl::policy_loss: sequence_ids and num_sequences are needed by level or correction"
+            )
+        sequence_sums = torch.ops.megarl.policy_sequence_sums(
+            logprobs.detach(), old, rollout, weights, sequence_ids, num_sequences
+        )
+        if cp_group is not None:
+            dist.all_reduce(sequence_sums, group=cp_group)
+    sums = torch.ops.megarl.policy_loss(
+        logprobs,
+        entropy,
+        old,
+        advantages,
+        weights,
+        ref,
+        rollout,
+        sequence_ids,
+        sequence_sums,
+        options.objective,
+        options.level,
+        options.clip_low,
+        options.clip_high,
+        options.dual_clip,
+        options.correction,
+        options.correction_low,
+        options.correction_high,
+        options.kl,
+        options.kl_gradient == "score",
+        options.kl_coef,
+        options.entropy_coef,
+    )
+    return PolicyLoss(sums[0].to(dtype), sums.detach())
+
+
+class _Inputs(NamedTuple):
+    logprobs: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+    ref_logprobs: torch.Tensor
+    rollout_logprobs: torch.Tensor
+
+
+def _check_inputs(logprobs: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """check_finite over the tokens that count."""
+    counted = others[2] != 0 if others[2] is not None else torch.ones_like(logprobs, dtype=torch.bool)
+    fields = (torch.zeros_like(logprobs) if field is None else field for field in (logprobs, *others))
+    check_finite("policy_loss", _Inputs(*(field.detach().masked_fill(~counted, 0.0) for field in fields)))
+
+
+@torch.library.register_fake("megarl::policy_sequence_sums")
+def _fake_sequence_sums(logprobs: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return logprobs.new_empty(rest[-1], 3, dtype=torch.float64)
+
+
+@torch.library.register_fake("megarl::policy_loss")
+def _fake_loss(logprobs: torch.Tensor, *_: Any) -> torch.Tensor:
+    return logprobs.new_empty(len(SUM_NAMES), dtype=torch.float64)
+
+
+@torch.library.register_fake("megarl::policy_loss_backward")
+def _fake_backward(
+    grad_loss: torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(logprobs), logprobs.new_empty(0 if entropy is None else logprobs.shape[0])
+
+
+_NUM_TENSORS = 9
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+    ctx.options = inputs[_NUM_TENSORS:]
+
+
+def _backward(ctx: Any, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    by_logprob, by_entropy = torch.ops.megarl.policy_loss_backward(grad_sums[0], *tensors, *ctx.options)
+    rest = (None,) * (_NUM_TENSORS - 2 + len(ctx.options))
+    return by_logprob, None if tensors[1] is None else by_entropy, *rest
+
+
+torch.library.register_autograd("megarl::policy_loss", _backward, setup_context=_save)
