@@ -1,7 +1,8 @@
 """One local Ray runtime per driver process: started quietly, tied to the driver's life.
 
 Ray's own processes get the kernel's parent-death signal from ``ray.init`` and end with the thread
-that called it, so :func:`start_ray` belongs on the main thread. Workers end when their raylet does.
+that called it, so :func:`start_ray` belongs on the main thread. Workers end when their raylet does;
+its two agents would stay for a minute or more to report to a head that is gone, so a reaper ends them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
+
+import psutil
 
 # Records cross by value and weights not at all, so the object store only needs Ray's minimum comfort.
 OBJECT_STORE_BYTES = 128 * 2**20
 _DIR_PREFIX = "megarl-ray-"
 # Unix socket paths end at 107 bytes, and Ray's session directory takes about 75 of them.
 _MAX_TEMP_ROOT = 30
+
+_reapers: list[subprocess.Popen[bytes]] = []  # at most one
 
 
 def start_ray() -> None:
@@ -29,8 +35,6 @@ def start_ray() -> None:
     _remove_stale_dirs()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
-    # Ray's agents then end with their raylet instead of noticing its death after 25 s.
-    os.environ["RAY_enable_pipe_based_agent_to_parent_health_check"] = "1"  # noqa: SIM112 - Ray's spelling
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
@@ -43,6 +47,7 @@ def start_ray() -> None:
     )
     # Ray puts a crash reporter on SIGTERM, after which the driver could no longer end in order.
     signal.signal(signal.SIGTERM, handler)
+    _reapers.append(_start_reaper())
 
 
 def ray_temp_dir() -> Path:
@@ -57,8 +62,20 @@ def stop_ray() -> None:
     if not ray.is_initialized():
         return
     temp_dir = ray_temp_dir()
+    for reaper in _reapers:
+        reaper.kill()
+        reaper.communicate()
+    _reapers.clear()
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)  # a daemon may still be writing its last log line
+
+
+def _start_reaper() -> subprocess.Popen[bytes]:
+    """A shell that waits for the driver's end of a pipe to close, then ends the raylet's children."""
+    [raylet] = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    pids = [str(child.pid) for child in raylet.children()]
+    command = ["/bin/sh", "-c", 'read _; kill -9 "$@" 2>/dev/null', "megarl-ray-reaper", *pids]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _temp_root() -> Path:
