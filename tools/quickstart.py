@@ -31,14 +31,10 @@ def main() -> int:
         commands.append(["tools/make_tiny_model.py", "--output", f"{run}/model", "--seed", str(seed)])
     at = [f"run.seed={seed}"]
     if not (ROOT / run / "sft" / "summary.json").exists():
-        commands.append(
-            ["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml"]
-            + [*at, f"run.dir={run}/sft", f"model.path={run}/model"]
-        )
-    commands.append(
-        ["-m", "megarl.cli", "grpo", "--config", "configs/quickstart_grpo.yaml"]
-        + [*at, f"run.dir={run}", f"model.path={run}/sft/hf"]
-    )
+        paths = [f"run.dir={run}/sft", f"model.path={run}/model"]
+        commands.append(["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml", *at, *paths])
+    paths = [f"run.dir={run}", f"model.path={run}/sft/hf"]
+    commands.append(["-m", "megarl.cli", "grpo", "--config", "configs/quickstart_grpo.yaml", *at, *paths])
     for command in commands:
         print(f"$ python {' '.join(command)}", flush=True)
         code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode

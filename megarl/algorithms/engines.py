@@ -37,7 +37,9 @@ def attach_weights(engine: VllmEngine, architecture: Architecture, owners: list[
         )
         by_reason: dict[str, list[str]] = {}
         for name in report.copied:
-            by_reason.setdefault(plan.copy_reasons.get(name, "the engine keeps its own layout"), []).append(name)
+            by_reason.setdefault(plan.copy_reasons.get(name, "the engine keeps its own layout"), []).append(
+                name
+            )
         for reason, names in by_reason.items():
             lines.append(
                 f"engine rank {rank}: {len(names)} parameters are copied at every step "

@@ -15,8 +15,16 @@ from typing import Any
 
 from megarl.advantages.group import group_advantages, zero_std_fraction
 from megarl.algorithms.engines import attach_weights, start_engine
+from megarl.algorithms.evaluate import greedy, pick_problems
 from megarl.algorithms.rollouts import Rollouts, accuracy
 from megarl.algorithms.run import Run
+from megarl.config.derived import (
+    max_sequence_length,
+    needs_old_logprobs,
+    needs_reference,
+    num_optimizer_steps,
+    read_model_config,
+)
 from megarl.config.schema import GrpoConfig
 from megarl.data.order import PromptOrder
 from megarl.data.prompts import PromptDataset, load_prompts
@@ -24,14 +32,12 @@ from megarl.data.tokenizer import check_tokenizer, load_tokenizer, stop_token_id
 from megarl.environments import make
 from megarl.losses.agreement import Agreement
 from megarl.losses.policy import PolicyLoss
+from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES
 from megarl.models import load_architecture
-from megarl.records import Group, PackedBatch, Sample, Sequence
+from megarl.records import Group, PackedBatch, Prompt, Sample, Sequence
 from megarl.trainer.megatron.initialize import finalize, initialize
 from megarl.trainer.policy import Policy, broadcast
-
-_MAX_LOGPROB_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.3}
-"""Above this, engine and trainer are not the same policy: measured 4e-5 in fp32, up to 0.28 in bf16."""
 
 
 def run_grpo(config: GrpoConfig) -> None:
@@ -39,7 +45,7 @@ def run_grpo(config: GrpoConfig) -> None:
     architecture = load_architecture(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
-    longest = config.packing.max_sequence_length or architecture.spec.max_position_embeddings
+    longest = max_sequence_length(config, read_model_config(config.model.path))
     room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
     train = load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="train")
     held_out = (
@@ -60,16 +66,9 @@ def run_grpo(config: GrpoConfig) -> None:
                 seed=config.run.seed,
                 log_dir=run.directory.path,
             )
-        steps_per_batch = config.algorithm.num_optimizer_steps_per_batch * config.algorithm.num_epochs_per_batch
-        policy = MegatronPolicy(
-            context,
-            architecture,
-            config.model,
-            config.packing,
-            config.optimizer,
-            config.training.num_steps * steps_per_batch,
-        )
-        if config.algorithm.kl_coef > 0:
+        total = num_optimizer_steps(config)
+        policy = MegatronPolicy(context, architecture, config.model, config.packing, config.optimizer, total)
+        if needs_reference(config.algorithm):
             policy.keep_reference()
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
         owners = policy.weight_owners()
@@ -110,8 +109,9 @@ class _GrpoLoop:
         self.loss = PolicyLoss(
             algorithm.clip_ratio_low, algorithm.clip_ratio_high, algorithm.kl_coef, algorithm.kl_estimator
         )
-        self.needs_old = algorithm.num_optimizer_steps_per_batch * algorithm.num_epochs_per_batch > 1
-        self.needs_reference = algorithm.kl_coef > 0
+        self.needs_old = needs_old_logprobs(algorithm)
+        self.needs_reference = needs_reference(algorithm)
+        self._problems: list[Prompt] | None = None  # held-out, picked at the first evaluation
 
     def run(self, state: dict[str, Any]) -> None:
         """From the state of the last finished step to the last step."""
@@ -127,7 +127,7 @@ class _GrpoLoop:
         position, last = state["position"], config.training.num_steps
         if state["step"] == 0 and config.evaluation.at_start:
             totals["accuracy_before"] = self.evaluate(0)
-            run.timers.start_step()
+            run.log(0, {"accuracy": totals["accuracy_before"]})
         run.timers.start_step()
         for step in range(state["step"] + 1, last + 1):
             indices = order.batch(position, config.rollout.num_prompts_per_step)
@@ -178,12 +178,15 @@ class _GrpoLoop:
             for i in range(0, len(groups), share)
         ]
         minibatches: list[list[PackedBatch]] = [
-            self.policy.prepare([to_sequence(s) for s in part], algorithm.loss_aggregation) for part in samples
+            self.policy.prepare([to_sequence(s) for s in part], algorithm.loss_aggregation)
+            for part in samples
         ]
         agreement = Agreement()
         with self.run_.timers("logprobs"):
             for batches in minibatches if self.needs_old else []:
-                agreement = agreement + self.policy.fill_logprobs(batches, "old_logprobs", temperature=temperature)
+                agreement = agreement + self.policy.fill_logprobs(
+                    batches, "old_logprobs", temperature=temperature
+                )
             if self.needs_reference:
                 with self.policy.reference():
                     for batches in minibatches:
@@ -198,9 +201,7 @@ class _GrpoLoop:
         if not self.needs_old:  # these very weights drew the samples
             agreement = results[0].agreement
         self._check_agreement(step, agreement, [s for part in samples for s in part])
-        values = {
-            name: sum(r.metrics[name] for r in results) / len(results) for name in results[0].metrics
-        }
+        values = {name: sum(r.metrics[name] for r in results) / len(results) for name in results[0].metrics}
         values["lr"] = results[-1].metrics["lr"]
         values["num_microbatches"] = sum(len(batches) for batches in minibatches)
         tokens = sum(s.num_tokens for part in samples for s in part)
@@ -216,23 +217,18 @@ class _GrpoLoop:
         return {"weights_bytes_moved": moved, "policy_version": step}
 
     def evaluate(self, step: int) -> float:
-        """Greedy accuracy on the first ``evaluation.num_prompts`` held-out problems (every rank gets it)."""
+        """Greedy accuracy on the held-out problems (every rank gets it)."""
         result = 0.0
         if self.rollouts is not None:
             assert self.held_out is not None
             config = self.config
-            prompts = [self.held_out[i] for i in range(config.evaluation.num_prompts)]
-            with self.run_.console.progress("evaluation", total=len(prompts)) as advance:
-                groups = self.rollouts.sample(
-                    prompts,
-                    step=step,
-                    generations=1,
-                    temperature=0.0,
-                    max_new_tokens=config.evaluation.max_new_tokens or config.rollout.max_new_tokens,
-                    advance=advance,
+            if self._problems is None:
+                self._problems = pick_problems(
+                    self.held_out, config.evaluation.num_prompts, self.run_.console
                 )
+            longest = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+            groups = greedy(self.rollouts, self._problems, step, longest, self.run_.console)
             result = accuracy(groups)
-            self.run_.console.note(f"accuracy on {len(prompts)} held-out problems at step {step}: {result:.1%}")
         return float(broadcast(result))
 
     def write_samples(self, step: int, groups: list[Group]) -> None:
@@ -264,14 +260,15 @@ class _GrpoLoop:
         self.run_.directory.write_samples(step, rows[:count])
 
     def _check_agreement(self, step: int, agreement: Agreement, samples: list[Sample]) -> None:
-        bound = _MAX_LOGPROB_DIFFERENCE[self.config.model.dtype]
+        bound = DIFFERENCE_LIMITS[self.config.model.dtype]
         worst = agreement.worst
         if worst is None or worst.difference <= bound:
             return
+        token = f"token {worst.label} {self.tokenizer.decode([worst.label])!r}"
         self.run_.console.warn(
-            f"step {step}: engine and trainer disagree by {worst.difference:.2e} (bound {bound:g}) on token "
-            f"{worst.label} {self.tokenizer.decode([worst.label])!r}: trainer {worst.trainer_logprob:.5f}, engine "
-            f"{worst.rollout_logprob:.5f}. They are not the same policy: check weights.sync and the engine's dtype."
+            f"step {step}: engine and trainer disagree by {worst.difference:.2e} (bound {bound:g}) on {token}: "
+            f"trainer {worst.trainer_logprob:.5f}, engine {worst.rollout_logprob:.5f}. They are not the same "
+            "policy: compare their types and weights."
         )
 
     def _log(self, step: int, values: dict[str, float], totals: dict[str, float]) -> None:
@@ -300,7 +297,9 @@ class _GrpoLoop:
             "wall_seconds": totals.get("seconds", 0.0),
             "phase_seconds": seconds,
             "tokens_per_second": {
-                "rollout": totals.get("rollout_tokens", 0) / seconds["rollout"] if seconds["rollout"] else 0.0,
+                "rollout": totals.get("rollout_tokens", 0) / seconds["rollout"]
+                if seconds["rollout"]
+                else 0.0,
                 "train": totals.get("train_tokens", 0) / seconds["train"] if seconds["train"] else 0.0,
             },
             "weights_bytes_moved": int(totals.get("weights_bytes_moved", 0)),

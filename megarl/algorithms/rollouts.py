@@ -12,7 +12,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from megarl.environments.base import Environment, grade
-from megarl.metrics.timers import PhaseTimers
+from megarl.metrics.timers import Phase, PhaseTimers
 from megarl.records import Group, Prompt, Sample
 from megarl.rollout.engine import Engine, GenerateRequest, SamplingConfig
 
@@ -47,11 +47,13 @@ class Rollouts:
         temperature: float,
         max_new_tokens: int,
         advance: Callable[[int], None] = lambda _: None,
+        phase: Phase = "rollout",
     ) -> list[Group]:
         """One group of ``generations`` samples per prompt, in the order of ``prompts``.
 
         All requests are batched continuously; ``advance(1)`` is called for each finished sample.
         Temperature 0 is greedy and carries no logprobs.
+        Time is booked under ``phase``, and grading a training rollout under "reward".
         """
         greedy = temperature == 0
         requests = [
@@ -66,12 +68,12 @@ class Rollouts:
         ]
         sampling = SamplingConfig(temperature, self._stop_token_ids, logprobs=not greedy)
         samples: dict[str, Sample] = {}
-        with self._timers("rollout"):
+        with self._timers(phase):
             for response in self._engine.generate(requests, sampling):
                 _, p, _ = response.request_id.split("-")
                 prompt = prompts[int(p)]
                 text = self._tokenizer.decode(response.token_ids, skip_special_tokens=True)
-                with self._timers("reward"):
+                with self._timers("reward" if phase == "rollout" else phase):
                     reward, info = asyncio.run(grade(self._environment, prompt, text))
                 samples[response.request_id] = Sample(
                     prompt.index,

@@ -106,15 +106,14 @@ class Run:
 
     def save(self, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
         """Write a complete checkpoint of ``step``, then drop the oldest ones."""
+        partial = self.directory.partial_checkpoint_path(step)
         if self.is_first:
-            partial = self.directory.begin_checkpoint(step)
+            self.directory.begin_checkpoint(step)
+        _barrier()
+        policy.save(partial, optimizer=self.config.checkpoint.save_optimizer)
+        _barrier()
+        if self.is_first:
             (partial / _STATE_FILE).write_text(json.dumps({"step": step, **state}))
-        _barrier()
-        policy.save(
-            self.directory.partial_checkpoint_path(step), optimizer=self.config.checkpoint.save_optimizer
-        )
-        _barrier()
-        if self.is_first:
             self.directory.commit_checkpoint(step)
             self.directory.prune(self.config.checkpoint.keep)
 

@@ -7,6 +7,7 @@ demonstrations -> batch -> packing -> forward/backward -> optimizer. Each step c
 from __future__ import annotations
 
 from megarl.algorithms.run import Run
+from megarl.config.derived import max_sequence_length, read_model_config
 from megarl.config.schema import SftConfig
 from megarl.data.order import PromptOrder
 from megarl.data.sft import load_demonstrations
@@ -21,7 +22,7 @@ def run_sft(config: SftConfig) -> None:
     architecture = load_architecture(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
-    longest = config.packing.max_sequence_length or architecture.spec.max_position_embeddings
+    longest = max_sequence_length(config, read_model_config(config.model.path))
     train = load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="train")
     held_out = (
         load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="held_out")
@@ -37,7 +38,9 @@ def run_sft(config: SftConfig) -> None:
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
         order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
         position, totals = state["position"], dict(state["totals"])
-        validation = [held_out[i] for i in range(min(training.validation_size, len(held_out)))] if held_out else []
+        validation = (
+            [held_out[i] for i in range(min(training.validation_size, len(held_out)))] if held_out else []
+        )
         run.timers.start_step()
         for step in range(state["step"] + 1, last + 1):
             sequences = [train[i] for i in order.batch(position, training.batch_size)]

@@ -61,22 +61,27 @@ class PromptDataset(ABC, Sequence[Prompt]):
     def _prompt(self, index: int) -> Prompt:
         """The problem at ``index`` in [0, len)."""
 
-    @functools.cached_property
+    @property
     def overlap(self) -> int | None:
-        """How many of these problems' texts also occur among the training problems.
+        """How many of these problems' texts also occur among the training problems (see ``unseen``)."""
+        return None if self.unseen is None else len(self) - len(self.unseen)
 
-        Nothing is removed. 0 for the training problems themselves; None where generating the
-        training problems to compare with would take more than 10 s.
+    @functools.cached_property
+    def unseen(self) -> list[int] | None:
+        """Indices of the problems whose text does not occur among the training problems.
+
+        All of them for the training problems themselves; None where generating the training
+        problems to compare with would take more than 10 s.
         """
         if self._train is None:
-            return 0
+            return list(range(len(self)))
         start = time.monotonic()
         train: set[str] = set()
         for question in _questions(self._train, "data.train"):
             if time.monotonic() - start > _MAX_OVERLAP_SECONDS:
                 return None
             train.add(question)
-        return sum(question in train for question in self.questions())
+        return [i for i, question in enumerate(self.questions()) if question not in train]
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

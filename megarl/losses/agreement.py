@@ -55,7 +55,8 @@ def measure_agreement(
     """Compare logprobs [N] of the same tokens, computed with the same weights and temperature."""
     if trainer.numel() == 0:
         return Agreement()
-    d = trainer.detach().double() - rollout.double()
+    trainer = trainer.detach()
+    d = trainer.double() - rollout.double()
     difference = d.abs()
     at = int(difference.argmax())
     worst = WorstToken(

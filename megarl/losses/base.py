@@ -51,9 +51,7 @@ class Loss(Protocol):
         ...
 
 
-def token_weights(
-    sequences: list[Sequence], aggregation: Literal["token", "sequence"]
-) -> list[float]:
+def token_weights(sequences: list[Sequence], aggregation: Literal["token", "sequence"]) -> list[float]:
     """Weight of each target token of each sequence, [S]: 1 / T, or 1 / (S * its own number of targets).
 
     T counts all targets and S all sequences with at least one, over the whole optimizer step.

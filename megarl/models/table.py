@@ -138,9 +138,7 @@ class Architecture:
         return regions
 
 
-def _region(
-    rule: Rule, place: Place, layer: int, local_layer: int, ranks: int, rank: int
-) -> Region | None:
+def _region(rule: Rule, place: Place, layer: int, local_layer: int, ranks: int, rank: int) -> Region | None:
     hf = rule.hf.format(layer=layer)
     param = place.param.format(layer=local_layer)
     box = [(0, size) for size in rule.shape]

@@ -105,7 +105,7 @@ def _map_tensor_methods() -> None:
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.pin_memory = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, stream: None
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,return-value]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     original_to, original_type = tensor.to, tensor.type
 

@@ -29,7 +29,9 @@ class TrainStepResult:
 class Policy(Protocol):
     """Every rank calls every method, in the same order."""
 
-    def prepare(self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]) -> list[PackedBatch]:
+    def prepare(
+        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]
+    ) -> list[PackedBatch]:
         """Plan and pack: this rank's microbatches of one optimizer step."""
         ...
 

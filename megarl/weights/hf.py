@@ -22,9 +22,18 @@ from megarl.models.table import Architecture, Region, check_names
 
 _MAX_SHARD_BYTES = 5 * 2**30
 _CARRIED_OVER = (
-    "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt chat_template.jinja chat_template.json"
-).split()
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def region_index(index: tuple[int | tuple[int, int], ...]) -> tuple[int | slice, ...]:
@@ -76,7 +85,7 @@ def load_hf(
             del files["lm_head.weight"]
         check_names(expected, files, str(model_dir))
         wrong = [
-            f"{model_dir}: tensor {name} has shape {list(read(name).get_shape())}, the table expects {list(shape)}"
+            f"{model_dir}: tensor {name} has shape {list(read(name).get_shape())}, expected {list(shape)}"
             for name, shape in expected.items()
             if tuple(read(name).get_shape()) != shape
         ]
@@ -99,15 +108,21 @@ def uncovered(
     counts: dict[str, int] = dict.fromkeys(params, 0)
     for region in regions:
         if region.param not in counts:
-            problems.append(f"table: tensor {region.hf} belongs in parameter {region.param}, which does not exist")
+            problems.append(
+                f"table: tensor {region.hf} belongs in parameter {region.param}, which does not exist"
+            )
             continue
         counts[region.param] += _box_size(region)
     padded = architecture.spec.padded_vocab(1) - architecture.spec.vocab_size
     for name, count in counts.items():
         missing = params[name].numel() - count
         is_vocab = name.endswith(("word_embeddings.weight", "output_layer.weight"))
-        if missing and not (is_vocab and (padded or missing > 0) and missing % architecture.spec.hidden_size == 0):
-            problems.append(f"table: {missing} of {params[name].numel()} elements of parameter {name} have no tensor")
+        if missing and not (
+            is_vocab and (padded or missing > 0) and missing % architecture.spec.hidden_size == 0
+        ):
+            problems.append(
+                f"table: {missing} of {params[name].numel()} elements of parameter {name} have no tensor"
+            )
     return problems
 
 
@@ -145,7 +160,9 @@ def export_hf(
     weight_map = {}
     for number, shard in enumerate(shards):
         file = (
-            "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         )
         save_file(shard, partial / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))

@@ -140,7 +140,7 @@ def _coverage(name: str, info: ParamInfo, pieces: list[Copy]) -> list[str]:
         for entry, size in zip(piece.index, info.shape, strict=True):
             stop = entry + 1 if isinstance(entry, int) else entry[1]
             if stop > size:
-                return [f"weights: engine parameter {name} {list(info.shape)} is too small for index {piece.index}"]
+                return [f"weights: engine parameter {name} {list(info.shape)} does not reach {piece.index}"]
     if covered == total or (name.endswith(_VOCAB_PARAMS) and covered and covered <= total):
         return []
     return [f"weights: {covered} of {total} elements of engine parameter {name} have an owner"]
@@ -150,9 +150,7 @@ _VOCAB_PARAMS = ("embed_tokens.weight", "lm_head.weight")
 """Their last rows may be padding that no tensor owns and no result reads."""
 
 
-def _as_alias(
-    name: str, info: ParamInfo, pieces: list[Copy], storages: list[SharedStorage]
-) -> Alias | str:
+def _as_alias(name: str, info: ParamInfo, pieces: list[Copy], storages: list[SharedStorage]) -> Alias | str:
     """The alias that serves the whole parameter, or the reason why there is none."""
     if not pieces:
         return "nothing to read"
@@ -166,9 +164,15 @@ def _as_alias(
     for piece in pieces:
         own = tuple(s for s, entry in zip(strides, piece.index, strict=True) if not isinstance(entry, int))
         # The stride of a dimension of size 1 means nothing.
-        if any(a != b for a, b, size in zip(own, piece.source.stride, piece.source.shape, strict=True) if size > 1):
+        if any(
+            a != b
+            for a, b, size in zip(own, piece.source.stride, piece.source.shape, strict=True)
+            if size > 1
+        ):
             return "its rows are laid out differently in the trainer"
-        start = sum((e if isinstance(e, int) else e[0]) * s for e, s in zip(piece.index, strides, strict=True))
+        start = sum(
+            (e if isinstance(e, int) else e[0]) * s for e, s in zip(piece.index, strides, strict=True)
+        )
         origins.add(piece.source.offset - start)
     if len(origins) > 1:
         return "its parts are fused in another order in the trainer"

@@ -51,7 +51,7 @@ def share_parameters(params: Mapping[str, torch.Tensor], regions: list[Region]) 
         views[name] = SourceView(
             numbers[key],
             str(param.dtype).removeprefix("torch."),
-            param.storage_offset(),
+            int(param.storage_offset()),
             tuple(param.shape),
             tuple(param.stride()),
         )

@@ -29,7 +29,7 @@ _MAX_PADDED_RATIO = 1.3
 
 
 @dataclass
-class PackedMicrobatch(PackedSeqParams):  # type: ignore[misc]
+class PackedMicrobatch(PackedSeqParams):
     """Megatron's packed-sequence parameters plus what every layer would compute again.
 
     ``lengths`` are the padded lengths of the sequences over all context-parallel ranks;
@@ -95,11 +95,13 @@ def packed_causal_attention(
     for bucket in packed.buckets:
         rows = bucket.index.shape[0]
         batch = [
-            x.index_select(0, bucket.index.flatten()).view(rows, bucket.longest, x.shape[1], -1).transpose(1, 2)
+            x.index_select(0, bucket.index.flatten())
+            .view(rows, bucket.longest, x.shape[1], -1)
+            .transpose(1, 2)
             for x in (q, k, v)
         ]
         out = F.scaled_dot_product_attention(
-            *batch, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            batch[0], batch[1], batch[2], is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         outs.append(out.transpose(1, 2).reshape(rows * bucket.longest, q.shape[1], -1))
     assert packed.unbucket is not None
@@ -156,7 +158,7 @@ def context_parallel_attention(
     return torch.cat(outs)
 
 
-class PackedAttention(MegatronModule):  # type: ignore[misc]
+class PackedAttention(MegatronModule):
     """Core attention for packed microbatches: rotary embedding, then causal attention per sequence."""
 
     def __init__(
@@ -189,6 +191,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         packed = packed_seq_params
         assert isinstance(packed, PackedMicrobatch), "MegaRL's attention works on packed microbatches only"
         if packed.rope is None:
+            assert packed.position_ids is not None
             packed.rope = cos_sin(self.config.rope_inverse_frequencies, packed.position_ids)
         query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
         if self.context_group.size() > 1:
@@ -198,7 +201,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return out.reshape(out.shape[0], -1)
 
 
-class FlatQkvSelfAttention(SelfAttention):  # type: ignore[misc]
+class FlatQkvSelfAttention(SelfAttention):
     """Self-attention whose fused projection is q | k | v on each tensor rank, not interleaved by group."""
 
     def _sizes(self) -> list[int]:
@@ -215,7 +218,9 @@ class FlatQkvSelfAttention(SelfAttention):  # type: ignore[misc]
         split_qkv: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [T, 1, H] -> query [T, 1, heads, d], key and value [T, 1, kv_heads, d]."""
-        assert split_qkv and not output_gate and key_value_states is None
+        assert split_qkv
+        assert not output_gate
+        assert key_value_states is None
         mixed, _ = self.linear_qkv(hidden_states)
         query, key, value = (
             part.unflatten(-1, (-1, self.hidden_size_per_attention_head))

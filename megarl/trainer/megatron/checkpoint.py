@@ -67,7 +67,7 @@ def _rng_file(directory: Path, rank: int) -> Path:
 def _rng_state() -> dict[str, Any]:
     return {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
+        "numpy": numpy.random.get_state(),  # noqa: NPY002  what libraries draw from
         "torch": torch.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
@@ -75,6 +75,6 @@ def _rng_state() -> dict[str, Any]:
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
+    numpy.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])

@@ -50,7 +50,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
     )
     timeout = timedelta(minutes=60)  # rank 0 may spend a long rollout before the others hear of it
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
+        store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(chosen.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(chosen.backend, rank=rank, world_size=world_size, timeout=timeout)
@@ -60,7 +60,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         context_parallel_size=layout.context,
     )
     random.seed(seed)
-    numpy.random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002  what libraries draw from
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return RankContext(rank, layout, layout.coordinates(rank), chosen)

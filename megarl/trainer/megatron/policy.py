@@ -24,7 +24,6 @@ from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import Loss, LossResult, LossTokens, token_weights
 from megarl.models.table import Architecture
 from megarl.ops import linear_token_logprob
-from megarl.packing.context_parallel import context_parallel_slice
 from megarl.packing.pack import pack
 from megarl.packing.plan import CostModel, plan_microbatches
 from megarl.records import PackedBatch, Sequence
@@ -47,20 +46,28 @@ class MegatronPolicy:
         context: RankContext,
         architecture: Architecture,
         model: ModelConfig,
-        packing: PackingConfig,
-        optimizer: OptimizerConfig,
-        total_optimizer_steps: int,
+        packing: PackingConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        total_optimizer_steps: int = 0,
     ) -> None:
-        self.context, self.architecture, self.packing = context, architecture, packing
+        """Build this rank's part and load ``model.path``; without an optimizer it only exports."""
+        self.context, self.architecture = context, architecture
+        self.packing = packing or PackingConfig()
         self.device = context.platform.device
         dtype = getattr(torch, model.dtype)
         module = build_model(architecture.spec, context.layout, dtype, self.device)
         self.params = dict(module.named_parameters())
         self.regions = architecture.trainer_regions(context.layout, context.at)
         load_hf(model.path, architecture, self.regions, self.params)
-        if not optimizer.distributed:  # Megatron's distributed optimizer brings its own flat buffer
+        if (
+            optimizer is None or not optimizer.distributed
+        ):  # the distributed optimizer has a flat buffer of its own
             pool_parameters(self.params)
         self.module: PolicyModel = module
+        self._reference: dict[str, torch.Tensor] | None = None
+        self._costs = CostModel.transformer(architecture.spec.hidden_size)
+        if optimizer is None:
+            return
         self.ddp = DistributedDataParallel(
             module.config,
             DistributedDataParallelConfig(
@@ -73,12 +80,12 @@ class MegatronPolicy:
         self.optimizer, self.schedule = build_optimizer(optimizer, [self.ddp], dtype, total_optimizer_steps)
         module.config.finalize_model_grads_func = _finalize_without_scaling
         module.config.grad_scale_func = self.optimizer.scale_loss if dtype == torch.float16 else None
-        self._reference: dict[str, torch.Tensor] | None = None
-        self._costs = CostModel.transformer(architecture.spec.hidden_size)
 
     # --- from sequences to microbatches -------------------------------------------------------
 
-    def prepare(self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]) -> list[PackedBatch]:
+    def prepare(
+        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]
+    ) -> list[PackedBatch]:
         """See Policy. All ranks pass all sequences; each packs its own microbatches."""
         layout, at = self.context.layout, self.context.at
         multiple = (2 * layout.context if layout.context > 1 else 1) * (
@@ -94,9 +101,16 @@ class MegatronPolicy:
         weights = torch.tensor(token_weights(sequences, aggregation), dtype=torch.float32, device=self.device)
         batches = []
         for indices in plan.microbatches[at.data]:
-            batch = pack(sequences, indices, pad_to_multiple=multiple, device=self.device)
+            batch = pack(
+                sequences,
+                indices,
+                pad_to_multiple=multiple,
+                device=self.device,
+                cp_rank=at.context,
+                cp_size=layout.context,
+            )
             batch.loss_weights = weights[batch.sequence_ids] * batch.loss_mask
-            batches.append(context_parallel_slice(batch, at.context, layout.context))
+            batches.append(batch)
         return batches
 
     # --- forward and backward -----------------------------------------------------------------
@@ -146,7 +160,9 @@ class MegatronPolicy:
         metrics["lr"] = float(learning_rate)
         return TrainStepResult(metrics, self._reduce_agreement(agreement))
 
-    def _run(self, batches: list[PackedBatch], use: Any, temperature: float, *, forward_only: bool) -> list[Any]:
+    def _run(
+        self, batches: list[PackedBatch], use: Any, temperature: float, *, forward_only: bool
+    ) -> list[Any]:
         longest = max(batch.token_ids.shape[0] for batch in batches)
         return list(
             get_forward_backward_func()(
@@ -191,7 +207,9 @@ class MegatronPolicy:
             hidden = copy_to_tensor_model_parallel_region(hidden.index_select(0, rows))
         weight = self.module.head_weight()
         group = parallel_state.get_tensor_model_parallel_group() if self.context.layout.tensor > 1 else None
-        stored_rows = self.architecture.spec.padded_vocab(self.context.layout.tensor) // self.context.layout.tensor
+        stored_rows = (
+            self.architecture.spec.padded_vocab(self.context.layout.tensor) // self.context.layout.tensor
+        )
         out = linear_token_logprob(
             hidden,
             weight,
@@ -223,24 +241,15 @@ class MegatronPolicy:
 
     def _reduce(self, results: list[LossResult | None]) -> dict[str, float]:
         """Sums and maxima over microbatches and ranks; tensor ranks hold copies, so one of them counts."""
-        local = [r for r in results if r is not None] if self._counts() else []
-        names = {
-            kind: sorted(set().union(*(getattr(r, kind) for r in local))) if local else []
-            for kind in ("sums", "maxima")
-        }
+        pairs: list[Any] = [
+            ({k: float(v) for k, v in r.sums.items()}, {k: float(v) for k, v in r.maxima.items()})
+            for r in (results if self._counts() else [])
+            if r is not None
+        ]
         if dist.get_world_size() > 1:
             gathered: list[Any] = [None] * dist.get_world_size()
-            mine = [[(r.sums, r.maxima) for r in local], names]
-            mine[0] = [
-                ({k: float(v) for k, v in s.items()}, {k: float(v) for k, v in m.items()}) for s, m in mine[0]
-            ]
-            dist.all_gather_object(gathered, mine[0])
+            dist.all_gather_object(gathered, pairs)
             pairs = [pair for rank in gathered for pair in rank]
-        else:
-            pairs = [
-                ({k: float(v) for k, v in r.sums.items()}, {k: float(v) for k, v in r.maxima.items()})
-                for r in local
-            ]
         out: dict[str, float] = {}
         for sums, maxima in pairs:
             for name, value in sums.items():
