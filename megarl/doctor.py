@@ -165,7 +165,7 @@ def check_network() -> list[Finding]:
 def check_python() -> list[Finding]:
     """The interpreter the pins are for."""
     found = f"{platform.python_version()} ({sys.executable})"
-    if sys.version_info[:2] == (3, 11):
+    if platform.python_version_tuple()[:2] == ("3", "11"):
         return [Finding("Python", found)]
     return [
         Finding("Python", found, "problem", "Python 3.11 is needed: run make setup, then .venv/bin/megarl")
