@@ -237,7 +237,7 @@ class EngineConfig(Section):
     max_num_seqs: PositiveInt = 256
     """Sequences decoded side by side."""
     max_num_batched_tokens: PositiveInt = 4096
-    """Tokens per engine step (prefill and decode together)."""
+    """Tokens per engine step (prefill and decode together); at least one whole sequence, if that is longer."""
     enable_prefix_caching: bool = True
     """Compute the prompt of a group once."""
     num_threads: PositiveInt | None = None

@@ -306,7 +306,10 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         enforce_eager=True,
         kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),  # the default misreads the free memory
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        # Prompts are prefilled whole: for a partial one vLLM takes back the seeded generator's last draw,
+        # which a CPU generator cannot do ("CPU Generator does not use offset").
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(config.max_num_batched_tokens, settings.max_model_len),
         block_size=KV_BLOCK_SIZE,
         enable_prefix_caching=config.enable_prefix_caching,
         logprobs_mode="processed_logprobs",  # after temperature, as the trainer's are
