@@ -42,6 +42,11 @@ VARIANTS: dict[str, list[str]] = {
         for k in ("forward", "combine_splits", "backward", "js_forward", "js_combine_splits", "js_backward")
         for t in LOGITS
     ],
+    "policy_loss/policy_loss": [
+        f"policy_loss::{k}<{t}>"
+        for k in ("forward", "backward", "sequence_sums")
+        for t in ("float", "double")
+    ],
     "packing/pack_sequences": [
         "pack_sequences::pack",
         *(f"pack_sequences::unpack<uint{bits}_t>" for bits in (16, 32, 64)),

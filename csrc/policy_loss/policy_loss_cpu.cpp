@@ -89,8 +89,7 @@ at::Tensor policy_loss_cpu(const at::Tensor& logprobs, const OptionalTensor& ent
   double* out = sums.mutable_data_ptr<double>();
   for (const Sums& chunk : partial) {
     for (int k = 0; k < kRolloutMaxError; ++k) out[k] += chunk[k];
-    const double error = chunk[kRolloutMaxError];
-    out[kRolloutMaxError] = error <= out[kRolloutMaxError] ? out[kRolloutMaxError] : error;
+    out[kRolloutMaxError] = larger_or_nan(out[kRolloutMaxError], chunk[kRolloutMaxError]);
   }
   return sums;
 }

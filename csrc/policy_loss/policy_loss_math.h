@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "common/host_device.h"
 
@@ -30,6 +31,35 @@ struct PolicyToken {
   bool has_rollout;
   real sequence_log_ratio;    // mean of logprob - old_logprob over the sequence
   real sequence_log_off_policy;  // mean of old_logprob - rollout_logprob
+};
+
+// Contiguous pointers to the per-token tensors; nullptr for those not given.
+template <typename real>
+struct PolicyTokens {
+  const real *logprobs, *entropy, *old_logprobs, *advantages, *weights, *ref_logprobs, *rollout_logprobs;
+  const int64_t* sequence_ids;
+  const double* sequence_sums;
+
+  MEGARL_HD PolicyToken<real> load(int64_t i) const {
+    PolicyToken<real> token{
+        logprobs[i],
+        old_logprobs[i],
+        advantages[i],
+        weights[i],
+        entropy ? entropy[i] : real(0),
+        ref_logprobs ? ref_logprobs[i] : real(0),
+        rollout_logprobs ? rollout_logprobs[i] : real(0),
+        rollout_logprobs != nullptr,
+        real(0),
+        real(0),
+    };
+    if (sequence_sums) {
+      const double* sums = sequence_sums + 3 * sequence_ids[i];
+      token.sequence_log_ratio = static_cast<real>(sums[0] / sums[2]);
+      token.sequence_log_off_policy = static_cast<real>(sums[1] / sums[2]);
+    }
+    return token;
+  }
 };
 
 // Order of the sums, as in megarl/ops/policy_loss.py. The last is a maximum.
@@ -137,6 +167,12 @@ MEGARL_HD real policy_ratio(const PolicyToken<real>& token, const PolicyOptions&
   return std::exp(options.sequence_level ? token.sequence_log_ratio : token.logprob - token.old_logprob);
 }
 
+// The larger one; NaN where either is.
+template <typename sum_t>
+MEGARL_HD sum_t larger_or_nan(sum_t a, sum_t b) {
+  return a != a || b <= a ? a : b;
+}
+
 // Adds one token of weight != 0 to sums[kNumPolicySums].
 template <typename real, typename sum_t>
 MEGARL_HD void add_policy_token(const PolicyToken<real>& token, const PolicyOptions& options, sum_t* sums) {
@@ -169,8 +205,7 @@ MEGARL_HD void add_policy_token(const PolicyToken<real>& token, const PolicyOpti
     const sum_t error = std::abs(difference);
     sums[kRolloutExpError] += std::exp(error);
     sums[kRolloutKl] += k3(difference);
-    // written so that NaN is kept
-    sums[kRolloutMaxError] = error <= sums[kRolloutMaxError] ? sums[kRolloutMaxError] : error;
+    sums[kRolloutMaxError] = larger_or_nan(sums[kRolloutMaxError], error);
   }
 }
 

@@ -64,35 +64,6 @@ inline PolicyOptions policy_options(const char* op, std::string_view objective, 
   };
 }
 
-// Contiguous pointers to the per-token tensors; nullptr for those not given.
-template <typename real>
-struct PolicyTokens {
-  const real *logprobs, *entropy, *old_logprobs, *advantages, *weights, *ref_logprobs, *rollout_logprobs;
-  const int64_t* sequence_ids;
-  const double* sequence_sums;
-
-  MEGARL_HD PolicyToken<real> load(int64_t i) const {
-    PolicyToken<real> token{
-        logprobs[i],
-        old_logprobs[i],
-        advantages[i],
-        weights[i],
-        entropy ? entropy[i] : real(0),
-        ref_logprobs ? ref_logprobs[i] : real(0),
-        rollout_logprobs ? rollout_logprobs[i] : real(0),
-        rollout_logprobs != nullptr,
-        real(0),
-        real(0),
-    };
-    if (sequence_sums) {
-      const double* sums = sequence_sums + 3 * sequence_ids[i];
-      token.sequence_log_ratio = static_cast<real>(sums[0] / sums[2]);
-      token.sequence_log_off_policy = static_cast<real>(sums[1] / sums[2]);
-    }
-    return token;
-  }
-};
-
 // The tensors as given, made contiguous and kept alive, and checked against logprobs [R].
 struct PolicyArguments {
   at::Tensor logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs, sequence_ids,
