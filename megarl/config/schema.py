@@ -143,6 +143,8 @@ class ReasoningGymSource(Section):
     """Number of problems."""
     seed: NonNegativeInt = 1
     """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
+    extract: Literal["response", "last_number"] = "response"
+    """What is scored: the response (its <answer> part where it has one), or the last number in that."""
 
 
 class JsonlSource(Section):
@@ -237,7 +239,7 @@ class EngineConfig(Section):
     max_num_seqs: PositiveInt = 256
     """Sequences decoded side by side."""
     max_num_batched_tokens: PositiveInt = 4096
-    """Tokens per engine step (prefill and decode together); at least one whole sequence, if that is longer."""
+    """Tokens per engine step (prefill and decode together), raised to hold one whole sequence."""
     enable_prefix_caching: bool = True
     """Compute the prompt of a group once."""
     num_threads: PositiveInt | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from reasoning_gym.utils import extract_answer
@@ -14,21 +15,38 @@ if TYPE_CHECKING:
     from megarl.records import Prompt
 
 
+_NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\d[\d,]*(?:\.\d+)?")
+
+
+def last_number(text: str) -> str:
+    """The last decimal number in ``text`` without thousands separators; "" where there is none.
+
+    A minus counts as a sign when no word or number stands directly before it: "5-3" ends in 3,
+    "= -3" in -3.
+    """
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "").replace("\u2212", "-") if found else ""
+
+
 class ReasoningGymEnvironment(Verifier):
     """Judges by the task's ``score_answer``; prompts carry their entry in ``metadata["entry"]``.
 
     The answer is the content of the last ``<answer>...</answer>`` where the response has one, else
     the whole response; stripped either way. ``info`` has the answer as judged and which it was
-    (``answer_tags``). Scores are the task's own, in [0, 1]: many tasks give partial credit, so
+    (``answer_tags``). With ``source.extract`` last_number, the last number in that text is judged
+    instead (an empty answer where there is none), for models that answer in sentences. Scores are the task's own, in [0, 1]: many tasks give partial credit, so
     "solved" means a reward of 1.
     """
 
     def __init__(self, source: ReasoningGymSource, field: str = "data.train") -> None:
         self._dataset = make_dataset(source, field)
+        self._extract = source.extract
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
         """Score in [0, 1] and ``{"answer": str, "answer_tags": bool}``."""
         tagged = extract_answer(response_text)
         answer = response_text.strip() if tagged is None else tagged.strip()
+        if self._extract == "last_number":
+            answer = last_number(answer)
         reward = self._dataset.score_answer(answer, entry=prompt.metadata["entry"])
         return float(reward), {"answer": answer, "answer_tags": tagged is not None}
