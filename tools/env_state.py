@@ -52,6 +52,12 @@ def is_intact(dist_info: Path) -> bool:
     return True
 
 
+def pip_is_intact() -> bool:
+    """Whether there is exactly one pip, and all of it."""
+    found = list(SITE_PACKAGES.glob("pip-*.dist-info"))
+    return len(found) == 1 and is_intact(found[0])
+
+
 def remove_damaged() -> list[str]:
     """Forgets half-installed distributions, so that pip installs them again; their names."""
     damaged = [path for path in SITE_PACKAGES.glob("*.dist-info") if not is_intact(path)]

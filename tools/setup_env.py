@@ -30,6 +30,7 @@ from env_state import (
     installed,
     missing,
     packages_key,
+    pip_is_intact,
     read_pins,
     remove_damaged,
     stamp_matches,
@@ -256,7 +257,8 @@ class Setup:
         except OSError:
             found = ""
         wanted = "cuda" if self.cuda else "cpu"
-        if found.startswith(PYTHON_WANTED + ".") and (not kind.exists() or kind.read_text() == wanted):
+        fits = found.startswith(PYTHON_WANTED + ".") and (not kind.exists() or kind.read_text() == wanted)
+        if fits and pip_is_intact():  # a half-installed pip imports, and then fails at anything
             return
         free = shutil.disk_usage(ROOT).free / 2**30
         if free < DISK_GIB_NEEDED:
@@ -302,7 +304,7 @@ class Setup:
         except SetupError as error:
             if "No matching distribution" not in str(error):
                 raise
-            phase.progress("not in pip's own configuration, asking PyTorch's CPU index")
+            phase.title += " from PyTorch's CPU index (pip's own configuration has no such build)"
             self.pip(phase, "--no-deps", "--index-url", TORCH_CPU_INDEX, *wanted)
         phase.done()
 
