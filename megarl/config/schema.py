@@ -145,6 +145,8 @@ class ReasoningGymSource(Section):
     """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
     extract: Literal["response", "last_number"] = "response"
     """What is scored: the response (its <answer> part where it has one), or the last number in that."""
+    partial_credit: bool = True
+    """Keep the task's scores below 1 (chain_sum gives 0.5 to 13 where 3 is right); false makes them 0."""
 
 
 class JsonlSource(Section):

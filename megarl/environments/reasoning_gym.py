@@ -35,12 +35,13 @@ class ReasoningGymEnvironment(Verifier):
     the whole response; stripped either way. ``info`` has the answer as judged and which it was
     (``answer_tags``). With ``source.extract`` last_number, the last number in that text is judged
     instead (an empty answer where there is none), for models that answer in sentences. Scores are the task's own, in [0, 1]: many tasks give partial credit, so
-    "solved" means a reward of 1.
+    "solved" means a reward of 1; ``source.partial_credit`` false turns every lower score into 0.
     """
 
     def __init__(self, source: ReasoningGymSource, field: str = "data.train") -> None:
         self._dataset = make_dataset(source, field)
         self._extract = source.extract
+        self._partial_credit = source.partial_credit
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
         """Score in [0, 1] and ``{"answer": str, "answer_tags": bool}``."""
@@ -49,4 +50,6 @@ class ReasoningGymEnvironment(Verifier):
         if self._extract == "last_number":
             answer = last_number(answer)
         reward = self._dataset.score_answer(answer, entry=prompt.metadata["entry"])
+        if reward < 1 and not self._partial_credit:
+            reward = 0.0
         return float(reward), {"answer": answer, "answer_tags": tagged is not None}
