@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "common/row_vectors.cuh"
 
 namespace megarl {
 
@@ -66,6 +67,18 @@ inline int64_t num_sms(const at::Tensor& tensor) {
   int count = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device()));
   return count;
+}
+
+// A persistent grid over rows x splits: as many blocks as the device holds at once, or as there are items.
+struct RowGrid {
+  int num_splits;
+  unsigned blocks;
+};
+
+inline RowGrid row_grid(const at::Tensor& logits, int64_t rows, int blocks_per_sm, int64_t elements_per_block) {
+  const int64_t slots = num_sms(logits) * blocks_per_sm;
+  const int splits = plan_splits(rows, logits.size(1), slots, elements_per_block);
+  return {splits, static_cast<unsigned>(std::min(rows * splits, slots))};
 }
 
 inline unsigned blocks_for(int64_t items, int64_t items_per_block) {

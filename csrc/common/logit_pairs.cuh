@@ -25,13 +25,36 @@ struct LogitPairs {
   }
 };
 
+template <class T, class Add>
+__device__ __forceinline__ void add_pairs(const Vector<T> (&student)[kPairsInFlight],
+                                          const Vector<T> (&teacher)[kPairsInFlight], const Add& add) {
+  constexpr int size = kVectorSize<T>, group = size * kPairsInFlight;
+  acc_t<T> x[group], y[group];
+#pragma unroll
+  for (int i = 0; i < group; ++i) {
+    x[i] = widen(student[i / size].values[i % size]);
+    y[i] = widen(teacher[i / size].values[i % size]);
+  }
+  add(x, y);
+}
+
 // Calls add(student's elements, teacher's elements) with arrays of the same, constant length until this thread's share
 // of the part is through. Missing elements are -inf in both.
 template <class T, int kThreads, class Add>
 __device__ __forceinline__ void for_pairs(const T* student, const T* teacher, const RowPart& part, const Add& add) {
   using A = acc_t<T>;
-  constexpr int size = kVectorSize<T>, step = kThreads * size, group = size * kPairsInFlight;
-  for (int column = part.begin + int(threadIdx.x) * size; column < part.end; column += kPairsInFlight * step) {
+  constexpr int size = kVectorSize<T>, step = kThreads * size;
+  int column = part.begin + int(threadIdx.x) * size;
+  for (; column + (kPairsInFlight - 1) * step < part.end; column += kPairsInFlight * step) {
+    Vector<T> s[kPairsInFlight], t[kPairsInFlight];
+#pragma unroll
+    for (int k = 0; k < kPairsInFlight; ++k) {
+      s[k] = load_vector_readonly(student + column + k * step);
+      t[k] = load_vector_readonly(teacher + column + k * step);
+    }
+    add_pairs(s, t, add);
+  }
+  if (column < part.end) {
     Vector<T> s[kPairsInFlight], t[kPairsInFlight];
 #pragma unroll
     for (int k = 0; k < kPairsInFlight; ++k) {
@@ -43,13 +66,7 @@ __device__ __forceinline__ void for_pairs(const T* student, const T* teacher, co
         for (int i = 0; i < size; ++i) s[k].values[i] = t[k].values[i] = narrow<T>(negative_infinity<A>());
       }
     }
-    A x[group], y[group];
-#pragma unroll
-    for (int i = 0; i < group; ++i) {
-      x[i] = widen(s[i / size].values[i % size]);
-      y[i] = widen(t[i / size].values[i % size]);
-    }
-    add(x, y);
+    add_pairs(s, t, add);
   }
   auto add_single = [&](int column) {
     const A x[1] = {A(widen(student[column]))}, y[1] = {A(widen(teacher[column]))};

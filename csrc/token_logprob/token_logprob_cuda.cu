@@ -47,19 +47,6 @@ kernels::Rows<T> rows_of(const at::Tensor& logits, const at::Tensor& targets, co
   };
 }
 
-// A persistent grid over rows x splits: as many blocks as the device holds at once, or as there are items.
-struct Grid {
-  int num_splits;
-  unsigned blocks;
-};
-
-template <class T>
-Grid grid_for(const at::Tensor& logits, int64_t rows, int blocks_per_sm) {
-  const int64_t slots = num_sms(logits) * blocks_per_sm;
-  const int splits = plan_splits(rows, logits.size(1), slots, kernels::kThreads * kThreadElements<T>);
-  return {splits, static_cast<unsigned>(std::min(rows * splits, slots))};
-}
-
 at::Tensor token_logprob_cuda(const at::Tensor& logits, const at::Tensor& targets, const at::Tensor& temperature,
                               int64_t vocab_start, const std::optional<at::Tensor>& row_index,
                               const std::optional<at::Tensor>& min_logit, bool /*inplace_backward*/) {
@@ -74,7 +61,7 @@ at::Tensor token_logprob_cuda(const at::Tensor& logits, const at::Tensor& target
     using T = typename decltype(type)::type;
     using Sums = SoftmaxSums<acc_t<T>>;
     const auto arguments = rows_of<T>(logits, targets, temperature, vocab_start, row_index, min_logit);
-    const Grid grid = grid_for<T>(logits, rows, kernels::kForwardBlocksPerSm<T>);
+    const RowGrid grid = row_grid(logits, rows, kernels::kForwardBlocksPerSm<T>, kernels::kThreads * kThreadElements<T>);
     at::Tensor partial = at::empty({grid.num_splits > 1 ? rows * grid.num_splits * 3 : 0}, options);
     auto* sums = static_cast<Sums*>(partial.data_ptr());
     auto* out = stats.mutable_data_ptr<acc_t<T>>();
@@ -112,7 +99,7 @@ void token_logprob_backward_cuda(at::Tensor& logits, const at::Tensor& targets, 
   dispatch_floating(op, "logits", logits.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const auto arguments = rows_of<T>(logits, targets, temperature, vocab_start, row_index, min_logit);
-    const Grid grid = grid_for<T>(logits, rows, kernels::kBackwardBlocksPerSm<T>);
+    const RowGrid grid = row_grid(logits, rows, kernels::kBackwardBlocksPerSm<T>, kernels::kThreads * kThreadElements<T>);
     dispatch_bool(min_logit.has_value(), [&](auto masked) {
       kernels::backward<T, decltype(masked)::value><<<grid.blocks, kernels::kThreads, 0, stream>>>(
           arguments, grid.num_splits, maxima.const_data_ptr<acc_t<T>>(), grads.const_data_ptr<acc_t<T>>());

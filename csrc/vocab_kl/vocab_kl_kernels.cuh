@@ -90,8 +90,8 @@ class OnlinePair {
       const A p = fast_exp2(ds), q = fast_exp2(dt), gap = ds - dt;
       student_sum += p;
       teacher_sum += q;
-      student_gap += p == A(0) ? A(0) : p * gap;
-      teacher_gap -= q == A(0) ? A(0) : q * gap;
+      if (p != A(0)) student_gap = fma(p, gap, student_gap);
+      if (q != A(0)) teacher_gap = fma(q, -gap, teacher_gap);
     }
     sums_.student_sum += student_sum;
     sums_.teacher_sum += teacher_sum;
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
                              for (int k = 0; k < int(sizeof(x) / sizeof(A)); ++k) {
                                const A ds = mixture.student_log(x[k]), dt = mixture.teacher_log(y[k]);
                                const A p = fast_exp2(ds), q = fast_exp2(dt), m = mixture.mixture_log(p, q);
-                               first += p == A(0) ? A(0) : p * (ds - m);
-                               second += q == A(0) ? A(0) : q * (dt - m);
+                               if (p != A(0)) first = fma(p, ds - m, first);
+                               if (q != A(0)) second = fma(q, dt - m, second);
                              }
                              of_student += first;
                              of_teacher += second;
