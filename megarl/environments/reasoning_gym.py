@@ -32,10 +32,11 @@ class ReasoningGymEnvironment(Verifier):
     """Judges by the task's ``score_answer``; prompts carry their entry in ``metadata["entry"]``.
 
     The answer is the content of the last ``<answer>...</answer>`` where the response has one, else
-    the whole response; stripped either way. ``info`` has the answer as judged and which it was
-    (``answer_tags``). With ``source.extract`` last_number, the last number in that text is judged
-    instead (an empty answer where there is none), for models that answer in sentences. Scores are the task's own, in [0, 1]: many tasks give partial credit, so
-    "solved" means a reward of 1; ``source.partial_credit`` false turns every lower score into 0.
+    the whole response; stripped either way. With ``source.extract`` last_number, the last number in
+    that text is judged instead (an empty answer where there is none), for models that answer in
+    sentences. ``info`` has the answer as judged and which it was (``answer_tags``). Scores are the
+    task's own, in [0, 1]: many tasks give partial credit, so "solved" means a reward of 1;
+    ``source.partial_credit`` false turns every lower score into 0.
     """
 
     def __init__(self, source: ReasoningGymSource, field: str = "data.train") -> None:
