@@ -1,0 +1,53 @@
+"""A tiny model, and the two runs that most tests look at or compare with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.harness import GRPO, ROOT, SFT, run, write_config
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run directory, the configuration it came from, and what the command printed."""
+
+    dir: Path
+    config: Path
+    output: str
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("end_to_end")
+
+
+@pytest.fixture(scope="session")
+def model(workspace: Path) -> Path:
+    """Two layers, hidden 64, a real tokenizer."""
+    path = workspace / "model"
+    sizes = {"layers": 2, "hidden": 64, "heads": 2, "kv-heads": 1, "head-dim": 32, "intermediate": 128}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sft_run(workspace: Path, model: Path) -> FinishedRun:
+    """An uninterrupted SFT run on one process."""
+    directory = workspace / "sft"
+    config = write_config(workspace / "sft.yaml", SFT, run_dir=directory, model=model)
+    return FinishedRun(directory, config, run("sft", "--config", config, output=workspace / "sft.log"))
+
+
+@pytest.fixture(scope="session")
+def grpo_run(workspace: Path, sft_run: FinishedRun) -> FinishedRun:
+    """An uninterrupted GRPO run with a vLLM engine, one optimizer step per batch, from the SFT model."""
+    directory = workspace / "grpo"
+    config = write_config(workspace / "grpo.yaml", GRPO, run_dir=directory, model=sft_run.dir / "hf")
+    return FinishedRun(directory, config, run("grpo", "--config", config, output=workspace / "grpo.log"))
