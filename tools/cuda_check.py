@@ -3,7 +3,7 @@
 For each csrc/*/*_kernels.cuh all template variants are compiled for sm_80, sm_90 and sm_100. The check fails
 on an error, on a register spill and on a stack frame (arrays in local memory), and prints registers, shared
 memory and theoretical occupancy per kernel. ``--with-torch`` also compiles the launchers (*_cuda.cu) against
-torch's headers.
+torch's headers, and registers them against the schemas of the built extension.
 
     .venv/bin/python tools/cuda_check.py [--arch sm_90] [--only token_logprob] [--with-torch]
 """
@@ -99,7 +99,8 @@ def parse_report(report: str) -> Iterator[Kernel]:
     for match in re.finditer(rf"{entry}.*?{stack}.*?{used}", report, re.DOTALL):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         spills = int(match["stores"]) + int(match["loads"])
-        name = re.sub(r"^void |\(.*|megarl::", "", match["name"])
+        name = match["name"].replace("(bool)0", "false").replace("(bool)1", "true")  # c++filt's spelling
+        name = re.sub(r"^void |\(.*|megarl::", "", name)
         yield Kernel(
             name,
             match["arch"],
@@ -169,8 +170,54 @@ def compile_launcher(nvcc: str, source: Path, work: Path) -> str:
     stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
     includes = [f"-I{path}" for path in include_paths()] + [f"-I{work / 'stub'}"]
     target = str(work / f"{source.stem}.o")
-    code, output = run_nvcc(nvcc, [*FLAGS, *includes, "-w", "-arch=sm_90", "-c", str(source), "-o", target])
+    options = ["-w", "-arch=sm_90", "-Xcompiler", "-fPIC", "-c"]
+    code, output = run_nvcc(nvcc, [*FLAGS, *includes, *options, str(source), "-o", target])
     return output if code else ""
+
+
+# Data of libc10_cuda, which a CPU build of torch lacks; its functions are bound when called, that is never.
+STUB_SOURCE = (
+    "namespace c10::cuda::CUDACachingAllocator { extern void* allocator; void* allocator = nullptr; }"
+)
+LOAD_LAUNCHERS = """
+import ctypes, sys
+from megarl.ops._load import load_native
+load_native()
+libc = ctypes.CDLL(None)
+libc.dlopen.restype, libc.dlerror.restype = ctypes.c_void_p, ctypes.c_char_p
+RTLD_LAZY = 1
+if not libc.dlopen(sys.argv[1].encode(), RTLD_LAZY):
+    sys.exit(libc.dlerror().decode())
+"""
+
+
+def check_registration(nvcc: str, work: Path) -> list[str]:
+    """Links the launchers and loads them beside megarl._C: torch compares signatures with schemas."""
+    import torch
+
+    stub, library = work / "stub.cpp", work / "launchers.so"
+    stub.write_text(STUB_SOURCE)
+    torch_lib = Path(torch.__file__).parent / "lib"
+    linker = [
+        "-Xlinker",
+        "-z,lazy",
+        f"-L{torch_lib}",
+        "-lc10",
+        "-ltorch_cpu",
+        "-Xlinker",
+        f"-rpath,{torch_lib}",
+    ]
+    objects = [str(path) for path in sorted(work.glob("*_cuda.o"))]
+    fpic = ["-shared", "-Xcompiler", "-fPIC"]
+    code, output = run_nvcc(nvcc, [*fpic, str(stub), *objects, *linker, "-o", str(library)])
+    if code:
+        return [f"the launchers do not link:\n{output}"]
+    command = [sys.executable, "-c", LOAD_LAUNCHERS, str(library)]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        return [f"the launchers do not register:\n{result.stdout}"]
+    print(f"{len(objects)} launchers register against the schemas")
+    return []
 
 
 def print_table(header: str, kernels: list[Kernel]) -> list[str]:
@@ -217,7 +264,7 @@ def check_launchers(nvcc: str, sources: list[Path], work: Path) -> list[str]:
             print(f"{source.relative_to(ROOT)}: {'failed' if message else 'compiles'} for sm_90")
             if message:
                 problems.append(f"{source.name} does not compile:\n{message}")
-    return problems
+    return problems or check_registration(nvcc, work)
 
 
 def main() -> int:
@@ -227,7 +274,9 @@ def main() -> int:
     )
     parser.add_argument("--arch", action="append", choices=list(DEVICES), help="only these architectures")
     parser.add_argument("--only", default="", help="only files whose path holds this text")
-    parser.add_argument("--with-torch", action="store_true", help="also compile the launchers (minutes)")
+    parser.add_argument(
+        "--with-torch", action="store_true", help="also compile and register the launchers (minutes)"
+    )
     parser.add_argument("--allow-missing", action="store_true", help="succeed where there is no nvcc")
     arguments = parser.parse_args()
     nvcc = shutil.which("nvcc")
