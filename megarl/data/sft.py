@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.schema import PromptFormat, ReasoningGymSource, SftDataConfig, SftJsonlSource
+from megarl.config.schema import PromptFormat, SftReasoningGymSource, SftDataConfig, SftJsonlSource
 from megarl.data.jsonl import get_messages, get_text, read_jsonl
 from megarl.data.prompts import Split
 from megarl.data.tokenizer import Message, chat_ids
@@ -129,8 +129,9 @@ class Demonstrations(ABC, AbstractSequence[Sequence]):
 
 
 class _ReasoningGymDemonstrations(Demonstrations):
-    def __init__(self, source: ReasoningGymSource, *args: Any) -> None:
+    def __init__(self, source: SftReasoningGymSource, *args: Any) -> None:
         super().__init__(*args)
+        self._templates = source.response_templates
         self._dataset = make_dataset(source, self._field)
         for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
             self._sequence(index)
@@ -143,7 +144,8 @@ class _ReasoningGymDemonstrations(Demonstrations):
         where = f"{self._field}: problem {index}"
         if entry["answer"] is None:
             raise UserError(f"{where}: the task gives no reference answer to learn from")
-        return self._from_pair(where, entry["question"], str(entry["answer"]))
+        response = self._templates[index % len(self._templates)].replace("{answer}", str(entry["answer"]))
+        return self._from_pair(where, entry["question"], response)
 
 
 class _JsonlDemonstrations(Demonstrations):
@@ -187,7 +189,7 @@ def load_demonstrations(
             only append (:meth:`Demonstrations._from_messages`).
     """
     train, held_out = config.train, config.held_out
-    if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
+    if isinstance(train, SftReasoningGymSource) and isinstance(held_out, SftReasoningGymSource):
         check_disjoint(train, held_out)
     if (
         isinstance(train, SftJsonlSource)
@@ -199,6 +201,6 @@ def load_demonstrations(
     if source is None:
         raise UserError("data.held_out: missing; the validation loss needs held-out demonstrations")
     arguments = (tokenizer, config.format, max_sequence_length, f"data.{split}")
-    if isinstance(source, ReasoningGymSource):
+    if isinstance(source, SftReasoningGymSource):
         return _ReasoningGymDemonstrations(source, *arguments)
     return _JsonlDemonstrations(source, *arguments)

@@ -34,8 +34,9 @@ class LossTokens:
 class LossResult:
     """A microbatch's loss (its share of the global mean) and what is to be logged.
 
-    ``sums`` are added over microbatches and ranks, of ``maxima`` the largest survives. Values are
-    scalars without gradient.
+    ``sums`` are added over microbatches and ranks and divided by the sum of ``weight``, which is 1 but
+    for rounding (so that the mean of a constant is that constant); of ``maxima`` the largest survives.
+    Values are scalars without gradient.
     """
 
     loss: torch.Tensor

@@ -57,6 +57,7 @@ class PolicyLoss:
         with torch.no_grad():
             sums = {
                 "policy_loss": loss.detach(),
+                "weight": w.sum(),
                 "advantage_mean": (w * advantage).sum(),
                 "ratio_mean": (w * ratio).sum(),
                 "kl_policy": (w * (ratio - 1 - log_ratio)).sum(),

@@ -9,4 +9,11 @@ def sft_loss(tokens: LossTokens) -> LossResult:
     """``-sum_t weight_t * log p(label_t)``, with weights 1 / T the mean over all targets of the step."""
     loss = -(tokens.weights * tokens.logprobs).sum()
     detached = loss.detach()
-    return LossResult(loss, {"loss": detached, "entropy": (tokens.weights * tokens.entropy.detach()).sum()})
+    return LossResult(
+        loss,
+        {
+            "loss": detached,
+            "entropy": (tokens.weights * tokens.entropy.detach()).sum(),
+            "weight": tokens.weights.sum(),
+        },
+    )

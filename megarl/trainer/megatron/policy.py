@@ -251,12 +251,14 @@ class MegatronPolicy:
             dist.all_gather_object(gathered, pairs)
             pairs = [pair for rank in gathered for pair in rank]
         out: dict[str, float] = {}
+        peaks = {name for _, maxima in pairs for name in maxima}
         for sums, maxima in pairs:
             for name, value in sums.items():
                 out[name] = out.get(name, 0.0) + value
             for name, value in maxima.items():
                 out[name] = max(out.get(name, float("-inf")), value)
-        return out
+        weight = out.pop("weight", 0.0) or 1.0
+        return {name: value if name in peaks else value / weight for name, value in out.items()}
 
     def _reduce_agreement(self, agreement: Agreement) -> Agreement:
         if dist.get_world_size() == 1:

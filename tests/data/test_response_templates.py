@@ -1,0 +1,35 @@
+"""Demonstrations in several forms."""
+
+from __future__ import annotations
+
+import pytest
+import reasoning_gym
+
+from megarl.config.schema import PromptFormat, SftDataConfig, SftReasoningGymSource
+from megarl.data.sft import load_demonstrations
+
+CHAIN = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def test_forms_alternate_and_carry_the_reference_answer(tokenizer):
+    source = SftReasoningGymSource(
+        source="reasoning_gym",
+        task="chain_sum",
+        arguments=CHAIN,
+        size=6,
+        response_templates=["{answer}", "The answer is {answer}."],
+    )
+    config = SftDataConfig(train=source, format=PromptFormat(chat_template=False))
+    demonstrations = load_demonstrations(config, tokenizer, max_sequence_length=128, split="train")
+    entries = reasoning_gym.create_dataset("chain_sum", seed=1, size=6, **CHAIN)
+    for i in range(6):
+        sequence = demonstrations[i]
+        ids = [t for t, m in zip(sequence.token_ids, sequence.loss_mask, strict=True) if m]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        answer = entries[i]["answer"]
+        assert text.strip() == (answer if i % 2 == 0 else f"The answer is {answer}.")
+
+
+def test_no_form_at_all_is_refused():
+    with pytest.raises(ValueError, match="response_templates"):
+        SftReasoningGymSource(source="reasoning_gym", task="chain_sum", response_templates=[])
