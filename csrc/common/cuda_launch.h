@@ -63,6 +63,11 @@ inline void check_input(const char* op, const char* name, const at::Tensor& tens
   MEGARL_CHECK(op, tensor.device() == anchor.device(), name, " is on ", tensor.device(), ", expected ", anchor.device());
 }
 
+inline void check_writable(const char* op, const char* name, const at::Tensor& logits) {
+  MEGARL_CHECK(op, logits.size(0) < 2 || logits.stride(0) >= logits.size(1), name,
+               " whose rows overlap cannot be overwritten, got strides ", logits.strides());
+}
+
 inline int64_t num_sms(const at::Tensor& tensor) {
   int count = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device()));

@@ -85,6 +85,7 @@ void token_logprob_backward_cuda(at::Tensor& logits, const at::Tensor& targets, 
                                  const at::Tensor& grad_stats) {
   constexpr const char* op = "token_logprob_backward_";
   const int64_t rows = check_arguments(op, logits, targets, temperature, row_index, min_logit);
+  check_writable(op, "logits", logits);
   check_vector(op, "row_max", row_max, rows, stats_dtype(logits));
   MEGARL_CHECK(op, grad_stats.dim() == 2 && grad_stats.size(0) == rows && grad_stats.size(1) == kernels::kNumStats,
                "grad_stats must have shape [", rows, ", ", kernels::kNumStats, "], got ", grad_stats.sizes());

@@ -96,6 +96,7 @@ void vocab_kl_backward_cuda(at::Tensor& student, const at::Tensor& teacher, cons
                             const at::Tensor& row_max, const at::Tensor& grad_stats) {
   constexpr const char* op = "vocab_kl_backward_";
   check_pair(op, student, teacher, temperature);
+  check_writable(op, "student", student);
   const c10::cuda::CUDAGuard guard(student.device());
   const at::Tensor maxima = take_stats(op, "row_max", row_max, 2, student);
   const at::Tensor grads = take_stats(op, "grad_stats", grad_stats, kernels::kNumStats, student);
@@ -143,6 +144,7 @@ void vocab_js_backward_cuda(at::Tensor& student, const at::Tensor& teacher, cons
                             const at::Tensor& student_sum, const at::Tensor& grad) {
   constexpr const char* op = "vocab_js_backward_";
   check_pair(op, student, teacher, temperature);
+  check_writable(op, "student", student);
   MEGARL_CHECK(op, beta >= 0 && beta <= 1, "beta must lie in [0, 1], got ", beta);
   const c10::cuda::CUDAGuard guard(student.device());
   const at::Tensor of_student = take_stats(op, "student_lse", student_lse, 0, student);
