@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -23,18 +24,26 @@ _DIR_PREFIX = "megarl-ray-"
 # Unix socket paths end at 107 bytes, and Ray's session directory takes about 75 of them.
 _MAX_TEMP_ROOT = 30
 
-_reapers: list[subprocess.Popen[bytes]] = []  # at most one
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    temp_dir: Path
+    reaper: subprocess.Popen[bytes]
+
+
+_sessions: list[_Session] = []  # one while Ray runs
 
 
 def start_ray() -> None:
     """Start this driver's own Ray on this machine; does nothing when it runs already."""
     import ray
 
-    if ray.is_initialized():
+    if _sessions:
         return
     _remove_stale_dirs()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
+    temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
@@ -43,39 +52,44 @@ def start_ray() -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _temp_dir=tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root()),
+        _temp_dir=temp_dir,
     )
     # Ray puts a crash reporter on SIGTERM, after which the driver could no longer end in order.
     signal.signal(signal.SIGTERM, handler)
-    _reapers.append(_start_reaper())
+    _sessions.append(_Session(Path(temp_dir), _start_reaper()))
 
 
 def ray_temp_dir() -> Path:
     """Where this driver's Ray keeps its files; removed by :func:`stop_ray` or by a later driver."""
-    return next(_temp_root().glob(f"{_DIR_PREFIX}{os.getpid()}-*"))
+    return _sessions[0].temp_dir
 
 
 def stop_ray() -> None:
     """Stop what :func:`start_ray` started and remove its files; does nothing when it does not run."""
+    if not _sessions:
+        return
     import ray
 
-    if not ray.is_initialized():
-        return
-    temp_dir = ray_temp_dir()
-    for reaper in _reapers:
-        reaper.kill()
-        reaper.communicate()
-    _reapers.clear()
+    session = _sessions.pop()
+    session.reaper.kill()
+    session.reaper.communicate()
     ray.shutdown()
-    shutil.rmtree(temp_dir, ignore_errors=True)  # a daemon may still be writing its last log line
+    shutil.rmtree(session.temp_dir, ignore_errors=True)  # a daemon may still be writing its last log line
 
 
 def _start_reaper() -> subprocess.Popen[bytes]:
     """A shell that waits for the driver's end of a pipe to close, then ends the raylet's children."""
-    [raylet] = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    pids = [str(child.pid) for child in raylet.children()]
+    raylets = [child for child in psutil.Process().children() if _name(child) == "raylet"]
+    pids = [str(child.pid) for raylet in raylets for child in raylet.children()]
     command = ["/bin/sh", "-c", 'read _; kill -9 "$@" 2>/dev/null', "megarl-ray-reaper", *pids]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.NoSuchProcess:  # a child of the driver that ended meanwhile
+        return ""
 
 
 def _temp_root() -> Path:
