@@ -118,6 +118,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return " or ".join(_describe(part, []) for part in parts)
     if get_origin(annotation) is Literal:
         return " or ".join(repr(value) for value in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"a list, each {_describe(get_args(annotation)[0], [])}"
     if get_origin(annotation) is dict:
         return "a mapping"
     if sections_of(annotation):

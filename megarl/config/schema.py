@@ -214,9 +214,7 @@ class SftJsonlSource(Section):
 class SftReasoningGymSource(ReasoningGymSource):
     """reasoning-gym problems with their reference answers as demonstrations."""
 
-    response_templates: Annotated[list[Annotated[str, Field(pattern=r"\{answer\}")]], Field(min_length=1)] = [
-        "{answer}"
-    ]
+    response_templates: list[Text] = ["{answer}"]
     """Forms of the response, each with {answer}; demonstration i uses form i modulo their number."""
 
 

@@ -132,6 +132,8 @@ class _ReasoningGymDemonstrations(Demonstrations):
     def __init__(self, source: SftReasoningGymSource, *args: Any) -> None:
         super().__init__(*args)
         self._templates = source.response_templates
+        if not self._templates or not all("{answer}" in template for template in self._templates):
+            raise UserError(f"{self._field}.response_templates: needs forms that each contain {{answer}}")
         self._dataset = make_dataset(source, self._field)
         for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
             self._sequence(index)

@@ -7,6 +7,7 @@ import reasoning_gym
 
 from megarl.config.schema import PromptFormat, SftDataConfig, SftReasoningGymSource
 from megarl.data.sft import load_demonstrations
+from megarl.errors import UserError
 
 CHAIN = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -30,6 +31,11 @@ def test_forms_alternate_and_carry_the_reference_answer(tokenizer):
         assert text.strip() == (answer if i % 2 == 0 else f"The answer is {answer}.")
 
 
-def test_no_form_at_all_is_refused():
-    with pytest.raises(ValueError, match="response_templates"):
-        SftReasoningGymSource(source="reasoning_gym", task="chain_sum", response_templates=[])
+@pytest.mark.parametrize("templates", [[], ["{answer}", "always 7"]])
+def test_a_form_without_the_answer_is_refused(tokenizer, templates):
+    source = SftReasoningGymSource(
+        source="reasoning_gym", task="chain_sum", arguments=CHAIN, response_templates=templates
+    )
+    config = SftDataConfig(train=source, format=PromptFormat(chat_template=False))
+    with pytest.raises(UserError, match="data.train.response_templates"):
+        load_demonstrations(config, tokenizer, max_sequence_length=128, split="train")
