@@ -111,17 +111,20 @@ acc block_max(const acc* block, int64_t n) {
   return at::vec::vec_reduce_all<acc>([](Vec a, Vec b) { return fast_max(a, b); }, both);
 }
 
-// Adds sum of exp(d) and of d * exp(d) over a block, d = (x - maximum) / temperature.
+// Adds sum of exp(d) and of d * exp(d) over a block, d = (x - shift) / temperature; returns its maximum.
 template <typename acc>
-void block_sums(const acc* block, int64_t n, acc maximum, const ShiftedExp<acc>& shifted_exp, double* sum,
-                double* weighted) {
+acc block_sums(const acc* block, int64_t n, acc shift, const ShiftedExp<acc>& shifted_exp, double* sum,
+               double* weighted) {
   using Vec = Vectorized<acc>;
   constexpr int64_t size = Vec::size();
   constexpr int kChains = 2;  // independent sums, so that additions do not wait for one another
-  const Vec shift(maximum), clamp(shifted_exp.clamp);
+  const Vec shifts(shift), clamp(shifted_exp.clamp), first = Vec::loadu(block);
+  Vec maxima[kChains] = {first, first};
   Vec sums[kChains] = {Vec(0), Vec(0)}, weights[kChains] = {Vec(0), Vec(0)};
   auto add = [&](int k, const acc* x) {
-    const Vec d = fast_max(clamp, Vec::loadu(x) - shift);
+    const Vec value = Vec::loadu(x);
+    maxima[k] = fast_max(maxima[k], value);
+    const Vec d = fast_max(clamp, value - shifts);
     const Vec e = shifted_exp(d);
     sums[k] = sums[k] + e;
     weights[k] = at::vec::fmadd(d, e, weights[k]);
@@ -135,6 +138,8 @@ void block_sums(const acc* block, int64_t n, acc maximum, const ShiftedExp<acc>&
   *sum += at::vec::vec_reduce_all<acc>(plus, sums[0] + sums[1]);
   *weighted += static_cast<double>(at::vec::vec_reduce_all<acc>(plus, weights[0] + weights[1])) *
                shifted_exp.scale;
+  return at::vec::vec_reduce_all<acc>([](Vec a, Vec b) { return fast_max(a, b); },
+                                      fast_max(maxima[0], maxima[1]));
 }
 
 template <typename scalar_t>
@@ -148,32 +153,47 @@ void row_stats(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t>* stats) {
   const acc target = target_column < 0 ? lowest : static_cast<acc>(row[target_column]);
   const ShiftedExp<acc> shifted_exp(rows.inverse_temperature(i));
 
-  acc maximum = lowest;
+  // Any shift near the maximum will do, so one pass over memory is enough: the first block's maximum
+  // serves until a block exceeds it by so much that float sums would lose digits or overflow. That block
+  // is then added again from the cache.
+  constexpr acc kSlack = 16;
+  acc shift = lowest, maximum = lowest;
   double sum = 0, weighted = 0;
-  // Moves the sums to a larger maximum. The first block comes from -inf with sums of 0.
-  auto raise_maximum = [&](acc larger) {
-    if (larger > maximum) {
-      if (maximum != lowest) {
-        const double d = static_cast<double>(maximum - larger) * shifted_exp.scale;
-        weighted = std::exp(d) * (weighted + d * sum);
-        sum *= std::exp(d);
-      }
-      maximum = larger;
+  auto move_shift = [&](acc to) {
+    if (shift != lowest) {
+      const double d = static_cast<double>(shift - to) * shifted_exp.scale;
+      weighted = std::exp(d) * (weighted + d * sum);
+      sum *= std::exp(d);
     }
+    shift = to;
   };
   for (int64_t begin = 0; begin < rows.columns; begin += kBlock) {
-    const int64_t n = std::min(kBlock, rows.columns - begin);
+    const int64_t n = std::min(kBlock, rows.columns - begin), end = padded<acc>(n);
     const acc* block = load_block<scalar_t>(row + begin, n, minimum, buffer);
-    const int64_t end = padded<acc>(n);
-    raise_maximum(block_max(block, end));
-    block_sums(block, end, maximum == lowest ? acc(0) : maximum, shifted_exp, &sum, &weighted);
+    if (shift == lowest) {
+      const acc first = block_max(block, end);
+      if (first > lowest) move_shift(first);
+    }
+    double block_sum = 0, block_weighted = 0;
+    const acc finite_shift = shift == lowest ? acc(0) : shift;
+    const acc largest = block_sums(block, end, finite_shift, shifted_exp, &block_sum, &block_weighted);
+    maximum = std::max(maximum, largest);
+    if (shift != lowest && (largest - shift) * shifted_exp.scale > kSlack) {
+      move_shift(largest);
+      block_sum = block_weighted = 0;
+      block_sums(block, end, shift, shifted_exp, &block_sum, &block_weighted);
+    }
+    sum += block_sum;
+    weighted += block_weighted;
   }
   if (minimum && target < *minimum) {  // the sampler chose it, so it belongs to the support
-    raise_maximum(target);
-    const double d = static_cast<double>(target - maximum) * shifted_exp.scale;
+    maximum = std::max(maximum, target);
+    if (shift == lowest || target > shift) move_shift(target);
+    const double d = static_cast<double>(target - shift) * shifted_exp.scale;
     sum += std::exp(d);
     weighted += d * std::exp(d);
   }
+  move_shift(maximum);
   stats[0] = maximum;
   stats[1] = static_cast<acc>(sum);
   stats[2] = target;

@@ -5,8 +5,10 @@ Importing this package loads megarl._C; without it NativeOpsUnavailable says how
 
 from megarl.ops._load import NativeOpsUnavailable
 from megarl.ops.linear_token_logprob import linear_token_logprob
+from megarl.ops.linear_vocab_kl import linear_vocab_kl
 from megarl.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
 from megarl.ops.token_logprob import TokenLogprobs, token_logprob
+from megarl.ops.vocab_kl import vocab_kl, vocab_kl_topk
 
 __all__ = [
     "NativeOpsUnavailable",
@@ -14,6 +16,9 @@ __all__ = [
     "PolicyLossOptions",
     "TokenLogprobs",
     "linear_token_logprob",
+    "linear_vocab_kl",
     "policy_loss",
     "token_logprob",
+    "vocab_kl",
+    "vocab_kl_topk",
 ]

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-
 LOGITS_CAUSE = ": its logits hold NaN or inf, or give the target no probability"
 
 
@@ -75,7 +74,9 @@ def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = N
             position = int(bad[0, 0])
             row = position if row_index is None else int(row_index[position])
             raise FloatingPointError(
-                f"megarl::{op}: {name} of row {row} is {float(values[position])} ({bad.shape[0]} such rows){cause}"
+                f"megarl::{op}: {name} of row {row} is {float(values[position])} "
+                f"({bad.shape[0]} such rows){cause}"
+                f"({bad.shape[0]} such rows){cause}"
             )
 
 

@@ -65,8 +65,12 @@ def expect(
     return loss.detach(), leaves["logprobs"].grad, leaves["entropy"].grad
 
 
+def make_options(**fields: Any) -> PolicyLossOptions:
+    return PolicyLossOptions(**fields)
+
+
 CASES = [
-    PolicyLossOptions(
+    make_options(
         objective=objective,
         level=level,
         correction=correction,
@@ -140,7 +144,7 @@ def test_on_policy_gradient_is_minus_the_advantage() -> None:
     batch = sample_batch(torch.float64)
     batch["logprobs"] = batch["old_logprobs"].clone()
     for objective, level in itertools.product(("clip", "cispo"), ("token", "sequence")):
-        options = PolicyLossOptions(objective=objective, level=level)  # type: ignore[arg-type]
+        options = make_options(objective=objective, level=level)
         gradient, sums = run(batch, options)[1], run(batch, options)[3]
         torch.testing.assert_close(gradient, -3 * batch["weights"] * batch["advantages"])
         assert sums["old_kl"] == 0 and sums["ratio"] == sums["tokens"]
@@ -158,7 +162,7 @@ def test_masked_tokens_may_hold_anything() -> None:
 
 
 def test_overflowing_ratios_are_clipped_not_nan() -> None:
-    values = {"old_logprobs": torch.tensor([-200.0] * 3), "weights": torch.ones(3)}
+    values: dict[str, Any] = {"old_logprobs": torch.tensor([-200.0] * 3), "weights": torch.ones(3)}
     logprobs = torch.zeros(3, requires_grad=True)
     advantages = torch.tensor([1.0, 0.0, -1.0])
     options = PolicyLossOptions(dual_clip=3.0)

@@ -1,0 +1,92 @@
+"""Timing and memory of implementations that do the same thing, interleaved in one process."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a pass: ``prepare`` (untimed) makes the arguments of ``call``."""
+
+    name: str
+    call: Callable[..., Any]
+    prepare: Callable[[], tuple[Any, ...]] = tuple
+
+
+def measure(
+    op: str, case: str, pass_name: str, implementations: list[Implementation], repeats: int
+) -> list[Row]:
+    """One row per implementation: median seconds of ``repeats`` interleaved calls, peak extra bytes of one.
+
+    Interleaving lets a noisy moment hit all of them. The warm-up call is not counted; peak memory is
+    taken in one more call. Prints a line per row to stderr.
+    """
+    seconds: dict[str, list[float]] = {entry.name: [] for entry in implementations}
+    for repeat in range(repeats + 1):
+        for entry in implementations:
+            arguments = entry.prepare()
+            start = time.perf_counter()
+            entry.call(*arguments)
+            if repeat:
+                seconds[entry.name].append(time.perf_counter() - start)
+    rows = []
+    for entry in implementations:
+        row = {
+            "op": op,
+            "case": case,
+            "impl": entry.name,
+            "pass": pass_name,
+            "seconds": statistics.median(seconds[entry.name]),
+            "peak_extra_bytes": peak_extra_bytes(entry),
+        }
+        rows.append(row)
+        print(
+            f"{op:22} {case:22} {pass_name:7} {entry.name:28} {row['seconds'] * 1e3:10.2f} ms "
+            f"{row['peak_extra_bytes'] / 2**20:9.2f} MiB",
+            file=sys.stderr,
+        )
+    return rows
+
+
+def peak_extra_bytes(entry: Implementation) -> int:
+    """Most memory allocated at once by the call, less what it leaves behind (results and gradients).
+
+    Counts torch's allocator, as the profiler records it, in every thread and inside native ops.
+    """
+    arguments = entry.prepare()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        result = entry.call(*arguments)  # alive until the profile ends, so that it counts as left behind
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    del result
+    return peak - max(current, 0)
+
+
+def seconds_of(rows: list[Row], op: str, case: str, pass_name: str) -> dict[str, float]:
+    """Seconds by implementation."""
+    return {row["impl"]: row["seconds"] for row in _select(rows, op, case, pass_name)}
+
+
+def bytes_of(rows: list[Row], op: str, case: str, pass_name: str) -> dict[str, int]:
+    """Peak extra bytes by implementation."""
+    return {row["impl"]: row["peak_extra_bytes"] for row in _select(rows, op, case, pass_name)}
+
+
+def _select(rows: list[Row], op: str, case: str, pass_name: str) -> list[Row]:
+    return [row for row in rows if (row["op"], row["case"], row["pass"]) == (op, case, pass_name)]
