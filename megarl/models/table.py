@@ -159,10 +159,9 @@ def _region(rule: Rule, place: Place, layer: int, local_layer: int, ranks: int, 
     return Region(hf, tuple(box), param, tuple(index))
 
 
-def check_names(expected: Iterable[str], found: Iterable[str], where: str) -> None:
-    """Raise one error that lists every missing and every left-over tensor."""
-    missing, left_over = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing or left_over:
-        lines = [f"{where}: missing tensor {name}" for name in missing]
-        lines += [f"{where}: no rule maps tensor {name}" for name in left_over]
-        raise UserError("\n".join(lines))
+def name_problems(expected: Iterable[str], found: Iterable[str], where: str) -> list[str]:
+    """A line for every missing and every left-over tensor."""
+    names, present = set(expected), set(found)
+    return [f"{where}: missing tensor {name}" for name in sorted(names - present)] + [
+        f"{where}: no rule maps tensor {name}" for name in sorted(present - names)
+    ]

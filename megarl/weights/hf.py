@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
-from megarl.models.table import Architecture, Region, check_names
+from megarl.models.table import Architecture, Region, name_problems
 
 _MAX_SHARD_BYTES = 5 * 2**30
 _CARRIED_OVER = (
@@ -78,16 +78,17 @@ def load_hf(
             return handles[files[name]].get_slice(name)
 
         expected = architecture.hf_shapes()
-        if architecture.spec.tied_embeddings and "lm_head.weight" in files:
-            embedding = "model.embed_tokens.weight"
-            if not torch.equal(read("lm_head.weight")[:], read(embedding)[:]):
-                raise UserError(f"{model_dir}: lm_head.weight differs from {embedding} though they are tied")
-            del files["lm_head.weight"]
-        check_names(expected, files, str(model_dir))
-        wrong = [
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        wrong = []
+        if architecture.spec.tied_embeddings and head in files:  # it may repeat the embedding
+            if embedding in files and not torch.equal(read(head)[:], read(embedding)[:]):
+                wrong.append(f"{model_dir}: {head} differs from {embedding} though they are tied")
+            del files[head]
+        wrong += name_problems(expected, files, str(model_dir))
+        wrong += [
             f"{model_dir}: tensor {name} has shape {list(read(name).get_shape())}, expected {list(shape)}"
             for name, shape in expected.items()
-            if tuple(read(name).get_shape()) != shape
+            if name in files and tuple(read(name).get_shape()) != shape
         ]
         wrong += uncovered(architecture, regions, params)
         if wrong:
@@ -156,7 +157,11 @@ def export_hf(
         shards[-1][name] = tensor
         size += num_bytes
         dtype = tensor.dtype
-    check_names(architecture.hf_shapes(), (name for shard in shards for name in shard), str(directory))
+    problems = name_problems(
+        architecture.hf_shapes(), (name for shard in shards for name in shard), str(directory)
+    )
+    if problems:
+        raise UserError("\n".join(problems))
     weight_map = {}
     for number, shard in enumerate(shards):
         file = (
