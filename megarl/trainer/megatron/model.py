@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -164,4 +169,17 @@ def build_model(
         share_embeddings_and_output_weights=spec.tied_embeddings,
         position_embedding_type="none",  # MegaRL's attention applies RoPE by position ids
     )
+    _mark_tensor_parallel(model)
     return model.to(dtype=dtype, device=device)
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Mark the weights that tensor ranks share, which Megatron leaves to the initialisation done without.
+
+    Without the mark a rank's part counts as a replica, and the gradient norm has only the first rank's.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            weight, dim = module.weight, int(isinstance(module, RowParallelLinear))
+            if weight is not None and not getattr(weight, "tensor_model_parallel", False):
+                set_tensor_model_parallel_attributes(weight, True, dim, 1)
