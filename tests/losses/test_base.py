@@ -1,0 +1,81 @@
+"""Weights of tokens and the agreement between engine and trainer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megarl.losses.agreement import Agreement, measure_agreement
+from megarl.losses.base import LossTokens, token_weights
+from megarl.losses.sft import sft_loss
+from megarl.records import Sequence
+
+
+def test_token_weights_by_hand() -> None:
+    sequences = [
+        Sequence([1, 2, 3, 4], [1, 0, 1, 1]),  # 2 targets: position 0 is never one
+        Sequence([5, 6], [1, 0]),  # none
+        Sequence([7, 8, 9, 1, 2], [0, 1, 1, 1, 0]),  # 3
+    ]
+    assert token_weights(sequences, "token") == [1 / 5] * 3
+    assert token_weights(sequences, "sequence") == [1 / 4, 0.0, 1 / 6]
+    assert token_weights(sequences[1:2], "token") == [0.0]
+    assert token_weights(sequences[1:2], "sequence") == [0.0]
+
+
+def test_sft_loss_is_the_weighted_negative_log_likelihood() -> None:
+    logprobs = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True)
+    weights = torch.tensor([0.5, 0.25, 0.125])
+    ids = torch.zeros(3, dtype=torch.int64)
+    tokens = LossTokens(logprobs, torch.tensor([1.0, 2.0, 3.0]), weights, ids, ids, None, None, None, None)
+    result = sft_loss(tokens)
+    assert {k: float(v) for k, v in result.sums.items()} == {"loss": 1.5, "entropy": 1.375, "weight": 0.875}
+    result.loss.backward()
+    assert torch.equal(logprobs.grad, -weights)
+
+
+def test_agreement_names_the_worst_token() -> None:
+    trainer = torch.tensor([-1.0, -2.0, -0.5, -3.0], requires_grad=True)
+    rollout = torch.tensor([-1.25, -2.0, -0.5, -1.0])
+    agreement = measure_agreement(trainer, rollout, torch.tensor([7, 8, 9, 10]), torch.tensor([0, 0, 3, 3]))
+    worst = agreement.worst
+    assert worst is not None
+    assert (worst.difference, worst.sequence_id, worst.label) == (2.0, 3, 10)
+    assert (worst.trainer_logprob, worst.rollout_logprob) == (-3.0, -1.0)
+    metrics = agreement.metrics()
+    assert metrics["logprob_abs_diff_mean"] == pytest.approx(2.25 / 4)
+    assert metrics["logprob_abs_diff_max"] == 2.0
+    k3 = (math.exp(0.25) - 1 - 0.25) + (math.exp(-2.0) - 1 + 2.0)
+    assert metrics["kl_rollout_trainer"] == pytest.approx(k3 / 4, rel=1e-12)
+
+
+def test_agreements_add_up_however_tokens_are_split() -> None:
+    torch.manual_seed(0)
+    trainer, rollout = torch.randn(40), torch.randn(40)
+    labels, rows = torch.arange(40), torch.arange(40) // 7
+    whole = measure_agreement(trainer, rollout, labels, rows)
+    nothing = measure_agreement(trainer[:0], rollout[:0], labels[:0], rows[:0])
+    assert nothing == Agreement()
+    parts = [
+        measure_agreement(trainer[s], rollout[s], labels[s], rows[s])
+        for s in (slice(0, 3), slice(3, 31), slice(31, 40))
+    ]
+    total = sum([nothing, *parts], Agreement())
+    assert total.worst == whole.worst
+    assert total.num_tokens == 40
+    assert total.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
+    reversed_total = sum(reversed(parts), Agreement())
+    assert reversed_total.worst == whole.worst
+    assert Agreement().metrics()["logprob_abs_diff_max"] == 0.0
+
+
+def test_kl_vanishes_only_with_the_difference() -> None:
+    """In float64 sums, a tiny difference is not lost to rounding: k3 is about d^2 / 2."""
+    trainer = torch.full((1000,), -2.0)
+    rollout = torch.full((1000,), -2.0 + 2**-12)
+    metrics = measure_agreement(
+        trainer, rollout, torch.zeros(1000, dtype=torch.int64), torch.zeros(1000, dtype=torch.int64)
+    ).metrics()
+    assert metrics["kl_rollout_trainer"] == pytest.approx(2**-25, rel=1e-3)

@@ -1,0 +1,82 @@
+"""Tiny Hugging Face checkpoints with every option of the three families, and what HF computes with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 250  # no multiple of 64: stored embeddings have padding rows
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama-tied-biases-llama3": (
+        "llama",
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE, **BIASES},
+    ),
+    "llama-biases": ("llama", {"tie_word_embeddings": False, **BIASES}),
+    "llama-linear-rope-mha": (
+        "llama",
+        {"rope_parameters": LINEAR_ROPE, "num_key_value_heads": 4, "head_dim": 8},
+    ),
+    "qwen2": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 8}),
+}
+_CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def make_model(name: str, *, seed: int = 0) -> transformers.PreTrainedModel:
+    """A model in fp32 whose biases and norms are no longer 0 and 1."""
+    family, options = MODELS[name]
+    config_class, model_class = _CLASSES[family]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(SIZES | options))).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(torch.randn_like(param) * 0.05)
+    return model
+
+
+def save_model(name: str, directory: Path, *, seed: int = 0) -> transformers.PreTrainedModel:
+    """Write ``make_model(name)`` to ``directory``."""
+    model = make_model(name, seed=seed)
+    model.save_pretrained(directory)
+    return model
+
+
+def hf_logits(model: transformers.PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """Logits [n, V] of one sequence alone."""
+    return model(torch.tensor([token_ids])).logits[0]
+
+
+def hf_logprobs(model: transformers.PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
+    """Log-probability [n - 1] of tokens 1, 2, ... given those before."""
+    logprobs = hf_logits(model, token_ids)[:-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
