@@ -33,7 +33,7 @@ def model(workspace: Path) -> Path:
     sizes = {"layers": 2, "hidden": 64, "heads": 2, "kv-heads": 1, "head-dim": 32, "intermediate": 128}
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=200)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
     return path
 
 

@@ -44,7 +44,7 @@ GRPO: dict[str, Any] = {
         "num_prompts_per_step": 4,
         "num_generations_per_prompt": 4,
         "max_new_tokens": 6,
-        "engine": {"kv_cache_gib": 0.05, "num_threads": 1},
+        "engine": {"kv_cache_gib": 0.05, "num_threads": 1, "start_timeout_seconds": 1200.0},
     },
     "evaluation": {"num_prompts": 8},
     "training": {"num_steps": 4},
@@ -86,7 +86,7 @@ class Command:
     def output(self) -> str:
         return self.output_path.read_text()
 
-    def wait(self, timeout: float = 600) -> int:
+    def wait(self, timeout: float = 1500) -> int:
         """The exit code; a command that takes longer is killed."""
         try:
             return self.process.wait(timeout)
@@ -100,7 +100,7 @@ class Command:
             self.process.kill()
             self.process.wait()
 
-    def wait_until(self, condition: Callable[[], Any], timeout: float = 600) -> None:
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 1500) -> None:
         """Poll until ``condition()`` holds; the command must be running all the while."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -108,7 +108,7 @@ class Command:
             assert time.monotonic() < deadline, f"nothing happened in {timeout} s:\n{self.output}"
             time.sleep(0.002)
 
-    def freeze_when(self, condition: Callable[[], Any], timeout: float = 600) -> None:
+    def freeze_when(self, condition: Callable[[], Any], timeout: float = 1500) -> None:
         """Poll until ``condition()`` holds of the stopped process: nothing can change after the look."""
         while True:
             self.wait_until(condition, timeout)

@@ -29,7 +29,7 @@ from tests.end_to_end.harness import (
 )
 
 # Generous: process starts take ten times as long on a machine that does other things as well.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 STEPS = SFT["training"]["num_steps"]
 
