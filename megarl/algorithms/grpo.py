@@ -125,10 +125,11 @@ class _GrpoLoop:
         order = PromptOrder(len(self.train), config.data.shuffle, config.run.seed)
         totals: dict[str, float] = dict(state["totals"])
         position, last = state["position"], config.training.num_steps
+        earlier = totals.get("wall_seconds", 0.0)
+        run.timers.start_step()
         if state["step"] == 0 and config.evaluation.at_start:
             totals["accuracy_before"] = self.evaluate(0)
             run.log(0, {"accuracy": totals["accuracy_before"]})
-        run.timers.start_step()
         for step in range(state["step"] + 1, last + 1):
             indices = order.batch(position, config.rollout.num_prompts_per_step)
             position += len(indices)
@@ -141,6 +142,7 @@ class _GrpoLoop:
                 values["accuracy"] = totals["accuracy_after"] = self.evaluate(step)
             self.write_samples(step, groups)
             self._log(step, values, totals)
+            totals["wall_seconds"] = earlier + run.seconds_so_far()
             run.after_step(step, last, self.policy, {"position": position, "totals": totals})
         run.finish(self.summary(totals))
 
@@ -290,11 +292,13 @@ class _GrpoLoop:
     def summary(self, totals: dict[str, float]) -> dict[str, Any]:
         """What summary.json says about the run, its earlier parts included when it was resumed."""
         seconds = {phase: totals.get(f"seconds_{phase}", 0.0) for phase in PHASES}
+        wall = totals.get("wall_seconds", 0.0)  # start-up and evaluation included, under "other"
+        seconds["other"] = wall - sum(seconds[phase] for phase in PHASES if phase != "other")
         return {
             "accuracy_before": totals.get("accuracy_before"),
             "accuracy_after": totals.get("accuracy_after"),
             "grpo_steps": self.config.training.num_steps,
-            "wall_seconds": totals.get("seconds", 0.0),
+            "wall_seconds": wall,
             "phase_seconds": seconds,
             "tokens_per_second": {
                 "rollout": totals.get("rollout_tokens", 0) / seconds["rollout"]

@@ -140,6 +140,10 @@ class Run:
                 sink.log(metrics)
             self.console.step(metrics)
 
+    def seconds_so_far(self) -> float:
+        """Wall time of this process's run, start-up included."""
+        return time.perf_counter() - self.started
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and the report, and say where it is."""
         if self.is_first:
