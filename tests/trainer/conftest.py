@@ -1,0 +1,20 @@
+"""Tiny models shared by the trainer's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models.tiny import save_model
+
+NAMES = ("qwen3-tied", "llama-biases")
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tied model with qk-norm and an untied one with biases everywhere."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        save_model(name, folder / name)
+    return {name: str(folder / name) for name in NAMES}

@@ -1,0 +1,298 @@
+"""What trainer ranks do in tests; heavy imports are inside, so that pytest itself stays without Megatron."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl.errors import UserError
+from megarl.losses.base import LossResult, LossTokens, token_weights
+from megarl.losses.policy import PolicyLoss
+from megarl.losses.sft import sft_loss
+from megarl.records import PackedBatch, Sequence
+
+TOTAL_STEPS = 8
+TEMPERATURE = 0.9
+OPTIMIZER: dict[str, Any] = {
+    "lr": 4e-3,
+    "min_lr": 1e-3,
+    "lr_schedule": "cosine",
+    "lr_warmup_steps": 2,
+    "weight_decay": 0.1,
+    # Adam divides rounding noise by itself where a gradient is nothing but noise; this keeps it noise.
+    "adam_eps": 1e-5,
+}
+KL_COEF = 0.3
+POLICY_LOSS = PolicyLoss(clip_ratio_low=0.02, clip_ratio_high=0.05, kl_coef=KL_COEF, kl_estimator="k3")
+
+
+def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 250) -> list[Sequence]:
+    """Random sequences with rollout logprobs; the second has no target at all."""
+    draw = random.Random(seed)
+    sequences = []
+    for number in range(count):
+        n = draw.randint(6, longest)
+        prompt = draw.randint(1, 4)
+        mask = [0] * n if number == 1 else [0] * prompt + [draw.randint(0, 9) > 0 for _ in range(n - prompt)]
+        sequences.append(
+            Sequence(
+                token_ids=[draw.randrange(vocab) for _ in range(n)],
+                loss_mask=[int(m) for m in mask],
+                advantage=draw.gauss(0, 1),
+                rollout_logprobs=[draw.uniform(-8, -3) for _ in range(n)],
+            )
+        )
+    return sequences
+
+
+def build(context: Any, model_dir: str, *, optimizer: dict[str, Any] | None = None, budget: int = 96) -> Any:
+    """A policy on this rank."""
+    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    return MegatronPolicy(
+        context,
+        load_architecture(model_dir),
+        ModelConfig(path=model_dir),
+        PackingConfig(max_tokens_per_microbatch=budget),
+        OptimizerConfig(**(OPTIMIZER | (optimizer or {}))),
+        TOTAL_STEPS,
+    )
+
+
+def export(policy: Any, model_dir: str, directory: str) -> None:
+    from megarl.weights.hf import export_hf
+
+    tensors = policy.hf_tensors()
+    if policy.context.is_first:
+        export_hf(directory, model_dir, policy.architecture, tensors)
+    else:
+        assert list(tensors) == []
+
+
+def weights(policy: Any) -> dict[str, np.ndarray]:
+    """All Hugging Face tensors, on rank 0."""
+    return {name: tensor.numpy().copy() for name, tensor in policy.hf_tensors()}
+
+
+# --- one rank -----------------------------------------------------------------------------------------
+
+
+def logits_and_export(
+    context: Any, model_dir: str, sequences: list[list[int]], export_dir: str, dtype: str
+) -> np.ndarray | None:
+    """Logits [T, V] of sequences packed into one microbatch (fp32 only), and the model written back."""
+    from megarl.config.schema import ModelConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.attention import PackedMicrobatch
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    policy = MegatronPolicy(context, load_architecture(model_dir), ModelConfig(path=model_dir, dtype=dtype))
+    export(policy, model_dir, export_dir)
+    if dtype != "float32":
+        return None
+    lengths = [len(s) for s in sequences]
+    packed = PackedMicrobatch(
+        qkv_format="thd", lengths=lengths, position_ids=torch.cat([torch.arange(n) for n in lengths])
+    )
+    ids = torch.tensor([token for s in sequences for token in s])
+    with torch.no_grad():
+        hidden = policy.module(ids[None], packed.position_ids[None], None, packed_seq_params=packed)
+        return (hidden[:, 0] @ policy.module.head_weight().T).numpy()
+
+
+def gradients(
+    context: Any,
+    model_dir: str,
+    sequences: list[Sequence],
+    aggregation: Any,
+    loss: Any,
+    splits: list[list[list[int]] | None],
+) -> list[tuple[float, dict[str, np.ndarray]]]:
+    """Loss and gradient (by HF name) for each split of the step into microbatches; None is the planner's."""
+    from megarl.packing.pack import pack
+    from megarl.weights.hf import region_index
+
+    policy = build(context, model_dir)
+    share = torch.tensor(token_weights(sequences, aggregation))
+    answers = []
+    for split in splits:
+        if split is None:
+            batches = policy.prepare(sequences, aggregation)
+            assert len(batches) > 1
+        else:
+            batches = [pack(sequences, indices) for indices in split]
+            for batch in batches:
+                batch.loss_weights = share[batch.sequence_ids] * batch.loss_mask
+        policy.ddp.zero_grad_buffer()
+        results = policy._run(batches, lambda _b, _r, tokens: loss(tokens), 1.0, forward_only=False)
+        grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
+        for region in policy.regions:
+            box = tuple(slice(*span) for span in region.box)
+            grads[region.hf][box] = policy.params[region.param].main_grad[region_index(region.index)]
+        total = sum(float(result.loss) for result in results if result is not None)
+        answers.append((total, {name: grad.numpy() for name, grad in grads.items()}))
+    return answers
+
+
+def sft_steps(
+    context: Any, model_dir: str, steps: list[list[Sequence]], optimizer: dict[str, Any]
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Metrics of plain SFT steps and the weights after them."""
+    policy = build(context, model_dir, optimizer=optimizer)
+    metrics = [
+        policy.train_step(policy.prepare(s, "token"), sft_loss, temperature=1.0).metrics for s in steps
+    ]
+    return metrics, weights(policy)
+
+
+def first_policy_step(context: Any, model_dir: str) -> dict[str, float]:
+    """One optimizer step right after the rollout: old logprobs are these very logprobs."""
+    policy = build(context, model_dir)
+    loss = PolicyLoss(0.2, 0.2, kl_coef=0.0, kl_estimator="k3")
+    batches = policy.prepare(make_sequences(5), "token")
+    return dict(policy.train_step(batches, loss, temperature=TEMPERATURE).metrics)
+
+
+def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[str, Any]:
+    """Train with a reference pass before every step, and say what moved."""
+    policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
+    sequences = make_sequences(5)
+
+    def logprobs() -> np.ndarray:
+        batches = policy.prepare(sequences, "token")
+        policy.fill_logprobs(batches, "ref_logprobs", temperature=1.0)
+        return torch.cat([b.ref_logprobs for b in batches]).numpy()
+
+    def addresses() -> dict[str, int]:
+        return {name: param.data_ptr() for name, param in policy.params.items()}
+
+    policy.keep_reference()
+    facts: dict[str, Any] = {"start": logprobs(), "own": [], "reference": [], "again": [], "stayed": []}
+    before = addresses()
+    kept = {name: tensor.data_ptr() for name, tensor in policy._reference.items()}
+    metrics = []
+    for _ in range(2):
+        batches = policy.prepare(sequences, "token")
+        metrics.append(policy.train_step(batches, sft_loss, temperature=1.0).metrics)
+        values = {name: param.detach().clone() for name, param in policy.params.items()}
+        facts["own"].append(logprobs())
+        with policy.reference():
+            inside = addresses()
+            facts["reference"].append(logprobs())
+        facts["again"].append(logprobs())
+        facts["stayed"].append(
+            inside == kept
+            and addresses() == before
+            and kept == {name: tensor.data_ptr() for name, tensor in policy._reference.items()}
+            and all(torch.equal(values[name], param) for name, param in policy.params.items())
+        )
+    undisturbed = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
+    facts["equal_metrics"] = metrics == [
+        undisturbed.train_step(undisturbed.prepare(sequences, "token"), sft_loss, temperature=1.0).metrics
+        for _ in range(2)
+    ]
+    try:
+        with policy.reference():
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        facts["restored_after_error"] = addresses() == before
+    return facts
+
+
+def load_error(context: Any, model_dir: str, directory: str) -> str:
+    """What the user reads when the checkpoint cannot be loaded."""
+    try:
+        build(context, model_dir).load(Path(directory))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+# --- any layout ---------------------------------------------------------------------------------------
+
+
+def train(
+    context: Any,
+    model_dir: str,
+    steps: list[int],
+    load: str | None = None,
+    save: dict[int, str] | None = None,
+    distributed: bool = False,
+) -> dict[str, Any]:
+    """Steps of four kinds (see _step), from ``model_dir`` or a checkpoint; ``save``: step -> directory."""
+    from megatron.core import parallel_state as mpu
+
+    policy = build(context, model_dir, optimizer={"distributed": distributed})
+    policy.keep_reference()
+    if load:
+        policy.load(Path(load))
+    started_with = weights(policy)
+    log: list[dict[str, float]] = []
+    for number in steps:
+        log += _step(policy, number)
+        if save and number in save:
+            policy.save(Path(save[number]), optimizer=True)
+    at = context.at
+    return {
+        "log": log,
+        "started_with": started_with,
+        "weights": weights(policy),
+        "random": [random.random(), float(np.random.rand()), float(torch.rand(()))],
+        "coordinates": (at.tensor, at.pipeline, at.context, at.data),
+        "megatron_coordinates": (
+            mpu.get_tensor_model_parallel_rank(),
+            mpu.get_pipeline_model_parallel_rank(),
+            mpu.get_context_parallel_rank(),
+            mpu.get_data_parallel_rank(),
+        ),
+    }
+
+
+def _step(policy: Any, number: int) -> list[dict[str, float]]:
+    """SFT by tokens (validated first), SFT by sequences, two policy steps on one batch, one lone sequence."""
+    kind = number % 4
+    sequences = make_sequences(number)
+    if kind % 2 == 0:  # these steps depend on every random state a rank has
+        draws = random.random(), float(np.random.rand()), float(torch.rand(()))
+        sequences[0].token_ids[-1] = int(sum(draws) * 80)
+
+    def step(batches: list[PackedBatch], loss: Any) -> dict[str, float]:
+        result = policy.train_step(batches, loss, temperature=TEMPERATURE)
+        return result.metrics | _flat("train", result.agreement)
+
+    if kind == 0:
+        batches = policy.prepare(sequences, "token")
+        validation = policy.evaluate_loss(batches, sft_loss)
+        return [{f"validation_{k}": v for k, v in validation.items()} | step(batches, sft_loss)]
+    if kind == 1:
+        return [step(policy.prepare(sequences, "sequence"), sft_loss)]
+    if kind == 3:
+        return [step(policy.prepare(sequences[:1], "token"), sft_loss)]
+    batches = policy.prepare(sequences, "token")
+    filled = _flat("old", policy.fill_logprobs(batches, "old_logprobs", temperature=TEMPERATURE))
+    with policy.reference():
+        filled |= _flat("ref", policy.fill_logprobs(batches, "ref_logprobs", temperature=TEMPERATURE))
+    return [filled | step(batches, POLICY_LOSS), step(batches, POLICY_LOSS)]
+
+
+def _flat(prefix: str, agreement: Any) -> dict[str, float]:
+    worst = agreement.worst
+    values = agreement.metrics() | {
+        "num_tokens": agreement.num_tokens,
+        "worst_sequence": worst.sequence_id,
+        "worst_label": worst.label,
+        "worst_trainer_logprob": worst.trainer_logprob,
+        "worst_rollout_logprob": worst.rollout_logprob,
+    }
+    return {f"{prefix}_{name}": float(value) for name, value in values.items()}
+
+
+def advantage_loss(tokens: LossTokens) -> LossResult:
+    """On-policy policy gradient, as PolicyLoss without old logprobs."""
+    return PolicyLoss(0.2, 0.2, kl_coef=0.0, kl_estimator="k3")(tokens)

@@ -1,0 +1,63 @@
+"""Two ranks in every layout against one rank: losses, gradient norms, all metrics, final weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.trainer import ranks
+from tests.trainer.world import world
+
+LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
+    "dp2": ({}, False),
+    "dp2-distributed-optimizer": ({}, True),
+    "tp2": ({"tensor_parallel_size": 2}, False),
+    "tp2-sequence-parallel": ({"tensor_parallel_size": 2, "sequence_parallel": True}, False),
+    "pp2": ({"pipeline_parallel_size": 2}, False),
+    "cp2": ({"context_parallel_size": 2}, False),
+}
+COORDINATES = {
+    "dp2": (0, 0, 0, 1),
+    "dp2-distributed-optimizer": (0, 0, 0, 1),
+    "tp2": (1, 0, 0, 0),
+    "tp2-sequence-parallel": (1, 0, 0, 0),
+    "pp2": (0, 1, 0, 0),
+    "cp2": (0, 0, 1, 0),
+}
+
+
+@functools.cache
+def one_rank(model_dir: str) -> dict[str, Any]:
+    [result] = world(1).run(ranks.train, model_dir, [0, 1, 2, 3])
+    log = result["log"]
+    assert len(log) == 5
+    # The comparison below is worth something only if the steps do what they are there for.
+    assert log[2]["ratio_max"] == 1.0 and log[3]["ratio_max"] > 1.05
+    assert log[3]["clip_fraction"] > 0.1 and log[3]["kl_ref"] > 1e-4
+    assert np.ptp([step["grad_norm"] for step in log]) > 0.1
+    return dict(result)
+
+
+@pytest.mark.parametrize("model", ["qwen3-tied", "llama-biases"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(model_dirs: dict[str, str], model: str, name: str) -> None:
+    expected = one_rank(model_dirs[model])
+    parallel, distributed = LAYOUTS[name]
+    arguments = (model_dirs[model], [0, 1, 2, 3], None, None, distributed)
+    results = world(2).run(ranks.train, *arguments, parallel=parallel)
+    for result in results:
+        assert result["log"] == results[0]["log"], "every rank reports the same"
+        assert result["coordinates"] == result["megatron_coordinates"]
+    assert [r["coordinates"] for r in results] == [(0, 0, 0, 0), COORDINATES[name]]
+    assert results[1]["weights"] == {}
+    for number, (one, two) in enumerate(zip(expected["log"], results[0]["log"], strict=True)):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            tolerance = 1e-4 if key == "grad_norm" else 1e-5
+            # abs: means of signed terms, and KLs, are differences of numbers of order 1.
+            assert two[key] == pytest.approx(value, rel=tolerance, abs=2e-6), (number, key)
+    for key, value in expected["weights"].items():
+        assert np.abs(results[0]["weights"][key] - value).max() < 1e-5, key
