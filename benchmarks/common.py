@@ -68,8 +68,10 @@ def peak_extra_bytes(entry: Implementation) -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         result = entry.call(*arguments)  # alive until the profile ends, so that it counts as left behind
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profile.profiler is not None
+    kineto = profile.profiler.kineto_results
+    assert kineto is not None
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
     current = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         current += event.nbytes()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Implementation, Row, bytes_of, measure, seconds_of
-from benchmarks.peers import eager_head, head_peers, report_missing, token_peers
+from benchmarks.peers import head_peers, report_missing, token_peers
 from megarl.ops import linear_token_logprob, token_logprob
 
 CASES = [(1024, 49_152), (512, 151_936)]

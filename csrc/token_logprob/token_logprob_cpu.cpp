@@ -230,7 +230,9 @@ void row_gradient(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t> maximum
   const int64_t target_column = rows.target_column(i);
   const acc target = target_column < 0 ? acc(0) : static_cast<acc>(row[target_column]);
 
-  const Vec shift(maximum), clamp(shifted_exp.clamp), constants(constant), slopes(slope);
+  // A shard whose logits are all -inf has no part in the row: any finite shift gives exponentials of 0.
+  const acc finite_max = maximum == -std::numeric_limits<acc>::infinity() ? acc(0) : maximum;
+  const Vec shift(finite_max), clamp(shifted_exp.clamp), constants(constant), slopes(slope);
   for (int64_t begin = 0; begin < rows.columns; begin += kBlock) {
     const int64_t n = std::min(kBlock, rows.columns - begin);
     const acc* block = load_block<scalar_t>(row + begin, n, minimum, buffer);
@@ -246,7 +248,7 @@ void row_gradient(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t> maximum
   }
   if (target_column >= 0) {
     acc gradient = grad[2];
-    const acc d = target - maximum;
+    const acc d = target - finite_max;
     if (d * scale > acc(-100)) gradient += std::exp(d * scale) * (constant + slope * d);
     row[target_column] = static_cast<scalar_t>(gradient);
   }

@@ -184,7 +184,9 @@ void vocab_kl_backward_cpu(at::Tensor& student, const at::Tensor& teacher, const
       const acc* grad = grads.const_data_ptr<acc>() + kNumStats * i;
       const ShiftedExp<acc> shifted_exp(acc(1) / temperature_of(temperature, i));
       const acc scale = shifted_exp.scale;
-      const Vec student_shift(maximum[0]), teacher_shift(maximum[1]), clamp(shifted_exp.clamp);
+      // a shard whose logits are all -inf has no part in the row: with a finite shift its weights are 0
+      const Vec student_shift(maximum[0] == kLowest<acc> ? acc(0) : maximum[0]);
+      const Vec teacher_shift(maximum[1] == kLowest<acc> ? acc(0) : maximum[1]), clamp(shifted_exp.clamp);
       const Vec constant((grad[1] + grad[4]) * scale), slope(grad[4] * scale * scale), other(grad[5] * scale);
       // d/dx: exp(ds) (g_sum + g_reverse (1 + ds - dt)) - exp(dt) g_forward, over the temperature
       overwrite_row(row_of<scalar_t>(student, i), row_of<scalar_t>(teacher, i), columns, [&](Vec x, Vec y) {

@@ -7,6 +7,7 @@ from megarl.ops._load import NativeOpsUnavailable
 from megarl.ops.linear_token_logprob import linear_token_logprob
 from megarl.ops.linear_vocab_kl import linear_vocab_kl
 from megarl.ops.policy_loss import PolicyLoss, PolicyLossOptions, policy_loss
+from megarl.ops.support import support_min_logit
 from megarl.ops.token_logprob import TokenLogprobs, token_logprob
 from megarl.ops.vocab_kl import vocab_kl, vocab_kl_topk
 
@@ -18,6 +19,7 @@ __all__ = [
     "linear_token_logprob",
     "linear_vocab_kl",
     "policy_loss",
+    "support_min_logit",
     "token_logprob",
     "vocab_kl",
     "vocab_kl_topk",

@@ -31,9 +31,8 @@ def gather_shards(
     last = stats.new_zeros(1, stats.shape[1])
     last[0, 0], last[0, 1] = extent
     own = torch.cat([stats.detach(), last])
-    flat = own.new_empty(tp_group.size() * own.shape[0], own.shape[1])
-    dist.all_gather_into_tensor(flat, own, group=tp_group)
-    gathered = flat.view(tp_group.size(), *own.shape)
+    gathered = own.new_empty(tp_group.size(), *own.shape)
+    dist.all_gather(list(gathered.unbind(0)), own, group=tp_group)
     shards = list(gathered[:, :-1].unbind(0))
     shards[dist.get_rank(tp_group)] = stats
     extents = None

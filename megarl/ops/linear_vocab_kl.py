@@ -39,7 +39,7 @@ def linear_vocab_kl(
     max_extra_bytes: int = DEFAULT_MAX_EXTRA_BYTES,
     check_numerics: bool = False,
 ) -> torch.Tensor:
-    """Divergence [R] between the softmaxes behind (hidden [R, H], weight [V_shard, H]) and the teacher's pair.
+    """Divergence [R] of the softmaxes behind (hidden [R, H], weight [V_shard, H]) and the teacher's pair.
 
     The teacher may have another hidden size; vocabulary shards must be the same. The two tiles of
     logits take at most max_extra_bytes together. As in ``linear_token_logprob``, the gradient of hidden

@@ -36,18 +36,6 @@ def token_logprob(
     return logprobs.gather(1, targets.unsqueeze(1)).squeeze(1), _expectation(logprobs, -logprobs)
 
 
-def support_min_logit(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
-    """Smallest logit [T] that top-k (0: off), then top-p over what is left, keep."""
-    ordered = logits.sort(-1, descending=True).values
-    kept = torch.ones_like(ordered, dtype=torch.bool)
-    if top_k:
-        kept = ordered >= ordered[:, min(top_k, ordered.shape[1]) - 1].unsqueeze(1)
-    probabilities = torch.softmax((ordered / temperature).masked_fill(~kept, -torch.inf), -1)
-    before = probabilities.cumsum(-1) - probabilities
-    kept &= before < top_p
-    return ordered.masked_fill(~kept, torch.inf).amin(-1)
-
-
 def vocab_kl(
     student: torch.Tensor,
     teacher: torch.Tensor,
