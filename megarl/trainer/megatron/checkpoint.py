@@ -53,10 +53,11 @@ def load(directory: Path, module: Any, optimizer: Any, schedule: Any) -> bool:
 
 
 def _sharded_state(module: Any, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
-    model = module.sharded_state_dict(metadata=_METADATA)
+    metadata = dict(_METADATA)  # Megatron writes process groups into it
+    model = module.sharded_state_dict(metadata=metadata)
     state: dict[str, Any] = {"model": model}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
 
 
