@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.schema import PromptFormat, SftReasoningGymSource, SftDataConfig, SftJsonlSource
+from megarl.config.schema import PromptFormat, SftDataConfig, SftJsonlSource, SftReasoningGymSource
 from megarl.data.jsonl import get_messages, get_text, read_jsonl
 from megarl.data.prompts import Split
 from megarl.data.tokenizer import Message, chat_ids
