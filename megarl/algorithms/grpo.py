@@ -268,7 +268,7 @@ class _GrpoLoop:
             return
         token = f"token {worst.label} {self.tokenizer.decode([worst.label])!r}"
         self.run_.console.warn(
-            f"step {step}: engine and trainer disagree by {worst.difference:.2e} (bound {bound:g}) on {token}: "
+            f"step {step}: engine and trainer differ by {worst.difference:.2e} (above {bound:g}) on {token}: "
             f"trainer {worst.trainer_logprob:.5f}, engine {worst.rollout_logprob:.5f}. They are not the same "
             "policy: compare their types and weights."
         )
