@@ -71,6 +71,7 @@ COLUMNS: Mapping[str, tuple[_Column, ...]] = {
         *_COMMON,
         *_SPEED,
     ),
+    "eval": (_STEP, _Column({"accuracy": "accuracy"}, "percent", 8)),
 }
 _GAP = "  "
 
