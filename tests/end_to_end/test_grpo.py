@@ -1,0 +1,191 @@
+"""`megarl grpo` with a real vLLM engine: every figure of a run against something that did not compute it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reasoning_gym
+
+from tests.end_to_end.conftest import FinishedRun
+from tests.end_to_end.harness import (
+    GRPO,
+    TASK,
+    column,
+    read_lines,
+    read_steps,
+    read_summary,
+    run,
+    write_config,
+)
+
+# Generous: process starts take ten times as long on a machine that does other things as well.
+pytestmark = pytest.mark.timeout(1800)
+
+STEPS = GRPO["training"]["num_steps"]
+PROMPTS = GRPO["rollout"]["num_prompts_per_step"]
+GENERATIONS = GRPO["rollout"]["num_generations_per_prompt"]
+SUMMARY_KEYS = {
+    "accuracy_before",
+    "accuracy_after",
+    "grpo_steps",
+    "wall_seconds",
+    "phase_seconds",
+    "tokens_per_second",
+    "weights_bytes_moved",
+    "logprob_abs_diff_max",
+}
+
+
+def read_samples(directory: Path, step: int) -> list[dict[str, Any]]:
+    return read_lines(directory / "samples" / f"step_{step}.jsonl")
+
+
+def expected_advantages(rewards: list[float], *, leave_one_out: bool) -> list[float]:
+    """Of one group, from the definition: deviation with divisor G - 1, 0 where all rewards are equal."""
+    count, mean = len(rewards), sum(rewards) / len(rewards)
+    deviation = (sum((r - mean) ** 2 for r in rewards) / (count - 1)) ** 0.5
+    if deviation == 0:
+        return [0.0] * count
+    baselines = [(sum(rewards) - r) / (count - 1) if leave_one_out else mean for r in rewards]
+    return [(r - b) / (deviation + 1e-6) for r, b in zip(rewards, baselines, strict=True)]
+
+
+def check_samples(directory: Path, step: int, *, leave_one_out: bool) -> list[dict[str, Any]]:
+    """Rewards are reasoning-gym's own of the text, advantages follow from them; returns the samples."""
+    samples = read_samples(directory, step)
+    assert len(samples) == PROMPTS * GENERATIONS
+    source = GRPO["data"]["train"]
+    dataset = reasoning_gym.create_dataset(
+        TASK["task"], size=source["size"], seed=source["seed"], **TASK["arguments"]
+    )
+    for start in range(0, len(samples), GENERATIONS):
+        group = samples[start : start + GENERATIONS]
+        entry = dataset[group[0]["prompt_index"]]
+        for sample in group:
+            assert sample["prompt"] == entry["question"]
+            assert sample["policy_version"] == step - 1
+            assert sample["reward"] == dataset.score_answer(sample["response"].strip(), entry)
+            assert sample["num_response_tokens"] == len(sample["rollout_logprobs"])
+        rewards = [sample["reward"] for sample in group]
+        advantages = [sample["advantage"] for sample in group]
+        assert advantages == pytest.approx(expected_advantages(rewards, leave_one_out=leave_one_out))
+    return samples
+
+
+def test_engine_and_trainer_are_one_policy(grpo_run: FinishedRun) -> None:
+    steps = read_steps(grpo_run.dir)
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    for step in steps:
+        assert step["policy_version"] == step["step"]
+        assert step["weights_bytes_moved"] == 0
+        assert 0 < step["logprob_abs_diff_max"] < 1e-3
+        # one optimizer step per batch: the old logprobs are the current ones
+        assert step["ratio_mean"] == 1
+        assert step["ratio_max"] == 1
+        assert step["kl_policy"] == 0
+        assert step["clip_fraction"] == 0
+    # the weights did change, so the agreement above is that of the new ones
+    assert any(step["grad_norm"] > 0 for step in steps[:-1])
+
+
+def test_rewards_advantages_and_loss_follow_from_the_samples(grpo_run: FinishedRun) -> None:
+    mixed = 0
+    for step in read_steps(grpo_run.dir):
+        samples = check_samples(grpo_run.dir, step["step"], leave_one_out=False)
+        rewards = [sample["reward"] for sample in samples]
+        lengths = [sample["num_response_tokens"] for sample in samples]
+        assert step["reward_mean"] == pytest.approx(sum(rewards) / len(rewards))
+        assert step["response_length_mean"] == pytest.approx(sum(lengths) / len(lengths))
+        # where all ratios are 1 the loss is minus the token mean of the advantages
+        weighted = sum(s["advantage"] * s["num_response_tokens"] for s in samples)
+        assert step["policy_loss"] == pytest.approx(-weighted / sum(lengths), abs=1e-5)
+        mixed += step["grad_norm"] > 0
+    assert mixed, "no group had different rewards: the run shows nothing"
+
+
+def test_summary_report_and_console(grpo_run: FinishedRun) -> None:
+    summary = read_summary(grpo_run.dir)
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["grpo_steps"] == STEPS
+    assert summary["weights_bytes_moved"] == 0
+    assert summary["logprob_abs_diff_max"] == max(column(grpo_run.dir, "logprob_abs_diff_max"))
+    for accuracy in (summary["accuracy_before"], summary["accuracy_after"]):
+        assert accuracy * GRPO["evaluation"]["num_prompts"] == int(accuracy * 8)
+    assert sum(summary["phase_seconds"].values()) == pytest.approx(summary["wall_seconds"], rel=0.02)
+    tokens = sum(
+        sample["num_response_tokens"]
+        for step in range(1, STEPS + 1)
+        for sample in read_samples(grpo_run.dir, step)
+    )
+    speed = summary["tokens_per_second"]["rollout"]
+    assert speed * summary["phase_seconds"]["rollout"] == pytest.approx(tokens)
+    page = (grpo_run.dir / "report.html").read_text()
+    assert set(re.findall(r"https?://[\w./-]+", page)) <= {"http://www.w3.org/2000/svg"}  # a name, not a link
+    assert "old logprobs: skipped" in grpo_run.output
+    assert "reference logprobs: skipped" in grpo_run.output
+    assert max(column(grpo_run.dir, "seconds_logprobs")) < 1e-3  # nothing but the clock itself
+
+
+@pytest.mark.slow
+def test_reference_and_several_optimizer_steps(tmp_path: Path, sft_run: FinishedRun) -> None:
+    directory = tmp_path / "run"
+    algorithm = {
+        "kl_coef": 0.1,
+        "num_optimizer_steps_per_batch": 2,
+        "num_epochs_per_batch": 1,
+        "baseline": "leave_one_out",
+        "loss_aggregation": "sequence",
+    }
+    config = write_config(
+        tmp_path / "grpo.yaml",
+        GRPO,
+        run_dir=directory,
+        model=sft_run.dir / "hf",
+        algorithm=algorithm,
+        evaluation={"at_start": False, "at_end": False},
+    )
+    output = run("grpo", "--config", config, output=tmp_path / "log")
+    assert "old logprobs: one forward pass per batch" in output
+    assert "reference logprobs: one forward pass per batch" in output
+    steps = read_steps(directory)
+    assert len(steps) == STEPS
+    for step in steps:
+        check_samples(directory, step["step"], leave_one_out=True)
+        assert step["seconds_logprobs"] > 0
+        assert step["weights_bytes_moved"] == 0
+        assert step["logprob_abs_diff_max"] < 1e-3
+        # the means of both optimizer steps, of which only the second has ratios other than 1
+        assert step["ratio_mean"] == pytest.approx(1, abs=0.2)
+        assert step["kl_ref"] >= 0
+    assert any(step["kl_policy"] > 0 for step in steps)
+    assert steps[0]["kl_ref"] < 0.05  # the first of its two steps was taken at the reference itself
+    assert steps[-1]["kl_ref"] > 0
+    summary = read_summary(directory)
+    assert summary["accuracy_before"] is None
+
+
+@pytest.mark.slow
+def test_eval_and_report_of_a_finished_run(tmp_path: Path, grpo_run: FinishedRun) -> None:
+    """`megarl eval` of the exported weights finds the accuracy that the run's own engine found."""
+    base = {
+        "data": {"held_out": GRPO["data"]["held_out"], "train": GRPO["data"]["train"]}
+        | {"format": GRPO["data"]["format"]},
+        "rollout": {key: GRPO["rollout"][key] for key in ("max_new_tokens", "engine")},
+        "evaluation": {"num_prompts": 8},
+    }
+    directory = tmp_path / "eval"
+    config = write_config(tmp_path / "eval.yaml", base, run_dir=directory, model=grpo_run.dir / "hf")
+    run("eval", "--config", config, output=tmp_path / "eval.log")
+    summary = read_summary(directory)
+    assert summary["accuracy"] == read_summary(grpo_run.dir)["accuracy_after"]
+    samples = read_samples(directory, 0)
+    assert len(samples) == summary["num_prompts"] == 8
+    assert sum(sample["reward"] == 1 for sample in samples) / 8 == summary["accuracy"]
+
+    (grpo_run.dir / "report.html").unlink()
+    output = run("report", grpo_run.dir, output=tmp_path / "report.log")
+    assert output.strip().endswith("report.html")
+    assert "reward_mean" in (grpo_run.dir / "report.html").read_text()
