@@ -105,7 +105,8 @@ function connect(charts, run) {
     });
   }
   slider.addEventListener("input", draw);
-  let width = 0;
+  let width = document.body.clientWidth;
+  draw();  // at once: an observer's first call waits for a frame, which a page without a screen may never have
   new ResizeObserver(() => {
     if (document.body.clientWidth !== width) { width = document.body.clientWidth; draw(); }
   }).observe(document.body);
