@@ -6,7 +6,7 @@ device, program order, the CPU generator) or is meaningless (pinning, stream wai
 itself stays as it is on disk.
 
 ``install()`` has two parts: what must stand before megatron.core is imported (its modules bind some
-names at import), and four names inside megatron.core that only exist for CUDA.
+names at import), and the names inside megatron.core that only exist for CUDA.
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 def _map_megatron() -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
+    import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
@@ -164,6 +165,27 @@ def _map_megatron() -> None:
     dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = _to_numpy_if_asked
     filesystem._get_write_results_queue = _results_queue
     filesystem.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)
+    optimizer = distributed.DistributedOptimizer
+    optimizer._set_main_param_and_optimizer_states = _with_own_step(
+        optimizer._set_main_param_and_optimizer_states
+    )
+
+
+def _with_own_step(set_states: Callable[..., None]) -> Callable[..., None]:
+    """Torch's AdamW, which stands in for the fused one, counts steps in every parameter's state.
+
+    A checkpoint has the count once: the original misses it among a parameter's tensors, after having
+    given all parameters one tensor to count in, so that each step would count as many as there are.
+    """
+
+    @functools.wraps(set_states)
+    def set_with_step(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        set_states(optimizer, model_param, tensors | {"step": state["step"]})
+
+    return set_with_step
 
 
 @contextlib.contextmanager

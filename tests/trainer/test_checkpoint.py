@@ -60,12 +60,13 @@ def test_resharding_tp2_pp2_tp1(model_dirs: dict[str, str], model: str, tmp_path
         assert np.abs(third["weights"][name] - value).max() < 1e-5, name
 
 
-def test_distributed_optimizer_goes_on(model_dirs: dict[str, str], tmp_path: Path) -> None:
-    """Its state lies on both data-parallel ranks."""
+@pytest.mark.parametrize("distributed", [False, True])
+def test_data_parallel_ranks_go_on(model_dirs: dict[str, str], distributed: bool, tmp_path: Path) -> None:
+    """The distributed optimizer's state lies on both."""
     model, directory = model_dirs["llama-biases"], tmp_path / "step"
     directory.mkdir()
-    whole = world(2).run(ranks.train, model, [0, 1, 2, 3], None, {1: str(directory)}, True)[0]
-    resumed = world(2).run(ranks.train, model, [2, 3], str(directory), None, True)[0]
+    whole = world(2).run(ranks.train, model, [0, 1, 2, 3], None, {1: str(directory)}, distributed)[0]
+    resumed = world(2).run(ranks.train, model, [2, 3], str(directory), None, distributed)[0]
     assert resumed["log"] == whole["log"][2:]
 
 

@@ -11,6 +11,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megarl.errors import UserError
@@ -38,6 +39,9 @@ def load(directory: Path, module: Any, optimizer: Any, schedule: Any) -> bool:
     """
     if not (directory / "metadata.json").is_file():
         raise UserError(f"checkpoint {directory} has no metadata.json: it is not a complete checkpoint")
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
     state = dist_checkpointing.load(_sharded_state(module, optimizer, is_loading=True), str(directory))
     missing, unexpected = module.load_state_dict(state["model"], strict=False)
     wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
