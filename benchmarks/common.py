@@ -39,9 +39,9 @@ def measure(
             entry.call(*arguments)
             if repeat:
                 seconds[entry.name].append(time.perf_counter() - start)
-    rows = []
+    rows: list[Row] = []
     for entry in implementations:
-        row = {
+        row: Row = {
             "op": op,
             "case": case,
             "impl": entry.name,

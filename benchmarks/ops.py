@@ -33,12 +33,13 @@ def case_name(rows: int, columns: int) -> str:
     return f"[{rows}, {columns}] fp32"
 
 
-def backward_through(function: Callable[..., torch.Tensor]) -> Callable[..., None]:
+def backward_through(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """Forward and backward, with a gradient that differs per row."""
 
-    def both(*tensors: torch.Tensor) -> None:
+    def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result = function(*tensors)
-        result.backward(torch.linspace(-1, 1, result.numel()))
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        return torch.autograd.grad(result, leaves, torch.linspace(-1, 1, result.numel()))
 
     return both
 
@@ -56,7 +57,7 @@ def token_logprob_rows(rows: int, columns: int, repeats: int) -> list[Row]:
         return logits.clone(), targets
 
     def leaf() -> tuple[torch.Tensor, torch.Tensor]:
-        return logits.clone().requires_grad_() * 1.0, targets
+        return logits.clone().requires_grad_(), targets
 
     @torch.no_grad()
     def entropy_too(values: torch.Tensor, chosen: torch.Tensor) -> Any:

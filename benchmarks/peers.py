@@ -68,7 +68,8 @@ def _megatron_group() -> dist.ProcessGroup:
     platform.install()
     from megatron.core import parallel_state
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
     return group

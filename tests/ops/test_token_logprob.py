@@ -164,7 +164,9 @@ def test_linear_matches_float64_for_any_tile(dtype: torch.dtype, max_extra_bytes
     expected = reference.token_logprob(exact[0] @ exact[1].T, targets, temperature.double())
     weigh(*expected).backward()
     ours = [tensor.requires_grad_() for tensor in (hidden, weight)]
-    result = linear_token_logprob(*ours, targets, temperature=temperature, max_extra_bytes=max_extra_bytes)
+    result = linear_token_logprob(
+        ours[0], ours[1], targets, temperature=temperature, max_extra_bytes=max_extra_bytes
+    )
     weigh(*result).backward()
     # bf16 logits are rounded to 8 bits of mantissa before anything else, as in an eager head
     forward, backward = {
@@ -235,13 +237,14 @@ def test_runs_are_bitwise_equal_whatever_the_number_of_threads() -> None:
     logits = sample_logits(64, 5003, torch.float32)
     targets = sample_targets(64, 5003)
     threads = torch.get_num_threads()
-    results = []
+    results: list[list[torch.Tensor]] = []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
         leaf = logits.clone().requires_grad_()
         result = token_logprob(leaf, targets, inplace_backward=False)
         weigh(*result).backward()
-        results.append((*(value.detach() for value in result), leaf.grad))
+        assert leaf.grad is not None
+        results.append([*(value.detach() for value in result), leaf.grad])
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -104,7 +104,13 @@ def test_linear_matches_float64_for_any_tile(direction: Any, max_extra_bytes: in
     expected.backward(weights(9).double())
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight)]
     ours = linear_vocab_kl(
-        *leaves, *teacher, direction=direction, temperature=1.3, max_extra_bytes=max_extra_bytes
+        leaves[0],
+        leaves[1],
+        teacher[0],
+        teacher[1],
+        direction=direction,
+        temperature=1.3,
+        max_extra_bytes=max_extra_bytes,
     )
     ours.backward(weights(9))
     close(ours, expected, 3e-5)
