@@ -131,6 +131,8 @@ acc block_sums(const acc* block, int64_t n, acc shift, const ShiftedExp<acc>& sh
   };
   int64_t i = 0;
   for (; i + kChains * size <= n; i += kChains * size) {
+    // The hardware's prefetchers stop at page boundaries, which is where a block ends.
+    __builtin_prefetch(block + i + kBlock);
     for (int k = 0; k < kChains; ++k) add(k, block + i + k * size);
   }
   for (; i < n; i += size) add(0, block + i);
