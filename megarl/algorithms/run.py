@@ -83,7 +83,8 @@ class Run:
         path: Path | None = broadcast(found)
         state = None
         if path is not None:
-            policy.load(path)
+            if not policy.load(path):
+                self.console.warn("random states start anew: another number of ranks wrote the checkpoint")
             state = json.loads((path / _STATE_FILE).read_text())
             self.console.note(f"Resuming from {path} (step {state['step']})")
         if self.is_first:

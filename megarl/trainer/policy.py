@@ -69,8 +69,8 @@ class Policy(Protocol):
         """Write weights, optimizer and schedule as a Megatron distributed checkpoint."""
         ...
 
-    def load(self, directory: Path) -> None:
-        """Read what ``save`` wrote, under this run's layout."""
+    def load(self, directory: Path) -> bool:
+        """Read what ``save`` wrote, under this run's layout; whether random states were restored too."""
         ...
 
 

@@ -333,9 +333,9 @@ class MegatronPolicy:
         """See Policy."""
         checkpoint.save(directory, self.module, self.optimizer if optimizer else None, self.schedule)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path) -> bool:
         """See Policy."""
-        checkpoint.load(directory, self.module, self.optimizer, self.schedule)
+        return checkpoint.load(directory, self.module, self.optimizer, self.schedule)
 
 
 def _agreement(tokens: LossTokens) -> Agreement:
