@@ -63,6 +63,29 @@ class ModelSpec:
     qk_norm: bool = False
     init_std: float = 0.02
 
+    @classmethod
+    def from_hf(cls, family: str, config: dict[str, Any], **differences: Any) -> ModelSpec:
+        """The fields every dense family names alike; ``differences`` are the family's own.
+
+        Raises KeyError for a missing field, UserError for an unknown rope type.
+        """
+        heads = config["num_attention_heads"]
+        common = {
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "num_heads": heads,
+            "num_kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+            "intermediate_size": config["intermediate_size"],
+            "vocab_size": config["vocab_size"],
+            "max_position_embeddings": config["max_position_embeddings"],
+            "norm_eps": config["rms_norm_eps"],
+            "rope": RopeSpec.from_hf(config),
+            "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "init_std": config.get("initializer_range", 0.02),
+        }
+        return cls(family=family, **(common | differences))
+
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         """Rows of the stored embedding: the engine's padding (a multiple of 64), then of the ranks."""
         rows = -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
