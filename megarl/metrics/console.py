@@ -26,13 +26,14 @@ from rich.progress import (
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
+from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.records import StepMetrics
 
 _HEADER_EVERY = 25  # lines: on most screens a header is in sight
 _PLAIN_PROGRESS_SECONDS = 30.0  # in a log, a long phase reports this often
 
 # Rollout against trainer logprobs: above these the value is shown in yellow, in red.
-_DIFFERENCE_LIMITS = (1e-3, 0.3)
+_DIFFERENCE_LIMITS = (DIFFERENCE_LIMITS["float32"], DIFFERENCE_LIMITS["bfloat16"])
 
 
 @dataclass(frozen=True)

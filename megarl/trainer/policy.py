@@ -74,6 +74,17 @@ class Policy(Protocol):
         ...
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank (picklable)."""
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast(value: Any) -> Any:
     """Rank 0's value on every rank (picklable; other ranks pass anything)."""
     import torch.distributed as dist

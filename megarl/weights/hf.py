@@ -7,6 +7,7 @@ the first byte is written; everything that disagrees is listed in one error.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -113,7 +114,7 @@ def uncovered(
                 f"table: tensor {region.hf} belongs in parameter {region.param}, which does not exist"
             )
             continue
-        counts[region.param] += _box_size(region)
+        counts[region.param] += math.prod(stop - start for start, stop in region.box)
     padded = architecture.spec.padded_vocab(1) - architecture.spec.vocab_size
     for name, count in counts.items():
         missing = params[name].numel() - count
@@ -125,13 +126,6 @@ def uncovered(
                 f"table: {missing} of {params[name].numel()} elements of parameter {name} have no tensor"
             )
     return problems
-
-
-def _box_size(region: Region) -> int:
-    size = 1
-    for start, stop in region.box:
-        size *= stop - start
-    return size
 
 
 def export_hf(

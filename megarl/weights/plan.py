@@ -7,6 +7,7 @@ of every engine parameter is written exactly once (vocabulary padding excepted).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,17 +125,12 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _size(index: tuple[int | tuple[int, int], ...]) -> int:
-    size = 1
-    for entry in index:
-        size *= 1 if isinstance(entry, int) else entry[1] - entry[0]
-    return size
+    return math.prod(1 if isinstance(entry, int) else entry[1] - entry[0] for entry in index)
 
 
 def _coverage(name: str, info: ParamInfo, pieces: list[Copy]) -> list[str]:
     """Pieces come from disjoint boxes of disjoint regions, so that equal counts mean each element once."""
-    total = 1
-    for size in info.shape:
-        total *= size
+    total = math.prod(info.shape)
     covered = sum(_size(piece.index) for piece in pieces)
     for piece in pieces:
         for entry, size in zip(piece.index, info.shape, strict=True):

@@ -32,7 +32,7 @@ from megarl.trainer.megatron.attention import PackedMicrobatch
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import PolicyModel, build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
-from megarl.trainer.policy import LogprobField, TrainStepResult
+from megarl.trainer.policy import LogprobField, TrainStepResult, gather
 from megarl.weights.hf import load_hf, region_index
 from megarl.weights.plan import Owner
 from megarl.weights.share import pool_parameters, share_parameters
@@ -59,9 +59,8 @@ class MegatronPolicy:
         self.params = dict(module.named_parameters())
         self.regions = architecture.trainer_regions(context.layout, context.at)
         load_hf(model.path, architecture, self.regions, self.params)
-        if (
-            optimizer is None or not optimizer.distributed
-        ):  # the distributed optimizer has a flat buffer of its own
+        # The distributed optimizer brings a flat buffer of its own.
+        if optimizer is None or not optimizer.distributed:
             pool_parameters(self.params)
         self.module: PolicyModel = module
         self._reference: dict[str, torch.Tensor] | None = None
@@ -79,7 +78,6 @@ class MegatronPolicy:
         )
         self.optimizer, self.schedule = build_optimizer(optimizer, [self.ddp], dtype, total_optimizer_steps)
         module.config.finalize_model_grads_func = _finalize_without_scaling
-        module.config.grad_scale_func = self.optimizer.scale_loss if dtype == torch.float16 else None
 
     # --- from sequences to microbatches -------------------------------------------------------
 
@@ -241,15 +239,12 @@ class MegatronPolicy:
 
     def _reduce(self, results: list[LossResult | None]) -> dict[str, float]:
         """Sums and maxima over microbatches and ranks; tensor ranks hold copies, so one of them counts."""
-        pairs: list[Any] = [
+        local = [
             ({k: float(v) for k, v in r.sums.items()}, {k: float(v) for k, v in r.maxima.items()})
             for r in (results if self._counts() else [])
             if r is not None
         ]
-        if dist.get_world_size() > 1:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, pairs)
-            pairs = [pair for rank in gathered for pair in rank]
+        pairs = [pair for rank in gather(local) for pair in rank]
         out: dict[str, float] = {}
         peaks = {name for _, maxima in pairs for name in maxima}
         for sums, maxima in pairs:
@@ -261,11 +256,7 @@ class MegatronPolicy:
         return {name: value if name in peaks else value / weight for name, value in out.items()}
 
     def _reduce_agreement(self, agreement: Agreement) -> Agreement:
-        if dist.get_world_size() == 1:
-            return agreement
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, agreement if self._counts() else Agreement())
-        return sum(gathered, Agreement())
+        return sum(gather(agreement if self._counts() else Agreement()), Agreement())
 
     def _counts(self) -> bool:
         """Whether this rank's results are its own and not a copy of another tensor rank's."""
@@ -298,11 +289,8 @@ class MegatronPolicy:
         """See Policy. Data-parallel replicas hold equal weights; the first replica offers its own."""
         at = self.context.at
         mine = share_parameters(self.params, self.regions) if at.data == 0 and at.context == 0 else None
-        gathered: list[Owner | None] = [mine]
-        if dist.get_world_size() > 1:
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, mine)
-        return [owner for owner in gathered if owner is not None] if self.context.is_first else []
+        owners = [owner for owner in gather(mine) if owner is not None]
+        return owners if self.context.is_first else []
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Policy. One tensor at a time is whole on rank 0."""
