@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from megarl.algorithms.engines import attach_weights, start_engine
-from megarl.algorithms.rollouts import Rollouts, accuracy
-from megarl.config.derived import max_sequence_length, read_model_config
+from megarl.algorithms.model import read_model
+from megarl.algorithms.rollouts import Rollouts, accuracy, sample_row
 from megarl.config.schema import EvalConfig, ParallelConfig
 from megarl.data.prompts import PromptDataset, load_prompts
-from megarl.data.tokenizer import check_tokenizer, load_tokenizer, stop_token_ids
+from megarl.data.tokenizer import stop_token_ids
 from megarl.environments import make
 from megarl.errors import UserError
 from megarl.metrics.console import Console
 from megarl.metrics.timers import PhaseTimers
-from megarl.models import load_architecture
 from megarl.records import Group, Prompt
 from megarl.rundir import RunDirectory
 from megarl.trainer.megatron.initialize import finalize, initialize
@@ -56,10 +55,7 @@ def greedy(
 
 def run_eval(config: EvalConfig) -> None:
     """Evaluate ``model.path`` with a vLLM engine; writes summary.json and samples/step_0.jsonl."""
-    architecture = load_architecture(config.model.path)
-    tokenizer = load_tokenizer(config.model.path)
-    check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
-    longest = max_sequence_length(config, read_model_config(config.model.path))
+    architecture, tokenizer, longest = read_model(config)
     room = longest - config.rollout.max_new_tokens
     held_out = load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="held_out")
     console, timers = Console("eval"), PhaseTimers()
@@ -88,19 +84,7 @@ def run_eval(config: EvalConfig) -> None:
         samples = [sample for group in groups for sample in group.samples]
         directory.write_samples(
             0,
-            [
-                {
-                    "step": 0,
-                    "prompt_index": sample.prompt_index,
-                    "prompt": group.prompt.text,
-                    "response": sample.text,
-                    "answer": group.prompt.metadata.get("answer"),
-                    "reward": sample.reward,
-                    "finish_reason": sample.finish_reason,
-                }
-                for group in groups
-                for sample in group.samples
-            ],
+            [sample_row(0, group, sample) for group in groups for sample in group.samples],
         )
         directory.write_summary(
             {

@@ -16,25 +16,23 @@ from typing import Any
 from megarl.advantages.group import group_advantages, zero_std_fraction
 from megarl.algorithms.engines import attach_weights, start_engine
 from megarl.algorithms.evaluate import greedy, pick_problems
-from megarl.algorithms.rollouts import Rollouts, accuracy
+from megarl.algorithms.model import read_model
+from megarl.algorithms.rollouts import Rollouts, accuracy, sample_row
 from megarl.algorithms.run import Run
 from megarl.config.derived import (
-    max_sequence_length,
     needs_old_logprobs,
     needs_reference,
     num_optimizer_steps,
-    read_model_config,
 )
 from megarl.config.schema import GrpoConfig
 from megarl.data.order import PromptOrder
 from megarl.data.prompts import PromptDataset, load_prompts
-from megarl.data.tokenizer import check_tokenizer, load_tokenizer, stop_token_ids
+from megarl.data.tokenizer import stop_token_ids
 from megarl.environments import make
 from megarl.losses.agreement import Agreement
 from megarl.losses.policy import PolicyLoss
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES
-from megarl.models import load_architecture
 from megarl.records import Group, PackedBatch, Prompt, Sample, Sequence
 from megarl.trainer.megatron.initialize import finalize, initialize
 from megarl.trainer.policy import Policy, broadcast
@@ -42,10 +40,7 @@ from megarl.trainer.policy import Policy, broadcast
 
 def run_grpo(config: GrpoConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
-    architecture = load_architecture(config.model.path)
-    tokenizer = load_tokenizer(config.model.path)
-    check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
-    longest = max_sequence_length(config, read_model_config(config.model.path))
+    architecture, tokenizer, longest = read_model(config)
     room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
     train = load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="train")
     held_out = (
@@ -240,18 +235,11 @@ class _GrpoLoop:
             return
         rows = []
         for group in groups:
-            answer = group.prompt.metadata.get("answer")
             for sample in group.samples:
                 rows.append(
-                    {
-                        "step": step,
-                        "prompt_index": sample.prompt_index,
-                        "prompt": group.prompt.text,
-                        "response": sample.text,
-                        "answer": answer,
-                        "reward": sample.reward,
+                    sample_row(step, group, sample)
+                    | {
                         "advantage": sample.advantage,
-                        "finish_reason": sample.finish_reason,
                         "policy_version": sample.policy_version,
                         "num_response_tokens": len(sample.response_ids),
                         "info": sample.info,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -91,6 +92,19 @@ class Rollouts:
             Group(prompt, [samples[f"{step}-{p}-{g}"] for g in range(generations)])
             for p, prompt in enumerate(prompts)
         ]
+
+
+def sample_row(step: int, group: Group, sample: Sample) -> dict[str, Any]:
+    """What samples/step_N.jsonl says of any sample, trained on or evaluated."""
+    return {
+        "step": step,
+        "prompt_index": sample.prompt_index,
+        "prompt": group.prompt.text,
+        "response": sample.text,
+        "answer": group.prompt.metadata.get("answer"),
+        "reward": sample.reward,
+        "finish_reason": sample.finish_reason,
+    }
 
 
 def accuracy(groups: list[Group]) -> float:

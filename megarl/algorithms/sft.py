@@ -6,23 +6,18 @@ demonstrations -> batch -> packing -> forward/backward -> optimizer. Each step c
 
 from __future__ import annotations
 
+from megarl.algorithms.model import read_model
 from megarl.algorithms.run import Run
-from megarl.config.derived import max_sequence_length, read_model_config
 from megarl.config.schema import SftConfig
 from megarl.data.order import PromptOrder
 from megarl.data.sft import load_demonstrations
-from megarl.data.tokenizer import check_tokenizer, load_tokenizer
 from megarl.losses.sft import sft_loss
-from megarl.models import load_architecture
 from megarl.trainer.megatron.initialize import finalize, initialize
 
 
 def run_sft(config: SftConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
-    architecture = load_architecture(config.model.path)
-    tokenizer = load_tokenizer(config.model.path)
-    check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
-    longest = max_sequence_length(config, read_model_config(config.model.path))
+    architecture, tokenizer, longest = read_model(config)
     train = load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="train")
     held_out = (
         load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="held_out")

@@ -1,0 +1,19 @@
+"""What every command reads of a model directory before anything is started."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from megarl.config.derived import AnyConfig, max_sequence_length, read_model_config
+from megarl.data.tokenizer import check_tokenizer, load_tokenizer
+from megarl.models import load_architecture
+from megarl.models.table import Architecture
+
+
+def read_model(config: AnyConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
+    """Architecture, a tokenizer that fits it, and the longest sequence in tokens."""
+    path = config.model.path
+    architecture = load_architecture(path)
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
+    return architecture, tokenizer, max_sequence_length(config, read_model_config(path))
