@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
-from megarl.models import llama, qwen2, qwen3
+from megarl.models import llama, mixtral, qwen2, qwen3, qwen3_moe
 from megarl.models.table import Architecture
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
     "llama": llama.architecture,
     "qwen2": qwen2.architecture,
     "qwen3": qwen3.architecture,
+    "qwen3_moe": qwen3_moe.architecture,
+    "mixtral": mixtral.architecture,
 }
 
 

@@ -11,15 +11,15 @@ _MEGATRON = "decoder.layers.{layer}."
 
 def dense_architecture(spec: ModelSpec) -> Architecture:
     """Rules for embeddings, norms, attention (q|k|v flat), gated MLP (gate|up flat) and head."""
-    return Architecture(spec, (*_ends(spec), *_attention(spec), *_mlp(spec)))
+    return Architecture(spec, (*ends(spec), *attention(spec), *dense_mlp(spec)))
 
 
-def _ends(spec: ModelSpec) -> list[Rule]:
+def ends(spec: ModelSpec) -> list[Rule]:
+    """Embedding, final norm and head."""
     embedding_shape = (spec.vocab_size, spec.hidden_size)
-    padded = spec.padded_vocab(1)
 
     def rows(param: str, stage: Stage) -> Place:
-        return Place(param, stage, dim=0, rows=padded)
+        return Place(param, stage, dim=0, padded=True)
 
     trainer = [rows("embedding.word_embeddings.weight", "first")]
     rules = []
@@ -52,7 +52,8 @@ def _ends(spec: ModelSpec) -> list[Rule]:
     return rules
 
 
-def _attention(spec: ModelSpec) -> list[Rule]:
+def attention(spec: ModelSpec) -> list[Rule]:
+    """Grouped-query attention and the norms around it, in every layer."""
     head, hidden = spec.head_dim, spec.hidden_size
     q, kv = spec.num_heads * head, spec.num_kv_heads * head
     slots = (Slot(q, head), Slot(kv, head), Slot(kv, head))
@@ -92,7 +93,9 @@ def _attention(spec: ModelSpec) -> list[Rule]:
     return rules
 
 
-def _mlp(spec: ModelSpec) -> list[Rule]:
+def dense_mlp(spec: ModelSpec) -> list[Rule]:
+    """The gated MLP of the layers that have no experts."""
+    layers = spec.dense_layers
     inner, hidden = spec.intermediate_size, spec.hidden_size
     slots = (Slot(inner), Slot(inner))
     kinds = [("weight", (inner, hidden))] + ([("bias", (inner,))] if spec.mlp_bias else [])
@@ -102,6 +105,7 @@ def _mlp(spec: ModelSpec) -> list[Rule]:
             shape,
             (Place(f"{_MEGATRON}mlp.linear_fc1.{kind}", dim=0, slots=slots, slot=slot),),
             (Place(f"{_HF}mlp.gate_up_proj.{kind}", dim=0, slots=slots, slot=slot),),
+            layers,
         )
         for slot, name in enumerate(("gate", "up"))
         for kind, shape in kinds
@@ -112,6 +116,7 @@ def _mlp(spec: ModelSpec) -> list[Rule]:
             (hidden, inner),
             (Place(f"{_MEGATRON}mlp.linear_fc2.weight", dim=1),),
             (Place(f"{_HF}mlp.down_proj.weight", dim=1),),
+            layers,
         )
     )
     if spec.mlp_bias:
@@ -121,6 +126,7 @@ def _mlp(spec: ModelSpec) -> list[Rule]:
                 (hidden,),
                 (Place(f"{_MEGATRON}mlp.linear_fc2.bias"),),
                 (Place(f"{_HF}mlp.down_proj.bias"),),
+                layers,
             )
         )
     return rules

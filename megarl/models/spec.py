@@ -42,8 +42,42 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """The mixture of experts in some or all layers.
+
+    Scores are softmax or sigmoid of the router's fp32 logits; the ``experts_per_token`` best are taken
+    (of the ``top_groups`` best of ``num_groups`` groups), their weights optionally normalised to sum 1,
+    then scaled by ``scaling_factor``. A router bias takes part in the choice, not in the weights.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int  # of one expert
+    layers: tuple[int, ...]  # global numbers of the layers that have experts; the others are dense
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_top_k: bool = True
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    router_bias: bool = False
+    shared_intermediate_size: int = 0  # of all shared experts together; 0: none
+    aux_loss_coef: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MlaSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): ranks of the latents, sizes of a head."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Shape and options of a dense decoder. Sizes are counts of elements, not bytes."""
+    """Shape and options of a decoder. Sizes are counts of elements, not bytes."""
 
     family: str
     num_layers: int
@@ -62,10 +96,18 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     init_std: float = 0.02
+    moe: MoeSpec | None = None
+    mla: MlaSpec | None = None
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Global numbers of the layers whose MLP is dense."""
+        experts = set(self.moe.layers) if self.moe else set()
+        return tuple(n for n in range(self.num_layers) if n not in experts)
 
     @classmethod
     def from_hf(cls, family: str, config: dict[str, Any], **differences: Any) -> ModelSpec:
-        """The fields every dense family names alike; ``differences`` are the family's own.
+        """The fields every family names alike; ``differences`` are the family's own.
 
         Raises KeyError for a missing field, UserError for an unknown rope type.
         """

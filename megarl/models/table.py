@@ -8,7 +8,7 @@ one of them would forget is forgotten by all, and the coverage check of the load
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megarl.errors import UserError
@@ -32,16 +32,16 @@ class Slot:
     size: int
     unit: int = 1
 
-    def span(self, rank: int, ranks: int, what: str) -> tuple[int, int]:
+    def span(self, rank: int, ranks: int, what: str, kind: str = "tensor ranks") -> tuple[int, int]:
         """[start, stop) of this slot's elements on ``rank``."""
         units = self.size // self.unit
         if units >= ranks:
             if units % ranks:
-                raise UserError(f"{what}: {units} units of {self.unit} do not divide by {ranks} tensor ranks")
+                raise UserError(f"{what}: {units} units of {self.unit} do not divide by {ranks} {kind}")
             length = self.size // ranks
             return rank * length, (rank + 1) * length
         if ranks % units:
-            raise UserError(f"{what}: {ranks} tensor ranks do not divide by {units} units of {self.unit}")
+            raise UserError(f"{what}: {ranks} {kind} do not divide by {units} units of {self.unit}")
         start = rank * units // ranks * self.unit
         return start, start + self.unit
 
@@ -51,9 +51,14 @@ class Place:
     """Where one HF tensor lives on one side.
 
     ``param`` may contain {layer}. ``dim`` is the dimension split over tensor ranks (None: every
-    rank has all of it). ``slots`` are the parts fused along ``dim`` on each rank, in memory order;
-    ``slot`` is this tensor's. ``rows`` > 0 says the parameter has that many rows over all ranks
-    although the HF tensor has fewer (vocabulary padding).
+    rank has all of it). ``slots`` are the parts fused along ``dim`` (None: dimension 0)
+    on each rank, in memory order;
+    ``slot`` is this tensor's. ``padded`` says that the parameter has the padded vocabulary's rows
+    over all ranks although the HF tensor has fewer.
+
+    ``expert`` says that the parameter stacks experts in a leading dimension the HF tensor (one per
+    expert) lacks: experts are dealt to expert ranks in runs, and ``dim``, which counts the HF
+    tensor's dimensions, is split over expert-tensor ranks.
     """
 
     param: str
@@ -61,17 +66,22 @@ class Place:
     dim: int | None = None
     slots: tuple[Slot, ...] = ()
     slot: int = 0
-    rows: int = 0
+    padded: bool = False
+    expert: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One HF tensor (or one per layer, when ``hf`` contains {layer}) and its places."""
+    """One HF tensor and its places; one per layer and per expert when ``hf`` contains {layer}, {expert}.
+
+    ``layers`` are the global numbers of the layers that have it (None: all).
+    """
 
     hf: str
     shape: tuple[int, ...]
     trainer: tuple[Place, ...]
     engine: tuple[Place, ...]
+    layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,68 +105,105 @@ class Architecture:
         """Every tensor a checkpoint of this model has, with its shape."""
         shapes: dict[str, tuple[int, ...]] = {}
         for rule in self.rules:
-            for layer in range(self.spec.num_layers) if "{layer}" in rule.hf else (0,):
-                shapes[rule.hf.format(layer=layer)] = rule.shape
+            experts = range(self.num_experts if "{expert}" in rule.hf else 1)
+            for layer in self._layers(rule) if "{layer}" in rule.hf else (0,):
+                for expert in experts:
+                    shapes[rule.hf.format(layer=layer, expert=expert)] = rule.shape
         return shapes
 
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer that has any."""
+        return self.spec.moe.num_experts if self.spec.moe else 0
+
     def trainer_regions(self, layout: ParallelLayout, at: RankCoordinates) -> list[Region]:
-        """Regions that the Megatron parameters of one rank hold; layers are numbered from 0 per stage."""
-        return self._regions("trainer", layout, at)
+        """Regions that the Megatron parameters of one rank hold.
+
+        Layers are numbered from 0 per stage. With virtual stages, chunk c's parameters have the
+        prefix ``chunk{c}.`` and its layers count from 0 too.
+        """
+        if layout.virtual == 1:
+            return self._regions("trainer", layout, at, 0)
+        regions = []
+        for chunk in range(layout.virtual):
+            for region in self._regions("trainer", layout, at, chunk):
+                regions.append(replace(region, param=f"chunk{chunk}.{region.param}"))
+        return regions
 
     def engine_regions(self, layout: ParallelLayout, at: RankCoordinates) -> list[Region]:
         """Regions that the vLLM parameters of one engine rank hold; layers keep their global number."""
-        return self._regions("engine", layout, at)
+        return self._regions("engine", layout, at, 0)
 
-    def stage_layers(self, layout: ParallelLayout, stage: int) -> range:
-        """Global numbers of the layers of a pipeline stage (equal shares)."""
-        if self.spec.num_layers % layout.pipeline:
-            raise UserError(
-                f"parallel.pipeline_parallel_size: {self.spec.num_layers} layers do not divide by "
-                f"{layout.pipeline} stages"
-            )
-        per_stage = self.spec.num_layers // layout.pipeline
-        return range(stage * per_stage, (stage + 1) * per_stage)
+    def _layers(self, rule: Rule) -> Iterable[int]:
+        return range(self.spec.num_layers) if rule.layers is None else rule.layers
 
     def _regions(
-        self, side: Literal["trainer", "engine"], layout: ParallelLayout, at: RankCoordinates
+        self, side: Literal["trainer", "engine"], layout: ParallelLayout, at: RankCoordinates, chunk: int
     ) -> list[Region]:
-        layers = self.stage_layers(layout, at.pipeline)
+        layers = layout.stage_layers(self.spec.num_layers, at.pipeline, chunk)
+        first = at.pipeline == 0 and chunk == 0
+        last = at.pipeline == layout.pipeline - 1 and chunk == layout.virtual - 1
         regions = []
         for rule in self.rules:
             for place in rule.trainer if side == "trainer" else rule.engine:
-                if place.stage == "first" and at.pipeline != 0:
+                if place.stage == "first" and not first:
                     continue
-                if place.stage.startswith("last") and at.pipeline != layout.pipeline - 1:
+                if place.stage.startswith("last") and not last:
                     continue
-                if place.stage == "last_alone" and layout.pipeline == 1:
+                if place.stage == "last_alone" and first:
                     continue
-                for number in layers if place.stage == "layer" else (0,):
+                numbers: Iterable[int] = (0,)
+                if place.stage == "layer":
+                    numbers = [n for n in self._layers(rule) if n in layers]
+                for number in numbers:
                     local = number - layers.start if side == "trainer" else number
-                    region = _region(rule, place, number, local, layout.tensor, at.tensor)
-                    if region is not None:
-                        regions.append(region)
+                    regions += self._place(rule, place, number, local, layout, at)
         return regions
 
+    def _place(
+        self, rule: Rule, place: Place, layer: int, local: int, layout: ParallelLayout, at: RankCoordinates
+    ) -> list[Region]:
+        """The regions of one place in one layer: one, one per local expert, or none (padding rows only)."""
+        param = place.param.format(layer=local)
+        hf = rule.hf.format(layer=layer, expert="{expert}")
+        ranks, rank = (layout.expert_tensor, at.expert_tensor) if place.expert else (layout.tensor, at.tensor)
+        padded = self.spec.padded_vocab(ranks) if place.padded else 0
+        cut = _cut(hf, rule.shape, place, padded, ranks, rank)
+        if cut is None:
+            return []
+        box, index = cut
+        if not place.expert:
+            return [Region(hf, box, param, index)]
+        start, stop = Slot(self.num_experts).span(at.expert, layout.expert, hf, "expert ranks")
+        return [
+            Region(hf.format(expert=expert), box, param, (expert - start, *index))
+            for expert in range(start, stop)
+        ]
 
-def _region(rule: Rule, place: Place, layer: int, local_layer: int, ranks: int, rank: int) -> Region | None:
-    hf = rule.hf.format(layer=layer)
-    param = place.param.format(layer=local_layer)
-    box = [(0, size) for size in rule.shape]
+
+def _cut(
+    hf: str, shape: tuple[int, ...], place: Place, padded: int, ranks: int, rank: int
+) -> tuple[Box, Index] | None:
+    """The part of the HF tensor a rank holds, and where in the parameter (without experts' dimension)."""
+    box = [(0, size) for size in shape]
     index = list(box)
     dim = place.dim
-    if dim is not None and place.rows:
-        start, stop = Slot(place.rows).span(rank, ranks, hf)
-        stop = min(stop, rule.shape[dim])
+    if dim is not None and padded:
+        start, stop = Slot(padded).span(rank, ranks, hf)
+        stop = min(stop, shape[dim])
         if stop <= start:  # this rank holds padding only
             return None
         box[dim], index[dim] = (start, stop), (0, stop - start)
     elif dim is not None:
-        slots = place.slots or (Slot(rule.shape[dim]),)
+        slots = place.slots or (Slot(shape[dim]),)
         spans = [slot.span(rank, ranks, hf) for slot in slots]
         offset = sum(stop - start for start, stop in spans[: place.slot])
         start, stop = spans[place.slot]
         box[dim], index[dim] = (start, stop), (offset, offset + stop - start)
-    return Region(hf, tuple(box), param, tuple(index))
+    elif place.slots:  # fused, yet whole on every rank
+        offset = sum(slot.size for slot in place.slots[: place.slot])
+        index[0] = (offset, offset + shape[0])
+    return tuple(box), tuple(index)
 
 
 def name_problems(expected: Iterable[str], found: Iterable[str], where: str) -> list[str]:

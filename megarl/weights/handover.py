@@ -56,6 +56,20 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerCopy:
+    """``param[index]`` of the engine is sent by trainer rank ``rank``, whose memory the engine cannot map.
+
+    ``source.storage`` counts that rank's own storages. Sender and receiver walk the plan in the same
+    order, so that messages need no names.
+    """
+
+    param: str
+    index: tuple[int | tuple[int, int], ...]
+    rank: int
+    source: SourceView
+
+
+@dataclass(frozen=True, slots=True)
 class ParamInfo:
     """One engine parameter as its worker describes it."""
 
@@ -71,3 +85,4 @@ class WeightPlan:
     aliases: list[Alias]
     copies: list[Copy]
     copy_reasons: dict[str, str] = field(default_factory=dict)  # param -> why it is not aliased
+    peers: list[PeerCopy] = field(default_factory=list)
