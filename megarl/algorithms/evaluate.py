@@ -61,6 +61,7 @@ def run_eval(config: EvalConfig) -> None:
     console, timers = Console("eval"), PhaseTimers()
     with RunDirectory(config.run.dir) as directory:
         directory.open(config.model_dump(mode="json"))
+        problems = pick_problems(held_out, config.evaluation.num_prompts, console)
         engine = start_engine(
             config.model,
             config.rollout.engine,
@@ -79,7 +80,6 @@ def run_eval(config: EvalConfig) -> None:
         stops = tuple(stop_token_ids(tokenizer, config.model.path))
         environment = make(config.data.held_out, "data.held_out")
         rollouts = Rollouts(engine, environment, tokenizer, stops, timers, config.run.seed)
-        problems = pick_problems(held_out, config.evaluation.num_prompts, console)
         groups = greedy(rollouts, problems, 0, config.rollout.max_new_tokens, console)
         samples = [sample for group in groups for sample in group.samples]
         directory.write_samples(

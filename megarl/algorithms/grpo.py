@@ -20,9 +20,11 @@ from megarl.algorithms.model import read_model
 from megarl.algorithms.rollouts import Rollouts, accuracy, sample_row
 from megarl.algorithms.run import Run
 from megarl.config.derived import (
+    evaluates,
     needs_old_logprobs,
     needs_reference,
     num_optimizer_steps,
+    without_effect,
 )
 from megarl.config.schema import GrpoConfig
 from megarl.data.order import PromptOrder
@@ -30,7 +32,7 @@ from megarl.data.prompts import PromptDataset, load_prompts
 from megarl.data.tokenizer import stop_token_ids
 from megarl.environments import make
 from megarl.losses.agreement import Agreement
-from megarl.losses.policy import PolicyLoss
+from megarl.losses.policy import PolicyLoss, options_of
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES
 from megarl.records import Group, PackedBatch, Prompt, Sample, Sequence
@@ -52,8 +54,10 @@ def run_grpo(config: GrpoConfig) -> None:
     from megarl.trainer.megatron.policy import MegatronPolicy
 
     with Run(config, "grpo", is_first=context.is_first) as run:
-        engine = None
+        engine, problems = None, []
         if context.is_first:
+            if held_out is not None and evaluates(config.evaluation):
+                problems = pick_problems(held_out, config.evaluation.num_prompts, run.console)
             engine = start_engine(
                 config.model,
                 config.rollout.engine,
@@ -62,7 +66,15 @@ def run_grpo(config: GrpoConfig) -> None:
                 log_dir=run.directory.path,
             )
         total = num_optimizer_steps(config)
-        policy = MegatronPolicy(context, architecture, config.model, config.packing, config.optimizer, total)
+        policy = MegatronPolicy(
+            context,
+            architecture,
+            config.model,
+            config.packing,
+            config.optimizer,
+            total,
+            check_numerics=config.debug.check_numerics,
+        )
         if needs_reference(config.algorithm):
             policy.keep_reference()
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
@@ -76,7 +88,7 @@ def run_grpo(config: GrpoConfig) -> None:
             stops = tuple(stop_token_ids(tokenizer, config.model.path))
             rollouts = Rollouts(engine, environment, tokenizer, stops, run.timers, config.run.seed)
             engine.sync(state["step"])
-        loop = _GrpoLoop(config, run, policy, rollouts, engine, train, held_out, tokenizer)
+        loop = _GrpoLoop(config, run, policy, rollouts, engine, train, problems, tokenizer)
         loop.run(state)
         run.export(policy, architecture)
         if engine is not None:
@@ -85,7 +97,7 @@ def run_grpo(config: GrpoConfig) -> None:
 
 
 class _GrpoLoop:
-    """The loop with everything it drives; ``rollouts`` and ``engine`` exist on rank 0 only."""
+    """The loop with all it drives; ``rollouts``, ``engine`` and the held-out ``problems`` are rank 0's."""
 
     def __init__(
         self,
@@ -95,18 +107,15 @@ class _GrpoLoop:
         rollouts: Rollouts | None,
         engine: Any,
         train: PromptDataset,
-        held_out: PromptDataset | None,
+        problems: list[Prompt],
         tokenizer: Any,
     ) -> None:
         self.config, self.run_, self.policy, self.rollouts = config, run, policy, rollouts
-        self.engine, self.train, self.held_out, self.tokenizer = engine, train, held_out, tokenizer
+        self.engine, self.train, self.problems, self.tokenizer = engine, train, problems, tokenizer
         algorithm = config.algorithm
-        self.loss = PolicyLoss(
-            algorithm.clip_ratio_low, algorithm.clip_ratio_high, algorithm.kl_coef, algorithm.kl_estimator
-        )
+        self.loss = PolicyLoss(options_of(algorithm), config.debug.check_numerics)
         self.needs_old = needs_old_logprobs(algorithm)
         self.needs_reference = needs_reference(algorithm)
-        self._problems: list[Prompt] | None = None  # held-out, picked at the first evaluation
 
     def run(self, state: dict[str, Any]) -> None:
         """From the state of the last finished step to the last step."""
@@ -117,6 +126,8 @@ class _GrpoLoop:
             + "; reference logprobs: "
             + ("one forward pass per batch" if self.needs_reference else "skipped (kl_coef = 0)")
         )
+        for line in without_effect(config.algorithm):
+            run.console.warn(line)
         order = PromptOrder(len(self.train), config.data.shuffle, config.run.seed)
         totals: dict[str, float] = dict(state["totals"])
         position, last = state["position"], config.training.num_steps
@@ -153,6 +164,8 @@ class _GrpoLoop:
                     step=step,
                     generations=config.rollout.num_generations_per_prompt,
                     temperature=config.rollout.temperature,
+                    top_k=config.rollout.top_k,
+                    top_p=config.rollout.top_p,
                     max_new_tokens=config.rollout.max_new_tokens,
                     advance=advance,
                 )
@@ -168,7 +181,8 @@ class _GrpoLoop:
 
     def learn(self, step: int, groups: list[Group]) -> dict[str, float]:
         """Pack, fill the logprobs that are needed, and take the optimizer steps of this batch."""
-        algorithm, temperature = self.config.algorithm, self.config.rollout.temperature
+        algorithm, rollout = self.config.algorithm, self.config.rollout
+        temperature = rollout.temperature
         share = len(groups) // algorithm.num_optimizer_steps_per_batch
         samples = [
             [sample for group in groups[i : i + share] for sample in group.samples]
@@ -193,7 +207,15 @@ class _GrpoLoop:
         with self.run_.timers("train"), self.run_.console.progress("train", total=total) as advance:
             for _ in range(algorithm.num_epochs_per_batch):
                 for batches in minibatches:
-                    results.append(self.policy.train_step(batches, self.loss, temperature=temperature))
+                    results.append(
+                        self.policy.train_step(
+                            batches,
+                            self.loss,
+                            temperature=temperature,
+                            top_k=rollout.top_k,
+                            top_p=rollout.top_p,
+                        )
+                    )
                     advance(1)
         if not self.needs_old:  # these very weights drew the samples
             agreement = results[0].agreement
@@ -217,14 +239,9 @@ class _GrpoLoop:
         """Greedy accuracy on the held-out problems (every rank gets it)."""
         result = 0.0
         if self.rollouts is not None:
-            assert self.held_out is not None
             config = self.config
-            if self._problems is None:
-                self._problems = pick_problems(
-                    self.held_out, config.evaluation.num_prompts, self.run_.console
-                )
             longest = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
-            groups = greedy(self.rollouts, self._problems, step, longest, self.run_.console)
+            groups = greedy(self.rollouts, self.problems, step, longest, self.run_.console)
             result = accuracy(groups)
         return float(broadcast(result))
 

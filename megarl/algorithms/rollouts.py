@@ -47,6 +47,8 @@ class Rollouts:
         generations: int,
         temperature: float,
         max_new_tokens: int,
+        top_k: int = 0,
+        top_p: float = 1.0,
         advance: Callable[[int], None] = lambda _: None,
         phase: Phase = "rollout",
     ) -> list[Group]:
@@ -67,7 +69,9 @@ class Rollouts:
             for p, prompt in enumerate(prompts)
             for g in range(generations)
         ]
-        sampling = SamplingConfig(temperature, self._stop_token_ids, logprobs=not greedy)
+        sampling = SamplingConfig(
+            temperature, self._stop_token_ids, logprobs=not greedy, top_k=top_k, top_p=top_p
+        )
         samples: dict[str, Sample] = {}
         with self._timers(phase):
             for response in self._engine.generate(requests, sampling):

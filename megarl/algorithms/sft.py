@@ -29,7 +29,15 @@ def run_sft(config: SftConfig) -> None:
 
     training, last = config.training, config.training.num_steps
     with Run(config, "sft", is_first=context.is_first) as run:
-        policy = MegatronPolicy(context, architecture, config.model, config.packing, config.optimizer, last)
+        policy = MegatronPolicy(
+            context,
+            architecture,
+            config.model,
+            config.packing,
+            config.optimizer,
+            last,
+            check_numerics=config.debug.check_numerics,
+        )
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
         order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
         position, totals = state["position"], dict(state["totals"])

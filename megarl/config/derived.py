@@ -9,7 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megarl.config.schema import EvalConfig, GrpoAlgorithmConfig, GrpoConfig, ParallelConfig, SftConfig
+from megarl.config.schema import (
+    EvalConfig,
+    EvaluationConfig,
+    GrpoAlgorithmConfig,
+    GrpoConfig,
+    ParallelConfig,
+    SftConfig,
+)
 
 AnyConfig = SftConfig | GrpoConfig | EvalConfig
 
@@ -48,6 +55,24 @@ def needs_old_logprobs(algorithm: GrpoAlgorithmConfig) -> bool:
     logprobs are the current ones, detached.
     """
     return optimizer_steps_per_batch(algorithm) > 1
+
+
+def evaluates(evaluation: EvaluationConfig) -> bool:
+    """Whether a run ever evaluates."""
+    return bool(evaluation.interval) or evaluation.at_start or evaluation.at_end
+
+
+def without_effect(algorithm: GrpoAlgorithmConfig) -> list[str]:
+    """A line on settings about the ratio, where it is 1 for every token and none of them matters."""
+    asked = [
+        name
+        for name, default in (("objective", "clip"), ("ratio_level", "token"), ("clip_ratio_c", None))
+        if getattr(algorithm, name) != default
+    ]
+    if needs_old_logprobs(algorithm) or not asked:
+        return []
+    names = ", ".join(f"algorithm.{name}" for name in asked)
+    return [f"{names}: without effect, for with one optimizer step per rollout batch every ratio is 1"]
 
 
 def read_model_config(path: str) -> dict[str, Any]:
@@ -102,6 +127,7 @@ def _describe_grpo(config: GrpoConfig) -> list[str]:
         lines.append("old logprobs: one forward pass per rollout batch")
     else:
         lines.append("old logprobs: pass skipped (one optimizer step per rollout batch: old = current)")
+        lines += without_effect(algorithm)
     if needs_reference(algorithm):
         lines.append("reference logprobs: one forward pass per rollout batch")
     else:

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys rejected, no silent type coercion, numbers finite."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from megarl.config.algorithm import GrpoAlgorithmConfig as GrpoAlgorithmConfig
+from megarl.config.section import (
+    Decay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Text,
+)
+from megarl.config.section import Section as Section
 
 
 class RunConfig(Section):
@@ -214,7 +210,7 @@ class SftJsonlSource(Section):
 class SftReasoningGymSource(ReasoningGymSource):
     """reasoning-gym problems with their reference answers as demonstrations."""
 
-    response_templates: list[Text] = ["{answer}"]
+    response_templates: list[Text] = Field(default=["{answer}"])
     """Forms of the response, each with {answer}; demonstration i uses form i modulo their number."""
 
 
@@ -271,6 +267,10 @@ class RolloutConfig(GenerationConfig):
     """Samples per prompt (the group size G)."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer's logprobs use the same."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the fewest likeliest tokens with this mass; trainer logprobs use that support (1: all)."""
+    top_k: NonNegativeInt = 0
+    """Sample from so many of the likeliest tokens; the trainer's logprobs use the same support (0: all)."""
 
 
 class EvaluationSizeConfig(Section):
@@ -293,27 +293,11 @@ class EvaluationConfig(EvaluationSizeConfig):
     """Evaluate after the last step."""
 
 
-class GrpoAlgorithmConfig(Section):
-    """GRPO (Shao et al. 2024, arXiv:2402.03300) and its usual variations."""
+class DebugConfig(Section):
+    """Checks that cost time, for finding out what went wrong."""
 
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    """Group baseline subtracted from each reward (leave_one_out: RLOO, arXiv:2402.14740)."""
-    normalize_std: bool = True
-    """Divide advantages by the group's standard deviation + 1e-6 where it is above 0."""
-    clip_ratio_low: NonNegativeFloat = 0.2
-    """Lower clip: ratios below 1 - clip_ratio_low get no gradient."""
-    clip_ratio_high: NonNegativeFloat = 0.2
-    """Upper clip (DAPO's clip-higher, arXiv:2503.14476, is 0.28)."""
-    kl_coef: NonNegativeFloat = 0.0
-    """Weight beta of the KL to the reference; 0 skips the reference altogether."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL (Schulman 2020); its plain gradient is used (docs/algorithms.md)."""
-    loss_aggregation: Literal["token", "sequence"] = "token"
-    """token: sum over tokens / T; sequence: mean over each sequence's tokens, then / S."""
-    num_optimizer_steps_per_batch: PositiveInt = 1
-    """Optimizer steps per rollout batch, each on its own share of the prompts' groups."""
-    num_epochs_per_batch: PositiveInt = 1
-    """Passes over the rollout batch."""
+    check_numerics: bool = False
+    """Stop at the first NaN or infinity in logits, logprobs or the loss's inputs, naming its token."""
 
 
 class _TrainingRoot(Section):
@@ -326,6 +310,7 @@ class _TrainingRoot(Section):
     packing: PackingConfig = PackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    debug: DebugConfig = DebugConfig()
 
 
 class SftTrainingConfig(Section):

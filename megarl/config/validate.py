@@ -20,6 +20,7 @@ from megarl.config.schema import (
     SftConfig,
     SftJsonlSource,
 )
+from megarl.config.validate_algorithm import ALGORITHM_RULES
 from megarl.config.violation import Violation
 
 TrainingConfig = SftConfig | GrpoConfig
@@ -200,15 +201,6 @@ def _group_size(config: GrpoConfig) -> Violations:
         )
 
 
-def _clip(config: GrpoConfig) -> Violations:
-    if config.algorithm.clip_ratio_low >= 1:
-        yield Violation(
-            ("algorithm", "clip_ratio_low"),
-            "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
-            f" (got {config.algorithm.clip_ratio_low})",
-        )
-
-
 def _updates_per_batch(config: GrpoConfig) -> Violations:
     prompts, updates = config.rollout.num_prompts_per_step, config.algorithm.num_optimizer_steps_per_batch
     if prompts % updates:
@@ -304,7 +296,7 @@ _GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
     _rollout_size,
     _grpo_ranks,
     _response_lengths,
-    _clip,
+    *ALGORITHM_RULES,
     _engine,
     _evaluation,
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 
 from megarl.records import Sequence
 
@@ -28,19 +29,26 @@ class LossTokens:
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
     rollout_logprobs: torch.Tensor | None
+    # For losses with sequence means: int64, ascending, which of the microbatch's num_slots sequences. The
+    # ranks of cp_group hold other tokens of the same sequences in the same slots (maybe none: N = 0).
+    slots: torch.Tensor | None = None
+    num_slots: int = 0
+    cp_group: dist.ProcessGroup | None = None  # None: no rank shares these sequences
 
 
 @dataclass(slots=True)
 class LossResult:
     """A microbatch's loss (its share of the global mean) and what is to be logged.
 
-    ``sums`` are added over microbatches and ranks and divided by the sum of ``weight``, which is 1 but
-    for rounding (so that the mean of a constant is that constant); of ``maxima`` the largest survives.
-    Values are scalars without gradient.
+    ``sums`` are weighted by ``LossTokens.weights``; they are added over microbatches and ranks and divided
+    by the sum of ``weight``, which is 1 but for rounding (so that the mean of a constant is that constant).
+    ``token_sums`` are plain sums over tokens, divided by the sum of ``tokens``. Of ``maxima`` the largest
+    survives. Values are scalars without gradient.
     """
 
     loss: torch.Tensor
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    token_sums: dict[str, torch.Tensor] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -1,73 +1,93 @@
-"""The clipped policy-gradient loss of PPO and GRPO, with an optional KL to a reference.
+"""The policy-gradient loss of GRPO as configured: formulas and kernels are in :mod:`megarl.ops.policy_loss`.
 
-For each token, with r = exp(cur - old) and advantage A (PPO: Schulman et al. 2017, arXiv:1707.06347;
-clip-higher: DAPO, arXiv:2503.14476)::
-
-    L = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)) + beta * KL
-
-KL estimators with d = ref - cur (Schulman 2020, "Approximating KL divergence")::
-
-    k1 = -d      k2 = d^2 / 2      k3 = e^d - 1 - d
-
-Their plain gradients are used: of k3 that is 1 - e^d, which is not the score-function gradient of
-the reverse KL (cur - ref, the gradient of k2); of k1 it is 1, whose expectation is zero.
+What is logged: the weighted means ``loss`` (what is differentiated), ``policy_loss``, ``advantage_mean``,
+``entropy`` and ``kl_ref`` follow algorithm.loss_aggregation; ``ratio_mean``, ``kl_policy`` (k3 estimate of
+KL(old || current)), ``clip_fraction``, ``dual_clip_fraction``, ``correction_weight_mean`` and
+``corrected_fraction`` are plain means over the tokens with a loss.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-
+from megarl.config.schema import GrpoAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
+from megarl.ops.policy_loss import SUM_NAMES, PolicyLossOptions, policy_loss
 
-KlEstimator = Literal["k1", "k2", "k3"]
 
-
-def kl_estimate(cur: torch.Tensor, ref: torch.Tensor, estimator: KlEstimator) -> torch.Tensor:
-    """Per-token estimate [N] of KL(cur || ref) from tokens drawn from cur."""
-    d = ref - cur
-    if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return d.square() / 2
-    return torch.expm1(d) - d
+def options_of(algorithm: GrpoAlgorithmConfig) -> PolicyLossOptions:
+    """The op's options for a valid configuration (thresholds a correction does not read stay the op's)."""
+    defaults = PolicyLossOptions()
+    low, high = algorithm.off_policy_low, algorithm.off_policy_high
+    return PolicyLossOptions(
+        objective=algorithm.objective,
+        level=algorithm.ratio_level,
+        clip_low=algorithm.clip_ratio_low,
+        clip_high=algorithm.clip_ratio_high,
+        dual_clip=algorithm.clip_ratio_c,
+        correction=algorithm.off_policy_correction,
+        correction_low=defaults.correction_low if low is None else low,
+        correction_high=defaults.correction_high if high is None else high,
+        kl=algorithm.kl_estimator if algorithm.kl_coef > 0 else "none",
+        kl_gradient=algorithm.kl_gradient,
+        kl_coef=algorithm.kl_coef,
+        entropy_coef=algorithm.entropy_coef,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
     """Configured loss; ``old_logprobs`` None means that these very logprobs are the old ones (ratio 1)."""
 
-    clip_ratio_low: float
-    clip_ratio_high: float
-    kl_coef: float
-    kl_estimator: KlEstimator
+    options: PolicyLossOptions
+    check_numerics: bool = False
 
     def __call__(self, tokens: LossTokens) -> LossResult:
-        """Loss with gradient to ``tokens.logprobs``; sums as logged (each already a global mean)."""
+        """Loss with gradient to ``tokens.logprobs`` and, with an entropy_coef, to ``tokens.entropy``."""
         assert tokens.advantages is not None
-        w, cur, advantage = tokens.weights, tokens.logprobs, tokens.advantages
-        old = cur.detach() if tokens.old_logprobs is None else tokens.old_logprobs
-        log_ratio = cur - old
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - self.clip_ratio_low, 1 + self.clip_ratio_high)
-        unclipped_loss, clipped_loss = -advantage * ratio, -advantage * clipped
-        loss = (w * torch.maximum(unclipped_loss, clipped_loss)).sum()
-        with torch.no_grad():
-            sums = {
-                "policy_loss": loss.detach(),
-                "weight": w.sum(),
-                "advantage_mean": (w * advantage).sum(),
-                "ratio_mean": (w * ratio).sum(),
-                "kl_policy": (w * (ratio - 1 - log_ratio)).sum(),
-                "clip_fraction": (w * (clipped_loss > unclipped_loss)).sum(),
-                "entropy": (w * tokens.entropy).sum(),
-            }
-            maxima = {"ratio_max": ratio.max()}
-        if self.kl_coef > 0:
-            assert tokens.ref_logprobs is not None
-            kl = (w * kl_estimate(cur, tokens.ref_logprobs, self.kl_estimator)).sum()
-            sums["kl_ref"] = kl.detach()
-            loss = loss + self.kl_coef * kl
-        return LossResult(loss, sums, maxima)
+        options = self.options
+        old = tokens.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+        result = policy_loss(
+            tokens.logprobs,
+            old,
+            tokens.advantages,
+            tokens.weights,
+            options=options,
+            entropy=tokens.entropy if options.entropy_coef else tokens.entropy.detach(),
+            ref_logprobs=None if options.kl == "none" else tokens.ref_logprobs,
+            rollout_logprobs=None if options.correction == "none" else tokens.rollout_logprobs,
+            sequence_ids=tokens.slots if options.by_sequence else None,
+            num_sequences=tokens.num_slots if options.by_sequence else None,
+            cp_group=tokens.cp_group,
+            check_numerics=self.check_numerics,
+        )
+        op = dict(zip(SUM_NAMES, result.sums.unbind(), strict=True))
+        weights = tokens.weights.double()
+        sums = {
+            "loss": op["loss"],
+            "policy_loss": op["policy_loss"],
+            "weight": weights.sum(),
+            "advantage_mean": weights @ tokens.advantages.double(),
+            "entropy": op["entropy_loss"],
+        }
+        token_sums = {
+            "tokens": op["tokens"],
+            "ratio_mean": op["ratio"],
+            "kl_policy": op["old_kl"],
+            "clip_fraction": op["clipped_low"] + op["clipped_high"],
+        }
+        if options.kl != "none":
+            sums["kl_ref"] = op["kl_loss"]
+        if options.dual_clip is not None:
+            token_sums["dual_clip_fraction"] = op["dual_clipped"]
+        if options.correction != "none":
+            token_sums["correction_weight_mean"] = op["correction_weight"]
+            token_sums["corrected_fraction"] = op["corrected"]
+        if options.level == "sequence":
+            assert result.sequence_sums is not None
+            drift, _, count = result.sequence_sums[result.sequence_sums[:, 2] > 0].unbind(1)
+            log_ratios = drift / count
+        else:
+            log_ratios = tokens.logprobs.detach() - old
+        maxima = {"ratio_max": log_ratios.amax().exp()} if log_ratios.numel() else {}
+        return LossResult(result.loss, sums, token_sums, maxima)

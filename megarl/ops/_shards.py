@@ -11,6 +11,14 @@ import torch.distributed as dist
 LOGITS_CAUSE = ": its logits hold NaN or inf, or give the target no probability"
 
 
+class NumericsError(FloatingPointError):
+    """A value that is not finite, found by check_numerics; ``row`` is its row among the op's rows."""
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 def group_size(tp_group: dist.ProcessGroup | None) -> int:
     """Ranks that share the vocabulary."""
     return 1 if tp_group is None else tp_group.size()
@@ -66,16 +74,16 @@ def check_targets(op: str, targets: torch.Tensor, low: int, high: int) -> None:
 
 
 def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = None, cause: str = "") -> None:
-    """Raise FloatingPointError naming the first row and field that is NaN or infinite."""
+    """Raise NumericsError naming the first row and field that is NaN or infinite."""
     for name, values in result._asdict().items():
         bad = (~torch.isfinite(values.detach())).nonzero()
         if bad.numel():
             position = int(bad[0, 0])
             row = position if row_index is None else int(row_index[position])
-            raise FloatingPointError(
+            raise NumericsError(
                 f"megarl::{op}: {name} of row {row} is {float(values[position])} "
-                f"({bad.shape[0]} such rows){cause}"
-                f"({bad.shape[0]} such rows){cause}"
+                f"({bad.shape[0]} such rows){cause}",
+                row,
             )
 
 

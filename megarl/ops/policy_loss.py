@@ -88,10 +88,15 @@ class PolicyLossOptions:
 
 
 class PolicyLoss(NamedTuple):
-    """The loss [] in the dtype of logprobs, and the float64 sums [17] in the order of SUM_NAMES."""
+    """The loss [] in the dtype of logprobs, and the float64 sums [17] in the order of SUM_NAMES.
+
+    sequence_sums [S, 3] float64, where options.by_sequence: per sequence the sums over its tokens of
+    logprob - old_logprob and of old_logprob - rollout_logprob, and their number (0: no token here).
+    """
 
     loss: torch.Tensor
     sums: torch.Tensor
+    sequence_sums: torch.Tensor | None
 
 
 def policy_loss(
@@ -157,7 +162,7 @@ def policy_loss(
         options.kl_coef,
         options.entropy_coef,
     )
-    return PolicyLoss(sums[0].to(dtype), sums.detach())
+    return PolicyLoss(sums[0].to(dtype), sums.detach(), sequence_sums)
 
 
 class _Inputs(NamedTuple):

@@ -44,12 +44,15 @@ class SamplingConfig:
 
     ``temperature`` 0 is greedy. Sampling ends at the first of ``stop_token_ids`` (kept, with its
     logprob, as the last token) and nowhere else: an end-of-sequence id that is not listed is a
-    token like any other. With ``logprobs``, responses carry log p(token) after temperature.
+    token like any other. With ``logprobs``, responses carry log p(token) after temperature, top-k and
+    top-p: renormalised over the tokens that could be drawn. ``top_k`` 0 and ``top_p`` 1 keep all.
     """
 
     temperature: float
     stop_token_ids: tuple[int, ...]
     logprobs: bool
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

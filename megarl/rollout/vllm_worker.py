@@ -241,6 +241,8 @@ class EngineActor:
         for request in requests:
             params = SamplingParams(
                 temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
                 seed=request.seed,
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=list(sampling.stop_token_ids),
@@ -312,7 +314,7 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         max_num_batched_tokens=max(config.max_num_batched_tokens, settings.max_model_len),
         block_size=KV_BLOCK_SIZE,
         enable_prefix_caching=config.enable_prefix_caching,
-        logprobs_mode="processed_logprobs",  # after temperature, as the trainer's are
+        logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p, as the trainer's
         generation_config="vllm",  # the model's generation_config.json must not change sampling
         async_scheduling=False,
         disable_log_stats=True,

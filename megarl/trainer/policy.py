@@ -45,8 +45,20 @@ class Policy(Protocol):
         """Forward only: the loss's sums over all ranks."""
         ...
 
-    def train_step(self, batches: list[PackedBatch], loss: Loss, *, temperature: float) -> TrainStepResult:
-        """Forward, backward, gradient reduction, clipping, optimizer and schedule."""
+    def train_step(
+        self,
+        batches: list[PackedBatch],
+        loss: Loss,
+        *,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> TrainStepResult:
+        """Forward, backward, gradient reduction, clipping, optimizer and schedule.
+
+        Logprobs and entropy are those of the distribution a sampler with this temperature, top_k (0: off)
+        and top_p draws from. Its support is taken from the weights as they are now.
+        """
         ...
 
     def keep_reference(self) -> None:

@@ -1,105 +1,251 @@
-"""PolicyLoss against its formulas token by token in float64, and its gradients against theirs."""
+"""PolicyLoss as configured, against its formulas written out token by token in float64."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from megarl.losses.base import LossTokens
-from megarl.losses.policy import PolicyLoss, kl_estimate
+from megarl.config.schema import GrpoAlgorithmConfig
+from megarl.losses.base import LossResult, LossTokens
+from megarl.losses.policy import PolicyLoss, options_of
+from megarl.ops import NumericsError
 
-LOW, HIGH, BETA = 0.2, 0.3, 0.7
+SLOTS = [0] * 30 + [1] * 3 + [2] * 60 + [3] * 27
+COUNT = len(SLOTS)
+
+
+def make_loss(**algorithm: Any) -> PolicyLoss:
+    return PolicyLoss(options_of(GrpoAlgorithmConfig(**algorithm)))
 
 
 def make_tokens(cur: list[float], **fields: Any) -> LossTokens:
     count = len(cur)
+    dtype = fields.pop("dtype", torch.float32)
     values: dict[str, Any] = {
-        "weights": [1.0 / count] * count,
+        "weights": [1.0 / max(count, 1)] * count,
         "entropy": [0.0] * count,
         "advantages": [1.0] * count,
         "old_logprobs": None,
         "ref_logprobs": None,
+        "rollout_logprobs": None,
     } | fields
-    tensors = {name: None if v is None else torch.tensor(v) for name, v in values.items()}
+    tensors = {name: None if v is None else torch.tensor(v, dtype=dtype) for name, v in values.items()}
+    tensors["entropy"].requires_grad_()
     return LossTokens(
-        logprobs=torch.tensor(cur, requires_grad=True),
+        logprobs=torch.tensor(cur, dtype=dtype, requires_grad=True),
         labels=torch.zeros(count, dtype=torch.int64),
         sequence_ids=torch.zeros(count, dtype=torch.int64),
-        rollout_logprobs=None,
-        **tensors,
+        slots=torch.tensor(SLOTS[:count]),
+        num_slots=4,
+        **tensors,  # type: ignore[arg-type]
     )
 
 
-def token_by_hand(cur: float, old: float, ref: float, a: float, kind: str) -> tuple[float, float, float]:
-    """One token in float64: policy loss, KL, and the gradient of policy loss + BETA * KL by cur."""
-    ratio = math.exp(cur - old)
-    if a >= 0:
-        clipped = ratio > 1 + HIGH
-        policy = -a * min(ratio, 1 + HIGH)
-    else:
-        clipped = ratio < 1 - LOW
-        policy = -a * max(ratio, 1 - LOW)
-    d = ref - cur
-    kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[kind]
-    kl_gradient = {"k1": 1.0, "k2": -d, "k3": 1 - math.exp(d)}[kind]
-    return policy, kl, (0.0 if clipped else -a * ratio) + BETA * kl_gradient
-
-
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_values_and_gradients_of_every_token(kind: Any) -> None:
+def noisy_tokens(dtype: torch.dtype) -> LossTokens:
+    """Ratios far below, inside and far above any clip, advantages of both signs and none, drift."""
     torch.manual_seed(0)
-    count = 200
-    cur = (torch.randn(count) - 3).tolist()
-    # Ratios far below, inside and far above the clip range, with advantages of both signs and none.
-    old = [c - r for c, r in zip(cur, (torch.randn(count) * 0.4).tolist(), strict=True)]
-    ref = [c + r for c, r in zip(cur, (torch.randn(count) * 0.8).tolist(), strict=True)]
-    advantages = torch.randn(count)
+    cur = torch.randn(COUNT) - 3
+    bias = torch.tensor([0.3, -0.4, 0.02, -0.1])[torch.tensor(SLOTS)]
+    advantages = torch.randn(COUNT)
     advantages[::17] = 0
-    weights = torch.rand(count) / count
-    fp32 = [torch.tensor(x).double().tolist() for x in (cur, old, ref, advantages.tolist(), weights.tolist())]
-    by_hand = [token_by_hand(*values, kind) for values in zip(*fp32[:4], strict=True)]
-    ratios = [math.exp(c - o) for c, o in zip(fp32[0], fp32[1], strict=True)]
-    active = [
-        (r > 1 + HIGH and a > 0) or (r < 1 - LOW and a < 0) for r, a in zip(ratios, fp32[3], strict=True)
-    ]
-    outside = sum(r > 1 + HIGH or r < 1 - LOW for r in ratios)
-    assert 20 < sum(active) < outside < 180, "the case covers what clips and what does not"
+    old = cur - bias - 0.4 * torch.randn(COUNT)
+    fields = {
+        "old_logprobs": old,
+        "ref_logprobs": cur + 0.8 * torch.randn(COUNT),
+        "rollout_logprobs": old + bias.flip(0) + 0.3 * torch.randn(COUNT),
+        "advantages": advantages,
+        "weights": torch.rand(COUNT) / COUNT,
+        "entropy": torch.rand(COUNT),
+    }
+    return make_tokens(cur.tolist(), dtype=dtype, **{name: v.tolist() for name, v in fields.items()})
 
-    tokens = make_tokens(
-        cur,
-        old_logprobs=old,
-        ref_logprobs=ref,
-        advantages=advantages.tolist(),
-        weights=weights.tolist(),
-        entropy=[0.5] * count,
-    )
-    result = PolicyLoss(LOW, HIGH, kl_coef=BETA, kl_estimator=kind)(tokens)
-    [gradient] = torch.autograd.grad(result.loss, tokens.logprobs)
+
+class ByHand(NamedTuple):
+    """One token: its policy loss and KL, gradients of the whole loss, and what is logged."""
+
+    policy: float
+    kl: float
+    by_logprob: float
+    by_entropy: float
+    ratio: float
+    k3_old: float
+    clipped: bool
+    dual: bool
+    weight: float
+    corrected: bool
+
+
+def sequence_means(values: list[float]) -> list[float]:
+    means = []
+    for slot in SLOTS:
+        own = [v for v, s in zip(values, SLOTS, strict=True) if s == slot]
+        means.append(sum(own) / len(own))
+    return means
+
+
+def off_policy(drift: float, c: GrpoAlgorithmConfig) -> tuple[float, bool]:
+    ratio = math.exp(drift)
+    low, high = c.off_policy_low or 0.0, c.off_policy_high or 0.0
+    match c.off_policy_correction:
+        case "tis" | "sequence_tis":
+            return min(ratio, high), ratio > high
+        case "icepop":
+            return (ratio if low <= ratio <= high else 0.0), not low <= ratio <= high
+        case "sequence_mask":
+            return float(low <= ratio <= high), not low <= ratio <= high
+    return 1.0, False
+
+
+def by_hand(tokens: LossTokens, c: GrpoAlgorithmConfig) -> list[ByHand]:
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "advantages")
+    cur, old, ref, rollout, advantages = (getattr(tokens, name).tolist() for name in names)
+    log_ratios = [a - b for a, b in zip(cur, old, strict=True)]
+    drifts = [a - b for a, b in zip(old, rollout, strict=True)]
+    token_log_ratios = log_ratios
+    if c.ratio_level == "sequence":
+        log_ratios = sequence_means(log_ratios)
+    if c.off_policy_correction.startswith("sequence"):
+        drifts = sequence_means(drifts)
+    result = []
+    for i, a in enumerate(advantages):
+        ratio = math.exp(log_ratios[i])
+        low, high = 1 - c.clip_ratio_low, 1 + c.clip_ratio_high
+        dual = False
+        if c.objective == "cispo":
+            clipped = a != 0 and not low <= ratio <= high
+            gradient = -a * min(max(ratio, low), high)
+            policy = gradient * cur[i]
+        else:
+            clipped = (a > 0 and ratio > high) or (a < 0 and ratio < low)
+            policy = max(-a * ratio, -a * min(max(ratio, low), high))
+            gradient = 0.0 if clipped else -a * ratio
+            if a < 0 and c.clip_ratio_c is not None and policy > -a * c.clip_ratio_c:
+                dual, policy, gradient = True, -a * c.clip_ratio_c, 0.0
+        weight, corrected = off_policy(drifts[i], c)
+        d = ref[i] - cur[i]
+        kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[c.kl_estimator]
+        slope = {"k1": 1.0, "k2": -d, "k3": 1 - math.exp(d)}[c.kl_estimator]
+        if c.kl_gradient == "score":
+            slope = cur[i] - ref[i]
+        k3_old = math.exp(token_log_ratios[i]) - 1 - token_log_ratios[i]
+        whole = weight * gradient + c.kl_coef * slope
+        result.append(
+            ByHand(
+                weight * policy, kl, whole, -c.entropy_coef, ratio, k3_old, clipped, dual, weight, corrected
+            )
+        )
+    return result
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "clip_higher": {"clip_ratio_low": 0.1, "clip_ratio_high": 0.28},
+    "dual_clip": {"clip_ratio_c": 1.3},
+    "cispo": {"objective": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 0.3},
+    "gspo": {"ratio_level": "sequence", "clip_ratio_low": 0.03, "clip_ratio_high": 0.04},
+    "gspo_cispo": {"ratio_level": "sequence", "objective": "cispo", "clip_ratio_high": 0.04},
+    "tis": {"off_policy_correction": "tis", "off_policy_high": 1.1},
+    "icepop": {"off_policy_correction": "icepop", "off_policy_low": 0.8, "off_policy_high": 1.2},
+    "sequence_mask": {
+        "off_policy_correction": "sequence_mask",
+        "off_policy_low": 0.9,
+        "off_policy_high": 1.15,
+    },
+    "sequence_tis": {"off_policy_correction": "sequence_tis", "off_policy_high": 1.05},
+    "k1_score": {"kl_coef": 0.7, "kl_estimator": "k1", "kl_gradient": "score"},
+    "k2": {"kl_coef": 0.7, "kl_estimator": "k2"},
+    "k3": {"kl_coef": 0.7},
+    "k3_score": {"kl_coef": 0.7, "kl_gradient": "score"},
+    "entropy": {"entropy_coef": 0.05},
+    "everything": {
+        "ratio_level": "sequence",
+        "clip_ratio_low": 0.03,
+        "clip_ratio_c": 1.3,
+        "off_policy_correction": "icepop",
+        "off_policy_low": 0.7,
+        "off_policy_high": 1.4,
+        "kl_coef": 0.1,
+        "entropy_coef": 0.01,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES)
+def test_every_option_by_hand(case: str, dtype: torch.dtype) -> None:
+    config = GrpoAlgorithmConfig(**CASES[case])
+    tokens = noisy_tokens(dtype)
+    expected = by_hand(tokens, config)
+    weights = tokens.weights.tolist()
+    result = PolicyLoss(options_of(config))(tokens)
+    rel = 1e-12 if dtype == torch.float64 else 4e-6
 
     def mean(values: list[float]) -> float:
-        return sum(w * v for w, v in zip(fp32[4], values, strict=True))
+        return sum(w * v for w, v in zip(weights, values, strict=True))
 
-    expected = {
-        "policy_loss": mean([policy for policy, _, _ in by_hand]),
-        "kl_ref": mean([kl for _, kl, _ in by_hand]),
-        "weight": sum(fp32[4]),
-        "advantage_mean": mean(fp32[3]),
-        "ratio_mean": mean(ratios),
-        "kl_policy": mean([r - 1 - math.log(r) for r in ratios]),
-        "clip_fraction": mean([float(c) for c in active]),
-        "entropy": mean([0.5] * count),
+    policy, entropy = mean([t.policy for t in expected]), mean(tokens.entropy.tolist())
+    kl = mean([t.kl for t in expected])
+    sums = {
+        "loss": policy + config.kl_coef * kl - config.entropy_coef * entropy,
+        "policy_loss": policy,
+        "advantage_mean": mean(tokens.advantages.tolist()),  # type: ignore[union-attr]
+        "entropy": entropy,
+        "weight": sum(weights),
     }
-    assert {k: float(v) for k, v in result.sums.items()} == pytest.approx(expected, rel=2e-6, abs=1e-7)
-    assert result.maxima["ratio_max"].item() == pytest.approx(max(ratios), rel=1e-6)
-    assert float(result.loss.detach()) == pytest.approx(
-        expected["policy_loss"] + BETA * expected["kl_ref"], rel=2e-6
+    token_sums = {
+        "tokens": float(COUNT),
+        "ratio_mean": sum(t.ratio for t in expected),
+        "kl_policy": sum(t.k3_old for t in expected),
+        "clip_fraction": float(sum(t.clipped for t in expected)),
+    }
+    if config.kl_coef:
+        sums["kl_ref"] = kl
+    if config.clip_ratio_c:
+        token_sums["dual_clip_fraction"] = float(sum(t.dual for t in expected))
+        assert token_sums["dual_clip_fraction"] > 0
+    if config.off_policy_correction != "none":
+        token_sums["correction_weight_mean"] = sum(t.weight for t in expected)
+        token_sums["corrected_fraction"] = float(sum(t.corrected for t in expected))
+        assert 0 < token_sums["corrected_fraction"] < COUNT
+    assert 10 < token_sums["clip_fraction"] < COUNT - 10, "the case covers what clips and what does not"
+    assert numbers(result.sums) == pytest.approx(sums, rel=rel, abs=1e-8)
+    assert numbers(result.token_sums) == pytest.approx(token_sums, rel=rel)
+    assert numbers(result.maxima) == pytest.approx({"ratio_max": max(t.ratio for t in expected)}, rel=rel)
+    assert float(result.loss.detach()) == pytest.approx(sums["loss"], rel=rel, abs=1e-8)
+    assert not any(v.requires_grad for v in (result.sums | result.token_sums | result.maxima).values())
+
+    by_logprob, by_entropy = torch.autograd.grad(
+        result.loss, (tokens.logprobs, tokens.entropy), allow_unused=True
     )
-    gradients = [w * g for w, (_, _, g) in zip(fp32[4], by_hand, strict=True)]
-    assert gradient.tolist() == pytest.approx(gradients, rel=1e-5, abs=1e-9)
-    assert not any(value.requires_grad for value in (result.sums | result.maxima).values())
+    gradients = [w * t.by_logprob for w, t in zip(weights, expected, strict=True)]
+    assert by_logprob.tolist() == pytest.approx(gradients, rel=5 * rel, abs=rel / 100)
+    if config.entropy_coef:
+        gradients = [w * t.by_entropy for w, t in zip(weights, expected, strict=True)]
+        assert by_entropy.tolist() == pytest.approx(gradients, rel=rel)
+    else:
+        assert by_entropy is None
+
+
+def numbers(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def test_the_default_is_the_clipped_loss_of_plain_torch() -> None:
+    """The formula that MegaRL's loss was before it became an op, in its own precision."""
+    tokens = noisy_tokens(torch.float32)
+    assert tokens.advantages is not None and tokens.old_logprobs is not None
+    ratio = (tokens.logprobs - tokens.old_logprobs).exp()
+    clipped = ratio.clamp(1 - 0.2, 1 + 0.2)
+    plain = (tokens.weights * torch.maximum(-tokens.advantages * ratio, -tokens.advantages * clipped)).sum()
+    [by_plain] = torch.autograd.grad(plain, tokens.logprobs)
+    result = make_loss()(tokens)
+    [by_op] = torch.autograd.grad(result.loss, tokens.logprobs)
+    torch.testing.assert_close(result.loss, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(by_op, by_plain, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -118,41 +264,78 @@ def test_the_cases_of_clipping(
     ratio: float, advantage: float, loss: float, gradient: float, clipped: float
 ) -> None:
     tokens = make_tokens([-1.0], old_logprobs=[-1.0 - math.log(ratio)], advantages=[advantage])
-    result = PolicyLoss(LOW, HIGH, kl_coef=0.0, kl_estimator="k3")(tokens)
+    result = make_loss(clip_ratio_high=0.3)(tokens)
     result.loss.backward()
     assert tokens.logprobs.grad is not None
     assert float(result.loss.detach()) == pytest.approx(loss, abs=1e-6)
     assert tokens.logprobs.grad.item() == pytest.approx(gradient, abs=1e-6)
-    assert float(result.sums["clip_fraction"]) == clipped
+    assert float(result.token_sums["clip_fraction"]) == clipped
     assert "kl_ref" not in result.sums
 
 
-def test_on_policy_the_ratio_is_exactly_one() -> None:
+@pytest.mark.parametrize("algorithm", [{}, {"ratio_level": "sequence"}, {"objective": "cispo"}])
+def test_on_policy_the_ratio_is_exactly_one(algorithm: dict[str, Any]) -> None:
     torch.manual_seed(0)
     advantages = torch.randn(64)
     tokens = make_tokens((torch.randn(64) * 3).tolist(), advantages=advantages.tolist())
-    result = PolicyLoss(LOW, HIGH, kl_coef=0.0, kl_estimator="k3")(tokens)
+    result = make_loss(**algorithm)(tokens)
     assert float(result.maxima["ratio_max"]) == 1.0
-    assert float(result.sums["kl_policy"]) == 0.0
-    assert float(result.sums["clip_fraction"]) == 0.0
+    assert float(result.token_sums["ratio_mean"]) == 64.0 == float(result.token_sums["tokens"])
+    assert float(result.token_sums["kl_policy"]) == 0.0
+    assert float(result.token_sums["clip_fraction"]) == 0.0
     [gradient] = torch.autograd.grad(result.loss, tokens.logprobs)
     assert torch.equal(gradient, -advantages / 64)
 
 
+def kl_only(cur: torch.Tensor, ref: torch.Tensor, weights: torch.Tensor, **algorithm: Any) -> LossResult:
+    tokens = make_tokens([0.0] * len(cur), advantages=[0.0] * len(cur), dtype=torch.float64)
+    tokens = dataclasses.replace(tokens, logprobs=cur, ref_logprobs=ref, weights=weights)
+    return make_loss(kl_coef=1.0, **algorithm)(tokens)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_kl_gradients_by_finite_differences(kind: Any) -> None:
+def test_plain_kl_gradients_by_finite_differences(kind: str) -> None:
     torch.manual_seed(0)
     cur = torch.randn(32, dtype=torch.float64, requires_grad=True)
-    ref = torch.randn(32, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda c: kl_estimate(c, ref, kind), (cur,))
+    ref, weights = torch.randn(32, dtype=torch.float64), torch.rand(32, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda c: kl_only(c, ref, weights, kl_estimator=kind).loss, (cur,))
 
 
-def test_estimators_agree_with_the_divergence_they_estimate() -> None:
-    """Weighted by the policy itself, k1 and k3 sum to KL(cur || ref) exactly; k2 is close when both are."""
+def test_estimators_and_their_gradients_against_the_divergence() -> None:
+    """Summed over a vocabulary with the policy's own probabilities the estimates are KL(cur || ref), and the
+    score gradient of any of them is that divergence's gradient by the logits.
+    """
     torch.manual_seed(0)
-    cur = torch.randn(50, dtype=torch.float64).log_softmax(0)
-    ref = (cur + 0.05 * torch.randn(50, dtype=torch.float64)).log_softmax(0)
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    ref = (logits + 0.05 * torch.randn(50, dtype=torch.float64)).detach().log_softmax(0)
+    cur = logits.log_softmax(0)
     exact = (cur.exp() * (cur - ref)).sum()
+    [true] = torch.autograd.grad(exact, logits, retain_graph=True)
     for kind, tolerance in (("k1", 1e-12), ("k3", 1e-12), ("k2", 0.05)):
-        estimate = (cur.exp() * kl_estimate(cur, ref, kind)).sum()  # type: ignore[arg-type]
-        assert estimate.item() == pytest.approx(exact.item(), rel=tolerance)
+        result = kl_only(cur, ref, cur.detach().exp(), kl_estimator=kind, kl_gradient="score")
+        assert float(result.sums["kl_ref"]) == pytest.approx(exact.item(), rel=tolerance)
+        [gradient] = torch.autograd.grad(result.loss, logits, retain_graph=True)
+        torch.testing.assert_close(gradient, true, rtol=1e-9, atol=1e-12)
+    # why k1 with its plain gradient is refused: whatever the reference, it pulls nowhere
+    result = kl_only(cur, ref, cur.detach().exp(), kl_estimator="k1")
+    [gradient] = torch.autograd.grad(result.loss, logits)
+    assert gradient.abs().max() < 1e-12 < true.abs().max()
+
+
+def test_no_tokens_at_all() -> None:
+    """A context-parallel rank may hold none of a microbatch's responses."""
+    result = make_loss(ratio_level="sequence")(make_tokens([]))
+    result.loss.backward()
+    assert float(result.loss.detach()) == 0 and result.maxima == {}
+    assert float(result.token_sums["tokens"]) == 0
+
+
+@pytest.mark.parametrize("field", ["old_logprobs", "advantages", "logprobs"])
+def test_check_numerics_names_the_row(field: str) -> None:
+    tokens = noisy_tokens(torch.float32)
+    getattr(tokens, field).data[7] = math.nan
+    options = options_of(GrpoAlgorithmConfig())
+    with pytest.raises(NumericsError, match=f"megarl::policy_loss: {field} of row 7 is nan") as error:
+        PolicyLoss(options, check_numerics=True)(tokens)
+    assert error.value.row == 7
+    PolicyLoss(options)(tokens)

@@ -13,6 +13,7 @@ from megarl.errors import UserError
 from megarl.losses.base import LossResult, LossTokens, token_weights
 from megarl.losses.policy import PolicyLoss
 from megarl.losses.sft import sft_loss
+from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.records import PackedBatch, Sequence
 
 TOTAL_STEPS = 8
@@ -27,7 +28,7 @@ OPTIMIZER: dict[str, Any] = {
     "adam_eps": 1e-5,
 }
 KL_COEF = 0.3
-POLICY_LOSS = PolicyLoss(clip_ratio_low=0.02, clip_ratio_high=0.05, kl_coef=KL_COEF, kl_estimator="k3")
+POLICY_LOSS = PolicyLoss(PolicyLossOptions(clip_low=0.02, clip_high=0.05, kl="k3", kl_coef=KL_COEF))
 
 
 def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 250) -> list[Sequence]:
@@ -116,6 +117,7 @@ def gradients(
 ) -> list[tuple[float, dict[str, np.ndarray]]]:
     """Loss and gradient (by HF name) for each split of the step into microbatches; None is the planner's."""
     from megarl.packing.pack import pack
+    from megarl.trainer.megatron.head import Sampler
     from megarl.weights.hf import region_index
 
     policy = build(context, model_dir)
@@ -130,7 +132,7 @@ def gradients(
             for batch in batches:
                 batch.loss_weights = share[batch.sequence_ids] * batch.loss_mask
         policy.ddp.zero_grad_buffer()
-        results = policy._run(batches, lambda _b, _r, tokens: loss(tokens), 1.0, forward_only=False)
+        results = policy._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
         grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
         for region in policy.regions:
             box = tuple(slice(*span) for span in region.box)
@@ -154,7 +156,7 @@ def sft_steps(
 def first_policy_step(context: Any, model_dir: str) -> dict[str, float]:
     """One optimizer step right after the rollout: old logprobs are these very logprobs."""
     policy = build(context, model_dir)
-    loss = PolicyLoss(0.2, 0.2, kl_coef=0.0, kl_estimator="k3")
+    loss = PolicyLoss(PolicyLossOptions())
     batches = policy.prepare(make_sequences(5), "token")
     return dict(policy.train_step(batches, loss, temperature=TEMPERATURE).metrics)
 
@@ -295,4 +297,4 @@ def _flat(prefix: str, agreement: Any) -> dict[str, float]:
 
 def advantage_loss(tokens: LossTokens) -> LossResult:
     """On-policy policy gradient, as PolicyLoss without old logprobs."""
-    return PolicyLoss(0.2, 0.2, kl_coef=0.0, kl_estimator="k3")(tokens)
+    return PolicyLoss(PolicyLossOptions())(tokens)

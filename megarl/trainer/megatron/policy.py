@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,21 +14,19 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 
 from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+from megarl.errors import UserError
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import Loss, LossResult, LossTokens, token_weights
 from megarl.models.table import Architecture
-from megarl.ops import linear_token_logprob
+from megarl.ops import NumericsError
 from megarl.packing.pack import pack
 from megarl.packing.plan import CostModel, plan_microbatches
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
+from megarl.trainer.megatron.head import HeadShard, Sampler, label_logprobs, loss_tokens
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import PolicyModel, build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
@@ -49,8 +47,15 @@ class MegatronPolicy:
         packing: PackingConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         total_optimizer_steps: int = 0,
+        *,
+        check_numerics: bool = False,
     ) -> None:
-        """Build this rank's part and load ``model.path``; without an optimizer it only exports."""
+        """Build this rank's part and load ``model.path``; without an optimizer it only exports.
+
+        With check_numerics a logprob or loss input that is not finite ends every pass with a UserError
+        that names its token.
+        """
+        self._check_numerics = check_numerics
         self.context, self.architecture = context, architecture
         self.packing = packing or PackingConfig()
         self.device = context.platform.device
@@ -96,6 +101,7 @@ class MegatronPolicy:
             pad_to_multiple=multiple,
             costs=self._costs,
         )
+        self._assert_shared(plan.microbatches[at.data])
         weights = torch.tensor(token_weights(sequences, aggregation), dtype=torch.float32, device=self.device)
         batches = []
         for indices in plan.microbatches[at.data]:
@@ -110,6 +116,14 @@ class MegatronPolicy:
             batch.loss_weights = weights[batch.sequence_ids] * batch.loss_mask
             batches.append(batch)
         return batches
+
+    def _assert_shared(self, microbatches: list[list[int]]) -> None:
+        """Sums over a sequence's tokens are taken over context-parallel ranks, slot by slot."""
+        if self.context.layout.context == 1:
+            return
+        theirs: list[Any] = [None] * self.context.layout.context
+        dist.all_gather_object(theirs, microbatches, group=parallel_state.get_context_parallel_group())
+        assert all(other == microbatches for other in theirs), "context-parallel ranks hold other sequences"
 
     # --- forward and backward -----------------------------------------------------------------
 
@@ -128,16 +142,26 @@ class MegatronPolicy:
             return LossResult(tokens.logprobs.sum())
 
         with torch.no_grad():
-            self._run(batches, keep, temperature, forward_only=True)
+            self._run(batches, keep, Sampler(temperature), forward_only=True)
         return self._reduce_agreement(agreement)
 
     def evaluate_loss(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
         """See Policy."""
         with torch.no_grad():
-            results = self._run(batches, lambda _batch, _rows, tokens: loss(tokens), 1.0, forward_only=True)
+            results = self._run(
+                batches, lambda _batch, _rows, tokens: loss(tokens), Sampler(), forward_only=True
+            )
         return self._reduce(results)
 
-    def train_step(self, batches: list[PackedBatch], loss: Loss, *, temperature: float) -> TrainStepResult:
+    def train_step(
+        self,
+        batches: list[PackedBatch],
+        loss: Loss,
+        *,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> TrainStepResult:
         """See Policy."""
         agreement = Agreement()
 
@@ -148,7 +172,7 @@ class MegatronPolicy:
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(batches, learn, temperature, forward_only=False)
+        results = self._run(batches, learn, Sampler(temperature, top_k, top_p), forward_only=False)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         success, grad_norm, _ = self.optimizer.step()
         assert success, "fp32 and bf16 steps never overflow a loss scale"
@@ -159,12 +183,12 @@ class MegatronPolicy:
         return TrainStepResult(metrics, self._reduce_agreement(agreement))
 
     def _run(
-        self, batches: list[PackedBatch], use: Any, temperature: float, *, forward_only: bool
-    ) -> list[Any]:
+        self, batches: list[PackedBatch], use: Any, sampler: Sampler, *, forward_only: bool
+    ) -> list[LossResult]:
         longest = max(batch.token_ids.shape[0] for batch in batches)
         return list(
             get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, use=use, temperature=temperature),
+                forward_step_func=partial(self._forward_step, use=use, sampler=sampler),
                 data_iterator=iter(batches),
                 model=[self.ddp],
                 num_microbatches=len(batches),
@@ -175,7 +199,7 @@ class MegatronPolicy:
         )
 
     def _forward_step(
-        self, batches: Iterator[PackedBatch], model: Any, *, use: Any, temperature: float
+        self, batches: Iterator[PackedBatch], model: Any, *, use: Any, sampler: Sampler
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         packed = PackedMicrobatch(
@@ -188,72 +212,54 @@ class MegatronPolicy:
         hidden = model(
             batch.token_ids[None], batch.position_ids[None], attention_mask=None, packed_seq_params=packed
         )
-        return hidden, partial(self._head_and_loss, batch, use, temperature)
+        return hidden, partial(self._head_and_loss, batch, use, sampler)
 
     def _head_and_loss(
-        self, batch: PackedBatch, use: Any, temperature: float, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, LossResult | None]:
+        self, batch: PackedBatch, use: Any, sampler: Sampler, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, LossResult]:
         no_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # denominators are in the weights
+        # Maybe none, in a dummy or on one of the context-parallel ranks: all take part in every collective.
         rows = batch.loss_mask.nonzero().flatten()
-        if rows.numel() == 0:  # a dummy microbatch: take part in the backward pass with nothing
-            return hidden.sum() * 0.0, no_tokens, None
-        hidden = hidden[:, 0]
-        if self.context.layout.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-            hidden = hidden.index_select(0, rows)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden.index_select(0, rows))
-        weight = self.module.head_weight()
-        group = parallel_state.get_tensor_model_parallel_group() if self.context.layout.tensor > 1 else None
-        stored_rows = (
-            self.architecture.spec.padded_vocab(self.context.layout.tensor) // self.context.layout.tensor
+        head = HeadShard(
+            self.module.head_weight(),
+            vocab_start=self.context.at.tensor
+            * (self.architecture.spec.padded_vocab(self.context.layout.tensor) // self.context.layout.tensor),
+            layout=self.context.layout,
         )
-        out = linear_token_logprob(
-            hidden,
-            weight,
-            batch.labels[rows],
-            temperature=temperature,
-            vocab_start=self.context.at.tensor * stored_rows,
-            tp_group=group,
-        )
-        assert batch.loss_weights is not None
-
-        def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values[rows]
-
-        tokens = LossTokens(
-            logprobs=out.logprob,
-            entropy=out.entropy,
-            weights=batch.loss_weights[rows],
-            labels=batch.labels[rows],
-            sequence_ids=batch.sequence_ids[rows],
-            advantages=of_rows(batch.advantages),
-            old_logprobs=of_rows(batch.old_logprobs),
-            ref_logprobs=of_rows(batch.ref_logprobs),
-            rollout_logprobs=of_rows(batch.rollout_logprobs),
-        )
-        result = use(batch, rows, tokens)
+        try:
+            out = label_logprobs(
+                hidden[:, 0], head, batch.labels, rows, sampler, check_numerics=self._check_numerics
+            )
+            result = use(batch, rows, loss_tokens(batch, rows, out, self.context.layout))
+        except NumericsError as error:
+            row = int(rows[error.row])
+            raise UserError(
+                f"debug.check_numerics: {error}; that row predicts token {int(batch.position_ids[row]) + 1} "
+                f"(id {int(batch.labels[row])}) of sequence {int(batch.sequence_ids[row])} of the step"
+            ) from error
         return result.loss, no_tokens, result
 
     # --- reductions over ranks ----------------------------------------------------------------
 
-    def _reduce(self, results: list[LossResult | None]) -> dict[str, float]:
-        """Sums and maxima over microbatches and ranks; tensor ranks hold copies, so one of them counts."""
+    def _reduce(self, results: list[LossResult]) -> dict[str, float]:
+        """Means and maxima over microbatches and ranks; tensor ranks hold copies, so one of them counts."""
         local = [
-            ({k: float(v) for k, v in r.sums.items()}, {k: float(v) for k, v in r.maxima.items()})
+            [
+                {name: float(value) for name, value in part.items()}
+                for part in (r.sums, r.token_sums, r.maxima)
+            ]
             for r in (results if self._counts() else [])
-            if r is not None
         ]
-        pairs = [pair for rank in gather(local) for pair in rank]
-        out: dict[str, float] = {}
-        peaks = {name for _, maxima in pairs for name in maxima}
-        for sums, maxima in pairs:
-            for name, value in sums.items():
-                out[name] = out.get(name, 0.0) + value
-            for name, value in maxima.items():
-                out[name] = max(out.get(name, float("-inf")), value)
-        weight = out.pop("weight", 0.0) or 1.0
-        return {name: value if name in peaks else value / weight for name, value in out.items()}
+        parts = [part for rank in gather(local) for part in rank]
+
+        def over_all(index: int, combine: Callable[[Iterable[float]], float]) -> dict[str, float]:
+            names = dict.fromkeys(name for part in parts for name in part[index])
+            return {name: combine(p[index][name] for p in parts if name in p[index]) for name in names}
+
+        sums, token_sums = over_all(0, sum), over_all(1, sum)
+        weight, num_tokens = sums.pop("weight", 0.0) or 1.0, token_sums.pop("tokens", 0.0) or 1.0
+        means = {name: value / weight for name, value in sums.items()}
+        return means | {name: value / num_tokens for name, value in token_sums.items()} | over_all(2, max)
 
     def _reduce_agreement(self, agreement: Agreement) -> Agreement:
         return sum(gather(agreement if self._counts() else Agreement()), Agreement())
