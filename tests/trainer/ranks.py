@@ -76,6 +76,19 @@ def export(policy: Any, model_dir: str, directory: str) -> None:
         assert list(tensors) == []
 
 
+_offered: list[Any] = []  # policies whose memory an engine may be reading
+
+
+def train_export_and_offer(context: Any, model_dir: str, export_dir: str, distributed: bool) -> Any:
+    """One training step, its weights exported, and what rank 0 tells an engine; the weights stay alive."""
+    policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
+    policy.train_step(policy.prepare(make_sequences(5), "token"), sft_loss, temperature=1.0)
+    export(policy, model_dir, export_dir)
+    owners = policy.weight_owners()
+    _offered[:] = [policy]
+    return owners
+
+
 def weights(policy: Any) -> dict[str, np.ndarray]:
     """All Hugging Face tensors, on rank 0."""
     return {name: tensor.numpy().copy() for name, tensor in policy.hf_tensors()}

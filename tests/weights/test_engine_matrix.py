@@ -1,0 +1,123 @@
+"""Trainer layouts x engine layouts x families: after a training step the engine is the exported model.
+
+Every trainer is real Megatron on gloo, every engine real vLLM. The reference is Hugging Face on an
+export of the same weights, which passes through none of the hand-over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from megarl.algorithms.engines import attach_weights
+from megarl.cluster.ray_runtime import stop_ray
+from megarl.config.schema import EngineConfig
+from megarl.models import load_architecture
+from megarl.rollout.engine import GenerateRequest, SamplingConfig
+from megarl.rollout.vllm_engine import VllmEngine
+from tests.trainer import ranks
+from tests.trainer.world import world
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-4
+SIZES: dict[str, Any] = {
+    "vocab_size": 250,  # not a multiple of 64: both sides pad it
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # spreads the logits, so that a wrong weight shows
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"tie_word_embeddings": False}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS),
+}
+# name -> (trainer ranks, parallel section, distributed optimizer)
+LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "one": (1, {}, False),
+    "tp2": (2, {"tensor_parallel_size": 2}, False),
+    "pp2": (2, {"pipeline_parallel_size": 2}, False),
+    "tp2xpp2": (4, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, False),
+    "dp2-distributed": (2, {}, True),
+    "vpp": (2, {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, False),
+    "ep2": (2, {"expert_parallel_size": 2}, False),
+    "tp2xep2": (2, {"tensor_parallel_size": 2, "expert_parallel_size": 2, "sequence_parallel": True}, False),
+}
+
+
+class Bench:
+    """One engine; trainers of several layouts attach to it in turn."""
+
+    def __init__(self, family: str, engine_ranks: int, directory: Path) -> None:
+        self.family, self.engine_ranks, self.directory = family, engine_ranks, directory
+        self.model_dir = directory / "model"
+        config_class, model_class, options = MODELS[family]
+        torch.manual_seed(0)
+        model_class(config_class(**(SIZES | options))).save_pretrained(self.model_dir)
+        config = EngineConfig(
+            kv_cache_gib=0.02, max_num_seqs=8, num_threads=1, tensor_parallel_size=engine_ranks
+        )
+        self.engine = VllmEngine.start(
+            self.model_dir, config, dtype="float32", max_model_len=128, seed=1, log_dir=directory
+        )
+        self.version = 0
+
+    def check(self, layout: str, *, same_layout: bool) -> None:
+        size, parallel, distributed = LAYOUTS[layout]
+        export_dir = self.directory / f"export-{layout}"
+        owners = world(size).run(
+            ranks.train_export_and_offer, str(self.model_dir), str(export_dir), distributed, parallel=parallel
+        )[0]
+        lines = attach_weights(self.engine, load_architecture(self.model_dir), owners)
+        self.version += 1
+        report = self.engine.sync(self.version)
+        requests = [
+            GenerateRequest(f"{layout}-{n}", [(7 * n + k) % 250 for k in range(5 + n)], 12, seed=n)
+            for n in range(6)
+        ]
+        responses = list(self.engine.generate(requests, SamplingConfig(1.0, (), True)))
+        prompts = {request.request_id: request.prompt_ids for request in requests}
+        model = MODELS[self.family][1].from_pretrained(export_dir).eval()  # type: ignore[attr-defined]
+        worst = 0.0
+        with torch.no_grad():
+            for response in responses:
+                ids = prompts[response.request_id] + response.token_ids
+                logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                for place, (token, value) in enumerate(
+                    zip(response.token_ids, response.logprobs, strict=True)
+                ):
+                    at = len(prompts[response.request_id]) + place - 1
+                    worst = max(worst, abs(float(logits[at, token]) - value))
+        assert worst < TOLERANCE, lines
+        if same_layout and self.family != "qwen3_moe":
+            assert report.bytes_moved == 0, lines
+
+
+@pytest.fixture(
+    scope="module", params=[(f, n) for f in MODELS for n in (1, 2)], ids=lambda p: f"{p[0]}-tp{p[1]}"
+)
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    family, engine_ranks = request.param
+    bench = Bench(family, engine_ranks, tmp_path_factory.mktemp(f"{family}-tp{engine_ranks}"))
+    yield bench
+    bench.engine.shutdown()
+    stop_ray()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_engine_is_the_exported_model(bench: Bench, layout: str) -> None:
+    if "expert_parallel_size" in LAYOUTS[layout][1] and bench.family != "qwen3_moe":
+        pytest.skip("no experts")
+    same = (layout == "tp2") if bench.engine_ranks == 2 else layout in ("one", "dp2-distributed")
+    bench.check(layout, same_layout=same)
