@@ -188,7 +188,7 @@ void row_stats(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t>* stats) {
     sum += block_sum;
     weighted += block_weighted;
   }
-  if (minimum && target < *minimum) {  // the sampler chose it, so it belongs to the support
+  if (minimum && lowest < target && target < *minimum) {  // here, and chosen by the sampler: in the support
     maximum = std::max(maximum, target);
     if (shift == lowest || target > shift) move_shift(target);
     const double d = static_cast<double>(target - shift) * shifted_exp.scale;

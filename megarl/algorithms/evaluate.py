@@ -6,7 +6,7 @@ from megarl.algorithms.engines import attach_weights, start_engine
 from megarl.algorithms.model import read_model
 from megarl.algorithms.rollouts import Rollouts, accuracy, sample_row
 from megarl.config.schema import EvalConfig, ParallelConfig
-from megarl.data.prompts import PromptDataset, load_prompts
+from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset, load_prompts
 from megarl.data.tokenizer import stop_token_ids
 from megarl.environments import make
 from megarl.errors import UserError
@@ -19,10 +19,13 @@ from megarl.trainer.megatron.initialize import finalize, initialize
 
 def pick_problems(held_out: PromptDataset, count: int, console: Console) -> list[Prompt]:
     """The first ``count`` held-out problems that do not occur among the training problems."""
-    unseen = held_out.unseen
+    with console.waiting("comparison of held-out and training problems"):
+        unseen = held_out.unseen
     if unseen is None:
         console.warn(
-            "held-out problems were not compared with the training problems: that would take too long"
+            "held-out problems were not compared with the training problems, to leave out those that "
+            "occur there: "
+            f"there are more than {MAX_COMPARED_PROBLEMS} of them (data.train.size)"
         )
         unseen = list(range(len(held_out)))
     if left_out := len(held_out) - len(unseen):

@@ -81,7 +81,7 @@ def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = N
             position = int(bad[0, 0])
             row = position if row_index is None else int(row_index[position])
             raise NumericsError(
-                f"megarl::{op}: {name} of row {row} is {float(values[position])} "
+                f"megarl::{op}: {name} of row {row} is {values[position].item()} "
                 f"({bad.shape[0]} such rows){cause}",
                 row,
             )

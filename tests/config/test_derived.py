@@ -69,3 +69,14 @@ def test_description() -> None:
         "old logprobs: pass skipped (one optimizer step per rollout batch: old = current)",
         "reference logprobs: pass skipped (algorithm.kl_coef is 0)",
     ]
+
+
+def test_settings_of_a_ratio_that_is_always_one_are_named() -> None:
+    algorithm = {"ratio_level": "sequence", "clip_ratio_c": 3.0}
+    line = (
+        "algorithm.ratio_level, algorithm.clip_ratio_c: without effect, for with one optimizer step "
+        "per rollout "
+        "batch every ratio is 1"
+    )
+    assert line in describe(grpo(algorithm=algorithm), None)
+    assert line not in describe(grpo(algorithm=algorithm | {"num_epochs_per_batch": 2}), None)

@@ -157,6 +157,88 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     ),
     (
         GrpoConfig,
+        ["algorithm.clip_ratio_low=1.5", "algorithm.objective=cispo"],
+        "algorithm.clip_ratio_low: must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 "
+        "never clips "
+        "(got 1.5)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.clip_ratio_c=3", "algorithm.objective=cispo"],
+        "algorithm.clip_ratio_c: dual clip bounds the clipped objective; algorithm.objective = cispo "
+        "has no place "
+        "for it (got 3.0)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.off_policy_high=2"],
+        "algorithm.off_policy_high: algorithm.off_policy_correction = none does not read it (got 2.0)",
+    ),
+    (
+        GrpoConfig,
+        [
+            "algorithm.off_policy_correction=tis",
+            "algorithm.off_policy_low=0.5",
+            "algorithm.off_policy_high=2",
+        ],
+        "algorithm.off_policy_low: algorithm.off_policy_correction = tis does not read it (got 0.5)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.off_policy_correction=sequence_mask", "algorithm.off_policy_low=0.5"],
+        "algorithm.off_policy_high: missing, algorithm.off_policy_correction = sequence_mask needs it",
+    ),
+    (
+        GrpoConfig,
+        [
+            "algorithm.off_policy_correction=icepop",
+            "algorithm.off_policy_low=1.1",
+            "algorithm.off_policy_high=2",
+        ],
+        "algorithm.off_policy_low: off_policy_low < 1 < off_policy_high must hold, or tokens on "
+        "which engine and "
+        "trainer agree are dropped (got 1.1 and 2.0)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.off_policy_correction=tis", "algorithm.off_policy_high=0.9"],
+        "algorithm.off_policy_high: must be at least 1, or tokens on which engine and trainer agree "
+        "are truncated "
+        "(got 0.9)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.kl_gradient=score"],
+        "algorithm.kl_gradient: has no effect: algorithm.kl_coef is 0 (got score)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.kl_estimator=k2"],
+        "algorithm.kl_estimator: has no effect: algorithm.kl_coef is 0 (got k2)",
+    ),
+    (
+        GrpoConfig,
+        ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"],
+        "algorithm.kl_gradient: the plain gradient of k1 is 1 whatever the reference says, and 0 in "
+        "expectation: "
+        "the KL would not hold the policy back; use score, or kl_estimator k2 or k3 (got plain)",
+    ),
+    (
+        GrpoConfig,
+        ["rollout.top_p=0.9", "algorithm.num_epochs_per_batch=2"],
+        "rollout.top_p: logprobs are taken over the tokens that the sampling policy could draw, "
+        "which the weights "
+        "tell only until they change: needs one optimizer step per rollout batch, not 2 (got 0.9)",
+    ),
+    (
+        GrpoConfig,
+        ["rollout.top_k=20", "algorithm.kl_coef=0.1"],
+        "rollout.top_k: the reference does not know which tokens the sampling policy could draw, so "
+        "its logprobs "
+        "would mean something else: needs algorithm.kl_coef = 0, not 0.1 (got 20)",
+    ),
+    (
+        GrpoConfig,
         ["algorithm.num_optimizer_steps_per_batch=3"],
         "rollout.num_prompts_per_step: must be a multiple of "
         "algorithm.num_optimizer_steps_per_batch = 3 (got 8)",
@@ -225,6 +307,23 @@ def test_broken(tmp_path: Path, kind: type[Section], overrides: list[str], line:
         (SftConfig, ["data.held_out=null", "data.train.size=10"]),
         (GrpoConfig, ["rollout.engine.dtype=bfloat16"]),
         (GrpoConfig, ["rollout.num_generations_per_prompt=2", "algorithm.clip_ratio_low=0.99"]),
+        (GrpoConfig, ["algorithm.clip_ratio_low=1", "algorithm.objective=cispo"]),
+        (GrpoConfig, ["algorithm.clip_ratio_c=1.01", "algorithm.ratio_level=sequence"]),
+        (GrpoConfig, ["algorithm.off_policy_correction=sequence_tis", "algorithm.off_policy_high=1"]),
+        (
+            GrpoConfig,
+            [
+                "algorithm.off_policy_correction=icepop",
+                "algorithm.off_policy_low=0.99",
+                "algorithm.off_policy_high=1.01",
+            ],
+        ),
+        (
+            GrpoConfig,
+            ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1", "algorithm.kl_gradient=score"],
+        ),
+        (GrpoConfig, ["rollout.top_k=20", "rollout.top_p=0.9", "algorithm.entropy_coef=0.01"]),
+        (GrpoConfig, ["rollout.top_k=0", "rollout.top_p=1", "algorithm.num_epochs_per_batch=2"]),
         (GrpoConfig, ["rollout.max_new_tokens=511", "packing.max_sequence_length=512"]),
         (GrpoConfig, ["data.held_out.seed=0", "data.held_out.task=leg_counting"]),
         (GrpoConfig, ["data.held_out=null", "evaluation.at_start=false", "evaluation.at_end=false"]),

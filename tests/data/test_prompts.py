@@ -206,6 +206,15 @@ def test_overlap_counts_held_out_texts_among_the_training_ones(tokenizer, jsonl)
     assert "data.held_out.path" in error_of(tokenizer, sources[0], sources[0])
 
 
+def test_too_many_training_problems_are_not_compared(tokenizer, monkeypatch):
+    """By their number alone: the same run evaluates on the same problems on any machine."""
+    monkeypatch.setattr("megarl.data.prompts.MAX_COMPARED_PROBLEMS", 200)
+    held_out = gym(size=10, seed=5000)
+    assert load(tokenizer, gym(size=200), held_out, split="held_out").unseen is not None
+    larger = load(tokenizer, gym(size=201), held_out, split="held_out")
+    assert larger.unseen is None and larger.overlap is None
+
+
 def test_a_template_s_own_refusal_names_the_line(tokenizer, jsonl):
     path = jsonl(
         '{"prompt": [{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}], "answer": "1"}'

@@ -39,7 +39,7 @@ def make_tokens(cur: list[float], **fields: Any) -> LossTokens:
         logprobs=torch.tensor(cur, dtype=dtype, requires_grad=True),
         labels=torch.zeros(count, dtype=torch.int64),
         sequence_ids=torch.zeros(count, dtype=torch.int64),
-        slots=torch.tensor(SLOTS[:count]),
+        slots=torch.tensor(SLOTS[:count], dtype=torch.int64),
         num_slots=4,
         **tensors,  # type: ignore[arg-type]
     )

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from megarl.ops import reference, support_min_logit, token_logprob
+from megarl.ops import (
+    linear_support_min_logit,
+    linear_token_logprob,
+    reference,
+    support_min_logit,
+    token_logprob,
+)
 
 
 def sampler_support(row: list[float], temperature: float, top_k: int, top_p: float) -> float:
@@ -49,6 +55,50 @@ def test_logprobs_are_renormalised_over_the_support() -> None:
     torch.testing.assert_close(ours.logprob.double(), probabilities.amax(-1).log(), atol=4e-6, rtol=4e-6)
     expected = reference.token_logprob(logits.double(), targets, 0.7, min_logit.double())
     torch.testing.assert_close(ours.entropy.double(), expected[1], atol=4e-6, rtol=4e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.97, 0.99999])
+def test_top_p_of_a_large_vocabulary(top_p: float) -> None:
+    """The support may lie within the first candidates, or beyond them in some rows."""
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    logits *= torch.tensor([0.1, 1.0, 3.0, 6.0, 20.0], dtype=torch.float64).unsqueeze(1)
+    ours = support_min_logit(logits, top_p=top_p)
+    assert ours.tolist() == [sampler_support(row, 1.0, 0, top_p) for row in logits.tolist()]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(40, 1.0), (0, 0.9), (300, 0.8), (0, 1.0)])
+@pytest.mark.parametrize("max_extra_bytes", [2**24, 2**12])
+def test_a_head_and_its_support(top_k: int, top_p: float, max_extra_bytes: int) -> None:
+    """Logprob, entropy and gradients of a head whose logits come in tiles, some without any support."""
+    generator = torch.Generator().manual_seed(6)
+    hidden = torch.randn(9, 16, generator=generator)
+    weight = torch.randn(9000, 16, generator=generator)
+    exact = [leaf.double().requires_grad_() for leaf in (hidden, weight)]
+    logits = exact[0] @ exact[1].T
+    kept = [sampler_support(row, 0.8, top_k, top_p) for row in logits.tolist()]
+    smallest = torch.tensor(kept, dtype=torch.float64)
+    targets = torch.randint(0, 9000, (9,), generator=generator)
+    targets[:5] = logits[:5].argmax(-1)  # the others are outside: a sampler drew them by another rounding
+    expected = reference.token_logprob(logits, targets, 0.8, smallest)
+
+    sampler = {"temperature": 0.8, "top_k": top_k, "top_p": top_p}
+    between = linear_support_min_logit(hidden, weight, **sampler, max_extra_bytes=max_extra_bytes)  # type: ignore[arg-type]
+    left_out = logits.masked_fill(logits >= smallest.unsqueeze(1), -torch.inf).amax(-1)
+    assert (between < smallest - 1e-6).all()
+    assert (between > left_out).all() or not (top_k or top_p < 1)
+
+    leaves = [leaf.clone().requires_grad_() for leaf in (hidden, weight)]
+    ours = linear_token_logprob(
+        *leaves, targets, temperature=0.8, min_logit=between, max_extra_bytes=max_extra_bytes
+    )
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, atol=2e-5, rtol=2e-5)
+    directions = torch.randn(2, 9, generator=generator)
+    sum((d * v).sum() for d, v in zip(directions, ours, strict=True)).backward()  # type: ignore[union-attr]
+    sum((d * v).sum() for d, v in zip(directions.double(), expected, strict=True)).backward()  # type: ignore[union-attr]
+    for mine, theirs in zip(leaves, exact, strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.parametrize(
