@@ -18,7 +18,8 @@ def check_plan(plan: WeightPlan, params: Mapping[str, torch.Tensor]) -> list[str
     """Every way in which ``plan`` does not fit ``params``, a sentence each; empty when it fits.
 
     A plan fits when each element of each parameter is written exactly once, by a source of its
-    shape that lies within its storage, and aliases have the parameter's dtype.
+    shape that lies within its storage, and aliases have the parameter's dtype. Rows that the plan calls
+    padding are not to be written.
     """
     named = {alias.param for alias in plan.aliases} | {copy.param for copy in plan.copies}
     violations = [f"{name}: no such parameter in the engine" for name in sorted(named - params.keys())]
@@ -43,6 +44,10 @@ def check_plan(plan: WeightPlan, params: Mapping[str, torch.Tensor]) -> list[str
             violations += problems
             if box is not None:
                 boxes[copy.param].append(box)
+    for name, rows in plan.padding.items():
+        if (param := params.get(name)) is not None:
+            whole = tuple((0, size) for size in param.shape)
+            boxes[name].append(((param.shape[0] - rows, param.shape[0]), *whole[1:]))
     for name, param in params.items():
         violations += _check_coverage(name, tuple(param.shape), boxes[name])
     return violations

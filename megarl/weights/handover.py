@@ -79,10 +79,15 @@ class ParamInfo:
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
-    """Everything one engine rank needs; every element of every parameter is covered exactly once."""
+    """Everything one engine rank needs; every element of every parameter is covered exactly once.
+
+    The one exception is ``padding``: the last rows of a vocabulary parameter, which no tensor owns and
+    no result reads; copies leave them as they are.
+    """
 
     storages: list[SharedStorage]
     aliases: list[Alias]
     copies: list[Copy]
     copy_reasons: dict[str, str] = field(default_factory=dict)  # param -> why it is not aliased
     peers: list[PeerCopy] = field(default_factory=list)
+    padding: dict[str, int] = field(default_factory=dict)  # param -> number of its padding rows

@@ -1,119 +1,307 @@
-"""From "who owns which region" to "what each engine parameter does": alias or copy.
+"""From "who owns which region" to "what each engine parameter does": alias, local copy or peer copy.
 
-Pure planning: no process groups, no tensors. The trainer's regions of all ranks are intersected
-with the engine's, in the index space of the Hugging Face tensors; the plan proves that every element
-of every engine parameter is written exactly once (vocabulary padding excepted).
+Pure planning: no process groups, no tensors. The regions of all trainer ranks are intersected with an
+engine rank's in the index space of the Hugging Face tensors. What is the same for many engine ranks
+(which pieces a parameter has, and who holds each) is computed once per list of readers; what differs
+(which of several holders sends) is decided per engine rank. Every plan is proved: each element of
+each engine parameter is written exactly once, vocabulary padding excepted.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from megarl.errors import UserError
-from megarl.models.table import Box, Region
-from megarl.weights.handover import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan
+from megarl.models.table import Region
+from megarl.weights.boxes import as_box
+from megarl.weights.handover import Alias, Copy, ParamInfo, PeerCopy, SharedStorage, SourceView, WeightPlan
+from megarl.weights.pieces import Holders, OwnerIndex, Pattern, Piece, cover_problem
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """One trainer rank's offer: its regions, where its parameters lie, and its shared storages."""
+    """One trainer rank's offer: its regions, where its parameters lie, and its shared storages.
+
+    ``rank`` -1 stands for the owner's place in the list of owners. Memory can be mapped within a
+    ``host`` and aliased within a ``device`` of it (on a CPU, all ranks of a host share one).
+    """
 
     regions: list[Region]
     params: dict[str, SourceView]
     storages: list[SharedStorage]
+    rank: int = -1
+    host: str = ""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One engine rank: what its parameters hold, their shapes, and where it runs.
+
+    ``prefer_rank`` is the trainer rank that shares its device: read first where it has the bytes.
+    Ranks with equal regions and parameters should be given the very same objects, which are then
+    planned once.
+    """
+
+    regions: list[Region]
+    params: Mapping[str, ParamInfo]
+    host: str = ""
+    device: str = "cpu"
+    prefer_rank: int | None = None
 
 
 def plan_weights(
-    owners: list[Owner], readers: list[Region], engine_params: Mapping[str, ParamInfo]
+    owners: list[Owner],
+    readers: list[Region],
+    engine_params: Mapping[str, ParamInfo],
+    *,
+    host: str = "",
+    device: str = "cpu",
+    prefer_rank: int | None = None,
+    peers_only: bool = False,
 ) -> WeightPlan:
-    """Plan one engine rank. Where several trainer ranks own the same bytes the first is read.
+    """Plan one engine rank (several are spread better by one :class:`Planner`).
+
+    Owners on another host, or all with ``peers_only``, become PeerCopy. The answer to equal arguments is
+    computed once (the last 64 are kept) and must not be changed.
 
     Raises UserError listing every parameter that is unknown, misshapen or not covered.
     """
-    storages: list[SharedStorage] = []
-    base = []
-    for owner in owners:
-        base.append(len(storages))
-        storages += owner.storages
-    offers: dict[str, list[tuple[int, Region]]] = defaultdict(list)
-    for rank, owner in enumerate(owners):
-        for region in owner.regions:
-            offers[region.hf].append((rank, region))
-
-    pieces: dict[str, list[Copy]] = {name: [] for name in engine_params}
-    problems = []
-    for reader in readers:
-        if reader.param not in pieces:
-            problems.append(f"weights: the engine has no parameter {reader.param} for tensor {reader.hf}")
-            continue
-        left = [reader.box]
-        for rank, offer in offers[reader.hf]:
-            remaining: list[Box] = []
-            for want in left:
-                shared = _intersect(want, offer.box)
-                if shared is None:
-                    remaining.append(want)
-                    continue
-                view = _subview(owners[rank].params[offer.param], offer, shared, base[rank])
-                pieces[reader.param].append(Copy(reader.param, _shift(reader, shared), view))
-                remaining += _subtract(want, shared)
-            left = remaining
-        problems += [f"weights: no trainer rank owns {reader.hf}{list(box)}" for box in left]
-
-    aliases, copies, reasons = [], [], {}
-    for name, info in engine_params.items():
-        problems += _coverage(name, info, pieces[name])
-        answer = _as_alias(name, info, pieces[name], storages)
-        if isinstance(answer, Alias):
-            aliases.append(answer)
-        else:
-            copies += pieces[name]
-            reasons[name] = answer
-    if problems:
-        raise UserError("\n".join(problems))
-    return WeightPlan(storages, aliases, copies, reasons)
+    frozen = tuple(
+        _FrozenOwner(tuple(o.regions), tuple(o.params.items()), tuple(o.storages), o.rank, o.host, o.device)
+        for o in owners
+    )
+    params = tuple(engine_params.items())
+    return _plan_once(frozen, tuple(readers), params, host, device, prefer_rank, peers_only)
 
 
-def _intersect(a: Box, b: Box) -> Box | None:
-    box = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
-    return box if all(start < stop for start, stop in box) else None
+class _FrozenOwner(NamedTuple):
+    """An Owner that can be a key."""
+
+    regions: tuple[Region, ...]
+    params: tuple[tuple[str, SourceView], ...]
+    storages: tuple[SharedStorage, ...]
+    rank: int
+    host: str
+    device: str
 
 
-def _subtract(a: Box, hole: Box) -> list[Box]:
-    """What is left of ``a`` without ``hole`` (which lies inside it), as disjoint boxes."""
-    rest, core = [], list(a)
-    for dim, ((a0, a1), (h0, h1)) in enumerate(zip(a, hole, strict=True)):
-        for span in ((a0, h0), (h1, a1)):
-            if span[0] < span[1]:
-                rest.append((*core[:dim], span, *core[dim + 1 :]))
-        core[dim] = (h0, h1)
-    return rest
+@lru_cache(maxsize=64)
+def _plan_once(
+    owners: tuple[_FrozenOwner, ...],
+    readers: tuple[Region, ...],
+    engine_params: tuple[tuple[str, ParamInfo], ...],
+    host: str,
+    device: str,
+    prefer_rank: int | None,
+    peers_only: bool,
+) -> WeightPlan:
+    thawed = [
+        Owner(list(o.regions), dict(o.params), list(o.storages), o.rank, o.host, o.device) for o in owners
+    ]
+    reader = Reader(list(readers), dict(engine_params), host, device, prefer_rank)
+    return Planner(thawed, peers_only=peers_only).plan(reader)
 
 
-def _shift(region: Region, box: Box) -> tuple[int | tuple[int, int], ...]:
-    """Where ``box`` (inside region.box) lies in the region's parameter."""
-    index: list[int | tuple[int, int]] = []
-    spans = iter(zip(region.box, box, strict=True))
-    for entry in region.index:
-        if isinstance(entry, int):
-            index.append(entry)
-        else:
-            (origin, _), (start, stop) = next(spans)
-            index.append((entry[0] + start - origin, entry[0] + stop - origin))
-    return tuple(index)
+class Planner:
+    """Plans any number of engine ranks against the same owners.
+
+    Where several trainer ranks hold the same bytes, in this order: one whose memory the whole
+    parameter can alias; ``prefer_rank``; one on the engine's host; any. Among equals, all pieces of a
+    parameter come from as few ranks as possible, and those that have sent the fewest bytes so far (in
+    the plans made by this object) send next, so that no source becomes a hot spot. Deterministic: equal
+    owners and the same sequence of engine ranks give equal plans.
+    """
+
+    def __init__(self, owners: Sequence[Owner], *, peers_only: bool = False) -> None:
+        self.owners = owners
+        self.ranks = [place if owner.rank < 0 else owner.rank for place, owner in enumerate(owners)]
+        assert len(set(self.ranks)) == len(owners), "two owners with one rank"
+        self.place_of_rank = {rank: place for place, rank in enumerate(self.ranks)}
+        self.hosts = [owner.host for owner in owners]
+        self.peers_only = peers_only
+        self._index = OwnerIndex([(owner.regions, owner.host) for owner in owners])
+        self._patterns: dict[tuple[int, int], tuple[Reader, Pattern]] = {}
+        self._views: dict[tuple[int, str, object], SourceView] = {}
+        self.on_device: dict[tuple[str, str], list[int]] = {}
+        for place, owner in enumerate(owners):
+            self.on_device.setdefault((owner.host, owner.device), []).append(place)
+        self._load = [[0] * len(owners), [0] * len(owners)]  # bytes sent within the host, to other hosts
+        self._queues: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+
+    def plan(self, reader: Reader) -> WeightPlan:
+        """Plan one engine rank; raises UserError with every violation."""
+        pattern = self._pattern(reader)
+        choice = _Choice(self, reader, pattern.padding)
+        for name, pieces in pattern.pieces.items():
+            choice.decide(name, reader.params[name], pieces, pattern.common[name])
+        problems = pattern.problems or coverage_problems(choice.result, reader.params)
+        if problems:
+            raise UserError("\n".join(problems))
+        return choice.result
+
+    def _pattern(self, reader: Reader) -> Pattern:
+        key = (id(reader.regions), id(reader.params))
+        if key not in self._patterns:
+            # Keeping the reader keeps its lists alive, and with them the meaning of their ids.
+            self._patterns[key] = (reader, self._index.pattern(reader.regions, reader.params))
+        return self._patterns[key][1]
+
+    def view(self, place: int, piece: Piece) -> SourceView:
+        """The bytes of ``piece`` in the memory of the owner at ``place``; storages count that owner's own."""
+        param, index = piece.source(place)
+        key = (place, param, index)
+        view = self._views.get(key)
+        if view is None:
+            whole = self.owners[place].params[param]
+            offset, shape, stride = whole.offset, [], []
+            assert len(index) == len(whole.shape), (param, index, whole.shape)
+            for entry, step, size in zip(index, whole.stride, whole.shape, strict=True):
+                start, stop = (entry, entry + 1) if isinstance(entry, int) else entry
+                assert 0 <= start < stop <= size, f"{param}: region {index} of shape {whole.shape}"
+                offset += start * step
+                if not isinstance(entry, int):
+                    shape.append(stop - start)
+                    stride.append(step)
+            view = SourceView(whole.storage, whole.dtype, offset, tuple(shape), tuple(stride))
+            self._views[key] = view
+        return view
+
+    def least_loaded(self, candidates: Holders, near: bool) -> int:
+        """The place that has sent least; its load must then be raised with :meth:`add_load`.
+
+        Loads only grow, so that a heap whose entries are mended when they come up finds it quickly.
+        """
+        load, key = self._load[near], (id(candidates), near)  # candidates are interned: their ids stay
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = [(load[place], place) for place in candidates.places]
+            heapq.heapify(queue)
+        while load[queue[0][1]] != queue[0][0]:
+            place = queue[0][1]
+            heapq.heapreplace(queue, (load[place], place))
+        return queue[0][1]
+
+    def add_load(self, place: int, near: bool, num_bytes: int) -> None:
+        """``place`` sends this much more."""
+        self._load[near][place] += num_bytes
 
 
-def _subview(param: SourceView, region: Region, box: Box, base: int) -> SourceView:
-    offset, shape, stride = param.offset, [], []
-    for entry, step in zip(_shift(region, box), param.stride, strict=True):
-        offset += (entry if isinstance(entry, int) else entry[0]) * step
-        if not isinstance(entry, int):
-            shape.append(entry[1] - entry[0])
-            stride.append(step)
-    return SourceView(base + param.storage, param.dtype, offset, tuple(shape), tuple(stride))
+class _Choice:
+    """The decisions for one engine rank, parameter by parameter."""
+
+    def __init__(self, planner: Planner, reader: Reader, padding: dict[str, int]) -> None:
+        self._planner, self._reader = planner, reader
+        self._numbers: dict[tuple[int, int], int] = {}  # (place, its storage) -> storage of the plan
+        self.result = WeightPlan([], [], [])
+        self._padding = padding
+        self._prefer: int | None = None
+        if reader.prefer_rank is not None:
+            self._prefer = planner.place_of_rank.get(reader.prefer_rank)
+            if self._prefer is not None and planner.hosts[self._prefer] != reader.host:
+                self._prefer = None  # its memory cannot be mapped
+        self._beside = planner.on_device.get((reader.host, reader.device), [])
+        if planner.peers_only:
+            self._prefer, self._beside = None, []
+
+    def decide(self, name: str, info: ParamInfo, pieces: list[Piece], common: frozenset[int]) -> None:
+        """Alias ``name`` where that is possible, else copy each of its pieces."""
+        reason = "" if common else "its parts lie with several trainer ranks or parameters"
+        beside = [place for place in self._beside if place in common]
+        if self._prefer in beside:
+            beside.sort(key=lambda place: place != self._prefer)
+        for place in beside:
+            answer = self._as_alias(name, info, pieces, place)
+            if isinstance(answer, Alias):
+                self.result.aliases.append(answer)
+                return
+            reason = reason or answer
+        if name in self._padding:
+            self.result.padding[name] = self._padding[name]
+        self.result.copy_reasons[name] = reason or "no trainer rank has it in memory the engine could alias"
+        chosen: list[int] = []
+        senders = [(*self._candidates(piece), piece) for piece in pieces]
+        senders.sort(key=lambda item: len(item[0]))  # those without a choice first: the others follow them
+        for candidates, mapped, piece in senders:
+            again = [place for place in chosen if place in candidates.members]
+            if not again:
+                others = [item[0] for item in senders if item[1] == mapped]
+                again = [self._planner.least_loaded(candidates.narrowed(others), mapped)]
+                chosen += again
+            self._copy(name, info, piece, again[0], mapped)
+
+    def _candidates(self, piece: Piece) -> tuple[Holders, bool]:
+        """Who may send the piece, and whether by memory that the engine maps."""
+        holders = piece.holders
+        if self._planner.peers_only:
+            return holders, False
+        if self._prefer is not None and self._prefer in holders.members:
+            return holders.only(self._prefer), True
+        local = holders.on_host(self._reader.host)
+        return (local, True) if local else (holders, False)
+
+    def _copy(self, name: str, info: ParamInfo, piece: Piece, place: int, mapped: bool) -> None:
+        view = self._planner.view(place, piece)
+        num_bytes = piece.size * ITEM_BYTES[info.dtype]
+        self._planner.add_load(place, mapped, num_bytes)
+        if mapped:
+            self.result.copies.append(Copy(name, piece.index, self._mapped(place, view)))
+            return
+        peer = piece.made.get(place)
+        if peer is None:
+            peer = piece.made[place] = PeerCopy(name, piece.index, self._planner.ranks[place], view)
+        self.result.peers.append(peer)
+
+    def _mapped(self, place: int, view: SourceView) -> SourceView:
+        key = (place, view.storage)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self.result.storages)
+            self.result.storages.append(self._planner.owners[place].storages[view.storage])
+        if number == view.storage:
+            return view
+        return SourceView(number, view.dtype, view.offset, view.shape, view.stride)
+
+    def _as_alias(self, name: str, info: ParamInfo, pieces: list[Piece], place: int) -> Alias | str:
+        """The alias of the whole parameter in this owner's memory, or the reason why there is none."""
+        views = [self._planner.view(place, piece) for piece in pieces]
+        storages = self._planner.owners[place].storages
+        answer = alias_of(info, [(p.index, v) for p, v in zip(pieces, views, strict=True)], storages)
+        return answer if isinstance(answer, str) else Alias(name, self._mapped(place, answer))
+
+
+def alias_of(
+    info: ParamInfo, pieces: Sequence[tuple[object, SourceView]], storages: Sequence[SharedStorage]
+) -> SourceView | str:
+    """The one view that is the whole parameter, given its pieces (index, source); else why there is none."""
+    first = pieces[0][1]
+    if any(source.dtype != info.dtype for _, source in pieces):
+        return f"the trainer stores {first.dtype}, the engine {info.dtype}"
+    if any(source.storage != first.storage for _, source in pieces):
+        return "its parts lie with several trainer ranks or parameters"
+    strides = contiguous_stride(info.shape)
+    origins = set()
+    for index, source in pieces:
+        assert isinstance(index, tuple)
+        own = [step for step, entry in zip(strides, index, strict=True) if not isinstance(entry, int)]
+        # The stride of a dimension of size 1 means nothing.
+        if any(a != b for a, b, size in zip(own, source.stride, source.shape, strict=True) if size > 1):
+            return "its rows are laid out differently in the trainer"
+        start = sum(box[0] * step for box, step in zip(as_box(index), strides, strict=True))
+        origins.add(source.offset - start)
+    if len(origins) > 1:
+        return "its parts are fused in another order in the trainer"
+    (origin,) = origins
+    elements = strides[0] * info.shape[0] if info.shape else 1
+    if origin < 0 or (origin + elements) * ITEM_BYTES[info.dtype] > storages[first.storage].num_bytes:
+        return "the trainer's memory block ends before the engine's padding does"
+    return SourceView(first.storage, info.dtype, origin, info.shape, strides)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,59 +312,25 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides)) if shape else ()
 
 
-def _size(index: tuple[int | tuple[int, int], ...]) -> int:
-    return math.prod(1 if isinstance(entry, int) else entry[1] - entry[0] for entry in index)
+def coverage_problems(plan: WeightPlan, params: Mapping[str, ParamInfo]) -> list[str]:
+    """The proof that a finished plan writes every element of every parameter exactly once.
 
-
-def _coverage(name: str, info: ParamInfo, pieces: list[Copy]) -> list[str]:
-    """Pieces come from disjoint boxes of disjoint regions, so that equal counts mean each element once."""
-    total = math.prod(info.shape)
-    covered = sum(_size(piece.index) for piece in pieces)
-    for piece in pieces:
-        for entry, size in zip(piece.index, info.shape, strict=True):
-            stop = entry + 1 if isinstance(entry, int) else entry[1]
-            if stop > size:
-                return [f"weights: engine parameter {name} {list(info.shape)} does not reach {piece.index}"]
-    if covered == total or (name.endswith(_VOCAB_PARAMS) and covered and covered <= total):
-        return []
-    return [f"weights: {covered} of {total} elements of engine parameter {name} have an owner"]
-
-
-_VOCAB_PARAMS = ("embed_tokens.weight", "lm_head.weight")
-"""Their last rows may be padding that no tensor owns and no result reads."""
-
-
-def _as_alias(name: str, info: ParamInfo, pieces: list[Copy], storages: list[SharedStorage]) -> Alias | str:
-    """The alias that serves the whole parameter, or the reason why there is none."""
-    if not pieces:
-        return "nothing to read"
-    first = pieces[0].source
-    if any(piece.source.dtype != info.dtype for piece in pieces):
-        return f"the trainer stores {first.dtype}, the engine {info.dtype}"
-    if any(piece.source.storage != first.storage for piece in pieces):
-        return "its parts lie with several trainer ranks or parameters"
-    strides = contiguous_stride(info.shape)
-    origins = set()
-    for piece in pieces:
-        own = tuple(s for s, entry in zip(strides, piece.index, strict=True) if not isinstance(entry, int))
-        # The stride of a dimension of size 1 means nothing.
-        if any(
-            a != b
-            for a, b, size in zip(own, piece.source.stride, piece.source.shape, strict=True)
-            if size > 1
-        ):
-            return "its rows are laid out differently in the trainer"
-        start = sum(
-            (e if isinstance(e, int) else e[0]) * s for e, s in zip(piece.index, strides, strict=True)
-        )
-        origins.add(piece.source.offset - start)
-    if len(origins) > 1:
-        return "its parts are fused in another order in the trainer"
-    (origin,) = origins
-    elements = strides[0] * info.shape[0] if info.shape else 1
-    if origin < 0 or (origin + elements) * _ITEM_BYTES[info.dtype] > storages[first.storage].num_bytes:
-        return "the trainer's memory block ends before the engine's padding does"
-    return Alias(name, SourceView(first.storage, info.dtype, origin, info.shape, strides))
-
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+    Returns a line per parameter that fails.
+    """
+    boxes: dict[str, list[tuple[tuple[int, int], ...]]] = {name: [] for name in params}
+    aliased = set()
+    for alias in plan.aliases:
+        assert alias.source.shape == params[alias.param].shape
+        assert alias.param not in aliased
+        aliased.add(alias.param)
+    entries: Iterable[Copy | PeerCopy]
+    for entries in (plan.copies, plan.peers):
+        for entry in entries:
+            boxes[entry.param].append(as_box(entry.index))
+    problems = []
+    for name, info in params.items():
+        if name in aliased:
+            assert not boxes[name]
+            continue
+        problems += cover_problem(name, info.shape, tuple(boxes[name]), plan.padding.get(name, 0))
+    return problems

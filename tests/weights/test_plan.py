@@ -29,7 +29,7 @@ class Trainer:
                 views[name] = SourceView(0, "float32", offset, shape, contiguous_stride(shape))
                 offset += tensor.numel()
             buffer = torch.cat([tensor.flatten() for tensor in shard.values()])
-            storage = SharedStorage((b"", b"", buffer.numel() * 4))
+            storage = SharedStorage((b"", str(rank).encode(), buffer.numel() * 4))
             self.owners.append(Owner(self.table.trainer_regions(layout, at), views, [storage]))
             self.buffers.append(buffer)
 
@@ -40,8 +40,9 @@ class Trainer:
         readers = self.table.engine_regions(layout, layout.coordinates(rank))
         return plan_weights(self.owners, readers, params), expected
 
-    def view(self, source: SourceView) -> torch.Tensor:
-        return torch.as_strided(self.buffers[source.storage], source.shape, source.stride, source.offset)
+    def view(self, plan: WeightPlan, source: SourceView) -> torch.Tensor:
+        rank = int(plan.storages[source.storage].handle[1])
+        return torch.as_strided(self.buffers[rank], source.shape, source.stride, source.offset)
 
     def check(self, plan: WeightPlan, expected: Tensors) -> None:
         """Carry the plan out, count how often each element is written, compare."""
@@ -49,12 +50,12 @@ class Trainer:
         assert not aliased & copied
         assert aliased | copied == set(expected)
         assert set(plan.copy_reasons) == copied
-        params = {a.param: self.view(a.source) for a in plan.aliases}
+        params = {a.param: self.view(plan, a.source) for a in plan.aliases}
         counts = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
         for copy in plan.copies:
             index = tuple(i if isinstance(i, int) else slice(*i) for i in copy.index)
             param = params.setdefault(copy.param, torch.zeros_like(expected[copy.param]))
-            param[index] = self.view(copy.source)
+            param[index] = self.view(plan, copy.source)
             counts[copy.param][index] += 1
         for name, tensor in expected.items():
             assert torch.equal(params[name], tensor), name
@@ -68,12 +69,13 @@ def test_same_layout_is_all_aliases(ranks: int, tied: bool) -> None:
     trainer = Trainer(Sizes(tied=tied), ParallelLayout(tensor=ranks))
     for rank in range(ranks):
         plan, expected = trainer.plan(ranks, rank)
-        assert plan.copies == [] and plan.copy_reasons == {}
+        assert plan.copies == []
+        assert plan.copy_reasons == {}
         trainer.check(plan, expected)
     trainer.buffers[0].mul_(2)  # an alias follows its owner
     plan, expected = trainer.plan(ranks, 0)
     norm = next(a for a in plan.aliases if a.param == "model.norm.weight")
-    assert torch.equal(trainer.view(norm.source), expected["model.norm.weight"] * 2)
+    assert torch.equal(trainer.view(plan, norm.source), expected["model.norm.weight"] * 2)
 
 
 def test_pipeline_stages_alias_into_one_engine_rank() -> None:
@@ -200,7 +202,11 @@ def test_an_int_in_the_index_picks_one_expert() -> None:
     )
     readers = [Region(f"expert.{e}", ((0, 2), (1, 3)), "w2", (e - 2, (0, 2), (0, 2))) for e in (2, 3)]
     plan = plan_weights([owner], readers, {"w2": ParamInfo((2, 2, 2), "float32")})
+    view = SourceView(0, "float32", 5 + 12 + 1, (2, 2, 2), (6, 3, 1))  # neighbours are one copy
+    assert plan.copies == [Copy("w2", ((0, 2), (0, 2), (0, 2)), view)]
+    far = [readers[0], Region("expert.0", ((0, 2), (1, 3)), "w2", (1, (0, 2), (0, 2)))]
+    plan = plan_weights([owner], far, {"w2": ParamInfo((2, 2, 2), "float32")})
     assert plan.copies == [
-        Copy("w2", (0, (0, 2), (0, 2)), SourceView(0, "float32", 5 + 12 + 1, (2, 2), (3, 1))),
-        Copy("w2", (1, (0, 2), (0, 2)), SourceView(0, "float32", 5 + 18 + 1, (2, 2), (3, 1))),
+        Copy("w2", ((0, 1), (0, 2), (0, 2)), SourceView(0, "float32", 5 + 12 + 1, (1, 2, 2), (6, 3, 1))),
+        Copy("w2", ((1, 2), (0, 2), (0, 2)), SourceView(0, "float32", 5 + 1, (1, 2, 2), (6, 3, 1))),
     ]

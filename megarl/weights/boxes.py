@@ -1,0 +1,152 @@
+"""Boxes of index spaces: intersect, subtract, move, merge, and prove that some tile another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+from megarl.models.table import Box, Index, Region
+
+T = TypeVar("T")
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The common part, or None when there is none."""
+    box = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
+    return box if all(start < stop for start, stop in box) else None
+
+
+def subtract(a: Box, hole: Box) -> list[Box]:
+    """What is left of ``a`` without ``hole`` (which lies inside it), as disjoint boxes."""
+    rest, core = [], list(a)
+    for dim, ((a0, a1), (h0, h1)) in enumerate(zip(a, hole, strict=True)):
+        for span in ((a0, h0), (h1, a1)):
+            if span[0] < span[1]:
+                rest.append((*core[:dim], span, *core[dim + 1 :]))
+        core[dim] = (h0, h1)
+    return rest
+
+
+def volume(box: Box) -> int:
+    """Elements of a box."""
+    return math.prod(stop - start for start, stop in box)
+
+
+def as_box(index: Index) -> Box:
+    """An index as a box: an int picks one row."""
+    return tuple((entry, entry + 1) if isinstance(entry, int) else entry for entry in index)
+
+
+def move(region: Region, box: Box) -> Index:
+    """Where ``box`` (inside region.box) lies in the region's parameter."""
+    if box == region.box:
+        return region.index
+    index: list[int | tuple[int, int]] = []
+    spans = iter(zip(region.box, box, strict=True))
+    for entry in region.index:
+        if isinstance(entry, int):
+            index.append(entry)
+        else:
+            (origin, _), (start, stop) = next(spans)
+            index.append((entry[0] + start - origin, entry[0] + stop - origin))
+    return tuple(index)
+
+
+def merge(pieces: list[T], boxes: Callable[[T], tuple[Box, ...]], join: Callable[[T, T, int], T]) -> list[T]:
+    """Join neighbours until none are left to join.
+
+    ``boxes`` gives the boxes of one piece in several index spaces whose dimensions correspond. Two
+    pieces are neighbours along a dimension when, in every space, one ends where the other starts
+    and the other dimensions agree. ``join(first, second, dim)`` makes one piece of two neighbours.
+    """
+    before = 0
+    while len(pieces) != before and len(pieces) > 1:
+        before = len(pieces)
+        for dim in range(len(boxes(pieces[0])[0])):
+            pieces = _merge_along(dim, pieces, boxes, join)
+    return pieces
+
+
+def _merge_along(
+    dim: int, pieces: list[T], boxes: Callable[[T], tuple[Box, ...]], join: Callable[[T, T, int], T]
+) -> list[T]:
+    merged: list[T] = []
+    last: dict[tuple[object, ...], int] = {}  # what must agree -> place of the piece that may grow
+    for piece in sorted(pieces, key=lambda p: boxes(p)[0][dim]):
+        spaces = boxes(piece)
+        rest = tuple(box[:dim] + box[dim + 1 :] for box in spaces)
+        shift = tuple(box[dim][0] - spaces[0][dim][0] for box in spaces)
+        place = last.get((rest, shift))
+        if place is not None and boxes(merged[place])[0][dim][1] == spaces[0][dim][0]:
+            merged[place] = join(merged[place], piece, dim)
+        else:
+            last[rest, shift] = len(merged)
+            merged.append(piece)
+    return merged
+
+
+def joined(first: Box, second: Box, dim: int) -> Box:
+    """Two neighbours along ``dim`` as one box."""
+    return (*first[:dim], (first[dim][0], second[dim][1]), *first[dim + 1 :])
+
+
+@lru_cache(maxsize=65536)
+def tiling_problem(target: Box, boxes: tuple[Box, ...]) -> str | None:
+    """None when every element of ``target`` lies in exactly one of ``boxes``; else what is wrong.
+
+    The proof cuts the target where no box crosses the cut and looks at the two sides, so that n boxes
+    of a grid take n log n steps; only what no cut separates is compared pairwise.
+    """
+    for box in boxes:
+        if len(box) != len(target) or any(
+            not outer[0] <= start < stop <= outer[1]
+            for outer, (start, stop) in zip(target, box, strict=False)
+        ):
+            return f"{_text(box)} does not lie in {_text(target)}"
+    return _prove(target, boxes)
+
+
+def _prove(target: Box, boxes: Sequence[Box]) -> str | None:
+    if not boxes:
+        return f"nothing covers {_text(target)}"
+    if len(boxes) == 1:
+        return None if boxes[0] == target else f"{_text(boxes[0])} is all that covers {_text(target)}"
+    for dim, (low, high) in enumerate(target):
+        groups = _separate(dim, boxes)
+        if len(groups) == 1:
+            continue
+        edge = low
+        for number, (start, stop, group) in enumerate(groups):
+            if start > edge:
+                return f"nothing covers {_text((*target[:dim], (edge, start), *target[dim + 1 :]))}"
+            edge = high if number == len(groups) - 1 else stop
+            problem = _prove((*target[:dim], (start, edge), *target[dim + 1 :]), group)
+            if problem:
+                return problem
+        return None
+    for number, box in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            if (both := intersect(box, other)) is not None:
+                return f"{_text(both)} is written twice"
+    covered = sum(volume(box) for box in boxes)
+    return None if covered == volume(target) else f"{volume(target) - covered} elements are not covered"
+
+
+def _separate(dim: int, boxes: Iterable[Box]) -> list[tuple[int, int, list[Box]]]:
+    """Groups of boxes (start, stop, boxes) in order, such that along ``dim`` no two groups overlap."""
+    groups: list[tuple[int, int, list[Box]]] = []
+    for box in sorted(boxes, key=lambda b: b[dim]):
+        start, stop = box[dim]
+        if groups and start < groups[-1][1]:
+            first, end, group = groups[-1]
+            group.append(box)
+            groups[-1] = (first, max(end, stop), group)
+        else:
+            groups.append((start, stop, [box]))
+    return groups
+
+
+def _text(box: Box) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"

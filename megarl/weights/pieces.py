@@ -1,0 +1,250 @@
+"""What a plan is made of: the pieces of each engine parameter, and which trainer ranks hold each.
+
+This half of the planner knows regions only. It does not depend on where an engine rank runs, so that
+one answer serves all engine ranks with the same regions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megarl.models.table import Box, Index, Region
+from megarl.weights.boxes import (
+    as_box,
+    intersect,
+    joined,
+    merge,
+    move,
+    subtract,
+    tiling_problem,
+    volume,
+)
+from megarl.weights.handover import ParamInfo, PeerCopy
+
+VOCAB_PARAMS = ("embed_tokens.weight", "lm_head.weight")
+"""Their last rows may be padding that no tensor owns and no result reads."""
+
+
+class Holders:
+    """Owners (by place in the list of owners) that have the same bytes. Equal sets are one object."""
+
+    def __init__(
+        self, places: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], Holders]
+    ):
+        self.places, self.members = places, frozenset(places)
+        self._hosts, self._interned = hosts, interned
+        self._on_host: dict[str, Holders] | None = None
+        self._narrowed: dict[tuple[int, ...], Holders] = {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _of(self, places: Iterable[int]) -> Holders:
+        return intern(tuple(places), self._hosts, self._interned)
+
+    def only(self, place: int) -> Holders:
+        """Just this one."""
+        return self._of((place,))
+
+    def on_host(self, host: str) -> Holders | None:
+        """Those on one host, None when there are none."""
+        if self._on_host is None:
+            by_host: dict[str, list[int]] = defaultdict(list)
+            for place in self.places:
+                by_host[self._hosts[place]].append(place)
+            self._on_host = {name: self._of(places) for name, places in by_host.items()}
+        return self._on_host.get(host)
+
+    def narrowed(self, others: Sequence[Holders]) -> Holders:
+        """Those that are also in the others, taken one after another as long as any remain."""
+        key = tuple(map(id, others))  # interned objects live as long as the planner
+        if key not in self._narrowed:
+            members = self.members
+            for other in others:
+                members = (members & other.members) or members
+            self._narrowed[key] = self._of(place for place in self.places if place in members)
+        return self._narrowed[key]
+
+
+def intern(
+    places: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], Holders]
+) -> Holders:
+    """The one object for these places."""
+    if places not in interned:
+        interned[places] = Holders(places, hosts, interned)
+    return interned[places]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """``param[index]`` of these holders."""
+
+    holders: Holders
+    param: str
+    index: Index
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``index`` of an engine parameter, and who holds it (several offers: under different names)."""
+
+    index: Index
+    size: int  # elements
+    holders: Holders
+    offers: tuple[Offer, ...]
+    made: dict[int, PeerCopy] = field(default_factory=dict, compare=False)  # the same for many engine ranks
+
+    def source(self, place: int) -> tuple[str, Index]:
+        """Parameter and index in which the owner at ``place`` holds this piece."""
+        for offer in self.offers:
+            if place in offer.holders.members:
+                return offer.param, offer.index
+        raise AssertionError(place)
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """The pieces of every parameter of one kind of engine rank."""
+
+    pieces: dict[str, list[Piece]]
+    common: dict[str, frozenset[int]]  # owners that hold all pieces of a parameter
+    padding: dict[str, int]  # rows at the end of a vocabulary parameter that no tensor has
+    problems: list[str]
+
+
+class OwnerIndex:
+    """All owners' regions by tensor and box: replicas are found together."""
+
+    def __init__(self, owners: Sequence[tuple[list[Region], str]]) -> None:
+        self._hosts = [host for _, host in owners]
+        self._interned: dict[tuple[int, ...], Holders] = {}
+        replicas: dict[int, tuple[list[Region], list[int]]] = {}
+        for place, (regions, _) in enumerate(owners):
+            replicas.setdefault(id(regions), (regions, []))[1].append(place)
+        found: dict[str, dict[Box, dict[tuple[str, Index], list[int]]]] = {}
+        for regions, places in replicas.values():
+            for region in regions:
+                boxes = found.setdefault(region.hf, {})
+                held = boxes.setdefault(region.box, {})
+                held.setdefault((region.param, region.index), []).extend(places)
+        self._offers = {
+            hf: [
+                (Region(hf, box, param, index), intern(tuple(sorted(places)), self._hosts, self._interned))
+                for box, held in boxes.items()
+                for (param, index), places in held.items()
+            ]
+            for hf, boxes in found.items()
+        }
+
+    def pattern(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> Pattern:
+        """Cut the readers' regions into pieces that one owner has whole; merge what can be one copy."""
+        found: dict[str, list[Piece]] = {name: [] for name in params}
+        ends: dict[str, int] = {}  # rows of a vocabulary parameter that its tensor fills to its own end
+        problems = []
+        for reader in readers:
+            if reader.param not in found:
+                problems.append(f"weights: the engine has no parameter {reader.param} for tensor {reader.hf}")
+                continue
+            pieces, left = self._cut(reader)
+            found[reader.param] += pieces
+            problems += [f"weights: no trainer rank owns {reader.hf}{list(box)}" for box in left]
+            if reader.param.endswith(VOCAB_PARAMS):
+                rows = max((region.box[0][1] for region, _ in self._offers.get(reader.hf, ())), default=0)
+                last = reader.index[0]
+                if reader.box[0][1] == rows and not isinstance(last, int):
+                    ends[reader.param] = last[1]
+        padding = {name: params[name].shape[0] - end for name, end in ends.items()}
+        padding = {name: rows for name, rows in padding.items() if rows > 0}
+        merged = {name: self._merge(pieces) for name, pieces in found.items()}
+        common = {}
+        for name, pieces in merged.items():
+            sets = {id(piece.holders): piece.holders.members for piece in pieces}
+            common[name] = frozenset.intersection(*sets.values()) if sets else frozenset()
+            boxes = tuple(as_box(piece.index) for piece in pieces)
+            problems += cover_problem(name, params[name].shape, boxes, padding.get(name, 0))
+        return Pattern(merged, common, padding, problems)
+
+    def _cut(self, reader: Region) -> tuple[list[Piece], list[Box]]:
+        """Pieces of one region, and what nobody owns. Large pieces first, so that there are few."""
+        offers = self._offers.get(reader.hf, [])
+        shared = {both for region, _ in offers if (both := intersect(reader.box, region.box)) is not None}
+        boxes, left = [], [reader.box]
+        for box in sorted(shared, key=lambda b: (-volume(b), b)):
+            remaining = []
+            for want in left:
+                both = intersect(want, box)
+                if both is None:
+                    remaining.append(want)
+                else:
+                    boxes.append(both)
+                    remaining += subtract(want, both)
+            left = remaining
+        pieces = []
+        for box in boxes:
+            having = tuple(
+                Offer(holders, region.param, move(region, box))
+                for region, holders in offers
+                if intersect(region.box, box) == box
+            )
+            pieces.append(Piece(move(reader, box), volume(box), self._union(having), having))
+        return pieces, left
+
+    def _union(self, offers: Sequence[Offer]) -> Holders:
+        if len(offers) == 1:
+            return offers[0].holders
+        places = sorted({place for offer in offers for place in offer.holders.places})
+        return intern(tuple(places), self._hosts, self._interned)
+
+    def _merge(self, pieces: list[Piece]) -> list[Piece]:
+        alike: dict[tuple[object, ...], list[Piece]] = defaultdict(list)
+        done = []
+        for piece in pieces:
+            stacked = [place for place, entry in enumerate(piece.index) if isinstance(entry, int)]
+            if all(
+                [place for place, entry in enumerate(offer.index) if isinstance(entry, int)] == stacked
+                for offer in piece.offers
+            ):
+                key = (len(piece.index), *((id(offer.holders), offer.param) for offer in piece.offers))
+                alike[key].append(_with_spans(piece))
+            else:  # stacked on one side only: there is no dimension to join along
+                done.append(piece)
+        for group in alike.values():
+            done += merge(group, _spaces, _join)
+        return done
+
+
+def cover_problem(name: str, shape: tuple[int, ...], boxes: tuple[Box, ...], padding: int) -> list[str]:
+    """A line saying what is wrong when the boxes do not tile the parameter without its padding rows."""
+    whole = tuple((0, size) for size in shape)
+    for box in boxes:
+        if len(box) != len(shape) or any(stop > size for (_, stop), size in zip(box, shape, strict=True)):
+            return [f"weights: engine parameter {name} {list(shape)} does not reach {box}"]
+    target = ((0, shape[0] - padding), *whole[1:]) if padding else whole
+    problem = tiling_problem(target, boxes)
+    if problem is None:
+        return []
+    covered, total = sum(volume(box) for box in boxes), math.prod(shape)
+    return [f"weights: {covered} of {total} elements of engine parameter {name} have an owner: {problem}"]
+
+
+def _with_spans(piece: Piece) -> Piece:
+    if not any(isinstance(entry, int) for entry in piece.index):
+        return piece
+    offers = tuple(Offer(offer.holders, offer.param, as_box(offer.index)) for offer in piece.offers)
+    return Piece(as_box(piece.index), piece.size, piece.holders, offers)
+
+
+def _spaces(piece: Piece) -> tuple[Box, ...]:
+    return (as_box(piece.index), *(as_box(offer.index) for offer in piece.offers))
+
+
+def _join(first: Piece, second: Piece, dim: int) -> Piece:
+    offers = tuple(
+        Offer(one.holders, one.param, joined(as_box(one.index), as_box(other.index), dim))
+        for one, other in zip(first.offers, second.offers, strict=True)
+    )
+    index = joined(as_box(first.index), as_box(second.index), dim)
+    return Piece(index, first.size + second.size, first.holders, offers)
