@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,36 @@ def test_reference_and_several_optimizer_steps(tmp_path: Path, sft_run: Finished
     assert steps[-1]["kl_ref"] > 0
     summary = read_summary(directory)
     assert summary["accuracy_before"] is None
+
+
+@pytest.mark.slow
+def test_top_p_and_top_k(tmp_path: Path, sft_run: FinishedRun) -> None:
+    """The engine's logprobs after top-k and top-p are the trainer's over the same support."""
+    directory = tmp_path / "run"
+    config = write_config(
+        tmp_path / "grpo.yaml",
+        GRPO,
+        run_dir=directory,
+        model=sft_run.dir / "hf",
+        rollout={"top_p": 0.9, "top_k": 12, "temperature": 1.3, "num_generations_per_prompt": 16},
+        algorithm={"entropy_coef": 0.01, "off_policy_correction": "tis", "off_policy_high": 2.0},
+        evaluation={"at_start": False, "at_end": False},
+        debug={"check_numerics": True},
+    )
+    run("grpo", "--config", config, output=tmp_path / "log")
+    steps = read_steps(directory)
+    assert len(steps) == STEPS
+    for step in steps:
+        assert 0 < step["logprob_abs_diff_max"] < 1e-3
+        assert step["ratio_mean"] == step["ratio_max"] == 1
+        assert step["corrected_fraction"] == 0
+        assert step["correction_weight_mean"] == pytest.approx(1, abs=1e-3)
+        assert step["loss"] == pytest.approx(step["policy_loss"] - 0.01 * step["entropy"], rel=1e-6)
+        assert 0 < step["entropy"] < math.log(12)  # of the twelve tokens at most that could be drawn
+    assert sum(column(directory, "num_tokens")) > 2000
+    # the cut is felt: a token that is alone in its support is certain
+    certain = [v == 0 for s in read_samples(directory, 1) for v in s["rollout_logprobs"]]
+    assert 0 < sum(certain) < len(certain)
 
 
 @pytest.mark.slow
