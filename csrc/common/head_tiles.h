@@ -11,25 +11,28 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "common/huge_pages.h"
 
 namespace megarl {
 
 // Tiles are wide in rows and narrow in columns: each GEMM then reads its part of the weight once, and
-// the weight's gradient is written once. 4096 columns keep a GEMM efficient; more rows per tile than
-// the budget allows only cost another pass over the weight.
+// the weight's gradient is written once. 4096 columns keep a GEMM efficient on GPUs; on CPUs 2048 are
+// faster, for more of the tile is still in a cache when it is read. More rows per tile than the budget
+// allows only cost another pass over the weight.
 struct HeadTiles {
-  static constexpr int64_t kColumns = 4096;
+  static constexpr int64_t kColumns = 4096, kCpuColumns = 2048;
   static constexpr int64_t kFewestRows = 128;
 
   int64_t num_rows, num_columns;  // of all logits
   int64_t rows, columns;          // of a tile
 
-  HeadTiles(const char* op, int64_t num_rows, int64_t num_columns, int64_t bytes_per_logit, int64_t max_bytes)
-      : num_rows(num_rows), num_columns(num_columns) {
+  HeadTiles(const char* op, const at::Tensor& hidden, const at::Tensor& weight, int64_t max_bytes)
+      : num_rows(hidden.size(0)), num_columns(weight.size(0)) {
     MEGARL_CHECK(op, max_bytes > 0, "max_extra_bytes must be positive, got ", max_bytes);
-    const int64_t logits = std::max<int64_t>(1, max_bytes / bytes_per_logit);
+    const int64_t logits = std::max<int64_t>(1, max_bytes / static_cast<int64_t>(hidden.element_size()));
     const int64_t fewest = std::max<int64_t>(1, std::min(num_rows, kFewestRows));
-    columns = std::clamp<int64_t>(logits / fewest, 1, std::min(num_columns, kColumns));
+    const int64_t widest = std::min(num_columns, hidden.is_cpu() ? kCpuColumns : kColumns);
+    columns = std::clamp<int64_t>(logits / fewest, 1, widest);
     rows = std::clamp<int64_t>(logits / columns, 1, std::max<int64_t>(1, num_rows));
   }
 
@@ -87,7 +90,7 @@ class HeadGradient {
     if (need_weight) {
       // Without rows there is no tile that would write it.
       grad_weight_ = tiles.num_rows == 0 ? at::zeros(weight.sizes(), weight.options())
-                                         : at::empty(weight.sizes(), weight.options());
+                                         : empty_for_writing(weight.sizes(), weight.options());
     }
   }
 

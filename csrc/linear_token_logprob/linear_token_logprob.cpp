@@ -56,7 +56,7 @@ at::Tensor linear_token_logprob(const at::Tensor& hidden, const at::Tensor& weig
   constexpr const char* op = "linear_token_logprob";
   check_rows(op, hidden, weight, targets, temperature, min_logit);
   const int64_t num_rows = hidden.size(0);
-  const HeadTiles tiles(op, num_rows, weight.size(0), hidden.element_size(), max_extra_bytes);
+  const HeadTiles tiles(op, hidden, weight, max_extra_bytes);
   const auto dtype = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor stats = at::empty({num_rows, 4}, hidden.options().dtype(dtype));
   at::Tensor parts = at::empty({tiles.tiles_per_row(), tiles.rows, 4}, stats.options());
@@ -79,7 +79,7 @@ std::tuple<at::Tensor, at::Tensor> linear_token_logprob_backward(
   constexpr const char* op = "linear_token_logprob_backward";
   check_rows(op, hidden, weight, targets, temperature, min_logit);
   const int64_t num_rows = hidden.size(0);
-  const HeadTiles tiles(op, num_rows, weight.size(0), hidden.element_size(), max_extra_bytes);
+  const HeadTiles tiles(op, hidden, weight, max_extra_bytes);
   Head head(hidden, weight, tiles);
   HeadGradient gradient(hidden, weight, tiles, need_hidden, need_weight);
   tiles.for_each([&](int64_t row, int64_t n, int64_t column, int64_t c) {
