@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -97,12 +98,19 @@ inline void store_block(const acc_t<scalar_t>* buffer, scalar_t* target, int64_t
   }
 }
 
-// Each row is computed by one thread, in one order: results do not depend on the number of threads.
+// Each row is computed by one thread, in one order: results do not depend on the number of threads, nor on
+// which of them takes which row. Threads take some 64 Ki logits at a time (some 10 us) rather than equal
+// shares at once, so that one that wakes late or is interrupted does not keep the others waiting.
 template <typename F>
 inline void for_rows(int64_t rows, int64_t columns, const F& body) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
-  at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) body(row);
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns));
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (rows + grain - 1) / grain);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < rows;) {
+      const int64_t end = std::min(rows, begin + grain);
+      for (int64_t row = begin; row < end; ++row) body(row);
+    }
   });
 }
 
