@@ -111,7 +111,10 @@ __device__ __forceinline__ void store_stats(const Rows<T>& rows, int64_t i, Soft
   using A = acc_t<T>;
   const int column = rows.target_column(i);
   const A target = column < 0 ? negative_infinity<A>() : A(widen(rows.row(i)[column]));
-  if (rows.min_logit && column >= 0 && target < rows.min_logit[i]) sums = combine(sums, {target, A(1), A(0)}, scale);
+  // A target of -inf adds nothing; combine takes parts of finite maximum, or with sums of 0.
+  if (rows.min_logit && target > negative_infinity<A>() && target < rows.min_logit[i]) {
+    sums = combine(sums, {target, A(1), A(0)}, scale);
+  }
   stats[i * kNumStats + 0] = sums.maximum;
   stats[i * kNumStats + 1] = sums.sum;
   stats[i * kNumStats + 2] = target;

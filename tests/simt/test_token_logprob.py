@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 
+import megarl.ops  # noqa: F401  registers the CPU kernels
 from tests.simt.executor import Kernels, Read, SimtError, Write, stored, widened
 
 # Of the sums relative to their own size; bfloat16 and float16 are compared on the rounded logits.
@@ -228,6 +230,53 @@ def test_minus_infinity(kernels: Kernels, dtype: str) -> None:
         case.set_logits(values)
         case.targets[:] = [columns - 1, 0, columns + 2, columns + 2, 1]
         check(kernels, case)
+
+
+def on_cpu(case: Case, grad_stats: np.ndarray | None = None) -> np.ndarray:
+    """The CPU kernel's statistics of a case, or the gradient [T, columns] it puts in place of the logits."""
+    logits = torch.from_numpy(case.logits).to(getattr(torch, case.dtype))
+    row_index = None if case.row_index is None else torch.from_numpy(case.row_index)
+    min_logit = None if case.min_logit is None else torch.from_numpy(case.min_logit)
+    rest = (torch.from_numpy(case.targets), torch.from_numpy(case.temperature), case.vocab_start)
+    stats = torch.ops.megarl.token_logprob(logits, *rest, row_index, min_logit, True)
+    if grad_stats is None:
+        return stats.double().numpy()
+    torch.ops.megarl.token_logprob_backward_(
+        logits, *rest, row_index, min_logit, stats[:, 0], torch.from_numpy(grad_stats).to(stats.dtype)
+    )
+    return logits.double().numpy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("columns", "num_splits"), [(40, 1), (9001, 4)])
+def test_shard_without_any_finite_logit(
+    kernels: Kernels, columns: int, num_splits: int, masked: bool, dtype: str
+) -> None:
+    """Maximum -inf, sums 0, gradient 0 except what the target's own logit gets: on every device alike."""
+    case = Case(4, columns, dtype, num_splits=num_splits, vocab_start=100, padding=3, offset=1)
+    values = np.full((4, columns), -np.inf)
+    values[3] = case.logits[3]  # beside an ordinary row
+    case.set_logits(values)
+    if masked:
+        case.min_logit = np.array([0.5, -np.inf, np.inf, -2.0], acc(dtype))
+    case.targets[:] = [50, 100, 99 + columns, 100 + columns // 2]  # another shard's, first, last, middle
+    expected = case.expected_stats()
+    np.testing.assert_array_equal(expected[:3], np.tile([-np.inf, 0, -np.inf, 0], (3, 1)))
+    theirs = on_cpu(case)
+    check_stats = case.forward(kernels)
+    np.testing.assert_array_equal(check_stats[:3], expected[:3])
+    np.testing.assert_array_equal(theirs[:3], expected[:3])
+    assert_close(theirs[:, [1, 3]], expected[:, [1, 3]], STATS_TOLERANCE[dtype])
+
+    grad_stats = np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32)
+    exact = case.expected_gradient(grad_stats)
+    by_cpu = on_cpu(case, grad_stats)
+    ours = case.backward(kernels, check_stats[:, 0], grad_stats)
+    for gradient in (ours, by_cpu):
+        assert_close(gradient, exact, GRAD_TOLERANCE[dtype])
+        assert np.count_nonzero(gradient[0]) == 0
+        assert np.count_nonzero(gradient[1]) == np.count_nonzero(gradient[2]) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
