@@ -24,6 +24,8 @@ class Sizes:
     head_dim: int = 6
     inner: int = 24
     tied: bool = False
+    experts: int = 0  # in every layer but the first, which stays dense
+    expert_inner: int = 8
 
     def padded(self, ranks: int) -> int:
         rows = (self.vocab + 63) // 64 * 64
@@ -50,6 +52,15 @@ def hf_tensors(sizes: Sizes) -> Tensors:
             f"{layer}self_attn.k_norm.weight": (sizes.head_dim,),
             f"{layer}input_layernorm.weight": (h,),
             f"{layer}post_attention_layernorm.weight": (h,),
+        }
+        if sizes.experts and n:
+            shapes[f"{layer}mlp.gate.weight"] = (sizes.experts, h)
+            for e in range(sizes.experts):
+                for name in ("gate", "up"):
+                    shapes[f"{layer}mlp.experts.{e}.{name}_proj.weight"] = (sizes.expert_inner, h)
+                shapes[f"{layer}mlp.experts.{e}.down_proj.weight"] = (h, sizes.expert_inner)
+            continue
+        shapes |= {
             f"{layer}mlp.gate_proj.weight": (f, h),
             f"{layer}mlp.gate_proj.bias": (f,),
             f"{layer}mlp.up_proj.weight": (f, h),
@@ -82,7 +93,30 @@ def _vocab(tensor: torch.Tensor, sizes: Sizes, ranks: int, rank: int) -> torch.T
     return _share(torch.cat([tensor, padding]), ranks, rank)
 
 
-def _layer(hf: Tensors, n: int, sizes: Sizes, ranks: int, rank: int) -> Tensors:
+@dataclass(frozen=True)
+class ExpertShare:
+    """Which experts, and which part of each, a rank has: (of how many, which)."""
+
+    experts: tuple[int, int] = (1, 0)
+    tensor: tuple[int, int] = (1, 0)
+
+
+def _experts(get: Tensors, sizes: Sizes, share: ExpertShare) -> Tensors:
+    """w13 [E, 2I, H], w2 [E, H, I] of the experts of one rank, stacked."""
+    w13, w2 = [], []
+    for e in range(sizes.experts):
+        expert = f"mlp.experts.{e}."
+        rows = [_share(get[f"{expert}{part}_proj.weight"], *share.tensor) for part in ("gate", "up")]
+        w13.append(torch.cat(rows))
+        w2.append(_share(get[f"{expert}down_proj.weight"], *share.tensor, 1))
+    return {
+        "mlp.gate.weight": get["mlp.gate.weight"],
+        "mlp.experts.routed_experts.w13_weight": _share(torch.stack(w13), *share.experts),
+        "mlp.experts.routed_experts.w2_weight": _share(torch.stack(w2), *share.experts),
+    }
+
+
+def _layer(hf: Tensors, n: int, sizes: Sizes, ranks: int, rank: int, share: ExpertShare) -> Tensors:
     """Local tensors of one layer, under the engine's names without its prefix."""
     get = {name.removeprefix(f"model.layers.{n}."): tensor for name, tensor in hf.items()}
     out = {name: get[name] for name in get if name.endswith(("norm.weight", "o_proj.bias", "down_proj.bias"))}
@@ -94,15 +128,21 @@ def _layer(hf: Tensors, n: int, sizes: Sizes, ranks: int, rank: int) -> Tensors:
                 _kv_heads(get[f"self_attn.v_proj.{kind}"], sizes, ranks, rank),
             ]
         )
-        out[f"mlp.gate_up_proj.{kind}"] = torch.cat(
-            [_share(get[f"mlp.{part}_proj.{kind}"], ranks, rank) for part in ("gate", "up")]
-        )
+        if not (sizes.experts and n):
+            out[f"mlp.gate_up_proj.{kind}"] = torch.cat(
+                [_share(get[f"mlp.{part}_proj.{kind}"], ranks, rank) for part in ("gate", "up")]
+            )
     out["self_attn.o_proj.weight"] = _share(get["self_attn.o_proj.weight"], ranks, rank, 1)
-    out["mlp.down_proj.weight"] = _share(get["mlp.down_proj.weight"], ranks, rank, 1)
+    if sizes.experts and n:
+        out |= _experts(get, sizes, share)
+    else:
+        out["mlp.down_proj.weight"] = _share(get["mlp.down_proj.weight"], ranks, rank, 1)
     return {name: tensor for name, tensor in out.items() if not name.startswith(("model.", "lm_head"))}
 
 
-def engine_shard(hf: Tensors, sizes: Sizes, ranks: int, rank: int) -> Tensors:
+def engine_shard(
+    hf: Tensors, sizes: Sizes, ranks: int, rank: int, share: ExpertShare = ExpertShare()
+) -> Tensors:
     """Parameters of one vLLM tensor rank."""
     out = {
         "model.embed_tokens.weight": _vocab(hf["model.embed_tokens.weight"], sizes, ranks, rank),
@@ -111,7 +151,7 @@ def engine_shard(hf: Tensors, sizes: Sizes, ranks: int, rank: int) -> Tensors:
     if not sizes.tied:
         out["lm_head.weight"] = _vocab(hf["lm_head.weight"], sizes, ranks, rank)
     for n in range(sizes.layers):
-        layer = _layer(hf, n, sizes, ranks, rank)
+        layer = _layer(hf, n, sizes, ranks, rank, share)
         out |= {f"model.layers.{n}.{name}": tensor for name, tensor in layer.items()}
     return out
 
@@ -125,23 +165,46 @@ _MEGATRON_NAMES = {
     "post_attention_layernorm": "pre_mlp_layernorm",
     "mlp.gate_up_proj": "mlp.linear_fc1",
     "mlp.down_proj": "mlp.linear_fc2",
+    "mlp.gate": "mlp.router",
+}
+_EXPERT_NAMES = {
+    "mlp.experts.routed_experts.w13_weight": "mlp.experts.w13",
+    "mlp.experts.routed_experts.w2_weight": "mlp.experts.w2",
 }
 
 
 def trainer_shard(hf: Tensors, sizes: Sizes, ranks: int, rank: int, stages: int, stage: int) -> Tensors:
     """Parameters of one Megatron rank; layers count from 0 in each stage."""
+    per_stage = sizes.layers // stages
+    layers = list(range(stage * per_stage, (stage + 1) * per_stage))
+    return stage_shard(hf, sizes, ranks, rank, layers, first=stage == 0, last=stage == stages - 1)
+
+
+def stage_shard(
+    hf: Tensors,
+    sizes: Sizes,
+    ranks: int,
+    rank: int,
+    layers: list[int],
+    *,
+    first: bool,
+    last: bool,
+    share: ExpertShare = ExpertShare(),
+) -> Tensors:
+    """Parameters of a stage (or chunk) that has these layers."""
     out = {}
-    last = stage == stages - 1
-    if stage == 0:
+    if first:
         out["embedding.word_embeddings.weight"] = _vocab(hf["model.embed_tokens.weight"], sizes, ranks, rank)
     if last:
         out["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
-    if last and (stages > 1 or not sizes.tied):
+    if last and not (first and sizes.tied):
         head = hf["model.embed_tokens.weight" if sizes.tied else "lm_head.weight"]
         out["output_layer.weight"] = _vocab(head, sizes, ranks, rank)
-    per_stage = sizes.layers // stages
-    for local in range(per_stage):
-        for name, tensor in _layer(hf, stage * per_stage + local, sizes, ranks, rank).items():
+    for local, number in enumerate(layers):
+        for name, tensor in _layer(hf, number, sizes, ranks, rank, share).items():
+            if name in _EXPERT_NAMES:
+                out[f"decoder.layers.{local}.{_EXPERT_NAMES[name]}"] = tensor
+                continue
             module, kind = name.rsplit(".", 1)
             out[f"decoder.layers.{local}.{_MEGATRON_NAMES[module]}.{kind}"] = tensor
     return out
