@@ -53,6 +53,10 @@ class ParallelConfig(Section):
     """Ranks that share each sequence."""
     sequence_parallel: bool = False
     """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
+    virtual_pipeline_parallel_size: PositiveInt = 1
+    """Model chunks per pipeline stage (interleaved schedule); needs pipeline_parallel_size > 1."""
+    expert_parallel_size: PositiveInt = 1
+    """Ranks of a pipeline stage that share each layer's experts, whole experts each."""
 
 
 class OptimizerConfig(Section):

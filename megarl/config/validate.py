@@ -80,6 +80,27 @@ def _sequence_parallel(config: TrainingConfig) -> Violations:
         )
 
 
+def _virtual_pipeline(config: TrainingConfig) -> Violations:
+    parallel = config.parallel
+    if parallel.virtual_pipeline_parallel_size > 1 and parallel.pipeline_parallel_size == 1:
+        yield Violation(
+            ("parallel", "virtual_pipeline_parallel_size"),
+            "needs parallel.pipeline_parallel_size > 1 (got pipeline_parallel_size 1)",
+            (("parallel", "pipeline_parallel_size"),),
+        )
+
+
+def _expert_parallel(config: TrainingConfig) -> Violations:
+    parallel = config.parallel
+    stage, rest = divmod(parallel.num_processes, parallel.pipeline_parallel_size)
+    if not rest and stage % parallel.expert_parallel_size:
+        yield Violation(
+            ("parallel", "expert_parallel_size"),
+            f"must divide the {stage} ranks of a pipeline stage (got {parallel.expert_parallel_size})",
+            (("parallel", "num_processes"), ("parallel", "pipeline_parallel_size")),
+        )
+
+
 def _learning_rates(config: TrainingConfig) -> Violations:
     if config.optimizer.min_lr > config.optimizer.lr:
         yield Violation(
@@ -283,6 +304,8 @@ def _evaluation_size(
 _TRAINING_RULES: list[Callable[[SftConfig | GrpoConfig], Violations]] = [
     _parallel_sizes,
     _sequence_parallel,
+    _virtual_pipeline,
+    _expert_parallel,
     _learning_rates,
     _warmup,
     _token_budget,

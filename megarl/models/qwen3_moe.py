@@ -19,7 +19,7 @@ def architecture(config: dict[str, Any]) -> Architecture:
     num_layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
     dense = set(config.get("mlp_only_layers") or ())
     moe = MoeSpec(
-        num_experts=config["num_experts"],
+        num_experts=config.get("num_local_experts") or config["num_experts"],  # transformers 5, and before
         experts_per_token=config["num_experts_per_tok"],
         intermediate_size=config["moe_intermediate_size"],
         layers=tuple(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0),

@@ -115,17 +115,20 @@ def uncovered(
             )
             continue
         counts[region.param] += math.prod(stop - start for start, stop in region.box)
-    padded = architecture.spec.padded_vocab(1) - architecture.spec.vocab_size
     for name, count in counts.items():
         missing = params[name].numel() - count
-        is_vocab = name.endswith(("word_embeddings.weight", "output_layer.weight"))
-        if missing and not (
-            is_vocab and (padded or missing > 0) and missing % architecture.spec.hidden_size == 0
-        ):
+        if missing and not (missing > 0 and _is_padding(name, architecture.spec.vocab_size, regions)):
             problems.append(
                 f"table: {missing} of {params[name].numel()} elements of parameter {name} have no tensor"
             )
     return problems
+
+
+def _is_padding(param: str, vocab_size: int, regions: list[Region]) -> bool:
+    """Whether rows of ``param`` without a tensor are vocabulary padding: the vocabulary ends before them."""
+    if not param.endswith(("word_embeddings.weight", "output_layer.weight")):
+        return False
+    return all(region.box[0][1] == vocab_size for region in regions if region.param == param)
 
 
 def export_hf(

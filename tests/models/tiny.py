@@ -1,4 +1,4 @@
-"""Tiny Hugging Face checkpoints with every option of the three families, and what HF computes with them."""
+"""Tiny Hugging Face checkpoints with every option of the families, and what HF computes with them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ LLAMA3_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama-tied-biases-llama3": (
@@ -44,11 +46,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False, "head_dim": 8}),
+    "qwen3-moe": ("qwen3_moe", {"tie_word_embeddings": False, "head_dim": 32, **EXPERTS}),
+    "qwen3-moe-mixed-tied": (
+        "qwen3_moe",
+        {"tie_word_embeddings": True, **EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [0]},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
 }
 _CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
 }
 
 

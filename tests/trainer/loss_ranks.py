@@ -41,8 +41,10 @@ def full_logits(policy: Any, token_ids: list[int]) -> torch.Tensor:
     positions = torch.arange(len(token_ids))
     packed = PackedMicrobatch(qkv_format="thd", lengths=[len(token_ids)], position_ids=positions)
     with torch.no_grad():
-        hidden = policy.module(torch.tensor(token_ids)[None], positions[None], None, packed_seq_params=packed)
-        return (hidden[:, 0] @ policy.module.head_weight().T).double()
+        hidden = policy.chunks[0](
+            torch.tensor(token_ids)[None], positions[None], None, packed_seq_params=packed
+        )
+        return (hidden[:, 0] @ policy.chunks[0].head_weight().T).double()
 
 
 def truncated_logprobs(logits: torch.Tensor, label: int, heat: float, top_k: int, top_p: float) -> float:

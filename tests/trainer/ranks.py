@@ -116,8 +116,8 @@ def logits_and_export(
     )
     ids = torch.tensor([token for s in sequences for token in s])
     with torch.no_grad():
-        hidden = policy.module(ids[None], packed.position_ids[None], None, packed_seq_params=packed)
-        return (hidden[:, 0] @ policy.module.head_weight().T).numpy()
+        hidden = policy.chunks[0](ids[None], packed.position_ids[None], None, packed_seq_params=packed)
+        return (hidden[:, 0] @ policy.chunks[0].head_weight().T).numpy()
 
 
 def gradients(
@@ -144,7 +144,7 @@ def gradients(
             batches = [pack(sequences, indices) for indices in split]
             for batch in batches:
                 batch.loss_weights = share[batch.sequence_ids] * batch.loss_mask
-        policy.ddp.zero_grad_buffer()
+        policy.ddp[0].zero_grad_buffer()
         results = policy._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
         grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
         for region in policy.regions:

@@ -19,9 +19,9 @@ from megarl.errors import UserError
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def save(directory: Path, module: Any, optimizer: Any | None, schedule: Any) -> None:
+def save(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: Any) -> None:
     """Write into ``directory`` (existing, empty). It is complete when the call returns on all ranks."""
-    state = _sharded_state(module, optimizer, is_loading=False)
+    state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
     dist_checkpointing.save(state, str(directory), async_sharded_save=False)
     with _rng_file(directory, dist.get_rank()).open("wb") as file:
@@ -32,7 +32,7 @@ def save(directory: Path, module: Any, optimizer: Any | None, schedule: Any) -> 
         dist.barrier()
 
 
-def load(directory: Path, module: Any, optimizer: Any, schedule: Any) -> bool:
+def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> bool:
     """Read weights, optimizer and schedule; the layout may differ from the writer's.
 
     Returns whether the random state was restored too, which needs as many ranks as wrote it.
@@ -42,10 +42,11 @@ def load(directory: Path, module: Any, optimizer: Any, schedule: Any) -> bool:
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
-    state = dist_checkpointing.load(_sharded_state(module, optimizer, is_loading=True), str(directory))
-    missing, unexpected = module.load_state_dict(state["model"], strict=False)
-    wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
-    assert not wrong, f"checkpoint and model disagree on {wrong}"
+    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(directory))
+    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+        missing, unexpected = chunk.load_state_dict(state[key], strict=False)
+        wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+        assert not wrong, f"checkpoint and model disagree on {wrong}"
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     same_ranks = not _rng_file(directory, dist.get_world_size()).exists()
@@ -56,13 +57,20 @@ def load(directory: Path, module: Any, optimizer: Any, schedule: Any) -> bool:
     return False
 
 
-def _sharded_state(module: Any, optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_METADATA)  # Megatron writes process groups into it
-    model = module.sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": model}
+    state: dict[str, Any] = {
+        key: chunk.sharded_state_dict(metadata=metadata)
+        for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True)
+    }
     if optimizer is not None:
+        model = state["model"] if len(chunks) == 1 else dict(state)
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _chunk_keys(chunks: list[Any]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
 
 
 def _rng_file(directory: Path, rank: int) -> Path:

@@ -47,6 +47,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         pipeline=parallel.pipeline_parallel_size,
         context=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        virtual=parallel.virtual_pipeline_parallel_size,
+        expert=parallel.expert_parallel_size,
     )
     timeout = timedelta(minutes=60)  # rank 0 may spend a long rollout before the others hear of it
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
@@ -58,6 +60,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
     )
     random.seed(seed)
     numpy.random.seed(seed)  # noqa: NPY002  what libraries draw from

@@ -23,15 +23,19 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models.rope import inverse_frequencies
 from megarl.models.spec import ModelSpec
 from megarl.trainer.megatron.attention import FlatQkvSelfAttention, PackedAttention
+from megarl.trainer.megatron.experts import StackedExperts
 
 
 class RmsNorm(torch.nn.RMSNorm):
@@ -104,7 +108,14 @@ def transformer_config(
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=layout.pipeline > 1,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        # Batched p2p mixes up the messages of virtual stages on gloo, without an error.
+        overlap_p2p_comm=layout.virtual > 1,
+        batch_p2p_comm=layout.virtual == 1,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths even without experts
+        **_moe_options(spec),
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,  # weights come from a checkpoint
         calculate_per_token_loss=True,  # losses carry their global denominators already
@@ -120,11 +131,30 @@ def transformer_config(
     return config
 
 
-def layer_spec(spec: ModelSpec) -> ModuleSpec:
-    """MegaRL's transformer layer: Megatron's modules, MegaRL's attention and norms."""
+def _moe_options(spec: ModelSpec) -> dict[str, Any]:
+    moe = spec.moe
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.intermediate_size,
+        "moe_shared_expert_intermediate_size": moe.shared_intermediate_size or None,
+        "moe_layer_freq": [int(n in moe.layers) for n in range(spec.num_layers)] if spec.dense_layers else 1,
+        "moe_router_topk": moe.experts_per_token,
+        # Softmax over the chosen equals the softmax over all, normalised over the chosen.
+        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize_top_k,
+        "moe_router_score_function": moe.score,
+        "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
+        "moe_router_group_topk": moe.top_groups if moe.num_groups > 1 else None,
+        "moe_router_topk_scaling_factor": moe.scaling_factor if moe.scaling_factor != 1 else None,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+    }
+
+
+def layer_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
+    """MegaRL's transformer layer: Megatron's modules, MegaRL's attention, norms and experts."""
     row = _BiasedRowParallelLinear if spec.output_bias else RowParallelLinear
-    mlp_column = _BiasedColumnParallelLinear if spec.mlp_bias else ColumnParallelLinear
-    mlp_row = _BiasedRowParallelLinear if spec.mlp_bias else RowParallelLinear
     qk_norm = RmsNorm if spec.qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
@@ -144,29 +174,56 @@ def layer_spec(spec: ModelSpec) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_cross_attn_layernorm=IdentityOp,
             pre_mlp_layernorm=RmsNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=mlp_column, linear_fc2=mlp_row)),
+            mlp=_mlp_spec(spec, layer),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
+def _mlp_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
+    column = _BiasedColumnParallelLinear if spec.mlp_bias else ColumnParallelLinear
+    row = _BiasedRowParallelLinear if spec.mlp_bias else RowParallelLinear
+    dense = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    if layer in spec.dense_layers:
+        return ModuleSpec(module=MLP, submodules=dense)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=StackedExperts),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=dense),
+        ),
+    )
+
+
 def build_model(
-    spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, device: torch.device, chunk: int = 0
 ) -> PolicyModel:
-    """This rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf."""
+    """This rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf.
+
+    With virtual pipeline stages it is one of this rank's ``layout.virtual`` chunks. Raises UserError for
+    an architecture that has a table but cannot be trained yet.
+    """
+    if spec.mla is not None:
+        raise UserError(f"model.path: training {spec.family} (multi-head latent attention) is not supported")
+    if spec.moe is not None and spec.moe.router_bias:
+        raise UserError(f"model.path: training {spec.family} (experts chosen by a bias) is not supported")
+    if layout.expert_tensor > 1:
+        raise UserError("parallel: splitting experts over tensor ranks is not supported by the trainer")
     config = transformer_config(spec, layout, dtype, device)
-    layers = layer_spec(spec)
-    first = parallel_state.is_pipeline_first_stage()
-    last = parallel_state.is_pipeline_last_stage()
-    count = spec.num_layers // layout.pipeline
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    virtual = {"ignore_virtual": False, "vp_stage": chunk}
+    first = parallel_state.is_pipeline_first_stage(**virtual)
+    last = parallel_state.is_pipeline_last_stage(**virtual)
+    layers = [layer_spec(spec, n) for n in layout.stage_layers(spec.num_layers, stage, chunk)]
     model = PolicyModel(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layers] * count, layer_norm=RmsNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm),
         vocab_size=spec.padded_vocab(layout.tensor),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=spec.tied_embeddings,
+        vp_stage=chunk if layout.virtual > 1 else None,
         position_embedding_type="none",  # MegaRL's attention applies RoPE by position ids
     )
     _mark_tensor_parallel(model)

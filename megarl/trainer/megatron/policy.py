@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
 from megarl.trainer.megatron.head import HeadShard, Sampler, label_logprobs, loss_tokens
 from megarl.trainer.megatron.initialize import RankContext
-from megarl.trainer.megatron.model import PolicyModel, build_model
+from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
 from megarl.trainer.policy import LogprobField, TrainStepResult, gather
 from megarl.weights.hf import load_hf, region_index
@@ -60,29 +61,34 @@ class MegatronPolicy:
         self.packing = packing or PackingConfig()
         self.device = context.platform.device
         dtype = getattr(torch, model.dtype)
-        module = build_model(architecture.spec, context.layout, dtype, self.device)
-        self.params = dict(module.named_parameters())
+        layout = context.layout
+        self.chunks = [
+            build_model(architecture.spec, layout, dtype, self.device, chunk)
+            for chunk in range(layout.virtual)
+        ]
+        self.params = {
+            f"chunk{number}.{name}" if layout.virtual > 1 else name: param
+            for number, chunk in enumerate(self.chunks)
+            for name, param in chunk.named_parameters()
+        }
         self.regions = architecture.trainer_regions(context.layout, context.at)
         load_hf(model.path, architecture, self.regions, self.params)
         # The distributed optimizer brings a flat buffer of its own.
         if optimizer is None or not optimizer.distributed:
             pool_parameters(self.params)
-        self.module: PolicyModel = module
         self._reference: dict[str, torch.Tensor] | None = None
         self._costs = CostModel.transformer(architecture.spec.hidden_size)
         if optimizer is None:
             return
-        self.ddp = DistributedDataParallel(
-            module.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
-                use_distributed_optimizer=optimizer.distributed,
-            ),
-            module,
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=optimizer.distributed,
         )
-        self.optimizer, self.schedule = build_optimizer(optimizer, [self.ddp], dtype, total_optimizer_steps)
-        module.config.finalize_model_grads_func = _finalize_without_scaling
+        self.ddp = [DistributedDataParallel(chunk.config, reduction, chunk) for chunk in self.chunks]
+        self.optimizer, self.schedule = build_optimizer(optimizer, self.ddp, dtype, total_optimizer_steps)
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = _finalize_without_scaling
 
     # --- from sequences to microbatches -------------------------------------------------------
 
@@ -100,6 +106,7 @@ class MegatronPolicy:
             num_ranks=layout.data,
             pad_to_multiple=multiple,
             costs=self._costs,
+            microbatch_group_size=layout.pipeline if layout.virtual > 1 else 1,
         )
         self._assert_shared(plan.microbatches[at.data])
         weights = torch.tensor(token_weights(sequences, aggregation), dtype=torch.float32, device=self.device)
@@ -170,7 +177,8 @@ class MegatronPolicy:
             agreement = agreement + _agreement(tokens)
             return loss(tokens)
 
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(batches, learn, Sampler(temperature, top_k, top_p), forward_only=False)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -189,8 +197,8 @@ class MegatronPolicy:
         return list(
             get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, use=use, sampler=sampler),
-                data_iterator=iter(batches),
-                model=[self.ddp],
+                data_iterator=[iter(batches) for _ in self.ddp],
+                model=self.ddp,
                 num_microbatches=len(batches),
                 seq_length=longest,
                 micro_batch_size=1,
@@ -221,7 +229,7 @@ class MegatronPolicy:
         # Maybe none, in a dummy or on one of the context-parallel ranks: all take part in every collective.
         rows = batch.loss_mask.nonzero().flatten()
         head = HeadShard(
-            self.module.head_weight(),
+            self.chunks[-1].head_weight(),
             vocab_start=self.context.at.tensor
             * (self.architecture.spec.padded_vocab(self.context.layout.tensor) // self.context.layout.tensor),
             layout=self.context.layout,
@@ -289,22 +297,27 @@ class MegatronPolicy:
         for name, param in self.params.items():
             param.data, other[name] = other[name], param.data
 
+    def _is_first_replica(self, param: str) -> bool:
+        """Whether this rank is the first of those that hold the same values of ``param``."""
+        at = self.context.at
+        if param.endswith((".experts.w13", ".experts.w2")):
+            return at.expert_data == 0
+        return at.data == 0 and at.context == 0
+
     # --- weights ------------------------------------------------------------------------------
 
     def weight_owners(self) -> list[Owner]:
-        """See Policy. Data-parallel replicas hold equal weights; the first replica offers its own."""
-        at = self.context.at
-        mine = share_parameters(self.params, self.regions) if at.data == 0 and at.context == 0 else None
-        owners = [owner for owner in gather(mine) if owner is not None]
+        """See Policy. Every rank offers all it holds; the planner chooses among replicas."""
+        mine = share_parameters(self.params, self.regions)
+        owners = gather(replace(mine, rank=self.context.rank))
         return owners if self.context.is_first else []
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Policy. One tensor at a time is whole on rank 0."""
-        at = self.context.at
-        offers = at.data == 0 and at.context == 0
         by_name: dict[str, list[Any]] = {}
-        for region in self.regions if offers else []:
-            by_name.setdefault(region.hf, []).append(region)
+        for region in self.regions:
+            if self._is_first_replica(region.param):
+                by_name.setdefault(region.hf, []).append(region)
         for name, shape in self.architecture.hf_shapes().items():
             parts = [
                 (region.box, self.params[region.param].detach()[region_index(region.index)].cpu().clone())
@@ -325,11 +338,11 @@ class MegatronPolicy:
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
         """See Policy."""
-        checkpoint.save(directory, self.module, self.optimizer if optimizer else None, self.schedule)
+        checkpoint.save(directory, self.chunks, self.optimizer if optimizer else None, self.schedule)
 
     def load(self, directory: Path) -> bool:
         """See Policy."""
-        return checkpoint.load(directory, self.module, self.optimizer, self.schedule)
+        return checkpoint.load(directory, self.chunks, self.optimizer, self.schedule)
 
 
 def _agreement(tokens: LossTokens) -> Agreement:
