@@ -1,4 +1,4 @@
-"""The vocabulary ops against their peers: ``python -m benchmarks ops --json FILE [--quick] [--peers DIR]``.
+"""The native ops against their peers: ``python -m benchmarks ops --json FILE [--quick] [--peers DIR]``.
 
 Seconds are medians of interleaved calls on the same inputs; peak_extra_bytes is what a call allocated at
 most above what it leaves behind (benchmarks/common.py). A forward runs without autograd; ours also
@@ -21,6 +21,15 @@ from typing import Any
 import torch
 
 from benchmarks.common import Implementation, Row, bytes_of, measure, seconds_of
+from benchmarks.loss_ops import (
+    KL_CASES,
+    SAMPLES_CASE,
+    TOKENS_CASE,
+    kl_case_name,
+    policy_loss_rows,
+    small_rows,
+    vocab_kl_rows,
+)
 from benchmarks.peers import head_peers, report_missing, token_peers
 from megarl.ops import linear_token_logprob, token_logprob
 
@@ -150,6 +159,16 @@ def ratios(rows: list[Row]) -> dict[str, float]:
             )
         peak = bytes_of(rows, "linear_token_logprob", case, "fwdbwd")
         add(cost, "linear_token_logprob_peak_vs_eager", peak["megarl"] / peak["torch_eager"])
+    others = [
+        ("vocab_kl", kl_case_name(*size), pass_name) for size in KL_CASES for pass_name in ("fwd", "fwdbwd")
+    ]
+    others += [("policy_loss", TOKENS_CASE, "fwdbwd"), ("group_advantage", SAMPLES_CASE, "fwd")]
+    others += [("segment_reduce", TOKENS_CASE, "fwd"), ("gae", TOKENS_CASE, "fwd")]
+    for op, case, pass_name in others:
+        seconds = seconds_of(rows, op, case, pass_name)
+        for peer in sorted(seconds.keys() - {"megarl"}):
+            name = f"{op}_{pass_name}_vs_{peer.removeprefix('torch_')}"
+            add(speed, name, seconds[peer] / seconds["megarl"])
     return {name: min(values) for name, values in speed.items()} | {
         name: max(values) for name, values in cost.items()
     }
@@ -169,6 +188,9 @@ def main(arguments: list[str]) -> None:
     for size in CASES:
         rows += token_logprob_rows(*size, repeats)
         rows += linear_rows(*size, head_repeats)
+    for size in KL_CASES:
+        rows += vocab_kl_rows(*size, repeats)
+    rows += policy_loss_rows(5 * repeats) + small_rows(repeats)
     result = {"rows": rows, "ratios": ratios(rows), "missing": token_peers()[1] + head_peers()[1]}
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     for name, value in result["ratios"].items():  # type: ignore[attr-defined]
