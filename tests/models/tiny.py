@@ -42,6 +42,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_parameters": LINEAR_ROPE, "num_key_value_heads": 4, "head_dim": 8},
     ),
+    "llama-deep-tied": ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
     "qwen2": ("qwen2", {"tie_word_embeddings": False}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),

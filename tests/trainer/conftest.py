@@ -8,12 +8,12 @@ import pytest
 
 from tests.models.tiny import save_model
 
-NAMES = ("qwen3-tied", "llama-biases")
+NAMES = ("qwen3-tied", "llama-biases", "llama-deep-tied", "qwen3-moe-mixed-tied")
 
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tied model with qk-norm and an untied one with biases everywhere."""
+    """A tied one with qk-norm, an untied one with biases everywhere, one of four layers, one with experts."""
     folder: Path = tmp_path_factory.mktemp("models")
     for name in NAMES:
         save_model(name, folder / name)

@@ -1,4 +1,4 @@
-"""Two ranks in every layout against one rank: losses, gradient norms, all metrics, final weights."""
+"""Two and four ranks in every layout against one rank: losses, gradient norms, all metrics, final weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,34 @@ import pytest
 from tests.trainer import ranks
 from tests.trainer.world import world
 
+TP2_SP = {"tensor_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_parallel_size": 2}
 LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
     "dp2": ({}, False),
     "dp2-distributed-optimizer": ({}, True),
     "tp2": ({"tensor_parallel_size": 2}, False),
-    "tp2-sequence-parallel": ({"tensor_parallel_size": 2, "sequence_parallel": True}, False),
-    "pp2": ({"pipeline_parallel_size": 2}, False),
+    "tp2-sequence-parallel": (TP2_SP, False),
+    "pp2": (PP2, False),
     "cp2": ({"context_parallel_size": 2}, False),
 }
+DENSE_LAYOUTS = tuple(LAYOUTS)
+LAYOUTS |= {
+    "vpp2": (PP2 | {"virtual_pipeline_parallel_size": 2}, False),
+    "ep2": ({"expert_parallel_size": 2}, False),
+    "ep2-distributed-optimizer": ({"expert_parallel_size": 2}, True),
+    "tp2-ep2": (TP2_SP | {"expert_parallel_size": 2}, False),
+    "cp2-ep2": ({"context_parallel_size": 2, "expert_parallel_size": 2}, False),
+    "tp2-ep2-dp2": (TP2_SP | {"expert_parallel_size": 2}, False),
+    "ep2-pp2": (PP2 | {"expert_parallel_size": 2}, True),
+}
+FOUR_RANKS = ("tp2-ep2-dp2", "ep2-pp2")
+MOE = "qwen3-moe-mixed-tied"
+CASES = [
+    *[(model, name) for model in ("qwen3-tied", "llama-biases") for name in DENSE_LAYOUTS],
+    ("llama-deep-tied", "vpp2"),
+    *[(MOE, name) for name in ("ep2", "ep2-distributed-optimizer", "tp2-ep2", "pp2", "cp2-ep2")],
+    *[(MOE, name) for name in FOUR_RANKS],
+]
 COORDINATES = {
     "dp2": (0, 0, 0, 1),
     "dp2-distributed-optimizer": (0, 0, 0, 1),
@@ -26,6 +46,13 @@ COORDINATES = {
     "tp2-sequence-parallel": (1, 0, 0, 0),
     "pp2": (0, 1, 0, 0),
     "cp2": (0, 0, 1, 0),
+    "vpp2": (0, 1, 0, 0),
+    "ep2": (0, 0, 0, 1),
+    "ep2-distributed-optimizer": (0, 0, 0, 1),
+    "tp2-ep2": (1, 0, 0, 0),
+    "cp2-ep2": (0, 0, 1, 0),
+    "tp2-ep2-dp2": (1, 0, 0, 1),  # the last rank's
+    "ep2-pp2": (0, 1, 0, 1),
 }
 
 
@@ -41,18 +68,18 @@ def one_rank(model_dir: str) -> dict[str, Any]:
     return dict(result)
 
 
-@pytest.mark.parametrize("model", ["qwen3-tied", "llama-biases"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("model", "name"), CASES)
 def test_layout_equals_one_rank(model_dirs: dict[str, str], model: str, name: str) -> None:
     expected = one_rank(model_dirs[model])
     parallel, distributed = LAYOUTS[name]
     arguments = (model_dirs[model], [0, 1, 2, 3], None, None, distributed)
-    results = world(2).run(ranks.train, *arguments, parallel=parallel)
+    results = world(4 if name in FOUR_RANKS else 2).run(ranks.train, *arguments, parallel=parallel)
     for result in results:
         assert result["log"] == results[0]["log"], "every rank reports the same"
         assert result["coordinates"] == result["megatron_coordinates"]
-    assert [r["coordinates"] for r in results] == [(0, 0, 0, 0), COORDINATES[name]]
-    assert results[1]["weights"] == {}
+    assert results[0]["coordinates"] == (0, 0, 0, 0)
+    assert results[-1]["coordinates"] == COORDINATES[name]
+    assert all(result["weights"] == {} for result in results[1:])
     for number, (one, two) in enumerate(zip(expected["log"], results[0]["log"], strict=True)):
         assert one.keys() == two.keys()
         for key, value in one.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -37,6 +38,8 @@ class StackedExperts(MegatronModule):
         for param in (self.w13, self.w2):
             # Reduced over the ranks that hold the same experts, not over all data-parallel ranks.
             param.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            # No copy of the first tensor rank's: the gradient norm counts every rank's experts.
+            set_tensor_model_parallel_attributes(param, True, 0, 1)
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
