@@ -61,6 +61,34 @@ def test_resharding_tp2_pp2_tp1(model_dirs: dict[str, str], model: str, tmp_path
 
 
 @pytest.mark.parametrize("distributed", [False, True])
+def test_experts_of_two_ranks_go_on_in_one(
+    model_dirs: dict[str, str], distributed: bool, tmp_path: Path
+) -> None:
+    path, directory = model_dirs["qwen3-moe-mixed-tied"], tmp_path / "step"
+    directory.mkdir()
+    [whole] = world(1).run(ranks.train, path, [0, 1, 3, 5])
+    ep2 = {"expert_parallel_size": 2}
+    arguments = (path, [0, 1], None, {1: str(directory)}, distributed)
+    first = world(2).run(ranks.train, *arguments, parallel=ep2)[0]
+    [second] = world(1).run(ranks.train, path, [3, 5], str(directory), None, distributed)
+    for name, value in first["weights"].items():
+        assert np.array_equal(second["started_with"][name], value), name
+    assert_close(whole["log"], first["log"] + second["log"])
+
+
+def test_virtual_stages_go_on_in_one_rank(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    path, directory = model_dirs["llama-deep-tied"], tmp_path / "step"
+    directory.mkdir()
+    [whole] = world(1).run(ranks.train, path, [0, 1, 3, 5])
+    virtual = PP2 | {"virtual_pipeline_parallel_size": 2}
+    first = world(2).run(ranks.train, path, [0, 1], None, {1: str(directory)}, parallel=virtual)[0]
+    [second] = world(1).run(ranks.train, path, [3, 5], str(directory))
+    for name, value in first["weights"].items():
+        assert np.array_equal(second["started_with"][name], value), name
+    assert_close(whole["log"], first["log"] + second["log"])
+
+
+@pytest.mark.parametrize("distributed", [False, True])
 def test_data_parallel_ranks_go_on(model_dirs: dict[str, str], distributed: bool, tmp_path: Path) -> None:
     """The distributed optimizer's state lies on both."""
     model, directory = model_dirs["llama-biases"], tmp_path / "step"

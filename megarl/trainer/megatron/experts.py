@@ -36,8 +36,9 @@ class StackedExperts(MegatronModule):
         )
         self.w2 = torch.nn.Parameter(torch.empty(num_local_experts, hidden, inner, dtype=config.params_dtype))
         for param in (self.w13, self.w2):
-            # Reduced over the ranks that hold the same experts, not over all data-parallel ranks.
-            param.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            # Reduced over the ranks that hold the same experts, not over all data-parallel ranks. Also with
+            # one expert rank: so checkpoints have the same two optimizers under every layout.
+            param.allreduce = False  # type: ignore[attr-defined]
             # No copy of the first tensor rank's: the gradient norm counts every rank's experts.
             set_tensor_model_parallel_attributes(param, True, 0, 1)
 
