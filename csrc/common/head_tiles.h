@@ -11,7 +11,6 @@
 #include <algorithm>
 
 #include "common/check.h"
-#include "common/huge_pages.h"
 
 namespace megarl {
 
@@ -90,7 +89,7 @@ class HeadGradient {
     if (need_weight) {
       // Without rows there is no tile that would write it.
       grad_weight_ = tiles.num_rows == 0 ? at::zeros(weight.sizes(), weight.options())
-                                         : empty_for_writing(weight.sizes(), weight.options());
+                                         : at::empty(weight.sizes(), weight.options());
     }
   }
 
