@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.advantages.group import group_advantages, zero_std_fraction
-from megarl.algorithms.engines import attach_weights, start_engine
+from megarl.algorithms.engines import attach_weights, start_engine, verify_weights
 from megarl.algorithms.evaluate import greedy, pick_problems
 from megarl.algorithms.model import read_model
 from megarl.algorithms.rollouts import Rollouts, accuracy, sample_row
@@ -61,6 +61,7 @@ def run_grpo(config: GrpoConfig) -> None:
             engine = start_engine(
                 config.model,
                 config.rollout.engine,
+                config.weights,
                 max_model_len=longest,
                 seed=config.run.seed,
                 log_dir=run.directory.path,
@@ -233,6 +234,8 @@ class _GrpoLoop:
     def hand_over(self, step: int) -> dict[str, float]:
         """The engine gets policy version ``step``; counts the bytes that had to move."""
         moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
+        if self.config.weights.verify == "checksum":
+            verify_weights(self.engine, self.policy)
         return {"weights_bytes_moved": moved, "policy_version": step}
 
     def evaluate(self, step: int) -> float:

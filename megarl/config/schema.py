@@ -247,8 +247,10 @@ class EngineConfig(Section):
     """Tokens per engine step (prefill and decode together), raised to hold one whole sequence."""
     enable_prefix_caching: bool = True
     """Compute the prompt of a group once."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer's matrices; independent of the trainer's."""
     num_threads: PositiveInt | None = None
-    """CPU threads of the engine; null uses all cores."""
+    """CPU threads of the engine, over all its ranks; null uses all cores."""
     start_timeout_seconds: PositiveFloat = 300.0
     """How long the engine may take to start before the run ends with an error."""
 
@@ -337,6 +339,15 @@ class SftConfig(_TrainingRoot):
     training: SftTrainingConfig
 
 
+class WeightsConfig(Section):
+    """How the engine gets the trainer's weights."""
+
+    verify: Literal["off", "checksum"] = "off"
+    """checksum: after every hand-over, compare checksums of every region on both sides."""
+    keep_kv_cache: bool = False
+    """Keep cached keys and values over a hand-over, though older weights made them."""
+
+
 class GrpoTrainingConfig(Section):
     """Length of a GRPO run."""
 
@@ -351,6 +362,7 @@ class GrpoConfig(_TrainingRoot):
     rollout: RolloutConfig
     algorithm: GrpoAlgorithmConfig = GrpoAlgorithmConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    weights: WeightsConfig = WeightsConfig()
     training: GrpoTrainingConfig
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from megarl.rollout.engine import AttachReport
-from megarl.weights.handover import Copy, SourceView, WeightPlan
+from megarl.weights.handover import Alias, Copy, SourceView, WeightPlan
 
+ParamIndex = tuple["int | tuple[int, int]", ...]
 Box = tuple[tuple[int, int], ...]  # one (start, stop) per dimension of a parameter
 
 
@@ -60,10 +61,17 @@ class AttachedWeights:
     passed :func:`check_plan`.
     """
 
-    def __init__(self, plan: WeightPlan, params: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, plan: WeightPlan, params: Mapping[str, torch.Tensor], before: AttachedWeights | None = None
+    ) -> None:
+        # What is copied from now on must not be written into the last trainer's memory.
+        aliased = {alias.param for alias in before.aliases} if before is not None else set()
+        for name in aliased & {copy.param for copy in plan.copies}:
+            params[name].data = params[name].detach().clone()
         self._storages = [torch.UntypedStorage._new_shared_filename_cpu(*s.handle) for s in plan.storages]
         self._params = params
-        self._aliases = plan.aliases
+        self.aliases: list[Alias] = plan.aliases
+        self._plan = plan
         for alias in plan.aliases:
             params[alias.param].data = self._view(alias.source)
         self._copies = [(params[c.param].detach()[_as_slices(c)], self._view(c.source)) for c in plan.copies]
@@ -79,6 +87,13 @@ class AttachedWeights:
     def copied_bytes(self) -> int:
         """Bytes that one :meth:`copy_` writes."""
         return sum(destination.nbytes for destination, _ in self._copies)
+
+    def regions(self) -> Iterator[tuple[str, ParamIndex, torch.Tensor]]:
+        """Every region of the plan (aliases, then copies): parameter, index, the engine's values there."""
+        for alias in self.aliases:
+            yield alias.param, tuple((0, n) for n in alias.source.shape), self._params[alias.param]
+        for copy in self._plan.copies:
+            yield copy.param, copy.index, self._params[copy.param].detach()[_as_slices(copy)]
 
     def report(self) -> AttachReport:
         """What is aliased, read from the parameters' addresses rather than from the plan."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megarl.records import FinishReason
+from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
 
@@ -113,6 +114,10 @@ class Engine(Protocol):
 
     def sync(self, policy_version: int) -> SyncReport:
         """Make the trainer's present weights the engine's, forget cached KV, set the version."""
+        ...
+
+    def checksums(self) -> list[list[RegionChecksum]]:
+        """Of every region of the attached plans, per engine rank, as they lie in its parameters."""
         ...
 
     def generate(

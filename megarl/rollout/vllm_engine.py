@@ -26,6 +26,7 @@ from megarl.rollout.engine import (
     WeightPlanError,
 )
 from megarl.rollout.vllm_worker import EngineActor, EngineSettings
+from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class VllmEngine:
         max_model_len: int,
         seed: int,
         log_dir: Path | None = None,
+        keep_kv_cache: bool = False,
     ) -> VllmEngine:
         """Start the actor in the background; :meth:`wait_ready` joins it.
 
@@ -67,6 +69,7 @@ class VllmEngine:
             dtype: the trainer's parameter type, which ``config.dtype`` "auto" follows.
             max_model_len: most tokens of prompt and response together.
             seed: seeds requests that bring none.
+            keep_kv_cache: whether cached keys and values outlive a sync (they are then stale).
             log_dir: where engine.log goes; None keeps it among Ray's files, while Ray runs.
 
         Call it from the main thread (see :mod:`megarl.cluster.ray_runtime`).
@@ -79,6 +82,7 @@ class VllmEngine:
             max_model_len=max_model_len,
             seed=seed,
             temp_dir=str(ray_temp_dir()),
+            keep_kv_cache=keep_kv_cache,
         )
         return cls(settings, (log_dir or ray_temp_dir()).resolve() / "engine.log")
 
@@ -86,6 +90,11 @@ class VllmEngine:
     def log_path(self) -> Path:
         """Everything the engine's process prints."""
         return self._log_path
+
+    @property
+    def plans(self) -> list[WeightPlan]:
+        """What is attached, one plan per engine rank."""
+        return self._plans
 
     def wait_ready(self) -> None:
         """Wait until the engine takes calls.
@@ -114,6 +123,10 @@ class VllmEngine:
         self._policy_version = policy_version
         self._deaths_in_a_row = 0
         return report
+
+    def checksums(self) -> list[list[RegionChecksum]]:
+        """See Engine.checksums."""
+        return self._call("checksums")
 
     def generate(
         self, requests: Sequence[GenerateRequest], sampling: SamplingConfig

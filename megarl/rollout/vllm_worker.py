@@ -1,7 +1,7 @@
-"""The vLLM side: an actor process with one thread that owns the engine, and the worker extension.
+"""The vLLM side: an actor process with one thread that owns the engine.
 
-Only this process imports vllm. The engine runs in the actor's own process (no EngineCore child),
-so its parameters can be bound to the trainer's memory by a plain method call.
+Only this process and its workers import vllm. The engine runs in the actor's own process (no EngineCore
+child), and so does its worker unless there are several (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
+from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
 if TYPE_CHECKING:
-    import torch
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -44,6 +44,7 @@ KV_BLOCK_SIZE = 32
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor-parallel workers: the actor has threads
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same cores, in turns
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_COLOR": "0",
@@ -64,39 +65,7 @@ class EngineSettings:
     max_model_len: int
     seed: int
     temp_dir: str  # for the files vLLM leaves behind, such as gloo's rendezvous
-
-
-class WeightReceiver:
-    """Mixed into vLLM's worker (worker_extension_cls): binds its parameters to the trainer's memory."""
-
-    model_runner: Any
-    _attached: Any = None
-
-    def megarl_describe(self) -> dict[str, ParamInfo]:
-        """Shape and dtype of every parameter; a tied head is listed once, as the embedding."""
-        from megarl.rollout.attach import dtype_name
-
-        return {name: ParamInfo(tuple(p.shape), dtype_name(p)) for name, p in self._parameters().items()}
-
-    def megarl_check(self, plan: WeightPlan) -> list[str]:
-        """Violations of ``plan``; changes nothing."""
-        from megarl.rollout.attach import check_plan
-
-        return check_plan(plan, self._parameters())
-
-    def megarl_attach(self, plan: WeightPlan) -> AttachReport:
-        """Bind a plan that megarl_check found good."""
-        from megarl.rollout.attach import AttachedWeights
-
-        self._attached = AttachedWeights(plan, self._parameters())
-        return self._attached.report()
-
-    def megarl_copy(self) -> int:
-        """Write what is not aliased; returns bytes."""
-        return self._attached.copy_()
-
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        return dict(self.model_runner.model.named_parameters())
+    keep_kv_cache: bool = False  # over a sync
 
 
 class EngineActor:
@@ -107,6 +76,7 @@ class EngineActor:
     def __init__(self, settings: EngineSettings, log_path: str) -> None:
         _redirect_output(log_path)
         threads = settings.config.num_threads or len(os.sched_getaffinity(0))
+        threads = max(1, threads // settings.config.tensor_parallel_size)
         # Libraries read these when they are first imported, which nothing did yet.
         os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads), TMPDIR=settings.temp_dir)
         tempfile.tempdir = settings.temp_dir
@@ -136,6 +106,10 @@ class EngineActor:
     def sync(self, policy_version: int) -> SyncReport:
         """See Engine.sync."""
         return self._on_engine_thread(lambda: self._sync(policy_version))
+
+    def checksums(self) -> list[list[RegionChecksum]]:
+        """See Engine.checksums."""
+        return self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_checksums"))
 
     def generate(
         self, requests: list[GenerateRequest], sampling: SamplingConfig
@@ -210,18 +184,18 @@ class EngineActor:
         ranks = self._engine.collective_rpc("megarl_describe")
         if len(plans) != len(ranks):
             raise WeightPlanError([f"{len(plans)} plans for {len(ranks)} engine ranks"])
-        violations = [
-            v for plan in plans for v in self._engine.collective_rpc("megarl_check", args=(plan,))[0]
-        ]
+        answers = self._engine.collective_rpc("megarl_check", args=(plans,))
+        violations = [violation for answer in answers for violation in answer]
         if violations:
             raise WeightPlanError(violations)
-        return [self._engine.collective_rpc("megarl_attach", args=(plan,))[0] for plan in plans]
+        return self._engine.collective_rpc("megarl_attach", args=(plans,))
 
     def _sync(self, policy_version: int) -> SyncReport:
         start = time.perf_counter()
         bytes_moved = sum(self._engine.collective_rpc("megarl_copy"))
-        # KV entries of the old weights are stale; running requests recompute theirs.
-        self._engine.reset_prefix_cache(reset_running_requests=True)
+        if not self._settings.keep_kv_cache:
+            # KV entries of the old weights are stale; running requests recompute theirs.
+            self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(policy_version))
         self._policy_version = policy_version
         return SyncReport(bytes_moved, time.perf_counter() - start)
@@ -295,7 +269,6 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    _keep_weights_unpacked()
     _register_architecture(settings.model_dir)
     config = settings.config
     args = EngineArgs(
@@ -318,9 +291,13 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         generation_config="vllm",  # the model's generation_config.json must not change sampling
         async_scheduling=False,
         disable_log_stats=True,
-        worker_extension_cls=f"{WeightReceiver.__module__}.{WeightReceiver.__qualname__}",
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
+        worker_extension_cls="megarl.rollout.vllm_extension.WeightReceiver",
     )
     engine = LLMEngine.from_engine_args(args)
+    # A worker process that dies takes the actor with it: the driver then starts both anew.
+    engine.model_executor.register_failure_callback(lambda: os._exit(1))
     _check_head_sizes(engine)
     return engine
 
@@ -334,21 +311,6 @@ def _check_head_sizes(engine: LLMEngine) -> None:
                 f"model.path {engine.model_config.model}: vLLM's CPU attention does not take"
                 f" head size {layer.head_size} (only {sizes})"
             )
-
-
-def _keep_weights_unpacked() -> None:
-    """Make vLLM's CPU layers multiply with the parameter itself.
-
-    vLLM 0.32 packs weights into private buffers (oneDNN, AMX, zentorch) after loading and empties the
-    parameter, so a write to the trainer's memory would not be seen.
-    """
-    from torch.nn import functional
-    from vllm.model_executor.layers import utils
-
-    def use_parameter(layer: torch.nn.Module, remove_weight: bool) -> None:
-        setattr(layer, "cpu_linear", functional.linear)  # noqa: B010 - not declared on Module
-
-    utils.dispatch_cpu_unquantized_gemm = use_parameter
 
 
 def _register_architecture(model_dir: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import Loss
 from megarl.records import PackedBatch, Sequence
+from megarl.weights.handover import SharedStorage, SourceView
 from megarl.weights.plan import Owner
 
 LogprobField = Literal["old_logprobs", "ref_logprobs"]
@@ -71,6 +72,10 @@ class Policy(Protocol):
 
     def weight_owners(self) -> list[Owner]:
         """What every rank offers to engines, on rank 0 (elsewhere empty)."""
+        ...
+
+    def weight_checksums(self, regions: list[tuple[SharedStorage, SourceView, str]]) -> dict[int, int]:
+        """Number in ``regions`` -> checksum, of those that lie in this rank's memory, as the given dtype."""
         ...
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

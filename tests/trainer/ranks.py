@@ -89,6 +89,13 @@ def train_export_and_offer(context: Any, model_dir: str, export_dir: str, distri
     return owners
 
 
+def wrong_checksums(context: Any, regions: list[tuple[Any, Any, str, int]]) -> list[int]:
+    """Numbers of the regions in the offered policy's memory whose checksum is another than the engine's."""
+    [policy] = _offered
+    mine = policy.weight_checksums([region[:3] for region in regions])
+    return [number for number, value in mine.items() if value != regions[number][3]]
+
+
 def weights(policy: Any) -> dict[str, np.ndarray]:
     """All Hugging Face tensors, on rank 0."""
     return {name: tensor.numpy().copy() for name, tensor in policy.hf_tensors()}

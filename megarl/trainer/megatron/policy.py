@@ -32,6 +32,8 @@ from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
 from megarl.trainer.policy import LogprobField, TrainStepResult, gather
+from megarl.weights.checksum import region_checksum
+from megarl.weights.handover import SharedStorage, SourceView
 from megarl.weights.hf import load_hf, region_index
 from megarl.weights.plan import Owner
 from megarl.weights.share import pool_parameters, share_parameters
@@ -311,6 +313,20 @@ class MegatronPolicy:
         mine = share_parameters(self.params, self.regions)
         owners = gather(replace(mine, rank=self.context.rank))
         return owners if self.context.is_first else []
+
+    def weight_checksums(self, regions: list[tuple[SharedStorage, SourceView, str]]) -> dict[int, int]:
+        """See Policy."""
+        mine = {}
+        for param in self.params.values():
+            storage = param.untyped_storage()
+            mine[tuple(storage._share_filename_cpu_())] = storage
+        sums = {}
+        for number, (shared, view, dtype) in enumerate(regions):
+            if shared.handle in mine:
+                empty = torch.empty(0, dtype=getattr(torch, view.dtype))
+                tensor = empty.set_(mine[shared.handle], view.offset, view.shape, view.stride)
+                sums[number] = region_checksum(tensor, dtype)
+        return sums
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Policy. One tensor at a time is whole on rank 0."""

@@ -1,0 +1,110 @@
+"""What MegaRL adds to vLLM's workers (worker_extension_cls): their parameters bound to the trainer's memory.
+
+Importing this module also makes vLLM's CPU layers compute with the parameters themselves. vLLM imports
+it in every worker process, before the model is built; nothing else may import it elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+from vllm.model_executor.layers import utils as vllm_layers
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+from megarl.rollout.attach import AttachedWeights, check_plan, dtype_name
+from megarl.rollout.engine import AttachReport
+from megarl.weights.checksum import RegionChecksum, region_checksum
+from megarl.weights.handover import ParamInfo, WeightPlan
+
+
+class WeightReceiver:
+    """Methods that vLLM's workers get; each worker picks its own plan out of all ranks'."""
+
+    rank: int
+    model_runner: Any
+    _attached: AttachedWeights | None = None
+
+    def megarl_describe(self) -> dict[str, ParamInfo]:
+        """Shape and dtype of every parameter; a tied head is listed once, as the embedding."""
+        return {name: ParamInfo(tuple(p.shape), dtype_name(p)) for name, p in self._parameters().items()}
+
+    def megarl_check(self, plans: list[WeightPlan]) -> list[str]:
+        """Violations of this rank's plan; changes nothing."""
+        violations = check_plan(plans[self.rank], self._parameters())
+        return [f"engine rank {self.rank}: {v}" for v in violations] if len(plans) > 1 else violations
+
+    def megarl_attach(self, plans: list[WeightPlan]) -> AttachReport:
+        """Bind a plan that megarl_check found good."""
+        self._attached = AttachedWeights(plans[self.rank], self._parameters(), self._attached)
+        return self._attached.report()
+
+    def megarl_copy(self) -> int:
+        """Write what is not aliased; returns bytes."""
+        assert self._attached is not None
+        return self._attached.copy_()
+
+    def megarl_checksums(self) -> list[RegionChecksum]:
+        """Of every region of the plan, as it lies in the engine's parameters."""
+        assert self._attached is not None
+        return [
+            RegionChecksum(param, index, dtype_name(tensor), region_checksum(tensor))
+            for param, index, tensor in self._attached.regions()
+        ]
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self.model_runner.model.named_parameters())
+
+
+def _use_parameter(layer: torch.nn.Module, remove_weight: bool) -> None:
+    setattr(layer, "cpu_linear", functional.linear)  # noqa: B010 - not declared on Module
+
+
+def _keep_experts_as_they_are(self: Any, layer: torch.nn.Module) -> None:
+    """In place of packing: the stacked experts stay what the trainer's memory holds."""
+
+
+def _run_experts(
+    self: Any,
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: MoEActivation,
+    global_num_experts: int,
+    expert_map: torch.Tensor | None,
+    a1q_scale: torch.Tensor | None,
+    a2_scale: torch.Tensor | None,
+    workspace13: torch.Tensor,
+    workspace2: torch.Tensor,
+    expert_tokens_meta: Any,
+    apply_router_weight_on_input: bool,
+) -> None:
+    """Gated experts on stacked weights w1 [E, 2I, H] and w2 [E, H, I]: a loop over those that have tokens.
+
+    vLLM's signature; hidden_states [M, H], topk_weights and topk_ids [M, k], output [M, H].
+    """
+    assert activation == MoEActivation.SILU, activation
+    assert self.w1_bias is None, "experts with biases"
+    ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]  # -1: another rank's
+    output.zero_()
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        rows, slots = (ids == expert).nonzero(as_tuple=True)
+        gate, up = functional.linear(hidden_states[rows], w1[expert]).chunk(2, dim=-1)
+        value = functional.linear(functional.silu(gate) * up, w2[expert])
+        if not apply_router_weight_on_input:
+            value = value * topk_weights[rows, slots, None]
+        output.index_add_(0, rows, value.to(output.dtype))
+
+
+# vLLM 0.32 packs weights into private buffers (oneDNN, AMX, zentorch) after loading and empties or
+# replaces the parameter, so a write to the trainer's memory would not be seen.
+vllm_layers.dispatch_cpu_unquantized_gemm = _use_parameter
+CPUUnquantizedExperts.process_weights_after_loading = _keep_experts_as_they_are
+CPUUnquantizedExperts.apply = _run_experts

@@ -1,0 +1,38 @@
+"""Are the engine's weights the trainer's? Checksums of every region of a plan, each computed where it lies.
+
+A checksum is the sum of the elements' bit patterns, each times an odd number that depends on its
+place, modulo 2^64: a changed element always changes it, exchanged ones nearly always.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_CHUNK = 1 << 18  # elements at a time, so that temporaries stay at a few MiB
+_STEP = 0x1E3779B97F4A7C15  # no pattern in its bits, and twice it is still a signed 64-bit number
+_BITS = {4: torch.int32, 2: torch.int16}
+
+
+@dataclass(frozen=True, slots=True)
+class RegionChecksum:
+    """The checksum of ``param[index]`` of the engine, whose elements have type ``dtype``."""
+
+    param: str
+    index: tuple[int | tuple[int, int], ...]
+    dtype: str
+    value: int
+
+
+def region_checksum(tensor: torch.Tensor, dtype: str | None = None) -> int:
+    """Checksum of a tensor's elements in row-major order, converted to ``dtype`` (None: as they are)."""
+    total = 0
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        part = part.to(getattr(torch, dtype)) if dtype is not None else part
+        bits = part.contiguous().view(_BITS[part.element_size()]).long()
+        place = torch.arange(start, start + bits.numel(), device=bits.device)
+        total += int((bits * (place * (2 * _STEP) + 1)).sum())
+    return total % (1 << 64)
