@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
-from megarl.models import llama, mixtral, qwen2, qwen3, qwen3_moe
+from megarl.models import deepseek_v3, gemma, llama, mixtral, qwen2, qwen3, qwen3_moe
 from megarl.models.table import Architecture
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
@@ -18,6 +18,9 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
     "qwen3": qwen3.architecture,
     "qwen3_moe": qwen3_moe.architecture,
     "mixtral": mixtral.architecture,
+    "deepseek_v3": deepseek_v3.architecture,
+    "gemma2": gemma.gemma2,
+    "gemma3_text": gemma.gemma3_text,
 }
 
 

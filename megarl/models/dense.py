@@ -80,7 +80,12 @@ def attention(spec: ModelSpec) -> list[Rule]:
         )
     )
     replicated = [("input_layernorm.weight", "input_layernorm.weight", hidden)]
-    replicated += [("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", hidden)]
+    if spec.sandwich_norms:
+        replicated += [("post_attention_layernorm.weight", "post_self_attn_layernorm.weight", hidden)]
+        replicated += [("pre_feedforward_layernorm.weight", "pre_mlp_layernorm.weight", hidden)]
+        replicated += [("post_feedforward_layernorm.weight", "post_mlp_layernorm.weight", hidden)]
+    else:
+        replicated += [("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", hidden)]
     if spec.output_bias:
         replicated += [("self_attn.o_proj.bias", "self_attention.linear_proj.bias", hidden)]
     if spec.qk_norm:

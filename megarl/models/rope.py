@@ -19,6 +19,8 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     inv_freq = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if rope.kind == "linear":
         return inv_freq / rope.factor
+    if rope.kind == "yarn":
+        return _yarn(inv_freq, rope, head_dim)
     if rope.kind == "llama3":
         wavelength = 2 * math.pi / inv_freq
         low = rope.original_max_position_embeddings / rope.low_freq_factor
@@ -30,6 +32,23 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
         slowed = torch.where(wavelength > low, inv_freq / rope.factor, inv_freq)
         return torch.where((wavelength <= low) & (wavelength >= high), blended, slowed)
     return inv_freq
+
+
+def _yarn(inv_freq: torch.Tensor, rope: RopeSpec, head_dim: int) -> torch.Tensor:
+    """Dimensions that turn more than ``beta_fast`` times in the original context keep their frequency,
+    those that turn fewer than ``beta_slow`` times are slowed by ``factor``; a ramp lies between
+    (arXiv:2309.00071, section 3.2). Cosine and sine must be multiplied by ``rope.attention_factor``.
+    """
+
+    def dim_of(turns: float) -> float:
+        length = rope.original_max_position_embeddings / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dim_of(rope.beta_fast)), 0)
+    high = min(math.ceil(dim_of(rope.beta_slow)), head_dim - 1)
+    width = high - low or 0.001  # equal bounds: a step
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
 
 
 def cos_sin(inv_freq: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

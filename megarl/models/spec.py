@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,14 +11,22 @@ from megarl.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary embedding: base and, for llama3 and linear scaling, its parameters."""
+    """Rotary embedding: base and, for linear, llama3 and yarn scaling, its parameters.
+
+    ``attention_factor`` multiplies cosine and sine (1 for all but yarn).
+    """
 
     theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0  # 0: not given
+    mscale_all_dim: float = 0.0
+    attention_factor: float = 1.0
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], default_theta: float = 10_000.0) -> RopeSpec:
@@ -25,12 +34,16 @@ class RopeSpec:
         rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config.get("rope_theta", default_theta)))
-        if kind not in ("default", "linear", "llama3"):
-            raise UserError(f"config.json: rope_type {kind!r} is not supported (default, linear, llama3)")
+        if kind not in ("default", "linear", "llama3", "yarn"):
+            raise UserError(
+                f"config.json: rope_type {kind!r} is not supported (default, linear, llama3, yarn)"
+            )
         if kind == "default":
             return cls(theta)
         if kind == "linear":
             return cls(theta, "linear", factor=float(rope["factor"]))
+        if kind == "yarn":
+            return cls._yarn(theta, rope, config)
         return cls(
             theta,
             "llama3",
@@ -39,6 +52,36 @@ class RopeSpec:
             float(rope["high_freq_factor"]),
             int(rope["original_max_position_embeddings"]),
         )
+
+    @classmethod
+    def _yarn(cls, theta: float, rope: dict[str, Any], config: dict[str, Any]) -> RopeSpec:
+        """YaRN (arXiv:2309.00071); with DeepSeek's two scales the attention factor is their quotient."""
+        if not rope.get("truncate", True):
+            raise UserError("config.json: yarn with truncate false is not supported")
+        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        factor = float(rope["factor"])
+        mscale, all_dim = float(rope.get("mscale") or 0), float(rope.get("mscale_all_dim") or 0)
+        scale = rope.get("attention_factor")
+        if scale is None and mscale and all_dim:
+            scale = yarn_scale(factor, mscale) / yarn_scale(factor, all_dim)
+        elif scale is None:
+            scale = yarn_scale(factor, 1.0)
+        return cls(
+            theta,
+            "yarn",
+            factor,
+            original_max_position_embeddings=int(original),
+            beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1),
+            mscale=mscale,
+            mscale_all_dim=all_dim,
+            attention_factor=float(scale),
+        )
+
+
+def yarn_scale(factor: float, mscale: float) -> float:
+    """YaRN's growth of the attention logits with the context (arXiv:2309.00071, eq. 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +138,8 @@ class ModelSpec:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
+    sandwich_norms: bool = False  # norms also after attention and after the MLP
+    not_trainable: str | None = None  # why the trainer cannot build it; plans and conversion can do without
     init_std: float = 0.02
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
@@ -126,7 +171,10 @@ class ModelSpec:
             "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
             "init_std": config.get("initializer_range", 0.02),
         }
-        return cls(family=family, **(common | differences))
+        fields = common | differences
+        if fields["rope"].kind == "yarn":
+            fields.setdefault("not_trainable", "yarn scaling of the rotary embedding is not in the trainer")
+        return cls(family=family, **fields)
 
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         """Rows of the stored embedding: the engine's padding (a multiple of 64), then of the ranks."""

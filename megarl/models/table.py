@@ -96,10 +96,18 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model's shape and its complete table."""
+    """A model's shape and its complete table.
+
+    Tensors of a checkpoint whose names start with one of ``ignored`` have no rule and need none.
+    """
 
     spec: ModelSpec
     rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+
+    def ignores(self, name: str) -> bool:
+        """Whether the model is complete without this tensor of the checkpoint."""
+        return name.startswith(self.ignored) if self.ignored else False
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor a checkpoint of this model has, with its shape."""

@@ -64,7 +64,7 @@ def test_bfloat16_comes_back(tmp_path: Path) -> None:
     [
         ({"model_type": "lama"}, "model_type 'lama' is not supported .*nearest is llama"),
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic' is not supported"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
     ],
 )

@@ -195,6 +195,21 @@ def _mlp_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
     )
 
 
+def _check_experts(spec: ModelSpec, layout: ParallelLayout) -> None:
+    experts = spec.moe.num_experts if spec.moe else 0
+    wrong = []
+    if layout.expert_tensor > 1:
+        wrong.append("parallel: splitting experts over tensor ranks is not supported by the trainer")
+    if layout.expert > 1 and not experts:
+        wrong.append(f"parallel.expert_parallel_size: {layout.expert}, but {spec.family} has no experts")
+    elif experts % layout.expert:
+        wrong.append(f"parallel.expert_parallel_size: {experts} experts do not divide by {layout.expert}")
+    if experts and layout.tensor > 1 and not layout.sequence_parallel:
+        wrong.append("parallel.sequence_parallel: must be true for experts with tensor_parallel_size > 1")
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
 def build_model(
     spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, device: torch.device, chunk: int = 0
 ) -> PolicyModel:
@@ -203,12 +218,11 @@ def build_model(
     With virtual pipeline stages it is one of this rank's ``layout.virtual`` chunks. Raises UserError for
     an architecture that has a table but cannot be trained yet.
     """
-    if spec.mla is not None:
-        raise UserError(f"model.path: training {spec.family} (multi-head latent attention) is not supported")
+    if spec.not_trainable is not None:
+        raise UserError(f"model.path: training {spec.family} is not supported: {spec.not_trainable}")
     if spec.moe is not None and spec.moe.router_bias:
         raise UserError(f"model.path: training {spec.family} (experts chosen by a bias) is not supported")
-    if layout.expert_tensor > 1:
-        raise UserError("parallel: splitting experts over tensor ranks is not supported by the trainer")
+    _check_experts(spec, layout)
     config = transformer_config(spec, layout, dtype, device)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     virtual = {"ignore_virtual": False, "vp_stage": chunk}

@@ -1,0 +1,59 @@
+"""DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, sigmoid router with a bias, shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.errors import UserError
+from megarl.models.dense import dense_mlp, ends
+from megarl.models.mla import latent_attention
+from megarl.models.moe import moe_mlp
+from megarl.models.spec import MlaSpec, ModelSpec, MoeSpec
+from megarl.models.table import Architecture
+
+
+def architecture(config: dict[str, Any]) -> Architecture:
+    """Table for ``model_type: deepseek_v3``.
+
+    The layers of multi-token prediction, which follow the model's own in a checkpoint, are ignored:
+    neither the trainer nor the engine has parameters for them.
+    """
+    if config.get("attention_bias"):
+        raise UserError("config.json: attention_bias is not supported for deepseek_v3")
+    num_layers, step = config["num_hidden_layers"], config.get("moe_layer_freq", 1)
+    dense = config.get("first_k_dense_replace", 0)
+    inner = config["moe_intermediate_size"]
+    moe = MoeSpec(
+        num_experts=config["n_routed_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        intermediate_size=inner,
+        layers=tuple(n for n in range(num_layers) if n >= dense and n % step == 0),
+        score="sigmoid",
+        normalize_top_k=bool(config.get("norm_topk_prob", True)),
+        scaling_factor=config.get("routed_scaling_factor", 1.0),
+        num_groups=config.get("n_group") or 1,
+        top_groups=config.get("topk_group") or 1,
+        router_bias=True,
+        shared_intermediate_size=inner * (config.get("n_shared_experts") or 0),
+    )
+    mla = MlaSpec(
+        q_lora_rank=config.get("q_lora_rank"),
+        kv_lora_rank=config["kv_lora_rank"],
+        qk_nope_head_dim=config["qk_nope_head_dim"],
+        qk_rope_head_dim=config["qk_rope_head_dim"],
+        v_head_dim=config["v_head_dim"],
+    )
+    spec = ModelSpec.from_hf(
+        "deepseek_v3",
+        config,
+        head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        moe=moe,
+        mla=mla,
+        not_trainable="multi-head latent attention and a router with a bias are not in the trainer",
+    )
+    further = range(num_layers, num_layers + (config.get("num_nextn_predict_layers") or 0))
+    return Architecture(
+        spec,
+        (*ends(spec), *latent_attention(spec), *dense_mlp(spec), *moe_mlp(spec)),
+        ignored=tuple(f"model.layers.{layer}." for layer in further),
+    )
