@@ -26,6 +26,7 @@ examples:
   megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20
   megarl grpo --config configs/quickstart_grpo.yaml --dry-run
   megarl eval --config configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf
+  megarl convert hf-to-megatron models/SmolLM2-135M-Instruct checkpoints/smollm2 --verify
   megarl report runs/quickstart
   megarl doctor
 
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match options.command:
             case "report":
                 return _report(options.run_dir)
+            case "convert":
+                from megarl.convert.cli import run
+
+                return run(options)
             case "doctor":
                 from megarl.doctor import main as doctor
 
@@ -96,6 +101,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
     report = commands.add_parser("report", help="write the HTML report of a run (again)", allow_abbrev=False)
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, e.g. runs/quickstart")
+    from megarl.convert.cli import add_arguments
+
+    text = "checkpoints between Hugging Face and Megatron, and what they hold"
+    add_arguments(commands.add_parser("convert", help=text, description=text, allow_abbrev=False))
     commands.add_parser(
         "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
     )

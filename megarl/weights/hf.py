@@ -22,7 +22,7 @@ from megarl.errors import UserError
 from megarl.models.table import Architecture, Region, name_problems
 
 _MAX_SHARD_BYTES = 5 * 2**30
-_CARRIED_OVER = (
+CARRIED_OVER = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -85,7 +85,8 @@ def load_hf(
             if embedding in files and not torch.equal(read(head)[:], read(embedding)[:]):
                 wrong.append(f"{model_dir}: {head} differs from {embedding} though they are tied")
             del files[head]
-        wrong += name_problems(expected, files, str(model_dir))
+        used = [name for name in files if not architecture.ignores(name)]
+        wrong += name_problems(expected, used, str(model_dir))
         wrong += [
             f"{model_dir}: tensor {name} has shape {list(read(name).get_shape())}, expected {list(shape)}"
             for name, shape in expected.items()
@@ -172,7 +173,7 @@ def export_hf(
         total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for name in _CARRIED_OVER:
+    for name in CARRIED_OVER:
         if (source_dir / name).is_file():
             shutil.copy(source_dir / name, partial / name)
     config = json.loads((partial / "config.json").read_text())

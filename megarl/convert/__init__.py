@@ -1,0 +1,1 @@
+"""Checkpoints between Hugging Face directories and Megatron's distributed format, both ways."""

@@ -1,0 +1,119 @@
+"""`megarl convert inspect` and `--verify`: what a checkpoint holds, and whether two are the same model."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from megarl.convert.commands import Checkpoint, config_places, dialect_of, find_iteration
+from megarl.convert.distcp import DistcpReader
+from megarl.errors import UserError
+from megarl.weights.hf import safetensors_files
+
+_NUM_TOKENS = 64
+_TOLERANCE = 1e-4  # fp32 on both sides, relative to the largest logit
+
+
+def verify(checkpoint_dir: Path, hf_dir: Path) -> float:
+    """Largest difference of logits on random tokens: Megatron's model against Hugging Face's, both in fp32.
+
+    Both sides have the weights of the Megatron checkpoint's type. Raises UserError above the tolerance.
+    """
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint.open(checkpoint_dir, hf_dir)
+    draw = random.Random(0)
+    token_ids = [draw.randrange(checkpoint.architecture.spec.vocab_size) for _ in range(_NUM_TOKENS)]
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.to(checkpoint.dtype))
+        expected = model(torch.tensor([token_ids])).logits[0]
+    del model
+    from megarl.trainer.megatron.logits import logits
+
+    found = logits(checkpoint.architecture, checkpoint.read, token_ids)
+    difference = float((found - expected).abs().max())
+    limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= limit:
+        raise UserError(
+            f"{checkpoint_dir}: logits differ from those of {hf_dir} by up to {difference:.2e} "
+            f"on {_NUM_TOKENS} random tokens ({limit:.0e} allowed)"
+        )
+    return difference
+
+
+def inspect(path: Path, *, as_json: bool) -> str:
+    """Format, family, type, size and tensors of a Hugging Face, Megatron-LM or MegaRL checkpoint."""
+    facts = _describe(path)
+    if as_json:
+        return json.dumps(facts, indent=2)
+    table = Table("tensor", "shape", "type", "MiB", title=str(path), title_justify="left")
+    for tensor in facts["tensors"]:
+        mib = f"{tensor['bytes'] / 2**20:.2f}"
+        table.add_row(tensor["name"], "x".join(map(str, tensor["shape"])), tensor["dtype"], mib)
+    console = Console(width=120)
+    with console.capture() as capture:
+        for key in ("format", "family", "iteration", "optimizer_state", "num_parameters", "bytes"):
+            value = facts[key]
+            console.print(f"{key}: {value:,}" if isinstance(value, int) and value > 9 else f"{key}: {value}")
+        console.print(table)
+    return capture.get()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if (path / "config.json").is_file():
+        tensors = _hf_tensors(path)
+        facts: dict[str, Any] = {"format": "Hugging Face", "iteration": None}
+        family: str | None = json.loads((path / "config.json").read_text()).get("model_type")
+        optimizer = False
+    else:
+        directory = find_iteration(path)
+        reader = DistcpReader(directory)
+        tensors = [
+            _entry(name, shape, str(reader.dtypes[name]).removeprefix("torch."))
+            for name, shape in reader.shapes.items()
+        ]
+        names = {"megatron": "Megatron-LM (torch_dist)", "megarl": "MegaRL (torch_dist)"}
+        facts = {"format": names[dialect_of(reader)], "iteration": _iteration(directory)}
+        place = next((p for p in config_places(path, directory) if p), None)
+        family = json.loads((place / "config.json").read_text()).get("model_type") if place else None
+        optimizer = any(name.startswith(("optimizer.", "chained_")) for name in reader.shapes)
+    model = [t for t in tensors if not t["name"].startswith(("optimizer.", "chained_"))]
+    return facts | {
+        "family": family,
+        "optimizer_state": optimizer,
+        "num_parameters": sum(math.prod(t["shape"]) for t in model),
+        "bytes": sum(t["bytes"] for t in tensors),
+        "tensors": tensors,
+    }
+
+
+def _hf_tensors(path: Path) -> list[dict[str, Any]]:
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    entries = []
+    for name, file in safetensors_files(path).items():
+        with safe_open(file, framework="pt") as handle:
+            part = handle.get_slice(name)
+            entries.append(
+                _entry(name, tuple(part.get_shape()), names.get(part.get_dtype(), part.get_dtype()))
+            )
+    return entries
+
+
+def _entry(name: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    item = getattr(torch, dtype).itemsize if hasattr(torch, dtype) else 1
+    return {"name": name, "shape": list(shape), "dtype": dtype, "bytes": math.prod(shape) * item}
+
+
+def _iteration(directory: Path) -> int | str:
+    digits = directory.name.rsplit("_", 1)[-1]
+    return int(digits) if digits.isdigit() else directory.name

@@ -1,0 +1,75 @@
+"""Arguments of `megarl convert`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from megarl.errors import UserError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three subcommands and their options."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="what")
+    for kind, text in (
+        ("hf-to-megatron", "write a Megatron-LM distributed checkpoint of a Hugging Face directory"),
+        ("megatron-to-hf", "write a Hugging Face directory of a Megatron-LM or MegaRL checkpoint"),
+    ):
+        command = kinds.add_parser(kind, help=text, description=text, allow_abbrev=False)
+        command.add_argument("source", type=Path, metavar="SOURCE")
+        command.add_argument("target", type=Path, metavar="TARGET")
+        command.add_argument(
+            "--dtype", choices=("float32", "bfloat16", "float16"), help="convert to this type"
+        )
+        command.add_argument(
+            "--max-shard-size",
+            default="2GiB",
+            metavar="SIZE",
+            help="largest file, which bounds memory (2GiB)",
+        )
+        command.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+        command.add_argument(
+            "--verify", action="store_true", help="compare both sides' logits on random tokens afterwards"
+        )
+        if kind == "megatron-to-hf":
+            command.add_argument(
+                "--hf-config", type=Path, metavar="DIR", help="directory with config.json and the tokenizer"
+            )
+    inspect = kinds.add_parser("inspect", help="list what a checkpoint holds", allow_abbrev=False)
+    inspect.add_argument("source", type=Path, metavar="DIR")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one of them; UserError for anything the user can mend."""
+    from megarl.convert import check, commands
+
+    if options.kind == "inspect":
+        print(check.inspect(options.source, as_json=options.json))
+        return 0
+    settings = {
+        "dtype": options.dtype,
+        "max_bytes": parse_size(options.max_shard_size),
+        "overwrite": options.overwrite,
+    }
+    if options.kind == "hf-to-megatron":
+        commands.hf_to_megatron(options.source, options.target, **settings)
+        sides = options.target, options.source
+    else:
+        commands.megatron_to_hf(options.source, options.target, hf_config=options.hf_config, **settings)
+        sides = options.source, options.target
+    print(f"wrote {options.target}")
+    if options.verify:
+        print(f"verified: logits differ by at most {check.verify(*sides):.1e}")
+    return 0
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "500MB", "2GiB", "1000"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip().upper())
+    if match is None or (match[2] or "") not in {*_UNITS, "B"} or float(match[1]) <= 0:
+        raise UserError(f"--max-shard-size: {text!r} is not a size such as 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS.get("" if match[2] == "B" else match[2] or "", 1))

@@ -1,0 +1,253 @@
+"""What `megarl convert` does: both directions, resumable, in bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megarl.convert import distcp, hf_side
+from megarl.convert.pieces import Dialect, Piece, extra_states, pieces_of
+from megarl.errors import UserError
+from megarl.models import load_architecture
+from megarl.models.spec import ModelSpec
+from megarl.models.table import Architecture
+
+RELEASE = "release"
+"""Megatron-LM's name for the directory of a checkpoint that no training step wrote."""
+HF_FILES = "hf"
+"""Folder of a converted checkpoint with config.json and the tokenizer, for the way back."""
+
+
+def hf_to_megatron(
+    source: Path, target: Path, *, dtype: str | None, max_bytes: int, overwrite: bool = False
+) -> None:
+    """Write a Megatron-LM distributed checkpoint of a Hugging Face directory.
+
+    Raises UserError listing every tensor that is missing, left over or misshapen, before anything is
+    written. An interrupted conversion goes on where it stopped; ``target`` appears when it is complete.
+    """
+    architecture = load_architecture(source)
+    reader = hf_side.HfReader(source, architecture)
+    stored = getattr(torch, dtype) if dtype else reader.dtype
+    files = distcp.assign_files(pieces_of(architecture, "megatron"), stored.itemsize, max_bytes)
+    request = {"source": str(source.resolve()), "dtype": str(stored), "max_bytes": max_bytes}
+    with _output(target, request, overwrite) as partial:
+        directory = partial / RELEASE
+        directory.mkdir(exist_ok=True)
+
+        def tensors(file: distcp.ShardFile) -> Iterator[torch.Tensor]:
+            for piece in file.pieces:
+                yield piece.join([reader.read(name).to(stored) for name, _ in piece.parts])
+
+        with _progress() as progress:
+            for file in progress.track(files, description="writing .distcp files"):
+                if not distcp.is_finished(directory, file):
+                    distcp.write_file(directory, file, tensors(file))
+        common = {"iteration": 0, "checkpoint_version": 3.0, "args": megatron_arguments(architecture, stored)}
+        distcp.finish(directory, files, extra_states(architecture), common)
+        hf_side.carry_over(source, partial / HF_FILES)
+        (partial / "latest_checkpointed_iteration.txt").write_text(RELEASE)
+
+
+def megatron_to_hf(
+    source: Path,
+    target: Path,
+    *,
+    hf_config: Path | None,
+    dtype: str | None,
+    max_bytes: int,
+    overwrite: bool = False,
+) -> None:
+    """Write a Hugging Face directory of a Megatron-LM or MegaRL checkpoint; see :func:`hf_to_megatron`."""
+    checkpoint = Checkpoint.open(source, hf_config)
+    stored = getattr(torch, dtype) if dtype else checkpoint.dtype
+    shapes = checkpoint.architecture.hf_shapes()
+    shards = hf_side.plan_shards(shapes, stored.itemsize, max_bytes)
+    request = {"source": str(source.resolve()), "dtype": str(stored), "max_bytes": max_bytes}
+    with _output(target, request, overwrite) as partial:
+        with _progress() as progress:
+            task = progress.add_task("writing safetensors files", total=len(shards))
+            for _ in hf_side.write_shards(partial, shards, lambda name: checkpoint.read(name).to(stored)):
+                progress.advance(task)
+        hf_side.write_index(partial, shards, shapes, stored.itemsize)
+        hf_side.carry_over(checkpoint.hf_files, partial, stored)
+
+
+class Checkpoint:
+    """A distributed checkpoint whose keys and shapes agree with an architecture."""
+
+    def __init__(
+        self,
+        reader: distcp.DistcpReader,
+        architecture: Architecture,
+        pieces: list[Piece],
+        dialect: Dialect,
+        hf_files: Path,
+    ) -> None:
+        self.reader, self.architecture, self.dialect, self.hf_files = reader, architecture, dialect, hf_files
+        self._piece_of = {name: (piece, n) for piece in pieces for n, (name, _) in enumerate(piece.parts)}
+        self._last: tuple[Piece, list[torch.Tensor]] | None = None
+        key = reader.key_of(pieces[0])
+        assert key is not None
+        self.dtype = reader.dtypes[key]
+
+    @classmethod
+    def open(cls, path: Path, hf_config: Path | None) -> Checkpoint:
+        """Find the iteration, the dialect and config.json; UserError lists all that disagrees."""
+        directory = find_iteration(path)
+        hf_files = hf_config or next((d for d in config_places(path, directory) if d), None)
+        if hf_files is None:
+            raise UserError(f"{path}: no config.json beside it; name a directory that has one (--hf-config)")
+        architecture = load_architecture(hf_files)
+        reader = distcp.DistcpReader(directory)
+        dialect = dialect_of(reader)
+        pieces = pieces_of(architecture, dialect)
+        wrong = _disagreements(directory, reader, pieces)
+        if wrong:
+            raise UserError("\n".join(wrong))
+        return cls(reader, architecture, pieces, dialect, hf_files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole Hugging Face tensor."""
+        piece, number = self._piece_of[name]
+        if self._last is None or self._last[0] != piece:
+            self._last = (piece, piece.split(self.reader.read(piece)))
+        return self._last[1][number].contiguous()
+
+
+def find_iteration(path: Path) -> Path:
+    """The directory with .metadata: ``path`` itself, or the iteration its tracker file names."""
+    if (path / ".metadata").is_file():
+        return path
+    tracker = path / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        raise UserError(
+            f"{path}: neither a Megatron checkpoint (.metadata) nor a directory of them ({tracker.name})"
+        )
+    text = tracker.read_text().strip()
+    directory = path / (text if text == RELEASE else f"iter_{int(text):07}")
+    if not (directory / ".metadata").is_file():
+        raise UserError(f"{tracker} names {text}, but {directory} is not a distributed checkpoint")
+    return directory
+
+
+def config_places(path: Path, directory: Path) -> list[Path | None]:
+    """Where config.json may lie: beside a converted checkpoint, or in the model of MegaRL's run."""
+    places: list[Path | None] = [
+        place
+        for place in (path / HF_FILES, directory.parent / HF_FILES, directory / HF_FILES)
+        if (place / "config.json").is_file()
+    ]
+    run_config = directory.parent.parent / "config.yaml"
+    if run_config.is_file():
+        import yaml
+
+        model = Path(yaml.safe_load(run_config.read_text())["model"]["path"])
+        places.append(model if (model / "config.json").is_file() else None)
+    return places
+
+
+def dialect_of(reader: distcp.DistcpReader) -> Dialect:
+    """MegaRL stores q, k and v apart."""
+    return "megarl" if any(key.endswith("linear_qkv.weight.q") for key in reader.shapes) else "megatron"
+
+
+def _disagreements(directory: Path, reader: distcp.DistcpReader, pieces: list[Piece]) -> list[str]:
+    wrong: dict[str, None] = {}
+    used = {"output_layer.weight"} if not any(p.key == "output_layer.weight" for p in pieces) else set()
+    for piece in pieces:
+        key = reader.key_of(piece)
+        if key is None:
+            wrong[f"{directory}: missing tensor {piece.key} (for {piece.parts[0][0]})"] = None
+            continue
+        used |= {piece.key, *piece.twins}
+        found, expected = reader.shapes[key], piece.global_shape
+        depth = len(piece.axes)
+        padded = piece.rows and len(found) == len(expected) and found[depth] >= piece.parts[0][1][0]
+        if found != expected and not (padded and found[depth + 1 :] == expected[depth + 1 :]):
+            wrong[f"{directory}: tensor {key} has shape {list(found)}, expected {list(expected)}"] = None
+    for key in sorted(set(reader.shapes) - used):
+        if key.startswith(("decoder.", "embedding.", "output_layer.")) and "_extra_state" not in key:
+            wrong[f"{directory}: no rule maps tensor {key}"] = None
+    return list(wrong)
+
+
+def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argparse.Namespace:
+    """The arguments Megatron-LM takes from a checkpoint with --use-checkpoint-args."""
+    spec: ModelSpec = architecture.spec
+    moe = spec.moe
+    return argparse.Namespace(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.intermediate_size,
+        num_attention_heads=spec.num_heads,
+        group_query_attention=spec.num_kv_heads != spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        max_position_embeddings=spec.max_position_embeddings,
+        seq_length=spec.max_position_embeddings,
+        position_embedding_type="rope",
+        rotary_base=spec.rope.theta,
+        rotary_percent=1.0,
+        normalization="RMSNorm",
+        norm_epsilon=spec.norm_eps,
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        untie_embeddings_and_output_weights=not spec.tied_embeddings,
+        vocab_size=spec.vocab_size,
+        padded_vocab_size=next(p.rows for p in pieces_of(architecture, "megatron") if p.rows),
+        num_experts=moe.num_experts if moe else None,
+        moe_ffn_hidden_size=moe.intermediate_size if moe else None,
+        moe_router_topk=moe.experts_per_token if moe else None,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        use_dist_ckpt=True,
+        dist_ckpt_format="torch_dist",
+        iteration=0,
+    )
+
+
+@contextmanager
+def _output(target: Path, request: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """A directory that becomes ``target`` when the block ends well, and waits for a rerun otherwise."""
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; name another directory or pass --overwrite")
+    partial = target.with_name(target.name + ".partial")
+    note = partial / "conversion.json"
+    if partial.exists() and (not note.is_file() or json.loads(note.read_text()) != request):
+        shutil.rmtree(partial)  # of another conversion
+    partial.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(request))
+    try:
+        yield partial
+    except OSError as error:
+        raise UserError(
+            f"{partial}: {error.strerror or error}; run the same command again to go on"
+        ) from error
+    note.unlink()
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+    )

@@ -1,0 +1,197 @@
+"""Conversions against Hugging Face, stock Megatron and themselves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megarl.cli import main
+from megarl.convert import commands, distcp
+from megarl.convert.cli import parse_size
+from megarl.errors import UserError
+from tests.convert import stock
+from tests.models.tiny import MODELS, hf_logits, save_model
+from tests.trainer import ranks
+from tests.trainer.world import world
+
+SMALL = 30_000  # bytes per file: dozens of files
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def assert_same_model(one: Path, two: Path) -> None:
+    first, second = tensors_of(one), tensors_of(two)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_for_bit(name: str, tmp_path: Path) -> None:
+    save_model(name, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    commands.hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", dtype=None, max_bytes=SMALL)
+    assert len(list((tmp_path / "megatron" / "release").glob("__0_*.distcp"))) > 4
+    commands.megatron_to_hf(
+        tmp_path / "megatron", tmp_path / "back", hf_config=None, dtype=None, max_bytes=SMALL
+    )
+    assert_same_model(tmp_path / "hf", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors_of(tmp_path / "back"))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2-tied", "qwen3", "qwen3-moe", "qwen3-moe-mixed-tied", "mixtral"]
+)
+def test_stock_megatron_computes_the_same_logits(name: str, tmp_path: Path) -> None:
+    """Loaded by megatron-core's own loader into megatron-core's own model; and written by it, read by us."""
+    model = save_model(name, tmp_path / "hf")
+    commands.hf_to_megatron(tmp_path / "hf", tmp_path / "megatron", dtype=None, max_bytes=SMALL)
+    token_ids = [3, 1, 4, 1, 5, 92, 65, 35, 89, 79]
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    [found] = world(1).run(
+        stock.logits_and_save,
+        str(tmp_path / "megatron" / "release"),
+        str(tmp_path / "hf"),
+        token_ids,
+        str(saved),
+    )
+    with torch.no_grad():
+        expected = hf_logits(model, token_ids)
+    assert (torch.tensor(found)[:, : expected.shape[1]] - expected).abs().max() < 2e-5
+    commands.megatron_to_hf(saved, tmp_path / "back", hf_config=tmp_path / "hf", dtype=None, max_bytes=10**9)
+    assert_same_model(tmp_path / "hf", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [("llama-biases", {"tensor_parallel_size": 2}), ("qwen3-moe-mixed-tied", {"expert_parallel_size": 2})],
+)
+def test_checkpoints_of_runs_become_hf(name: str, parallel: dict[str, int], tmp_path: Path) -> None:
+    save_model(name, tmp_path / "hf")
+    (tmp_path / "step_1").mkdir()
+    result = world(2).run(
+        ranks.train, str(tmp_path / "hf"), [0], None, {0: str(tmp_path / "step_1")}, parallel=parallel
+    )[0]
+    commands.megatron_to_hf(
+        tmp_path / "step_1", tmp_path / "back", hf_config=tmp_path / "hf", dtype=None, max_bytes=10**9
+    )
+    back = tensors_of(tmp_path / "back")
+    assert back.keys() == result["weights"].keys()
+    for key, value in result["weights"].items():
+        assert torch.equal(back[key], torch.from_numpy(value)), key
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model("qwen3", tmp_path / "hf")
+    written: list[str] = []
+    original = distcp.write_file
+
+    def stop_after_three(directory: Path, file: distcp.ShardFile, tensors: object) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        original(directory, file, tensors)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(distcp, "write_file", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        commands.hf_to_megatron(tmp_path / "hf", tmp_path / "out", dtype=None, max_bytes=SMALL)
+    assert not (tmp_path / "out").exists()
+    torn = tmp_path / "out.partial" / "release" / written[-1]
+    torn.write_bytes(torn.read_bytes()[:-1])  # as after a crash of the machine: written anew
+    again: list[str] = []
+
+    def count(directory: Path, file: distcp.ShardFile, tensors: object) -> None:
+        again.append(file.name)
+        original(directory, file, tensors)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(distcp, "write_file", count)
+    commands.hf_to_megatron(tmp_path / "hf", tmp_path / "out", dtype=None, max_bytes=SMALL)
+    assert set(written[:2]).isdisjoint(again) and written[2] in again
+    assert not (tmp_path / "out.partial").exists()
+    commands.megatron_to_hf(tmp_path / "out", tmp_path / "back", hf_config=None, dtype=None, max_bytes=10**9)
+    assert_same_model(tmp_path / "hf", tmp_path / "back")
+
+
+def test_all_that_disagrees_is_in_one_error(tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "hf")
+    tensors = tensors_of(tmp_path / "hf")
+    tensors["stranger"] = tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].clone()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        commands.hf_to_megatron(tmp_path / "hf", tmp_path / "out", dtype=None, max_bytes=SMALL)
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ", 1)[1] for line in lines] == [
+        "missing tensor model.norm.weight",
+        "no rule maps tensor stranger",
+        "tensor lm_head.weight has shape [100, 64], expected [250, 64]",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_model("llama", tmp_path / "llama")
+    save_model("qwen3", tmp_path / "qwen3")
+    commands.hf_to_megatron(tmp_path / "llama", tmp_path / "out", dtype=None, max_bytes=10**9)
+    with pytest.raises(UserError, match=r"missing tensor decoder.layers.self_attention.q_layernorm.weight"):
+        commands.megatron_to_hf(
+            tmp_path / "out", tmp_path / "back", hf_config=tmp_path / "qwen3", dtype=None, max_bytes=10**9
+        )
+
+
+def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model("llama", tmp_path / "hf")
+    (tmp_path / "there").mkdir()
+    source, there = str(tmp_path / "hf"), str(tmp_path / "there")
+    assert main(["convert", "hf-to-megatron", source, there]) == 2
+    assert f"{there} exists; name another directory or pass --overwrite" in capsys.readouterr().err
+    assert main(["convert", "megatron-to-hf", there, str(tmp_path / "x")]) == 2
+    assert "neither a Megatron checkpoint" in capsys.readouterr().err
+    assert main(["convert", "hf-to-megatron", source, str(tmp_path / "y"), "--max-shard-size", "big"]) == 2
+    assert "'big' is not a size" in capsys.readouterr().err
+    assert (parse_size("500MB"), parse_size("2GiB"), parse_size("7")) == (500 * 10**6, 2**31, 7)
+
+
+def test_verify_and_inspect(tmp_path: Path) -> None:
+    """As a user runs them: in a process of their own."""
+    save_model("qwen3-moe", tmp_path / "hf")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tools/convert_checkpoint.py", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run(
+        "hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "out"), "--verify", "--dtype", "bfloat16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "verified: logits differ by at most" in done.stdout
+    facts = json.loads(run("inspect", str(tmp_path / "out"), "--json").stdout)
+    count = sum(t.numel() for t in tensors_of(tmp_path / "hf").values())
+    padding = 2 * (256 - 250) * 64  # rows of embedding and head
+    norms = 2 * 64  # the norm before the experts is stored under two names
+    assert facts["num_parameters"] == count + padding + norms
+    assert (facts["format"], facts["family"]) == ("Megatron-LM (torch_dist)", "qwen3_moe")
+    assert not facts["optimizer_state"] and facts["iteration"] == "release"
+    assert (
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight" in run("inspect", str(tmp_path / "out")).stdout
+    )
+    save_model("qwen3-moe", tmp_path / "other", seed=1)
+    code = "import sys; from pathlib import Path; from megarl.convert.check import verify; "
+    code += "verify(Path(sys.argv[1]), Path(sys.argv[2]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "other")]
+    other = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "logits differ from those of" in other.stderr
