@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--verify", action="store_true", help="compare both sides' logits on random tokens afterwards"
         )
+        if kind == "hf-to-megatron":
+            command.add_argument(
+                "--mtp",
+                choices=("ignore", "keep"),
+                default="ignore",
+                help="layers of multi-token prediction, which the model does without: leave them out "
+                "(ignore) or carry them along for the way back (keep)",
+            )
         if kind == "megatron-to-hf":
             command.add_argument(
                 "--hf-config", type=Path, metavar="DIR", help="directory with config.json and the tokenizer"
@@ -56,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
         "overwrite": options.overwrite,
     }
     if options.kind == "hf-to-megatron":
-        commands.hf_to_megatron(options.source, options.target, **settings)
+        keep_mtp = options.mtp == "keep"
+        commands.hf_to_megatron(options.source, options.target, keep_mtp=keep_mtp, **settings)
         sides = options.target, options.source
     else:
         commands.megatron_to_hf(options.source, options.target, hf_config=options.hf_config, **settings)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +29,53 @@ HF_FILES = "hf"
 
 
 def hf_to_megatron(
-    source: Path, target: Path, *, dtype: str | None, max_bytes: int, overwrite: bool = False
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None,
+    max_bytes: int,
+    overwrite: bool = False,
+    keep_mtp: bool = False,
 ) -> None:
     """Write a Megatron-LM distributed checkpoint of a Hugging Face directory.
+
+    Tensors keep their own types unless ``dtype`` names one. ``keep_mtp`` carries the tensors of multi-token
+    prediction along, beside the checkpoint, for the way back.
 
     Raises UserError listing every tensor that is missing, left over or misshapen, before anything is
     written. An interrupted conversion goes on where it stopped; ``target`` appears when it is complete.
     """
     architecture = load_architecture(source)
     reader = hf_side.HfReader(source, architecture)
-    stored = getattr(torch, dtype) if dtype else reader.dtype
-    files = distcp.assign_files(pieces_of(architecture, "megatron"), stored.itemsize, max_bytes)
-    request = {"source": str(source.resolve()), "dtype": str(stored), "max_bytes": max_bytes}
+    wanted = getattr(torch, dtype) if dtype else None
+
+    def dtype_of(piece: Piece) -> torch.dtype:
+        types = [reader.dtype_of(name) for name, _ in piece.parts]
+        return wanted or reduce(torch.promote_types, types)
+
+    def num_bytes(piece: Piece) -> int:
+        return piece.num_elements * dtype_of(piece).itemsize
+
+    files = distcp.assign_files(pieces_of(architecture, "megatron"), num_bytes, max_bytes)
+    request = {"source": str(source.resolve()), "dtype": str(wanted), "max_bytes": max_bytes}
+    request["keep_mtp"] = keep_mtp
     with _output(target, request, overwrite) as partial:
         directory = partial / RELEASE
         directory.mkdir(exist_ok=True)
 
         def tensors(file: distcp.ShardFile) -> Iterator[torch.Tensor]:
             for piece in file.pieces:
-                yield piece.join([reader.read(name).to(stored) for name, _ in piece.parts])
+                yield piece.join([reader.read(name).to(dtype_of(piece)) for name, _ in piece.parts])
 
         with _progress() as progress:
             for file in progress.track(files, description="writing .distcp files"):
                 if not distcp.is_finished(directory, file):
                     distcp.write_file(directory, file, tensors(file))
-        common = {"iteration": 0, "checkpoint_version": 3.0, "args": megatron_arguments(architecture, stored)}
+        arguments = megatron_arguments(architecture, wanted or reader.dtype)
+        common = {"iteration": 0, "checkpoint_version": 3.0, "args": arguments}
         distcp.finish(directory, files, extra_states(architecture), common)
         hf_side.carry_over(source, partial / HF_FILES)
+        hf_side.keep_or_name_ignored(reader, partial / HF_FILES, wanted, max_bytes, keep=keep_mtp)
         (partial / "latest_checkpointed_iteration.txt").write_text(RELEASE)
 
 
@@ -68,17 +90,27 @@ def megatron_to_hf(
 ) -> None:
     """Write a Hugging Face directory of a Megatron-LM or MegaRL checkpoint; see :func:`hf_to_megatron`."""
     checkpoint = Checkpoint.open(source, hf_config)
-    stored = getattr(torch, dtype) if dtype else checkpoint.dtype
-    shapes = checkpoint.architecture.hf_shapes()
-    shards = hf_side.plan_shards(shapes, stored.itemsize, max_bytes)
-    request = {"source": str(source.resolve()), "dtype": str(stored), "max_bytes": max_bytes}
+    wanted = getattr(torch, dtype) if dtype else None
+    kept = hf_side.IgnoredTensors(checkpoint.hf_files, wanted)
+
+    def read(name: str) -> torch.Tensor:
+        if name in kept.sizes:
+            return kept.read(name)
+        return checkpoint.read(name).to(wanted or checkpoint.dtype_of(name))
+
+    sizes = {
+        name: math.prod(shape) * (wanted or checkpoint.dtype_of(name)).itemsize
+        for name, shape in checkpoint.architecture.hf_shapes().items()
+    } | kept.sizes
+    shards = hf_side.plan_shards(sizes, max_bytes)
+    request = {"source": str(source.resolve()), "dtype": str(wanted), "max_bytes": max_bytes}
     with _output(target, request, overwrite) as partial:
         with _progress() as progress:
             task = progress.add_task("writing safetensors files", total=len(shards))
-            for _ in hf_side.write_shards(partial, shards, lambda name: checkpoint.read(name).to(stored)):
+            for _ in hf_side.write_shards(partial, shards, read):
                 progress.advance(task)
-        hf_side.write_index(partial, shards, shapes, stored.itemsize)
-        hf_side.carry_over(checkpoint.hf_files, partial, stored)
+        hf_side.write_index(partial, shards, sizes)
+        hf_side.carry_over(checkpoint.hf_files, partial, wanted or checkpoint.dtype)
 
 
 class Checkpoint:
@@ -114,6 +146,12 @@ class Checkpoint:
         if wrong:
             raise UserError("\n".join(wrong))
         return cls(reader, architecture, pieces, dialect, hf_files)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The stored type of a Hugging Face tensor."""
+        key = self.reader.key_of(self._piece_of[name][0])
+        assert key is not None
+        return self.reader.dtypes[key]
 
     def read(self, name: str) -> torch.Tensor:
         """One whole Hugging Face tensor."""

@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,12 @@ class ShardFile:
     pieces: tuple[Piece, ...]
 
 
-def assign_files(pieces: list[Piece], item_bytes: int, max_bytes: int) -> list[ShardFile]:
+def assign_files(pieces: list[Piece], bytes_of: Callable[[Piece], int], max_bytes: int) -> list[ShardFile]:
     """Deal pieces, in order, to files of at most ``max_bytes`` (or one piece)."""
     groups: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
-        num_bytes = piece.num_elements * item_bytes
+        num_bytes = bytes_of(piece)
         if groups[-1] and size + num_bytes > max_bytes:
             groups.append([])
             size = 0

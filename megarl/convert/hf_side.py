@@ -34,7 +34,17 @@ class HfReader:
                 wrong.append(f"{directory}: tensor {name} has shape {list(found)}, expected {list(shape)}")
         if wrong:
             raise UserError("\n".join(wrong))
-        self.dtype = self.read(next(iter(shapes))).dtype
+        self.ignored = sorted(name for name in self._files if architecture.ignores(name))
+        self.dtype = self.dtype_of(next(iter(shapes)))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The stored type."""
+        return _dtype(self._slice(name))
+
+    def num_bytes(self, name: str, dtype: torch.dtype | None) -> int:
+        """Size of a tensor, stored as ``dtype`` (None: as it is)."""
+        shape = self._slice(name).get_shape()
+        return math.prod(shape) * (dtype or self.dtype_of(name)).itemsize
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor."""
@@ -48,12 +58,63 @@ class HfReader:
         return self._handles[path].get_slice(name)
 
 
-def plan_shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> dict[str, list[str]]:
+class IgnoredTensors:
+    """Tensors that an earlier conversion kept beside the checkpoint."""
+
+    def __init__(self, hf_files: Path, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self._slices: dict[str, Any] = {}
+        for path in sorted(hf_files.glob(f"{_IGNORED}*.safetensors")):
+            handle = safe_open(path, framework="pt").__enter__()
+            self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        self.sizes = {
+            name: math.prod(slice_.get_shape()) * (dtype or _dtype(slice_)).itemsize
+            for name, slice_ in self._slices.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor."""
+        tensor: torch.Tensor = self._slices[name][:]
+        return tensor.to(self._dtype or tensor.dtype)
+
+
+_IGNORED = "multi-token-prediction"
+
+
+def keep_or_name_ignored(
+    reader: HfReader, directory: Path, dtype: torch.dtype | None, max_bytes: int, *, keep: bool
+) -> None:
+    """Copy the tensors that no rule needs into ``directory``; or say that they are left out."""
+    if not reader.ignored:
+        return
+    if not keep:
+        print(
+            f"left out: {len(reader.ignored)} tensors of multi-token prediction, which no layer of the model "
+            f"reads (first: {reader.ignored[0]}; --mtp keep carries them along)"
+        )
+        return
+    shards = plan_shards({name: reader.num_bytes(name, dtype) for name in reader.ignored}, max_bytes)
+    renamed = {file.replace("model", _IGNORED, 1): names for file, names in shards.items()}
+    for _ in write_shards(
+        directory, renamed, lambda name: reader.read(name).to(dtype or reader.dtype_of(name))
+    ):
+        pass
+
+
+def _dtype(slice_: Any) -> torch.dtype:
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    name = slice_.get_dtype()
+    if name not in names:
+        raise UserError(f"tensors of type {name} are not supported ({', '.join(names)})")
+    dtype: torch.dtype = getattr(torch, names[name])
+    return dtype
+
+
+def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     """File name -> tensors, in order; at most ``max_bytes`` per file (or one tensor)."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        num_bytes = math.prod(shape) * item_bytes
+    for name, num_bytes in sizes.items():
         if groups[-1] and size + num_bytes > max_bytes:
             groups.append([])
             size = 0
@@ -80,15 +141,12 @@ def write_shards(
         yield file, done
 
 
-def write_index(
-    directory: Path, shards: dict[str, list[str]], shapes: dict[str, tuple[int, ...]], item_bytes: int
-) -> None:
+def write_index(directory: Path, shards: dict[str, list[str]], sizes: dict[str, int]) -> None:
     """model.safetensors.index.json, where there is more than one file."""
     if len(shards) == 1:
         return
-    total = sum(math.prod(shape) for shape in shapes.values()) * item_bytes
     weight_map = {name: file for file, names in shards.items() for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -107,7 +107,7 @@ def _piece(
     param = place.param
     if "{layer}" in param:
         is_moe = spec.moe is not None and layer in spec.moe.layers
-        names = _names(param, dialect, is_moe)
+        names = _names(param, dialect, is_moe, spec.mla is not None)
         if stacked:
             axes.append((layer, spec.num_layers))
             names = [name.replace(".{layer}.", ".") for name in names]
@@ -135,16 +135,25 @@ def _with_parts(piece: Piece, parts: tuple[tuple[str, tuple[int, ...]], ...]) ->
     return Piece(piece.key, piece.axes, parts, piece.groups, piece.rows, piece.twins)
 
 
-def _names(param: str, dialect: Dialect, is_moe: bool) -> list[str]:
-    """The checkpoint's name of a layer's parameter first, then those that others use for it."""
+def _names(param: str, dialect: Dialect, is_moe: bool, latent: bool) -> list[str]:
+    """The checkpoint's name of a layer's parameter first, then those that others use for it.
+
+    Transformer Engine fuses a norm into the linear layer after it, plain Megatron layers keep it apart;
+    some of the latter store it under the fused name all the same.
+    """
     if dialect == "megarl":
         return [param]
-    if param.endswith(".input_layernorm.weight"):
+    if latent:
+        for norm, linear in (("q_layernorm.", "linear_q_up_proj."), ("kv_layernorm.", "linear_kv_up_proj.")):
+            if f".{norm}" in param:
+                return [param.replace(norm, f"{linear}layer_norm_"), param]
+    elif param.endswith(".input_layernorm.weight"):
         return [param.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")]
     if param.endswith(".pre_mlp_layernorm.weight"):
         fused = param.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
-        # With experts Transformer Engine keeps the norm apart, the plain layers rename it all the same.
-        return [param, fused] if is_moe else [fused]
+        if is_moe:
+            return [param, fused]
+        return [fused, param] if latent else [fused]
     return [
         param.replace("mlp.experts.w13", "mlp.experts.experts.linear_fc1.weight").replace(
             "mlp.experts.w2", "mlp.experts.experts.linear_fc2.weight"
@@ -158,16 +167,25 @@ def extra_states(architecture: Architecture) -> list[str]:
     stacked = not (spec.moe and spec.dense_layers)
     keys = []
     for layer in range(spec.num_layers):
-        names = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
+        names = [f"self_attention.{name}" for name in _attention_modules(spec)]
         is_moe = spec.moe is not None and layer in spec.moe.layers
         block = "mlp.experts.experts" if is_moe else "mlp"
         names += [f"{block}.linear_fc1", f"{block}.linear_fc2"]
+        if is_moe and spec.moe and spec.moe.shared_intermediate_size:
+            names += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
         for name in names:
             index, sizes = ([str(layer)], [str(spec.num_layers)]) if stacked else ([], [])
             prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
-            count = spec.moe.num_experts if spec.moe and "experts" in name else 0
+            count = spec.moe.num_experts if spec.moe and ".experts.experts." in name else 0
             for expert in range(count) if count else (None,):
                 at = [*index, str(expert)] if expert is not None else index or ["0"]
                 of = [*sizes, str(count)] if expert is not None else sizes or ["1"]
                 keys.append(f"{prefix}{name}._extra_state/shard_{'.'.join(at)}_{'.'.join(of)}")
     return keys
+
+
+def _attention_modules(spec: ModelSpec) -> list[str]:
+    if spec.mla is None:
+        return ["linear_qkv", "linear_proj", "core_attention"]
+    query = ["linear_q_down_proj", "linear_q_up_proj"] if spec.mla.q_lora_rank else ["linear_q_proj"]
+    return [*query, "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", "core_attention"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megarl.cli import main
@@ -16,6 +17,8 @@ from megarl.convert import commands, distcp
 from megarl.convert.cli import parse_size
 from megarl.errors import UserError
 from tests.convert import stock
+from tests.models.test_families import MODELS as FAMILIES
+from tests.models.test_families import SIZES
 from tests.models.tiny import MODELS, hf_logits, save_model
 from tests.trainer import ranks
 from tests.trainer.world import world
@@ -50,6 +53,46 @@ def test_round_trip_is_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors_of(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n.startswith(("deepseek", "gemma"))])
+def test_round_trip_of_families_with_a_table_only(name: str, tmp_path: Path) -> None:
+    """In bfloat16, the router's bias in float32, as such checkpoints are; with multi-token prediction."""
+    config_class, options = FAMILIES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**(SIZES | options)))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = {key: torch.randn_like(value) for key, value in load_file(file).items()}
+    for key in tensors:
+        if key.endswith("e_score_correction_bias"):
+            tensors[key] = torch.randn(tensors[key].shape)
+    if name.startswith("deepseek"):
+        tensors["model.layers.3.eh_proj.weight"] = torch.randn(64, 128, dtype=torch.bfloat16)
+        tensors["model.layers.3.enorm.weight"] = torch.randn(64, dtype=torch.bfloat16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    commands.hf_to_megatron(
+        tmp_path / "hf", tmp_path / "megatron", dtype=None, max_bytes=SMALL, keep_mtp=True
+    )
+    commands.megatron_to_hf(
+        tmp_path / "megatron", tmp_path / "back", hf_config=None, dtype=None, max_bytes=SMALL
+    )
+    assert_same_model(tmp_path / "hf", tmp_path / "back")
+    assert {t.dtype for t in tensors_of(tmp_path / "back").values()} == {t.dtype for t in tensors.values()}
+
+
+def test_layers_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config_class, options = FAMILIES["deepseek_v3"]
+    transformers.AutoModelForCausalLM.from_config(config_class(**(SIZES | options))).save_pretrained(
+        tmp_path / "hf"
+    )
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.3.enorm.weight": torch.ones(64)}, file)
+    assert main(["convert", "hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
+    assert "left out: 1 tensors of multi-token prediction" in capsys.readouterr().out
+    assert main(["convert", "megatron-to-hf", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    missing = tensors_of(tmp_path / "hf").keys() - tensors_of(tmp_path / "back").keys()
+    assert missing == {"model.layers.3.enorm.weight"}
 
 
 @pytest.mark.parametrize(
