@@ -44,7 +44,7 @@ overrides:
 
 several trainer processes:
   parallel.num_processes=N starts N on this machine. Under torchrun or srun each rank runs this same command:
-    torchrun --nproc-per-node 8 -m megarl.cli {job} --config FILE
+    torchrun --nproc-per-node 8 -m megarl {job} --config FILE
     srun --ntasks-per-node 8 megarl {job} --config FILE"""
 
 

@@ -17,6 +17,9 @@ from megarl.errors import UserError
 from megarl.models.table import Architecture, name_problems
 from megarl.weights.hf import CARRIED_OVER, safetensors_files
 
+_MAX_MAPPED_BYTES = 64 * 2**20
+"""Files are mapped while they are read; pages of an open mapping count as the process's memory."""
+
 
 class HfReader:
     """The tensors of a Hugging Face directory, checked against the architecture at once."""
@@ -24,6 +27,7 @@ class HfReader:
     def __init__(self, directory: Path, architecture: Architecture) -> None:
         self._files = safetensors_files(directory)
         self._handles: dict[Path, Any] = {}
+        self._mapped = 0
         shapes = architecture.hf_shapes()
         names = {name for name in self._files if not architecture.ignores(name)}
         if architecture.spec.tied_embeddings:
@@ -49,12 +53,16 @@ class HfReader:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor."""
         tensor: torch.Tensor = self._slice(name)[:]
+        self._mapped += tensor.nbytes
+        if self._mapped > _MAX_MAPPED_BYTES:
+            self._handles.clear()
+            self._mapped = 0
         return tensor
 
     def _slice(self, name: str) -> Any:
         path = self._files[name]
         if path not in self._handles:
-            self._handles[path] = safe_open(path, framework="pt").__enter__()
+            self._handles[path] = safe_open(path, framework="pt")
         return self._handles[path].get_slice(name)
 
 
@@ -65,7 +73,7 @@ class IgnoredTensors:
         self._dtype = dtype
         self._slices: dict[str, Any] = {}
         for path in sorted(hf_files.glob(f"{_IGNORED}*.safetensors")):
-            handle = safe_open(path, framework="pt").__enter__()
+            handle = safe_open(path, framework="pt")
             self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
         self.sizes = {
             name: math.prod(slice_.get_shape()) * (dtype or _dtype(slice_)).itemsize

@@ -1,0 +1,10 @@
+"""``python -m megarl``: what srun and torchrun start."""
+
+from __future__ import annotations
+
+import sys
+
+from megarl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
