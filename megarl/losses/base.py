@@ -33,6 +33,7 @@ class LossTokens:
     # ranks of cp_group hold other tokens of the same sequences in the same slots (maybe none: N = 0).
     slots: torch.Tensor | None = None
     num_slots: int = 0
+    slot_ids: torch.Tensor | None = None  # [num_slots] int64: sequence_ids of the slots, -1 for the dummy's
     cp_group: dist.ProcessGroup | None = None  # None: no rank shares these sequences
 
 

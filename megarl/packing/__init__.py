@@ -2,6 +2,14 @@
 
 from megarl.packing.context_parallel import context_parallel_slice
 from megarl.packing.pack import pack, unpack
-from megarl.packing.plan import CostModel, PackingPlan, plan_microbatches
+from megarl.packing.plan import CostModel, PackingPlan, plan_groups, plan_microbatches
 
-__all__ = ["CostModel", "PackingPlan", "context_parallel_slice", "pack", "plan_microbatches", "unpack"]
+__all__ = [
+    "CostModel",
+    "PackingPlan",
+    "context_parallel_slice",
+    "pack",
+    "plan_groups",
+    "plan_microbatches",
+    "unpack",
+]

@@ -125,6 +125,61 @@ def plan_microbatches(
     return PackingPlan(ranks, rank_costs.tolist(), int(padded.sum()))
 
 
+def plan_groups(
+    lengths: Sequence[int],
+    *,
+    group_size: int,
+    max_tokens: int,
+    num_ranks: int = 1,
+    pad_to_multiple: int = 1,
+    costs: CostModel = CostModel(),
+    microbatch_group_size: int = 1,
+) -> PackingPlan:
+    """As plan_microbatches with equal counts, but every ``group_size`` neighbours share a microbatch.
+
+    Sequences 0 to group_size - 1 are the first group, and so on: preference pairs, whose loss needs both
+    responses at once. Groups stay in order inside a microbatch.
+
+    Raises:
+        UserError: a sequence is empty, or a group longer than the budget.
+    """
+    if group_size == 1:
+        return plan_microbatches(
+            lengths,
+            max_tokens=max_tokens,
+            num_ranks=num_ranks,
+            pad_to_multiple=pad_to_multiple,
+            costs=costs,
+            microbatch_group_size=microbatch_group_size,
+        )
+    true_lengths = np.asarray(lengths, dtype=np.int64).reshape(-1, group_size)
+    padded = -(-true_lengths // pad_to_multiple) * pad_to_multiple
+    totals = padded.sum(axis=1)
+    if (true_lengths <= 0).any():
+        empty = int(np.flatnonzero(true_lengths.ravel() <= 0)[0])
+        raise UserError(f"sequence {empty} has no tokens; packing needs at least 1")
+    if (totals > max_tokens).any():
+        group = int(np.flatnonzero(totals > max_tokens)[0])
+        parts = " + ".join(str(length) for length in padded[group].tolist())
+        raise UserError(
+            f"sequences {group * group_size} to {(group + 1) * group_size - 1} have {parts} tokens, and must "
+            f"share a microbatch of packing.max_tokens_per_microbatch = {max_tokens}"
+        )
+    # Equal parts of a group cost a * total + (b / group_size) * total^2 together.
+    plan = plan_microbatches(
+        totals,
+        max_tokens=max_tokens,
+        num_ranks=num_ranks,
+        costs=CostModel(costs.a, costs.b / group_size),
+        microbatch_group_size=microbatch_group_size,
+    )
+    members = [
+        [[group * group_size + i for group in batch for i in range(group_size)] for batch in rank]
+        for rank in plan.microbatches
+    ]
+    return PackingPlan(members, plan.rank_costs, plan.num_tokens)
+
+
 def _nested_lists(indices: np.ndarray, offsets: np.ndarray, rank_ends: np.ndarray) -> list[list[list[int]]]:
     # A million sequences make 100,000 lists, during which the cycle collector would walk the whole heap
     # again and again, for half of the planner's time; lists of ints form no cycles.

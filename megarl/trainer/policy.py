@@ -31,15 +31,22 @@ class Policy(Protocol):
     """Every rank calls every method, in the same order."""
 
     def prepare(
-        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]
+        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"], *, group_size: int = 1
     ) -> list[PackedBatch]:
-        """Plan and pack: this rank's microbatches of one optimizer step."""
+        """Plan and pack: this rank's microbatches of one optimizer step.
+
+        Every ``group_size`` neighbours in ``sequences`` come to lie in one microbatch, in their order.
+        """
         ...
 
     def fill_logprobs(
         self, batches: list[PackedBatch], into: LogprobField, *, temperature: float
     ) -> Agreement:
         """Forward only: set ``into`` of every microbatch to the current weights' logprobs."""
+        ...
+
+    def sequence_logps(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Forward only: the summed logprob of each sequence's targets, [S] float64 on every rank."""
         ...
 
     def evaluate_loss(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
@@ -68,6 +75,14 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the model computes with the reference weights (an exchange of pointers)."""
+        ...
+
+    def weights_of(self, model_dir: str) -> AbstractContextManager[None]:
+        """Inside, the model computes with the weights of another directory of the same architecture.
+
+        Outside come the weights of the policy's own directory again: for use before training. UserError
+        where the tensors of ``model_dir`` have other names or shapes.
+        """
         ...
 
     def weight_owners(self) -> list[Owner]:

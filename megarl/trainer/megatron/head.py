@@ -89,6 +89,7 @@ def loss_tokens(
     assert batch.loss_weights is not None
     # Of all tokens, not of those with a loss: then context-parallel ranks agree on the slots.
     ids, slots = torch.unique_consecutive(batch.sequence_ids, return_inverse=True)
+    is_dummy = torch.zeros_like(ids, dtype=torch.bool) if batch.lengths is None else batch.lengths == 0
 
     def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[rows]
@@ -105,5 +106,6 @@ def loss_tokens(
         rollout_logprobs=of_rows(batch.rollout_logprobs),
         slots=slots[rows],
         num_slots=len(ids),
+        slot_ids=ids.masked_fill(is_dummy, -1),
         cp_group=parallel_state.get_context_parallel_group() if layout.context > 1 else None,
     )

@@ -20,10 +20,11 @@ from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import Loss, LossResult, LossTokens, token_weights
+from megarl.losses.preference import sequence_logps
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
 from megarl.packing.pack import pack
-from megarl.packing.plan import CostModel, plan_microbatches
+from megarl.packing.plan import CostModel, plan_groups
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
@@ -74,6 +75,7 @@ class MegatronPolicy:
             for name, param in chunk.named_parameters()
         }
         self.regions = architecture.trainer_regions(context.layout, context.at)
+        self._model_dir = model.path
         load_hf(model.path, architecture, self.regions, self.params)
         # The distributed optimizer brings a flat buffer of its own.
         if optimizer is None or not optimizer.distributed:
@@ -95,15 +97,16 @@ class MegatronPolicy:
     # --- from sequences to microbatches -------------------------------------------------------
 
     def prepare(
-        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"]
+        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"], *, group_size: int = 1
     ) -> list[PackedBatch]:
         """See Policy. All ranks pass all sequences; each packs its own microbatches."""
         layout, at = self.context.layout, self.context.at
         multiple = (2 * layout.context if layout.context > 1 else 1) * (
             layout.tensor if layout.sequence_parallel else 1
         )
-        plan = plan_microbatches(
+        plan = plan_groups(
             [len(s.token_ids) for s in sequences],
+            group_size=group_size,
             max_tokens=self.packing.max_tokens_per_microbatch,
             num_ranks=layout.data,
             pad_to_multiple=multiple,
@@ -153,6 +156,20 @@ class MegatronPolicy:
         with torch.no_grad():
             self._run(batches, keep, Sampler(temperature), forward_only=True)
         return self._reduce_agreement(agreement)
+
+    def sequence_logps(self, sequences: list[Sequence]) -> torch.Tensor:
+        """See Policy."""
+        mine: dict[int, float] = {}
+
+        def keep(_batch: PackedBatch, _rows: torch.Tensor, tokens: LossTokens) -> LossResult:
+            assert tokens.slot_ids is not None
+            mine.update(zip(tokens.slot_ids.tolist(), sequence_logps(tokens).tolist(), strict=True))
+            return LossResult(tokens.logprobs.sum())
+
+        with torch.no_grad():
+            self._run(self.prepare(sequences, "token"), keep, Sampler(), forward_only=True)
+        found = {i: value for part in gather(mine if self._counts() else {}) for i, value in part.items()}
+        return torch.tensor([found[i] for i in range(len(sequences))], dtype=torch.float64)
 
     def evaluate_loss(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
         """See Policy."""
@@ -294,6 +311,15 @@ class MegatronPolicy:
             yield
         finally:
             self._exchange(self._reference)
+
+    @contextmanager
+    def weights_of(self, model_dir: str) -> Iterator[None]:
+        """See Policy."""
+        load_hf(model_dir, self.architecture, self.regions, self.params)
+        try:
+            yield
+        finally:
+            load_hf(self._model_dir, self.architecture, self.regions, self.params)
 
     def _exchange(self, other: dict[str, torch.Tensor]) -> None:
         for name, param in self.params.items():

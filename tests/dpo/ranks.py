@@ -1,0 +1,92 @@
+"""What trainer ranks do in tests of preference training; Megatron is imported inside."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
+from megarl.records import Sequence
+from tests.trainer.ranks import build, weights
+
+NO_WARMUP = {"lr_warmup_steps": 0, "lr": 1e-2, "adam_eps": 1e-4}
+
+
+def make_pairs(seed: int, count: int = 5, longest: int = 24, vocab: int = 250) -> list[Sequence]:
+    """Chosen and rejected of ``count`` pairs, one after the other; each pair shares its prompt."""
+    draw = random.Random(seed)
+    sequences = []
+    for _ in range(count):
+        prompt = [draw.randrange(vocab) for _ in range(draw.randint(2, 8))]
+        for _ in range(2):
+            response = [draw.randrange(vocab) for _ in range(draw.randint(1, longest))]
+            sequences.append(Sequence(prompt + response, [0] * len(prompt) + [1] * len(response)))
+    return sequences
+
+
+def preference_steps(
+    context: Any, model_dir: str, reference_dir: str, options: PreferenceOptions, steps: int
+) -> dict[str, Any]:
+    """Reference logprobs, optimizer steps and an evaluation of the last batch, on any layout."""
+    policy = build(context, model_dir, optimizer=NO_WARMUP, budget=96)
+    data = [make_pairs(step) for step in range(steps)]
+    with policy.weights_of(reference_dir):
+        refs = [policy.sequence_logps(pairs) for pairs in data]
+    needs_reference = options.loss not in ("simpo", "orpo")
+    log, kl = [], 0.0
+    for pairs, ref in zip(data, refs, strict=True):
+        if options.loss == "kto":
+            kl = max(0.0, float((ref - policy.sequence_logps(pairs)).mean()))  # any statistic of the policy
+        loss = PreferenceLoss(options, num_targets(pairs), ref if needs_reference else None, kl)
+        batches = policy.prepare(pairs, "token", group_size=2)
+        log.append(policy.train_step(batches, loss, temperature=1.0).metrics)
+    return {
+        "log": log,
+        "held_out": policy.evaluate_loss(batches, loss),
+        "refs": [ref.tolist() for ref in refs],
+        "weights": weights(policy),
+        "microbatches": len(batches),
+    }
+
+
+def preference_gradients(
+    context: Any,
+    model_dir: str,
+    options: PreferenceOptions,
+    sequences: list[Sequence],
+    refs: list[float] | None,
+    kl: float,
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient (by HF name) of one packed step on one rank."""
+    from megarl.trainer.megatron.head import Sampler
+    from megarl.weights.hf import region_index
+
+    policy = build(context, model_dir)
+    table = None if refs is None else torch.tensor(refs, dtype=torch.float64)
+    loss = PreferenceLoss(options, num_targets(sequences), table, kl)
+    batches = policy.prepare(sequences, "token", group_size=2)
+    assert len(batches) > 1
+    policy.ddp[0].zero_grad_buffer()
+    results = policy._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
+    grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
+    for region in policy.regions:
+        box = tuple(slice(*span) for span in region.box)
+        grads[region.hf][box] = policy.params[region.param].main_grad[region_index(region.index)]
+    total = sum(float(result.sums["loss"]) for result in results)
+    return total, {name: grad.numpy() for name, grad in grads.items()}
+
+
+def logps(context: Any, model_dir: str, sequences: list[Sequence], other_dir: str) -> dict[str, Any]:
+    """Summed logprobs with the policy's weights, with another directory's, and again with the policy's."""
+    policy = build(context, model_dir)
+    before = policy.sequence_logps(sequences)
+    with policy.weights_of(other_dir):
+        other = policy.sequence_logps(sequences)
+    return {
+        "before": before.tolist(),
+        "other": other.tolist(),
+        "after": policy.sequence_logps(sequences).tolist(),
+    }
