@@ -18,6 +18,11 @@ def intersect(a: Box, b: Box) -> Box | None:
     return box if all(start < stop for start, stop in box) else None
 
 
+def within(inner: Box, outer: Box) -> bool:
+    """Whether ``outer`` has all of ``inner``."""
+    return all(b[0] <= a[0] and a[1] <= b[1] for a, b in zip(inner, outer, strict=True))
+
+
 def subtract(a: Box, hole: Box) -> list[Box]:
     """What is left of ``a`` without ``hole`` (which lies inside it), as disjoint boxes."""
     rest, core = [], list(a)
@@ -61,29 +66,35 @@ def merge(pieces: list[T], boxes: Callable[[T], tuple[Box, ...]], join: Callable
     pieces are neighbours along a dimension when, in every space, one ends where the other starts
     and the other dimensions agree. ``join(first, second, dim)`` makes one piece of two neighbours.
     """
+    if len(pieces) < 2:
+        return pieces
+    found = [(boxes(piece), piece) for piece in pieces]
     before = 0
-    while len(pieces) != before and len(pieces) > 1:
-        before = len(pieces)
-        for dim in range(len(boxes(pieces[0])[0])):
-            pieces = _merge_along(dim, pieces, boxes, join)
-    return pieces
+    while len(found) != before and len(found) > 1:
+        before = len(found)
+        for dim in range(len(found[0][0][0])):
+            found = _merge_along(dim, found, boxes, join)
+    return [piece for _, piece in found]
 
 
 def _merge_along(
-    dim: int, pieces: list[T], boxes: Callable[[T], tuple[Box, ...]], join: Callable[[T, T, int], T]
-) -> list[T]:
-    merged: list[T] = []
+    dim: int,
+    pieces: list[tuple[tuple[Box, ...], T]],
+    boxes: Callable[[T], tuple[Box, ...]],
+    join: Callable[[T, T, int], T],
+) -> list[tuple[tuple[Box, ...], T]]:
+    merged: list[tuple[tuple[Box, ...], T]] = []
     last: dict[tuple[object, ...], int] = {}  # what must agree -> place of the piece that may grow
-    for piece in sorted(pieces, key=lambda p: boxes(p)[0][dim]):
-        spaces = boxes(piece)
-        rest = tuple(box[:dim] + box[dim + 1 :] for box in spaces)
-        shift = tuple(box[dim][0] - spaces[0][dim][0] for box in spaces)
-        place = last.get((rest, shift))
-        if place is not None and boxes(merged[place])[0][dim][1] == spaces[0][dim][0]:
-            merged[place] = join(merged[place], piece, dim)
+    for spaces, piece in sorted(pieces, key=lambda item: item[0][0][dim]):
+        start = spaces[0][dim][0]
+        key = tuple([(box[:dim], box[dim + 1 :], box[dim][0] - start) for box in spaces])
+        place = last.get(key)
+        if place is not None and merged[place][0][0][dim][1] == start:
+            whole = join(merged[place][1], piece, dim)
+            merged[place] = (boxes(whole), whole)
         else:
-            last[rest, shift] = len(merged)
-            merged.append(piece)
+            last[key] = len(merged)
+            merged.append((spaces, piece))
     return merged
 
 

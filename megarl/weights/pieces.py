@@ -21,6 +21,7 @@ from megarl.weights.boxes import (
     subtract,
     tiling_problem,
     volume,
+    within,
 )
 from megarl.weights.handover import ParamInfo, PeerCopy
 
@@ -105,6 +106,10 @@ class Piece:
         raise AssertionError(place)
 
 
+Outline = tuple[Index, int, list[tuple[int, Index]]]
+"""A piece without its sources: index, elements, and (number of the source, index there) of each offer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """The pieces of every parameter of one kind of engine rank."""
@@ -113,6 +118,7 @@ class Pattern:
     common: dict[str, frozenset[int]]  # owners that hold all pieces of a parameter
     padding: dict[str, int]  # rows at the end of a vocabulary parameter that no tensor has
     problems: list[str]
+    num_pieces: int
 
 
 class OwnerIndex:
@@ -138,38 +144,93 @@ class OwnerIndex:
             ]
             for hf, boxes in found.items()
         }
+        splits: dict[tuple[tuple[Box, Index], ...], int] = {}
+        self._splits = {
+            hf: splits.setdefault(tuple((region.box, region.index) for region, _ in offers), len(splits))
+            for hf, offers in self._offers.items()
+        }
+        self._known: dict[tuple[object, ...], list[Outline]] = {}
 
     def pattern(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> Pattern:
         """Cut the readers' regions into pieces that one owner has whole; merge what can be one copy."""
-        found: dict[str, list[Piece]] = {name: [] for name in params}
-        ends: dict[str, int] = {}  # rows of a vocabulary parameter that its tensor fills to its own end
+        wanted: dict[str, list[Region]] = {name: [] for name in params}
         problems = []
         for reader in readers:
-            if reader.param not in found:
+            if reader.param in wanted:
+                wanted[reader.param].append(reader)
+            else:
                 problems.append(f"weights: the engine has no parameter {reader.param} for tensor {reader.hf}")
-                continue
-            pieces, left = self._cut(reader)
-            found[reader.param] += pieces
-            problems += [f"weights: no trainer rank owns {reader.hf}{list(box)}" for box in left]
-            if reader.param.endswith(VOCAB_PARAMS):
-                rows = max((region.box[0][1] for region, _ in self._offers.get(reader.hf, ())), default=0)
-                last = reader.index[0]
-                if reader.box[0][1] == rows and not isinstance(last, int):
-                    ends[reader.param] = last[1]
-        padding = {name: params[name].shape[0] - end for name, end in ends.items()}
-        padding = {name: rows for name, rows in padding.items() if rows > 0}
-        merged = {name: self._merge(pieces) for name, pieces in found.items()}
-        common = {}
-        for name, pieces in merged.items():
-            sets = {id(piece.holders): piece.holders.members for piece in pieces}
+        found: dict[str, list[Piece]] = {}
+        common, padding = {}, {}
+        for name, regions in wanted.items():
+            found[name], missing = self._pieces(regions)
+            problems += missing
+            sets = {id(piece.holders): piece.holders.members for piece in found[name]}
             common[name] = frozenset.intersection(*sets.values()) if sets else frozenset()
-            boxes = tuple(as_box(piece.index) for piece in pieces)
-            problems += cover_problem(name, params[name].shape, boxes, padding.get(name, 0))
-        return Pattern(merged, common, padding, problems)
+            shape = params[name].shape
+            if name.endswith(VOCAB_PARAMS) and (rows := self._padding(regions, shape[0])) > 0:
+                padding[name] = rows
+            boxes = tuple([as_box(piece.index) for piece in found[name]])
+            problems += cover_problem(name, shape, boxes, padding.get(name, 0))
+        return Pattern(found, common, padding, problems, sum(map(len, found.values())))
+
+    def _padding(self, readers: Sequence[Region], rows: int) -> int:
+        """Of a vocabulary parameter's rows, those after its tensor's last (0 if that lies elsewhere)."""
+        padding = 0
+        for reader in readers:
+            vocabulary = max((region.box[0][1] for region, _ in self._offers.get(reader.hf, ())), default=0)
+            last = reader.index[0]
+            if reader.box[0][1] == vocabulary and not isinstance(last, int):
+                padding = rows - last[1]
+        return padding
+
+    def _pieces(self, readers: Sequence[Region]) -> tuple[list[Piece], list[str]]:
+        """The pieces of one parameter, and a line for whatever nobody owns.
+
+        Most layers, and most ranks' experts, are cut alike: only who holds the pieces, and under which
+        name, differs. Each way of cutting is therefore worked out once.
+        """
+        numbers: dict[tuple[int, str], int] = {}  # (holders, their parameter) -> place in ``sources``
+        sources: list[tuple[Holders, str]] = []
+        alike: list[object] = []
+        for reader in readers:
+            alike.append((reader.box, reader.index, self._splits.get(reader.hf)))
+            for region, holders in self._offers.get(reader.hf, ()):
+                source = (id(holders), region.param)
+                number = numbers.get(source)
+                if number is None:
+                    number = numbers[source] = len(sources)
+                    sources.append((holders, region.param))
+                alike.append(number)
+        key = tuple(alike)
+        if key in self._known:
+            return [self._again(outline, sources) for outline in self._known[key]], []
+        cuts = [(reader, *self._cut(reader)) for reader in readers]
+        problems = [
+            f"weights: no trainer rank owns {reader.hf}{list(box)}"
+            for reader, _, left in cuts
+            for box in left
+        ]
+        merged = self._merge([piece for _, pieces, _ in cuts for piece in pieces])
+        if not problems:
+            self._known[key] = [
+                (piece.index, piece.size, [(numbers[id(o.holders), o.param], o.index) for o in piece.offers])
+                for piece in merged
+            ]
+        return merged, problems
+
+    def _again(self, outline: Outline, sources: list[tuple[Holders, str]]) -> Piece:
+        index, size, parts = outline
+        offers = tuple([Offer(*sources[number], part) for number, part in parts])
+        return Piece(index, size, self._union(offers), offers)
 
     def _cut(self, reader: Region) -> tuple[list[Piece], list[Box]]:
         """Pieces of one region, and what nobody owns. Large pieces first, so that there are few."""
         offers = self._offers.get(reader.hf, [])
+        if len(offers) == 1 and within(reader.box, offers[0][0].box):
+            region, holders = offers[0]
+            offer = Offer(holders, region.param, move(region, reader.box))
+            return [Piece(reader.index, volume(reader.box), holders, (offer,))], []
         shared = {both for region, _ in offers if (both := intersect(reader.box, region.box)) is not None}
         boxes, left = [], [reader.box]
         for box in sorted(shared, key=lambda b: (-volume(b), b)):
