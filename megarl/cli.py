@@ -25,6 +25,7 @@ examples:
   megarl sft --config configs/quickstart_sft.yaml
   megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20
   megarl grpo --config configs/quickstart_grpo.yaml --dry-run
+  megarl dpo --config configs/quickstart_dpo.yaml algorithm.loss=simpo
   megarl eval --config configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf
   megarl convert hf-to-megatron models/SmolLM2-135M-Instruct checkpoints/smollm2 --verify
   megarl report runs/quickstart
@@ -33,6 +34,7 @@ examples:
 Every setting is described in docs/configuration.md. Starting a command again resumes its run."""
 _JOB_HELP = {
     "sft": "supervised fine-tuning on demonstrations",
+    "dpo": "training on preference pairs (DPO, IPO, KTO, SimPO, ORPO)",
     "grpo": "reinforcement learning with verifiable rewards (GRPO)",
     "eval": "greedy accuracy of a Hugging Face model on held-out problems",
 }
@@ -149,6 +151,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _call_loop(config: AnyConfig) -> None:
+    from megarl.config.preference import DpoConfig
     from megarl.config.schema import GrpoConfig, SftConfig
 
     match config:
@@ -156,6 +159,10 @@ def _call_loop(config: AnyConfig) -> None:
             from megarl.algorithms.sft import run_sft
 
             run_sft(config)
+        case DpoConfig():
+            from megarl.algorithms.dpo import run_dpo
+
+            run_dpo(config)
         case GrpoConfig():
             from megarl.algorithms.grpo import run_grpo
 

@@ -81,6 +81,18 @@ class Sequence:
     rollout_logprobs: list[float] = field(default_factory=list)  # [n] or empty
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two responses to one prompt, the first of which is preferred.
+
+    The first ``num_prompt_tokens`` token ids of both sequences are the prompt, the same in both.
+    """
+
+    chosen: Sequence
+    rejected: Sequence
+    num_prompt_tokens: int
+
+
 @dataclass(slots=True)
 class PackedBatch:
     """One microbatch in THD layout: sequences end to end, no padding between tokens of one.

@@ -35,7 +35,7 @@ from megarl.config.yaml_text import dump_yaml, parse_yaml
 from megarl.errors import UserError
 
 # Fields a resumed run may change: they alter what is written down or when it ends, not what is learned.
-_FREE_FIELDS = ("run.dir", "logging", "checkpoint", "training.num_steps")
+_FREE_FIELDS = ("run.dir", "logging", "checkpoint", "training.num_steps", "reference.cache_dir")
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")
 _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from megarl import platform
-from megarl.config.schema import GrpoConfig, SftConfig
+from megarl.config.derived import TrainingConfig
 from megarl.errors import UserError
 from megarl.metrics.console import Console
 from megarl.metrics.report import write_report
@@ -36,7 +36,7 @@ class Interrupted(SystemExit):
 class Run:
     """One training run on one rank. Rank 0 writes; the others keep step."""
 
-    def __init__(self, config: SftConfig | GrpoConfig, kind: str, *, is_first: bool) -> None:
+    def __init__(self, config: TrainingConfig, kind: str, *, is_first: bool) -> None:
         self.config, self.is_first = config, is_first
         self.directory = RunDirectory(config.run.dir)
         self.console = Console(kind, enabled=is_first)
@@ -94,7 +94,7 @@ class Run:
 
     def after_step(self, step: int, last_step: int, policy: Policy, state: Mapping[str, Any]) -> None:
         """Save when it is time; end the process here if a signal asked for it."""
-        number = broadcast(self._signal)
+        number = self.signal_number()
         interval = self.config.checkpoint.interval
         due = step == last_step or (interval and step % interval == 0)
         if due or number is not None:
@@ -104,6 +104,11 @@ class Run:
         if number is not None and step != last_step:
             self.console.note(f"Stopped at step {step}; the same command goes on from there")
             raise Interrupted(128 + number)
+
+    def signal_number(self) -> int | None:
+        """The signal that asked this run to end, if one did: rank 0's, the same on every rank."""
+        number: int | None = broadcast(self._signal)
+        return number
 
     def save(self, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
         """Write a complete checkpoint of ``step``, then drop the oldest ones."""

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megarl.config.preference import DpoConfig, PreferenceAlgorithmConfig
 from megarl.config.schema import (
     EvalConfig,
     EvaluationConfig,
@@ -18,7 +19,8 @@ from megarl.config.schema import (
     SftConfig,
 )
 
-AnyConfig = SftConfig | GrpoConfig | EvalConfig
+TrainingConfig = SftConfig | DpoConfig | GrpoConfig
+AnyConfig = TrainingConfig | EvalConfig
 
 
 def data_parallel_size(parallel: ParallelConfig) -> int:
@@ -36,7 +38,7 @@ def optimizer_steps_per_batch(algorithm: GrpoAlgorithmConfig) -> int:
     return algorithm.num_optimizer_steps_per_batch * algorithm.num_epochs_per_batch
 
 
-def num_optimizer_steps(config: SftConfig | GrpoConfig) -> int:
+def num_optimizer_steps(config: TrainingConfig) -> int:
     """Optimizer steps of the whole run: the length of the learning-rate schedule."""
     if isinstance(config, GrpoConfig):
         return config.training.num_steps * optimizer_steps_per_batch(config.algorithm)
@@ -46,6 +48,11 @@ def num_optimizer_steps(config: SftConfig | GrpoConfig) -> int:
 def needs_reference(algorithm: GrpoAlgorithmConfig) -> bool:
     """Whether reference logprobs enter the loss (kl_coef > 0)."""
     return algorithm.kl_coef > 0
+
+
+def uses_reference(algorithm: PreferenceAlgorithmConfig) -> bool:
+    """Whether the loss compares with a reference's logprobs."""
+    return algorithm.loss in ("dpo", "ipo", "kto")
 
 
 def needs_old_logprobs(algorithm: GrpoAlgorithmConfig) -> bool:
@@ -87,13 +94,14 @@ def max_sequence_length(config: AnyConfig, model_config: dict[str, Any]) -> int:
     """Longest prompt + response in tokens.
 
     packing.max_sequence_length where it is set; else what the model's positions and, in training,
-    the token budget of a microbatch both allow.
+    the token budget of a microbatch both allow (half of it where pairs share one).
     """
     positions = int(model_config["max_position_embeddings"])
     if isinstance(config, EvalConfig):
         return positions
     explicit = config.packing.max_sequence_length
-    return explicit if explicit is not None else min(positions, config.packing.max_tokens_per_microbatch)
+    budget = config.packing.max_tokens_per_microbatch // (2 if isinstance(config, DpoConfig) else 1)
+    return explicit if explicit is not None else min(positions, budget)
 
 
 def describe(config: AnyConfig, model_config: dict[str, Any] | None) -> list[str]:
@@ -106,7 +114,14 @@ def describe(config: AnyConfig, model_config: dict[str, Any] | None) -> list[str
         lines.append(f"longest sequence: {max_sequence_length(config, model_config)} tokens")
     if isinstance(config, SftConfig):
         lines.append(f"sequences per step: {config.training.batch_size}")
-    if isinstance(config, SftConfig | GrpoConfig):
+    if isinstance(config, DpoConfig):
+        lines.append(f"pairs per step: {config.training.batch_size}")
+        needs = uses_reference(config.algorithm)
+        lines.append(
+            "reference logprobs: "
+            + ("once, before the first step" if needs else f"none ({config.algorithm.loss})")
+        )
+    if not isinstance(config, EvalConfig):
         lines.append(f"optimizer steps in all: {num_optimizer_steps(config)}")
     if isinstance(config, GrpoConfig):
         lines += _describe_grpo(config)

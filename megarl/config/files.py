@@ -25,6 +25,7 @@ def find_file_violations(config: Section) -> list[Violation]:
         *_run_directory(getattr(config, "run", None)),
         *_data_files(getattr(config, "data", None)),
         *_model(config),
+        *_reference(config),
     ]
 
 
@@ -70,6 +71,19 @@ def _model(config: Section) -> Violations:
     yield from _parallel_fits(config, model_config)
     yield from _lengths_fit(config, model_config)
     yield from _kv_cache_fits(config, model_config)
+
+
+def _reference(config: Section) -> Violations:
+    path = getattr(getattr(config, "reference", None), "path", None)
+    if path is None:
+        return
+    directory, field = Path(path), ("reference", "path")
+    if not directory.is_dir():
+        yield Violation(field, f"no such directory (got {path!r}){_from_here(path)}")
+        return
+    missing = [] if (directory / "config.json").is_file() else ["config.json"]
+    if missing := missing + _missing_weights(directory):
+        yield Violation(field, f"the directory lacks {', '.join(missing)} (got {path!r})")
 
 
 def _missing_weights(directory: Path) -> list[str]:

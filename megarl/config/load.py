@@ -49,7 +49,7 @@ def load_config(
     """Read ``path``, apply ``overrides`` ("optimizer.lr=1e-5"), and check everything.
 
     Args:
-        kind: SftConfig, GrpoConfig or EvalConfig.
+        kind: the command's root, e.g. SftConfig.
         path: YAML file; strings in it may hold ${NAME} and ${NAME:-default}.
         overrides: dotted key=value pairs, later ones win. Where the schema wants a string the value is
             taken as it stands (quotes allow YAML escapes), elsewhere it is YAML.

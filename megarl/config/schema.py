@@ -306,7 +306,7 @@ class DebugConfig(Section):
     """Stop at the first NaN or infinity in logits, logprobs or the loss's inputs, naming its token."""
 
 
-class _TrainingRoot(Section):
+class TrainingRoot(Section):
     """What every training run is made of."""
 
     run: RunConfig
@@ -332,7 +332,7 @@ class SftTrainingConfig(Section):
     """Sequences per validation."""
 
 
-class SftConfig(_TrainingRoot):
+class SftConfig(TrainingRoot):
     """Root of `megarl sft`."""
 
     data: SftDataConfig
@@ -355,7 +355,7 @@ class GrpoTrainingConfig(Section):
     """Rollout batches."""
 
 
-class GrpoConfig(_TrainingRoot):
+class GrpoConfig(TrainingRoot):
     """Root of `megarl grpo`."""
 
     data: PromptDataConfig

@@ -5,10 +5,12 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from megarl.config.introspect import Path, dotted, sections_of, tag_of, walk
+from megarl.config.preference import DpoConfig
 from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
 
-COMMANDS: dict[str, type[SftConfig | GrpoConfig | EvalConfig]] = {
+COMMANDS: dict[str, type[SftConfig | DpoConfig | GrpoConfig | EvalConfig]] = {
     "sft": SftConfig,
+    "dpo": DpoConfig,
     "grpo": GrpoConfig,
     "eval": EvalConfig,
 }

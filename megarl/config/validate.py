@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from megarl.config.derived import model_parallel_size, num_optimizer_steps
+from megarl.config.derived import TrainingConfig, model_parallel_size, num_optimizer_steps
+from megarl.config.preference import DpoConfig, PreferenceJsonlSource
 from megarl.config.schema import (
     EvalConfig,
     EvaluationSizeConfig,
@@ -21,15 +22,15 @@ from megarl.config.schema import (
     SftJsonlSource,
 )
 from megarl.config.validate_algorithm import ALGORITHM_RULES
+from megarl.config.validate_preference import DPO_RULES
 from megarl.config.violation import Violation
 
-TrainingConfig = SftConfig | GrpoConfig
 Violations = Iterator[Violation]
 _Config = TypeVar("_Config", bound=Section)
 
 
 def find_violations(config: Section, *, partial: bool = False) -> list[Violation]:
-    """Every violated rule of ``config`` (SftConfig, GrpoConfig or EvalConfig).
+    """Every violated rule of ``config`` (a root: SftConfig, DpoConfig, ...).
 
     With ``partial`` the configuration lacks the fields that failed the schema; rules that ask for one
     of them are skipped.
@@ -37,6 +38,8 @@ def find_violations(config: Section, *, partial: bool = False) -> list[Violation
     found: list[Violation] = []
     if isinstance(config, SftConfig):
         found += _apply(_TRAINING_RULES + _SFT_RULES, config, partial)
+    elif isinstance(config, DpoConfig):
+        found += _apply(_TRAINING_RULES + DPO_RULES, config, partial)
     elif isinstance(config, GrpoConfig):
         found += _apply(_TRAINING_RULES + _GRPO_RULES, config, partial)
     elif isinstance(config, EvalConfig):
@@ -142,8 +145,11 @@ def _system_prompt(config: TrainingConfig | EvalConfig) -> Violations:
         )
 
 
+_FILES = JsonlSource | SftJsonlSource | PreferenceJsonlSource
+
+
 def _separate_sets(config: TrainingConfig | EvalConfig) -> Violations:
-    train, held_out, files = config.data.train, config.data.held_out, JsonlSource | SftJsonlSource
+    train, held_out, files = config.data.train, config.data.held_out, _FILES
     if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
         first = max(train.seed, held_out.seed)
         last = min(train.seed + train.size, held_out.seed + held_out.size)
@@ -301,7 +307,7 @@ def _evaluation_size(
         )
 
 
-_TRAINING_RULES: list[Callable[[SftConfig | GrpoConfig], Violations]] = [
+_TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     _parallel_sizes,
     _sequence_parallel,
     _virtual_pipeline,

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
+from megarl.config.preference import PreferenceAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
 from megarl.ops.segment_reduce import segment_reduce
 from megarl.records import Sequence
@@ -49,6 +50,25 @@ class PreferenceOptions:
     simpo_gamma: float = 0.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+
+def options_of(algorithm: PreferenceAlgorithmConfig) -> PreferenceOptions:
+    """The loss of a valid configuration, its defaults filled in."""
+
+    def value(given: float | None, default: float) -> float:
+        return default if given is None else given
+
+    name, normalize = algorithm.loss, algorithm.length_normalization
+    return PreferenceOptions(
+        loss=name,
+        beta=value(algorithm.beta, 2.0 if name == "simpo" else 0.1),
+        label_smoothing=algorithm.label_smoothing,
+        length_normalization=name == "ipo" if normalize is None else normalize,
+        sft_coef=value(algorithm.sft_coef, 1.0 if name == "orpo" else 0.0),
+        simpo_gamma=value(algorithm.simpo_gamma, 1.0),
+        desirable_weight=value(algorithm.desirable_weight, 1.0),
+        undesirable_weight=value(algorithm.undesirable_weight, 1.0),
+    )
 
 
 class Responses(NamedTuple):

@@ -124,6 +124,7 @@ def _figures(run: RunData) -> Iterable[str]:
         yield _change("Accuracy, held-out", summary, "accuracy", percent=True)
         yield _change("Mean reward", summary, "reward_mean")
     else:
+        yield _change("Preference accuracy, held-out", summary, "validation_accuracy", percent=True)
         yield _change("Validation loss", summary, "validation_loss")
         yield _change("Training loss", summary, "loss")
     trained = [step for step in run.steps if step["step"] > 0]

@@ -38,7 +38,7 @@ class RunData:
     """A run as the report shows it."""
 
     name: str
-    kind: str  # grpo or sft
+    kind: str  # grpo, dpo or sft
     steps: list[dict[str, Any]]  # merged metrics lines, ascending
     chart_steps: list[dict[str, Any]]  # those that are drawn
     config: dict[str, Any]
@@ -66,7 +66,7 @@ def read_run(run_dir: Path) -> RunData:
     planned = config.get("training", {}).get("num_steps", 0)
     return RunData(
         name=str(config.get("run", {}).get("dir") or run_dir.resolve().name).removeprefix("runs/"),
-        kind="grpo" if is_grpo else "sft",
+        kind="grpo" if is_grpo else "dpo" if "reference" in config else "sft",
         steps=steps,
         chart_steps=_thin(steps),
         config=config,

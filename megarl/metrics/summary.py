@@ -31,7 +31,7 @@ def summarize(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [float(step[name]) for step in steps if step.get(name) is not None]
 
     summary: dict[str, Any] = {}
-    for name in ("accuracy", "validation_loss", "loss", "reward_mean"):
+    for name in ("accuracy", "validation_accuracy", "validation_loss", "loss", "reward_mean"):
         if found := values(name):
             summary[f"{name}_after"] = found[-1]
             if len(found) > 1:

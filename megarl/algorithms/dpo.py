@@ -1,0 +1,147 @@
+"""Training on preference pairs: DPO and its relatives (losses/preference.py has formulas and papers).
+
+reference logprobs (once, before the first step) -> pairs -> packing -> forward/backward -> optimizer. Each
+step consumes ``training.batch_size`` pairs over all ranks; both responses of a pair share a microbatch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.algorithms.model import read_model
+from megarl.algorithms.reference import ReferenceLogprobs
+from megarl.algorithms.run import Run
+from megarl.config.derived import uses_reference
+from megarl.config.preference import DpoConfig
+from megarl.data.order import PromptOrder
+from megarl.data.preference import Pairs, load_pairs
+from megarl.losses.preference import PreferenceLoss, num_targets, options_of
+from megarl.records import Pair, Sequence
+from megarl.trainer.megatron.initialize import finalize, initialize
+from megarl.trainer.policy import Policy
+
+
+def run_dpo(config: DpoConfig) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    architecture, tokenizer, longest = read_model(config)
+    train = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="train")
+    held_out = None
+    if config.data.held_out is not None:
+        held_out = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="held_out")
+    context = initialize(config.parallel, config.run.seed)
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    with Run(config, "dpo", is_first=context.is_first) as run:
+        policy = MegatronPolicy(
+            context,
+            architecture,
+            config.model,
+            config.packing,
+            config.optimizer,
+            config.training.num_steps,
+            check_numerics=config.debug.check_numerics,
+        )
+        loop = _DpoLoop(config, run, policy, train, held_out)
+        if uses_reference(config.algorithm):
+            loop.prepare_reference(ReferenceLogprobs(config, run, policy, architecture))
+        state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
+        loop.run(state)
+        run.export(policy, architecture)
+    finalize()
+
+
+class _DpoLoop:
+    """The loop with all it drives."""
+
+    def __init__(
+        self, config: DpoConfig, run: Run, policy: Policy, train: Pairs, held_out: Pairs | None
+    ) -> None:
+        self.config, self.run_, self.policy, self.train = config, run, policy, train
+        self.options = options_of(config.algorithm)
+        self.reference: ReferenceLogprobs | None = None
+        self.reference_facts: dict[str, float] = {}
+        self.order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
+        self.held_out = held_out
+        size = 0 if held_out is None else min(config.training.validation_size, len(held_out))
+        self.validation = list(range(size))
+
+    def prepare_reference(self, reference: ReferenceLogprobs) -> None:
+        """Reference logprobs of every pair that the run will see; before a checkpoint is loaded."""
+        training = self.config.training
+        drawn = sorted(set(self.order.batch(0, training.num_steps * training.batch_size)))
+        sequences = self.sequences(self.train, drawn) + self.mismatched(self.train, drawn)
+        if self.held_out is not None:
+            sequences += self.sequences(self.held_out, self.validation)
+            sequences += self.mismatched(self.held_out, self.validation)
+        self.reference, self.reference_facts = reference, reference.prepare(sequences)
+
+    def run(self, state: dict[str, Any]) -> None:
+        """From the state of the last finished step to the last step."""
+        config, run, reference = self.config, self.run_, self.reference
+        if reference is not None and "reference" in state:
+            reference.check_same_model(state["reference"])
+        position, totals = state["position"], dict(state["totals"])
+        training, last = config.training, config.training.num_steps
+        run.timers.start_step()
+        for step in range(state["step"] + 1, last + 1):
+            indices = self.order.batch(position, training.batch_size)
+            position += training.batch_size
+            values = self.learn(indices)
+            at_interval = training.validation_interval and step % training.validation_interval == 0
+            if self.validation and (at_interval or step == last):
+                held = self.evaluate()
+                values |= held
+                totals |= held
+            run.log(step, values)
+            totals |= {name: values[name] for name in ("loss", "reward_accuracy", "reward_margin")}
+            totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
+            kept = {"position": position, "totals": totals}
+            if reference is not None:
+                kept["reference"] = reference.model
+            run.after_step(step, last, self.policy, kept)
+        run.finish({"dpo_steps": last, **totals, "reference": self.reference_facts or None})
+
+    def learn(self, indices: list[int]) -> dict[str, float]:
+        """One optimizer step on the pairs ``indices``."""
+        sequences = self.sequences(self.train, indices)
+        loss = self.loss(self.train, indices, sequences)
+        batches = self.policy.prepare(sequences, "token", group_size=2)
+        with self.run_.timers("train"):
+            values = dict(self.policy.train_step(batches, loss, temperature=1.0).metrics)
+        tokens = sum(len(s.token_ids) for s in sequences)
+        values |= {"num_tokens": tokens, "num_microbatches": len(batches)}
+        values["tokens_per_second_train"] = tokens / self.run_.timers.seconds("train")
+        return values
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on the held-out pairs."""
+        assert self.held_out is not None
+        sequences = self.sequences(self.held_out, self.validation)
+        loss = self.loss(self.held_out, self.validation, sequences)
+        held = self.policy.evaluate_loss(self.policy.prepare(sequences, "token", group_size=2), loss)
+        names = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin"}
+        return {f"validation_{name}": held[key] for key, name in names.items()}
+
+    def loss(self, pairs: Pairs, indices: list[int], sequences: list[Sequence]) -> PreferenceLoss:
+        """The loss of these pairs, with their reference logprobs and, for KTO, the KL as it is now."""
+        refs, kl = None, 0.0
+        if self.reference is not None:
+            refs = self.reference(sequences)
+        if self.options.loss == "kto":
+            assert self.reference is not None
+            with self.run_.timers("logprobs"):
+                others = self.mismatched(pairs, indices)
+                ratios = self.policy.sequence_logps(others) - self.reference(others)
+            kl = max(0.0, float(ratios.mean()))
+        return PreferenceLoss(self.options, num_targets(sequences), refs, kl)
+
+    def sequences(self, pairs: Pairs, indices: list[int]) -> list[Sequence]:
+        """Chosen and rejected of each pair, one after the other."""
+        chosen: list[Pair] = [pairs[i] for i in indices]
+        return [sequence for pair in chosen for sequence in (pair.chosen, pair.rejected)]
+
+    def mismatched(self, pairs: Pairs, indices: list[int]) -> list[Sequence]:
+        """What KTO's KL is measured on: prompts with other prompts' responses; nothing for other losses."""
+        if self.options.loss != "kto":
+            return []
+        return [sequence for i in indices for sequence in pairs.mismatched(i)]

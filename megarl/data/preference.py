@@ -1,0 +1,264 @@
+"""Preference pairs: two tokenised responses to one prompt, from JSONL files or made from verifiable problems.
+
+A line of a JSONL file is one of
+
+    {"prompt": ..., "chosen": ..., "rejected": ...}   each a string or a list of chat messages
+    {"chosen": [...], "rejected": [...]}              whole conversations that begin with the same messages
+
+Of whole conversations the common beginning is the prompt, and what differs are the responses. A "prompt"
+beside them may repeat that beginning. Other fields of a line are not read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as AbstractSequence
+from typing import TYPE_CHECKING, Any
+
+from megarl.config.preference import (
+    PreferenceDataConfig,
+    PreferenceJsonlSource,
+    PreferenceReasoningGymSource,
+)
+from megarl.config.schema import PromptFormat
+from megarl.data.jsonl import get_field, get_messages, get_text, read_jsonl
+from megarl.data.prompts import Split
+from megarl.data.transcript import Transcripts
+from megarl.environments.tasks import check_disjoint, make_dataset
+from megarl.errors import UserError
+from megarl.records import Pair, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+# As for prompts: generated pairs are checked this far at load, the rest when drawn.
+_NUM_CHECKED_AT_LOAD = 256
+_MAX_PROBLEMS_SHOWN = 20
+
+
+class Pairs(ABC, AbstractSequence[Pair]):
+    """Pairs by index; the same index is the same pair, always."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_format: PromptFormat,
+        max_sequence_length: int,
+        field: str,
+    ) -> None:
+        self._transcripts = Transcripts(
+            tokenizer, prompt_format, max_sequence_length, "response with its prompt"
+        )
+        self._max_sequence_length = max_sequence_length
+        self._field = field
+
+    @abstractmethod
+    def _pair(self, index: int) -> Pair:
+        """The pair at ``index`` in [0, len)."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return self._pair(index % len(self))
+
+    def mismatched(self, index: int) -> tuple[Sequence, Sequence]:
+        """The prompt of pair ``index`` with both responses of the next pair that has another prompt.
+
+        Pairs whose responses would make a sequence that is too long are passed over.
+
+        Raises:
+            UserError: there is no such pair.
+        """
+        own = self._pair(index)
+        prompt = own.chosen.token_ids[: own.num_prompt_tokens]
+        for step in range(1, len(self)):
+            other = self._pair((index + step) % len(self))
+            start = other.num_prompt_tokens
+            if other.chosen.token_ids[:start] == prompt:
+                continue
+            both = [
+                Sequence(prompt + s.token_ids[start:], [0] * len(prompt) + s.loss_mask[start:])
+                for s in (other.chosen, other.rejected)
+            ]
+            if max(len(s.token_ids) for s in both) <= self._max_sequence_length:
+                return both[0], both[1]
+        raise UserError(
+            f"{self._field}: algorithm.loss = kto compares responses under other prompts, but no pair has "
+            f"another prompt than pair {index} and responses that fit behind it"
+        )
+
+    def _from_texts(self, where: str, prompt: str, chosen: str, rejected: str) -> Pair:
+        responses = [self._transcripts.pair(where, prompt, response) for response in (chosen, rejected)]
+        return _joined(where, *responses)
+
+    def _from_messages(self, where: str, prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
+        for name, response in (("chosen", chosen), ("rejected", rejected)):
+            if response[0]["role"] != "assistant":
+                role = response[0]["role"]
+                raise UserError(f"{where}: {name!r} must go on with the assistant's message, found {role!r}")
+        if prompt[-1]["role"] == "assistant":
+            raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing answers it")
+        responses = [
+            self._transcripts.conversation(where, prompt + response, len(prompt))
+            for response in (chosen, rejected)
+        ]
+        return _joined(where, *responses)
+
+
+def _joined(where: str, chosen: Sequence, rejected: Sequence) -> Pair:
+    """Two sequences that must begin alike and go on differently, as a pair."""
+    start = chosen.loss_mask.index(1)
+    if start != rejected.loss_mask.index(1) or chosen.token_ids[:start] != rejected.token_ids[:start]:
+        raise UserError(f"{where}: the chat template writes the prompt differently for the two responses")
+    if chosen.token_ids == rejected.token_ids:
+        raise UserError(f"{where}: 'chosen' and 'rejected' are the same tokens: that is no preference")
+    return Pair(chosen, rejected, start)
+
+
+class _JsonlPairs(Pairs):
+    def __init__(self, source: PreferenceJsonlSource, *args: Any) -> None:
+        super().__init__(*args)
+        self._pairs, problems = [], []
+        for number, record in read_jsonl(source.path, f"{self._field}.path"):
+            try:
+                self._pairs.append(self._from_record(f"{source.path}:{number}", record))
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            more = len(problems) - _MAX_PROBLEMS_SHOWN
+            shown = problems[:_MAX_PROBLEMS_SHOWN]
+            raise UserError("\n".join(shown + [f"{source.path}: {more} more lines like these"] * (more > 0)))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def _pair(self, index: int) -> Pair:
+        return self._pairs[index]
+
+    def _from_record(self, where: str, record: dict[str, Any]) -> Pair:
+        fields = {
+            name: _text_or_messages(record, name, where)
+            for name in ("prompt", "chosen", "rejected")
+            if name in record or name != "prompt"
+        }
+        chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
+        if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
+            return self._from_texts(where, prompt, chosen, rejected)
+        if prompt is None or _begins_with_a_prompt(chosen, rejected):
+            return self._from_messages(where, *_split(where, prompt, chosen, rejected))
+        return self._from_messages(
+            where,
+            _as_messages(prompt, "user"),
+            _as_messages(chosen, "assistant"),
+            _as_messages(rejected, "assistant"),
+        )
+
+
+def _text_or_messages(record: dict[str, Any], name: str, where: str) -> str | Messages:
+    if isinstance(get_field(record, name, where), list):
+        return get_messages(record, name, where)
+    return get_text(record, name, where)
+
+
+def _as_messages(value: str | Messages, role: str) -> Messages:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _begins_with_a_prompt(chosen: str | Messages, rejected: str | Messages) -> bool:
+    return (
+        isinstance(chosen, list)
+        and isinstance(rejected, list)
+        and chosen[0]["role"] != "assistant"
+        and rejected[0]["role"] != "assistant"
+    )
+
+
+def _split(
+    where: str, prompt: str | Messages | None, chosen: str | Messages, rejected: str | Messages
+) -> tuple[Messages, Messages, Messages]:
+    """Common beginning and the two rests of whole conversations; a prompt given beside them must be it."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise UserError(f"{where}: has no field 'prompt'; without it both responses must be conversations")
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    if common == len(chosen) or common == len(rejected):
+        raise UserError(f"{where}: 'chosen' and 'rejected' do not differ before one of them ends")
+    if common == 0:
+        raise UserError(f"{where}: 'chosen' and 'rejected' do not begin with the same message, the prompt")
+    if prompt is not None:
+        given = _as_messages(prompt, "user")
+        if given not in (chosen[:common], [m for m in chosen[:common] if m["role"] != "system"]):
+            raise UserError(
+                f"{where}: 'prompt' is not what 'chosen' and 'rejected' both begin with; leave it out where "
+                "they are whole conversations, or leave its messages out of them"
+            )
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+class _ReasoningGymPairs(Pairs):
+    def __init__(self, source: PreferenceReasoningGymSource, *args: Any) -> None:
+        super().__init__(*args)
+        self._source = source
+        self._dataset = make_dataset(source, self._field)
+        for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
+            self._pair(index)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def _pair(self, index: int) -> Pair:
+        source, where = self._source, f"{self._field}: problem {index}"
+        answer = self._answer(index)
+        chosen = source.chosen_templates[index % len(source.chosen_templates)]
+        rejected = source.rejected_templates[index % len(source.rejected_templates)]
+        if "{other_answer}" in rejected:
+            rejected = rejected.replace("{other_answer}", self._other_answer(index, answer))
+        return self._from_texts(
+            where,
+            self._dataset[index]["question"],
+            chosen.replace("{answer}", answer),
+            rejected.replace("{answer}", answer),
+        )
+
+    def _answer(self, index: int) -> str:
+        answer = self._dataset[index]["answer"]
+        if answer is None:
+            raise UserError(f"{self._field}: problem {index}: the task gives no reference answer")
+        return str(answer)
+
+    def _other_answer(self, index: int, answer: str) -> str:
+        for step in range(1, len(self)):
+            if (other := self._answer((index + step) % len(self))) != answer:
+                return other
+        raise UserError(f"{self._field}: all problems have the answer {answer!r}: no wrong one to reject")
+
+
+def load_pairs(
+    config: PreferenceDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_sequence_length: int,
+    split: Split,
+) -> Pairs:
+    """The pairs of one split; each response with its prompt has at most ``max_sequence_length`` tokens.
+
+    Prompt tokens carry loss mask 0, the tokens of the assistant's turns in the response 1.
+
+    Raises:
+        UserError: as :func:`megarl.data.sft.load_demonstrations`, with a line for each of the first 20 bad
+            lines of a file; responses that are the same, or do not answer the same prompt.
+    """
+    train, held_out = config.train, config.held_out
+    if isinstance(train, PreferenceReasoningGymSource) and isinstance(held_out, PreferenceReasoningGymSource):
+        check_disjoint(train, held_out)
+    source = train if split == "train" else held_out
+    assert source is not None, f"data.{split} is not set"
+    arguments = (tokenizer, config.format, max_sequence_length, f"data.{split}")
+    if isinstance(source, PreferenceReasoningGymSource):
+        return _ReasoningGymPairs(source, *arguments)
+    return _JsonlPairs(source, *arguments)

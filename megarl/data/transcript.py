@@ -1,0 +1,113 @@
+"""From text to training sequences: prompts with responses and conversations, and what of them is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AbstractSequence
+from typing import TYPE_CHECKING
+
+from megarl.config.schema import PromptFormat
+from megarl.data.tokenizer import Message, chat_ids
+from megarl.errors import UserError
+from megarl.records import Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Transcripts:
+    """Tokenises under one format; ``where`` begins the message of any UserError."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_format: PromptFormat,
+        max_sequence_length: int,
+        noun: str,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._format = prompt_format
+        self._max_sequence_length = max_sequence_length
+        self._noun = noun  # what a sequence is called in errors
+
+    def pair(self, where: str, prompt: str, response: str) -> Sequence:
+        """Prompt and response; the response and its EOS are learned."""
+        if self._format.chat_template:
+            user = {"role": "user", "content": prompt}
+            return self.conversation(where, [user, {"role": "assistant", "content": response}])
+        prompt_ids = list(self._tokenizer(prompt + self._format.prompt_suffix)["input_ids"])
+        response_ids = list(self._tokenizer(response, add_special_tokens=False)["input_ids"])
+        response_ids.append(self._eos())
+        return self._checked(
+            where, prompt_ids + response_ids, [0] * len(prompt_ids) + [1] * len(response_ids)
+        )
+
+    def conversation(
+        self, where: str, messages: AbstractSequence[Message], first_learned: int = 0
+    ) -> Sequence:
+        """A conversation of which every assistant turn from ``messages[first_learned]`` on is learned.
+
+        The tokens of a turn are what the template adds to the tokens before it, its EOS included. The
+        suffix belongs to the user's turns, as in the prompts of a rollout.
+        """
+        if not self._format.chat_template:
+            raise UserError(f"{where}: chat messages need data.format.chat_template: true")
+        turns = self._with_format(where, messages)
+        try:
+            first = first_learned + len(turns) - len(messages)
+            token_ids, loss_mask = self._mask_turns(turns, first)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        return self._checked(where, token_ids, loss_mask)
+
+    def _with_format(self, where: str, messages: AbstractSequence[Message]) -> list[Message]:
+        suffix = self._format.prompt_suffix
+        turns: list[Message] = [
+            {**m, "content": m["content"] + suffix} if m["role"] == "user" else m for m in messages
+        ]
+        if self._format.system_prompt is not None:
+            if turns[0]["role"] == "system":
+                raise UserError(f"{where}: has a system message, and data.format.system_prompt is set too")
+            turns.insert(0, {"role": "system", "content": self._format.system_prompt})
+        if turns[-1]["role"] != "assistant":
+            raise UserError(f"{where}: the last message must be the assistant's, for it is what is learned")
+        return turns
+
+    def _mask_turns(self, turns: list[Message], first: int) -> tuple[list[int], list[int]]:
+        eos = self._eos()
+        token_ids = chat_ids(self._tokenizer, turns, add_generation_prompt=False)
+        loss_mask = [0] * len(token_ids)
+        for position, turn in enumerate(turns):
+            if turn["role"] != "assistant" or position < first:
+                continue
+            before = chat_ids(self._tokenizer, turns[:position], add_generation_prompt=True)
+            after = chat_ids(self._tokenizer, turns[: position + 1], add_generation_prompt=False)
+            if after[: len(before)] != before or token_ids[: len(after)] != after:
+                raise ValueError(
+                    f"the chat template writes message {position} differently when others follow, so its "
+                    "tokens cannot be told apart; use a template that only appends"
+                )
+            end = len(after)
+            # Templates put a line break after EOS; it is never sampled, so it is not learned.
+            last_eos = max((i for i in range(len(before), end) if after[i] == eos), default=None)
+            if last_eos is not None:
+                end = last_eos + 1
+            loss_mask[len(before) : end] = [1] * (end - len(before))
+        end = len(loss_mask) - loss_mask[::-1].index(1)
+        token_ids, loss_mask = token_ids[:end], loss_mask[:end]
+        if token_ids[-1] != eos:  # the template ends turns with another token than the tokenizer's EOS
+            token_ids.append(eos)
+            loss_mask.append(1)
+        return token_ids, loss_mask
+
+    def _eos(self) -> int:
+        eos = self._tokenizer.eos_token_id
+        assert isinstance(eos, int), "check_tokenizer() refuses a tokenizer without EOS"
+        return eos
+
+    def _checked(self, where: str, token_ids: list[int], loss_mask: list[int]) -> Sequence:
+        if len(token_ids) > self._max_sequence_length:
+            raise UserError(
+                f"{where}: the {self._noun} has {len(token_ids)} tokens, but at most "
+                f"{self._max_sequence_length} are allowed (packing.max_sequence_length)"
+            )
+        return Sequence(token_ids=token_ids, loss_mask=loss_mask)
