@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from megarl import platform
 from megarl.config.schema import EngineConfig, ModelConfig, WeightsConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models.table import Architecture
+from megarl.rollout.engine import AttachReport
 from megarl.rollout.vllm_engine import VllmEngine
-from megarl.trainer.policy import Policy, broadcast, gather
-from megarl.weights.checksum import RegionChecksum
-from megarl.weights.handover import Alias, Copy, SharedStorage, SourceView
+from megarl.trainer.policy import Policy, Transport, broadcast, gather
+from megarl.weights.checksum import RegionChecksum, RegionQuery
+from megarl.weights.handover import Alias, Copy, SourceView, Storage, WeightPlan
 from megarl.weights.plan import Owner, Planner, Reader
 
 
@@ -33,36 +36,67 @@ def start_engine(
         seed=seed,
         log_dir=log_dir,
         keep_kv_cache=weights is not None and weights.keep_kv_cache,
+        offload_kv_cache=weights is not None and "kv_cache" in weights.offload,
     )
 
 
-def attach_weights(engine: VllmEngine, architecture: Architecture, owners: list[Owner]) -> list[str]:
-    """Wait for the engine, plan and bind. Returns lines for the log: what is aliased, what copied and why."""
+def check_offload(weights: WeightsConfig) -> None:
+    """Raise UserError for parts that this platform has nowhere to put."""
+    gpu_only = [part for part in weights.offload if part != "gradients"]
+    if gpu_only and platform.current().name == "cpu":
+        raise UserError(
+            f"weights.offload: {', '.join(gpu_only)} needs a GPU (on a CPU it lies in host memory as it is); "
+            "gradients can be freed here"
+        )
+
+
+def attach_weights(
+    engine: VllmEngine, architecture: Architecture, owners: list[Owner], transport: Transport = "auto"
+) -> list[str]:
+    """Wait for the engine, plan and bind. Returns lines for the log: what is aliased, what copied and why.
+
+    Raises UserError when ``transport`` is shared_memory and an owner lies on another host.
+    """
     engine.wait_ready()
-    described = engine.describe_parameters()
+    described, places = engine.describe_parameters(), engine.places()
     layout = ParallelLayout(tensor=len(described), expert_tensor=len(described))
-    planner = Planner(owners)
-    plans = [
-        planner.plan(Reader(architecture.engine_regions(layout, layout.coordinates(rank)), params))
-        for rank, params in enumerate(described)
-    ]
+    planner = Planner(owners, peers_only=transport == "peer")
+    plans = []
+    for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):
+        regions = architecture.engine_regions(layout, layout.coordinates(rank))
+        plans.append(planner.plan(Reader(regions, params, host, device)))
+    far = sorted({peer.rank for plan in plans for peer in plan.peers})
+    if far and transport == "shared_memory":
+        raise UserError(
+            f"weights.transport: shared_memory, but trainer ranks {far} are on other hosts than the engine"
+        )
     lines = []
     for rank, (plan, report) in enumerate(zip(plans, engine.attach(plans), strict=True)):
-        lines.append(
-            f"engine rank {rank}: {len(report.aliased)} parameters are the trainer's memory "
-            f"({report.aliased_bytes / 2**20:.1f} MiB, 0 bytes to move)"
-        )
-        by_reason: dict[str, list[str]] = {}
-        for name in report.copied:
-            by_reason.setdefault(plan.copy_reasons.get(name, "the engine keeps its own layout"), []).append(
-                name
-            )
-        for reason, names in by_reason.items():
-            lines.append(
-                f"engine rank {rank}: {len(names)} parameters are copied at every step "
-                f"({report.copied_bytes / 2**20:.1f} MiB in all): {reason} (first: {names[0]})"
-            )
+        lines += [f"engine rank {rank}: {line}" for line in _describe(plan, report)]
     return lines
+
+
+def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
+    """What one engine rank's plan does at every hand-over."""
+    yield (
+        f"{len(report.aliased)} parameters are the trainer's memory "
+        f"({report.aliased_bytes / 2**20:.1f} MiB, 0 bytes to move)"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for name in report.copied:
+        by_reason.setdefault(plan.copy_reasons.get(name, "the engine keeps its own layout"), []).append(name)
+    total = (report.copied_bytes + report.received_bytes) / 2**20
+    for reason, names in by_reason.items():
+        yield (
+            f"{len(names)} parameters are copied at every step ({total:.1f} MiB in all): {reason} "
+            f"(first: {names[0]})"
+        )
+    if plan.peers:
+        ranks = sorted({peer.rank for peer in plan.peers})
+        yield (
+            f"{report.received_bytes / 2**20:.1f} MiB of them come point to point from trainer "
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        )
 
 
 def verify_weights(engine: VllmEngine | None, policy: Policy) -> None:
@@ -70,17 +104,13 @@ def verify_weights(engine: VllmEngine | None, policy: Policy) -> None:
 
     Raises UserError naming the first region that differs and the number of those that do.
     """
-    asked: list[tuple[SharedStorage, SourceView, str]] = []
+    queries: list[RegionQuery] = []
     theirs: list[tuple[int, RegionChecksum]] = []
     if engine is not None:
         for rank, (plan, sums) in enumerate(zip(engine.plans, engine.checksums(), strict=True)):
             theirs += [(rank, checksum) for checksum in sums]
-            pieces: list[Alias | Copy] = [*plan.aliases, *plan.copies]
-            asked += [
-                (plan.storages[piece.source.storage], piece.source, checksum.dtype)
-                for piece, checksum in zip(pieces, sums, strict=True)
-            ]
-    answers = gather(policy.weight_checksums(broadcast(asked)))
+            queries += region_queries(plan, sums)
+    answers = gather(policy.weight_checksums(broadcast(queries)))
     ours = {number: value for answer in answers for number, value in answer.items()}
     differ = [number for number, (_, checksum) in enumerate(theirs) if ours[number] != checksum.value]
     if differ:
@@ -89,3 +119,15 @@ def verify_weights(engine: VllmEngine | None, policy: Policy) -> None:
             f"weights.verify: {len(differ)} of {len(theirs)} regions differ between trainer and engine; the "
             f"first is {checksum.param}{list(checksum.index)} of engine rank {rank}"
         )
+
+
+def region_queries(plan: WeightPlan, sums: list[RegionChecksum]) -> list[RegionQuery]:
+    """Where the trainer has what the engine's checksums are of, in their order."""
+    mapped: list[Alias | Copy] = [*plan.aliases, *plan.copies]
+    places: list[tuple[SourceView, Storage | None, int]]
+    places = [(piece.source, plan.storages[piece.source.storage], -1) for piece in mapped]
+    places += [(peer.source, None, peer.rank) for peer in plan.peers]
+    return [
+        RegionQuery(source, checksum.dtype, storage, rank)
+        for (source, storage, rank), checksum in zip(places, sums, strict=True)
+    ]

@@ -11,10 +11,10 @@ consumes ``rollout.num_prompts_per_step`` prompts, produces one line of metrics 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from megarl.advantages.group import group_advantages, zero_std_fraction
-from megarl.algorithms.engines import attach_weights, start_engine, verify_weights
+from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
 from megarl.algorithms.evaluate import greedy, pick_problems
 from megarl.algorithms.model import read_model
 from megarl.algorithms.rollouts import Rollouts, accuracy, sample_row
@@ -51,6 +51,7 @@ def run_grpo(config: GrpoConfig) -> None:
         else None
     )
     context = initialize(config.parallel, config.run.seed)
+    check_offload(config.weights)
     from megarl.trainer.megatron.policy import MegatronPolicy
 
     with Run(config, "grpo", is_first=context.is_first) as run:
@@ -79,11 +80,11 @@ def run_grpo(config: GrpoConfig) -> None:
         if needs_reference(config.algorithm):
             policy.keep_reference()
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
-        owners = policy.weight_owners()
+        owners = policy.weight_owners(config.weights.transport)
         rollouts = None
         if engine is not None:
             with run.console.waiting("vLLM engine"):
-                for line in attach_weights(engine, architecture, owners):
+                for line in attach_weights(engine, architecture, owners, config.weights.transport):
                     run.console.note(line)
             environment = make(config.data.train)
             stops = tuple(stop_token_ids(tokenizer, config.model.path))
@@ -156,6 +157,7 @@ class _GrpoLoop:
     def rollout(self, step: int, indices: list[int]) -> tuple[list[Group], dict[str, float]]:
         """Sample, grade and give advantages: the same groups on every rank."""
         config, groups = self.config, None
+        self.give_memory_to("engine")
         if self.rollouts is not None:
             prompts = [self.train[i] for i in indices]
             total = len(prompts) * config.rollout.num_generations_per_prompt
@@ -183,6 +185,7 @@ class _GrpoLoop:
     def learn(self, step: int, groups: list[Group]) -> dict[str, float]:
         """Pack, fill the logprobs that are needed, and take the optimizer steps of this batch."""
         algorithm, rollout = self.config.algorithm, self.config.rollout
+        self.give_memory_to("trainer")
         temperature = rollout.temperature
         share = len(groups) // algorithm.num_optimizer_steps_per_batch
         samples = [
@@ -233,10 +236,24 @@ class _GrpoLoop:
 
     def hand_over(self, step: int) -> dict[str, float]:
         """The engine gets policy version ``step``; counts the bytes that had to move."""
+        self.give_memory_to("engine")
         moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
         if self.config.weights.verify == "checksum":
             verify_weights(self.engine, self.policy)
         return {"weights_bytes_moved": moved, "policy_version": step}
+
+    def give_memory_to(self, side: Literal["engine", "trainer"]) -> None:
+        """Let the other side's ``weights.offload`` sleep first, so that both never hold all of theirs."""
+        parts = self.config.weights.offload
+        if side == "engine":
+            self.policy.sleep([part for part in parts if part != "kv_cache"])
+        elif "kv_cache" in parts and self.engine is not None:
+            self.engine.sleep()
+        broadcast(None)  # no rank takes memory that another has not given up yet
+        if side == "trainer":
+            self.policy.wake()
+        elif "kv_cache" in parts and self.engine is not None:
+            self.engine.wake()
 
     def evaluate(self, step: int) -> float:
         """Greedy accuracy on the held-out problems (every rank gets it)."""

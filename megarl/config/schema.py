@@ -344,6 +344,10 @@ class WeightsConfig(Section):
 
     verify: Literal["off", "checksum"] = "off"
     """checksum: after every hand-over, compare checksums of every region on both sides."""
+    transport: Literal["auto", "shared_memory", "peer"] = "auto"
+    """auto maps memory of the engine's host and asks other hosts; peer asks all, as if on other hosts."""
+    offload: list[Literal["gradients", "optimizer", "kv_cache"]] = []
+    """What gives up its memory while unused: gradients, optimizer (GPU) and the engine's kv_cache (GPU)."""
     keep_kv_cache: bool = False
     """Keep cached keys and values over a hand-over, though older weights made them."""
 

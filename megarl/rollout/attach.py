@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megarl.rollout.engine import AttachReport
-from megarl.weights.handover import Alias, Copy, SourceView, WeightPlan
+from megarl.weights.handover import Alias, Copy, PeerCopy, SourceView, WeightPlan
+from megarl.weights.peer import PieceReader
+from megarl.weights.share import open_storage
 
 ParamIndex = tuple["int | tuple[int, int]", ...]
 Box = tuple[tuple[int, int], ...]  # one (start, stop) per dimension of a parameter
@@ -22,7 +24,8 @@ def check_plan(plan: WeightPlan, params: Mapping[str, torch.Tensor]) -> list[str
     shape that lies within its storage, and aliases have the parameter's dtype. Rows that the plan calls
     padding are not to be written.
     """
-    named = {alias.param for alias in plan.aliases} | {copy.param for copy in plan.copies}
+    written: list[Copy | PeerCopy] = [*plan.copies, *plan.peers]
+    named = {alias.param for alias in plan.aliases} | {copy.param for copy in written}
     violations = [f"{name}: no such parameter in the engine" for name in sorted(named - params.keys())]
     boxes: dict[str, list[Box]] = defaultdict(list)
     for alias in plan.aliases:
@@ -38,8 +41,14 @@ def check_plan(plan: WeightPlan, params: Mapping[str, torch.Tensor]) -> list[str
             violations.append(
                 f"{alias.param}: alias has dtype {alias.source.dtype}, the engine wants {dtype_name(param)}"
             )
-    for copy in plan.copies:
-        violations += _check_source(copy.param, copy.source, plan)
+    for copy in written:
+        if isinstance(copy, Copy):
+            violations += _check_source(copy.param, copy.source, plan)
+        elif not plan.addresses.get(copy.rank):
+            violations.append(
+                f"{copy.param}: trainer rank {copy.rank} has it on another host and serves no weights "
+                "(weights.transport)"
+            )
         if (param := params.get(copy.param)) is not None:
             box, problems = _copy_box(copy, tuple(param.shape))
             violations += problems
@@ -66,33 +75,48 @@ class AttachedWeights:
     ) -> None:
         # What is copied from now on must not be written into the last trainer's memory.
         aliased = {alias.param for alias in before.aliases} if before is not None else set()
-        for name in aliased & {copy.param for copy in plan.copies}:
+        written = {copy.param for copy in plan.copies} | {peer.param for peer in plan.peers}
+        for name in aliased & written:
             params[name].data = params[name].detach().clone()
-        self._storages = [torch.UntypedStorage._new_shared_filename_cpu(*s.handle) for s in plan.storages]
+        self._storages = [open_storage(storage) for storage in plan.storages]
         self._params = params
         self.aliases: list[Alias] = plan.aliases
         self._plan = plan
         for alias in plan.aliases:
             params[alias.param].data = self._view(alias.source)
         self._copies = [(params[c.param].detach()[_as_slices(c)], self._view(c.source)) for c in plan.copies]
+        sent: dict[int, list[tuple[torch.Tensor, SourceView]]] = defaultdict(list)
+        for peer in plan.peers:
+            sent[peer.rank].append((params[peer.param].detach()[_as_slices(peer)], peer.source))
+        self._readers = [PieceReader(plan.addresses[rank], pieces) for rank, pieces in sent.items()]
 
     def copy_(self) -> int:
         """Write all copied regions (dtypes convert on the way); returns the bytes written."""
         with torch.inference_mode():
+            for reader in self._readers:
+                reader.start()
             for destination, source in self._copies:
                 destination.copy_(source)
-        return self.copied_bytes
+            for reader in self._readers:
+                reader.receive()
+        return self.copied_bytes + self.received_bytes
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes that one :meth:`copy_` writes."""
+        """Bytes that one :meth:`copy_` writes from mapped memory."""
         return sum(destination.nbytes for destination, _ in self._copies)
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that one :meth:`copy_` writes from other hosts."""
+        return sum(reader.num_bytes for reader in self._readers)
+
     def regions(self) -> Iterator[tuple[str, ParamIndex, torch.Tensor]]:
-        """Every region of the plan (aliases, then copies): parameter, index, the engine's values there."""
+        """Every region of the plan (aliases, copies, peers): parameter, index, the engine's values there."""
         for alias in self.aliases:
             yield alias.param, tuple((0, n) for n in alias.source.shape), self._params[alias.param]
-        for copy in self._plan.copies:
+        written: list[Copy | PeerCopy] = [*self._plan.copies, *self._plan.peers]
+        for copy in written:
             yield copy.param, copy.index, self._params[copy.param].detach()[_as_slices(copy)]
 
     def report(self) -> AttachReport:
@@ -111,11 +135,13 @@ class AttachedWeights:
             copied=[name for name in self._params if name not in set(aliased)],
             aliased_bytes=sum(self._params[name].nbytes for name in aliased),
             copied_bytes=self.copied_bytes,
+            received_bytes=self.received_bytes,
         )
 
     def _view(self, source: SourceView) -> torch.Tensor:
-        empty = torch.empty(0, dtype=getattr(torch, source.dtype))
-        return empty.set_(self._storages[source.storage], source.offset, source.shape, source.stride)
+        storage = self._storages[source.storage]
+        empty = torch.empty(0, dtype=getattr(torch, source.dtype), device=storage.device)
+        return empty.set_(storage, source.offset, source.shape, source.stride)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -123,7 +149,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _as_slices(copy: Copy) -> tuple[int | slice, ...]:
+def _as_slices(copy: Copy | PeerCopy) -> tuple[int | slice, ...]:
     return tuple(i if isinstance(i, int) else slice(*i) for i in copy.index)
 
 
@@ -146,7 +172,7 @@ def _check_source(param: str, source: SourceView, plan: WeightPlan) -> list[str]
     return []
 
 
-def _copy_box(copy: Copy, shape: tuple[int, ...]) -> tuple[Box | None, list[str]]:
+def _copy_box(copy: Copy | PeerCopy, shape: tuple[int, ...]) -> tuple[Box | None, list[str]]:
     """The region of the parameter that ``copy`` writes, or why there is none."""
     if len(copy.index) != len(shape):
         return None, [

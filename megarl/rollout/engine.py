@@ -77,6 +77,7 @@ class AttachReport:
     copied: list[str]
     aliased_bytes: int
     copied_bytes: int  # written into the engine's own parameters at every sync
+    received_bytes: int = 0  # the same, from trainer ranks whose memory the engine cannot map
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,10 @@ class Engine(Protocol):
         """The parameters of every engine rank, tied ones once."""
         ...
 
+    def places(self) -> list[tuple[str, str]]:
+        """Host and device of every engine rank, as :mod:`megarl.weights.place` names them."""
+        ...
+
     def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
         """Bind one plan per engine rank; raises WeightPlanError with every violation."""
         ...
@@ -136,6 +141,14 @@ class Engine(Protocol):
 
     def resume(self) -> None:
         """Go on after pause."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the KV cache until :meth:`wake`; nothing is generated meanwhile."""
+        ...
+
+    def wake(self) -> None:
+        """Have a KV cache again, empty."""
         ...
 
     def health(self) -> EngineHealth:

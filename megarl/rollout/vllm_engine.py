@@ -47,6 +47,7 @@ class VllmEngine:
         self._plans: list[WeightPlan] = []
         self._policy_version: int | None = None
         self._deaths_in_a_row = 0
+        self._asleep = False
         self._spawn()
 
     @classmethod
@@ -60,6 +61,7 @@ class VllmEngine:
         seed: int,
         log_dir: Path | None = None,
         keep_kv_cache: bool = False,
+        offload_kv_cache: bool = False,
     ) -> VllmEngine:
         """Start the actor in the background; :meth:`wait_ready` joins it.
 
@@ -70,6 +72,7 @@ class VllmEngine:
             max_model_len: most tokens of prompt and response together.
             seed: seeds requests that bring none.
             keep_kv_cache: whether cached keys and values outlive a sync (they are then stale).
+            offload_kv_cache: whether sleep can free the KV cache (on a GPU).
             log_dir: where engine.log goes; None keeps it among Ray's files, while Ray runs.
 
         Call it from the main thread (see :mod:`megarl.cluster.ray_runtime`).
@@ -83,6 +86,7 @@ class VllmEngine:
             seed=seed,
             temp_dir=str(ray_temp_dir()),
             keep_kv_cache=keep_kv_cache,
+            offload_kv_cache=offload_kv_cache,
         )
         return cls(settings, (log_dir or ray_temp_dir()).resolve() / "engine.log")
 
@@ -110,6 +114,10 @@ class VllmEngine:
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """See Engine.describe_parameters."""
         return self._call("describe_parameters")
+
+    def places(self) -> list[tuple[str, str]]:
+        """See Engine.places."""
+        return self._call("places")
 
     def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
         """See Engine.attach. The plans are kept for a restart; their storages must outlive the engine."""
@@ -152,6 +160,18 @@ class VllmEngine:
         """See Engine.resume."""
         self._call("set_paused", False)
 
+    def sleep(self) -> None:
+        """See Engine.sleep; only an engine started with offload_kv_cache can."""
+        if not self._asleep:
+            self._call("sleep")
+            self._asleep = True
+
+    def wake(self) -> None:
+        """See Engine.wake."""
+        if self._asleep:
+            self._call("wake")
+            self._asleep = False
+
     def health(self) -> EngineHealth:
         """See Engine.health. Raises EngineError when the actor does not answer; restarts nothing."""
         try:
@@ -168,6 +188,7 @@ class VllmEngine:
     def _spawn(self) -> None:
         import ray
 
+        self._asleep = False
         actor_class: Any = ray.remote(EngineActor)
         self._actor: Any = actor_class.options(
             num_cpus=0, max_restarts=0, max_concurrency=_ACTOR_THREADS

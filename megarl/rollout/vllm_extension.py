@@ -6,6 +6,10 @@ it in every worker process, before the model is built; nothing else may import i
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import signal
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from megarl.rollout.attach import AttachedWeights, check_plan, dtype_name
 from megarl.rollout.engine import AttachReport
 from megarl.weights.checksum import RegionChecksum, region_checksum
 from megarl.weights.handover import ParamInfo, WeightPlan
+from megarl.weights.place import device_id, host_id
 
 
 class WeightReceiver:
@@ -30,6 +35,10 @@ class WeightReceiver:
     def megarl_describe(self) -> dict[str, ParamInfo]:
         """Shape and dtype of every parameter; a tied head is listed once, as the embedding."""
         return {name: ParamInfo(tuple(p.shape), dtype_name(p)) for name, p in self._parameters().items()}
+
+    def megarl_place(self) -> tuple[str, str]:
+        """Host and device of this worker's parameters."""
+        return host_id(), device_id(next(iter(self._parameters().values())).device)
 
     def megarl_check(self, plans: list[WeightPlan]) -> list[str]:
         """Violations of this rank's plan; changes nothing."""
@@ -102,6 +111,23 @@ def _run_experts(
             value = value * topk_weights[rows, slots, None]
         output.index_add_(0, rows, value.to(output.dtype))
 
+
+def _die_with_parent() -> None:
+    """End a tensor-parallel worker with the actor that spawned it, even while both are starting.
+
+    vLLM's own watch begins later: until then a worker whose parent was killed waits for ranks that
+    will never come.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:  # the only rank lives in the actor itself
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent.pid:
+        os._exit(1)
+
+
+_PR_SET_PDEATHSIG = 1
+_die_with_parent()
 
 # vLLM 0.32 packs weights into private buffers (oneDNN, AMX, zentorch) after loading and empties or
 # replaces the parameter, so a write to the trainer's memory would not be seen.

@@ -66,6 +66,7 @@ class EngineSettings:
     seed: int
     temp_dir: str  # for the files vLLM leaves behind, such as gloo's rendezvous
     keep_kv_cache: bool = False  # over a sync
+    offload_kv_cache: bool = False  # sleep can free it
 
 
 class EngineActor:
@@ -98,6 +99,18 @@ class EngineActor:
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """See Engine.describe_parameters."""
         return self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_describe"))
+
+    def sleep(self) -> None:
+        """See Engine.sleep."""
+        self._on_engine_thread(lambda: self._engine.sleep(level=1))
+
+    def wake(self) -> None:
+        """See Engine.wake."""
+        self._on_engine_thread(lambda: self._engine.wake_up())
+
+    def places(self) -> list[tuple[str, str]]:
+        """See Engine.places."""
+        return self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_place"))
 
     def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
         """See Engine.attach."""
@@ -293,6 +306,7 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         disable_log_stats=True,
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
+        enable_sleep_mode=settings.offload_kv_cache,
         worker_extension_cls="megarl.rollout.vllm_extension.WeightReceiver",
     )
     engine = LLMEngine.from_engine_args(args)

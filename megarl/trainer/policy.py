@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import Loss
 from megarl.records import PackedBatch, Sequence
-from megarl.weights.handover import SharedStorage, SourceView
+from megarl.weights.checksum import RegionQuery
 from megarl.weights.plan import Owner
 
+Transport = Literal["auto", "shared_memory", "peer"]
 LogprobField = Literal["old_logprobs", "ref_logprobs"]
 
 
@@ -85,16 +87,27 @@ class Policy(Protocol):
         """
         ...
 
-    def weight_owners(self) -> list[Owner]:
-        """What every rank offers to engines, on rank 0 (elsewhere empty)."""
+    def weight_owners(self, transport: Transport = "auto") -> list[Owner]:
+        """What every rank offers to engines, on rank 0 (elsewhere empty).
+
+        Until the process ends its parameters must stay where they are; ``transport`` is weights.transport.
+        """
         ...
 
-    def weight_checksums(self, regions: list[tuple[SharedStorage, SourceView, str]]) -> dict[int, int]:
-        """Number in ``regions`` -> checksum, of those that lie in this rank's memory, as the given dtype."""
+    def weight_checksums(self, queries: list[RegionQuery]) -> dict[int, int]:
+        """Number in ``queries`` -> checksum, of those that lie in this rank's memory."""
         ...
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the Hugging Face checkpoint, on rank 0 (elsewhere none)."""
+        ...
+
+    def sleep(self, parts: SequenceOf[str]) -> None:
+        """Give up the memory of "gradients" (freed) and "optimizer" (to the host) until :meth:`wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Undo :meth:`sleep`; without it, nothing. Training and saving do it by themselves."""
         ...
 
     def save(self, directory: Path, *, optimizer: bool) -> None:

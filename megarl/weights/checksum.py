@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megarl.weights.handover import SourceView, Storage
+
 _CHUNK = 1 << 18  # elements at a time, so that temporaries stay at a few MiB
 _STEP = 0x1E3779B97F4A7C15  # no pattern in its bits, and twice it is still a signed 64-bit number
 _BITS = {4: torch.int32, 2: torch.int16}
@@ -23,6 +25,19 @@ class RegionChecksum:
     index: tuple[int | tuple[int, int], ...]
     dtype: str
     value: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegionQuery:
+    """A region in a trainer's memory whose checksum, as ``dtype``, is asked for.
+
+    It lies in ``storage``, or, where that is None, in a storage of trainer rank ``rank``.
+    """
+
+    source: SourceView
+    dtype: str
+    storage: Storage | None
+    rank: int = -1
 
 
 def region_checksum(tensor: torch.Tensor, dtype: str | None = None) -> int:

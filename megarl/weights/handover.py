@@ -24,6 +24,19 @@ class SharedStorage:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaStorage:
+    """One block of the trainer's GPU memory: what torch's ``UntypedStorage._share_cuda_()`` returned in
+    the owning process, without the device number, which means nothing elsewhere."""
+
+    device_uuid: str
+    ipc: tuple[object, ...]
+    num_bytes: int
+
+
+Storage = SharedStorage | CudaStorage
+
+
+@dataclass(frozen=True, slots=True)
 class SourceView:
     """A strided view of a shared storage. Offsets and strides count elements of ``dtype``."""
 
@@ -85,9 +98,10 @@ class WeightPlan:
     no result reads; copies leave them as they are.
     """
 
-    storages: list[SharedStorage]
+    storages: list[Storage]
     aliases: list[Alias]
     copies: list[Copy]
     copy_reasons: dict[str, str] = field(default_factory=dict)  # param -> why it is not aliased
     peers: list[PeerCopy] = field(default_factory=list)
+    addresses: dict[int, str] = field(default_factory=dict)  # trainer rank -> where its server listens
     padding: dict[str, int] = field(default_factory=dict)  # param -> number of its padding rows

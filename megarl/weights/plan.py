@@ -3,14 +3,14 @@
 Pure planning: no process groups, no tensors. The regions of all trainer ranks are intersected with an
 engine rank's in the index space of the Hugging Face tensors. What is the same for many engine ranks
 (which pieces a parameter has, and who holds each) is computed once per list of readers; what differs
-(which of several holders sends) is decided per engine rank. Every plan is proved: each element of
-each engine parameter is written exactly once, vocabulary padding excepted.
+(which of several holders sends) is decided per engine rank. Every plan is proved: the pieces of each
+engine parameter tile it, vocabulary padding excepted, and the plan writes each piece once.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from typing import NamedTuple
 from megarl.errors import UserError
 from megarl.models.table import Region
 from megarl.weights.boxes import as_box
-from megarl.weights.handover import Alias, Copy, ParamInfo, PeerCopy, SharedStorage, SourceView, WeightPlan
-from megarl.weights.pieces import Holders, OwnerIndex, Pattern, Piece, cover_problem
+from megarl.weights.handover import Alias, Copy, ParamInfo, PeerCopy, SourceView, Storage, WeightPlan
+from megarl.weights.pieces import Holders, OwnerIndex, Pattern, Piece
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -29,15 +29,17 @@ class Owner:
     """One trainer rank's offer: its regions, where its parameters lie, and its shared storages.
 
     ``rank`` -1 stands for the owner's place in the list of owners. Memory can be mapped within a
-    ``host`` and aliased within a ``device`` of it (on a CPU, all ranks of a host share one).
+    ``host`` and aliased within a ``device`` of it (on a CPU, all ranks of a host share one); other hosts
+    ask its server at ``address``.
     """
 
     regions: list[Region]
     params: dict[str, SourceView]
-    storages: list[SharedStorage]
+    storages: list[Storage]
     rank: int = -1
     host: str = ""
     device: str = "cpu"
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,15 @@ def plan_weights(
     Raises UserError listing every parameter that is unknown, misshapen or not covered.
     """
     frozen = tuple(
-        _FrozenOwner(tuple(o.regions), tuple(o.params.items()), tuple(o.storages), o.rank, o.host, o.device)
+        _FrozenOwner(
+            tuple(o.regions),
+            tuple(o.params.items()),
+            tuple(o.storages),
+            o.rank,
+            o.host,
+            o.device,
+            o.address,
+        )
         for o in owners
     )
     params = tuple(engine_params.items())
@@ -86,10 +96,11 @@ class _FrozenOwner(NamedTuple):
 
     regions: tuple[Region, ...]
     params: tuple[tuple[str, SourceView], ...]
-    storages: tuple[SharedStorage, ...]
+    storages: tuple[Storage, ...]
     rank: int
     host: str
     device: str
+    address: str
 
 
 @lru_cache(maxsize=64)
@@ -103,7 +114,8 @@ def _plan_once(
     peers_only: bool,
 ) -> WeightPlan:
     thawed = [
-        Owner(list(o.regions), dict(o.params), list(o.storages), o.rank, o.host, o.device) for o in owners
+        Owner(list(o.regions), dict(o.params), list(o.storages), o.rank, o.host, o.device, o.address)
+        for o in owners
     ]
     reader = Reader(list(readers), dict(engine_params), host, device, prefer_rank)
     return Planner(thawed, peers_only=peers_only).plan(reader)
@@ -134,17 +146,21 @@ class Planner:
             self.on_device.setdefault((owner.host, owner.device), []).append(place)
         self._load = [[0] * len(owners), [0] * len(owners)]  # bytes sent within the host, to other hosts
         self._queues: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        self._fixed: dict[int, _Fixed | None] = {}  # by the id of a parameter's list of pieces
 
     def plan(self, reader: Reader) -> WeightPlan:
         """Plan one engine rank; raises UserError with every violation."""
         pattern = self._pattern(reader)
         choice = _Choice(self, reader, pattern.padding)
+        if pattern.problems:
+            raise UserError("\n".join(pattern.problems))
         for name, pieces in pattern.pieces.items():
             choice.decide(name, reader.params[name], pieces, pattern.common[name])
-        problems = pattern.problems or coverage_problems(choice.result, reader.params)
-        if problems:
-            raise UserError("\n".join(problems))
-        return choice.result
+        plan = choice.result
+        # The pieces tile their parameters (else there were problems): written once each, they prove the plan.
+        pieces_of_aliases = sum(len(pattern.pieces[alias.param]) for alias in plan.aliases)
+        assert len(plan.copies) + len(plan.peers) + pieces_of_aliases == pattern.num_pieces
+        return plan
 
     def _pattern(self, reader: Reader) -> Pattern:
         key = (id(reader.regions), id(reader.params))
@@ -153,13 +169,38 @@ class Planner:
             self._patterns[key] = (reader, self._index.pattern(reader.regions, reader.params))
         return self._patterns[key][1]
 
+    def fixed(self, name: str, info: ParamInfo, pieces: list[Piece]) -> _Fixed | None:
+        """The copies of a parameter whose pieces have one holder each, equal for all ranks on other hosts."""
+        key = id(pieces)  # the pattern keeps them alive
+        if key not in self._fixed:
+            self._fixed[key] = None
+            if all(len(piece.holders) == 1 for piece in pieces):
+                places = [piece.holders.places[0] for piece in pieces]
+                sent: dict[int, int] = {}
+                for place, piece in zip(places, pieces, strict=True):
+                    sent[place] = sent.get(place, 0) + piece.size * ITEM_BYTES[info.dtype]
+                peers = [self.peer(name, *pair) for pair in zip(pieces, places, strict=True)]
+                hosts = frozenset(self.hosts[place] for place in places)
+                addresses = {self.ranks[place]: self.owners[place].address for place in places}
+                self._fixed[key] = _Fixed(peers, places, hosts, sent, addresses)
+        return self._fixed[key]
+
+    def peer(self, name: str, piece: Piece, place: int) -> PeerCopy:
+        """``piece`` sent by the owner at ``place``: one object for all engine ranks that get it."""
+        peer = piece.made.get(place)
+        if peer is None:
+            view = self.view(place, piece)
+            peer = piece.made[place] = PeerCopy(name, piece.index, self.ranks[place], view)
+        return peer
+
     def view(self, place: int, piece: Piece) -> SourceView:
         """The bytes of ``piece`` in the memory of the owner at ``place``; storages count that owner's own."""
         param, index = piece.source(place)
-        key = (place, param, index)
+        params = self.owners[place].params  # ranks of a simulated trainer may share theirs
+        key = (id(params), param, index)
         view = self._views.get(key)
         if view is None:
-            whole = self.owners[place].params[param]
+            whole = params[param]
             offset, shape, stride = whole.offset, [], []
             assert len(index) == len(whole.shape), (param, index, whole.shape)
             for entry, step, size in zip(index, whole.stride, whole.shape, strict=True):
@@ -191,6 +232,22 @@ class Planner:
     def add_load(self, place: int, near: bool, num_bytes: int) -> None:
         """``place`` sends this much more."""
         self._load[near][place] += num_bytes
+
+    def add_loads(self, sent: Mapping[int, int]) -> None:
+        """These places send this much more to other hosts."""
+        load = self._load[False]
+        for place, num_bytes in sent.items():
+            load[place] += num_bytes
+
+
+class _Fixed(NamedTuple):
+    """A parameter whose every piece has one holder: nothing is to be chosen."""
+
+    peers: list[PeerCopy]
+    places: list[int]  # of the holders
+    hosts: frozenset[str]
+    sent: dict[int, int]  # place -> bytes
+    addresses: dict[int, str]  # rank -> where its server listens
 
 
 class _Choice:
@@ -225,6 +282,14 @@ class _Choice:
         if name in self._padding:
             self.result.padding[name] = self._padding[name]
         self.result.copy_reasons[name] = reason or "no trainer rank has it in memory the engine could alias"
+        if len(pieces) == 1:
+            candidates, mapped = self._candidates(pieces[0])
+            self._copy(name, info, pieces[0], self._planner.least_loaded(candidates, mapped), mapped)
+            return
+        fixed = self._planner.fixed(name, info, pieces)
+        if fixed is not None:
+            self._copy_fixed(name, info, pieces, fixed)
+            return
         chosen: list[int] = []
         senders = [(*self._candidates(piece), piece) for piece in pieces]
         senders.sort(key=lambda item: len(item[0]))  # those without a choice first: the others follow them
@@ -235,6 +300,16 @@ class _Choice:
                 again = [self._planner.least_loaded(candidates.narrowed(others), mapped)]
                 chosen += again
             self._copy(name, info, piece, again[0], mapped)
+
+    def _copy_fixed(self, name: str, info: ParamInfo, pieces: list[Piece], fixed: _Fixed) -> None:
+        planner, host = self._planner, self._reader.host
+        if planner.peers_only or host not in fixed.hosts:
+            self.result.peers.extend(fixed.peers)
+            self.result.addresses.update(fixed.addresses)
+            planner.add_loads(fixed.sent)
+            return
+        for piece, place in zip(pieces, fixed.places, strict=True):
+            self._copy(name, info, piece, place, planner.hosts[place] == host)
 
     def _candidates(self, piece: Piece) -> tuple[Holders, bool]:
         """Who may send the piece, and whether by memory that the engine maps."""
@@ -247,16 +322,15 @@ class _Choice:
         return (local, True) if local else (holders, False)
 
     def _copy(self, name: str, info: ParamInfo, piece: Piece, place: int, mapped: bool) -> None:
-        view = self._planner.view(place, piece)
-        num_bytes = piece.size * ITEM_BYTES[info.dtype]
-        self._planner.add_load(place, mapped, num_bytes)
+        planner = self._planner
+        planner.add_load(place, mapped, piece.size * ITEM_BYTES[info.dtype])
         if mapped:
-            self.result.copies.append(Copy(name, piece.index, self._mapped(place, view)))
+            source = self._mapped(place, planner.view(place, piece))
+            self.result.copies.append(Copy(name, piece.index, source))
             return
-        peer = piece.made.get(place)
-        if peer is None:
-            peer = piece.made[place] = PeerCopy(name, piece.index, self._planner.ranks[place], view)
+        peer = planner.peer(name, piece, place)
         self.result.peers.append(peer)
+        self.result.addresses[peer.rank] = planner.owners[place].address
 
     def _mapped(self, place: int, view: SourceView) -> SourceView:
         key = (place, view.storage)
@@ -277,7 +351,7 @@ class _Choice:
 
 
 def alias_of(
-    info: ParamInfo, pieces: Sequence[tuple[object, SourceView]], storages: Sequence[SharedStorage]
+    info: ParamInfo, pieces: Sequence[tuple[object, SourceView]], storages: Sequence[Storage]
 ) -> SourceView | str:
     """The one view that is the whole parameter, given its pieces (index, source); else why there is none."""
     first = pieces[0][1]
@@ -310,27 +384,3 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
     return tuple(reversed(strides)) if shape else ()
-
-
-def coverage_problems(plan: WeightPlan, params: Mapping[str, ParamInfo]) -> list[str]:
-    """The proof that a finished plan writes every element of every parameter exactly once.
-
-    Returns a line per parameter that fails.
-    """
-    boxes: dict[str, list[tuple[tuple[int, int], ...]]] = {name: [] for name in params}
-    aliased = set()
-    for alias in plan.aliases:
-        assert alias.source.shape == params[alias.param].shape
-        assert alias.param not in aliased
-        aliased.add(alias.param)
-    entries: Iterable[Copy | PeerCopy]
-    for entries in (plan.copies, plan.peers):
-        for entry in entries:
-            boxes[entry.param].append(as_box(entry.index))
-    problems = []
-    for name, info in params.items():
-        if name in aliased:
-            assert not boxes[name]
-            continue
-        problems += cover_problem(name, info.shape, tuple(boxes[name]), plan.padding.get(name, 0))
-    return problems

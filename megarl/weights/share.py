@@ -1,4 +1,4 @@
-"""The trainer's side of the hand-over on a CPU: its parameters in shared memory."""
+"""The trainer's parameters where an engine can map them, and the mapping."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from megarl.models.table import Region
-from megarl.weights.handover import SharedStorage, SourceView
+from megarl.weights import cuda_ipc
+from megarl.weights.handover import CudaStorage, SharedStorage, SourceView, Storage
+from megarl.weights.place import device_id, host_id
 from megarl.weights.plan import Owner
 
 
@@ -36,18 +38,21 @@ def pool_parameters(params: Mapping[str, torch.nn.Parameter]) -> torch.Tensor:
 
 
 def share_parameters(params: Mapping[str, torch.Tensor], regions: list[Region]) -> Owner:
-    """Put the parameters' storages into shared memory (in place: all views stay valid) and describe them."""
-    storages: list[SharedStorage] = []
+    """Make the parameters' storages mappable (in place: all views stay valid) and describe them.
+
+    On a CPU they move into shared memory; on a GPU they stay where they are.
+    """
+    storages: list[Storage] = []
     numbers: dict[int, int] = {}
     views = {}
     for name, param in params.items():
         storage = param.untyped_storage()
-        if not storage.is_shared():
-            storage._share_filename_cpu_()
+        if param.device.type == "cpu" and not storage.is_shared():
+            storage._share_filename_cpu_()  # moves it: the address below is the new one
         key = storage.data_ptr()
         if key not in numbers:
             numbers[key] = len(storages)
-            storages.append(SharedStorage(tuple(storage._share_filename_cpu_())))
+            storages.append(_share(storage, param.device))
         views[name] = SourceView(
             numbers[key],
             str(param.dtype).removeprefix("torch."),
@@ -55,4 +60,25 @@ def share_parameters(params: Mapping[str, torch.Tensor], regions: list[Region]) 
             tuple(param.shape),
             tuple(param.stride()),
         )
-    return Owner(regions, views, storages)
+    device = next(iter(params.values())).device
+    return Owner(regions, views, storages, host=host_id(), device=device_id(device))
+
+
+def storages_of(params: Mapping[str, torch.Tensor]) -> list[torch.UntypedStorage]:
+    """The parameters' storages, numbered as :func:`share_parameters` numbers them."""
+    found = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in params.values()}
+    return list(found.values())
+
+
+def open_storage(shared: Storage) -> torch.UntypedStorage:
+    """Map a block of the trainer's memory in this process."""
+    if isinstance(shared, CudaStorage):
+        storage: torch.UntypedStorage = cuda_ipc.open_storage(shared)
+        return storage
+    return torch.UntypedStorage._new_shared_filename_cpu(*shared.handle)
+
+
+def _share(storage: torch.UntypedStorage, device: torch.device) -> Storage:
+    if device.type == "cpu":
+        return SharedStorage(tuple(storage._share_filename_cpu_()))
+    return cuda_ipc.share_storage(storage, device_id(device))

@@ -79,21 +79,44 @@ def export(policy: Any, model_dir: str, directory: str) -> None:
 _offered: list[Any] = []  # policies whose memory an engine may be reading
 
 
-def train_export_and_offer(context: Any, model_dir: str, export_dir: str, distributed: bool) -> Any:
+def train_export_and_offer(
+    context: Any, model_dir: str, export_dir: str, distributed: bool, transport: Any = "auto"
+) -> Any:
     """One training step, its weights exported, and what rank 0 tells an engine; the weights stay alive."""
     policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
     policy.train_step(policy.prepare(make_sequences(5), "token"), sft_loss, temperature=1.0)
     export(policy, model_dir, export_dir)
-    owners = policy.weight_owners()
+    owners = policy.weight_owners(transport)
     _offered[:] = [policy]
     return owners
 
 
-def wrong_checksums(context: Any, regions: list[tuple[Any, Any, str, int]]) -> list[int]:
+def train_further(context: Any, model_dir: str, export_dir: str | None) -> None:
+    """One more training step of the offered policy; with a directory, its weights exported."""
+    [policy] = _offered
+    policy.train_step(policy.prepare(make_sequences(5), "token"), sft_loss, temperature=1.0)
+    if export_dir is not None:
+        export(policy, model_dir, export_dir)
+
+
+def checksums(context: Any, queries: list[Any]) -> dict[int, int]:
+    """Of the offered policy's regions."""
+    [policy] = _offered
+    return policy.weight_checksums(queries)
+
+
+def disturb(context: Any, param: str) -> None:
+    """Change one element of a parameter of the offered policy."""
+    [policy] = _offered
+    with torch.no_grad():
+        policy.params[param].view(-1)[3] += 1.0
+
+
+def wrong_checksums(context: Any, regions: list[tuple[Any, int]]) -> list[int]:
     """Numbers of the regions in the offered policy's memory whose checksum is another than the engine's."""
     [policy] = _offered
-    mine = policy.weight_checksums([region[:3] for region in regions])
-    return [number for number, value in mine.items() if value != regions[number][3]]
+    mine = policy.weight_checksums([query for query, _ in regions])
+    return [number for number, value in mine.items() if value != regions[number][1]]
 
 
 def weights(policy: Any) -> dict[str, np.ndarray]:
@@ -318,3 +341,15 @@ def _flat(prefix: str, agreement: Any) -> dict[str, float]:
 def advantage_loss(tokens: LossTokens) -> LossResult:
     """On-policy policy gradient, as PolicyLoss without old logprobs."""
     return PolicyLoss(PolicyLossOptions())(tokens)
+
+
+def train_with_naps(context: Any, model_dir: str, distributed: bool, parts: list[str]) -> dict[str, Any]:
+    """Three steps with ``parts`` asleep between them, and the bytes gradients have meanwhile."""
+    policy = build(context, model_dir, optimizer={"distributed": distributed})
+    gradient_bytes = []
+    for seed in range(3):
+        policy.train_step(policy.prepare(make_sequences(seed), "token"), sft_loss, temperature=1.0)
+        policy.sleep(parts)
+        buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
+        gradient_bytes += [buffer.grad_data.untyped_storage().nbytes() for buffer in buffers]
+    return {"gradient_bytes": gradient_bytes, "weights": weights(policy)}

@@ -143,3 +143,16 @@ def test_reference_is_an_exchange_of_pointers(model_dirs: dict[str, str], distri
     assert facts["stayed"] == [True, True]
     assert facts["equal_metrics"]
     assert facts["restored_after_error"]
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_sleep_between_steps_frees_gradients_and_changes_nothing(
+    model_dirs: dict[str, str], distributed: bool
+) -> None:
+    arguments = (model_dirs["qwen3-tied"], distributed)
+    awake = world(1).run(ranks.train_with_naps, *arguments, [])[0]
+    napping = world(1).run(ranks.train_with_naps, *arguments, ["gradients", "optimizer"])[0]
+    assert all(size > 0 for size in awake["gradient_bytes"])
+    assert all(size == 0 for size in napping["gradient_bytes"])
+    for name, value in awake["weights"].items():
+        assert np.array_equal(value, napping["weights"][name]), name

@@ -6,20 +6,23 @@ export of the same weights, which passes through none of the hand-over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import transformers
 
-from megarl.algorithms.engines import attach_weights
+from megarl.algorithms.engines import attach_weights, region_queries
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.schema import EngineConfig
 from megarl.models import load_architecture
 from megarl.rollout.engine import GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine
+from megarl.trainer.policy import Transport
+from megarl.weights.checksum import RegionQuery
 from tests.trainer import ranks
 from tests.trainer.world import world
 
@@ -59,41 +62,52 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
 class Bench:
     """One engine; trainers of several layouts attach to it in turn."""
 
-    def __init__(self, family: str, engine_ranks: int, directory: Path) -> None:
+    def __init__(
+        self, family: str, engine_ranks: int, directory: Path, dtype: Literal["auto", "bfloat16"] = "auto"
+    ) -> None:
         self.family, self.engine_ranks, self.directory = family, engine_ranks, directory
         self.model_dir = directory / "model"
         config_class, model_class, options = MODELS[family]
         torch.manual_seed(0)
         model_class(config_class(**(SIZES | options))).save_pretrained(self.model_dir)
         config = EngineConfig(
-            kv_cache_gib=0.02, max_num_seqs=8, num_threads=1, tensor_parallel_size=engine_ranks
+            dtype=dtype, kv_cache_gib=0.02, max_num_seqs=8, num_threads=1, tensor_parallel_size=engine_ranks
         )
         self.engine = VllmEngine.start(
             self.model_dir, config, dtype="float32", max_model_len=128, seed=1, log_dir=directory
         )
         self.version = 0
 
-    def checksums(self) -> list[Any]:
-        """Storage, view, type and the engine's checksum of every region it holds."""
+    def checksums(self) -> list[tuple[RegionQuery, int]]:
+        """Every region the engine holds, with its checksum there."""
         return [
-            (plan.storages[piece.source.storage], piece.source, checksum.dtype, checksum.value)
+            (query, checksum.value)
             for plan, sums in zip(self.engine.plans, self.engine.checksums(), strict=True)
-            for piece, checksum in zip((*plan.aliases, *plan.copies), sums, strict=True)
+            for query, checksum in zip(region_queries(plan, sums), sums, strict=True)
         ]
 
-    def check(self, layout: str, *, same_layout: bool) -> None:
+    def check(self, layout: str, *, same_layout: bool, transport: Transport = "auto") -> None:
         size, parallel, distributed = LAYOUTS[layout]
         if self.family == "qwen3_moe" and "tensor_parallel_size" in parallel:
             parallel = parallel | {"sequence_parallel": True}  # experts need it
         export_dir = self.directory / f"export-{layout}"
         owners = world(size).run(
-            ranks.train_export_and_offer, str(self.model_dir), str(export_dir), distributed, parallel=parallel
+            ranks.train_export_and_offer,
+            str(self.model_dir),
+            str(export_dir),
+            distributed,
+            transport,
+            parallel=parallel,
         )[0]
-        lines = attach_weights(self.engine, load_architecture(self.model_dir), owners)
+        lines = attach_weights(self.engine, load_architecture(self.model_dir), owners, transport)
         self.version += 1
         report = self.engine.sync(self.version)
-        mismatched = world(size).run(ranks.wrong_checksums, self.checksums())
+        checksums = self.checksums()
+        mismatched = world(size).run(ranks.wrong_checksums, checksums)
         assert not any(mismatched), lines
+        if transport == "peer":
+            sizes = sum(math.prod(query.source.shape) * 4 for query, _ in checksums)
+            assert report.bytes_moved == sizes, "all of it, once"
         requests = [
             GenerateRequest(f"{layout}-{n}", [(7 * n + k) % 250 for k in range(5 + n)], 12, seed=n)
             for n in range(6)
@@ -138,3 +152,17 @@ CASES = [
 def test_the_engine_is_the_exported_model(bench: Bench, layout: str) -> None:
     same = (layout == "tp2") if bench.engine_ranks == 2 else layout in ("one", "dp2-distributed")
     bench.check(layout, same_layout=same)
+
+
+@pytest.mark.parametrize(
+    ("bench", "layout"),
+    [
+        pytest.param(("llama", 1), "tp2xpp2", id="llama-tp2xpp2-to-tp1"),
+        pytest.param(("qwen3_moe", 2), "ep2", id="qwen3_moe-ep2-to-tp2"),
+    ],
+    indirect=["bench"],
+)
+def test_point_to_point(bench: Bench, layout: str) -> None:
+    """Nothing is mapped: every byte comes from its owner through a socket, as between hosts."""
+    bench.check(layout, same_layout=False, transport="peer")
+    bench.check(layout, same_layout=False)  # and back to mapped memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +31,13 @@ from megarl.trainer.megatron.head import HeadShard, Sampler, label_logprobs, los
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
-from megarl.trainer.policy import LogprobField, TrainStepResult, gather
-from megarl.weights.checksum import region_checksum
-from megarl.weights.handover import SharedStorage, SourceView
-from megarl.weights.hf import load_hf, region_index
+from megarl.trainer.megatron.sleep import Sleeper
+from megarl.trainer.megatron.weights import TrainerWeights
+from megarl.trainer.policy import LogprobField, TrainStepResult, Transport, gather
+from megarl.weights.checksum import RegionQuery
+from megarl.weights.hf import load_hf
 from megarl.weights.plan import Owner
-from megarl.weights.share import pool_parameters, share_parameters
+from megarl.weights.share import pool_parameters
 
 
 class MegatronPolicy:
@@ -75,6 +75,7 @@ class MegatronPolicy:
             for name, param in chunk.named_parameters()
         }
         self.regions = architecture.trainer_regions(context.layout, context.at)
+        self.weights = TrainerWeights(context, architecture, self.params, self.regions)
         self._model_dir = model.path
         load_hf(model.path, architecture, self.regions, self.params)
         # The distributed optimizer brings a flat buffer of its own.
@@ -91,6 +92,7 @@ class MegatronPolicy:
         )
         self.ddp = [DistributedDataParallel(chunk.config, reduction, chunk) for chunk in self.chunks]
         self.optimizer, self.schedule = build_optimizer(optimizer, self.ddp, dtype, total_optimizer_steps)
+        self._sleeper = Sleeper(self.ddp, self.optimizer, self.device)
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = _finalize_without_scaling
 
@@ -196,6 +198,7 @@ class MegatronPolicy:
             agreement = agreement + _agreement(tokens)
             return loss(tokens)
 
+        self.wake()
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -325,65 +328,38 @@ class MegatronPolicy:
         for name, param in self.params.items():
             param.data, other[name] = other[name], param.data
 
-    def _is_first_replica(self, param: str) -> bool:
-        """Whether this rank is the first of those that hold the same values of ``param``."""
-        at = self.context.at
-        if param.endswith((".experts.w13", ".experts.w2")):
-            return at.expert_data == 0
-        return at.data == 0 and at.context == 0
-
     # --- weights ------------------------------------------------------------------------------
 
-    def weight_owners(self) -> list[Owner]:
+    def weight_owners(self, transport: Transport = "auto") -> list[Owner]:
         """See Policy. Every rank offers all it holds; the planner chooses among replicas."""
-        mine = share_parameters(self.params, self.regions)
-        owners = gather(replace(mine, rank=self.context.rank))
-        return owners if self.context.is_first else []
+        return self.weights.owners(transport)
 
-    def weight_checksums(self, regions: list[tuple[SharedStorage, SourceView, str]]) -> dict[int, int]:
+    def weight_checksums(self, queries: list[RegionQuery]) -> dict[int, int]:
         """See Policy."""
-        mine = {}
-        for param in self.params.values():
-            storage = param.untyped_storage()
-            mine[tuple(storage._share_filename_cpu_())] = storage
-        sums = {}
-        for number, (shared, view, dtype) in enumerate(regions):
-            if shared.handle in mine:
-                empty = torch.empty(0, dtype=getattr(torch, view.dtype))
-                tensor = empty.set_(mine[shared.handle], view.offset, view.shape, view.stride)
-                sums[number] = region_checksum(tensor, dtype)
-        return sums
+        return self.weights.checksums(queries)
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Policy. One tensor at a time is whole on rank 0."""
-        by_name: dict[str, list[Any]] = {}
-        for region in self.regions:
-            if self._is_first_replica(region.param):
-                by_name.setdefault(region.hf, []).append(region)
-        for name, shape in self.architecture.hf_shapes().items():
-            parts = [
-                (region.box, self.params[region.param].detach()[region_index(region.index)].cpu().clone())
-                for region in by_name.get(name, [])
-            ]
-            gathered = [parts]
-            if dist.get_world_size() > 1:
-                everything: list[Any] = [None] * dist.get_world_size()
-                dist.gather_object(parts, everything if self.context.is_first else None)
-                gathered = everything
-            if self.context.is_first:
-                whole = torch.empty(shape, dtype=next(iter(self.params.values())).dtype)
-                for box, part in (piece for rank in gathered for piece in rank):
-                    whole[tuple(slice(*span) for span in box)] = part
-                yield name, whole
+        """See Policy."""
+        return self.weights.hf_tensors()
+
+    def sleep(self, parts: Iterable[str]) -> None:
+        """See Policy."""
+        self._sleeper.sleep(parts)
+
+    def wake(self) -> None:
+        """See Policy."""
+        self._sleeper.wake()
 
     # --- checkpoints --------------------------------------------------------------------------
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
         """See Policy."""
+        self.wake()
         checkpoint.save(directory, self.chunks, self.optimizer if optimizer else None, self.schedule)
 
     def load(self, directory: Path) -> bool:
         """See Policy."""
+        self.wake()
         return checkpoint.load(directory, self.chunks, self.optimizer, self.schedule)
 
 

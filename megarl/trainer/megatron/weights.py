@@ -1,0 +1,99 @@
+"""What one trainer rank's weights are to others: owners for engines, checksums, Hugging Face tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megarl.layout import RankCoordinates
+from megarl.models.table import Architecture, Region
+from megarl.trainer.megatron.initialize import RankContext
+from megarl.trainer.policy import Transport, gather
+from megarl.weights.checksum import RegionQuery, region_checksum
+from megarl.weights.hf import region_index
+from megarl.weights.peer import PieceServer
+from megarl.weights.place import address_towards
+from megarl.weights.plan import Owner
+from megarl.weights.share import share_parameters, storages_of
+
+
+class TrainerWeights:
+    """The parameters of one rank and the regions of the Hugging Face tensors they hold."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        architecture: Architecture,
+        params: Mapping[str, torch.nn.Parameter],
+        regions: list[Region],
+    ) -> None:
+        self._context, self._architecture = context, architecture
+        self._params, self._regions = params, regions
+        self._server: PieceServer | None = None
+
+    def owners(self, transport: Transport) -> list[Owner]:
+        """See Policy.weight_owners. A server is started where an engine may have to ask for weights."""
+        mine = share_parameters(self._params, self._regions)
+        several_hosts = len(set(gather(mine.host))) > 1
+        if self._server is None and (transport == "peer" or (transport == "auto" and several_hosts)):
+            device = next(iter(self._params.values())).device
+            self._server = PieceServer(storages_of(self._params), device, _own_address())
+        address = self._server.address if self._server is not None else ""
+        owners = gather(replace(mine, rank=self._context.rank, address=address))
+        return owners if self._context.is_first else []
+
+    def checksums(self, queries: Sequence[RegionQuery]) -> dict[int, int]:
+        """See Policy.weight_checksums."""
+        owner = share_parameters(self._params, [])
+        storages = storages_of(self._params)
+        number_of = {storage: number for number, storage in enumerate(owner.storages)}
+        sums = {}
+        for place, query in enumerate(queries):
+            number = query.source.storage if query.rank == self._context.rank else None
+            if query.storage is not None:
+                number = number_of.get(query.storage)
+            if number is not None:
+                view = query.source
+                empty = torch.empty(0, dtype=getattr(torch, view.dtype), device=storages[number].device)
+                tensor = empty.set_(storages[number], view.offset, view.shape, view.stride)
+                sums[place] = region_checksum(tensor, query.dtype)
+        return sums
+
+    def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Policy.hf_tensors. One tensor at a time is whole on rank 0."""
+        by_name: dict[str, list[Any]] = {}
+        for region in self._regions:
+            if is_first_replica(region.param, self._context.at):
+                by_name.setdefault(region.hf, []).append(region)
+        for name, shape in self._architecture.hf_shapes().items():
+            parts = [
+                (region.box, self._params[region.param].detach()[region_index(region.index)].cpu().clone())
+                for region in by_name.get(name, [])
+            ]
+            gathered = [parts]
+            if dist.get_world_size() > 1:
+                everything: list[Any] = [None] * dist.get_world_size()
+                dist.gather_object(parts, everything if self._context.is_first else None)
+                gathered = everything
+            if self._context.is_first:
+                whole = torch.empty(shape, dtype=next(iter(self._params.values())).dtype)
+                for box, part in (piece for rank in gathered for piece in rank):
+                    whole[tuple(slice(*span) for span in box)] = part
+                yield name, whole
+
+
+def is_first_replica(param: str, at: RankCoordinates) -> bool:
+    """Whether a rank is the first of those that hold the same values of ``param``."""
+    if param.endswith((".experts.w13", ".experts.w2")):
+        return at.expert_data == 0
+    return at.data == 0 and at.context == 0
+
+
+def _own_address() -> str:
+    """This rank's address as the other ranks see it: the one on the way to rank 0."""
+    return address_towards(os.environ.get("MASTER_ADDR") or "127.0.0.1")

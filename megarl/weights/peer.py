@@ -1,0 +1,204 @@
+"""Weights between hosts: point to point from the shard that owns them into the engine's parameter.
+
+Every trainer rank runs a :class:`PieceServer`; an engine rank whose plan has pieces of it opens a
+:class:`PieceReader` there. The two form a process group of their own (gloo; NCCL where both are GPUs),
+apart from the trainer's: an engine that is started again opens a new one and the trainer's ranks need
+not notice. The server reads the live parameters in a thread, so that it must not be asked while the
+optimizer writes; the algorithms sync between training and rollout.
+
+A request is JSON in the server's TCP store: nothing that comes over the network is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from megarl.errors import UserError
+from megarl.weights.handover import SourceView
+from megarl.weights.place import address_towards
+
+dist: Any = distributed  # its type hints do not know the stores and groups it exports
+log = logging.getLogger(__name__)
+
+MESSAGE_BYTES = 64 * 2**20
+"""Largest message: bounds the memory of pieces that cannot be sent or received where they lie."""
+_CONNECT = timedelta(seconds=60)
+_TRANSFER = timedelta(minutes=10)
+_IDLE = timedelta(days=30)  # between two hand-overs lies a step, of any length
+_SERVER, _READER = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class WantedPiece:
+    """A view of the server's storages and the type in which to send it."""
+
+    source: SourceView
+    dtype: str
+
+
+class PieceServer:
+    """Sends regions of this process's storages to whoever asks at :attr:`address` ("host:port")."""
+
+    def __init__(self, storages: Sequence[torch.UntypedStorage], device: torch.device, host: str) -> None:
+        self._storages, self._device, self._host = storages, device, host
+        listener = socket.socket()
+        listener.bind((host, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        self.address = f"{host}:{port}"
+        self._store = dist.TCPStore(
+            host, port, None, True, _CONNECT, False, master_listen_fd=listener.detach()
+        )
+        threading.Thread(target=self._accept, name="weights-server", daemon=True).start()
+
+    def _accept(self) -> None:
+        store = _connect(self.address)  # a client that waits blocks its other callers: one per thread
+        store.set_timeout(_IDLE)
+        while True:
+            request = json.loads(store.queue_pop("requests"))
+            name = f"weights-server-{request['id'][:8]}"
+            threading.Thread(target=self._serve, args=(request,), name=name, daemon=True).start()
+
+    def _serve(self, request: dict[str, Any]) -> None:
+        store = _connect(self.address)
+        pieces = [_decode(entry) for entry in request["pieces"]]
+        problems = [problem for piece in pieces if (problem := self._problem(piece)) is not None]
+        store.set(f"answer/{request['id']}", json.dumps(problems))
+        if problems:
+            return
+        try:
+            pair = _Pair(store, request["id"], _SERVER, self._device, self._host)
+            while pair.wait_for_start():
+                for piece in pieces:
+                    pair.send(self._view(piece.source), getattr(torch, piece.dtype))
+        except RuntimeError as error:  # the engine is gone; its successor sends a request of its own
+            log.debug("an engine rank left: %s", error)
+
+    def _problem(self, piece: WantedPiece) -> str | None:
+        view = piece.source
+        if not 0 <= view.storage < len(self._storages):
+            return f"storage {view.storage} of {len(self._storages)}"
+        last = sum((n - 1) * step for n, step in zip(view.shape, view.stride, strict=True))
+        end = (view.offset + last + 1) * getattr(torch, view.dtype).itemsize
+        if min((view.offset, *view.stride), default=0) < 0 or end > self._storages[view.storage].nbytes():
+            return f"storage {view.storage} ends before {view}"
+        return None
+
+    def _view(self, view: SourceView) -> torch.Tensor:
+        empty = torch.empty(0, dtype=getattr(torch, view.dtype), device=self._device)
+        return empty.set_(self._storages[view.storage], view.offset, view.shape, view.stride)
+
+
+class PieceReader:
+    """Receives the same pieces of one server again and again, each into its place.
+
+    Raises UserError when the server refuses a piece.
+    """
+
+    def __init__(self, address: str, pieces: Sequence[tuple[torch.Tensor, SourceView]]) -> None:
+        self._pieces = [(tensor, getattr(torch, _wire_dtype(tensor, view))) for tensor, view in pieces]
+        store = _connect(address)
+        name = uuid.uuid4().hex
+        wanted = [_encode(WantedPiece(view, _wire_dtype(tensor, view))) for tensor, view in pieces]
+        store.queue_push("requests", json.dumps({"id": name, "pieces": wanted}))
+        problems = json.loads(store.get(f"answer/{name}"))
+        if problems:
+            raise UserError("\n".join(f"weights: trainer rank at {address}: {p}" for p in problems))
+        host = address_towards(address.rsplit(":", 1)[0])
+        self._pair = _Pair(store, name, _READER, pieces[0][0].device, host)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written into the parameters by one :meth:`receive`."""
+        return sum(tensor.nbytes for tensor, _ in self._pieces)
+
+    def start(self) -> None:
+        """Let the server begin; several servers then send side by side."""
+        self._pair.start()
+
+    def receive(self) -> int:
+        """Write every piece; returns bytes."""
+        for tensor, dtype in self._pieces:
+            self._pair.receive(tensor, dtype)
+        return self.num_bytes
+
+
+class _Pair:
+    """The two ends of one connection: a word of control by gloo, tensors by the device's backend."""
+
+    def __init__(self, store: Any, name: str, rank: int, device: torch.device, host: str) -> None:
+        self._other = 1 - rank
+        self._control = _gloo(dist.PrefixStore(f"control/{name}", store), rank, host)
+        self._data = self._control
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            self._data = dist.ProcessGroupNCCL(dist.PrefixStore(f"data/{name}", store), rank, 2, options)
+
+    def start(self) -> None:
+        self._control.send([torch.ones(1, dtype=torch.uint8)], self._other, 0).wait()
+
+    def wait_for_start(self) -> bool:
+        self._control.recv([torch.zeros(1, dtype=torch.uint8)], self._other, 0).wait(_IDLE)
+        return True
+
+    def send(self, source: torch.Tensor, dtype: torch.dtype) -> None:
+        for part in _messages(source, dtype):
+            self._data.send([part.detach().to(dtype).contiguous()], self._other, 1).wait(_TRANSFER)
+
+    def receive(self, target: torch.Tensor, dtype: torch.dtype) -> None:
+        for part in _messages(target, dtype):
+            direct = part.dtype == dtype and part.is_contiguous()
+            buffer = part if direct else torch.empty(part.shape, dtype=dtype, device=part.device)
+            self._data.recv([buffer], self._other, 1).wait(_TRANSFER)
+            if not direct:
+                part.copy_(buffer)
+
+
+def _gloo(store: Any, rank: int, host: str) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = _IDLE
+    return dist.ProcessGroupGloo(store, rank, 2, options)
+
+
+def _messages(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Parts along the first dimension, the same for both ends: of at most MESSAGE_BYTES, or one row."""
+    if tensor.dim() == 0:
+        yield tensor
+        return
+    row_bytes = max(tensor[0].numel() * dtype.itemsize, 1)
+    yield from tensor.split(max(MESSAGE_BYTES // row_bytes, 1))
+
+
+def _wire_dtype(tensor: torch.Tensor, view: SourceView) -> str:
+    """The narrower of both types, the trainer's if they are equally wide: fewer bytes travel."""
+    own = str(tensor.dtype).removeprefix("torch.")
+    return own if tensor.dtype.itemsize < getattr(torch, view.dtype).itemsize else view.dtype
+
+
+def _connect(address: str) -> Any:
+    host, port = address.rsplit(":", 1)
+    return dist.TCPStore(host, int(port), None, False, _CONNECT, False)
+
+
+def _encode(piece: WantedPiece) -> list[Any]:
+    view = piece.source
+    return [view.storage, view.dtype, view.offset, view.shape, view.stride, piece.dtype]
+
+
+def _decode(entry: list[Any]) -> WantedPiece:
+    storage, dtype, offset, shape, stride, wire = entry
+    if not {dtype, wire} <= {"float32", "bfloat16", "float16"}:
+        raise RuntimeError(f"unknown type {dtype} or {wire}")
+    return WantedPiece(SourceView(int(storage), dtype, int(offset), tuple(shape), tuple(stride)), wire)

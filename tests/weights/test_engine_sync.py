@@ -1,0 +1,156 @@
+"""Syncs in a row, other types, stale copies, dead workers: real Megatron on gloo, real vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megarl.algorithms import engines
+from megarl.algorithms.engines import attach_weights, verify_weights
+from megarl.cluster.ray_runtime import stop_ray
+from megarl.errors import UserError
+from megarl.models import load_architecture
+from megarl.rollout.engine import GenerateRequest, SamplingConfig
+from megarl.weights.checksum import RegionQuery
+from tests.trainer import ranks
+from tests.trainer.world import world
+from tests.weights.test_engine_matrix import LAYOUTS, MODELS, TOLERANCE, Bench
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(*request.param[:2], tmp_path, **request.param[2])
+    yield bench
+    bench.engine.shutdown()
+    stop_ray()
+
+
+def offer(bench: Bench, layout: str, transport: Any = "auto") -> list[str]:
+    """Train one step in ``layout`` and attach the engine to it; the log's lines."""
+    size, parallel, distributed = LAYOUTS[layout]
+    arguments = (str(bench.model_dir), str(bench.directory / "first"), distributed, transport)
+    owners = world(size).run(ranks.train_export_and_offer, *arguments, parallel=parallel)[0]
+    lines = attach_weights(bench.engine, load_architecture(bench.model_dir), owners, transport)
+    bench.engine.sync(1)
+    return lines
+
+
+def wrong(bench: Bench, layout: str) -> list[Any]:
+    """Regions that differ, per trainer rank."""
+    return world(LAYOUTS[layout][0]).run(ranks.wrong_checksums, bench.checksums())
+
+
+def worst_difference(bench: Bench, export: Path, dtype: torch.dtype) -> float:
+    """Largest difference between the engine's logprobs and Hugging Face's on ``export``."""
+    prompts = {str(n): [(7 * n + k) % 250 for k in range(5 + n)] for n in range(6)}
+    requests = [GenerateRequest(name, ids, 12, seed=1) for name, ids in prompts.items()]
+    model = MODELS[bench.family][1].from_pretrained(export).to(dtype).eval()  # type: ignore[attr-defined]
+    worst = 0.0
+    for response in bench.engine.generate(requests, SamplingConfig(1.0, (), True)):
+        prompt = prompts[response.request_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response.token_ids])).logits[0]
+        expected = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
+        found = torch.tensor(response.logprobs)
+        index = torch.tensor(response.token_ids)[:, None]
+        worst = max(worst, float((expected.gather(1, index)[:, 0] - found).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("bench", "layout"),
+    [
+        pytest.param(("qwen3", 1, {}), "tp2", id="dense"),
+        pytest.param(("qwen3_moe", 1, {}), "ep2", id="experts"),
+    ],
+    indirect=["bench"],
+)
+def test_ten_syncs_in_a_row_stay_exact(bench: Bench, layout: str) -> None:
+    offer(bench, layout)
+    size = LAYOUTS[layout][0]
+    moved = set()
+    for step in range(2, 12):
+        export = str(bench.directory / "last") if step == 11 else None
+        world(size).run(ranks.train_further, str(bench.model_dir), export)
+        if step == 2:
+            assert any(wrong(bench, layout)), "the copies are stale until the next sync"
+        moved.add(bench.engine.sync(step).bytes_moved)
+        assert not any(wrong(bench, layout)), step
+    assert len(moved) == 1
+    assert worst_difference(bench, bench.directory / "last", torch.float32) < TOLERANCE
+
+
+@pytest.mark.parametrize("transport", ["auto", "peer"])
+@pytest.mark.parametrize("bench", [("llama", 1, {"dtype": "bfloat16"})], indirect=True)
+def test_a_bfloat16_engine_gets_converted_weights(bench: Bench, transport: Any) -> None:
+    """Checksums are of the trainer's values converted to bfloat16: equal means converted exactly."""
+    lines = offer(bench, "pp2", transport)
+    assert "0 parameters are the trainer's memory" in lines[0]
+    assert transport == "peer" or "the trainer stores float32, the engine bfloat16" in lines[1]
+    assert not any(wrong(bench, "pp2"))
+    moved = bench.engine.sync(2).bytes_moved
+    regions = bench.checksums()
+    assert {query.dtype for query, _ in regions} == {"bfloat16"}
+    assert moved == sum(2 * torch.Size(query.source.shape).numel() for query, _ in regions)
+    # Two implementations of bfloat16: they round at different places.
+    assert worst_difference(bench, bench.directory / "first", torch.bfloat16) < 0.15
+
+
+@pytest.mark.parametrize("bench", [("llama", 1, {})], indirect=True)
+def test_the_first_region_that_differs_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trainer:
+        """The offered policy of the other process, as verify_weights sees it on one rank."""
+
+        def weight_checksums(self, queries: list[RegionQuery]) -> dict[int, int]:
+            answers = world(2).run(ranks.checksums, queries)
+            return {number: value for answer in answers for number, value in answer.items()}
+
+    monkeypatch.setattr(engines, "gather", lambda value: [value])
+    monkeypatch.setattr(engines, "broadcast", lambda value: value)
+    offer(bench, "tp2")
+    trainer: Any = Trainer()
+    verify_weights(bench.engine, trainer)
+    world(2).run(ranks.disturb, "decoder.layers.2.mlp.linear_fc2.weight")
+    with pytest.raises(UserError, match=r"weights.verify: 2 of \d+ regions differ") as error:
+        verify_weights(bench.engine, trainer)
+    assert "the first is model.layers.2.mlp.down_proj.weight[" in str(error.value)
+
+
+@pytest.mark.parametrize("transport", ["auto", "peer"])
+@pytest.mark.parametrize("bench", [("qwen3", 2, {})], indirect=True)
+def test_a_dead_tensor_parallel_worker_is_replaced(bench: Bench, transport: Any) -> None:
+    """Ranks that were given back their weights answer as those before: the same seeds, the same tokens."""
+    offer(bench, "pp2", transport)
+    requests = [GenerateRequest(str(n), [n + 1, 2, 3], 60, seed=n) for n in range(6)]
+    sampling = SamplingConfig(1.0, (), True)
+    before = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
+    workers = psutil.Process(bench.engine.health().pid).children()
+    victims = [child for child in workers if "Worker" in " ".join(child.cmdline())]
+    assert len(victims) == 2
+
+    def kill() -> None:
+        time.sleep(0.3)
+        os.kill(victims[1].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    after = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
+    thread.join()
+    again = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
+    for name, response in before.items():
+        assert response.token_ids == after[name].token_ids == again[name].token_ids
+    assert bench.engine.health().policy_version == 1
+    assert not any(wrong(bench, "pp2"))
+    psutil.wait_procs(victims, timeout=20)
+    assert not any(victim.is_running() for victim in victims), "no worker outlives its engine"
