@@ -16,10 +16,21 @@ from safetensors import safe_open
 from megarl.convert.commands import Checkpoint, config_places, dialect_of, find_iteration
 from megarl.convert.distcp import DistcpReader
 from megarl.errors import UserError
+from megarl.models import load_architecture
 from megarl.weights.hf import safetensors_files
 
 _NUM_TOKENS = 64
 _TOLERANCE = 1e-4  # fp32 on both sides, relative to the largest logit
+
+
+def require_model(source: Path, hf_config: Path | None) -> None:
+    """Raise UserError where ``--verify`` has no model to compute logits with, before anything is written."""
+    is_hf = (source / "config.json").is_file()
+    spec = (load_architecture(source) if is_hf else Checkpoint.open(source, hf_config).architecture).spec
+    if spec.not_trainable is not None:
+        raise UserError(
+            f"--verify: {spec.family} can be converted, but not built to compare logits: {spec.not_trainable}"
+        )
 
 
 def verify(checkpoint_dir: Path, hf_dir: Path) -> float:

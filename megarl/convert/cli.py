@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
         "max_bytes": parse_size(options.max_shard_size),
         "overwrite": options.overwrite,
     }
+    if options.verify:
+        check.require_model(options.source, getattr(options, "hf_config", None))
     if options.kind == "hf-to-megatron":
         keep_mtp = options.mtp == "keep"
         commands.hf_to_megatron(options.source, options.target, keep_mtp=keep_mtp, **settings)

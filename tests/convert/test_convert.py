@@ -81,6 +81,17 @@ def test_round_trip_of_families_with_a_table_only(name: str, tmp_path: Path) -> 
     assert {t.dtype for t in tensors_of(tmp_path / "back").values()} == {t.dtype for t in tensors.values()}
 
 
+def test_verify_without_a_model_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_class, options = FAMILIES["gemma2"]
+    config_class(**(SIZES | options)).save_pretrained(tmp_path / "hf")
+    arguments = ["convert", "hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "out"), "--verify"]
+    assert main(arguments) == 2
+    assert "gemma2 can be converted, but not built to compare logits" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_layers_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_class, options = FAMILIES["deepseek_v3"]
     transformers.AutoModelForCausalLM.from_config(config_class(**(SIZES | options))).save_pretrained(
