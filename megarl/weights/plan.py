@@ -10,18 +10,16 @@ engine parameter tile it, vocabulary padding excepted, and the plan writes each 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from megarl.errors import UserError
 from megarl.models.table import Region
-from megarl.weights.boxes import as_box
+from megarl.weights.alias import ITEM_BYTES, alias_of
 from megarl.weights.handover import Alias, Copy, ParamInfo, PeerCopy, SourceView, Storage, WeightPlan
 from megarl.weights.pieces import Holders, OwnerIndex, Pattern, Piece
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +144,7 @@ class Planner:
             self.on_device.setdefault((owner.host, owner.device), []).append(place)
         self._load = [[0] * len(owners), [0] * len(owners)]  # bytes sent within the host, to other hosts
         self._queues: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        self.counted = False  # whether far loads without a choice were added beforehand
         self._fixed: dict[int, _Fixed | None] = {}  # by the id of a parameter's list of pieces
 
     def plan(self, reader: Reader) -> WeightPlan:
@@ -162,6 +161,25 @@ class Planner:
         assert len(plan.copies) + len(plan.peers) + pieces_of_aliases == pattern.num_pieces
         return plan
 
+    def plan_all(self, readers: Sequence[Reader]) -> Iterator[WeightPlan]:
+        """Plan these engine ranks, one after another.
+
+        Sends more evenly than :meth:`plan` for each: what only one owner has, for any of them, is counted
+        before the first choice among several.
+        """
+        for reader in readers:
+            pattern = self._pattern(reader)
+            for name, pieces in pattern.pieces.items():
+                fixed = self.fixed(name, reader.params[name], pieces)
+                if fixed is not None:
+                    self.add_loads(self.far_loads(fixed, reader.host))
+        self.counted = True
+        try:
+            for reader in readers:
+                yield self.plan(reader)
+        finally:
+            self.counted = False
+
     def _pattern(self, reader: Reader) -> Pattern:
         key = (id(reader.regions), id(reader.params))
         if key not in self._patterns:
@@ -174,7 +192,7 @@ class Planner:
         key = id(pieces)  # the pattern keeps them alive
         if key not in self._fixed:
             self._fixed[key] = None
-            if all(len(piece.holders) == 1 for piece in pieces):
+            if pieces and all(len(piece.holders) == 1 for piece in pieces):
                 places = [piece.holders.places[0] for piece in pieces]
                 sent: dict[int, int] = {}
                 for place, piece in zip(places, pieces, strict=True):
@@ -184,6 +202,12 @@ class Planner:
                 addresses = {self.ranks[place]: self.owners[place].address for place in places}
                 self._fixed[key] = _Fixed(peers, places, hosts, sent, addresses)
         return self._fixed[key]
+
+    def far_loads(self, fixed: _Fixed, host: str) -> Mapping[int, int]:
+        """Place -> bytes that it sends to an engine rank on ``host`` over the network."""
+        if host not in fixed.hosts or self.peers_only:
+            return fixed.sent
+        return {place: size for place, size in fixed.sent.items() if self.hosts[place] != host}
 
     def peer(self, name: str, piece: Piece, place: int) -> PeerCopy:
         """``piece`` sent by the owner at ``place``: one object for all engine ranks that get it."""
@@ -282,13 +306,13 @@ class _Choice:
         if name in self._padding:
             self.result.padding[name] = self._padding[name]
         self.result.copy_reasons[name] = reason or "no trainer rank has it in memory the engine could alias"
-        if len(pieces) == 1:
-            candidates, mapped = self._candidates(pieces[0])
-            self._copy(name, info, pieces[0], self._planner.least_loaded(candidates, mapped), mapped)
-            return
         fixed = self._planner.fixed(name, info, pieces)
         if fixed is not None:
             self._copy_fixed(name, info, pieces, fixed)
+            return
+        if len(pieces) == 1:
+            candidates, mapped = self._candidates(pieces[0])
+            self._copy(name, info, pieces[0], self._planner.least_loaded(candidates, mapped), mapped)
             return
         chosen: list[int] = []
         senders = [(*self._candidates(piece), piece) for piece in pieces]
@@ -303,13 +327,17 @@ class _Choice:
 
     def _copy_fixed(self, name: str, info: ParamInfo, pieces: list[Piece], fixed: _Fixed) -> None:
         planner, host = self._planner, self._reader.host
+        if not planner.counted:
+            planner.add_loads(planner.far_loads(fixed, host))
         if planner.peers_only or host not in fixed.hosts:
             self.result.peers.extend(fixed.peers)
             self.result.addresses.update(fixed.addresses)
-            planner.add_loads(fixed.sent)
             return
-        for piece, place in zip(pieces, fixed.places, strict=True):
-            self._copy(name, info, piece, place, planner.hosts[place] == host)
+        for piece, peer, place in zip(pieces, fixed.peers, fixed.places, strict=True):
+            if planner.hosts[place] == host:
+                self._copy(name, info, piece, place, True)
+            else:
+                self._receive(peer, place)
 
     def _candidates(self, piece: Piece) -> tuple[Holders, bool]:
         """Who may send the piece, and whether by memory that the engine maps."""
@@ -327,10 +355,12 @@ class _Choice:
         if mapped:
             source = self._mapped(place, planner.view(place, piece))
             self.result.copies.append(Copy(name, piece.index, source))
-            return
-        peer = planner.peer(name, piece, place)
+        else:
+            self._receive(planner.peer(name, piece, place), place)
+
+    def _receive(self, peer: PeerCopy, place: int) -> None:
         self.result.peers.append(peer)
-        self.result.addresses[peer.rank] = planner.owners[place].address
+        self.result.addresses[peer.rank] = self._planner.owners[place].address
 
     def _mapped(self, place: int, view: SourceView) -> SourceView:
         key = (place, view.storage)
@@ -348,39 +378,3 @@ class _Choice:
         storages = self._planner.owners[place].storages
         answer = alias_of(info, [(p.index, v) for p, v in zip(pieces, views, strict=True)], storages)
         return answer if isinstance(answer, str) else Alias(name, self._mapped(place, answer))
-
-
-def alias_of(
-    info: ParamInfo, pieces: Sequence[tuple[object, SourceView]], storages: Sequence[Storage]
-) -> SourceView | str:
-    """The one view that is the whole parameter, given its pieces (index, source); else why there is none."""
-    first = pieces[0][1]
-    if any(source.dtype != info.dtype for _, source in pieces):
-        return f"the trainer stores {first.dtype}, the engine {info.dtype}"
-    if any(source.storage != first.storage for _, source in pieces):
-        return "its parts lie with several trainer ranks or parameters"
-    strides = contiguous_stride(info.shape)
-    origins = set()
-    for index, source in pieces:
-        assert isinstance(index, tuple)
-        own = [step for step, entry in zip(strides, index, strict=True) if not isinstance(entry, int)]
-        # The stride of a dimension of size 1 means nothing.
-        if any(a != b for a, b, size in zip(own, source.stride, source.shape, strict=True) if size > 1):
-            return "its rows are laid out differently in the trainer"
-        start = sum(box[0] * step for box, step in zip(as_box(index), strides, strict=True))
-        origins.add(source.offset - start)
-    if len(origins) > 1:
-        return "its parts are fused in another order in the trainer"
-    (origin,) = origins
-    elements = strides[0] * info.shape[0] if info.shape else 1
-    if origin < 0 or (origin + elements) * ITEM_BYTES[info.dtype] > storages[first.storage].num_bytes:
-        return "the trainer's memory block ends before the engine's padding does"
-    return SourceView(first.storage, info.dtype, origin, info.shape, strides)
-
-
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a row-major tensor."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides)) if shape else ()

@@ -7,8 +7,9 @@ import torch
 
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
+from megarl.weights.alias import contiguous_stride
 from megarl.weights.handover import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan
-from megarl.weights.plan import Owner, contiguous_stride, plan_weights
+from megarl.weights.plan import Owner, plan_weights
 from tests.models.test_table import architecture
 from tests.weights.shards import Sizes, Tensors, engine_shard, hf_tensors, trainer_shard
 

@@ -14,10 +14,11 @@ from megarl.layout import ParallelLayout
 from megarl.models.dense import attention, dense_mlp, ends
 from megarl.models.moe import moe_mlp
 from megarl.models.spec import MoeSpec
-from megarl.models.table import Architecture
+from megarl.models.table import Architecture, Region
+from megarl.weights.alias import contiguous_stride
 from megarl.weights.boxes import tiling_problem, volume
 from megarl.weights.handover import ParamInfo, SharedStorage, SourceView, WeightPlan
-from megarl.weights.plan import Owner, Planner, Reader, contiguous_stride, plan_weights
+from megarl.weights.plan import Owner, Planner, Reader, plan_weights
 from tests.models.test_table import architecture
 from tests.weights.shards import ExpertShare, Sizes, Tensors, engine_shard, hf_tensors, stage_shard
 
@@ -259,6 +260,22 @@ def test_replicas_share_the_sending() -> None:
     assert max(sent.values()) - min(sent.values()) <= 250 * 16 * 4, "the embedding"
     again = Planner(bench.owners)
     assert [again.plan(reader) for _ in range(16)] == plans
+
+
+def test_choices_know_what_only_one_rank_can_send_later() -> None:
+    """Both ranks have x, the first alone has y: planned together, x comes from the second."""
+    whole = ((0, 4),)
+    x, y = Region("x", whole, "x", whole), Region("y", whole, "y", whole)
+    view, storage = SourceView(0, "float32", 0, (4,), (1,)), SharedStorage((b"", b"", 16))
+    owners = [
+        Owner([x, y], {"x": view, "y": view}, [storage], 0),
+        Owner([x], {"x": view}, [storage], 1),
+    ]
+    info = ParamInfo((4,), "float32")
+    readers = [Reader([each], {each.param: info}, host="elsewhere") for each in (x, y)]
+    planner = Planner(owners)
+    assert [planner.plan(reader).peers[0].rank for reader in readers] == [0, 0]
+    assert [plan.peers[0].rank for plan in Planner(owners).plan_all(readers)] == [1, 0]
 
 
 def test_a_parameter_comes_from_as_few_ranks_as_possible() -> None:
