@@ -28,6 +28,7 @@ examples:
   megarl dpo --config configs/quickstart_dpo.yaml algorithm.loss=simpo
   megarl eval --config configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf
   megarl convert hf-to-megatron models/SmolLM2-135M-Instruct checkpoints/smollm2 --verify
+  megarl plan --config configs/plan_qwen3_30b_a3b.yaml --gpus 32
   megarl report runs/quickstart
   megarl doctor
 
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.convert.cli import run
 
                 return run(options)
+            case "plan":
+                from megarl.simulate.cli import run as plan
+
+                return plan(options)
             case "doctor":
                 from megarl.doctor import main as doctor
 
@@ -107,6 +112,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     text = "checkpoints between Hugging Face and Megatron, and what they hold"
     add_arguments(commands.add_parser("convert", help=text, description=text, allow_abbrev=False))
+    from megarl.simulate.cli import add_arguments as add_plan_arguments
+
+    text = "memory and weight transfers of a model on GPUs that need not exist"
+    jobs["plan"] = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
+    add_plan_arguments(jobs["plan"])
     commands.add_parser(
         "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
     )

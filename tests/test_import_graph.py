@@ -38,10 +38,10 @@ LAYERS = [
     (
         *("megarl.advantages", "megarl.cluster", "megarl.data", "megarl.environments", "megarl.losses"),
         *("megarl.metrics", "megarl.models", "megarl.packing", "megarl.rollout", "megarl.trainer"),
-        *("megarl.weights",),
+        *("megarl.convert", "megarl.simulate", "megarl.weights"),
     ),
     ("megarl.algorithms",),
-    ("megarl.launch", "megarl.doctor", "megarl.cli"),
+    ("megarl.launch", "megarl.doctor", "megarl.cli", "megarl.__main__"),
 ]
 
 

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from megarl.config.introspect import describe_field, sections_of, tag_of
 from megarl.config.schema import Section
-from megarl.config.suggest import COMMANDS
+from megarl.config.suggest import ROOTS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -24,7 +24,8 @@ INTRODUCTION = """\
 
 <!-- Written by tools/make_config_docs.py from megarl/config/schema.py; edit there. -->
 
-A run is described by one YAML file, and settings on the command line that replace the file's:
+A run is described by one YAML file, and settings on the command line that replace the file's. `megarl plan`
+([plan.md](plan.md)) reads its own file in the same way.
 
 ```
 megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 data.train.arguments.max_digits=3
@@ -53,7 +54,7 @@ def render() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     described: dict[type[Section], str] = {}
-    for command, root in COMMANDS.items():
+    for command, root in ROOTS.items():
         parts.append(f"## megarl {command}\n\n{_sentence(root)}\n")
         parts += _render_sections(root, command, described)
     return "\n".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from megarl.config.introspect import Path, dotted, sections_of, tag_of, walk
+from megarl.config.plan import PlanConfig
 from megarl.config.preference import DpoConfig
 from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
 
@@ -14,6 +15,9 @@ COMMANDS: dict[str, type[SftConfig | DpoConfig | GrpoConfig | EvalConfig]] = {
     "grpo": GrpoConfig,
     "eval": EvalConfig,
 }
+"""Commands that run something."""
+ROOTS: dict[str, type[Section]] = {**COMMANDS, "plan": PlanConfig}
+"""Every command with a configuration."""
 
 
 def explain_unknown(root: type[Section], path: Path, sections: list[type[Section]]) -> str:
@@ -59,5 +63,5 @@ def _other_source(root: type[Section], path: Path) -> str | None:
 def _other_commands(root: type[Section], path: Path) -> list[str]:
     """The commands whose configuration has exactly this key."""
     return [
-        name for name, kind in COMMANDS.items() if kind is not root and any(p == path for p, _ in walk(kind))
+        name for name, kind in ROOTS.items() if kind is not root and any(p == path for p, _ in walk(kind))
     ]

@@ -1,0 +1,150 @@
+"""Bytes that a forward pass keeps for its backward pass, on one GPU.
+
+Counted as Korthikanti et al. 2022 (arXiv:2205.05198, section 4) count them, tensor by tensor, for what
+MegaRL's layers keep: gated MLPs, RMS norms without dropout, grouped-query attention that never stores the
+[s, s] matrices (which is what their selective recomputation achieves), latent attention, experts.
+
+T is the tokens of a microbatch on this context-parallel rank, t the tensor-parallel size, and s is 1 / t
+with sequence parallelism, else 1. Every tensor counts once, with the parameters' type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.layout import ParallelLayout
+from megarl.models.spec import MlaSpec, ModelSpec, MoeSpec
+
+_FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """What one GPU sees of a microbatch: ``tokens`` T, of sequences that long over all context ranks."""
+
+    tokens: float
+    sequence_length: int
+    item: int  # bytes per element
+
+
+def layer_bytes(spec: ModelSpec, layer: int, layout: ParallelLayout, batch: Microbatch) -> float:
+    """One layer, one microbatch."""
+    mlp = _dense_mlp(spec, layout)
+    router = 0.0
+    if spec.moe is not None and layer in spec.moe.layers:
+        mlp = _experts(spec, spec.moe, layout)
+        # Logits and probabilities of the router.
+        router = 2 * spec.moe.num_experts * _FP32 * _share(layout)
+    attention = _latent_attention(spec, spec.mla, layout) if spec.mla else _attention(spec, layout)
+    log_sums = _FP32 * spec.num_heads / layout.tensor
+    elements = attention + mlp + _mask(layout, batch.sequence_length)
+    return batch.tokens * (batch.item * elements + router + log_sums)
+
+
+def input_bytes(spec: ModelSpec, layout: ParallelLayout, batch: Microbatch) -> float:
+    """A layer's input, all that full recomputation keeps: T h s."""
+    return batch.tokens * batch.item * spec.hidden_size * _share(layout)
+
+
+def head_bytes(spec: ModelSpec, layout: ParallelLayout, batch: Microbatch) -> float:
+    """Behind the last layer: the final norm's input, T h s, and the rows that the head reads, T h.
+
+    Logits never exist as a whole (megarl/ops/linear_token_logprob.py). Prompt tokens have no row; the
+    count takes all tokens.
+    """
+    return batch.tokens * batch.item * spec.hidden_size * (1 + _share(layout))
+
+
+def _share(layout: ParallelLayout) -> float:
+    return 1 / layout.tensor if layout.sequence_parallel else 1.0
+
+
+def _mask(layout: ParallelLayout, sequence_length: int) -> float:
+    """Elements per token of the masks that context-parallel ranks need.
+
+    Each of a rank's two chunks of n / (2 c) tokens has one over all it sees: n (2 c + 1) / (4 c) in the mean.
+    """
+    ranks = layout.context
+    return sequence_length * (2 * ranks + 1) / (4 * ranks) if ranks > 1 else 0.0
+
+
+def _attention(spec: ModelSpec, layout: ParallelLayout) -> float:
+    """Elements per token: norm input, projection input, q, k, v, output twice (by sequence, and packed).
+
+    Norms of q and k also keep the projection's output. Context-parallel ranks have K and V of all.
+    """
+    q = spec.num_heads * spec.head_dim / layout.tensor
+    kv = max(spec.num_kv_heads / layout.tensor, 1) * spec.head_dim
+    around = spec.hidden_size * _share(layout) * (3 if spec.sandwich_norms else 2)
+    normed = q + 2 * kv if spec.qk_norm else 0
+    return around + normed + 3 * q + 2 * kv * layout.context
+
+
+def _latent_attention(spec: ModelSpec, mla: MlaSpec, layout: ParallelLayout) -> float:
+    """As :func:`_attention`, with the inputs of both latents' norms and what projects up from them."""
+    heads = spec.num_heads / layout.tensor
+    q_and_k = 2 * heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    values = 2 * heads * mla.v_head_dim
+    latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
+    return (2 * spec.hidden_size + latents) * _share(layout) + q_and_k + values
+
+
+def _dense_mlp(spec: ModelSpec, layout: ParallelLayout) -> float:
+    """Elements per token: norm input, MLP input, gate|up, a copy of up that Megatron's MLP makes, silu(gate),
+    and what goes into the second projection.
+    """
+    around = spec.hidden_size * _share(layout) * (3 if spec.sandwich_norms else 2)
+    return around + 5 * spec.intermediate_size / layout.tensor
+
+
+def _experts(spec: ModelSpec, moe: MoeSpec, layout: ParallelLayout) -> float:
+    """Elements per token, with tokens spread evenly over experts.
+
+    Of the s T k routed copies of a group of expert-tensor ranks each rank sees those of all: h of input,
+    then gate, up, silu(gate), their product and its scaled copy.
+    """
+    around = 2 * spec.hidden_size * _share(layout)
+    routed = _share(layout) * moe.experts_per_token * layout.expert_tensor
+    inner = 5 * moe.intermediate_size / layout.expert_tensor
+    shared = 5 * moe.shared_intermediate_size / layout.tensor
+    return around + routed * (spec.hidden_size + inner) + shared
+
+
+def chunks_in_flight(layout: ParallelLayout, stage: int, num_microbatches: int | None) -> int:
+    """Forward passes of model chunks whose backward pass is still to come, at most, on one stage.
+
+    1F1B: stages - stage. Interleaved (section 4.2.3, and Megatron's schedule): 2 (stages - stage - 1) +
+    (virtual - 1) stages + 1 chunks, on the first stage layers / stages x (1 + (stages - 1) / (stages x
+    virtual)) of each of ``stages`` microbatches. ``num_microbatches`` None: enough to fill the pipeline.
+    """
+    behind = layout.pipeline - stage - 1
+    if layout.virtual == 1:
+        most = behind + 1
+    else:
+        most = 2 * behind + (layout.virtual - 1) * layout.pipeline + 1
+    return most if num_microbatches is None else min(most, num_microbatches * layout.virtual)
+
+
+def stage_bytes(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    stage: int,
+    batch: Microbatch,
+    *,
+    recompute: bool,
+    num_microbatches: int | None,
+) -> float:
+    """The most that a pipeline stage keeps at any time.
+
+    With ``recompute`` each layer keeps its input, and one layer at a time is whole.
+    """
+    chunks = range(layout.virtual)
+    layers = [n for chunk in chunks for n in layout.stage_layers(spec.num_layers, stage, chunk)]
+    whole = [layer_bytes(spec, number, layout, batch) for number in layers]
+    kept = [input_bytes(spec, layout, batch)] * len(layers) if recompute else whole
+    total = sum(kept) / layout.virtual * chunks_in_flight(layout, stage, num_microbatches)
+    if recompute:
+        total += max(whole, default=0.0)
+    if stage == layout.pipeline - 1:
+        total += head_bytes(spec, layout, batch)
+    return total

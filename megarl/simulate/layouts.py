@@ -1,0 +1,258 @@
+"""The two layouts of a plan, and everything about them that cannot work.
+
+Trainer rank r is GPU r. Engine ranks are dealt as vLLM deals them: an engine's GPUs are consecutive, and
+within it tensor ranks vary fastest, then pipeline stages, then data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megarl.config.plan import PlanConfig, PlanEngineConfig, PlanTrainerConfig
+from megarl.errors import UserError
+from megarl.layout import ParallelLayout, RankCoordinates
+from megarl.models.spec import ModelSpec
+from megarl.models.table import Architecture, Rule, Slot
+
+Side = Literal["trainer", "engine"]
+_AT = "@"  # stands for a tensor's name while messages are compared
+
+
+@dataclass(frozen=True, slots=True)
+class Layouts:
+    """Both sides, checked. ``engine`` is the layout of one engine, of which there are ``num_engines``."""
+
+    trainer: ParallelLayout
+    engine: ParallelLayout
+    num_engines: int
+    colocated: bool
+
+    @property
+    def engine_gpus(self) -> int:
+        """GPUs of all engines."""
+        return self.engine.world_size * self.num_engines
+
+    @property
+    def first_engine_gpu(self) -> int:
+        """Number of the GPU of engine rank 0; trainer rank 0 has GPU 0."""
+        return 0 if self.colocated else self.trainer.world_size
+
+    def engine_coordinates(self, rank: int) -> RankCoordinates:
+        """Where rank ``rank`` of all engines stands in its engine."""
+        engine = self.engine
+        rest, tensor = divmod(rank % engine.world_size, engine.tensor)
+        data, stage = divmod(rest, engine.pipeline)
+        return engine.coordinates(stage * engine.stage_size + data * engine.tensor + tensor)
+
+
+def build_layouts(config: PlanConfig, architecture: Architecture, gpus: int) -> Layouts:
+    """The layouts ``config`` asks for on ``gpus`` trainer GPUs; UserError lists every violation."""
+    spec = architecture.spec
+    trainer, engine = _trainer_layout(config.trainer, gpus), _engine_layout(config.engine, spec)
+    engine_gpus = gpus if config.engine.colocated else config.engine.num_gpus or 0
+    wrong = [
+        *_trainer_problems(config.trainer, spec, gpus),
+        *_stage_problems(trainer, spec),
+        *_division_problems(architecture, "trainer", trainer),
+        *_workload_problems(config, spec),
+        *_engine_problems(config.engine, spec, engine_gpus),
+        *_division_problems(architecture, "engine", engine),
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return Layouts(trainer, engine, engine_gpus // engine.world_size, config.engine.colocated)
+
+
+def _trainer_layout(trainer: PlanTrainerConfig, gpus: int) -> ParallelLayout:
+    """The layout; with a data-parallel size of at least 1 even where the GPUs do not suffice."""
+    model = trainer.tensor_parallel_size * trainer.pipeline_parallel_size * trainer.context_parallel_size
+    return ParallelLayout(
+        tensor=trainer.tensor_parallel_size,
+        pipeline=trainer.pipeline_parallel_size,
+        context=trainer.context_parallel_size,
+        data=max(1, gpus // model),
+        sequence_parallel=trainer.sequence_parallel,
+        virtual=trainer.virtual_pipeline_parallel_size,
+        expert=trainer.expert_parallel_size,
+        expert_tensor=trainer.expert_tensor_parallel_size,
+        first_stage_layers=trainer.first_stage_layers,
+        last_stage_layers=trainer.last_stage_layers,
+    )
+
+
+def _engine_layout(engine: PlanEngineConfig, spec: ModelSpec) -> ParallelLayout:
+    ranks = engine.tensor_parallel_size * engine.data_parallel_size
+    stages = vllm_stage_layers(spec.num_layers, engine.pipeline_parallel_size)
+    return ParallelLayout(
+        tensor=engine.tensor_parallel_size,
+        pipeline=engine.pipeline_parallel_size,
+        data=engine.data_parallel_size,
+        expert=ranks if engine.expert_parallel else 1,
+        expert_tensor=1 if engine.expert_parallel or spec.moe is None else ranks,
+        first_stage_layers=stages[0],
+        last_stage_layers=stages[-1] if len(stages) > 1 else None,
+    )
+
+
+def vllm_stage_layers(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage of an engine: vLLM gives what does not divide to the stages before the
+    last one, from the back (vllm.distributed.utils.get_pp_indices).
+    """
+    even, more = divmod(num_layers, stages)
+    sizes = [even] * stages
+    for place in range(2, more + 2):
+        sizes[-place] += 1
+    return sizes
+
+
+def _trainer_problems(trainer: PlanTrainerConfig, spec: ModelSpec, gpus: int) -> Iterator[str]:
+    tensor, stages = trainer.tensor_parallel_size, trainer.pipeline_parallel_size
+    model = tensor * stages * trainer.context_parallel_size
+    if gpus % model:
+        yield (
+            f"--gpus: {gpus} GPUs cannot be divided by trainer.tensor x pipeline x context parallel size "
+            f"= {tensor} x {stages} x {trainer.context_parallel_size} = {model}"
+        )
+    experts = trainer.expert_parallel_size * trainer.expert_tensor_parallel_size
+    if gpus % stages == 0 and gpus // stages % experts:
+        yield (
+            f"trainer.expert_parallel_size: the {gpus // stages} ranks of a pipeline stage cannot be divided "
+            f"by expert x expert-tensor = {trainer.expert_parallel_size} x "
+            f"{trainer.expert_tensor_parallel_size} = {experts}"
+        )
+    if trainer.sequence_parallel and tensor == 1:
+        yield "trainer.sequence_parallel: needs trainer.tensor_parallel_size > 1"
+    if spec.moe is not None and tensor > 1 and not trainer.sequence_parallel:
+        yield "trainer.sequence_parallel: must be true for experts with tensor_parallel_size > 1"
+    if spec.moe is None and experts > 1:
+        yield f"trainer.expert_parallel_size: {spec.family} has no experts to share (got {experts} ranks)"
+    elif spec.moe is not None and spec.moe.num_experts % trainer.expert_parallel_size:
+        yield (
+            f"trainer.expert_parallel_size: {spec.moe.num_experts} experts do not divide by "
+            f"{trainer.expert_parallel_size}"
+        )
+    virtual, count = trainer.virtual_pipeline_parallel_size, trainer.num_microbatches
+    if virtual > 1 and count is not None and count % stages:
+        yield f"trainer.num_microbatches: {count} do not divide by {stages} stages (interleaved schedule)"
+
+
+def _stage_problems(trainer: ParallelLayout, spec: ModelSpec) -> Iterator[str]:
+    uneven = trainer.first_stage_layers is not None or trainer.last_stage_layers is not None
+    if trainer.virtual > 1 and trainer.pipeline == 1:
+        yield "trainer.virtual_pipeline_parallel_size: needs trainer.pipeline_parallel_size > 1"
+    if uneven and trainer.pipeline == 1:
+        yield "trainer.first_stage_layers, last_stage_layers: need trainer.pipeline_parallel_size > 1"
+    elif uneven and trainer.virtual > 1:
+        yield "trainer.virtual_pipeline_parallel_size: needs stages of equal size"
+    else:
+        try:
+            trainer.stage_layers(spec.num_layers, 0)
+        except UserError as error:
+            yield str(error).replace("parallel.", "trainer.", 1)
+
+
+def _workload_problems(config: PlanConfig, spec: ModelSpec) -> Iterator[str]:
+    trainer, work = config.trainer, config.workload
+    if work.sequence_length > spec.max_position_embeddings:
+        yield (
+            f"workload.sequence_length: {work.sequence_length} is more than the model's "
+            f"{spec.max_position_embeddings} positions"
+        )
+    if work.sequence_length > work.tokens_per_microbatch:
+        yield (
+            f"workload.tokens_per_microbatch: {work.tokens_per_microbatch} does not hold a sequence of "
+            f"{work.sequence_length} tokens"
+        )
+    parts = trainer.context_parallel_size * (trainer.tensor_parallel_size if trainer.sequence_parallel else 1)
+    if work.tokens_per_microbatch % parts:
+        yield (
+            f"workload.tokens_per_microbatch: {work.tokens_per_microbatch} tokens do not divide by "
+            f"{parts} context x sequence parallel ranks"
+        )
+
+
+def _engine_problems(engine: PlanEngineConfig, spec: ModelSpec, gpus: int) -> Iterator[str]:
+    ranks = engine.tensor_parallel_size * engine.data_parallel_size
+    world = ranks * engine.pipeline_parallel_size
+    if engine.colocated and engine.num_gpus is not None:
+        yield "engine.num_gpus: colocated engines use the trainer's GPUs; leave it out"
+    if not engine.colocated and engine.num_gpus is None:
+        yield "engine.num_gpus: required where engine.colocated is false"
+    elif gpus % world:
+        yield (
+            f"engine: {gpus} GPUs cannot be divided by tensor x pipeline x data parallel size = "
+            f"{engine.tensor_parallel_size} x {engine.pipeline_parallel_size} x "
+            f"{engine.data_parallel_size} = {world}"
+        )
+    if (engine.kv_cache_gib is None) == (engine.max_num_seqs is None):
+        yield "engine.kv_cache_gib, engine.max_num_seqs: give one of the two"
+    if engine.free_kv_cache_while_training and not engine.colocated:
+        yield "engine.free_kv_cache_while_training: needs engine.colocated"
+    if spec.moe is None and engine.data_parallel_size > 1:
+        yield f"engine.data_parallel_size: {spec.family} has no experts to share; more engines do the same"
+    if engine.expert_parallel and spec.moe is None:
+        yield f"engine.expert_parallel: {spec.family} has no experts"
+    elif engine.expert_parallel and ranks == 1:
+        yield "engine.expert_parallel: needs tensor or data parallel ranks to share the experts"
+    elif engine.expert_parallel and spec.moe is not None and spec.moe.num_experts % ranks:
+        yield f"engine.expert_parallel: {spec.moe.num_experts} experts do not divide by {ranks} ranks"
+    stages = engine.pipeline_parallel_size
+    if stages == 1:
+        return
+    if spec.tied_embeddings:
+        yield "engine.pipeline_parallel_size: the tables have no tied embeddings over engine stages"
+    sizes = vllm_stage_layers(spec.num_layers, stages)
+    if sizes[-1] == 0:
+        yield f"engine.pipeline_parallel_size: {spec.num_layers} layers do not fill {stages} stages"
+    elif len(set(sizes[1:-1])) > 1:
+        yield (
+            f"engine.pipeline_parallel_size: vLLM would cut {spec.num_layers} layers into {sizes}; "
+            "the tables need inner stages of equal size"
+        )
+
+
+def _division_problems(architecture: Architecture, side: Side, layout: ParallelLayout) -> Iterator[str]:
+    """What cannot be split over tensor or expert-tensor ranks, the tensors concerned put together."""
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for rule in architecture.rules:
+        for place in rule.trainer if side == "trainer" else rule.engine:
+            if place.dim is None or place.padded:
+                continue
+            kind = "expert_tensor" if place.expert else "tensor"
+            ranks = layout.expert_tensor if place.expert else layout.tensor
+            for slot in place.slots or (Slot(rule.shape[place.dim]),):
+                if (message := _span_problem(slot, ranks)) is not None:
+                    name = rule.hf.format(layer="*", expert="*")
+                    if name not in names[kind, message]:
+                        names[kind, message].append(name)
+    for (kind, message), tensors in names.items():
+        field = "tensor" if side == "engine" else kind
+        listed = ", ".join(tensors[:2]) + (f" and {len(tensors) - 2} more" if len(tensors) > 2 else "")
+        yield f"{side}.{field}_parallel_size: {message} ({listed})"
+
+
+def _span_problem(slot: Slot, ranks: int) -> str | None:
+    try:
+        slot.span(0, ranks, _AT)
+    except UserError as error:
+        return str(error).removeprefix(f"{_AT}: ")
+    return None
+
+
+def engine_table(architecture: Architecture, layout: ParallelLayout) -> Architecture:
+    """The table as this engine reads it.
+
+    With experts over tensor x data ranks, both more than one, vLLM splits the tokens between the experts'
+    layers over the tensor ranks and so keeps shared experts whole (use_sequence_parallel_moe).
+    """
+    if layout.expert == 1 or layout.tensor == 1 or layout.data == 1:
+        return architecture
+    rules = tuple(_whole(rule) if ".shared_experts." in rule.hf else rule for rule in architecture.rules)
+    return replace(architecture, rules=rules)
+
+
+def _whole(rule: Rule) -> Rule:
+    return replace(rule, engine=tuple(replace(place, dim=None) for place in rule.engine))

@@ -1,0 +1,131 @@
+"""Memory of one GPU: what the trainer keeps, what the engine adds, and what both leave."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from megarl.config.plan import PlanConfig
+from megarl.models.spec import ModelSpec
+from megarl.models.table import Architecture
+from megarl.simulate.activations import Microbatch, stage_bytes
+from megarl.simulate.layouts import Layouts
+from megarl.simulate.shapes import ITEM_BYTES, ParamShape, num_elements
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """Bytes on one GPU. ``engine_parameters`` are those that are not the trainer's memory."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    engine_parameters: int = 0
+    kv_cache: int = 0
+
+    @property
+    def state(self) -> int:
+        """What is there at all times, the KV cache apart."""
+        return self.parameters + self.gradients + self.optimizer + self.engine_parameters
+
+
+def training_bytes(memory: GpuMemory, *, free_kv_cache: bool) -> int:
+    """While gradients are computed."""
+    return memory.state + memory.activations + (0 if free_kv_cache else memory.kv_cache)
+
+
+def generation_bytes(memory: GpuMemory) -> int:
+    """While the engine samples; the trainer's activations are gone."""
+    return memory.state + memory.kv_cache
+
+
+def trainer_memory(
+    config: PlanConfig, spec: ModelSpec, layouts: Layouts, stage: int, shapes: dict[str, ParamShape]
+) -> GpuMemory:
+    """Every rank of a pipeline stage has this much.
+
+    Gradients are whole on each rank. The optimizer keeps, per parameter, a float32 master copy (none of
+    float32 parameters) and two moments; the distributed optimizer shards them over the ranks that hold the
+    same parameters: data x context ranks for dense ones, fewer for experts (Rajbhandari et al. 2019,
+    arXiv:1910.02054, stage 1).
+    """
+    layout, dtypes = layouts.trainer, config.dtypes
+    dense, experts = num_elements(shapes, expert=False), num_elements(shapes, expert=True)
+    replicas = layout.data * layout.context, layout.stage_size // (layout.expert * layout.expert_tensor)
+    if not config.trainer.distributed_optimizer:
+        replicas = 1, 1
+    kept = math.ceil(dense / replicas[0]) + math.ceil(experts / replicas[1])
+    master = 0 if dtypes.parameters == "float32" else ITEM_BYTES["float32"]
+    item = ITEM_BYTES[dtypes.parameters]
+    batch = Microbatch(
+        config.workload.tokens_per_microbatch / layout.context, config.workload.sequence_length, item
+    )
+    activations = stage_bytes(
+        spec,
+        layout,
+        stage,
+        batch,
+        recompute=config.trainer.recompute == "full",
+        num_microbatches=config.trainer.num_microbatches,
+    )
+    return GpuMemory(
+        parameters=(dense + experts) * item,
+        gradients=(dense + experts) * ITEM_BYTES[dtypes.gradients],
+        optimizer=kept * (master + 2 * ITEM_BYTES[dtypes.moments]),
+        activations=math.ceil(activations),
+    )
+
+
+def kv_bytes_per_token(config: PlanConfig, spec: ModelSpec, layouts: Layouts) -> int:
+    """Of one token on the engine GPU with the most layers.
+
+    Keys and values of this rank's KV heads (at least one); of latent attention the latent and the rotary
+    part of k, on every tensor rank (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+    """
+    engine = layouts.engine
+    layers = max(len(engine.stage_layers(spec.num_layers, stage)) for stage in range(engine.pipeline))
+    if spec.mla is not None:
+        elements = spec.mla.kv_lora_rank + spec.mla.qk_rope_head_dim
+    else:
+        elements = 2 * max(spec.num_kv_heads // engine.tensor, 1) * spec.head_dim
+    return layers * elements * ITEM_BYTES[config.dtypes.kv_cache]
+
+
+def kv_cache_bytes(config: PlanConfig, spec: ModelSpec, layouts: Layouts) -> int:
+    """The KV cache of one engine GPU."""
+    if config.engine.kv_cache_gib is not None:
+        return int(config.engine.kv_cache_gib * GIB)
+    assert config.engine.max_num_seqs is not None
+    tokens = config.engine.max_num_seqs * config.workload.sequence_length
+    return tokens * kv_bytes_per_token(config, spec, layouts)
+
+
+def all_gpus(
+    config: PlanConfig,
+    architecture: Architecture,
+    layouts: Layouts,
+    stages: list[dict[str, ParamShape]],
+    engine_bytes: list[int],
+) -> list[GpuMemory]:
+    """Memory of every GPU, trainer's first.
+
+    Args:
+        config: the plan's.
+        architecture: the model.
+        layouts: both sides.
+        stages: the trainer's parameters by pipeline stage.
+        engine_bytes: of each engine rank, parameters that are not the trainer's memory.
+    """
+    spec, trainer = architecture.spec, layouts.trainer
+    by_stage = [trainer_memory(config, spec, layouts, stage, shapes) for stage, shapes in enumerate(stages)]
+    gpus = [by_stage[trainer.coordinates(rank).pipeline] for rank in range(trainer.world_size)]
+    cache = kv_cache_bytes(config, spec, layouts)
+    if not layouts.colocated:
+        return gpus + [GpuMemory(engine_parameters=own, kv_cache=cache) for own in engine_bytes]
+    return [
+        replace(gpu, engine_parameters=own, kv_cache=cache)
+        for gpu, own in zip(gpus, engine_bytes, strict=True)
+    ]

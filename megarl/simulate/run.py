@@ -1,0 +1,140 @@
+"""From a plan's configuration to all of its figures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megarl.config.plan import PlanConfig
+from megarl.layout import ParallelLayout, RankCoordinates
+from megarl.models import load_architecture
+from megarl.models.spec import ModelSpec
+from megarl.simulate import memory, transfer
+from megarl.simulate.layouts import Layouts, build_layouts
+from megarl.simulate.shapes import active_elements, hf_elements, stage_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """What `megarl plan` prints. Lists are by GPU (``gpus``, trainer's first) or as Traffic says."""
+
+    config: PlanConfig
+    layouts: Layouts
+    spec: ModelSpec
+    num_parameters: int
+    num_active_parameters: int
+    gpus: list[memory.GpuMemory]
+    kv_bytes_per_token: int
+    engine_bytes: list[int]  # parameters of each engine rank
+    traffic: transfer.Traffic
+    handover: transfer.Seconds
+    gathering: transfer.Gathering
+    notes: list[str]
+    seconds: float  # that planning took
+
+    def peak(self, gpu: memory.GpuMemory) -> int:
+        """Bytes when it is fullest, without what is reserved."""
+        freed = self.config.engine.free_kv_cache_while_training
+        return max(memory.training_bytes(gpu, free_kv_cache=freed), memory.generation_bytes(gpu))
+
+    @property
+    def fullest(self) -> dict[str, int]:
+        """The fullest GPU of each kind: "GPU", or "trainer GPU" and "engine GPU"."""
+        first = self.layouts.trainer.world_size
+        kinds = {"GPU": range(len(self.gpus))}
+        if not self.layouts.colocated:
+            kinds = {"trainer GPU": range(first), "engine GPU": range(first, len(self.gpus))}
+        return {kind: max(those, key=lambda n: self.peak(self.gpus[n])) for kind, those in kinds.items()}
+
+    @property
+    def free_bytes(self) -> int:
+        """What the fullest GPU has left, reserved memory taken off; negative where it does not fit."""
+        gpu = self.config.gpu
+        peak = max(self.peak(self.gpus[n]) for n in self.fullest.values())
+        return int((gpu.memory_gib - gpu.reserved_gib) * memory.GIB) - peak
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data; sizes in bytes, times in seconds."""
+        return {
+            "config": self.config.model_dump(),
+            "model": {
+                "family": self.spec.family,
+                "parameters": self.num_parameters,
+                "active_parameters": self.num_active_parameters,
+            },
+            "trainer": asdict(self.layouts.trainer),
+            "engine": asdict(self.layouts.engine) | {"num_engines": self.layouts.num_engines},
+            "fits": self.free_bytes >= 0,
+            "free_bytes": self.free_bytes,
+            "fullest": self.fullest,
+            "memory": [asdict(gpu) | {"peak": self.peak(gpu)} for gpu in self.gpus],
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "engine_bytes": self.engine_bytes,
+            "transfer": asdict(self.traffic),
+            "transfer_seconds": asdict(self.handover) | {"bound": self.handover.bound},
+            "gathering": asdict(self.gathering),
+            "notes": self.notes,
+            "seconds": self.seconds,
+        }
+
+
+def simulate(config: PlanConfig, gpus: int) -> Simulation:
+    """Plan ``config`` on ``gpus`` trainer GPUs.
+
+    Raises UserError for a model without a table, and with every violation of the two layouts.
+    """
+    start = time.perf_counter()
+    architecture = load_architecture(config.model.path)
+    spec = architecture.spec
+    layouts = build_layouts(config, architecture, gpus)
+    trainer = layouts.trainer
+    stages = [
+        stage_shapes(architecture, "trainer", trainer, RankCoordinates(pipeline=stage))
+        for stage in range(trainer.pipeline)
+    ]
+    owners = transfer.trainer_owners(config, architecture, layouts, stages)
+    ranks = transfer.EngineRanks(config, architecture, layouts)
+    traffic = transfer.plan_traffic(owners, ranks, layouts.engine_gpus)
+    engine_bytes = [ranks.num_bytes(rank) for rank in range(layouts.engine_gpus)]
+    own = [size - aliased for size, aliased in zip(engine_bytes, traffic.aliased, strict=True)]
+    return Simulation(
+        config=config,
+        layouts=layouts,
+        spec=spec,
+        num_parameters=hf_elements(architecture),
+        num_active_parameters=active_elements(architecture),
+        gpus=memory.all_gpus(config, architecture, layouts, stages, own),
+        kv_bytes_per_token=memory.kv_bytes_per_token(config, spec, layouts),
+        engine_bytes=engine_bytes,
+        traffic=traffic,
+        handover=transfer.plan_seconds(config.gpu, traffic),
+        gathering=transfer.gathering(config, architecture, owners, engine_bytes),
+        notes=_notes(config, spec, trainer),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _notes(config: PlanConfig, spec: ModelSpec, trainer: ParallelLayout) -> list[str]:
+    """What of this plan MegaRL itself cannot run yet."""
+    notes = []
+    if spec.not_trainable:
+        notes.append(f"the trainer cannot build {spec.family} yet: {spec.not_trainable}")
+    wanted = {
+        "expert_tensor_parallel_size": trainer.expert_tensor > 1,
+        "first_stage_layers": trainer.first_stage_layers is not None,
+        "last_stage_layers": trainer.last_stage_layers is not None,
+        "recompute": config.trainer.recompute != "none",
+    }
+    if missing := [name for name, asked in wanted.items() if asked]:
+        notes.append(f"the trainer has no {', '.join(missing)} yet")
+    engine = config.engine
+    wanted = {
+        "pipeline_parallel_size": engine.pipeline_parallel_size > 1,
+        "data_parallel_size": engine.data_parallel_size > 1,
+        "expert_parallel": engine.expert_parallel,
+        "free_kv_cache_while_training": engine.free_kv_cache_while_training,
+    }
+    if missing := [name for name, asked in wanted.items() if asked]:
+        notes.append(f"MegaRL's engines have no {', '.join(missing)} yet")
+    return notes
