@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Text
 
 
@@ -62,8 +64,13 @@ class PlanEngineConfig(Section):
     """Memory for keys and values on each GPU; give this or max_num_seqs."""
     max_num_seqs: PositiveInt | None = None
     """Sequences of workload.sequence_length whose keys and values must fit, per data-parallel rank."""
-    free_kv_cache_while_training: bool = False
-    """The KV cache's memory goes to the trainer between rollouts; needs colocated."""
+
+
+class PlanWeightsConfig(Section):
+    """What shares the memory of a GPU in turn."""
+
+    offload: list[Literal["gradients", "optimizer", "kv_cache"]] = Field(default_factory=list)
+    """What gives up its memory while the other side works, as weights.offload of grpo; needs colocated."""
 
 
 class PlanWorkloadConfig(Section):
@@ -114,5 +121,6 @@ class PlanConfig(Section):
     trainer: PlanTrainerConfig
     engine: PlanEngineConfig
     workload: PlanWorkloadConfig
+    weights: PlanWeightsConfig = PlanWeightsConfig()
     dtypes: PlanDtypesConfig = PlanDtypesConfig()
     gpu: PlanGpuConfig = PlanGpuConfig()

@@ -59,6 +59,7 @@ def build_layouts(config: PlanConfig, architecture: Architecture, gpus: int) -> 
         *_division_problems(architecture, "trainer", trainer),
         *_workload_problems(config, spec),
         *_engine_problems(config.engine, spec, engine_gpus),
+        *_engine_stage_problems(config.engine, spec),
         *_division_problems(architecture, "engine", engine),
     ]
     if wrong:
@@ -156,6 +157,8 @@ def _stage_problems(trainer: ParallelLayout, spec: ModelSpec) -> Iterator[str]:
 
 def _workload_problems(config: PlanConfig, spec: ModelSpec) -> Iterator[str]:
     trainer, work = config.trainer, config.workload
+    if config.weights.offload and not config.engine.colocated:
+        yield "weights.offload: needs engine.colocated: other GPUs have nothing to gain from it"
     if work.sequence_length > spec.max_position_embeddings:
         yield (
             f"workload.sequence_length: {work.sequence_length} is more than the model's "
@@ -189,8 +192,6 @@ def _engine_problems(engine: PlanEngineConfig, spec: ModelSpec, gpus: int) -> It
         )
     if (engine.kv_cache_gib is None) == (engine.max_num_seqs is None):
         yield "engine.kv_cache_gib, engine.max_num_seqs: give one of the two"
-    if engine.free_kv_cache_while_training and not engine.colocated:
-        yield "engine.free_kv_cache_while_training: needs engine.colocated"
     if spec.moe is None and engine.data_parallel_size > 1:
         yield f"engine.data_parallel_size: {spec.family} has no experts to share; more engines do the same"
     if engine.expert_parallel and spec.moe is None:
@@ -199,13 +200,14 @@ def _engine_problems(engine: PlanEngineConfig, spec: ModelSpec, gpus: int) -> It
         yield "engine.expert_parallel: needs tensor or data parallel ranks to share the experts"
     elif engine.expert_parallel and spec.moe is not None and spec.moe.num_experts % ranks:
         yield f"engine.expert_parallel: {spec.moe.num_experts} experts do not divide by {ranks} ranks"
+
+
+def _engine_stage_problems(engine: PlanEngineConfig, spec: ModelSpec) -> Iterator[str]:
     stages = engine.pipeline_parallel_size
-    if stages == 1:
-        return
-    if spec.tied_embeddings:
+    if stages > 1 and spec.tied_embeddings:
         yield "engine.pipeline_parallel_size: the tables have no tied embeddings over engine stages"
     sizes = vllm_stage_layers(spec.num_layers, stages)
-    if sizes[-1] == 0:
+    if min(sizes) == 0:
         yield f"engine.pipeline_parallel_size: {spec.num_layers} layers do not fill {stages} stages"
     elif len(set(sizes[1:-1])) > 1:
         yield (
@@ -223,11 +225,9 @@ def _division_problems(architecture: Architecture, side: Side, layout: ParallelL
                 continue
             kind = "expert_tensor" if place.expert else "tensor"
             ranks = layout.expert_tensor if place.expert else layout.tensor
-            for slot in place.slots or (Slot(rule.shape[place.dim]),):
-                if (message := _span_problem(slot, ranks)) is not None:
-                    name = rule.hf.format(layer="*", expert="*")
-                    if name not in names[kind, message]:
-                        names[kind, message].append(name)
+            slot = place.slots[place.slot] if place.slots else Slot(rule.shape[place.dim])
+            if (message := _span_problem(slot, ranks)) is not None:
+                names[kind, message].append(rule.hf.format(layer="*", expert="*"))
     for (kind, message), tensors in names.items():
         field = "tensor" if side == "engine" else kind
         listed = ", ".join(tensors[:2]) + (f" and {len(tensors) - 2} more" if len(tensors) > 2 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megarl.config.plan import PlanConfig
@@ -27,19 +28,21 @@ class GpuMemory:
     kv_cache: int = 0
 
     @property
-    def state(self) -> int:
-        """What is there at all times, the KV cache apart."""
-        return self.parameters + self.gradients + self.optimizer + self.engine_parameters
+    def total(self) -> int:
+        """All of it."""
+        trainer = self.parameters + self.gradients + self.optimizer + self.activations
+        return trainer + self.engine_parameters + self.kv_cache
 
 
-def training_bytes(memory: GpuMemory, *, free_kv_cache: bool) -> int:
-    """While gradients are computed."""
-    return memory.state + memory.activations + (0 if free_kv_cache else memory.kv_cache)
+def while_training(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
+    """What is there while gradients are computed."""
+    return replace(memory, kv_cache=0) if "kv_cache" in offload else memory
 
 
-def generation_bytes(memory: GpuMemory) -> int:
-    """While the engine samples; the trainer's activations are gone."""
-    return memory.state + memory.kv_cache
+def while_generating(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
+    """What is there while the engine samples: no activations, and nothing that has been put away."""
+    away = {part: 0 for part in ("gradients", "optimizer") if part in offload}
+    return replace(memory, activations=0, **away)
 
 
 def trainer_memory(

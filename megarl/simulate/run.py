@@ -35,8 +35,8 @@ class Simulation:
 
     def peak(self, gpu: memory.GpuMemory) -> int:
         """Bytes when it is fullest, without what is reserved."""
-        freed = self.config.engine.free_kv_cache_while_training
-        return max(memory.training_bytes(gpu, free_kv_cache=freed), memory.generation_bytes(gpu))
+        offload = self.config.weights.offload
+        return max(memory.while_training(gpu, offload).total, memory.while_generating(gpu, offload).total)
 
     @property
     def fullest(self) -> dict[str, int]:
@@ -133,7 +133,6 @@ def _notes(config: PlanConfig, spec: ModelSpec, trainer: ParallelLayout) -> list
         "pipeline_parallel_size": engine.pipeline_parallel_size > 1,
         "data_parallel_size": engine.data_parallel_size > 1,
         "expert_parallel": engine.expert_parallel,
-        "free_kv_cache_while_training": engine.free_kv_cache_while_training,
     }
     if missing := [name for name, asked in wanted.items() if asked]:
         notes.append(f"MegaRL's engines have no {', '.join(missing)} yet")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarl.layout import ParallelLayout
-from megarl.simulate.memory import GIB, GpuMemory, generation_bytes, training_bytes
+from megarl.simulate.memory import GIB, GpuMemory, while_generating, while_training
 from megarl.simulate.run import Simulation
 from megarl.simulate.transfer import Seconds
 
@@ -61,7 +61,7 @@ _ROWS: list[tuple[str, Callable[[GpuMemory], int]]] = [
 
 
 def _memory_table(simulation: Simulation) -> Table:
-    freed = simulation.config.engine.free_kv_cache_while_training
+    offload = simulation.config.weights.offload
     fullest = {name: simulation.gpus[number] for name, number in simulation.fullest.items()}
     table = Table(title="Memory per GPU, GiB", title_justify="left")
     table.add_column("")
@@ -76,8 +76,8 @@ def _memory_table(simulation: Simulation) -> Table:
     for name, of in _ROWS:
         add(name, of)
     table.add_section()
-    add("training", lambda gpu: training_bytes(gpu, free_kv_cache=freed), "bold")
-    add("generation", generation_bytes, "bold")
+    add("while training", lambda gpu: while_training(gpu, offload).total, "bold")
+    add("while generating", lambda gpu: while_generating(gpu, offload).total, "bold")
     return table
 
 
