@@ -197,7 +197,9 @@ def run_case(case: Case, engine: Any, model_dir: Path, repeats: int) -> list[Row
     owners = trainer.ask("offer", lambda _: None)[0]
     layout = ParallelLayout()
     regions = load_architecture(model_dir).engine_regions(layout, layout.coordinates(0))
-    plan = plan_weights(owners, regions, engine.collective_rpc("megarl_describe")[0])
+    params_of_engine = engine.collective_rpc("megarl_describe")[0]
+    host, device = engine.collective_rpc("megarl_place")[0]
+    plan = plan_weights(owners, regions, params_of_engine, host=host, device=device)
 
     private = {name: param.detach().clone() for name, param in params.items()}
 
@@ -218,7 +220,7 @@ def run_case(case: Case, engine: Any, model_dir: Path, repeats: int) -> list[Row
 
     for name, param in params.items():
         param.data = private[name]
-    engine.collective_rpc("megarl_attach", args=(plan,))
+    engine.collective_rpc("megarl_attach", args=([plan],))
 
     def sync() -> int:
         moved = sum(engine.collective_rpc("megarl_copy"))

@@ -146,6 +146,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             options.overrides,
             num_processes=None if options.command == "eval" else started,
         )
+        _check_layout(config)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same; the first of each machine says it
@@ -158,6 +159,16 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return run_ranks(config.parallel.num_processes, arguments)
     _call_loop(config)
     return 0
+
+
+def _check_layout(config: AnyConfig) -> None:
+    """Refuse what cannot be trained, or not under this layout, before a process starts."""
+    from megarl.config.schema import EvalConfig
+    from megarl.models import load_architecture
+    from megarl.models.feasible import check_layout
+
+    if not isinstance(config, EvalConfig):
+        check_layout(load_architecture(config.model.path), config.parallel)
 
 
 def _call_loop(config: AnyConfig) -> None:

@@ -52,6 +52,8 @@ class ParallelLayout:
         virtual: int = 1,
         expert: int = 1,
         expert_tensor: int = 1,
+        first_stage_layers: int | None = None,
+        last_stage_layers: int | None = None,
     ) -> ParallelLayout:
         """The layout that fills ``world_size`` ranks; data parallelism takes what remains."""
         model_parallel = tensor * pipeline * context
@@ -67,7 +69,18 @@ class ParallelLayout:
                 f"expert x expert-tensor = {expert} x {expert_tensor} = {experts}"
             )
         data = world_size // model_parallel
-        return cls(tensor, pipeline, context, data, sequence_parallel, virtual, expert, expert_tensor)
+        return cls(
+            tensor,
+            pipeline,
+            context,
+            data,
+            sequence_parallel,
+            virtual,
+            expert,
+            expert_tensor,
+            first_stage_layers,
+            last_stage_layers,
+        )
 
     def coordinates(self, rank: int) -> RankCoordinates:
         """Where ``rank`` stands in each dimension."""

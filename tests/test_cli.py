@@ -32,12 +32,25 @@ training: {num_steps: 3}
 """
 
 
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+}
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(CONFIG)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
     for name in ("tokenizer.json", "model.safetensors"):
         (tmp_path / "model" / name).write_text("{}")
     for name in os.environ.keys() - CLEAN.keys():
@@ -61,7 +74,7 @@ def test_version_and_help(folder: Path) -> None:
     for word in ("sft", "grpo", "eval", "report", "doctor", "examples:", "--dry-run"):
         assert word in text
     assert (
-        "torchrun --nproc-per-node 8 -m megarl.cli sft --config FILE"
+        "torchrun --nproc-per-node 8 -m megarl sft --config FILE"
         in megarl_command("sft", "--help").stdout
     )
 

@@ -353,6 +353,9 @@ class Setup:
 
 def main() -> int:
     """0 when the environment is ready, 1 with one message when it is not."""
+    if len(sys.argv) > 1:  # it takes no arguments: --help must not start a download
+        print(__doc__)
+        return 0 if sys.argv[1] in ("-h", "--help") else 2
     try:
         check_machine()
         STATE.mkdir(exist_ok=True)

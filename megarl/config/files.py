@@ -68,7 +68,6 @@ def _model(config: Section) -> Violations:
     except (OSError, ValueError) as error:
         yield Violation(_MODEL_PATH, f"config.json cannot be read: {error} (got {path!r})")
         return
-    yield from _parallel_fits(config, model_config)
     yield from _lengths_fit(config, model_config)
     yield from _kv_cache_fits(config, model_config)
 
@@ -95,23 +94,6 @@ def _missing_weights(directory: Path) -> list[str]:
     except (OSError, ValueError, KeyError, AttributeError):
         return [f"a readable {index.name}"]
     return [shard for shard in shards if not (directory / shard).is_file()]
-
-
-def _parallel_fits(config: Section, model_config: dict[str, Any]) -> Violations:
-    parallel = getattr(config, "parallel", None)
-    counts = {
-        "tensor_parallel_size": ("num_attention_heads", "num_key_value_heads"),
-        "pipeline_parallel_size": ("num_hidden_layers",),
-    }
-    for field, names in counts.items():
-        size = getattr(parallel, field, 1)
-        uneven = [f"{n} {model_config[n]}" for n in names if n in model_config and model_config[n] % size]
-        if uneven:
-            yield Violation(
-                ("parallel", field),
-                f"does not divide the model's {' and '.join(uneven)} (got {size})",
-                (_MODEL_PATH,),
-            )
 
 
 def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Violations:

@@ -39,8 +39,10 @@ class PlanTrainerConfig(Section):
     """Ranks of a pipeline stage that share each expert's matrices."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
-    recompute: Literal["none", "full"] = "none"
-    """full keeps only each layer's input and computes the layer again in the backward pass."""
+    activation_recompute: Literal["off", "selective", "full"] = "off"
+    """Compute again in the backward pass, instead of keeping: the attention (selective), or whole layers."""
+    keep_reference: bool = False
+    """Keep a frozen copy of the parameters for reference logprobs (algorithm.kl_coef > 0 in grpo, dpo)."""
     num_microbatches: PositiveInt | None = None
     """Microbatches per optimizer step and data-parallel rank; null: enough to fill the pipeline."""
 

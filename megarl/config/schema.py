@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megarl.config.algorithm import GrpoAlgorithmConfig as GrpoAlgorithmConfig
+from megarl.config.parallel import ParallelConfig as ParallelConfig
 from megarl.config.section import (
     Decay,
     NonNegativeFloat,
@@ -38,25 +39,6 @@ class ModelConfig(Section):
     """Hugging Face directory: config.json, safetensors, tokenizer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type. fp32 is the fast one on CPUs without AMX/AVX512-BF16."""
-
-
-class ParallelConfig(Section):
-    """How the trainer is split over processes. data_parallel_size is what remains."""
-
-    num_processes: PositiveInt = 1
-    """Trainer ranks `megarl` starts on this machine; under torchrun or srun WORLD_SIZE replaces it."""
-    tensor_parallel_size: PositiveInt = 1
-    """Ranks that share each layer's matrices."""
-    pipeline_parallel_size: PositiveInt = 1
-    """Ranks that share the stack of layers."""
-    context_parallel_size: PositiveInt = 1
-    """Ranks that share each sequence."""
-    sequence_parallel: bool = False
-    """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
-    virtual_pipeline_parallel_size: PositiveInt = 1
-    """Model chunks per pipeline stage (interleaved schedule); needs pipeline_parallel_size > 1."""
-    expert_parallel_size: PositiveInt = 1
-    """Ranks of a pipeline stage that share each layer's experts, whole experts each."""
 
 
 class OptimizerConfig(Section):
@@ -346,7 +328,7 @@ class WeightsConfig(Section):
     """checksum: after every hand-over, compare checksums of every region on both sides."""
     transport: Literal["auto", "shared_memory", "peer"] = "auto"
     """auto maps memory of the engine's host and asks other hosts; peer asks all, as if on other hosts."""
-    offload: list[Literal["gradients", "optimizer", "kv_cache"]] = []
+    offload: list[Literal["gradients", "optimizer", "kv_cache"]] = Field(default_factory=list)
     """What gives up its memory while unused: gradients, optimizer (GPU) and the engine's kv_cache (GPU)."""
     keep_kv_cache: bool = False
     """Keep cached keys and values over a hand-over, though older weights made them."""

@@ -93,6 +93,33 @@ def _virtual_pipeline(config: TrainingConfig) -> Violations:
         )
 
 
+def _uneven_stages(config: TrainingConfig) -> Violations:
+    parallel = config.parallel
+    for name in ("first_stage_layers", "last_stage_layers"):
+        if getattr(parallel, name) is None:
+            continue
+        if parallel.pipeline_parallel_size == 1 or parallel.virtual_pipeline_parallel_size > 1:
+            yield Violation(
+                ("parallel", name),
+                "needs parallel.pipeline_parallel_size > 1 and virtual_pipeline_parallel_size 1",
+                (("parallel", "pipeline_parallel_size"), ("parallel", "virtual_pipeline_parallel_size")),
+            )
+
+
+def _overlap(config: TrainingConfig) -> Violations:
+    parallel = config.parallel
+    if not parallel.overlap_param_gather:
+        return
+    field = ("parallel", "overlap_param_gather")
+    if not config.optimizer.distributed:
+        yield Violation(field, "needs optimizer.distributed = true", (("optimizer", "distributed"),))
+    if not parallel.overlap_grad_reduce:
+        reason = "needs parallel.overlap_grad_reduce = true (Megatron's hooks are the same)"
+        yield Violation(field, reason, (("parallel", "overlap_grad_reduce"),))
+    if isinstance(config, GrpoConfig):
+        yield Violation(field, "not for grpo: engines read the parameters right after every step", ())
+
+
 def _expert_parallel(config: TrainingConfig) -> Violations:
     parallel = config.parallel
     stage, rest = divmod(parallel.num_processes, parallel.pipeline_parallel_size)
@@ -311,6 +338,8 @@ _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     _parallel_sizes,
     _sequence_parallel,
     _virtual_pipeline,
+    _uneven_stages,
+    _overlap,
     _expert_parallel,
     _learning_rates,
     _warmup,

@@ -6,19 +6,16 @@ within it tensor ranks vary fastest, then pipeline stages, then data-parallel ra
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from megarl.config.plan import PlanConfig, PlanEngineConfig, PlanTrainerConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.models.spec import ModelSpec
-from megarl.models.table import Architecture, Rule, Slot
-
-Side = Literal["trainer", "engine"]
-_AT = "@"  # stands for a tensor's name while messages are compared
+from megarl.models.splits import Side as Side
+from megarl.models.splits import division_problems
+from megarl.models.table import Architecture, Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +53,11 @@ def build_layouts(config: PlanConfig, architecture: Architecture, gpus: int) -> 
     wrong = [
         *_trainer_problems(config.trainer, spec, gpus),
         *_stage_problems(trainer, spec),
-        *_division_problems(architecture, "trainer", trainer),
+        *division_problems(architecture, "trainer", trainer, "trainer"),
         *_workload_problems(config, spec),
         *_engine_problems(config.engine, spec, engine_gpus),
         *_engine_stage_problems(config.engine, spec),
-        *_division_problems(architecture, "engine", engine),
+        *division_problems(architecture, "engine", engine, "engine"),
     ]
     if wrong:
         raise UserError("\n".join(wrong))
@@ -214,32 +211,6 @@ def _engine_stage_problems(engine: PlanEngineConfig, spec: ModelSpec) -> Iterato
             f"engine.pipeline_parallel_size: vLLM would cut {spec.num_layers} layers into {sizes}; "
             "the tables need inner stages of equal size"
         )
-
-
-def _division_problems(architecture: Architecture, side: Side, layout: ParallelLayout) -> Iterator[str]:
-    """What cannot be split over tensor or expert-tensor ranks, the tensors concerned put together."""
-    names: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for rule in architecture.rules:
-        for place in rule.trainer if side == "trainer" else rule.engine:
-            if place.dim is None or place.padded:
-                continue
-            kind = "expert_tensor" if place.expert else "tensor"
-            ranks = layout.expert_tensor if place.expert else layout.tensor
-            slot = place.slots[place.slot] if place.slots else Slot(rule.shape[place.dim])
-            if (message := _span_problem(slot, ranks)) is not None:
-                names[kind, message].append(rule.hf.format(layer="*", expert="*"))
-    for (kind, message), tensors in names.items():
-        field = "tensor" if side == "engine" else kind
-        listed = ", ".join(tensors[:2]) + (f" and {len(tensors) - 2} more" if len(tensors) > 2 else "")
-        yield f"{side}.{field}_parallel_size: {message} ({listed})"
-
-
-def _span_problem(slot: Slot, ranks: int) -> str | None:
-    try:
-        slot.span(0, ranks, _AT)
-    except UserError as error:
-        return str(error).removeprefix(f"{_AT}: ")
-    return None
 
 
 def engine_table(architecture: Architecture, layout: ParallelLayout) -> Architecture:

@@ -104,15 +104,6 @@ def test_broken_config_json(folder: Path) -> None:
     assert line.startswith("model.path: config.json cannot be read: ")
 
 
-def test_parallel_sizes_against_the_model(folder: Path) -> None:
-    assert lines(
-        "parallel.num_processes=8", "parallel.tensor_parallel_size=4", "parallel.pipeline_parallel_size=2"
-    ) == [
-        "parallel.tensor_parallel_size: does not divide the model's num_key_value_heads 2 (got 4)",
-        "parallel.pipeline_parallel_size: does not divide the model's num_hidden_layers 3 (got 2)",
-    ]
-
-
 def test_lengths_against_the_model(folder: Path) -> None:
     assert lines("packing.max_sequence_length=129") == [
         "packing.max_sequence_length: the model has max_position_embeddings = 128 (got 129)"

@@ -223,7 +223,7 @@ def test_unknown_key(folder: Path, addition: str, line: str) -> None:
 def test_unknown_key_of_another_source_or_command(folder: Path) -> None:
     assert errors(folder, "data.train.path=x", "training.batch_size=3") == [
         "data.train.path: unknown key here; it belongs to source jsonl [command line]",
-        "training.batch_size: unknown key here; it is a setting of megarl sft [command line]",
+        "training.batch_size: unknown key here; it is a setting of megarl sft and dpo [command line]",
     ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,45 @@ def train_export_and_offer(
     return owners
 
 
-def train_further(context: Any, model_dir: str, export_dir: str | None) -> None:
-    """One more training step of the offered policy; with a directory, its weights exported."""
-    [policy] = _offered
-    policy.train_step(policy.prepare(make_sequences(5), "token"), sft_loss, temperature=1.0)
-    if export_dir is not None:
-        export(policy, model_dir, export_dir)
+def train_and_wait(context: Any, model_dir: str, directory: str, steps: int, distributed: bool) -> None:
+    """Train ``steps`` steps; after each, wait for the engine's checksums and answer which regions differ.
+
+    Messages are files in ``directory``: owners, attached, then for each step trained-N from rank 0,
+    checksums-N from the engine's side, wrong-N-RANK from every rank. The weights of the last step are exported.
+    """
+    place = Path(directory)
+    policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
+    owners = policy.weight_owners()
+    if context.is_first:
+        put(place / "owners", owners)
+    take(place / "attached")
+    for step in range(1, steps + 1):
+        policy.train_step(policy.prepare(make_sequences(step), "token"), sft_loss, temperature=1.0)
+        if step == steps:
+            export(policy, model_dir, str(place / "last"))
+        if context.is_first:
+            put(place / f"trained-{step}", None)
+        regions = take(place / f"checksums-{step}")
+        mine = policy.weight_checksums([query for query, _ in regions])
+        put(
+            place / f"wrong-{step}-{context.rank}", [n for n, value in mine.items() if value != regions[n][1]]
+        )
+
+
+def put(path: Path, value: Any) -> None:
+    """Write a message; it is there as a whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(pickle.dumps(value))
+    partial.rename(path)
+
+
+def take(path: Path) -> Any:
+    """Wait for a message."""
+    for _ in range(2400):
+        if path.exists():
+            return pickle.loads(path.read_bytes())
+        time.sleep(0.05)
+    raise TimeoutError(path)
 
 
 def checksums(context: Any, queries: list[Any]) -> dict[int, int]:

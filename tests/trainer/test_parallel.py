@@ -31,14 +31,42 @@ LAYOUTS |= {
     "tp2-ep2-dp2": (TP2_SP | {"expert_parallel_size": 2}, False),
     "ep2-pp2": (PP2 | {"expert_parallel_size": 2}, True),
 }
-FOUR_RANKS = ("tp2-ep2-dp2", "ep2-pp2")
+OVERLAP = {"overlap_grad_reduce": True}
+LAYOUTS |= {
+    "one-recompute-full": ({"activation_recompute": "full"}, False),
+    "one-recompute-selective": ({"activation_recompute": "selective"}, False),
+    "pp2-recompute-full": (PP2 | {"activation_recompute": "full"}, False),
+    "tp2-ep2-recompute-full": (TP2_SP | {"expert_parallel_size": 2, "activation_recompute": "full"}, False),
+    "pp2-uneven": (PP2 | {"first_stage_layers": 1}, False),
+    "dp2-overlap": (OVERLAP, False),
+    "dp2-overlap-both": (OVERLAP | {"overlap_param_gather": True}, True),
+    "vpp2-overlap": (PP2 | {"virtual_pipeline_parallel_size": 2} | OVERLAP, False),
+    "pp4": ({"pipeline_parallel_size": 4}, False),
+    "cp4": ({"context_parallel_size": 4}, False),
+    "tp2-ep2-pp2": (TP2_SP | PP2 | {"expert_parallel_size": 2}, False),
+    "tp2-pp2-cp2": (TP2_SP | PP2 | {"context_parallel_size": 2}, False),
+}
+ONE_RANK = ("one-recompute-full", "one-recompute-selective")
+FOUR_RANKS = ("tp2-ep2-dp2", "ep2-pp2", "pp4", "cp4", "tp2-ep2-pp2")
+EIGHT_RANKS = ("tp2-pp2-cp2",)
 MOE = "qwen3-moe-mixed-tied"
 CASES = [
     *[(model, name) for model in ("qwen3-tied", "llama-biases") for name in DENSE_LAYOUTS],
     ("llama-deep-tied", "vpp2"),
     *[(MOE, name) for name in ("ep2", "ep2-distributed-optimizer", "tp2-ep2", "pp2", "cp2-ep2")],
-    *[(MOE, name) for name in FOUR_RANKS],
+    *[(MOE, name) for name in ("tp2-ep2-dp2", "ep2-pp2", "tp2-ep2-recompute-full")],
+    *[("qwen3-tied", name) for name in (*ONE_RANK, "dp2-overlap", "dp2-overlap-both")],
+    ("llama-biases", "pp2-recompute-full"),
+    ("llama-deep-tied", "pp2-uneven"),
+    ("llama-deep-tied", "vpp2-overlap"),
 ]
+SLOW_CASES = [
+    ("llama-deep-tied", "pp4"),
+    ("qwen3-tied", "cp4"),
+    (MOE, "tp2-ep2-pp2"),
+    ("llama-biases", "tp2-pp2-cp2"),
+]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]  # type: ignore[misc]
 COORDINATES = {
     "dp2": (0, 0, 0, 1),
     "dp2-distributed-optimizer": (0, 0, 0, 1),
@@ -53,7 +81,20 @@ COORDINATES = {
     "cp2-ep2": (0, 0, 1, 0),
     "tp2-ep2-dp2": (1, 0, 0, 1),  # the last rank's
     "ep2-pp2": (0, 1, 0, 1),
+    "pp2-recompute-full": (0, 1, 0, 0),
+    "tp2-ep2-recompute-full": (1, 0, 0, 0),
+    "pp2-uneven": (0, 1, 0, 0),
+    "dp2-overlap": (0, 0, 0, 1),
+    "dp2-overlap-both": (0, 0, 0, 1),
+    "vpp2-overlap": (0, 1, 0, 0),
+    "pp4": (0, 3, 0, 0),
+    "cp4": (0, 0, 3, 0),
+    "tp2-ep2-pp2": (1, 1, 0, 0),
+    "tp2-pp2-cp2": (1, 1, 1, 0),
 }
+
+
+_SIZES = {1: ONE_RANK, 4: FOUR_RANKS, 8: EIGHT_RANKS}
 
 
 @functools.cache
@@ -73,12 +114,13 @@ def test_layout_equals_one_rank(model_dirs: dict[str, str], model: str, name: st
     expected = one_rank(model_dirs[model])
     parallel, distributed = LAYOUTS[name]
     arguments = (model_dirs[model], [0, 1, 2, 3], None, None, distributed)
-    results = world(4 if name in FOUR_RANKS else 2).run(ranks.train, *arguments, parallel=parallel)
+    size = next((n for n, names in _SIZES.items() if name in names), 2)
+    results = world(size).run(ranks.train, *arguments, parallel=parallel)
     for result in results:
         assert result["log"] == results[0]["log"], "every rank reports the same"
         assert result["coordinates"] == result["megatron_coordinates"]
     assert results[0]["coordinates"] == (0, 0, 0, 0)
-    assert results[-1]["coordinates"] == COORDINATES[name]
+    assert results[-1]["coordinates"] == COORDINATES.get(name, (0, 0, 0, 0))
     assert all(result["weights"] == {} for result in results[1:])
     for number, (one, two) in enumerate(zip(expected["log"], results[0]["log"], strict=True)):
         assert one.keys() == two.keys()

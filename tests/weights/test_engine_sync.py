@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,27 @@ def worst_difference(bench: Bench, export: Path, dtype: torch.dtype) -> float:
     indirect=["bench"],
 )
 def test_ten_syncs_in_a_row_stay_exact(bench: Bench, layout: str) -> None:
-    offer(bench, layout)
-    size = LAYOUTS[layout][0]
-    moved = set()
-    for step in range(2, 12):
-        export = str(bench.directory / "last") if step == 11 else None
-        world(size).run(ranks.train_further, str(bench.model_dir), export)
-        if step == 2:
-            assert any(wrong(bench, layout)), "the copies are stale until the next sync"
-        moved.add(bench.engine.sync(step).bytes_moved)
-        assert not any(wrong(bench, layout)), step
-    assert len(moved) == 1
-    assert worst_difference(bench, bench.directory / "last", torch.float32) < TOLERANCE
+    size, parallel, distributed = LAYOUTS[layout]
+    place, steps = bench.directory / "messages", 10
+    place.mkdir()
+    arguments = (str(bench.model_dir), str(place), steps, distributed)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(world(size).run, ranks.train_and_wait, *arguments, parallel=parallel)
+        attach_weights(bench.engine, load_architecture(bench.model_dir), ranks.take(place / "owners"))
+        bench.engine.sync(0)
+        moved, before = set(), bench.checksums()
+        ranks.put(place / "attached", None)
+        for step in range(1, steps + 1):
+            ranks.take(place / f"trained-{step}")
+            moved.add(bench.engine.sync(step).bytes_moved)
+            after = bench.checksums()
+            assert all(old != new for old, new in zip(before, after, strict=True)), "every region moves on"
+            ranks.put(place / f"checksums-{step}", after)
+            assert [ranks.take(place / f"wrong-{step}-{rank}") for rank in range(size)] == [[]] * size, step
+            before = after
+        done.result()
+    assert len(moved) == 1 and moved != {0}
+    assert worst_difference(bench, place / "last", torch.float32) < TOLERANCE
 
 
 @pytest.mark.parametrize("transport", ["auto", "peer"])

@@ -25,6 +25,7 @@ class RankContext:
     layout: ParallelLayout
     at: RankCoordinates
     platform: platform.Platform
+    parallel: ParallelConfig
 
     @property
     def is_first(self) -> bool:
@@ -49,6 +50,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         sequence_parallel=parallel.sequence_parallel,
         virtual=parallel.virtual_pipeline_parallel_size,
         expert=parallel.expert_parallel_size,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
     )
     timeout = timedelta(minutes=60)  # rank 0 may spend a long rollout before the others hear of it
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
@@ -68,7 +71,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
     numpy.random.seed(seed)  # noqa: NPY002  what libraries draw from
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return RankContext(rank, layout, layout.coordinates(rank), chosen)
+    here = parallel.model_copy(update={"num_processes": world_size})
+    return RankContext(rank, layout, layout.coordinates(rank), chosen, here)
 
 
 def finalize() -> None:

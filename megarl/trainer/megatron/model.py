@@ -6,7 +6,7 @@ that have a loss, so that logits of prompt tokens, and the full [T, V] matrix, n
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,11 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(
-    spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: Literal["off", "selective", "full"] = "off",
 ) -> TransformerConfig:
     """Megatron's configuration for this model and layout."""
     config = TransformerConfig(
@@ -112,10 +116,13 @@ def transformer_config(
         # Batched p2p mixes up the messages of virtual stages on gloo, without an error.
         overlap_p2p_comm=layout.virtual > 1,
         batch_p2p_comm=layout.virtual == 1,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths even without experts
         **_moe_options(spec),
+        **_RECOMPUTE[recompute],
         use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,  # weights come from a checkpoint
         calculate_per_token_loss=True,  # losses carry their global denominators already
@@ -129,6 +136,17 @@ def transformer_config(
     config.rope_inverse_frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
     config.real_vocab_size = spec.vocab_size
     return config
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "off": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,  # keeps one layer's input each: the smallest peak
+    },
+}
 
 
 def _moe_options(spec: ModelSpec) -> dict[str, Any]:
@@ -195,23 +213,14 @@ def _mlp_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
     )
 
 
-def _check_experts(spec: ModelSpec, layout: ParallelLayout) -> None:
-    experts = spec.moe.num_experts if spec.moe else 0
-    wrong = []
-    if layout.expert_tensor > 1:
-        wrong.append("parallel: splitting experts over tensor ranks is not supported by the trainer")
-    if layout.expert > 1 and not experts:
-        wrong.append(f"parallel.expert_parallel_size: {layout.expert}, but {spec.family} has no experts")
-    elif experts % layout.expert:
-        wrong.append(f"parallel.expert_parallel_size: {experts} experts do not divide by {layout.expert}")
-    if experts and layout.tensor > 1 and not layout.sequence_parallel:
-        wrong.append("parallel.sequence_parallel: must be true for experts with tensor_parallel_size > 1")
-    if wrong:
-        raise UserError("\n".join(wrong))
-
-
 def build_model(
-    spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, device: torch.device, chunk: int = 0
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunk: int = 0,
+    *,
+    recompute: Literal["off", "selective", "full"] = "off",
 ) -> PolicyModel:
     """This rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf.
 
@@ -222,8 +231,8 @@ def build_model(
         raise UserError(f"model.path: training {spec.family} is not supported: {spec.not_trainable}")
     if spec.moe is not None and spec.moe.router_bias:
         raise UserError(f"model.path: training {spec.family} (experts chosen by a bias) is not supported")
-    _check_experts(spec, layout)
-    config = transformer_config(spec, layout, dtype, device)
+    assert layout.expert_tensor == 1, "experts are not split over tensor ranks"
+    config = transformer_config(spec, layout, dtype, device, recompute)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     virtual = {"ignore_virtual": False, "vp_stage": chunk}
     first = parallel_state.is_pipeline_first_stage(**virtual)

@@ -20,6 +20,7 @@ from megarl.errors import UserError
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import Loss, LossResult, LossTokens, token_weights
 from megarl.losses.preference import sequence_logps
+from megarl.models.feasible import check_layout
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
 from megarl.packing.pack import pack
@@ -59,6 +60,7 @@ class MegatronPolicy:
         With check_numerics a logprob or loss input that is not finite ends every pass with a UserError
         that names its token.
         """
+        check_layout(architecture, context.parallel)
         self._check_numerics = check_numerics
         self.context, self.architecture = context, architecture
         self.packing = packing or PackingConfig()
@@ -66,7 +68,14 @@ class MegatronPolicy:
         dtype = getattr(torch, model.dtype)
         layout = context.layout
         self.chunks = [
-            build_model(architecture.spec, layout, dtype, self.device, chunk)
+            build_model(
+                architecture.spec,
+                layout,
+                dtype,
+                self.device,
+                chunk,
+                recompute=context.parallel.activation_recompute,
+            )
             for chunk in range(layout.virtual)
         ]
         self.params = {
@@ -87,14 +96,18 @@ class MegatronPolicy:
             return
         reduction = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=context.parallel.overlap_grad_reduce,
+            overlap_param_gather=context.parallel.overlap_param_gather,
             use_distributed_optimizer=optimizer.distributed,
         )
         self.ddp = [DistributedDataParallel(chunk.config, reduction, chunk) for chunk in self.chunks]
         self.optimizer, self.schedule = build_optimizer(optimizer, self.ddp, dtype, total_optimizer_steps)
         self._sleeper = Sleeper(self.ddp, self.optimizer, self.device)
+        pauses = [chunk.no_sync for chunk in self.ddp]
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = _finalize_without_scaling
+            if context.parallel.overlap_grad_reduce:  # not before the last microbatch
+                chunk.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
 
     # --- from sequences to microbatches -------------------------------------------------------
 
@@ -302,6 +315,7 @@ class MegatronPolicy:
 
     def keep_reference(self) -> None:
         """See Policy."""
+        self._finish_param_gather()
         with torch.no_grad():
             self._reference = {name: param.detach().clone() for name, param in self.params.items()}
 
@@ -309,6 +323,7 @@ class MegatronPolicy:
     def reference(self) -> Iterator[None]:
         """See Policy."""
         assert self._reference is not None, "keep_reference() first"
+        self._finish_param_gather()
         self._exchange(self._reference)
         try:
             yield
@@ -332,15 +347,24 @@ class MegatronPolicy:
 
     def weight_owners(self, transport: Transport = "auto") -> list[Owner]:
         """See Policy. Every rank offers all it holds; the planner chooses among replicas."""
+        self._finish_param_gather()
         return self.weights.owners(transport)
 
     def weight_checksums(self, queries: list[RegionQuery]) -> dict[int, int]:
         """See Policy."""
+        self._finish_param_gather()
         return self.weights.checksums(queries)
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Policy."""
+        self._finish_param_gather()
         return self.weights.hf_tensors()
+
+    def _finish_param_gather(self) -> None:
+        """Have the last step's parameters now, not at the next forward pass."""
+        if self.context.parallel.overlap_param_gather:
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
 
     def sleep(self, parts: Iterable[str]) -> None:
         """See Policy."""
@@ -355,6 +379,7 @@ class MegatronPolicy:
     def save(self, directory: Path, *, optimizer: bool) -> None:
         """See Policy."""
         self.wake()
+        self._finish_param_gather()
         checkpoint.save(directory, self.chunks, self.optimizer if optimizer else None, self.schedule)
 
     def load(self, directory: Path) -> bool:

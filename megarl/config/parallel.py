@@ -1,0 +1,36 @@
+"""How the trainer is split over processes, and what it trades for memory or overlap."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megarl.config.section import PositiveInt, Section
+
+
+class ParallelConfig(Section):
+    """How the trainer is split over processes. data_parallel_size is what remains."""
+
+    num_processes: PositiveInt = 1
+    """Trainer ranks `megarl` starts on this machine; under torchrun or srun WORLD_SIZE replaces it."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Ranks that share the stack of layers."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence."""
+    sequence_parallel: bool = False
+    """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
+    virtual_pipeline_parallel_size: PositiveInt = 1
+    """Model chunks per pipeline stage (interleaved schedule); needs pipeline_parallel_size > 1."""
+    expert_parallel_size: PositiveInt = 1
+    """Ranks of a pipeline stage that share each layer's experts, whole experts each."""
+    first_stage_layers: PositiveInt | None = None
+    """Layers of the first pipeline stage, which also has the embedding; null: as many as the others."""
+    last_stage_layers: PositiveInt | None = None
+    """Layers of the last pipeline stage, which also has the head; null: as many as the others."""
+    activation_recompute: Literal["off", "selective", "full"] = "off"
+    """Compute again in the backward pass, instead of keeping: the attention (selective), or whole layers."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters during the next forward pass; needs optimizer.distributed. Not for grpo."""

@@ -1,0 +1,117 @@
+"""Whether a model can be trained under a layout, seen from its config.json: before any process starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megarl.config.parallel import ParallelConfig
+from megarl.errors import UserError
+from megarl.layout import ParallelLayout
+from megarl.models.splits import division_problems
+from megarl.models.table import Architecture
+
+_NUM_NEAREST = 3
+
+
+def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Raise UserError with every violation, and the nearest layouts of as many ranks that would do."""
+    if architecture.spec.not_trainable is not None:
+        why = f"training {architecture.spec.family} is not supported: {architecture.spec.not_trainable}"
+        raise UserError(f"model.path: {why}")
+    wrong = list(layout_problems(architecture, parallel))
+    if not wrong:
+        return
+    near = [_describe(other, parallel) for other in nearest_layouts(architecture, parallel)]
+    wrong += [f"would do on {parallel.num_processes} ranks: {text}" for text in near]
+    if not near:
+        wrong.append(f"no layout of {parallel.num_processes} ranks would do; change parallel.num_processes")
+    raise UserError("\n".join(wrong))
+
+
+def layout_problems(architecture: Architecture, parallel: ParallelConfig) -> Iterator[str]:
+    """A line for each way in which this model does not fit this layout."""
+    spec, experts = architecture.spec, parallel.expert_parallel_size
+    try:
+        layout = layout_of(parallel)
+    except UserError as error:
+        yield str(error)
+        return
+    yield from division_problems(architecture, "trainer", layout, "parallel")
+    try:
+        layout.stage_layers(spec.num_layers, 0)
+    except UserError as error:
+        yield str(error)
+    if spec.moe is None and experts > 1:
+        yield f"parallel.expert_parallel_size: {experts}, but {spec.family} has no experts"
+    elif spec.moe is not None and spec.moe.num_experts % experts:
+        yield f"parallel.expert_parallel_size: {spec.moe.num_experts} experts do not divide by {experts}"
+    if spec.moe is not None and layout.tensor > 1 and not layout.sequence_parallel:
+        yield "parallel.sequence_parallel: must be true for experts with tensor_parallel_size > 1"
+
+
+def layout_of(parallel: ParallelConfig) -> ParallelLayout:
+    """The layout of a configuration's ranks; UserError where they cannot be divided."""
+    return ParallelLayout.from_world_size(
+        parallel.num_processes,
+        tensor=parallel.tensor_parallel_size,
+        pipeline=parallel.pipeline_parallel_size,
+        context=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        virtual=parallel.virtual_pipeline_parallel_size,
+        expert=parallel.expert_parallel_size,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
+    )
+
+
+def nearest_layouts(architecture: Architecture, parallel: ParallelConfig) -> list[ParallelConfig]:
+    """The layouts of as many ranks that work and differ least (in factors of two) from what was asked."""
+    ranks = parallel.num_processes
+    sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    found = []
+    for tensor in sizes:
+        for pipeline in sizes:
+            for context in sizes:
+                if ranks % (tensor * pipeline * context):
+                    continue
+                for expert in sizes if architecture.spec.moe is not None else [1]:
+                    other = parallel.model_copy(
+                        update={
+                            "tensor_parallel_size": tensor,
+                            "pipeline_parallel_size": pipeline,
+                            "context_parallel_size": context,
+                            "expert_parallel_size": expert,
+                            "sequence_parallel": tensor > 1
+                            and (parallel.sequence_parallel or architecture.spec.moe is not None),
+                            "virtual_pipeline_parallel_size": parallel.virtual_pipeline_parallel_size
+                            if pipeline > 1
+                            else 1,
+                            "first_stage_layers": None,
+                            "last_stage_layers": None,
+                        }
+                    )
+                    if not any(layout_problems(architecture, other)):
+                        found.append(other)
+    return sorted(found, key=lambda other: _distance(other, parallel))[:_NUM_NEAREST]
+
+
+_SIZES = ("tensor", "pipeline", "context", "expert")
+
+
+def _distance(one: ParallelConfig, other: ParallelConfig) -> float:
+    names = [f"{size}_parallel_size" for size in _SIZES]
+    return sum(abs(math.log2(getattr(one, name) / getattr(other, name))) for name in names)
+
+
+def _describe(layout: ParallelConfig, asked: ParallelConfig) -> str:
+    """As overrides; what is 1 on both sides is left out."""
+    names = [f"{size}_parallel_size" for size in _SIZES]
+    parts = [
+        f"parallel.{name}={getattr(layout, name)}"
+        for name in names
+        if getattr(layout, name) > 1 or getattr(asked, name) > 1
+    ]
+    if layout.sequence_parallel != asked.sequence_parallel:
+        parts.append(f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}")
+    return " ".join(parts) or "data parallelism alone"

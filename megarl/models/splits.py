@@ -1,0 +1,45 @@
+"""Which tensors of an architecture a layout cannot split."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Literal
+
+from megarl.errors import UserError
+from megarl.layout import ParallelLayout
+from megarl.models.table import Architecture, Slot
+
+Side = Literal["trainer", "engine"]
+_AT = "@"  # stands for a tensor's name while messages are compared
+
+
+def division_problems(
+    architecture: Architecture, side: Side, layout: ParallelLayout, prefix: str
+) -> Iterator[str]:
+    """What cannot be split over tensor or expert-tensor ranks, the tensors concerned put together.
+
+    Lines begin with the field of the section ``prefix`` that is at fault.
+    """
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for rule in architecture.rules:
+        for place in rule.trainer if side == "trainer" else rule.engine:
+            if place.dim is None or place.padded:
+                continue
+            kind = "expert_tensor" if place.expert else "tensor"
+            ranks = layout.expert_tensor if place.expert else layout.tensor
+            slot = place.slots[place.slot] if place.slots else Slot(rule.shape[place.dim])
+            if (message := _span_problem(slot, ranks)) is not None:
+                names[kind, message].append(rule.hf.format(layer="*", expert="*"))
+    for (kind, message), tensors in names.items():
+        field = "tensor" if side == "engine" else kind
+        listed = ", ".join(tensors[:2]) + (f" and {len(tensors) - 2} more" if len(tensors) > 2 else "")
+        yield f"{prefix}.{field}_parallel_size: {message} ({listed})"
+
+
+def _span_problem(slot: Slot, ranks: int) -> str | None:
+    try:
+        slot.span(0, ranks, _AT)
+    except UserError as error:
+        return str(error).removeprefix(f"{_AT}: ")
+    return None

@@ -1,0 +1,85 @@
+"""Layouts that cannot work are refused from config.json alone, with those that would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from megarl.cli import main
+from megarl.config.parallel import ParallelConfig
+from megarl.config.schema import SftConfig
+from megarl.errors import UserError
+from megarl.models import load_architecture
+from megarl.models.feasible import check_layout, layout_problems, nearest_layouts
+from tests.models.test_families import EXPERTS, SIZES
+
+SMOLLM2 = SIZES | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
+
+
+def architecture(directory: Path, config: transformers.PretrainedConfig) -> Any:
+    config.save_pretrained(directory)
+    return load_architecture(directory)
+
+
+def parallel(ranks: int, **sizes: Any) -> ParallelConfig:
+    names = {f"{key}_parallel_size" if key not in ("sequence_parallel",) else key: v for key, v in sizes.items()}
+    return ParallelConfig(num_processes=ranks, **names)
+
+
+def test_all_violations_and_what_would_do(tmp_path: Path) -> None:
+    table = architecture(tmp_path, transformers.LlamaConfig(**SMOLLM2))
+    with pytest.raises(UserError) as error:
+        check_layout(table, parallel(8, tensor=4, pipeline=2, expert=2))
+    lines = str(error.value).splitlines()
+    assert any("9 units of 8 do not divide by 4 tensor ranks" in line for line in lines), "query heads"
+    assert any("4 tensor ranks do not divide by 3 units of 8" in line for line in lines), "key/value heads"
+    assert any("3 layers do not divide by 2 stages" in line for line in lines)
+    assert "parallel.expert_parallel_size: 2, but llama has no experts" in lines
+    near = [line for line in lines if line.startswith("would do on 8 ranks: ")]
+    assert near, "nine heads allow no tensor parallelism on a power of two; context and data do"
+    assert all("tensor_parallel_size=1" in line and "pipeline_parallel_size=1" in line for line in near)
+
+
+def test_nearest_layouts_really_work(tmp_path: Path) -> None:
+    table = architecture(tmp_path, transformers.Qwen3MoeConfig(**(SIZES | EXPERTS | {"num_hidden_layers": 6})))
+    asked = parallel(24, tensor=8, pipeline=1, expert=3)
+    assert list(layout_problems(table, asked))
+    near = nearest_layouts(table, asked)
+    assert len(near) == 3
+    for layout in near:
+        assert not list(layout_problems(table, layout))
+        assert layout.num_processes == 24
+        assert layout.tensor_parallel_size == 1 or layout.sequence_parallel
+
+
+def test_experts_over_tensor_ranks_need_sequence_parallelism(tmp_path: Path) -> None:
+    table = architecture(tmp_path, transformers.Qwen3MoeConfig(**(SIZES | EXPERTS)))
+    with pytest.raises(UserError, match="sequence_parallel: must be true for experts") as error:
+        check_layout(table, parallel(2, tensor=2))
+    assert "parallel.sequence_parallel=true" in str(error.value)
+    check_layout(table, parallel(2, tensor=2, sequence_parallel=True))
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry-run"]])
+def test_no_process_starts(
+    extra: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megarl.config import load
+
+    settings = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(tmp_path)},
+        "optimizer": {"lr": 1e-4},
+        "training": {"num_steps": 1, "batch_size": 2},
+        "data": {"train": {"source": "jsonl", "path": "data.jsonl"}},
+        "parallel": {"num_processes": 2, "tensor_parallel_size": 2},
+    }
+    config = SftConfig(**settings)  # type: ignore[arg-type]
+    transformers.LlamaConfig(**SMOLLM2).save_pretrained(tmp_path)
+    monkeypatch.setattr(load, "load_config", lambda *args, **options: config)  # files are not its subject
+    assert main(["sft", "--config", "any.yaml", *extra]) == 2
+    assert "do not divide by 2 tensor ranks" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
