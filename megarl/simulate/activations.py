@@ -2,7 +2,7 @@
 
 Counted as Korthikanti et al. 2022 (arXiv:2205.05198, section 4) count them, tensor by tensor, for what
 MegaRL's layers keep: gated MLPs, RMS norms without dropout, grouped-query attention that never stores the
-[s, s] matrices (which is what their selective recomputation achieves), latent attention, experts.
+[s, s] matrices (which their selective recomputation is for), latent attention, experts.
 
 T is the tokens of a microbatch on this context-parallel rank, t the tensor-parallel size, and s is 1 / t
 with sequence parallelism, else 1. Every tensor counts once, with the parameters' type.
@@ -11,10 +11,12 @@ with sequence parallelism, else 1. Every tensor counts once, with the parameters
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megarl.layout import ParallelLayout
-from megarl.models.spec import MlaSpec, ModelSpec, MoeSpec
+from megarl.models.spec import ModelSpec, MoeSpec
 
+Recompute = Literal["off", "selective", "full"]
 _FP32 = 4
 
 
@@ -27,21 +29,27 @@ class Microbatch:
     item: int  # bytes per element
 
 
-def layer_bytes(spec: ModelSpec, layer: int, layout: ParallelLayout, batch: Microbatch) -> float:
-    """One layer, one microbatch."""
-    mlp = _dense_mlp(spec, layout)
-    router = 0.0
+def layer_bytes(
+    spec: ModelSpec, layer: int, layout: ParallelLayout, batch: Microbatch, recompute: Recompute = "off"
+) -> float:
+    """What one layer keeps of one microbatch."""
+    if recompute == "full":
+        return _input_bytes(spec, layout, batch)
+    attention = _latent_attention if spec.mla else _attention
+    elements = attention(spec, layout, recompute)
+    fp32 = 0.0
+    if recompute == "off":
+        elements += _mask(layout, batch.sequence_length)
+        fp32 += spec.num_heads / layout.tensor  # log-sums of the attention
     if spec.moe is not None and layer in spec.moe.layers:
-        mlp = _experts(spec, spec.moe, layout)
-        # Logits and probabilities of the router.
-        router = 2 * spec.moe.num_experts * _FP32 * _share(layout)
-    attention = _latent_attention(spec, spec.mla, layout) if spec.mla else _attention(spec, layout)
-    log_sums = _FP32 * spec.num_heads / layout.tensor
-    elements = attention + mlp + _mask(layout, batch.sequence_length)
-    return batch.tokens * (batch.item * elements + router + log_sums)
+        elements += _experts(spec, spec.moe, layout)
+        fp32 += 2 * spec.moe.num_experts * _share(layout)  # the router's logits and probabilities
+    else:
+        elements += _dense_mlp(spec, layout)
+    return batch.tokens * (batch.item * elements + _FP32 * fp32)
 
 
-def input_bytes(spec: ModelSpec, layout: ParallelLayout, batch: Microbatch) -> float:
+def _input_bytes(spec: ModelSpec, layout: ParallelLayout, batch: Microbatch) -> float:
     """A layer's input, all that full recomputation keeps: T h s."""
     return batch.tokens * batch.item * spec.hidden_size * _share(layout)
 
@@ -68,25 +76,35 @@ def _mask(layout: ParallelLayout, sequence_length: int) -> float:
     return sequence_length * (2 * ranks + 1) / (4 * ranks) if ranks > 1 else 0.0
 
 
-def _attention(spec: ModelSpec, layout: ParallelLayout) -> float:
-    """Elements per token: norm input, projection input, q, k, v, output twice (by sequence, and packed).
+def _attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recompute) -> float:
+    """Elements per token.
 
-    Norms of q and k also keep the projection's output. Context-parallel ranks have K and V of all.
+    Norm input, input of q|k|v, input of the output projection; where q and k have norms also q|k|v. Then
+    either what the core attention starts from, or what it keeps: q, k, v with their positions (k and v of
+    all context-parallel ranks) and the result, by sequence.
     """
     q = spec.num_heads * spec.head_dim / layout.tensor
     kv = max(spec.num_kv_heads / layout.tensor, 1) * spec.head_dim
-    around = spec.hidden_size * _share(layout) * (3 if spec.sandwich_norms else 2)
-    normed = q + 2 * kv if spec.qk_norm else 0
-    return around + normed + 3 * q + 2 * kv * layout.context
+    kept = spec.hidden_size * _share(layout) * (3 if spec.sandwich_norms else 2) + q
+    if spec.qk_norm:
+        kept += q + 2 * kv
+    if recompute == "selective":
+        return kept + (q + kv if spec.qk_norm else q + 2 * kv)
+    return kept + 2 * q + 2 * kv * layout.context
 
 
-def _latent_attention(spec: ModelSpec, mla: MlaSpec, layout: ParallelLayout) -> float:
-    """As :func:`_attention`, with the inputs of both latents' norms and what projects up from them."""
+def _latent_attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recompute) -> float:
+    """As :func:`_attention`, with the inputs of both latents' norms and of what projects up from them."""
+    mla = spec.mla
+    assert mla is not None
     heads = spec.num_heads / layout.tensor
-    q_and_k = 2 * heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-    values = 2 * heads * mla.v_head_dim
+    q = k = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    values = heads * mla.v_head_dim
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
-    return (2 * spec.hidden_size + latents) * _share(layout) + q_and_k + values
+    kept = (2 * spec.hidden_size + latents) * _share(layout) + values + q
+    if recompute == "selective":
+        return kept + k + values
+    return kept + (k + values) * layout.context + values
 
 
 def _dense_mlp(spec: ModelSpec, layout: ParallelLayout) -> float:
@@ -131,20 +149,16 @@ def stage_bytes(
     stage: int,
     batch: Microbatch,
     *,
-    recompute: bool,
+    recompute: Recompute,
     num_microbatches: int | None,
 ) -> float:
-    """The most that a pipeline stage keeps at any time.
-
-    With ``recompute`` each layer keeps its input, and one layer at a time is whole.
-    """
+    """The most that a pipeline stage keeps at any time: what its layers keep, and one computed again."""
     chunks = range(layout.virtual)
     layers = [n for chunk in chunks for n in layout.stage_layers(spec.num_layers, stage, chunk)]
-    whole = [layer_bytes(spec, number, layout, batch) for number in layers]
-    kept = [input_bytes(spec, layout, batch)] * len(layers) if recompute else whole
+    kept = [layer_bytes(spec, number, layout, batch, recompute) for number in layers]
+    again = [layer_bytes(spec, number, layout, batch) - own for number, own in zip(layers, kept, strict=True)]
     total = sum(kept) / layout.virtual * chunks_in_flight(layout, stage, num_microbatches)
-    if recompute:
-        total += max(whole, default=0.0)
+    total += max(again, default=0.0)
     if stage == layout.pipeline - 1:
         total += head_bytes(spec, layout, batch)
     return total

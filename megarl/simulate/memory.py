@@ -23,6 +23,7 @@ class GpuMemory:
     parameters: int = 0
     gradients: int = 0
     optimizer: int = 0
+    reference: int = 0
     activations: int = 0
     engine_parameters: int = 0
     kv_cache: int = 0
@@ -30,8 +31,8 @@ class GpuMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        trainer = self.parameters + self.gradients + self.optimizer + self.activations
-        return trainer + self.engine_parameters + self.kv_cache
+        trainer = self.parameters + self.gradients + self.optimizer + self.reference
+        return trainer + self.activations + self.engine_parameters + self.kv_cache
 
 
 def while_training(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
@@ -71,13 +72,14 @@ def trainer_memory(
         layout,
         stage,
         batch,
-        recompute=config.trainer.recompute == "full",
+        recompute=config.trainer.activation_recompute,
         num_microbatches=config.trainer.num_microbatches,
     )
     return GpuMemory(
         parameters=(dense + experts) * item,
         gradients=(dense + experts) * ITEM_BYTES[dtypes.gradients],
         optimizer=kept * (master + 2 * ITEM_BYTES[dtypes.moments]),
+        reference=(dense + experts) * item if config.trainer.keep_reference else 0,
         activations=math.ceil(activations),
     )
 

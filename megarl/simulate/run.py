@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megarl.config.plan import PlanConfig
-from megarl.layout import ParallelLayout, RankCoordinates
+from megarl.config.schema import EngineConfig, ParallelConfig
+from megarl.layout import RankCoordinates
 from megarl.models import load_architecture
 from megarl.models.spec import ModelSpec
 from megarl.simulate import memory, transfer
@@ -110,30 +111,29 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
         traffic=traffic,
         handover=transfer.plan_seconds(config.gpu, traffic),
         gathering=transfer.gathering(config, architecture, owners, engine_bytes),
-        notes=_notes(config, spec, trainer),
+        notes=_notes(config, spec),
         seconds=time.perf_counter() - start,
     )
 
 
-def _notes(config: PlanConfig, spec: ModelSpec, trainer: ParallelLayout) -> list[str]:
-    """What of this plan MegaRL itself cannot run yet."""
-    notes = []
+def _notes(config: PlanConfig, spec: ModelSpec) -> list[str]:
+    """What of this plan MegaRL itself cannot run yet: settings that its own configuration lacks."""
+    notes, asked = [], config.trainer
     if spec.not_trainable:
         notes.append(f"the trainer cannot build {spec.family} yet: {spec.not_trainable}")
     wanted = {
-        "expert_tensor_parallel_size": trainer.expert_tensor > 1,
-        "first_stage_layers": trainer.first_stage_layers is not None,
-        "last_stage_layers": trainer.last_stage_layers is not None,
-        "recompute": config.trainer.recompute != "none",
+        "expert_tensor_parallel_size": asked.expert_tensor_parallel_size > 1,
+        "first_stage_layers": asked.first_stage_layers is not None,
+        "last_stage_layers": asked.last_stage_layers is not None,
+        "activation_recompute": asked.activation_recompute != "off",
     }
-    if missing := [name for name, asked in wanted.items() if asked]:
-        notes.append(f"the trainer has no {', '.join(missing)} yet")
-    engine = config.engine
+    if lacking := [name for name, want in wanted.items() if want and name not in ParallelConfig.model_fields]:
+        notes.append(f"the trainer has no {', '.join(lacking)} yet")
     wanted = {
-        "pipeline_parallel_size": engine.pipeline_parallel_size > 1,
-        "data_parallel_size": engine.data_parallel_size > 1,
-        "expert_parallel": engine.expert_parallel,
+        "pipeline_parallel_size": config.engine.pipeline_parallel_size > 1,
+        "data_parallel_size": config.engine.data_parallel_size > 1,
+        "expert_parallel": config.engine.expert_parallel,
     }
-    if missing := [name for name, asked in wanted.items() if asked]:
-        notes.append(f"MegaRL's engines have no {', '.join(missing)} yet")
+    if lacking := [name for name, want in wanted.items() if want and name not in EngineConfig.model_fields]:
+        notes.append(f"MegaRL's engines have no {', '.join(lacking)} yet")
     return notes

@@ -54,6 +54,7 @@ _ROWS: list[tuple[str, Callable[[GpuMemory], int]]] = [
     ("parameters", lambda gpu: gpu.parameters),
     ("gradients", lambda gpu: gpu.gradients),
     ("optimizer state", lambda gpu: gpu.optimizer),
+    ("reference", lambda gpu: gpu.reference),
     ("activations", lambda gpu: gpu.activations),
     ("engine's own parameters", lambda gpu: gpu.engine_parameters),
     ("KV cache", lambda gpu: gpu.kv_cache),
@@ -74,7 +75,8 @@ def _memory_table(simulation: Simulation) -> Table:
         table.add_row(name, *(f"{value / GIB:.2f}" for value in values), style=style)
 
     for name, of in _ROWS:
-        add(name, of)
+        if any(map(of, simulation.gpus)) or name == "engine's own parameters":
+            add(name, of)
     table.add_section()
     add("while training", lambda gpu: while_training(gpu, offload).total, "bold")
     add("while generating", lambda gpu: while_generating(gpu, offload).total, "bold")

@@ -12,7 +12,7 @@ from megarl.models.table import Architecture, Region
 from megarl.simulate.layouts import Layouts, engine_table
 from megarl.simulate.shapes import ITEM_BYTES, ParamShape, hf_elements, num_elements, stage_shapes
 from megarl.weights.alias import contiguous_stride
-from megarl.weights.handover import ParamInfo, SharedStorage, SourceView, Storage, WeightPlan
+from megarl.weights.handover import ParamInfo, PeerCopy, SharedStorage, SourceView, Storage, WeightPlan
 from megarl.weights.plan import Owner, Planner, Reader
 
 _GAP = 64  # elements between parameters: Megatron's buffers align them, and reverse their order
@@ -142,36 +142,51 @@ class EngineRanks:
 
 def plan_traffic(owners: list[Owner], ranks: EngineRanks, num_ranks: int) -> Traffic:
     """Plan every engine rank and add up what it gets and who sends it."""
-    planner = Planner(owners)
-    traffic = Traffic(sent_nvlink=[0] * len(owners), sent_network=[0] * len(owners))
+    count = _Count(owners, ranks.item)
     readers = [ranks.reader(rank) for rank in range(num_ranks)]
-    for reader, plan in zip(readers, planner.plan_all(readers), strict=True):
-        _count(plan, reader, owners, ranks.item, traffic)
-    return traffic
+    for reader, plan in zip(readers, Planner(owners).plan_all(readers), strict=True):
+        count.add(plan, reader)
+    return count.traffic
 
 
-def _count(plan: WeightPlan, reader: Reader, owners: list[Owner], item: int, traffic: Traffic) -> None:
-    local = nvlink = network = 0
-    sources = [int(storage.handle[1]) for storage in plan.storages if isinstance(storage, SharedStorage)]
-    for copy in plan.copies:
-        size, source = math.prod(copy.source.shape) * item, sources[copy.source.storage]
-        if owners[source].device == reader.device:  # of the same host, for it is mapped
-            local += size
-        else:
-            nvlink += size
-            traffic.sent_nvlink[source] += size
-    sent = traffic.sent_network
-    for peer in plan.peers:
-        size = math.prod(peer.source.shape) * item
-        network += size
-        sent[peer.rank] += size
-    rows = sum(rows * math.prod(reader.params[name].shape[1:]) for name, rows in plan.padding.items())
-    traffic.aliased.append(sum(math.prod(alias.source.shape) for alias in plan.aliases) * item)
-    traffic.local.append(local)
-    traffic.nvlink.append(nvlink)
-    traffic.network.append(network)
-    traffic.padding.append(rows * item)
-    traffic.copies.append(len(plan.copies) + len(plan.peers))
+class _Count:
+    """Adds up plans, one after another."""
+
+    def __init__(self, owners: list[Owner], item: int) -> None:
+        self._owners, self._item = owners, item
+        self._sizes: dict[int, tuple[PeerCopy, int]] = {}  # by id: engine ranks share these objects
+        self.traffic = Traffic(sent_nvlink=[0] * len(owners), sent_network=[0] * len(owners))
+
+    def add(self, plan: WeightPlan, reader: Reader) -> None:
+        """The next engine rank's."""
+        traffic, item = self.traffic, self._item
+        local = nvlink = 0
+        sources = [int(storage.handle[1]) for storage in plan.storages if isinstance(storage, SharedStorage)]
+        for copy in plan.copies:
+            size, source = math.prod(copy.source.shape) * item, sources[copy.source.storage]
+            if self._owners[source].device == reader.device:  # of the same host, for it is mapped
+                local += size
+            else:
+                nvlink += size
+                traffic.sent_nvlink[source] += size
+        rows = sum(rows * math.prod(reader.params[name].shape[1:]) for name, rows in plan.padding.items())
+        traffic.aliased.append(sum(math.prod(alias.source.shape) for alias in plan.aliases) * item)
+        traffic.local.append(local)
+        traffic.nvlink.append(nvlink)
+        traffic.network.append(self._received(plan.peers))
+        traffic.padding.append(rows * item)
+        traffic.copies.append(len(plan.copies) + len(plan.peers))
+
+    def _received(self, peers: list[PeerCopy]) -> int:
+        """Bytes of these copies; their senders are charged. The loop of a large plan: millions of turns."""
+        sizes, sent, total = self._sizes, self.traffic.sent_network, 0
+        for peer in peers:
+            known = sizes.get(id(peer))
+            if known is None:
+                known = sizes[id(peer)] = (peer, math.prod(peer.source.shape) * self._item)
+            total += known[1]
+            sent[peer.rank] += known[1]
+        return total
 
 
 def seconds(gpu: PlanGpuConfig, *, local: int, nvlink: int, network: int) -> Seconds:
