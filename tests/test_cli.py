@@ -73,10 +73,7 @@ def test_version_and_help(folder: Path) -> None:
     text = megarl_command("--help").stdout
     for word in ("sft", "grpo", "eval", "report", "doctor", "examples:", "--dry-run"):
         assert word in text
-    assert (
-        "torchrun --nproc-per-node 8 -m megarl sft --config FILE"
-        in megarl_command("sft", "--help").stdout
-    )
+    assert "torchrun --nproc-per-node 8 -m megarl sft --config FILE" in megarl_command("sft", "--help").stdout
 
 
 def test_user_errors_have_a_line_each_and_no_traceback(folder: Path) -> None:

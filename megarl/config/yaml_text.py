@@ -44,6 +44,10 @@ class _Dumper(yaml.SafeDumper):
 for _tag, _pattern in _CORE_SCHEMA:
     _Loader.add_implicit_resolver(_tag, _pattern, [None])
     _Dumper.add_implicit_resolver(_tag, _pattern, [None])
+# Other programs may read what is written here as YAML 1.1: quote what they would take for a boolean.
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:y|n|yes|no|on|off)$", re.IGNORECASE), [None]
+)
 
 
 @dataclass
