@@ -79,6 +79,7 @@ class Sequence:
     loss_mask: list[int]  # [n], 0 or 1
     advantage: float = 0.0
     rollout_logprobs: list[float] = field(default_factory=list)  # [n] or empty
+    num_prompt_tokens: int = 0  # leading tokens without a target that neighbours may have in common
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class PackedBatch:
     ref_logprobs: torch.Tensor | None = None  # [T] float32
     loss_weights: torch.Tensor | None = None  # [T] float32, the share of each token in the step's mean
     lengths: torch.Tensor | None = None  # [S] int32, tokens without padding (dummy: 0); None: no padding
+    prefixes: torch.Tensor | None = None  # [S] int64: the sequence of this batch that comes first, -1: none
 
 
 @dataclass(slots=True)

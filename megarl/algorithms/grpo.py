@@ -192,10 +192,12 @@ class _GrpoLoop:
             [sample for group in groups[i : i + share] for sample in group.samples]
             for i in range(0, len(groups), share)
         ]
-        minibatches: list[list[PackedBatch]] = [
-            self.policy.prepare([to_sequence(s) for s in part], algorithm.loss_aggregation)
-            for part in samples
-        ]
+        minibatches: list[list[PackedBatch]] = []
+        computed = 0
+        for part in samples:
+            sequences = [to_sequence(s) for s in part]
+            minibatches.append(self.policy.prepare(sequences, algorithm.loss_aggregation))
+            computed += self.policy.num_computed_tokens
         agreement = Agreement()
         with self.run_.timers("logprobs"):
             for batches in minibatches if self.needs_old else []:
@@ -228,7 +230,7 @@ class _GrpoLoop:
         values["lr"] = results[-1].metrics["lr"]
         values["num_microbatches"] = sum(len(batches) for batches in minibatches)
         tokens = sum(s.num_tokens for part in samples for s in part)
-        values["num_tokens"] = tokens
+        values["num_tokens"], values["num_computed_tokens"] = tokens, computed
         values["tokens_per_second_train"] = (
             tokens * algorithm.num_epochs_per_batch / self.run_.timers.seconds("train")
         )
@@ -345,6 +347,7 @@ def to_sequence(sample: Sample) -> Sequence:
         loss_mask=[0] * prompt + [1] * len(sample.response_ids),
         advantage=sample.advantage,
         rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs,
+        num_prompt_tokens=prompt,
     )
 
 

@@ -73,6 +73,8 @@ class PackingConfig(Section):
     """Token budget of one microbatch; no single sequence may exceed it."""
     max_sequence_length: PositiveInt | None = None
     """Longest prompt + response; null is what the model's positions and the token budget both allow."""
+    share_prefix: Literal["auto", "off"] = "auto"
+    """auto: compute a group's prompt once where that saves a tenth of its tokens (grpo); the same result."""
 
 
 class CheckpointConfig(Section):

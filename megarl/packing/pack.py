@@ -19,6 +19,7 @@ def pack(
     device: torch.device | str = "cpu",
     cp_rank: int = 0,
     cp_size: int = 1,
+    prefix_of: list[int] | None = None,
 ) -> PackedBatch:
     """Lay ``sequences[i] for i in indices`` end to end, fields aligned with the labels.
 
@@ -39,6 +40,8 @@ def pack(
         cp_rank: with cp_size, write only the share of this context-parallel rank: the same as
             :func:`megarl.packing.context_parallel_slice` of the whole, without making the whole.
         cp_size: context-parallel size.
+        prefix_of: for each of ``sequences`` the number of the one whose tokens come before its own (packed
+            with it), -1: none (:mod:`megarl.packing.shared_prefix`). Its positions go on from there.
     """
     with_logprobs = bool(sequences) and bool(sequences[0].rollout_logprobs)
     _check(sequences, indices, with_logprobs)
@@ -60,16 +63,25 @@ def pack(
         cp_rank=cp_rank,
         cp_size=cp_size,
     )
+    position_ids, prefixes = fields.position_ids, None
+    if prefix_of is not None and any(prefix_of[i] >= 0 for i in indices):
+        slot_of = {i: slot for slot, i in enumerate(indices)} | {-1: -1}
+        prefixes = torch.tensor([slot_of[prefix_of[i]] for i in indices], device=device)
+        offsets = torch.tensor(
+            [lengths[slot] if slot >= 0 else 0 for slot in prefixes.tolist()], device=device
+        )
+        position_ids = position_ids + offsets.repeat_interleave(rows.cu_seqlens.diff() // cp_size)
     return PackedBatch(
         token_ids=fields.token_ids,
         labels=fields.labels,
         loss_mask=fields.loss_mask,
-        position_ids=fields.position_ids,
+        position_ids=position_ids,
         cu_seqlens=rows.cu_seqlens,
         sequence_ids=fields.sequence_ids,
         lengths=rows.lengths,
         advantages=fields.advantages,
         rollout_logprobs=fields.rollout_logprobs if with_logprobs else None,
+        prefixes=prefixes,
     )
 
 

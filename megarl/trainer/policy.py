@@ -32,6 +32,9 @@ class TrainStepResult:
 class Policy(Protocol):
     """Every rank calls every method, in the same order."""
 
+    num_computed_tokens: int
+    """Tokens of the last ``prepare`` over all ranks, padding included and shared prompts counted once."""
+
     def prepare(
         self, sequences: list[Sequence], aggregation: Literal["token", "sequence"], *, group_size: int = 1
     ) -> list[PackedBatch]:

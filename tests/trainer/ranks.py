@@ -97,7 +97,7 @@ def train_and_wait(context: Any, model_dir: str, directory: str, steps: int, dis
     """Train ``steps`` steps; after each, wait for the engine's checksums and answer which regions differ.
 
     Messages are files in ``directory``: owners, attached, then for each step trained-N from rank 0,
-    checksums-N from the engine's side, wrong-N-RANK from every rank. The weights of the last step are exported.
+    checksums-N from the engine's side, wrong-N-RANK from every rank. The last step's weights are exported.
     """
     place = Path(directory)
     policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
@@ -388,3 +388,46 @@ def train_with_naps(context: Any, model_dir: str, distributed: bool, parts: list
         buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
         gradient_bytes += [buffer.grad_data.untyped_storage().nbytes() for buffer in buffers]
     return {"gradient_bytes": gradient_bytes, "weights": weights(policy)}
+
+
+def make_groups(seed: int, num_groups: int = 4, size: int = 4, vocab: int = 250) -> list[Sequence]:
+    """Groups of sequences with a prompt in common, the last group's sequences without one."""
+    draw = random.Random(seed)
+    sequences = []
+    for group in range(num_groups):
+        prompt = [draw.randrange(vocab) for _ in range(draw.randint(5, 24))]
+        for _ in range(size):
+            if group == num_groups - 1:
+                prompt = [draw.randrange(vocab) for _ in range(6)]
+            response = [draw.randrange(vocab) for _ in range(draw.randint(1, 14))]
+            sequences.append(
+                Sequence(
+                    token_ids=prompt + response,
+                    loss_mask=[0] * len(prompt) + [1] * len(response),
+                    advantage=draw.gauss(0, 1),
+                    rollout_logprobs=[0.0] * len(prompt) + [draw.uniform(-8, -3) for _ in response],
+                    num_prompt_tokens=len(prompt),
+                )
+            )
+    return sequences
+
+
+def train_groups(
+    context: Any, model_dir: str, share_prefix: str, budget: int, loss: PolicyLoss
+) -> dict[str, Any]:
+    """Three steps with old and reference logprobs, and the first step's gradients."""
+    policy = build(context, model_dir, optimizer={"lr_warmup_steps": 0}, budget=budget)
+    policy.packing = policy.packing.model_copy(update={"share_prefix": share_prefix})
+    policy.keep_reference()
+    log, computed, gradients = [], 0, {}
+    for seed in range(3):
+        batches = policy.prepare(make_groups(seed), "sequence")
+        computed += policy.num_computed_tokens
+        policy.fill_logprobs(batches, "old_logprobs", temperature=TEMPERATURE)
+        with policy.reference():
+            policy.fill_logprobs(batches, "ref_logprobs", temperature=TEMPERATURE)
+        result = policy.train_step(batches, loss, temperature=TEMPERATURE)
+        log.append(result.metrics | {"worst": result.agreement.metrics()["logprob_abs_diff_max"]})
+        if seed == 0:
+            gradients = {name: param.main_grad.numpy().copy() for name, param in policy.params.items()}
+    return {"log": log, "computed": computed, "weights": weights(policy), "gradients": gradients}

@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megarl.models.rope import cos_sin, rotate
 from megarl.packing.context_parallel import zigzag_indices
+from megarl.records import PackedBatch
 
 _MAX_PADDED_RATIO = 1.3
 """A bucket of sequences is padded to its longest; more waste than this starts a new bucket."""
@@ -33,11 +34,13 @@ class PackedMicrobatch(PackedSeqParams):
     """Megatron's packed-sequence parameters plus what every layer would compute again.
 
     ``lengths`` are the padded lengths of the sequences over all context-parallel ranks;
-    ``position_ids`` [T local] are those of this rank's tokens.
+    ``position_ids`` [T local] are those of this rank's tokens. ``prefixes`` gives, for each sequence that
+    goes on from another one, that one's tokens [start, stop) in the packed row over all ranks.
     """
 
     lengths: list[int] = field(default_factory=list)
     position_ids: torch.Tensor | None = None
+    prefixes: list[tuple[int, int] | None] | None = None
     rope: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [T, 1, head_dim]
     buckets: list[Bucket] | None = None
     unbucket: torch.Tensor | None = None  # [T] into the buckets' padded tokens
@@ -45,25 +48,50 @@ class PackedMicrobatch(PackedSeqParams):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sequences of similar length, padded to ``longest``: rows of token indices [B, longest]."""
+    """Sequences of similar length, padded to ``longest``: rows of token indices [B, longest].
+
+    With a ``prefix`` [start, stop) all of them attend to it first.
+    """
 
     index: torch.Tensor
     longest: int
+    prefix: tuple[int, int] | None = None
+
+    def keys(self) -> torch.Tensor:
+        """Token indices [B, m] of what the rows attend to, in order of position."""
+        if self.prefix is None:
+            return self.index
+        prefix = torch.arange(*self.prefix, device=self.index.device)
+        return torch.cat((prefix.expand(self.index.shape[0], -1), self.index), dim=1)
 
 
-def make_buckets(lengths: list[int], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
+def prefix_spans(batch: PackedBatch) -> list[tuple[int, int] | None] | None:
+    """Where in the packed row each sequence's prefix lies, padding left out."""
+    if batch.prefixes is None:
+        return None
+    assert batch.lengths is not None
+    starts, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
+    return [(starts[p], starts[p] + lengths[p]) if p >= 0 else None for p in batch.prefixes.tolist()]
+
+
+def make_buckets(
+    lengths: list[int], device: torch.device, prefixes: list[tuple[int, int] | None] | None = None
+) -> tuple[list[Bucket], torch.Tensor]:
     """Group sequences so that few attention calls serve all, and the way back to packed order.
 
-    Padding slots repeat a sequence's last token; under a causal mask no real token sees them.
+    Padding slots repeat a sequence's last token; under a causal mask no real token sees them. Sequences
+    share a bucket only if they have the same prefix, or none.
     """
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
+    of = prefixes or [None] * len(lengths)
     groups: list[list[int]] = []
     real = 0
-    for s in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for s in sorted(range(len(lengths)), key=lambda i: (of[i] or (-1, -1), -lengths[i])):
         longest = lengths[groups[-1][0]] if groups else 0
-        if groups and longest * (len(groups[-1]) + 1) <= _MAX_PADDED_RATIO * (real + lengths[s]):
+        alike = groups and of[groups[-1][0]] == of[s]
+        if alike and longest * (len(groups[-1]) + 1) <= _MAX_PADDED_RATIO * (real + lengths[s]):
             groups[-1].append(s)
             real += lengths[s]
         else:
@@ -77,7 +105,7 @@ def make_buckets(lengths: list[int], device: torch.device) -> tuple[list[Bucket]
         first = torch.tensor([starts[s] for s in group])[:, None]
         last = torch.tensor([starts[s] + lengths[s] - 1 for s in group])[:, None]
         index = torch.minimum(first + steps, last)
-        buckets.append(Bucket(index.to(device), longest))
+        buckets.append(Bucket(index.to(device), longest, of[group[0]]))
         for row, s in enumerate(group):
             begin = offset + row * longest
             way_back[starts[s] : starts[s + 1]] = torch.arange(begin, begin + lengths[s])
@@ -90,22 +118,40 @@ def packed_causal_attention(
 ) -> torch.Tensor:
     """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d]."""
     if packed.buckets is None:
-        packed.buckets, packed.unbucket = make_buckets(packed.lengths, q.device)
+        packed.buckets, packed.unbucket = make_buckets(packed.lengths, q.device, packed.prefixes)
     outs = []
     for bucket in packed.buckets:
-        rows = bucket.index.shape[0]
-        batch = [
-            x.index_select(0, bucket.index.flatten())
-            .view(rows, bucket.longest, x.shape[1], -1)
-            .transpose(1, 2)
-            for x in (q, k, v)
-        ]
+        rows, keys = bucket.index.shape[0], bucket.keys()
+        q_b, k_b, v_b = (
+            x.index_select(0, index.flatten()).view(*index.shape, x.shape[1], -1).transpose(1, 2)
+            for x, index in ((q, bucket.index), (k, keys), (v, keys))
+        )
         out = F.scaled_dot_product_attention(
-            batch[0], batch[1], batch[2], is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q_b,
+            k_b,
+            v_b,
+            attn_mask=_mask_after(bucket.prefix, bucket.longest, bucket.longest, q.device),
+            is_causal=bucket.prefix is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         outs.append(out.transpose(1, 2).reshape(rows * bucket.longest, q.shape[1], -1))
     assert packed.unbucket is not None
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, packed.unbucket)
+
+
+def _mask_after(
+    prefix: tuple[int, int] | None, queries: int, keys: int, device: torch.device
+) -> torch.Tensor | None:
+    """What the last ``queries`` of ``keys`` tokens may see: all of the prefix, and causally each other.
+
+    [queries, prefix + keys] bool; None without a prefix, where SDPA has a causal mask of its own.
+    """
+    if prefix is None:
+        return None
+    length = prefix[1] - prefix[0]
+    mask = torch.ones(queries, length + keys, dtype=torch.bool, device=device)
+    return mask.tril(length + keys - queries)
 
 
 class _GatherContext(torch.autograd.Function):
@@ -140,14 +186,20 @@ def context_parallel_attention(
     gathered = _GatherContext.apply(torch.stack((k, v), dim=1), group).index_select(0, order.argsort())
     keys, values = gathered.unbind(1)
     outs, local, start = [], 0, 0
-    for length in packed.lengths:
+    for length, prefix in zip(packed.lengths, packed.prefixes or [None] * len(packed.lengths), strict=True):
         chunk = length // (2 * size)
+        first = slice(*(prefix or (0, 0)))
         for c in (rank, 2 * size - 1 - rank):
             stop = (c + 1) * chunk
-            mask = torch.ones(chunk, stop, dtype=torch.bool, device=q.device).tril(stop - chunk)
+            mask = _mask_after(prefix or (0, 0), chunk, stop, q.device)
+            own = slice(start, start + stop)
             q_c, k_c, v_c = (
                 x.transpose(0, 1)[None]
-                for x in (q[local : local + chunk], keys[start : start + stop], values[start : start + stop])
+                for x in (
+                    q[local : local + chunk],
+                    torch.cat((keys[first], keys[own])) if prefix else keys[own],
+                    torch.cat((values[first], values[own])) if prefix else values[own],
+                )
             )
             out = F.scaled_dot_product_attention(
                 q_c, k_c, v_c, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

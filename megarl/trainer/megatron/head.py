@@ -87,9 +87,10 @@ def loss_tokens(
 ) -> LossTokens:
     """The loss's view of the ``rows`` [N] of a microbatch."""
     assert batch.loss_weights is not None
-    # Of all tokens, not of those with a loss: then context-parallel ranks agree on the slots.
+    # Of all tokens, not of those with a loss: then context-parallel ranks agree on the slots. A shared
+    # prefix, which has no targets, counts to the slot of its first branch.
     ids, slots = torch.unique_consecutive(batch.sequence_ids, return_inverse=True)
-    is_dummy = torch.zeros_like(ids, dtype=torch.bool) if batch.lengths is None else batch.lengths == 0
+    is_dummy = batch.lengths is not None and not batch.lengths.any()
 
     def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[rows]
@@ -106,6 +107,6 @@ def loss_tokens(
         rollout_logprobs=of_rows(batch.rollout_logprobs),
         slots=slots[rows],
         num_slots=len(ids),
-        slot_ids=ids.masked_fill(is_dummy, -1),
+        slot_ids=torch.full_like(ids, -1) if is_dummy else ids,
         cp_group=parallel_state.get_context_parallel_group() if layout.context > 1 else None,
     )

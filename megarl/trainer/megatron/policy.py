@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -18,16 +17,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
 from megarl.losses.agreement import Agreement, measure_agreement
-from megarl.losses.base import Loss, LossResult, LossTokens, token_weights
+from megarl.losses.base import Loss, LossResult, LossTokens
 from megarl.losses.preference import sequence_logps
 from megarl.models.feasible import check_layout
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
-from megarl.packing.pack import pack
-from megarl.packing.plan import CostModel, plan_groups
+from megarl.packing.plan import CostModel
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
-from megarl.trainer.megatron.attention import PackedMicrobatch
+from megarl.trainer.megatron.attention import PackedMicrobatch, prefix_spans
+from megarl.trainer.megatron.batches import make_batches
 from megarl.trainer.megatron.head import HeadShard, Sampler, label_logprobs, loss_tokens
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import build_model
@@ -92,6 +91,7 @@ class MegatronPolicy:
             pool_parameters(self.params)
         self._reference: dict[str, torch.Tensor] | None = None
         self._costs = CostModel.transformer(architecture.spec.hidden_size)
+        self.num_computed_tokens = 0
         if optimizer is None:
             return
         reduction = DistributedDataParallelConfig(
@@ -115,42 +115,10 @@ class MegatronPolicy:
         self, sequences: list[Sequence], aggregation: Literal["token", "sequence"], *, group_size: int = 1
     ) -> list[PackedBatch]:
         """See Policy. All ranks pass all sequences; each packs its own microbatches."""
-        layout, at = self.context.layout, self.context.at
-        multiple = (2 * layout.context if layout.context > 1 else 1) * (
-            layout.tensor if layout.sequence_parallel else 1
+        batches, self.num_computed_tokens = make_batches(
+            self.context, self.packing, self._costs, sequences, aggregation, group_size
         )
-        plan = plan_groups(
-            [len(s.token_ids) for s in sequences],
-            group_size=group_size,
-            max_tokens=self.packing.max_tokens_per_microbatch,
-            num_ranks=layout.data,
-            pad_to_multiple=multiple,
-            costs=self._costs,
-            microbatch_group_size=layout.pipeline if layout.virtual > 1 else 1,
-        )
-        self._assert_shared(plan.microbatches[at.data])
-        weights = torch.tensor(token_weights(sequences, aggregation), dtype=torch.float32, device=self.device)
-        batches = []
-        for indices in plan.microbatches[at.data]:
-            batch = pack(
-                sequences,
-                indices,
-                pad_to_multiple=multiple,
-                device=self.device,
-                cp_rank=at.context,
-                cp_size=layout.context,
-            )
-            batch.loss_weights = weights[batch.sequence_ids] * batch.loss_mask
-            batches.append(batch)
         return batches
-
-    def _assert_shared(self, microbatches: list[list[int]]) -> None:
-        """Sums over a sequence's tokens are taken over context-parallel ranks, slot by slot."""
-        if self.context.layout.context == 1:
-            return
-        theirs: list[Any] = [None] * self.context.layout.context
-        dist.all_gather_object(theirs, microbatches, group=parallel_state.get_context_parallel_group())
-        assert all(other == microbatches for other in theirs), "context-parallel ranks hold other sequences"
 
     # --- forward and backward -----------------------------------------------------------------
 
@@ -251,6 +219,7 @@ class MegatronPolicy:
             cu_seqlens_kv=batch.cu_seqlens,
             lengths=batch.cu_seqlens.diff().tolist(),
             position_ids=batch.position_ids,
+            prefixes=prefix_spans(batch),
         )
         hidden = model(
             batch.token_ids[None], batch.position_ids[None], attention_mask=None, packed_seq_params=packed

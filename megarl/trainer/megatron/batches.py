@@ -1,0 +1,77 @@
+"""From the sequences of an optimizer step to one rank's microbatches."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megarl.config.schema import PackingConfig
+from megarl.losses.base import token_weights
+from megarl.packing.pack import pack
+from megarl.packing.plan import CostModel, plan_groups
+from megarl.packing.shared_prefix import plan_units, share_prefixes
+from megarl.records import PackedBatch, Sequence
+from megarl.trainer.megatron.initialize import RankContext
+
+
+def make_batches(
+    context: RankContext,
+    packing: PackingConfig,
+    costs: CostModel,
+    sequences: list[Sequence],
+    aggregation: Literal["token", "sequence"],
+    group_size: int,
+) -> tuple[list[PackedBatch], int]:
+    """Plan over all ranks, pack this rank's microbatches; also the tokens that all ranks compute.
+
+    ``sequence_ids`` of the batches count the caller's sequences. Prompts are shared unless ``group_size``
+    neighbours must be packed whole (pairs) or packing.share_prefix is off.
+    """
+    layout, at, device = context.layout, context.at, context.platform.device
+    multiple = (2 * layout.context if layout.context > 1 else 1) * (
+        layout.tensor if layout.sequence_parallel else 1
+    )
+    limits = {
+        "max_tokens": packing.max_tokens_per_microbatch,
+        "num_ranks": layout.data,
+        "pad_to_multiple": multiple,
+        "microbatch_group_size": layout.pipeline if layout.virtual > 1 else 1,
+    }
+    weights = torch.tensor(token_weights(sequences, aggregation), dtype=torch.float32, device=device)
+    origins, prefix_of = list(range(len(sequences))), None
+    if group_size == 1 and packing.share_prefix == "auto":
+        shared = share_prefixes(sequences, max_tokens=limits["max_tokens"], pad_to_multiple=multiple)
+        sequences, origins, prefix_of = shared.sequences, shared.origins, shared.prefix_of
+        plan = plan_units(shared, costs=costs, **limits)
+    else:
+        lengths = [len(s.token_ids) for s in sequences]
+        plan = plan_groups(lengths, group_size=group_size, costs=costs, **limits)
+    _assert_shared(context, plan.microbatches[at.data])
+    origin_of = torch.tensor(origins, device=device)
+    batches = []
+    for indices in plan.microbatches[at.data]:
+        batch = pack(
+            sequences,
+            indices,
+            pad_to_multiple=multiple,
+            device=device,
+            cp_rank=at.context,
+            cp_size=layout.context,
+            prefix_of=prefix_of,
+        )
+        batch.sequence_ids = origin_of[batch.sequence_ids]
+        batch.loss_weights = weights[batch.sequence_ids] * batch.loss_mask
+        batches.append(batch)
+    return batches, plan.num_tokens
+
+
+def _assert_shared(context: RankContext, microbatches: list[list[int]]) -> None:
+    """Sums over a sequence's tokens are taken over context-parallel ranks, slot by slot."""
+    if context.layout.context == 1:
+        return
+    theirs: list[Any] = [None] * context.layout.context
+    dist.all_gather_object(theirs, microbatches, group=parallel_state.get_context_parallel_group())
+    assert all(other == microbatches for other in theirs), "context-parallel ranks hold other sequences"

@@ -1,0 +1,79 @@
+"""A group's prompt computed once against the flat packing: loss, gradients, metrics, final weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megarl.losses.policy import PolicyLoss
+from megarl.ops.policy_loss import PolicyLossOptions
+from megarl.packing.shared_prefix import share_prefixes
+from tests.trainer import ranks
+from tests.trainer.world import world
+
+TOKEN = ranks.POLICY_LOSS
+BY_SEQUENCE = PolicyLoss(PolicyLossOptions(clip_low=0.02, clip_high=0.05, level="sequence"))
+SP = {"tensor_parallel_size": 2, "sequence_parallel": True}
+CASES: list[tuple[str, int, dict[str, Any], PolicyLoss]] = [
+    ("qwen3-tied", 1, {}, TOKEN),
+    ("qwen3-tied", 1, {}, BY_SEQUENCE),
+    ("llama-biases", 2, {}, TOKEN),
+    ("llama-biases", 2, SP, TOKEN),
+    ("qwen3-tied", 2, {"pipeline_parallel_size": 2}, TOKEN),
+    ("qwen3-tied", 2, {"context_parallel_size": 2}, BY_SEQUENCE),
+    ("llama-deep-tied", 2, {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, TOKEN),
+    ("qwen3-moe-mixed-tied", 2, {"context_parallel_size": 2, "expert_parallel_size": 2}, TOKEN),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "parallel", "loss"), CASES)
+@pytest.mark.parametrize("budget", [96, 400])
+def test_sharing_changes_nothing(
+    model_dirs: dict[str, str], name: str, size: int, parallel: dict[str, Any], loss: PolicyLoss, budget: int
+) -> None:
+    """The small budget cuts groups, the large one packs several."""
+    [flat] = world(1).run(ranks.train_groups, model_dirs[name], "off", 400, loss)
+    shared = world(size).run(ranks.train_groups, model_dirs[name], "auto", budget, loss, parallel=parallel)
+    for number, (one, two) in enumerate(zip(flat["log"], shared[0]["log"], strict=True)):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert two[key] == pytest.approx(value, rel=1e-4 if key == "grad_norm" else 1e-5, abs=3e-6), (
+                number,
+                key,
+            )
+    for key, value in flat["weights"].items():
+        assert np.abs(shared[0]["weights"][key] - value).max() < 1e-5, key
+    if not parallel and size == 1:
+        for key, value in flat["gradients"].items():
+            scale = max(1e-3, np.abs(value).max())
+            assert np.abs(shared[0]["gradients"][key] - value).max() < 1e-5 * scale, key
+        whole = sum(len(s.token_ids) for seed in range(3) for s in ranks.make_groups(seed))
+        assert flat["computed"] == whole and shared[0]["computed"] < 0.75 * whole
+
+
+def test_parts_are_the_whole() -> None:
+    sequences = ranks.make_groups(3)
+    shared = share_prefixes(sequences, max_tokens=400, pad_to_multiple=1)
+    assert sorted(i for unit in shared.units for i in unit) == list(range(len(shared.sequences)))
+    seen: list[int] = []
+    for number, part in enumerate(shared.sequences):
+        prefix = shared.prefix_of[number]
+        if number in shared.prefix_of:
+            assert not any(part.loss_mask), "a prefix has no targets"
+            continue
+        seen.append(shared.origins[number])
+        whole = sequences[shared.origins[number]]
+        before = shared.sequences[prefix].token_ids if prefix >= 0 else []
+        assert before + part.token_ids == whole.token_ids
+        assert sum(part.loss_mask[1:]) == sum(whole.loss_mask[1:])
+        assert part.rollout_logprobs[1:] == whole.rollout_logprobs[len(before) + 1 :]
+    assert seen == list(range(len(sequences)))
+    assert max(shared.prefix_of) >= 0 and -1 in [shared.prefix_of[u[0]] for u in shared.units if len(u) == 1]
+
+
+def test_small_savings_are_left_alone() -> None:
+    sequences = [ranks.Sequence([1, 2] + [3] * 40, [0, 0] + [1] * 40, num_prompt_tokens=2) for _ in range(8)]
+    shared = share_prefixes(sequences, max_tokens=1000, pad_to_multiple=1)
+    assert shared.sequences == sequences and set(shared.prefix_of) == {-1}
