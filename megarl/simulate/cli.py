@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 
@@ -31,7 +32,11 @@ def run(options: argparse.Namespace) -> int:
     from megarl.simulate.run import simulate
     from megarl.simulate.show import show
 
-    simulation = simulate(config, options.gpus)
+    gc.disable()  # a plan is millions of objects without a cycle among them: looking for some takes seconds
+    try:
+        simulation = simulate(config, options.gpus)
+    finally:
+        gc.enable()
     console = Console(highlight=False)
     show(simulation, console)
     if options.json is not None:
