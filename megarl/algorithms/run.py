@@ -37,7 +37,7 @@ class Run:
     """One training run on one rank. Rank 0 writes; the others keep step."""
 
     def __init__(self, config: TrainingConfig, kind: str, *, is_first: bool) -> None:
-        self.config, self.is_first = config, is_first
+        self.config, self.kind, self.is_first = config, kind, is_first
         self.directory = RunDirectory(config.run.dir)
         self.console = Console(kind, enabled=is_first)
         self.timers = PhaseTimers()

@@ -1,0 +1,247 @@
+"""The loop of every algorithm that learns from its own samples.
+
+One step, in data order (rank 0 drives the engine; every rank trains)::
+
+    prompts -> rollout -> rewards -> [the algorithm's Learner] -> weights to the engine
+
+consumes ``rollout.num_prompts_per_step`` prompts, produces one line of metrics and policy version
+``step``, and waits for the engine once: when the last response of the step is in. What makes of graded
+groups optimizer steps is a :class:`Learner`, one file per algorithm (grpo.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
+from megarl.algorithms.evaluate import greedy, pick_problems
+from megarl.algorithms.model import read_model
+from megarl.algorithms.online_report import disagreement, rollout_metrics, run_summary, sample_rows
+from megarl.algorithms.rollouts import Rollouts, accuracy
+from megarl.algorithms.run import Run
+from megarl.config.derived import evaluates, needs_reference, num_optimizer_steps
+from megarl.config.schema import GrpoConfig
+from megarl.data.order import PromptOrder
+from megarl.data.prompts import PromptDataset, load_prompts
+from megarl.data.tokenizer import stop_token_ids
+from megarl.environments import make
+from megarl.losses.agreement import Agreement
+from megarl.records import Group, Prompt
+from megarl.rollout.vllm_engine import VllmEngine
+from megarl.trainer.megatron.initialize import finalize, initialize
+from megarl.trainer.policy import Policy, broadcast
+
+
+@dataclass(slots=True)
+class Learned:
+    """What one step's optimizer steps report: metrics (the same on every rank) and engine against trainer.
+
+    ``metrics`` has at least num_tokens, the tokens of all sequences trained on.
+    """
+
+    metrics: dict[str, float]
+    agreement: Agreement
+
+
+class Learner(Protocol):
+    """An algorithm: from graded groups to optimizer steps. Every rank calls it, with the same groups."""
+
+    def notes(self) -> list[str]:
+        """Lines for the log, before the first step: what it computes and what it skips."""
+        ...
+
+    def learn(self, step: int, groups: list[Group]) -> Learned:
+        """Set every sample's ``advantage`` and take this batch's optimizer steps."""
+        ...
+
+
+MakeLearner = Callable[[GrpoConfig, Run, Policy], Learner]
+
+
+def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLearner) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    architecture, tokenizer, longest = read_model(config)
+    room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    train = load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="train")
+    held_out = (
+        load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="held_out")
+        if config.data.held_out is not None
+        else None
+    )
+    context = initialize(config.parallel, config.run.seed)
+    check_offload(config.weights)
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    with Run(config, kind, is_first=context.is_first) as run:
+        engine, problems = None, []
+        if context.is_first:
+            if held_out is not None and evaluates(config.evaluation):
+                problems = pick_problems(held_out, config.evaluation.num_prompts, run.console)
+            engine = start_engine(
+                config.model,
+                config.rollout.engine,
+                config.weights,
+                max_model_len=longest,
+                seed=config.run.seed,
+                log_dir=run.directory.path,
+            )
+        policy = MegatronPolicy(
+            context,
+            architecture,
+            config.model,
+            config.packing,
+            config.optimizer,
+            num_optimizer_steps(config),
+            check_numerics=config.debug.check_numerics,
+        )
+        if needs_reference(config.algorithm):
+            policy.keep_reference()
+        learner = make_learner(config, run, policy)
+        state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
+        owners = policy.weight_owners(config.weights.transport)
+        rollouts = None
+        if engine is not None:
+            with run.console.waiting("vLLM engine"):
+                for line in attach_weights(engine, architecture, owners, config.weights.transport):
+                    run.console.note(line)
+            environment = make(config.data.train)
+            stops = tuple(stop_token_ids(tokenizer, config.model.path))
+            rollouts = Rollouts(engine, environment, tokenizer, stops, run.timers, config.run.seed)
+            engine.sync(state["step"])
+        OnlineLoop(config, run, policy, learner, rollouts, engine, train, problems, tokenizer).run(state)
+        run.export(policy, architecture)
+        if engine is not None:
+            engine.shutdown()
+    finalize()
+
+
+class OnlineLoop:
+    """The loop with all it drives; ``rollouts``, ``engine`` and the held-out ``problems`` are rank 0's."""
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        run: Run,
+        policy: Policy,
+        learner: Learner,
+        rollouts: Rollouts | None,
+        engine: VllmEngine | None,
+        train: PromptDataset,
+        problems: list[Prompt],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.config, self.run_, self.policy, self.learner = config, run, policy, learner
+        self.rollouts, self.engine, self.train, self.problems = rollouts, engine, train, problems
+        self.tokenizer = tokenizer
+
+    def run(self, state: dict[str, Any]) -> None:
+        """From the state of the last finished step to the last step."""
+        config, run = self.config, self.run_
+        for line in self.learner.notes():
+            run.console.note(line)
+        order = PromptOrder(len(self.train), config.data.shuffle, config.run.seed)
+        totals: dict[str, float] = dict(state["totals"])
+        position, last = state["position"], config.training.num_steps
+        earlier = totals.get("wall_seconds", 0.0)
+        run.timers.start_step()
+        if state["step"] == 0 and config.evaluation.at_start:
+            totals["accuracy_before"] = self.evaluate(0)
+            run.log(0, {"accuracy": totals["accuracy_before"]})
+        for step in range(state["step"] + 1, last + 1):
+            indices = order.batch(position, config.rollout.num_prompts_per_step)
+            position += len(indices)
+            groups = self.rollout(step, indices)
+            self.give_memory_to("trainer")
+            learned = self.learner.learn(step, groups)
+            self._check_agreement(step, learned.agreement)
+            values = rollout_metrics(groups) | learned.metrics | learned.agreement.metrics()
+            with run.timers("weights"):
+                values |= self.hand_over(step)
+            interval = config.evaluation.interval
+            if (interval and step % interval == 0) or (step == last and config.evaluation.at_end):
+                values["accuracy"] = totals["accuracy_after"] = self.evaluate(step)
+            if run.is_first and (count := config.logging.samples_per_step):
+                run.directory.write_samples(step, sample_rows(step, groups, count, self._decode))
+            self._log(step, values, totals)
+            totals["wall_seconds"] = earlier + run.seconds_so_far()
+            run.after_step(step, last, self.policy, {"position": position, "totals": totals})
+        run.finish(run_summary(run.kind, last, totals))
+
+    def rollout(self, step: int, indices: list[int]) -> list[Group]:
+        """Sample and grade: the same groups on every rank."""
+        config, groups = self.config, None
+        self.give_memory_to("engine")
+        if self.rollouts is not None:
+            prompts = [self.train[i] for i in indices]
+            total = len(prompts) * config.rollout.num_generations_per_prompt
+            with self.run_.console.progress("rollout", total=total) as advance:
+                groups = self.rollouts.sample(
+                    prompts,
+                    step=step,
+                    generations=config.rollout.num_generations_per_prompt,
+                    temperature=config.rollout.temperature,
+                    top_k=config.rollout.top_k,
+                    top_p=config.rollout.top_p,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    advance=advance,
+                )
+        shared: list[Group] = broadcast(groups)
+        return shared
+
+    def hand_over(self, step: int) -> dict[str, float]:
+        """The engine gets policy version ``step``; counts the bytes that had to move."""
+        self.give_memory_to("engine")
+        moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
+        if self.config.weights.verify == "checksum":
+            verify_weights(self.engine, self.policy)
+        return {"weights_bytes_moved": moved, "policy_version": step}
+
+    def give_memory_to(self, side: Literal["engine", "trainer"]) -> None:
+        """Let the other side's ``weights.offload`` sleep first, so that both never hold all of theirs."""
+        parts = self.config.weights.offload
+        if side == "engine":
+            self.policy.sleep([part for part in parts if part != "kv_cache"])
+        elif "kv_cache" in parts and self.engine is not None:
+            self.engine.sleep()
+        broadcast(None)  # no rank takes memory that another has not given up yet
+        if side == "trainer":
+            self.policy.wake()
+        elif "kv_cache" in parts and self.engine is not None:
+            self.engine.wake()
+
+    def evaluate(self, step: int) -> float:
+        """Greedy accuracy on the held-out problems (every rank gets it)."""
+        result = 0.0
+        if self.rollouts is not None:
+            config = self.config
+            longest = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+            groups = greedy(self.rollouts, self.problems, step, longest, self.run_.console)
+            result = accuracy(groups)
+        return float(broadcast(result))
+
+    def _decode(self, token_id: int) -> str:
+        return str(self.tokenizer.decode([token_id]))
+
+    def _check_agreement(self, step: int, agreement: Agreement) -> None:
+        if line := disagreement(agreement, self.config.model.dtype, self._decode):
+            self.run_.console.warn(f"step {step}: {line}")
+
+    def _log(self, step: int, values: dict[str, float], totals: dict[str, float]) -> None:
+        rollout_seconds = self.run_.timers.seconds("rollout")
+        tokens = values.pop("num_response_tokens")
+        values["tokens_per_second_rollout"] = tokens / rollout_seconds if rollout_seconds else 0.0
+        for name, value in (
+            ("rollout_tokens", tokens),
+            ("train_tokens", values["num_tokens"] * self.config.algorithm.num_epochs_per_batch),
+            ("weights_bytes_moved", values["weights_bytes_moved"]),
+        ):
+            totals[name] = totals.get(name, 0) + value
+        worst = max(totals.get("logprob_abs_diff_max", 0.0), values["logprob_abs_diff_max"])
+        totals["logprob_abs_diff_max"] = worst
+        self.run_.log(step, values)
+        for phase, seconds in self.run_.timers.last_step.items():
+            totals[phase] = totals.get(phase, 0.0) + seconds

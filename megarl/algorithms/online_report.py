@@ -1,0 +1,85 @@
+"""What an online run tells: figures of a rollout, of the whole run, and samples for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from megarl.advantages.group import zero_std_fraction
+from megarl.algorithms.rollouts import sample_row
+from megarl.losses.agreement import Agreement
+from megarl.metrics.checks import DIFFERENCE_LIMITS
+from megarl.metrics.timers import PHASES
+from megarl.records import Group
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """Rewards, lengths and endings of the samples of one step."""
+    rewards = [[float(s.reward or 0.0) for s in group.samples] for group in groups]
+    flat = [reward for group in rewards for reward in group]
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [len(sample.response_ids) for sample in samples]
+    mean = sum(flat) / len(flat)
+    return {
+        "reward_mean": mean,
+        "reward_std": (sum((r - mean) ** 2 for r in flat) / len(flat)) ** 0.5,
+        "reward_min": min(flat),
+        "reward_max": max(flat),
+        "zero_std_groups_fraction": zero_std_fraction(rewards),
+        "response_length_mean": sum(lengths) / len(lengths),
+        "response_length_max": max(lengths),
+        "truncated_fraction": sum(s.finish_reason == "length" for s in samples) / len(samples),
+        "num_response_tokens": sum(lengths),
+    }
+
+
+def sample_rows(
+    step: int, groups: list[Group], count: int, decode: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    """The first ``count`` samples of a step, whole groups first; ``decode`` makes text of one token id."""
+    chosen = [(group, sample) for group in groups for sample in group.samples][:count]
+    return [
+        sample_row(step, group, sample)
+        | {
+            "advantage": sample.advantage,
+            "policy_version": sample.policy_version,
+            "num_response_tokens": len(sample.response_ids),
+            "info": sample.info,
+            "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs],
+            "response_tokens": [decode(i) for i in sample.response_ids],
+        }
+        for group, sample in chosen
+    ]
+
+
+def disagreement(agreement: Agreement, dtype: str, decode: Callable[[int], str]) -> str | None:
+    """A line about the token on which engine and trainer differ most, where that is too much."""
+    bound, worst = DIFFERENCE_LIMITS[dtype], agreement.worst
+    if worst is None or worst.difference <= bound:
+        return None
+    return (
+        f"engine and trainer differ by {worst.difference:.2e} (above {bound:g}) on token {worst.label} "
+        f"{decode(worst.label)!r}: trainer {worst.trainer_logprob:.5f}, engine {worst.rollout_logprob:.5f}. "
+        "They are not the same policy: compare their types and weights."
+    )
+
+
+def run_summary(kind: str, num_steps: int, totals: dict[str, float]) -> dict[str, Any]:
+    """What summary.json says about the run, its earlier parts included when it was resumed."""
+    seconds = {phase: totals.get(f"seconds_{phase}", 0.0) for phase in PHASES}
+    wall = totals.get("wall_seconds", 0.0)  # start-up and evaluation included, under "other"
+    seconds["other"] = wall - sum(seconds[phase] for phase in PHASES if phase != "other")
+
+    def speed(phase: Literal["rollout", "train"]) -> float:
+        return totals.get(f"{phase}_tokens", 0) / seconds[phase] if seconds[phase] else 0.0
+
+    return {
+        "accuracy_before": totals.get("accuracy_before"),
+        "accuracy_after": totals.get("accuracy_after"),
+        f"{kind}_steps": num_steps,
+        "wall_seconds": wall,
+        "phase_seconds": seconds,
+        "tokens_per_second": {"rollout": speed("rollout"), "train": speed("train")},
+        "weights_bytes_moved": int(totals.get("weights_bytes_moved", 0)),
+        "logprob_abs_diff_max": totals.get("logprob_abs_diff_max", 0.0),
+    }
