@@ -212,7 +212,7 @@ def test_one_wrong_value(folder: Path, old: str, new: str, line: str) -> None:
         (
             "packing: {zzz: 2}",
             "packing.zzz: unknown key; valid here: max_tokens_per_microbatch, "
-            "max_sequence_length [c.yaml:26]",
+            "max_sequence_length, share_prefix [c.yaml:26]",
         ),
     ],
 )
