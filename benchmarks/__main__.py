@@ -6,7 +6,15 @@ import importlib
 import sys
 from pathlib import Path
 
-SHARED = {"common", "dpo_trainers", "loss_ops", "peers", "weights_trainer"}
+SHARED = {
+    "common",
+    "dpo_trainers",
+    "grpo_trainers",
+    "loss_ops",
+    "peers",
+    "process_tree",
+    "weights_trainer",
+}
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in SHARED)
 
 if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

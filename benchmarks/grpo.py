@@ -1,0 +1,211 @@
+"""``python -m benchmarks grpo --json FILE [--quick]``: a GRPO step against TRL's GRPOTrainer.
+
+`megarl grpo` and TRL train the same model in float32 on the same problems in the same order, with the same
+verifier, group size, longest response and optimizer: 8 prompts x 8 samples of up to 64 tokens. One after the
+other, each in processes of its own on all cores. Two models: SmolLM2-135M-Instruct (`make smollm2`) and the
+quickstart's tiny model after its supervised part, which is trained here if it is not there.
+
+Both sides end a response at the same token, so lengths follow the same distribution, but samples differ:
+seconds per response token stand beside seconds per step. TRL as it comes (Transformers generates, 8 samples
+per microbatch, gradient checkpointing) is the one ``ratios`` speak of; a full run also has it without
+checkpointing. Peak memory is that of all processes of a side together (benchmarks/process_tree.py), Ray's
+and the engine's included. Times cover every step, not the start of a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.process_tree import run_measured
+
+Row = dict[str, Any]
+PROMPTS, GENERATIONS, MAX_NEW_TOKENS = 8, 8, 64
+SMOLLM2, TINY = "models/smollm2-135m-instruct", "runs/quickstart/sft/hf"
+
+CASES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model": SMOLLM2,
+        "arguments": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+        "extract": "last_number",
+        "chat_template": True,
+        "lr": 1e-5,
+        "microbatch_tokens": 1024,
+        "steps": 6,
+    },
+    "tiny": {
+        "model": TINY,
+        "arguments": {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+        "extract": "response",
+        "chat_template": False,
+        "lr": 3e-4,
+        "microbatch_tokens": 4096,
+        "steps": 40,
+    },
+}
+TRL: dict[str, dict[str, Any]] = {
+    "trl": {"per_device_train_batch_size": GENERATIONS},
+    "trl_without_checkpointing": {
+        "per_device_train_batch_size": GENERATIONS,
+        "gradient_checkpointing": False,
+    },
+}
+PHASES = ("rollout", "reward", "logprobs", "train", "weights")
+
+
+def configuration(case: dict[str, Any], steps: int, run_dir: Path) -> dict[str, Any]:
+    """The run of both sides, as `megarl grpo` reads it."""
+    return {
+        "run": {"dir": str(run_dir)},
+        "model": {"path": case["model"]},
+        "data": {
+            "train": {
+                "source": "reasoning_gym",
+                "task": "chain_sum",
+                "arguments": case["arguments"],
+                "extract": case["extract"],
+                "partial_credit": False,
+                "size": 3000,
+            },
+            "format": {"chat_template": case["chat_template"]},
+            "shuffle": False,
+        },
+        "rollout": {
+            "num_prompts_per_step": PROMPTS,
+            "num_generations_per_prompt": GENERATIONS,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        },
+        "training": {"num_steps": steps},
+        "optimizer": {"lr": case["lr"]},
+        "packing": {"max_tokens_per_microbatch": case["microbatch_tokens"], "max_sequence_length": 256},
+        "evaluation": {"at_start": False, "at_end": False},
+        "checkpoint": {"interval": 0, "save_optimizer": False, "export_hf": False},
+    }
+
+
+def make_tiny_model() -> None:
+    """The quickstart's model and its supervised part, unless they are there."""
+    commands = []
+    if not Path("runs/quickstart/model/config.json").exists():
+        commands.append(["tools/make_tiny_model.py", "--output", "runs/quickstart/model", "--seed", "1"])
+    if not Path(TINY, "config.json").exists():
+        commands.append(["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml"])
+    for command in commands:
+        print(f"preparing the tiny model: python {' '.join(command)}", file=sys.stderr)
+        subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
+
+
+def measure(name: str, side: str, steps: int, folder: Path) -> Row:
+    """One run of one side."""
+    config = configuration(CASES[name], steps, folder / "run")
+    config_file, result_file = folder / "config.yaml", folder / "steps.json"
+    config_file.write_text(yaml.safe_dump(config))
+    environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if side == "megarl":
+        command = ["-m", "megarl.cli", "grpo", "--config", str(config_file)]
+    else:
+        job_file = folder / "job.json"
+        job_file.write_text(json.dumps({"config": str(config_file), "options": TRL[side]}))
+        command = ["-m", "benchmarks.grpo_trainers", str(job_file), str(result_file)]
+        environment["HF_DATASETS_CACHE"] = str(folder / "datasets")
+    peak = run_measured([sys.executable, *command], environment, folder / "log.txt")
+    if side == "megarl":
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        done = [_our_step(json.loads(line)) for line in lines]
+    else:
+        done = json.loads(result_file.read_text())
+    assert len(done) == steps, f"{len(done)} of {steps} steps in {folder}"
+    row = {"op": "grpo", "case": name, "impl": side, "peak_gib": peak, **summary(done), "steps": done}
+    phases = " ".join(f"{phase} {row[f'seconds_{phase}']:.2f}" for phase in PHASES)
+    print(
+        f"{name:13} {side:26} {row['seconds_per_step']:7.2f} s/step ({phases}) "
+        f"{row['tokens_per_second']:7.1f} tok/s, {row['response_length_mean']:.1f} tokens per response, "
+        f"reward {row['reward_first']:.3f} -> {row['reward_last']:.3f}, {peak:.2f} GiB",
+        file=sys.stderr,
+    )
+    return row
+
+
+def _our_step(line: dict[str, float]) -> dict[str, float]:
+    samples = PROMPTS * GENERATIONS
+    kept = {name: value for name, value in line.items() if name.startswith("seconds")}
+    return kept | {
+        "reward_mean": line["reward_mean"],
+        "num_response_tokens": round(line["response_length_mean"] * samples),
+        "num_tokens": line["num_tokens"],
+    }
+
+
+def summary(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Means over all steps; the reward of the first and of the last third of them."""
+
+    def total(name: str) -> float:
+        return sum(step.get(name, 0.0) for step in steps)
+
+    third = max(1, len(steps) // 3)
+    rewards = [step["reward_mean"] for step in steps]
+    return {
+        "seconds_per_step": total("seconds") / len(steps),
+        **{f"seconds_{phase}": total(f"seconds_{phase}") / len(steps) for phase in PHASES},
+        "tokens_per_second": total("num_tokens") / total("seconds"),
+        "response_tokens_per_second": total("num_response_tokens") / total("seconds"),
+        "response_length_mean": total("num_response_tokens") / len(steps) / (PROMPTS * GENERATIONS),
+        "reward_first": statistics.mean(rewards[:third]),
+        "reward_last": statistics.mean(rewards[-third:]),
+        "reward_mean": statistics.mean(rewards),
+    }
+
+
+def ratios(rows: list[Row]) -> dict[str, float]:
+    """TRL's seconds over ours (per step, and per response token), our peak memory over TRL's."""
+    by_case: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["impl"]] = row
+    out: dict[str, float] = {}
+    for case, sides in by_case.items():
+        prefix = "" if case == "smollm2-135m" else f"{case}_"
+        ours = sides["megarl"]
+        for peer in sides:
+            if peer != "megarl":
+                theirs = sides[peer]
+                out[f"{prefix}step_vs_{peer}"] = theirs["seconds_per_step"] / ours["seconds_per_step"]
+                speed = "response_tokens_per_second"
+                out[f"{prefix}response_token_vs_{peer}"] = ours[speed] / theirs[speed]
+                out[f"{prefix}peak_memory_vs_{peer}"] = ours["peak_gib"] / theirs["peak_gib"]
+                out[f"{prefix}reward_minus_{peer}"] = ours["reward_mean"] - theirs["reward_mean"]
+    return out
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks grpo")
+    parser.add_argument("--json", type=lambda text: Path(text).resolve(), required=True, help="the results")
+    parser.add_argument("--quick", action="store_true", help="2 steps each, TRL as it comes only")
+    parser.add_argument("--case", choices=list(CASES), help="one model only")
+    parser.add_argument("--steps", type=int, help="steps of each run")
+    args = parser.parse_args(argv)
+    os.chdir(Path(__file__).resolve().parent.parent)
+    names = [args.case] if args.case else list(CASES)
+    if SMOLLM2 in [CASES[name]["model"] for name in names] and not Path(SMOLLM2).exists():
+        sys.exit(f"{SMOLLM2} is missing: make smollm2")
+    sides = ["megarl", "trl"] if args.quick else ["megarl", *TRL]
+    if "tiny" in names:
+        make_tiny_model()
+    rows = []
+    for name in names:
+        steps = args.steps or (2 if args.quick else CASES[name]["steps"])
+        for side in sides:
+            with tempfile.TemporaryDirectory(prefix="megarl-bench-") as directory:
+                rows.append(measure(name, side, steps, Path(directory)))
+    result = {"rows": rows, "ratios": ratios(rows), "num_threads": len(os.sched_getaffinity(0))}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["ratios"], indent=2))
