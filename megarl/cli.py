@@ -37,7 +37,7 @@ _JOB_HELP = {
     "sft": "supervised fine-tuning on demonstrations",
     "dpo": "training on preference pairs (DPO, IPO, KTO, SimPO, ORPO)",
     "grpo": "reinforcement learning with verifiable rewards (GRPO)",
-    "eval": "greedy accuracy of a Hugging Face model on held-out problems",
+    "eval": "accuracy, pass@k and cons@k of a checkpoint on held-out problems or a benchmark",
 }
 _JOB_EPILOG = """\
 overrides:
@@ -195,10 +195,11 @@ def _call_loop(config: AnyConfig) -> None:
 
 
 def _resolved(config: AnyConfig) -> str:
-    from megarl.config.derived import describe, read_model_config
+    from megarl.config.derived import describe, is_megatron_checkpoint, read_model_config
     from megarl.config.load import dump_config
 
-    facts = describe(config, read_model_config(config.model.path))
+    path = config.model.path
+    facts = describe(config, None if is_megatron_checkpoint(path) else read_model_config(path))
     return "".join(f"# {line}\n" for line in facts) + dump_config(config)
 
 

@@ -1,24 +1,49 @@
-"""Greedy accuracy on held-out problems: inside a run, and as `megarl eval` of a Hugging Face directory."""
+"""Accuracy, pass@k and cons@k on held-out problems: inside a run, and as `megarl eval` of a checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from megarl.algorithms.engines import attach_weights, start_engine
 from megarl.algorithms.model import read_model
-from megarl.algorithms.rollouts import Rollouts, accuracy, sample_row
+from megarl.algorithms.rollouts import Rollouts, sample_row
+from megarl.config.derived import is_megatron_checkpoint
+from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.schema import EvalConfig, ParallelConfig
 from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset, load_prompts
 from megarl.data.tokenizer import stop_token_ids
 from megarl.environments import make
 from megarl.errors import UserError
 from megarl.metrics.console import Console
+from megarl.metrics.scores import Scores, is_correct, score, score_by_category, table, vote_of
 from megarl.metrics.timers import PhaseTimers
 from megarl.records import Group, Prompt
 from megarl.rundir import RunDirectory
 from megarl.trainer.megatron.initialize import finalize, initialize
 
+_CONVERTED = "model"  # in the run directory: the Hugging Face form of a Megatron checkpoint
+_ORIGIN = "converted_from.json"
 
-def pick_problems(held_out: PromptDataset, count: int, console: Console) -> list[Prompt]:
-    """The first ``count`` held-out problems that do not occur among the training problems."""
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Graded answers and what they come to."""
+
+    groups: list[Group]
+    total: Scores
+    categories: dict[str, Scores]  # empty where problems have none
+
+    def metrics(self) -> dict[str, float]:
+        """For a line of metrics.jsonl."""
+        return {"accuracy": self.total.accuracy, **self.total.values}
+
+
+def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, console: Console) -> list[Prompt]:
+    """The first ``num_prompts`` held-out problems (null: all) that are not among the training problems."""
     with console.waiting("comparison of held-out and training problems"):
         unseen = held_out.unseen
     if unseen is None:
@@ -30,41 +55,73 @@ def pick_problems(held_out: PromptDataset, count: int, console: Console) -> list
         unseen = list(range(len(held_out)))
     if left_out := len(held_out) - len(unseen):
         console.note(f"{left_out} of {len(held_out)} held-out problems also occur in training: left out")
-    if len(unseen) < count:
+    count = settings.num_prompts
+    if not unseen or (count is not None and len(unseen) < count):
+        wanted = "some" if count is None else str(count)
         raise UserError(
-            f"evaluation.num_prompts: {count} problems wanted, {len(unseen)} of {len(held_out)} held-out "
+            f"evaluation.num_prompts: {wanted} problems wanted, {len(unseen)} of {len(held_out)} held-out "
             "problems do not occur in training; make data.held_out.size larger"
         )
-    return [held_out[i] for i in unseen[:count]]
+    problems = [held_out[i] for i in unseen[:count]]
+    if settings.category_field is None:
+        return problems
+    return [_with_category(problem, settings.category_field) for problem in problems]
 
 
-def greedy(
-    rollouts: Rollouts, problems: list[Prompt], step: int, max_new_tokens: int, console: Console
-) -> list[Group]:
-    """Answer every problem once, at temperature 0, and say how many were right."""
-    with console.progress("evaluation", total=len(problems)) as advance:
+def _with_category(problem: Prompt, field: str) -> Prompt:
+    value: Any = problem.metadata.get("entry")
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise UserError(f"evaluation.category_field: problem {problem.index} has no field {field!r}")
+        value = value[name]
+    return dataclasses.replace(problem, metadata={**problem.metadata, "category": str(value)})
+
+
+def evaluate(
+    rollouts: Rollouts,
+    problems: list[Prompt],
+    settings: EvaluationSizeConfig,
+    *,
+    step: int,
+    max_new_tokens: int,
+    seed: int,
+    console: Console,
+) -> Evaluation:
+    """Answer every problem as ``settings`` say, and say how many answers were right."""
+    n = settings.num_samples_per_prompt
+    with console.progress("evaluation", total=len(problems) * n) as advance:
         groups = rollouts.sample(
             problems,
             step=step,
-            generations=1,
-            temperature=0.0,
+            generations=n,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
             max_new_tokens=max_new_tokens,
             advance=advance,
             phase="other",
         )
-    console.note(f"step {step}: greedy accuracy {accuracy(groups):.1%} on {len(problems)} held-out problems")
-    return groups
+    draws = settings.consensus_draws if settings.consensus == "sampled" else 0
+    total = score(groups, settings.k, consensus_draws=draws, seed=seed)
+    categories = score_by_category(groups, settings.k, consensus_draws=draws, seed=seed)
+    kind = "greedy accuracy" if settings.temperature == 0 else f"accuracy (mean@{n})"
+    extra = "".join(f", {name.replace('_at_', '@')} {value:.1%}" for name, value in total.values.items())
+    console.note(f"step {step}: {kind} {total.accuracy:.1%}{extra} on {len(problems)} held-out problems")
+    return Evaluation(groups, total, categories)
 
 
 def run_eval(config: EvalConfig) -> None:
     """Evaluate ``model.path`` with a vLLM engine; writes summary.json and samples/step_0.jsonl."""
-    architecture, tokenizer, longest = read_model(config)
-    room = longest - config.rollout.max_new_tokens
-    held_out = load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="held_out")
     console, timers = Console("eval"), PhaseTimers()
     with RunDirectory(config.run.dir) as directory:
         directory.open(config.model_dump(mode="json"))
-        problems = pick_problems(held_out, config.evaluation.num_prompts, console)
+        config = _with_hugging_face_model(config, directory.path, console)
+        architecture, tokenizer, longest = read_model(config)
+        max_new_tokens = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
+        held_out = load_prompts(
+            config.data, tokenizer, max_prompt_tokens=longest - max_new_tokens, split="held_out"
+        )
+        problems = pick_problems(held_out, config.evaluation, console)
         engine = start_engine(
             config.model,
             config.rollout.engine,
@@ -83,20 +140,61 @@ def run_eval(config: EvalConfig) -> None:
         stops = tuple(stop_token_ids(tokenizer, config.model.path))
         environment = make(config.data.held_out, "data.held_out")
         rollouts = Rollouts(engine, environment, tokenizer, stops, timers, config.run.seed)
-        groups = greedy(rollouts, problems, 0, config.rollout.max_new_tokens, console)
-        samples = [sample for group in groups for sample in group.samples]
-        directory.write_samples(
-            0,
-            [sample_row(0, group, sample) for group in groups for sample in group.samples],
+        found = evaluate(
+            rollouts,
+            problems,
+            config.evaluation,
+            step=0,
+            max_new_tokens=max_new_tokens,
+            seed=config.run.seed,
+            console=console,
         )
-        directory.write_summary(
-            {
-                "accuracy": accuracy(groups),
-                "reward_mean": sum(s.reward or 0.0 for s in samples) / len(samples),
-                "num_prompts": len(problems),
-                "wall_seconds": timers.end_step()["seconds"],
-            }
-        )
-        console.note(f"Answers: {directory.samples_path / 'step_0.jsonl'}")
+        _write(directory, found, timers.end_step()["seconds"], console)
         engine.shutdown()
     finalize()
+
+
+def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: Console) -> None:
+    rows = []
+    for group in found.groups:
+        for number, sample in enumerate(group.samples):
+            vote = vote_of(sample)
+            rows.append(
+                sample_row(0, group, sample)
+                | {
+                    "sample": number,
+                    "correct": is_correct(sample),
+                    "vote": None if vote is None else vote[0],
+                    "category": group.prompt.metadata.get("category"),
+                    "info": sample.info,
+                }
+            )
+    directory.write_samples(0, rows)
+    summary = found.total.summary() | {"wall_seconds": seconds}
+    if found.categories:
+        summary["categories"] = {name: scores.summary() for name, scores in found.categories.items()}
+    directory.write_summary(summary)
+    for line in table(found.total, found.categories):
+        console.note(line)
+    console.note(
+        f"{found.total.num_samples} answers to {found.total.num_prompts} problems "
+        f"(95% intervals: {found.total.interval_method}): {directory.samples_path / 'step_0.jsonl'}"
+    )
+
+
+def _with_hugging_face_model(config: EvalConfig, run_dir: Path, console: Console) -> EvalConfig:
+    """``config`` with a Hugging Face ``model.path``: a Megatron checkpoint is converted once, bit for bit."""
+    source = Path(config.model.path)
+    if not is_megatron_checkpoint(source):
+        return config
+    from megarl.convert.commands import find_iteration, megatron_to_hf
+
+    metadata = find_iteration(source) / ".metadata"
+    origin = {"source": str(source.resolve()), "written": metadata.stat().st_mtime}
+    target = run_dir / _CONVERTED
+    note = target / _ORIGIN
+    if not note.is_file() or json.loads(note.read_text()) != origin:
+        megatron_to_hf(source, target, hf_config=None, dtype=None, max_bytes=2 * 2**30, overwrite=True)
+        note.write_text(json.dumps(origin))
+        console.note(f"{source}: converted to {target}")
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})

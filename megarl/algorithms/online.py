@@ -18,10 +18,10 @@ from typing import Any, Literal, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
-from megarl.algorithms.evaluate import greedy, pick_problems
+from megarl.algorithms.evaluate import evaluate, pick_problems
 from megarl.algorithms.model import read_model
 from megarl.algorithms.online_report import disagreement, rollout_metrics, run_summary, sample_rows
-from megarl.algorithms.rollouts import Rollouts, accuracy
+from megarl.algorithms.rollouts import Rollouts
 from megarl.algorithms.run import Run
 from megarl.config.derived import evaluates, needs_reference, num_optimizer_steps
 from megarl.config.schema import GrpoConfig
@@ -80,7 +80,7 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
         engine, problems = None, []
         if context.is_first:
             if held_out is not None and evaluates(config.evaluation):
-                problems = pick_problems(held_out, config.evaluation.num_prompts, run.console)
+                problems = pick_problems(held_out, config.evaluation, run.console)
             engine = start_engine(
                 config.model,
                 config.rollout.engine,
@@ -149,8 +149,9 @@ class OnlineLoop:
         earlier = totals.get("wall_seconds", 0.0)
         run.timers.start_step()
         if state["step"] == 0 and config.evaluation.at_start:
-            totals["accuracy_before"] = self.evaluate(0)
-            run.log(0, {"accuracy": totals["accuracy_before"]})
+            found = self.evaluate(0)
+            totals["accuracy_before"] = found["accuracy"]
+            run.log(0, found)
         for step in range(state["step"] + 1, last + 1):
             indices = order.batch(position, config.rollout.num_prompts_per_step)
             position += len(indices)
@@ -163,7 +164,8 @@ class OnlineLoop:
                 values |= self.hand_over(step)
             interval = config.evaluation.interval
             if (interval and step % interval == 0) or (step == last and config.evaluation.at_end):
-                values["accuracy"] = totals["accuracy_after"] = self.evaluate(step)
+                values |= self.evaluate(step)
+                totals["accuracy_after"] = values["accuracy"]
             if run.is_first and (count := config.logging.samples_per_step):
                 run.directory.write_samples(step, sample_rows(step, groups, count, self._decode))
             self._log(step, values, totals)
@@ -213,15 +215,22 @@ class OnlineLoop:
         elif "kv_cache" in parts and self.engine is not None:
             self.engine.wake()
 
-    def evaluate(self, step: int) -> float:
-        """Greedy accuracy on the held-out problems (every rank gets it)."""
-        result = 0.0
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Accuracy, and what else evaluation.k asks for, on the held-out problems (every rank gets it)."""
+        result: dict[str, float] = {}
         if self.rollouts is not None:
-            config = self.config
-            longest = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
-            groups = greedy(self.rollouts, self.problems, step, longest, self.run_.console)
-            result = accuracy(groups)
-        return float(broadcast(result))
+            settings = self.config.evaluation
+            result = evaluate(
+                self.rollouts,
+                self.problems,
+                settings,
+                step=step,
+                max_new_tokens=settings.max_new_tokens or self.config.rollout.max_new_tokens,
+                seed=self.config.run.seed,
+                console=self.run_.console,
+            ).metrics()
+        found: dict[str, float] = broadcast(result)
+        return found
 
     def _decode(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id]))

@@ -109,9 +109,3 @@ def sample_row(step: int, group: Group, sample: Sample) -> dict[str, Any]:
         "reward": sample.reward,
         "finish_reason": sample.finish_reason,
     }
-
-
-def accuracy(groups: list[Group]) -> float:
-    """Share of samples with full marks (reward 1)."""
-    rewards = [sample.reward or 0.0 for group in groups for sample in group.samples]
-    return sum(reward >= 1.0 for reward in rewards) / len(rewards)

@@ -82,6 +82,11 @@ def without_effect(algorithm: GrpoAlgorithmConfig) -> list[str]:
     return [f"{names}: without effect, for with one optimizer step per rollout batch every ratio is 1"]
 
 
+def is_megatron_checkpoint(path: str | Path) -> bool:
+    """Whether a directory is a Megatron distributed checkpoint, or has a tracker file that names one."""
+    return any((Path(path) / name).is_file() for name in (".metadata", "latest_checkpointed_iteration.txt"))
+
+
 def read_model_config(path: str) -> dict[str, Any]:
     """config.json of a Hugging Face directory (OSError or ValueError where it cannot be read)."""
     value = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))

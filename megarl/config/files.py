@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megarl.config.derived import max_sequence_length, read_model_config
+from megarl.config.derived import is_megatron_checkpoint, max_sequence_length, read_model_config
 from megarl.config.schema import EvalConfig, GrpoConfig, Section
 from megarl.config.violation import Violation
 
@@ -55,6 +55,8 @@ def _model(config: Section) -> Violations:
     if not directory.is_dir():
         yield Violation(_MODEL_PATH, f"no such directory (got {path!r}){_from_here(path)}")
         return
+    if isinstance(config, EvalConfig) and is_megatron_checkpoint(path):
+        return  # converted first, with checks of its own
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         missing.append("a tokenizer (tokenizer.json)")

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megarl.config.algorithm import GrpoAlgorithmConfig as GrpoAlgorithmConfig
+from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
+from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
 from megarl.config.parallel import ParallelConfig as ParallelConfig
 from megarl.config.section import (
     Decay,
@@ -36,7 +38,7 @@ class ModelConfig(Section):
     """The model to train."""
 
     path: Text
-    """Hugging Face directory: config.json, safetensors, tokenizer."""
+    """Hugging Face directory: config.json, safetensors, tokenizer (eval: or a Megatron checkpoint)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type. fp32 is the fast one on CPUs without AMX/AVX512-BF16."""
 
@@ -263,26 +265,6 @@ class RolloutConfig(GenerationConfig):
     """Sample from so many of the likeliest tokens; the trainer's logprobs use the same support (0: all)."""
 
 
-class EvaluationSizeConfig(Section):
-    """Greedy accuracy on held-out problems."""
-
-    num_prompts: PositiveInt = 256
-    """Held-out problems per evaluation; must not exceed the held-out set."""
-    max_new_tokens: PositiveInt | None = None
-    """Longest response; null is rollout.max_new_tokens."""
-
-
-class EvaluationConfig(EvaluationSizeConfig):
-    """Greedy accuracy on held-out problems, before, during and after training."""
-
-    interval: NonNegativeInt = 0
-    """Evaluate every so many steps (0: only before and after)."""
-    at_start: bool = True
-    """Evaluate before the first step."""
-    at_end: bool = True
-    """Evaluate after the last step."""
-
-
 class DebugConfig(Section):
     """Checks that cost time, for finding out what went wrong."""
 
@@ -355,7 +337,7 @@ class GrpoConfig(TrainingRoot):
 
 
 class EvalConfig(Section):
-    """Root of `megarl eval`: greedy accuracy of a Hugging Face directory."""
+    """Root of `megarl eval`: accuracy, pass@k and cons@k of a checkpoint."""
 
     run: RunConfig
     model: ModelConfig

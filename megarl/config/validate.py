@@ -13,7 +13,6 @@ from megarl.config.derived import TrainingConfig, model_parallel_size, num_optim
 from megarl.config.preference import DpoConfig, PreferenceJsonlSource
 from megarl.config.schema import (
     EvalConfig,
-    EvaluationSizeConfig,
     GrpoConfig,
     JsonlSource,
     ReasoningGymSource,
@@ -22,6 +21,7 @@ from megarl.config.schema import (
     SftJsonlSource,
 )
 from megarl.config.validate_algorithm import ALGORITHM_RULES
+from megarl.config.validate_evaluation import EVALUATION_RULES, GRPO_EVALUATION_RULES
 from megarl.config.validate_preference import DPO_RULES
 from megarl.config.violation import Violation
 
@@ -304,36 +304,6 @@ def _engine(config: GrpoConfig | EvalConfig) -> Violations:
         )
 
 
-def _evaluation(config: GrpoConfig) -> Violations:
-    evaluation = config.evaluation
-    asked = [name for name in ("interval", "at_start", "at_end") if getattr(evaluation, name)]
-    if not asked:
-        return
-    if config.data.held_out is None:
-        yield Violation(
-            ("data", "held_out"),
-            f"missing, but evaluation asks for it by {', '.join(f'evaluation.{name}' for name in asked)}",
-            tuple(("evaluation", name) for name in asked),
-        )
-    yield from _evaluation_size(evaluation, config.data.held_out)
-
-
-def _eval_data(config: EvalConfig) -> Violations:
-    yield from _evaluation_size(config.evaluation, config.data.held_out)
-
-
-def _evaluation_size(
-    evaluation: EvaluationSizeConfig, held_out: ReasoningGymSource | JsonlSource | None
-) -> Violations:
-    if isinstance(held_out, ReasoningGymSource) and evaluation.num_prompts > held_out.size:
-        yield Violation(
-            ("evaluation", "num_prompts"),
-            f"more than the held-out set has, data.held_out.size = {held_out.size}"
-            f" (got {evaluation.num_prompts})",
-            (("data", "held_out", "size"),),
-        )
-
-
 _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     _parallel_sizes,
     _sequence_parallel,
@@ -356,11 +326,11 @@ _GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
     _response_lengths,
     *ALGORITHM_RULES,
     _engine,
-    _evaluation,
+    *GRPO_EVALUATION_RULES,
 ]
 _EVAL_RULES: list[Callable[[EvalConfig], Violations]] = [
     _system_prompt,
     _separate_sets,
     _engine,
-    _eval_data,
+    *EVALUATION_RULES,
 ]

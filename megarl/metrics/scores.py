@@ -1,0 +1,126 @@
+"""Figures of an evaluation, from its graded groups: over all problems and by category."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megarl.metrics.passk import (
+    IntervalMethod,
+    bootstrap_interval,
+    consensus_at_k,
+    pass_at_k,
+    sampled_consensus_at_k,
+    wilson_interval,
+)
+from megarl.records import Group, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation found. ``accuracy`` is the share of right samples: mean@n, which is pass@1.
+
+    ``values`` adds ``pass_at_K`` and ``cons_at_K`` for every K asked for. ``interval`` is the 95% interval of
+    the accuracy: Wilson's where each problem has one sample, else the bootstrap over problems.
+    """
+
+    num_prompts: int
+    num_samples: int
+    accuracy: float
+    reward_mean: float
+    interval: tuple[float, float]
+    interval_method: IntervalMethod
+    values: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_interval": list(self.interval),
+            "interval_method": f"{self.interval_method}, 95%",
+            "reward_mean": self.reward_mean,
+            **self.values,
+            "num_prompts": self.num_prompts,
+            "num_samples": self.num_samples,
+        }
+
+
+def is_correct(sample: Sample) -> bool:
+    """Full marks: a reward of 1."""
+    assert sample.reward is not None
+    return sample.reward >= 1.0
+
+
+def vote_of(sample: Sample) -> tuple[str, bool] | None:
+    """The answer a sample votes for: the one its verifier read out, else its whole text; None: no answer."""
+    answer = sample.info.get("answer", sample.text)
+    text = "" if answer is None else str(answer).strip()
+    if any(sample.info.get(name) for name in ("unparsed", "timeout", "incomparable")):
+        return None
+    # A right and a wrong sample are never the same vote: a verifier may look at more than the answer.
+    return (text, is_correct(sample)) if text else None
+
+
+def score(groups: Sequence[Group], ks: Sequence[int], *, consensus_draws: int = 0, seed: int = 1) -> Scores:
+    """Figures over all ``groups`` (at least one, of equally many samples).
+
+    ``consensus_draws`` 0 is the closed form of cons@k, else that many random subsets for each problem.
+    """
+    correct = [[is_correct(sample) for sample in group.samples] for group in groups]
+    shares = [sum(row) / len(row) for row in correct]
+    n = len(correct[0])
+    assert all(len(row) == n for row in correct), "groups of different sizes"
+    values: dict[str, float] = {}
+    for k in ks:
+        values[f"pass_at_{k}"] = _mean([pass_at_k(n, sum(row), k) for row in correct])
+    for k in ks:
+        if k > 1:  # of one sample, the majority is that sample
+            values[f"cons_at_{k}"] = _mean(
+                [
+                    _consensus(group, row, k, consensus_draws, seed)
+                    for group, row in zip(groups, correct, strict=True)
+                ]
+            )
+    rewards = [sample.reward or 0.0 for group in groups for sample in group.samples]
+    interval = wilson_interval(sum(map(sum, correct)), len(groups)) if n == 1 else bootstrap_interval(shares)
+    method: IntervalMethod = "wilson" if n == 1 else "bootstrap"
+    return Scores(len(groups), len(rewards), _mean(shares), _mean(rewards), interval, method, values)
+
+
+def score_by_category(
+    groups: Sequence[Group], ks: Sequence[int], *, consensus_draws: int = 0, seed: int = 1
+) -> dict[str, Scores]:
+    """:func:`score` of the groups of each ``metadata["category"]``, in alphabetical order; empty without."""
+    by_category: dict[str, list[Group]] = {}
+    for group in groups:
+        if (category := group.prompt.metadata.get("category")) is not None:
+            by_category.setdefault(str(category), []).append(group)
+    return {
+        name: score(by_category[name], ks, consensus_draws=consensus_draws, seed=seed)
+        for name in sorted(by_category)
+    }
+
+
+def table(total: Scores, categories: dict[str, Scores]) -> list[str]:
+    """Lines for people: a heading, a line per category, and all problems."""
+    names = ["problems", "accuracy", "95% interval", *(name.replace("_at_", "@") for name in total.values)]
+    width = max(map(len, ["all", *categories]))
+    lines = ["  ".join([" " * width, *(f"{name:>14}" for name in names)])]
+    for label, scores in [*categories.items(), ("all", total)]:
+        interval = f"{scores.interval[0]:.1%}-{scores.interval[1]:.1%}"
+        cells = [str(scores.num_prompts), f"{scores.accuracy:.1%}", interval]
+        cells += [f"{value:.1%}" for value in scores.values.values()]
+        lines.append("  ".join([f"{label:<{width}}", *(f"{cell:>14}" for cell in cells)]))
+    return lines
+
+
+def _consensus(group: Group, correct: list[bool], k: int, draws: int, seed: int) -> float:
+    votes = [vote_of(sample) for sample in group.samples]
+    if draws:
+        return sampled_consensus_at_k(votes, correct, k, draws, seed + group.prompt.index)
+    return consensus_at_k(votes, correct, k)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
