@@ -3,7 +3,7 @@
 `megarl grpo` and TRL train the same model in float32 on the same problems in the same order, with the same
 verifier, group size, longest response and optimizer: 8 prompts x 8 samples of up to 64 tokens. One after the
 other, each in processes of its own on all cores. Two models: SmolLM2-135M-Instruct (`make smollm2`) and the
-quickstart's tiny model after its supervised part, which is trained here if it is not there.
+quickstart's tiny model after a fourth of its supervised part, which is trained here if it is not there.
 
 Both sides end a response at the same token, so lengths follow the same distribution, but samples differ:
 seconds per response token stand beside seconds per step. TRL as it comes (Transformers generates, 8 samples
@@ -30,7 +30,7 @@ from benchmarks.process_tree import run_measured
 
 Row = dict[str, Any]
 PROMPTS, GENERATIONS, MAX_NEW_TOKENS = 8, 8, 64
-SMOLLM2, TINY = "models/smollm2-135m-instruct", "runs/quickstart/sft/hf"
+SMOLLM2, TINY = "models/smollm2-135m-instruct", "runs/bench/tiny/sft/hf"
 
 CASES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -93,12 +93,14 @@ def configuration(case: dict[str, Any], steps: int, run_dir: Path) -> dict[str, 
 
 
 def make_tiny_model() -> None:
-    """The quickstart's model and its supervised part, unless they are there."""
+    """The quickstart's model and a fourth of its supervised part, unless they are there."""
+    model, run = "runs/bench/tiny/model", "runs/bench/tiny/sft"
     commands = []
-    if not Path("runs/quickstart/model/config.json").exists():
-        commands.append(["tools/make_tiny_model.py", "--output", "runs/quickstart/model", "--seed", "1"])
+    if not Path(model, "config.json").exists():
+        commands.append(["tools/make_tiny_model.py", "--output", model, "--seed", "1"])
     if not Path(TINY, "config.json").exists():
-        commands.append(["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml"])
+        paths = [f"run.dir={run}", f"model.path={model}", "training.num_steps=140"]
+        commands.append(["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml", *paths])
     for command in commands:
         print(f"preparing the tiny model: python {' '.join(command)}", file=sys.stderr)
         subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megarl.config.algorithm import GrpoAlgorithmConfig as GrpoAlgorithmConfig
+from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
 from megarl.config.parallel import ParallelConfig as ParallelConfig
@@ -150,7 +151,7 @@ class JsonlSource(Section):
     """How answers are judged: math uses math-verify."""
 
 
-PromptSource = Annotated[ReasoningGymSource | JsonlSource, Field(discriminator="source")]
+PromptSource = Annotated[ReasoningGymSource | JsonlSource | BenchmarkSource, Field(discriminator="source")]
 
 
 class PromptFormat(Section):

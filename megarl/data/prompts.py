@@ -1,4 +1,4 @@
-"""Problems as tokenised prompts: reasoning-gym tasks (generated on access) and JSONL files."""
+"""Problems as tokenised prompts: reasoning-gym tasks (generated on access), JSONL files, benchmarks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from megarl.config.schema import (
+    BenchmarkSource,
     EvalDataConfig,
     JsonlSource,
     PromptDataConfig,
@@ -15,6 +16,7 @@ from megarl.config.schema import (
     PromptSource,
     ReasoningGymSource,
 )
+from megarl.data import benchmarks
 from megarl.data.jsonl import get_field, get_messages, get_text, read_jsonl
 from megarl.data.tokenizer import chat_ids
 from megarl.environments.tasks import check_disjoint, make_dataset
@@ -179,6 +181,28 @@ class _JsonlPrompts(PromptDataset):
         return self._prompts[index]
 
 
+class _BenchmarkPrompts(PromptDataset):
+    def __init__(self, source: BenchmarkSource, *args: Any) -> None:
+        super().__init__(*args)
+        self._questions = benchmarks.load_questions(source, self._field)
+        if benchmarks.find(source).verifier == "math":
+            where = f"{self._field}: row"
+            _check_references([(f"{where} {i}", q.answer) for i, q in enumerate(self._questions)])
+        for index in range(len(self)):
+            self._prompt(index)
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def questions(self) -> Iterator[str]:
+        return (question.text for question in self._questions)
+
+    def _prompt(self, index: int) -> Prompt:
+        question = self._questions[index]
+        metadata = {"answer": question.answer, "category": question.category, **question.metadata}
+        return self._make(index, f"{self._field}: row {index}", question.text, metadata)
+
+
 def _reference(record: dict[str, Any], name: str, where: str) -> str:
     """The reference answer as text; numbers may be written as JSON numbers."""
     value = get_field(record, name, where)
@@ -220,6 +244,8 @@ def load_prompts(
     dataset: PromptDataset
     if isinstance(source, ReasoningGymSource):
         dataset = _ReasoningGymPrompts(source, *arguments)
+    elif isinstance(source, BenchmarkSource):
+        dataset = _BenchmarkPrompts(source, *arguments)
     else:
         dataset = _JsonlPrompts(source, *arguments)
     if split == "held_out":
@@ -233,6 +259,8 @@ def _questions(source: PromptSource, field: str) -> Iterator[str]:
         dataset = make_dataset(source, field)
         for index in range(len(dataset)):
             yield str(dataset[index]["question"])
+    elif isinstance(source, BenchmarkSource):
+        yield from (question.text for question in benchmarks.load_questions(source, field))
     else:
         for number, record in read_jsonl(source.path, f"{field}.path"):
             problem = get_field(record, source.prompt_field, f"{source.path}:{number}")

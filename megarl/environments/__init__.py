@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megarl.environments.base import Environment, Observation, StepResult, Verifier, VerifierError, grade
+from megarl.errors import UserError
 
 if TYPE_CHECKING:
     from megarl.config.schema import PromptSource
@@ -22,6 +23,13 @@ def make(source: PromptSource, field: str = "data.train") -> Environment:
         from megarl.environments.reasoning_gym import ReasoningGymEnvironment
 
         return ReasoningGymEnvironment(source, field)
+    if source.source == "benchmark":
+        from megarl.data.benchmarks import find
+
+        if (verifier := find(source).verifier) != "math":
+            raise UserError(
+                f"{field}.name: {source.name} needs a {verifier} environment, which is not there yet"
+            )
     from megarl.environments.math import MathEnvironment
 
     return MathEnvironment()

@@ -1,0 +1,26 @@
+"""Public benchmarks as prompt sources."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megarl.config.section import Section, Text
+
+BenchmarkName = Literal["gsm8k", "math500", "aime", "gpqa", "mmlu", "mmlu_pro", "humaneval", "mbpp"]
+
+
+class BenchmarkSource(Section):
+    """A public benchmark in the layout it has on the Hugging Face hub."""
+
+    source: Literal["benchmark"]
+    """Selects this kind of source."""
+    name: BenchmarkName
+    """Which benchmark: its columns, its instruction to the model and how answers are judged."""
+    directory: Text | None = None
+    """Local copy: a directory as on the hub, or one parquet, JSONL or JSON file; null asks the hub."""
+    hub: Text | None = None
+    """Hub name in place of the benchmark's usual one (docs/guides/eval.md), e.g. of a later AIME."""
+    subset: Text | None = None
+    """Configuration of the data set; null is the benchmark's usual one, e.g. gpqa_diamond."""
+    split: Text | None = None
+    """Split; null is the benchmark's usual one."""

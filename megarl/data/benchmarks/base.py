@@ -1,0 +1,117 @@
+"""What a benchmark's file says, and reading its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    from megarl.config.benchmarks import BenchmarkSource
+
+Row = dict[str, Any]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One problem: what the model reads and what its verifier needs.
+
+    ``metadata`` joins the prompt's; ``answer`` in it is the reference as text.
+    """
+
+    text: str
+    answer: str
+    category: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A benchmark: where it lies on the hub, and what a row means. ``question`` gets (row, index)."""
+
+    hub: str
+    subset: str | None
+    split: str
+    verifier: Literal["math", "multiple_choice", "code"]
+    question: Callable[[Row, int], Question]
+
+
+class BadRow(ValueError):
+    """A row that is not in the benchmark's layout; says what is wrong."""
+
+
+def text_of(row: Row, *names: str) -> str:
+    """The first of the columns ``names`` that the row has (in any case), as text with something in it."""
+    by_name = {name.lower(): value for name, value in row.items()}
+    for name in names:
+        if name.lower() in by_name:
+            value = by_name[name.lower()]
+            text = str(value).strip() if isinstance(value, str | int | float) else ""
+            if not text:
+                raise BadRow(f"column {name!r} holds no text (found {value!r})")
+            return text
+    raise BadRow(f"no column {' or '.join(map(repr, names))}; it has {', '.join(map(repr, row))}")
+
+
+def raw_text_of(row: Row, name: str) -> str:
+    """:func:`text_of` with the white space around it, which means something in Python code."""
+    text_of(row, name)
+    return str(row[name])
+
+
+def choice_question(
+    problem: str, options: list[str], right: int, category: str | None = None, **metadata: Any
+) -> Question:
+    """A question with lettered options; the model is asked for the letter."""
+    if not 0 <= right < len(options) <= len(LETTERS):
+        raise BadRow(f"answer {right} of {len(options)} options")
+    lines = [f"{letter}. {option.strip()}" for letter, option in zip(LETTERS, options, strict=False)]
+    letters = f"{', '.join(LETTERS[: len(options) - 1])} or {LETTERS[len(options) - 1]}"
+    text = f"{problem.strip()}\n\n" + "\n".join(lines)
+    text += f'\n\nThink, then end with a line "Answer: X", where X is {letters}.'
+    return Question(text, LETTERS[right], category, {"choices": options, **metadata})
+
+
+def math_question(problem: str, answer: str, category: str | None = None) -> Question:
+    """A problem whose result goes into a box."""
+    text = f"{problem.strip()}\n\nPut the final result into \\boxed{{}}."
+    return Question(text, answer, category)
+
+
+def code_question(text: str, tests: str, solution: Any, prefix: str = "") -> Question:
+    """A programming task; ``tests`` is Python that raises unless the code before it is right.
+
+    ``prefix`` is code that the task has given already (imports and a function's head).
+    """
+    return Question(text, str(solution or ""), None, {"tests": tests, "prefix": prefix})
+
+
+def read_rows(source: BenchmarkSource, benchmark: Benchmark, where: str) -> list[Row]:
+    """The rows of a local copy, or of the hub's through `datasets`.
+
+    ``where`` is the configuration's key. Raises UserError: nothing there, unreadable, or empty.
+    """
+    from datasets import load_dataset
+
+    split, subset = source.split or benchmark.split, source.subset or benchmark.subset
+    hub = source.hub or benchmark.hub
+    try:
+        if source.directory is None:
+            dataset = load_dataset(hub, subset, split=split)
+        elif (path := Path(source.directory)).is_file():
+            kind = "parquet" if path.suffix == ".parquet" else "json"
+            dataset = load_dataset(kind, data_files=str(path), split="train")
+        else:
+            folder = path / subset if subset and (path / subset).is_dir() else path
+            dataset = load_dataset(str(folder), split=split)
+    except Exception as error:  # datasets raises some twenty types, from all its layers
+        named = source.directory or f"{hub} ({subset or 'default'}) from the hub"
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: cannot read split {split!r} of {named}: {reason}") from error
+    if not len(dataset):
+        raise UserError(f"{where}: no rows")
+    return [dict(row) for row in dataset]
