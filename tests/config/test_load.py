@@ -170,17 +170,17 @@ def test_environment_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (
             "    source: reasoning_gym\n    task: chain_sum\n    size: 100",
             "    source: gym",
-            "data.train.source: expected 'reasoning_gym' or 'jsonl' (got 'gym') [c.yaml:9]",
+            "data.train.source: expected 'reasoning_gym' or 'jsonl' or 'benchmark' (got 'gym') [c.yaml:9]",
         ),
         (
             "    source: reasoning_gym\n    task: chain_sum\n    size: 100",
             "    size: 100",
-            "data.train.source: required but missing: 'reasoning_gym' or 'jsonl' [c.yaml:8]",
+            "data.train.source: required but missing: 'reasoning_gym' or 'jsonl' or 'benchmark' [c.yaml:8]",
         ),
         (
             "  held_out:\n    source: reasoning_gym\n    task: chain_sum\n    size: 50\n    seed: 200",
             "  held_out: 5",
-            "data.held_out: expected a section with source 'reasoning_gym' or 'jsonl' or null "
+            "data.held_out: expected a section with source 'reasoning_gym' or 'jsonl' or 'benchmark' or null "
             "(got 5) [c.yaml:13]",
         ),
         ("optimizer:\n  lr: 1e-5", "optimizer: 1e-5", "optimizer: expected a section (got 1e-05) [c.yaml:5]"),
