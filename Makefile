@@ -12,7 +12,7 @@ ARGS ?=
 BENCH ?= $(filter-out common dpo_trainers grpo_trainers loss_ops peers process_tree weights_trainer,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format smollm2 cuda-check bench-setup bench clean distclean
+.PHONY: help setup quickstart test test-all lint format smollm2 cuda-check bench-setup bench guides clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench: setup  ## Run the benchmarks, results into runs/bench/ (BENCH=packing for
 	@set -e; for name in $(BENCH); do \
 	  echo "== $$name"; $(VENV_PYTHON) -m benchmarks $$name --json runs/bench/$$name.json $(ARGS); \
 	done
+
+guides: setup  ## Run the command that ends each guide in docs/guides (ARGS=eval for one) and report the times
+	@$(VENV_PYTHON) tools/run_guides.py $(ARGS)
 
 clean:  ## Remove what was built, keep .venv, runs/ and models/
 	rm -rf build *.egg-info megarl/_C*.so .pytest_cache .mypy_cache .ruff_cache .setup
