@@ -54,7 +54,7 @@ def is_correct(sample: Sample) -> bool:
 
 def vote_of(sample: Sample) -> tuple[str, bool] | None:
     """The answer a sample votes for: the one its verifier read out, else its whole text; None: no answer."""
-    answer = sample.info.get("answer", sample.text)
+    answer = sample.info.get("answer", sample.info.get("choice", sample.text))
     text = "" if answer is None else str(answer).strip()
     if any(sample.info.get(name) for name in ("unparsed", "timeout", "incomparable")):
         return None

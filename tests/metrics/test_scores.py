@@ -74,3 +74,5 @@ def test_votes_are_answers_and_silence_is_none() -> None:
     assert vote_of(SILENT) is None
     assert vote_of(sample(" x ", 0.0)) == ("x", False)
     assert vote_of(sample("words", 0.0, answer="")) is None
+    assert vote_of(sample("so B", 1.0, choice="B")) == ("B", True)
+    assert vote_of(sample("who knows", 0.0, choice=None)) is None
