@@ -99,6 +99,19 @@ inline void store_block(const acc_t<scalar_t>* buffer, scalar_t* target, int64_t
   }
 }
 
+// While it lives, this thread's denormal float results are 0: exponentials too small to count then cost what
+// others do, and one of 2^-127 is exactly 0.
+class FlushDenormals {
+ public:
+#if defined(CPU_CAPABILITY_AVX512)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
 // Each row is computed by one thread, in one order: results do not depend on the number of threads, nor on
 // which of them takes which row. Threads take some 64 Ki logits at a time (some 10 us) rather than equal
 // shares at once, so that one that wakes late or is interrupted does not keep the others waiting.
@@ -108,6 +121,7 @@ inline void for_rows(int64_t rows, int64_t columns, const F& body) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (rows + grain - 1) / grain);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    [[maybe_unused]] const FlushDenormals flush;
     for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < rows;) {
       const int64_t end = std::min(rows, begin + grain);
       for (int64_t row = begin; row < end; ++row) body(row);

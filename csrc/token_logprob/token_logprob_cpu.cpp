@@ -112,34 +112,37 @@ acc block_max(const acc* block, int64_t n) {
 }
 
 // Adds sum of exp(d) and of d * exp(d) over a block, d = (x - shift) / temperature; returns its maximum.
+// The shift comes as offset = shift * factor, so that d takes one instruction.
 template <typename acc>
-acc block_sums(const acc* block, int64_t n, acc shift, const ShiftedExp<acc>& shifted_exp, double* sum,
+acc block_sums(const acc* block, int64_t n, acc offset, const ShiftedExp<acc>& shifted_exp, double* sum,
                double* weighted) {
   using Vec = Vectorized<acc>;
   constexpr int64_t size = Vec::size();
   constexpr int kChains = 2;  // independent sums, so that additions do not wait for one another
-  const Vec shifts(shift), clamp(shifted_exp.clamp), first = Vec::loadu(block);
+  const Vec factors(shifted_exp.factor), offsets(-offset), smallest(ShiftedExp<acc>::kSmallest);
+  const Vec first = Vec::loadu(block);
   Vec maxima[kChains] = {first, first};
   Vec sums[kChains] = {Vec(0), Vec(0)}, weights[kChains] = {Vec(0), Vec(0)};
   auto add = [&](int k, const acc* x) {
     const Vec value = Vec::loadu(x);
     maxima[k] = fast_max(maxima[k], value);
-    const Vec d = fast_max(clamp, value - shifts);
-    const Vec e = shifted_exp(d);
+    const Vec y = fast_max(smallest, at::vec::fmadd(value, factors, offsets));
+    const Vec e = shifted_exp.power(y);
     sums[k] = sums[k] + e;
-    weights[k] = at::vec::fmadd(d, e, weights[k]);
+    weights[k] = at::vec::fmadd(y, e, weights[k]);
   };
   int64_t i = 0;
   for (; i + kChains * size <= n; i += kChains * size) {
     // The hardware's prefetchers stop at page boundaries, which is where a block ends.
-    __builtin_prefetch(block + i + kBlock);
+    constexpr int64_t line = 64 / sizeof(acc);
+    for (int64_t k = 0; k < kChains * size; k += line) __builtin_prefetch(block + i + k + kBlock);
     for (int k = 0; k < kChains; ++k) add(k, block + i + k * size);
   }
   for (; i < n; i += size) add(0, block + i);
   auto plus = [](Vec a, Vec b) { return a + b; };
   *sum += at::vec::vec_reduce_all<acc>(plus, sums[0] + sums[1]);
   *weighted += static_cast<double>(at::vec::vec_reduce_all<acc>(plus, weights[0] + weights[1])) *
-               shifted_exp.scale;
+               ShiftedExp<acc>::kNatural;
   return at::vec::vec_reduce_all<acc>([](Vec a, Vec b) { return fast_max(a, b); },
                                       fast_max(maxima[0], maxima[1]));
 }
@@ -159,31 +162,37 @@ void row_stats(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t>* stats) {
   // serves until a block exceeds it by so much that float sums would lose digits or overflow. That block
   // is then added again from the cache.
   constexpr acc kSlack = 16;
-  acc shift = lowest, maximum = lowest;
+  double shift = lowest;
+  acc maximum = lowest;
   double sum = 0, weighted = 0;
-  auto move_shift = [&](acc to) {
+  auto move_shift = [&](double to) {
     if (shift != lowest) {
-      const double d = static_cast<double>(shift - to) * shifted_exp.scale;
+      const double d = (shift - to) * shifted_exp.scale;
       weighted = std::exp(d) * (weighted + d * sum);
       sum *= std::exp(d);
     }
     shift = to;
+  };
+  // The vector code has the shift times the factor, rounded: the shift is that over the factor, unrounded.
+  acc offset = 0;
+  auto move_offset = [&](acc to) {
+    offset = to * shifted_exp.factor;
+    move_shift(static_cast<double>(offset) / shifted_exp.factor);
   };
   for (int64_t begin = 0; begin < rows.columns; begin += kBlock) {
     const int64_t n = std::min(kBlock, rows.columns - begin), end = padded<acc>(n);
     const acc* block = load_block<scalar_t>(row + begin, n, minimum, buffer);
     if (shift == lowest) {
       const acc first = block_max(block, end);
-      if (first > lowest) move_shift(first);
+      if (first > lowest) move_offset(first);
     }
     double block_sum = 0, block_weighted = 0;
-    const acc finite_shift = shift == lowest ? acc(0) : shift;
-    const acc largest = block_sums(block, end, finite_shift, shifted_exp, &block_sum, &block_weighted);
+    const acc largest = block_sums(block, end, offset, shifted_exp, &block_sum, &block_weighted);
     maximum = std::max(maximum, largest);
     if (shift != lowest && (largest - shift) * shifted_exp.scale > kSlack) {
-      move_shift(largest);
+      move_offset(largest);
       block_sum = block_weighted = 0;
-      block_sums(block, end, shift, shifted_exp, &block_sum, &block_weighted);
+      block_sums(block, end, offset, shifted_exp, &block_sum, &block_weighted);
     }
     sum += block_sum;
     weighted += block_weighted;
@@ -191,7 +200,7 @@ void row_stats(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t>* stats) {
   if (minimum && lowest < target && target < *minimum) {  // here, and chosen by the sampler: in the support
     maximum = std::max(maximum, target);
     if (shift == lowest || target > shift) move_shift(target);
-    const double d = static_cast<double>(target - shift) * shifted_exp.scale;
+    const double d = (target - shift) * shifted_exp.scale;
     sum += std::exp(d);
     weighted += d * std::exp(d);
   }
