@@ -1,0 +1,32 @@
+"""Peak memory of a command counts what its children hold, daemons too, and shared pages once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.process_tree import run_measured
+
+# 300 MiB, which a forked child shares, and a daemon in a session of its own with 200 more.
+PROGRAM = """
+import os, subprocess, sys, time
+held = bytearray(os.urandom(1)) * (300 * 2**20)
+code = "import os, time; held = bytearray(os.urandom(1)) * (200 * 2**20); time.sleep(3)"
+subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+if os.fork() == 0:
+    time.sleep(3)
+    os._exit(0)
+time.sleep(3)
+"""
+
+
+def test_peak_is_of_all_processes_together(tmp_path: Path) -> None:
+    peak = run_measured([sys.executable, "-c", PROGRAM], {}, tmp_path / "log")
+    assert 500 / 1024 < peak < 580 / 1024
+
+
+def test_a_command_that_fails_says_what_it_printed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="exit code 3:\nthe reason"):
+        run_measured([sys.executable, "-c", "print('the reason'); raise SystemExit(3)"], {}, tmp_path / "log")
