@@ -23,10 +23,12 @@ class Scores:
 
     ``values`` adds ``pass_at_K`` and ``cons_at_K`` for every K asked for. ``interval`` is the 95% interval of
     the accuracy: Wilson's where each problem has one sample, else the bootstrap over problems.
+    ``num_incomplete`` problems lack samples that could not be judged.
     """
 
     num_prompts: int
     num_samples: int
+    num_incomplete: int
     accuracy: float
     reward_mean: float
     interval: tuple[float, float]
@@ -43,6 +45,7 @@ class Scores:
             **self.values,
             "num_prompts": self.num_prompts,
             "num_samples": self.num_samples,
+            **({"num_incomplete": self.num_incomplete} if self.num_incomplete else {}),
         }
 
 
@@ -63,29 +66,40 @@ def vote_of(sample: Sample) -> tuple[str, bool] | None:
 
 
 def score(groups: Sequence[Group], ks: Sequence[int], *, consensus_draws: int = 0, seed: int = 1) -> Scores:
-    """Figures over all ``groups`` (at least one, of equally many samples).
+    """Figures over all ``groups``, of equally many samples unless some could not be judged.
 
-    ``consensus_draws`` 0 is the closed form of cons@k, else that many random subsets for each problem.
+    A group without samples counts nowhere, one with fewer than k not for that k; a k for which no group
+    has enough is left out. ``consensus_draws`` 0 is the closed form of cons@k, else that many random subsets
+    for each problem. Raises ValueError where no group has a sample.
     """
-    correct = [[is_correct(sample) for sample in group.samples] for group in groups]
+    judged = [group for group in groups if group.samples]
+    if not judged:
+        raise ValueError("no sample was judged")
+    most = max(len(group.samples) for group in judged)
+    correct = [[is_correct(sample) for sample in group.samples] for group in judged]
     shares = [sum(row) / len(row) for row in correct]
-    n = len(correct[0])
-    assert all(len(row) == n for row in correct), "groups of different sizes"
     values: dict[str, float] = {}
     for k in ks:
-        values[f"pass_at_{k}"] = _mean([pass_at_k(n, sum(row), k) for row in correct])
+        if passes := [pass_at_k(len(row), sum(row), k) for row in correct if len(row) >= k]:
+            values[f"pass_at_{k}"] = _mean(passes)
     for k in ks:
-        if k > 1:  # of one sample, the majority is that sample
-            values[f"cons_at_{k}"] = _mean(
-                [
-                    _consensus(group, row, k, consensus_draws, seed)
-                    for group, row in zip(groups, correct, strict=True)
-                ]
-            )
-    rewards = [sample.reward or 0.0 for group in groups for sample in group.samples]
-    interval = wilson_interval(sum(map(sum, correct)), len(groups)) if n == 1 else bootstrap_interval(shares)
-    method: IntervalMethod = "wilson" if n == 1 else "bootstrap"
-    return Scores(len(groups), len(rewards), _mean(shares), _mean(rewards), interval, method, values)
+        enough = [group for group in judged if len(group.samples) >= k]
+        if k > 1 and enough:  # of one sample, the majority is that sample
+            values[f"cons_at_{k}"] = _mean([_consensus(group, k, consensus_draws, seed) for group in enough])
+    rewards = [sample.reward or 0.0 for group in judged for sample in group.samples]
+    method: IntervalMethod = "wilson" if most == 1 else "bootstrap"
+    return Scores(
+        num_prompts=len(judged),
+        num_samples=len(rewards),
+        num_incomplete=sum(len(group.samples) < most for group in groups),
+        accuracy=_mean(shares),
+        reward_mean=_mean(rewards),
+        interval=wilson_interval(sum(map(sum, correct)), len(judged))
+        if most == 1
+        else bootstrap_interval(shares),
+        interval_method=method,
+        values=values,
+    )
 
 
 def score_by_category(
@@ -94,7 +108,7 @@ def score_by_category(
     """:func:`score` of the groups of each ``metadata["category"]``, in alphabetical order; empty without."""
     by_category: dict[str, list[Group]] = {}
     for group in groups:
-        if (category := group.prompt.metadata.get("category")) is not None:
+        if group.samples and (category := group.prompt.metadata.get("category")) is not None:
             by_category.setdefault(str(category), []).append(group)
     return {
         name: score(by_category[name], ks, consensus_draws=consensus_draws, seed=seed)
@@ -115,8 +129,9 @@ def table(total: Scores, categories: dict[str, Scores]) -> list[str]:
     return lines
 
 
-def _consensus(group: Group, correct: list[bool], k: int, draws: int, seed: int) -> float:
+def _consensus(group: Group, k: int, draws: int, seed: int) -> float:
     votes = [vote_of(sample) for sample in group.samples]
+    correct = [is_correct(sample) for sample in group.samples]
     if draws:
         return sampled_consensus_at_k(votes, correct, k, draws, seed + group.prompt.index)
     return consensus_at_k(votes, correct, k)

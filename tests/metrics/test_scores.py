@@ -44,6 +44,19 @@ def test_scores_of_three_problems() -> None:
     assert found.interval[0] <= found.accuracy <= found.interval[1]
 
 
+def test_problems_with_samples_that_could_not_be_judged() -> None:
+    """A group of two counts for k up to 2 only, an empty one nowhere; both are counted as incomplete."""
+    found = score([GROUPS[0], group(1, [RIGHT, WRONG]), group(2, [])], [2, 4, 8])
+    assert (found.num_prompts, found.num_samples, found.num_incomplete) == (2, 6, 2)
+    assert found.accuracy == pytest.approx((2 / 4 + 1 / 2) / 2)
+    assert found.values["pass_at_2"] == pytest.approx((5 / 6 + 1) / 2)
+    assert found.values["pass_at_4"] == 1.0
+    assert "pass_at_8" not in found.values
+    assert "cons_at_8" not in found.values
+    with pytest.raises(ValueError, match="no sample"):
+        score([group(0, [])], [])
+
+
 def test_sampled_consensus_is_near_the_closed_one_and_repeats_itself() -> None:
     closed = score(GROUPS, [2]).values["cons_at_2"]
     sampled = score(GROUPS, [2], consensus_draws=3000, seed=7)
