@@ -124,7 +124,7 @@ def table(total: Scores, categories: dict[str, Scores]) -> list[str]:
     for label, scores in [*categories.items(), ("all", total)]:
         interval = f"{scores.interval[0]:.1%}-{scores.interval[1]:.1%}"
         cells = [str(scores.num_prompts), f"{scores.accuracy:.1%}", interval]
-        cells += [f"{value:.1%}" for value in scores.values.values()]
+        cells += [f"{scores.values[name]:.1%}" if name in scores.values else "-" for name in total.values]
         lines.append("  ".join([f"{label:<{width}}", *(f"{cell:>14}" for cell in cells)]))
     return lines
 

@@ -7,7 +7,7 @@ function chartPlan(limit) {
   return [
     ["Learning", [
       ["Reward", "mean ± standard deviation", "", { reward_mean: "mean" }, { band: { low: "reward_low", high: "reward_high" } }],
-      ["Accuracy", "held-out, greedy", "percent", { accuracy: "accuracy" }, { zero: true, dots: true }],
+      ["Accuracy", "held-out", "percent", { accuracy: "accuracy" }, { zero: true, dots: true }],
       ["Loss", "", "", { loss: "training", validation_loss: "validation" }, { dots: ["validation_loss"] }],
       ["Preference accuracy", "pairs with a margin above 0", "percent",
         { reward_accuracy: "training", validation_accuracy: "held-out" }, { zero: true, dots: ["validation_accuracy"] }],
