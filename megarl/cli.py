@@ -156,7 +156,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             print(_resolved(config), end="")
         return 0
     if not isinstance(config, EvalConfig) and config.parallel.num_processes > 1 and started is None:
-        return run_ranks(config.parallel.num_processes, arguments)
+        return run_ranks(config.parallel.num_processes, arguments, Path(config.run.dir) / "ranks")
     _call_loop(config)
     return 0
 

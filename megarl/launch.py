@@ -17,8 +17,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
+from megarl.cluster import heartbeat
 from megarl.errors import UserError
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -27,6 +30,20 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class RankProcess(Protocol):
+    """A rank as its launcher sees it: a process here, or one behind a Ray actor."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit code (-n after signal n), None while it runs."""
+        ...
+
+    def send_signal(self, number: int) -> None:
+        """Hand a signal on; nothing if it has ended."""
+        ...
 
 
 def world_size(environ: Mapping[str, str]) -> int | None:
@@ -88,11 +105,12 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes[:end])
 
 
-def run_ranks(num_processes: int, arguments: Sequence[str]) -> int:
+def run_ranks(num_processes: int, arguments: Sequence[str], ranks_path: Path | None = None) -> int:
     """Start ``python -m megarl.cli *arguments`` once per rank on this machine and wait for all.
 
     SIGINT, SIGTERM and SIGHUP go to every rank once and are then waited for without limit: ranks
-    write a checkpoint first. When a rank fails by itself the others are ended.
+    write a checkpoint first. When a rank fails by itself the others are ended, and which one it was and
+    what it was doing is said from the heartbeats in ``ranks_path``.
 
     Returns:
         The exit code of the rank that failed first (128 + n after signal n), else 0.
@@ -113,7 +131,7 @@ def run_ranks(num_processes: int, arguments: Sequence[str]) -> int:
             ranks.append(_start_rank(rank, num_processes, port, arguments))
         if signalled:  # ranks that were not yet in the list when it came
             _send(ranks, signal.SIGTERM)
-        return _wait(ranks, signalled)
+        return wait_for(ranks, signalled, ranks_path)
     finally:
         for rank_process in ranks:
             if rank_process.poll() is None:
@@ -147,24 +165,44 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], signalled: Sequence[int]) -> int:
-    first_failure = 0
+def wait_for(ranks: Sequence[RankProcess], signalled: Sequence[int], ranks_path: Path | None) -> int:
+    """Wait for all ranks, ending the others when one has failed by itself; the exit code of the run."""
+    failed: tuple[int, int] | None = None  # rank, exit code
     deadline: float | None = None
     while None in (codes := [rank.poll() for rank in ranks]):
-        first_failure = first_failure or next((code for code in codes if code), 0)
-        if first_failure and deadline is None and not signalled:
+        failed = failed or _first_failure(codes)
+        if failed and deadline is None and not signalled:
             deadline = time.monotonic() + _GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             _send(ranks, signal.SIGKILL)
             deadline = float("inf")
         time.sleep(_POLL_SECONDS)
-    code = first_failure or next((code for code in codes if code), 0)
+    failed = failed or _first_failure(codes)
+    if failed is not None and not signalled and ranks_path is not None:
+        _explain_failure(ranks_path, failed[0], failed[1], [rank.pid for rank in ranks])
+    code = failed[1] if failed else 0
     if not ranks and signalled:
         code = -signalled[0]
     return 128 - code if code < 0 else code
 
 
-def _send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def _first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
+    return next(((rank, code) for rank, code in enumerate(codes) if code), None)
+
+
+def _explain_failure(ranks_path: Path, rank: int, code: int, pids: Sequence[int]) -> None:
+    """Say which rank ended the run and where it was, unless it has said so itself."""
+    if code == 2:
+        return
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    beat = heartbeat.read_heartbeat(ranks_path, rank)
+    if beat is None or beat["pid"] not in pids:  # none, or an earlier run's
+        print(f"error: rank {rank} {how} before its run began", file=sys.stderr)
+    else:
+        heartbeat.report(ranks_path, [rank], how)
+
+
+def _send(ranks: Sequence[RankProcess], number: int) -> None:
     for rank in ranks:
         rank.send_signal(number)  # does nothing for a rank that has ended
 

@@ -9,6 +9,8 @@
       checkpoints/step_N/     complete by construction: renamed into place when all of it is on disk
       summary.json            headline figures, written at the end
       report.html             rewritten as the run goes
+      ranks/                  what every trainer rank is doing, and why the run failed if it did
+      profile/                traces of the steps in profile.steps
       .lock                   held while a process runs here
 
 Rank 0 opens the directory and writes; other ranks only ask it for paths and checkpoints.
@@ -26,7 +28,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -34,8 +36,12 @@ from typing import IO, Any, Self
 from megarl.config.yaml_text import dump_yaml, parse_yaml
 from megarl.errors import UserError
 
-# Fields a resumed run may change: they alter what is written down or when it ends, not what is learned.
-_FREE_FIELDS = ("run.dir", "logging", "checkpoint", "training.num_steps", "reference.cache_dir")
+# Fields a resumed run may change: they alter what is written down, where it runs or when it ends, not what
+# is learned (up to rounding).
+_FREE_FIELDS = (
+    *("run.dir", "run.hang_timeout_seconds", "logging", "checkpoint", "profile", "launcher", "parallel"),
+    *("training.num_steps", "reference.cache_dir"),
+)
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")
 _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -52,6 +58,8 @@ class RunDirectory:
         self.checkpoints_path = self.path / "checkpoints"
         self.summary_path = self.path / "summary.json"
         self.report_path = self.path / "report.html"
+        self.ranks_path = self.path / "ranks"
+        self.profile_path = self.path / "profile"
         self.tensorboard_path = self.path / "tensorboard"
         self.started_after: int | None = None
         """Step the run went on from (None: from the beginning); set by :meth:`start_after`."""
@@ -243,10 +251,13 @@ class RunDirectory:
         _fsync(self.checkpoints_path)
         return complete
 
-    def prune(self, keep: int) -> list[int]:
-        """Delete all but the ``keep`` newest complete checkpoints; returns the deleted steps."""
+    def prune(self, keep: int, protect: Collection[int] = ()) -> list[int]:
+        """Delete all but the ``keep`` newest complete checkpoints and those of the steps ``protect``.
+
+        Returns the deleted steps.
+        """
         assert keep >= 1
-        steps = self.checkpoint_steps()[:-keep]
+        steps = [step for step in self.checkpoint_steps()[:-keep] if step not in protect]
         for step in steps:
             # Renamed first: a deletion that is cut short must not look like a checkpoint.
             doomed = self.checkpoints_path / f".step_{step}.deleted"

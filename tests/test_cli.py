@@ -189,7 +189,7 @@ def test_several_processes_are_started_here_only_without_a_launcher(
     monkeypatch.setattr(cli, "_call_loop", called.append)
     arguments = ["grpo", "--config", "c.yaml", "parallel.num_processes=2"]
     assert cli.main(arguments) == 7
-    assert started == [(2, arguments)]
+    assert started == [(2, arguments, Path("runs/x/ranks"))]
     assert not called
     for name, value in {
         "WORLD_SIZE": "4",

@@ -113,6 +113,8 @@ mode, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 if mode == "exit2":
     sys.exit(2 if rank == "1" else 0)
 if mode == "killed" and rank == "1":
+    while not all((folder / f"pid{other}").exists() for other in (0, 2)):
+        time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "checkpoint":
     def save(number, frame):
@@ -135,11 +137,12 @@ def launcher(tmp_path: Path) -> list[str]:
     (package / "__init__.py").write_text("")
     (package / "cli.py").write_text(RANK_PROGRAM)
     script = f"""
-        import os, sys
+        import os, pathlib, sys
         from megarl import launch
         launch._GRACE_SECONDS = 1.0
         os.chdir({str(tmp_path / "ranks")!r})  # python -m looks here first
-        sys.exit(launch.run_ranks(3, [sys.argv[1], {str(tmp_path)!r}]))
+        ranks = pathlib.Path({str(tmp_path)!r}) / "ranks"
+        sys.exit(launch.run_ranks(3, [sys.argv[1], {str(tmp_path)!r}], ranks))
     """
     return [sys.executable, "-c", textwrap.dedent(script)]
 
@@ -168,7 +171,9 @@ def test_exit_code(launcher: list[str], tmp_path: Path, mode: str, code: int) ->
 
 
 def test_a_killed_rank_ends_the_others(launcher: list[str], tmp_path: Path) -> None:
-    assert subprocess.run([*launcher, "killed"], timeout=60).returncode == 128 + signal.SIGKILL
+    ended = subprocess.run([*launcher, "killed"], timeout=60, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 128 + signal.SIGKILL
+    assert ended.stderr == "error: rank 1 was killed by SIGKILL before its run began\n"
     assert not any(is_running(pid) for pid, _ in wait_for_ranks(tmp_path, (0, 2)))
 
 

@@ -63,8 +63,12 @@ def render() -> str:
 def _render_sections(root: type[Section], command: str, described: dict[type[Section], str]) -> list[str]:
     rows, tables = [], []
     for name, field in root.model_fields.items():
-        (section,) = sections_of(field.annotation)
         need = "required" if field.is_required() else "optional"
+        if not sections_of(field.annotation):  # a value of its own
+            value = f"{describe_field(field)}; default {_default(field)}"
+            rows.append(f"| `{name}` | {value} | {_cell(field.description)} |")
+            continue
+        (section,) = sections_of(field.annotation)
         link = described.get(section)
         if link is None:
             described[section] = link = f"{command}-{name}"

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megarl.environments.base import Environment, grade
 from megarl.metrics.timers import Phase, PhaseTimers
+from megarl.platform import ranges
 from megarl.records import Group, Prompt, Sample
 from megarl.rollout.engine import Engine, GenerateRequest, SamplingConfig
 
@@ -92,6 +93,7 @@ class Rollouts:
                     info=info,
                 )
                 advance(1)
+                ranges.tick()
         return [
             Group(prompt, [samples[f"{step}-{p}-{g}"] for g in range(generations)])
             for p, prompt in enumerate(prompts)

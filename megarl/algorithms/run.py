@@ -8,25 +8,28 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
 
 from megarl import platform
+from megarl.algorithms.saving import STATE_FILE, Checkpoints
+from megarl.cluster import heartbeat
+from megarl.cluster.heartbeat import Heartbeat
 from megarl.config.derived import TrainingConfig
 from megarl.errors import UserError
 from megarl.metrics.console import Console
+from megarl.metrics.profile import StepProfiler
 from megarl.metrics.report import write_report
 from megarl.metrics.sinks import MetricsSink, build_sinks
 from megarl.metrics.timers import PhaseTimers
 from megarl.models.table import Architecture
+from megarl.platform import ranges
 from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory
 from megarl.trainer.policy import Policy, broadcast
 from megarl.weights.hf import export_hf
-
-_STATE_FILE = "run_state.json"
 
 
 class Interrupted(SystemExit):
@@ -40,10 +43,21 @@ class Run:
         self.config, self.kind, self.is_first = config, kind, is_first
         self.directory = RunDirectory(config.run.dir)
         self.console = Console(kind, enabled=is_first)
-        self.timers = PhaseTimers()
+        self.timers = PhaseTimers(ranges.phase, start_hook=self._begin_steps)
         self.started = time.perf_counter()
         self._sinks: list[MetricsSink] = []
         self._signal: int | None = None
+        self.checkpoints = Checkpoints(config.checkpoint, self.directory, self.console, is_first=is_first)
+        self._values: dict[str, float] = {}
+        self._last_step = 0
+        self._heartbeat = Heartbeat(
+            self.directory.ranks_path,
+            dist.get_rank(),
+            dist.get_world_size(),
+            config.run.hang_timeout_seconds,
+            lambda: (ranges.phase_stack(), ranges.progress()),
+        )
+        self._profiler = StepProfiler(config.profile, self.directory.profile_path, dist.get_rank())
         self._resolved = config.model_dump(mode="json")
 
     # --- beginning and end --------------------------------------------------------------------
@@ -55,15 +69,22 @@ class Run:
             try:
                 for line in self.directory.open(self._resolved):
                     self.console.note(line)
+                heartbeat.clear(self.directory.ranks_path)
             except UserError as error:
                 problem = str(error)
         if problem := broadcast(problem):
             raise UserError(problem)
+        self._heartbeat.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._heartbeat.stop(error)
+        if self.checkpoints.is_pending:  # an error ended the run: other ranks may be anywhere
+            self.console.warn("the checkpoint that was being written is given up; the one before it stays")
         for sink in self._sinks:
             sink.close()
         self.directory.close()
@@ -85,20 +106,25 @@ class Run:
         if path is not None:
             if not policy.load(path):
                 self.console.warn("random states start anew: another number of ranks wrote the checkpoint")
-            state = json.loads((path / _STATE_FILE).read_text())
+            state = json.loads((path / STATE_FILE).read_text())
             self.console.note(f"Resuming from {path} (step {state['step']})")
         if self.is_first:
             self.directory.start_after(state["step"] if state else None)
+        self._last_step = state["step"] if state else 0
+        if self.is_first:
             self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
         return state
 
     def after_step(self, step: int, last_step: int, policy: Policy, state: Mapping[str, Any]) -> None:
         """Save when it is time; end the process here if a signal asked for it."""
+        self.checkpoints.poll()
         number = self.signal_number()
         interval = self.config.checkpoint.interval
         due = step == last_step or (interval and step % interval == 0)
         if due or number is not None:
-            self.save(step, policy, state)
+            self.checkpoints.save(step, policy, state, self._values)
+        if step == last_step or number is not None:
+            self.checkpoints.wait()
         if self.is_first and (due or step % self.config.logging.report_interval == 0):
             write_report(self.directory.path)
         if number is not None and step != last_step:
@@ -109,19 +135,6 @@ class Run:
         """The signal that asked this run to end, if one did: rank 0's, the same on every rank."""
         number: int | None = broadcast(self._signal)
         return number
-
-    def save(self, step: int, policy: Policy, state: Mapping[str, Any]) -> None:
-        """Write a complete checkpoint of ``step``, then drop the oldest ones."""
-        partial = self.directory.partial_checkpoint_path(step)
-        if self.is_first:
-            self.directory.begin_checkpoint(step)
-        _barrier()
-        policy.save(partial, optimizer=self.config.checkpoint.save_optimizer)
-        _barrier()
-        if self.is_first:
-            (partial / _STATE_FILE).write_text(json.dumps({"step": step, **state}))
-            self.directory.commit_checkpoint(step)
-            self.directory.prune(self.config.checkpoint.keep)
 
     def export(self, policy: Policy, architecture: Architecture) -> None:
         """Write the weights as a Hugging Face directory, <run.dir>/hf, unless switched off."""
@@ -139,12 +152,24 @@ class Run:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Close the step's clock and hand its figures to every sink and the console (rank 0)."""
         values = values | self.timers.end_step()
+        if (path := self._profiler.end(step)) is not None:
+            self.console.note(f"profile of step {step}: {path}")
+        self._last_step = step
         values["peak_memory_gib"] = platform.peak_memory_gib()
+        if self.config.checkpoint.async_save:
+            values["seconds_checkpoint_blocked"] = self.checkpoints.take_blocked_seconds()
+        self._values = values
         if self.is_first:
             metrics = StepMetrics(step, values)
             for sink in self._sinks:
                 sink.log(metrics)
             self.console.step(metrics)
+        self._begin_steps()
+
+    def _begin_steps(self) -> None:
+        """The loop begins, or a step is over: the next one is watched, and traced if it was chosen."""
+        self._heartbeat.step = self._last_step + 1
+        self._profiler.begin(self._last_step + 1)
 
     def seconds_so_far(self) -> float:
         """Wall time of this process's run, start-up included."""
@@ -156,8 +181,3 @@ class Run:
             self.directory.write_summary(summary)
             report = write_report(self.directory.path)
             self.console.note(f"Report: {report}")
-
-
-def _barrier() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.preference import DpoConfig, PreferenceAlgorithmConfig
+from megarl.config.run import ProfileConfig
 from megarl.config.schema import (
     EvalConfig,
     EvaluationConfig,
@@ -43,6 +44,18 @@ def num_optimizer_steps(config: TrainingConfig) -> int:
     if isinstance(config, GrpoConfig):
         return config.training.num_steps * optimizer_steps_per_batch(config.algorithm)
     return config.training.num_steps
+
+
+def profiled_steps(profile: ProfileConfig) -> frozenset[int]:
+    """The steps that are traced."""
+    steps: set[int] = set()
+    for item in profile.steps:
+        if isinstance(item, str):
+            first, last = map(int, item.split("-"))
+            steps |= set(range(first, last + 1))
+        else:
+            steps.add(item)
+    return frozenset(steps)
 
 
 def needs_reference(algorithm: GrpoAlgorithmConfig) -> bool:

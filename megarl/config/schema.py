@@ -12,9 +12,12 @@ from pydantic import Field
 
 from megarl.config.algorithm import GrpoAlgorithmConfig as GrpoAlgorithmConfig
 from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
+from megarl.config.checkpoint import CheckpointConfig as CheckpointConfig
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
 from megarl.config.parallel import ParallelConfig as ParallelConfig
+from megarl.config.run import Launcher, ProfileConfig
+from megarl.config.run import RunConfig as RunConfig
 from megarl.config.section import (
     Decay,
     NonNegativeFloat,
@@ -24,15 +27,6 @@ from megarl.config.section import (
     Text,
 )
 from megarl.config.section import Section as Section
-
-
-class RunConfig(Section):
-    """Where a run lives and what makes it repeatable."""
-
-    dir: Text
-    """Run directory; starting the same command again resumes from it."""
-    seed: NonNegativeInt = 1
-    """Seeds model initialisation, data order and sampling."""
 
 
 class ModelConfig(Section):
@@ -78,19 +72,6 @@ class PackingConfig(Section):
     """Longest prompt + response; null is what the model's positions and the token budget both allow."""
     share_prefix: Literal["auto", "off"] = "auto"
     """auto: compute a group's prompt once where that saves a tenth of its tokens (grpo); the same result."""
-
-
-class CheckpointConfig(Section):
-    """When to save, and how much to keep."""
-
-    interval: NonNegativeInt = 50
-    """Save every so many steps (and at the end); 0 saves only at the end."""
-    keep: PositiveInt = 2
-    """Complete checkpoints to keep; older ones are deleted."""
-    save_optimizer: bool = True
-    """Without it a run cannot be resumed, only its weights used."""
-    export_hf: bool = True
-    """Write the final weights as a Hugging Face directory, <run.dir>/hf."""
 
 
 class WandbConfig(Section):
@@ -277,6 +258,8 @@ class TrainingRoot(Section):
     """What every training run is made of."""
 
     run: RunConfig
+    launcher: Launcher = "auto"
+    """How trainer ranks start: auto is this machine, or torchrun or srun where they called; ray a cluster."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
@@ -284,6 +267,7 @@ class TrainingRoot(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     debug: DebugConfig = DebugConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 class SftTrainingConfig(Section):

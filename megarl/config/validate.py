@@ -23,6 +23,7 @@ from megarl.config.schema import (
 from megarl.config.validate_algorithm import ALGORITHM_RULES
 from megarl.config.validate_evaluation import EVALUATION_RULES, GRPO_EVALUATION_RULES
 from megarl.config.validate_preference import DPO_RULES
+from megarl.config.validate_run import RUN_RULES
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -305,6 +306,7 @@ def _engine(config: GrpoConfig | EvalConfig) -> Violations:
 
 
 _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
+    *RUN_RULES,
     _parallel_sizes,
     _sequence_parallel,
     _virtual_pipeline,

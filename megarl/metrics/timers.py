@@ -20,6 +20,7 @@ class PhaseTimers:
 
     Args:
         range_hook: wraps each phase, e.g. an NVTX range: ``hook(name)`` returns a context manager.
+        start_hook: called when the first step of this process begins.
         clock: seconds from any origin, monotonic.
     """
 
@@ -27,6 +28,7 @@ class PhaseTimers:
         self,
         range_hook: Callable[[str], AbstractContextManager[object]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        start_hook: Callable[[], None] = lambda: None,
     ) -> None:
         self.totals: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         """Seconds per phase over all ended steps of this process."""
@@ -34,6 +36,7 @@ class PhaseTimers:
         """What the latest end_step returned."""
         self._range_hook = range_hook
         self._clock = clock
+        self._start_hook = start_hook
         self._step: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._active: list[Phase] = []
         self._since = clock()
@@ -54,6 +57,7 @@ class PhaseTimers:
     def start_step(self) -> None:
         """Forget the time since the last step ended (start-up, a long pause): it belongs to no step."""
         assert not self._active, f"step started inside phase {self._active[-1]!r}"
+        self._start_hook()
         self._step = dict.fromkeys(PHASES, 0.0)
         self._since = self._clock()
 

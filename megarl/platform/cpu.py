@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from megarl.platform.checkpoint_writer import write_in_process
+
 _CPU = torch.device("cpu")
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "ones_like", "empty_like")
@@ -164,7 +166,7 @@ def _map_megatron() -> None:
         moe_utils.te_general_gemm = None
     dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = _to_numpy_if_asked
     filesystem._get_write_results_queue = _results_queue
-    filesystem.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_process)
+    filesystem.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_in_process)
     optimizer = distributed.DistributedOptimizer
     optimizer._set_main_param_and_optimizer_states = _with_own_step(
         optimizer._set_main_param_and_optimizer_states
@@ -218,31 +220,3 @@ _results: queue.Queue[Any] = queue.Queue()
 def _results_queue() -> queue.Queue[Any]:
     """Results of checkpoint writes; the original is a queue of a spawned manager process."""
     return _results
-
-
-class _Uncounted:
-    def get(self) -> None:
-        pass
-
-    def task_done(self) -> None:
-        pass
-
-
-def _write_in_process(
-    transform_list: Any, use_msc: bool, rank: int, write_buckets: list[Any], results: queue.Queue[Any]
-) -> None:
-    """Write checkpoint buckets here: the original forks, which a process with OpenMP threads must not."""
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
-
-    written: Any = {}
-    for number, bucket in enumerate(write_buckets):
-        answer: queue.Queue[Any] = queue.Queue()
-        filesystem.FileSystemWriterAsync.write_preloaded_data(
-            transform_list, number, bucket, answer, _Uncounted(), True
-        )
-        _, outcome = answer.get()
-        if isinstance(outcome, Exception):
-            written = outcome
-            break
-        written[number] = outcome
-    results.put(written)

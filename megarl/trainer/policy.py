@@ -29,6 +29,18 @@ class TrainStepResult:
     agreement: Agreement = field(default_factory=Agreement)
 
 
+class PendingSave(Protocol):
+    """A checkpoint that is being written in the background."""
+
+    def done(self) -> bool:
+        """Whether this rank's files are on disk."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until every rank's files are; all ranks call it. UserError where one could not be written."""
+        ...
+
+
 class Policy(Protocol):
     """Every rank calls every method, in the same order."""
 
@@ -115,6 +127,13 @@ class Policy(Protocol):
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
         """Write weights, optimizer and schedule as a Megatron distributed checkpoint."""
+        ...
+
+    def start_save(self, directory: Path, *, optimizer: bool) -> PendingSave:
+        """As ``save``, but return when this rank's part is copied to host memory and training may go on.
+
+        Every rank then calls ``finish`` of the result, at the latest before another save.
+        """
         ...
 
     def load(self, directory: Path) -> bool:

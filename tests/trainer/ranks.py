@@ -52,7 +52,14 @@ def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 25
     return sequences
 
 
-def build(context: Any, model_dir: str, *, optimizer: dict[str, Any] | None = None, budget: int = 96) -> Any:
+def build(
+    context: Any,
+    model_dir: str,
+    *,
+    optimizer: dict[str, Any] | None = None,
+    budget: int = 96,
+    dtype: Any = "float32",
+) -> Any:
     """A policy on this rank."""
     from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
     from megarl.models import load_architecture
@@ -61,7 +68,7 @@ def build(context: Any, model_dir: str, *, optimizer: dict[str, Any] | None = No
     return MegatronPolicy(
         context,
         load_architecture(model_dir),
-        ModelConfig(path=model_dir),
+        ModelConfig(path=model_dir, dtype=dtype),
         PackingConfig(max_tokens_per_microbatch=budget),
         OptimizerConfig(**(OPTIMIZER | (optimizer or {}))),
         TOTAL_STEPS,
@@ -156,7 +163,7 @@ def wrong_checksums(context: Any, regions: list[tuple[Any, int]]) -> list[int]:
 
 def weights(policy: Any) -> dict[str, np.ndarray]:
     """All Hugging Face tensors, on rank 0."""
-    return {name: tensor.numpy().copy() for name, tensor in policy.hf_tensors()}
+    return {name: tensor.float().numpy().copy() for name, tensor in policy.hf_tensors()}
 
 
 # --- one rank -----------------------------------------------------------------------------------------
@@ -304,11 +311,12 @@ def train(
     load: str | None = None,
     save: dict[int, str] | None = None,
     distributed: bool = False,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Steps of four kinds (see _step), from ``model_dir`` or a checkpoint; ``save``: step -> directory."""
     from megatron.core import parallel_state as mpu
 
-    policy = build(context, model_dir, optimizer={"distributed": distributed})
+    policy = build(context, model_dir, optimizer={"distributed": distributed}, dtype=dtype)
     policy.keep_reference()
     if load:
         policy.load(Path(load))
@@ -431,3 +439,44 @@ def train_groups(
         if seed == 0:
             gradients = {name: param.main_grad.numpy().copy() for name, param in policy.params.items()}
     return {"log": log, "computed": computed, "weights": weights(policy), "gradients": gradients}
+
+
+def train_while_saving(
+    context: Any, model_dir: str, directory: str, distributed: bool, dtype: str
+) -> dict[str, Any]:
+    """Save after step 1 in the background; the files are written only when step 3 is over."""
+    import threading
+
+    from megarl.trainer.megatron import checkpoint
+
+    policy = build(context, model_dir, optimizer={"distributed": distributed}, dtype=dtype)
+    policy.keep_reference()
+    _step(policy, 0)
+    _step(policy, 1)
+    trained, original = threading.Event(), checkpoint.write_in_process
+
+    def write_later(*args: Any) -> None:
+        trained.wait()
+        original(*args)
+
+    checkpoint.write_in_process = write_later
+    try:
+        pending = policy.start_save(Path(directory), optimizer=True)
+        log = _step(policy, 3) + _step(policy, 5)
+        done_before = pending.done()
+        trained.set()
+        pending.finish()
+    finally:
+        checkpoint.write_in_process = original
+    return {"log": log, "weights": weights(policy), "done_before": done_before, "done": pending.done()}
+
+
+def unwritable(context: Any, model_dir: str, directory: str) -> str:
+    """What the user reads when a background save cannot write its files."""
+    policy = build(context, model_dir)
+    pending = policy.start_save(Path(directory), optimizer=True)
+    try:
+        pending.finish()
+    except UserError as error:
+        return str(error)
+    return ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,20 +62,57 @@ def test_resharding_tp2_pp2_tp1(model_dirs: dict[str, str], model: str, tmp_path
         assert np.abs(third["weights"][name] - value).max() < 1e-5, name
 
 
-@pytest.mark.parametrize("distributed", [False, True])
-def test_experts_of_two_ranks_go_on_in_one(
-    model_dirs: dict[str, str], distributed: bool, tmp_path: Path
+@dataclass(frozen=True)
+class Move:
+    """A run that is saved after two steps at one layout and goes on for two at another."""
+
+    model: str
+    ranks: tuple[int, int]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    distributed: bool = False
+
+
+EP2 = {"expert_parallel_size": 2}
+MOVES = {
+    "dp2-distributed to tp2": Move("llama-biases", (2, 2), {}, TP2, True),
+    "tp2 to dp2-distributed": Move("qwen3-tied", (2, 2), TP2, {}, True),
+    "pp2 to cp2": Move("qwen3-tied", (2, 2), PP2, {"context_parallel_size": 2}),
+    "ep2 to one": Move("qwen3-moe-mixed-tied", (2, 1), EP2, {}),
+    "ep2-distributed to one": Move("qwen3-moe-mixed-tied", (2, 1), EP2, {}, True),
+    "one to ep2": Move("qwen3-moe-mixed-tied", (1, 2), {}, EP2),
+    "tp2-pp2 to one": Move("llama-deep-tied", (4, 1), TP2 | PP2, {}),
+    "dp2-tp2-distributed to one": Move("llama-biases", (4, 1), TP2, {}, True),
+    "one to tp2-pp2": Move("llama-deep-tied", (1, 4), {}, TP2 | PP2),
+    "dp2-ep2-distributed to one": Move("qwen3-moe-mixed-tied", (4, 1), EP2, {}, True),
+}
+
+
+QUICK = ("dp2-distributed to tp2", "ep2 to one", "ep2-distributed to one", "tp2-pp2 to one")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MOVES],
+)
+def test_another_layout_goes_on_as_the_uninterrupted_run(
+    model_dirs: dict[str, str], name: str, tmp_path: Path
 ) -> None:
-    path, directory = model_dirs["qwen3-moe-mixed-tied"], tmp_path / "step"
+    """Next losses, optimizer state included, are those of one rank that was never stopped."""
+    move, directory = MOVES[name], tmp_path / "step"
+    path = model_dirs[move.model]
     directory.mkdir()
     [whole] = world(1).run(ranks.train, path, [0, 1, 3, 5])
-    ep2 = {"expert_parallel_size": 2}
-    arguments = (path, [0, 1], None, {1: str(directory)}, distributed)
-    first = world(2).run(ranks.train, *arguments, parallel=ep2)[0]
-    [second] = world(1).run(ranks.train, path, [3, 5], str(directory), None, distributed)
-    for name, value in first["weights"].items():
-        assert np.array_equal(second["started_with"][name], value), name
+    arguments = (path, [0, 1], None, {1: str(directory)}, move.distributed)
+    first = world(move.ranks[0]).run(ranks.train, *arguments, parallel=move.before)[0]
+    arguments = (path, [3, 5], str(directory), None, move.distributed)
+    second = world(move.ranks[1]).run(ranks.train, *arguments, parallel=move.after)[0]
+    assert first["weights"].keys() == second["started_with"].keys()
+    for tensor, value in first["weights"].items():
+        assert np.array_equal(second["started_with"][tensor], value), tensor
     assert_close(whole["log"], first["log"] + second["log"])
+    for tensor, value in whole["weights"].items():
+        assert np.abs(second["weights"][tensor] - value).max() < 2e-5, tensor
 
 
 def test_virtual_stages_go_on_in_one_rank(model_dirs: dict[str, str], tmp_path: Path) -> None:
@@ -96,6 +135,35 @@ def test_data_parallel_ranks_go_on(model_dirs: dict[str, str], distributed: bool
     whole = world(2).run(ranks.train, model, [0, 1, 2, 3], None, {1: str(directory)}, distributed)[0]
     resumed = world(2).run(ranks.train, model, [2, 3], str(directory), None, distributed)[0]
     assert resumed["log"] == whole["log"][2:]
+
+
+@pytest.mark.parametrize(
+    ("size", "distributed", "dtype"),
+    [(1, False, "bfloat16"), (2, True, "float32"), (2, False, "float32")],
+)
+def test_a_background_save_is_of_the_step_it_was_asked_at(
+    model_dirs: dict[str, str], size: int, distributed: bool, dtype: str, tmp_path: Path
+) -> None:
+    """Training goes on for two steps before a byte is written."""
+    path, directory = model_dirs["qwen3-tied"], tmp_path / "step"
+    directory.mkdir()
+    whole = world(size).run(ranks.train_while_saving, path, str(directory), distributed, dtype)[0]
+    assert not whole["done_before"]
+    assert whole["done"]
+    arguments = (path, [3, 5], str(directory), None, distributed, dtype)
+    resumed = world(size).run(ranks.train, *arguments)[0]
+    assert resumed["log"] == whole["log"]
+    for name, value in whole["weights"].items():
+        assert np.array_equal(resumed["weights"][name], value), name
+
+
+def test_a_background_save_that_cannot_write_is_an_error(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    directory = tmp_path / "step"
+    directory.mkdir()
+    (directory / "__0_0.distcp").mkdir()  # in the place of the file
+    [message] = world(1).run(ranks.unwritable, model_dirs["qwen3-tied"], str(directory))
+    assert message.startswith(f"checkpoint {directory}: rank 0 could not write it: ")
+    assert "Is a directory" in message
 
 
 def test_an_incomplete_directory_is_refused(model_dirs: dict[str, str], tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +14,112 @@ import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import UserError
+from megarl.platform.checkpoint_writer import write_in_process
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
+class PendingSave:
+    """A checkpoint whose files a thread is writing from host memory; see trainer.policy.PendingSave."""
+
+    def __init__(self, directory: Path, request: Any, write: Callable[[], None] | None) -> None:
+        self._directory, self._request = directory, request
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True) if write else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def done(self) -> bool:
+        """Whether this rank's files are on disk."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for every rank's files and write what makes them a checkpoint; all ranks call it.
+
+        Raises:
+            UserError: a rank could not write, e.g. the disk is full.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            for finalize in self._request.finalize_fns:
+                finalize()
+        except CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()), (0, ("another rank failed", None)))
+            raise UserError(
+                f"checkpoint {self._directory}: rank {rank} could not write it: {cause}"
+            ) from error
+
+
 def save(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: Any) -> None:
     """Write into ``directory`` (existing, empty). It is complete when the call returns on all ranks."""
+    start_save(directory, chunks, optimizer, schedule, background=False).finish()
+
+
+def start_save(
+    directory: Path, chunks: list[Any], optimizer: Any | None, schedule: Any, *, background: bool = True
+) -> PendingSave:
+    """Begin to write into ``directory`` (existing, empty); every rank then calls ``finish`` of the result.
+
+    With ``background`` the call returns when this rank's part has been copied to host memory, and
+    training may go on; otherwise its files are written when the call returns. One save at a time.
+    """
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
-    dist_checkpointing.save(state, str(directory), async_sharded_save=False)
+    tensors = _tensors(state)
+    request = dist_checkpointing.save(state, str(directory), async_sharded_save=True)
     with _rng_file(directory, dist.get_rank()).open("wb") as file:
         torch.save(_rng_state(), file)
         file.flush()
         os.fsync(file.fileno())
-    if dist.get_world_size() > 1:
-        dist.barrier()
+    if request.async_fn is None:  # other ranks hold the same
+        return PendingSave(directory, request, None)
+    buckets = request.preload_fn()
+    if background:
+        buckets = _own_memory(buckets, tensors)
+    rank, _, results = request.async_fn_args
+    transforms, use_msc = request.async_fn.args
+    write = partial(write_in_process, transforms, use_msc, rank, buckets, results)
+    if not background:
+        write()
+        return PendingSave(directory, request, None)
+    return PendingSave(directory, request, write)
+
+
+def _tensors(state: Any) -> set[int]:
+    """Addresses of the memory behind every tensor of a sharded state dict."""
+    found = set()
+    for part in nested_values(state):
+        tensor = getattr(part, "data", part)
+        if isinstance(tensor, torch.Tensor):
+            found.add(tensor.untyped_storage().data_ptr())
+    return found
+
+
+def _own_memory(buckets: list[Any], tensors: set[int]) -> list[Any]:
+    """``buckets`` with copies of what still lies in the trainer's own memory, which the next step changes.
+
+    Megatron has copied what comes from a GPU and what is part of a larger buffer.
+    """
+    return [
+        (
+            path,
+            key,
+            (
+                data,
+                [
+                    (item, t.clone() if t.untyped_storage().data_ptr() in tensors else t)
+                    for item, t in written
+                ],
+            ),
+        )
+        for path, key, (data, written) in buckets
+    ]
 
 
 def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> bool:

@@ -23,6 +23,7 @@ from megarl.models.feasible import check_layout
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
 from megarl.packing.plan import CostModel
+from megarl.platform import ranges
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch, prefix_spans
@@ -33,7 +34,7 @@ from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
 from megarl.trainer.megatron.sleep import Sleeper
 from megarl.trainer.megatron.weights import TrainerWeights
-from megarl.trainer.policy import LogprobField, TrainStepResult, Transport, gather
+from megarl.trainer.policy import LogprobField, PendingSave, TrainStepResult, Transport, gather
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.hf import load_hf
 from megarl.weights.plan import Owner
@@ -185,7 +186,8 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         results = self._run(batches, learn, Sampler(temperature, top_k, top_p), forward_only=False)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        success, grad_norm, _ = self.optimizer.step()
+        with ranges.phase("optimizer"):
+            success, grad_norm, _ = self.optimizer.step()
         assert success, "fp32 and bf16 steps never overflow a loss scale"
         self.schedule.step(1)
         metrics = self._reduce(results)
@@ -197,6 +199,12 @@ class MegatronPolicy:
         self, batches: list[PackedBatch], use: Any, sampler: Sampler, *, forward_only: bool
     ) -> list[LossResult]:
         longest = max(batch.token_ids.shape[0] for batch in batches)
+        with ranges.phase("forward" if forward_only else "forward_backward"):
+            return self._run_schedule(batches, use, sampler, longest, forward_only=forward_only)
+
+    def _run_schedule(
+        self, batches: list[PackedBatch], use: Any, sampler: Sampler, longest: int, *, forward_only: bool
+    ) -> list[LossResult]:
         return list(
             get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, use=use, sampler=sampler),
@@ -213,6 +221,7 @@ class MegatronPolicy:
         self, batches: Iterator[PackedBatch], model: Any, *, use: Any, sampler: Sampler
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
+        ranges.tick()
         packed = PackedMicrobatch(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -350,6 +359,13 @@ class MegatronPolicy:
         self.wake()
         self._finish_param_gather()
         checkpoint.save(directory, self.chunks, self.optimizer if optimizer else None, self.schedule)
+
+    def start_save(self, directory: Path, *, optimizer: bool) -> PendingSave:
+        """See Policy."""
+        self.wake()
+        self._finish_param_gather()
+        part = self.optimizer if optimizer else None
+        return checkpoint.start_save(directory, self.chunks, part, self.schedule)
 
     def load(self, directory: Path) -> bool:
         """See Policy."""

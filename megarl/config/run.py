@@ -1,0 +1,32 @@
+"""Where a run lives, how its processes start and are watched, and what is profiled."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+
+Launcher = Literal["auto", "ray"]
+StepRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
+
+
+class RunConfig(Section):
+    """Where a run lives, what makes it repeatable, and when it counts as hung."""
+
+    dir: Text
+    """Run directory; starting the same command again resumes from it."""
+    seed: NonNegativeInt = 1
+    """Seeds model initialisation, data order and sampling."""
+    hang_timeout_seconds: PositiveFloat = 1800.0
+    """End the run when a rank gives no sign of life, or no rank finishes anything, for this long."""
+
+
+class ProfileConfig(Section):
+    """Which steps are profiled."""
+
+    steps: list[PositiveInt | StepRange] = Field(default_factory=list)
+    """Steps to trace with the torch profiler into <run.dir>/profile: numbers and ranges, e.g. [2, 5-7]."""
+    ranks: list[NonNegativeInt] = Field(default=[0])
+    """Trainer ranks that trace."""

@@ -1,0 +1,50 @@
+"""Chrome traces of chosen steps (chrome://tracing, ui.perfetto.dev)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megarl.config.derived import profiled_steps
+from megarl.config.run import ProfileConfig
+
+
+class StepProfiler:
+    """Traces whole steps of one rank; ranges of :mod:`megarl.platform.ranges` are events of the trace."""
+
+    def __init__(self, config: ProfileConfig, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._steps = profiled_steps(config) if rank in config.ranks else frozenset()
+        self._running: tuple[int, Any] | None = None
+
+    def begin(self, step: int) -> None:
+        """``step`` begins: trace it if it is one of the chosen."""
+        self.discard()
+        if step not in self._steps:
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_initialized():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        profiler = torch.profiler.profile(activities=activities)
+        profiler.start()
+        self._running = (step, profiler)
+
+    def end(self, step: int) -> Path | None:
+        """``step`` is over: write its trace; the file, where there is one."""
+        if self._running is None or self._running[0] != step:
+            return None
+        _, profiler = self._running
+        self._running = None
+        profiler.stop()
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"step_{step}_rank_{self._rank}.json"
+        profiler.export_chrome_trace(str(path))
+        return path
+
+    def discard(self) -> None:
+        """Drop a trace whose step did not end."""
+        if self._running is not None:
+            self._running[1].stop()
+            self._running = None
