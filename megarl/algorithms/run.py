@@ -141,11 +141,12 @@ class Run:
         if not self.config.checkpoint.export_hf:
             return
         tensors = policy.hf_tensors()
-        if self.is_first:
-            export_hf(self.directory.path / "hf", self.config.model.path, architecture, tensors)
-        else:
-            for _ in tensors:  # every rank takes part in the gathering
-                pass
+        with ranges.phase("export"):
+            if self.is_first:
+                export_hf(self.directory.path / "hf", self.config.model.path, architecture, tensors)
+            else:
+                for _ in tensors:  # every rank takes part in the gathering
+                    pass
 
     # --- figures ------------------------------------------------------------------------------
 
