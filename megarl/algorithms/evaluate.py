@@ -60,7 +60,7 @@ def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, conso
         wanted = "some" if count is None else str(count)
         raise UserError(
             f"evaluation.num_prompts: {wanted} problems wanted, {len(unseen)} of {len(held_out)} held-out "
-            "problems do not occur in training; make data.held_out.size larger"
+            "problems do not occur in training; enlarge data.held_out, or set it to null for all there are"
         )
     problems = [held_out[i] for i in unseen[:count]]
     if settings.category_field is None:

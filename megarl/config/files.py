@@ -37,6 +37,9 @@ def _run_directory(run: Any) -> Violations:
 
 def _data_files(data: Any) -> Violations:
     for name in ("train", "held_out"):
+        copy = getattr(getattr(data, name, None), "directory", None)
+        if copy is not None and not Path(copy).exists():
+            yield Violation(("data", name, "directory"), f"nothing there (got {copy!r}){_from_here(copy)}")
         file = getattr(getattr(data, name, None), "path", None)
         if file is None:
             continue

@@ -93,3 +93,13 @@ def test_a_megatron_checkpoint_is_a_model_to_evaluate_but_not_to_train(tmp_path:
     file.write_text(yaml.safe_dump(GRPO))
     with pytest.raises(UserError, match=r"model\.path: the directory lacks config\.json"):
         load_config(GrpoConfig, file, [f"model.path={checkpoint}"])
+
+
+def test_a_benchmarks_local_copy_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / ".metadata").write_bytes(b"")
+    source = {"source": "benchmark", "name": "gsm8k", "directory": str(tmp_path / "none")}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({**EVAL, "data": {"held_out": source}}))
+    with pytest.raises(UserError, match=r"data\.held_out\.directory: nothing there \(got '.*none'\)"):
+        load_config(EvalConfig, file, [f"model.path={tmp_path / 'checkpoint'}"])

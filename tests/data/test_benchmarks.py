@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from megarl.config.benchmarks import BenchmarkSource
+from megarl.config.schema import EvalDataConfig
 from megarl.data.benchmarks import Question, load_questions
+from megarl.data.prompts import load_prompts
+from megarl.environments import grade, make
 from megarl.errors import UserError
 
 GSM8K = {"question": "Two and forty?", "answer": "2 + 1,040 = <<2+1040=1042>>1042\n#### 1,042"}
@@ -171,3 +175,18 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.held_out.directory: cannot read split 'test'") as error:
         load_questions(source, "data.held_out")
     assert "\n" not in str(error.value)
+
+
+def test_prompts_of_a_benchmark_are_judged_by_its_verifier(tmp_path: Path, tokenizer: Any) -> None:
+    """From the file to a reward, through the same calls as `megarl eval`."""
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text(json.dumps(GSM8K) + "\n" + json.dumps({**GSM8K, "answer": "7\n#### 7"}) + "\n")
+    source = BenchmarkSource(source="benchmark", name="gsm8k", directory=str(file))
+    config = EvalDataConfig(held_out=source)
+    dataset = load_prompts(config, tokenizer, max_prompt_tokens=400, split="held_out")
+    assert [prompt.metadata["answer"] for prompt in dataset] == ["1042", "7"]
+    assert "Two and forty?" in dataset[0].text
+    assert dataset.unseen == [0, 1]
+    environment = make(source, "data.held_out")
+    for text, reward in (("so \\boxed{1,042}", 1.0), ("\\boxed{1043}", 0.0)):
+        assert asyncio.run(grade(environment, dataset[0], text))[0] == reward
