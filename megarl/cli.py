@@ -26,6 +26,7 @@ examples:
   megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20
   megarl grpo --config configs/quickstart_grpo.yaml --dry-run
   megarl dpo --config configs/quickstart_dpo.yaml algorithm.loss=simpo
+  megarl rm --config configs/quickstart_rm.yaml
   megarl eval --config configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf
   megarl convert hf-to-megatron models/SmolLM2-135M-Instruct checkpoints/smollm2 --verify
   megarl plan --config configs/plan_qwen3_30b_a3b.yaml --gpus 32
@@ -36,6 +37,7 @@ Every setting is described in docs/configuration.md. Starting a command again re
 _JOB_HELP = {
     "sft": "supervised fine-tuning on demonstrations",
     "dpo": "training on preference pairs (DPO, IPO, KTO, SimPO, ORPO)",
+    "rm": "training of a reward model on preference pairs (Bradley-Terry)",
     "grpo": "reinforcement learning with verifiable rewards (GRPO)",
     "eval": "accuracy, pass@k and cons@k of a checkpoint on held-out problems or a benchmark",
 }
@@ -172,7 +174,7 @@ def _check_layout(config: AnyConfig) -> None:
 
 
 def _call_loop(config: AnyConfig) -> None:
-    from megarl.config.preference import DpoConfig
+    from megarl.config.preference import DpoConfig, RmConfig
     from megarl.config.schema import GrpoConfig, SftConfig
 
     match config:
@@ -184,6 +186,10 @@ def _call_loop(config: AnyConfig) -> None:
             from megarl.algorithms.dpo import run_dpo
 
             run_dpo(config)
+        case RmConfig():
+            from megarl.algorithms.rm import run_rm
+
+            run_rm(config)
         case GrpoConfig():
             from megarl.algorithms.grpo import run_grpo
 

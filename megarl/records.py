@@ -123,6 +123,8 @@ class PackedBatch:
     rollout_logprobs: torch.Tensor | None = None  # [T] float32
     old_logprobs: torch.Tensor | None = None  # [T] float32
     ref_logprobs: torch.Tensor | None = None  # [T] float32
+    old_values: torch.Tensor | None = None  # [T] float32, a critic's before the step's first update
+    returns: torch.Tensor | None = None  # [T] float32, what the critic learns
     loss_weights: torch.Tensor | None = None  # [T] float32, the share of each token in the step's mean
     lengths: torch.Tensor | None = None  # [S] int32, tokens without padding (dummy: 0); None: no padding
     prefixes: torch.Tensor | None = None  # [S] int64: the sequence of this batch that comes first, -1: none

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megarl.config.preference import DpoConfig, PreferenceAlgorithmConfig
+from megarl.config.preference import DpoConfig, PreferenceAlgorithmConfig, RmConfig
 from megarl.config.run import ProfileConfig
 from megarl.config.schema import (
     EvalConfig,
@@ -20,7 +20,7 @@ from megarl.config.schema import (
     SftConfig,
 )
 
-TrainingConfig = SftConfig | DpoConfig | GrpoConfig
+TrainingConfig = SftConfig | DpoConfig | RmConfig | GrpoConfig
 AnyConfig = TrainingConfig | EvalConfig
 
 
@@ -118,7 +118,9 @@ def max_sequence_length(config: AnyConfig, model_config: dict[str, Any]) -> int:
     if isinstance(config, EvalConfig):
         return positions
     explicit = config.packing.max_sequence_length
-    budget = config.packing.max_tokens_per_microbatch // (2 if isinstance(config, DpoConfig) else 1)
+    budget = config.packing.max_tokens_per_microbatch // (
+        2 if isinstance(config, DpoConfig | RmConfig) else 1
+    )
     return explicit if explicit is not None else min(positions, budget)
 
 
@@ -132,8 +134,9 @@ def describe(config: AnyConfig, model_config: dict[str, Any] | None) -> list[str
         lines.append(f"longest sequence: {max_sequence_length(config, model_config)} tokens")
     if isinstance(config, SftConfig):
         lines.append(f"sequences per step: {config.training.batch_size}")
-    if isinstance(config, DpoConfig):
+    if isinstance(config, DpoConfig | RmConfig):
         lines.append(f"pairs per step: {config.training.batch_size}")
+    if isinstance(config, DpoConfig):
         needs = uses_reference(config.algorithm)
         lines.append(
             "reference logprobs: "

@@ -96,3 +96,18 @@ class DpoConfig(TrainingRoot):
     algorithm: PreferenceAlgorithmConfig = PreferenceAlgorithmConfig()
     reference: ReferenceConfig = ReferenceConfig()
     training: PreferenceTrainingConfig
+
+
+class RewardAlgorithmConfig(Section):
+    """The loss of a reward model (Bradley-Terry; docs/algorithms.md has the formula)."""
+
+    center_coef: NonNegativeFloat = 0.0
+    """Weight of the squared sum of a pair's scores, which keeps scores around 0 (arXiv:2312.09244)."""
+
+
+class RmConfig(TrainingRoot):
+    """Root of `megarl rm`."""
+
+    data: PreferenceDataConfig
+    algorithm: RewardAlgorithmConfig = RewardAlgorithmConfig()
+    training: PreferenceTrainingConfig

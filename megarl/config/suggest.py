@@ -6,12 +6,13 @@ from difflib import get_close_matches
 
 from megarl.config.introspect import Path, dotted, sections_of, tag_of, walk
 from megarl.config.plan import PlanConfig
-from megarl.config.preference import DpoConfig
+from megarl.config.preference import DpoConfig, RmConfig
 from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
 
-COMMANDS: dict[str, type[SftConfig | DpoConfig | GrpoConfig | EvalConfig]] = {
+COMMANDS: dict[str, type[SftConfig | DpoConfig | RmConfig | GrpoConfig | EvalConfig]] = {
     "sft": SftConfig,
     "dpo": DpoConfig,
+    "rm": RmConfig,
     "grpo": GrpoConfig,
     "eval": EvalConfig,
 }

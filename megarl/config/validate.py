@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from megarl.config.derived import TrainingConfig, model_parallel_size, num_optimizer_steps
-from megarl.config.preference import DpoConfig, PreferenceJsonlSource
+from megarl.config.preference import DpoConfig, PreferenceJsonlSource, RmConfig
 from megarl.config.schema import (
     EvalConfig,
     GrpoConfig,
@@ -22,7 +22,7 @@ from megarl.config.schema import (
 )
 from megarl.config.validate_algorithm import ALGORITHM_RULES
 from megarl.config.validate_evaluation import EVALUATION_RULES, GRPO_EVALUATION_RULES
-from megarl.config.validate_preference import DPO_RULES
+from megarl.config.validate_preference import DPO_RULES, RM_RULES
 from megarl.config.validate_run import RUN_RULES
 from megarl.config.violation import Violation
 
@@ -41,6 +41,8 @@ def find_violations(config: Section, *, partial: bool = False) -> list[Violation
         found += _apply(_TRAINING_RULES + _SFT_RULES, config, partial)
     elif isinstance(config, DpoConfig):
         found += _apply(_TRAINING_RULES + DPO_RULES, config, partial)
+    elif isinstance(config, RmConfig):
+        found += _apply(_TRAINING_RULES + RM_RULES, config, partial)
     elif isinstance(config, GrpoConfig):
         found += _apply(_TRAINING_RULES + _GRPO_RULES, config, partial)
     elif isinstance(config, EvalConfig):

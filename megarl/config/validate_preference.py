@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megarl.config.derived import data_parallel_size, uses_reference
-from megarl.config.preference import DpoConfig, PreferenceReasoningGymSource
+from megarl.config.preference import DpoConfig, PreferenceReasoningGymSource, RmConfig
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -52,7 +52,7 @@ def _reference(config: DpoConfig) -> Violations:
             )
 
 
-def _templates(config: DpoConfig) -> Violations:
+def _templates(config: DpoConfig | RmConfig) -> Violations:
     for split in ("train", "held_out"):
         source = getattr(config.data, split)
         if not isinstance(source, PreferenceReasoningGymSource):
@@ -68,7 +68,7 @@ def _templates(config: DpoConfig) -> Violations:
                     )
 
 
-def _pair_fits(config: DpoConfig) -> Violations:
+def _pair_fits(config: DpoConfig | RmConfig) -> Violations:
     longest, budget = config.packing.max_sequence_length, config.packing.max_tokens_per_microbatch
     if longest is not None and longest <= budget < 2 * longest:
         yield Violation(
@@ -79,7 +79,7 @@ def _pair_fits(config: DpoConfig) -> Violations:
         )
 
 
-def _batch(config: DpoConfig) -> Violations:
+def _batch(config: DpoConfig | RmConfig) -> Violations:
     train, batch_size = config.data.train, config.training.batch_size
     if isinstance(train, PreferenceReasoningGymSource) and batch_size > train.size:
         yield Violation(
@@ -96,7 +96,7 @@ def _batch(config: DpoConfig) -> Violations:
         )
 
 
-def _validation(config: DpoConfig) -> Violations:
+def _validation(config: DpoConfig | RmConfig) -> Violations:
     training, held_out = config.training, config.data.held_out
     if training.validation_interval and held_out is None:
         yield Violation(
@@ -113,11 +113,11 @@ def _validation(config: DpoConfig) -> Violations:
         )
 
 
-DPO_RULES: list[Callable[[DpoConfig], Violations]] = [
-    _options,
-    _reference,
+_PAIR_RULES: list[Callable[[DpoConfig | RmConfig], Violations]] = [
     _templates,
     _pair_fits,
     _batch,
     _validation,
 ]
+DPO_RULES: list[Callable[[DpoConfig], Violations]] = [_options, _reference, *_PAIR_RULES]
+RM_RULES: list[Callable[[RmConfig], Violations]] = [*_PAIR_RULES]

@@ -26,7 +26,7 @@ margin above 0, ``logps_chosen`` and ``logps_rejected`` the means of logp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from torch.nn.functional import logsigmoid
 
 from megarl.config.preference import PreferenceAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
+from megarl.losses.ranks import sum_over_ranks
 from megarl.ops.segment_reduce import segment_reduce
 from megarl.records import Sequence
 
@@ -130,24 +131,7 @@ def sequence_logps(tokens: LossTokens) -> torch.Tensor:
     places = torch.arange(tokens.num_slots + 1, device=tokens.slots.device)
     bounds = torch.searchsorted(tokens.slots, places).to(torch.int32)
     sums = segment_reduce(tokens.logprobs.double(), bounds)
-    return sums if tokens.cp_group is None else _SumOverRanks.apply(sums, tokens.cp_group)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of every rank's values; its gradient is the sum of every rank's gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        total = values.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+    return sums if tokens.cp_group is None else sum_over_ranks(sums, tokens.cp_group)
 
 
 def num_targets(sequences: list[Sequence]) -> torch.Tensor:

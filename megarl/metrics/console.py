@@ -82,6 +82,16 @@ COLUMNS: Mapping[str, tuple[_Column, ...]] = {
         *_COMMON,
         *_SPEED,
     ),
+    "rm": (
+        _STEP,
+        _Column({"loss": "loss"}, "fixed", 8),
+        _Column({"reward_accuracy": "accuracy"}, "percent", 8),
+        _Column({"reward_margin": "margin"}, "fixed", 8),
+        _Column({"validation_loss": "validation"}, "fixed", 10),
+        _Column({"validation_accuracy": "val. acc."}, "percent", 9),
+        *_COMMON,
+        *_SPEED,
+    ),
     "eval": (_STEP, _Column({"accuracy": "accuracy"}, "percent", 8)),
 }
 _GAP = "  "

@@ -55,7 +55,7 @@ def render(run: RunData) -> str:
 </head>
 <body>
 <div class="top"><div class="bar"><span class="mark">Mega<span>RL</span></span>
-<nav><a href="#charts">Charts</a>{'<a href="#samples">Samples</a>' if run.kind == "grpo" else ""}
+<nav><a href="#charts">Charts</a>{'<a href="#samples">Samples</a>' if run.is_online else ""}
 <a href="#configuration">Config</a></nav>
 <button class="quiet" id="theme" type="button" hidden></button></div></div>
 <main>
@@ -120,7 +120,7 @@ def _checks(checks: Iterable[Check]) -> str:
 def _figures(run: RunData) -> Iterable[str]:
     """The headline figures, as far as the run has them."""
     summary = run.summary
-    if run.kind == "grpo":
+    if run.is_online:
         yield _change("Accuracy, held-out", summary, "accuracy", percent=True)
         yield _change("Mean reward", summary, "reward_mean")
     else:
@@ -196,7 +196,7 @@ def _charts(run: RunData) -> str:
 
 def _samples(run: RunData) -> str:
     selection = run.samples
-    if run.kind != "grpo":
+    if not run.is_online:
         return ""
     if not selection.records:
         return '<h2 id="samples">Samples</h2><p class="soft">No samples were recorded.</p>'

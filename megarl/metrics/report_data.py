@@ -33,12 +33,16 @@ class SampleSelection:
     num_steps: int
 
 
+_ONLINE_KINDS = {"critic": "ppo", "teacher": "distill"}
+
+
 @dataclass(frozen=True, slots=True)
 class RunData:
     """A run as the report shows it."""
 
     name: str
-    kind: str  # grpo, dpo or sft
+    kind: str  # the command: grpo, dpo, ...
+    is_online: bool  # whether it learns from its own samples
     steps: list[dict[str, Any]]  # merged metrics lines, ascending
     chart_steps: list[dict[str, Any]]  # those that are drawn
     config: dict[str, Any]
@@ -62,11 +66,12 @@ def read_run(run_dir: Path) -> RunData:
     config = parse_yaml(config_text, str(config_path)).value or {}
     written = _read_json(summary_path) if summary_path.exists() else {}
     summary = summarize(steps) | {name: value for name, value in written.items() if value is not None}
-    is_grpo = "rollout" in config or any("reward_mean" in step for step in steps)
+    is_online = "rollout" in config or any("reward_mean" in step for step in steps)
     planned = config.get("training", {}).get("num_steps", 0)
     return RunData(
         name=str(config.get("run", {}).get("dir") or run_dir.resolve().name).removeprefix("runs/"),
-        kind="grpo" if is_grpo else "dpo" if "reference" in config else "sft",
+        kind=_kind(config, is_online),
+        is_online=is_online,
         steps=steps,
         chart_steps=_thin(steps),
         config=config,
@@ -76,6 +81,15 @@ def read_run(run_dir: Path) -> RunData:
         finished=bool(written) and bool(steps) and steps[-1]["step"] >= planned,
         samples=_select_samples(run_dir / "samples"),
     )
+
+
+def _kind(config: Mapping[str, Any], is_online: bool) -> str:
+    """The command, by a section or setting that only its configuration has."""
+    if is_online:
+        return next((kind for section, kind in _ONLINE_KINDS.items() if section in config), "grpo")
+    if "center_coef" in config.get("algorithm", {}):
+        return "rm"
+    return "dpo" if "reference" in config else "sft"
 
 
 def chart_columns(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -143,6 +143,7 @@ class ModelSpec:
     init_std: float = 0.02
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
+    score_head: bool = False  # one number per token instead of logits (megarl/models/score.py)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:

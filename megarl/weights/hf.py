@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
+from megarl.models.score import score_config
 from megarl.models.table import Architecture, Region, name_problems
 
 _MAX_SHARD_BYTES = 5 * 2**30
@@ -64,8 +65,11 @@ def load_hf(
     architecture: Architecture,
     regions: list[Region],
     params: Mapping[str, torch.Tensor],
+    initial: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Fill this rank's parameters from a Hugging Face directory; only the bytes it needs are read.
+
+    ``initial`` has whole tensors for names that the directory may lack.
 
     Raises UserError listing missing, left-over and misshapen tensors, and parameters that no
     region fills. Vocabulary padding rows become zero.
@@ -75,8 +79,10 @@ def load_hf(
     with ExitStack() as stack:
         handles = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
 
+        absent = {name: tensor for name, tensor in (initial or {}).items() if name not in files}
+
         def read(name: str) -> Any:
-            return handles[files[name]].get_slice(name)
+            return absent[name] if name in absent else handles[files[name]].get_slice(name)
 
         expected = architecture.hf_shapes()
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -86,7 +92,7 @@ def load_hf(
                 wrong.append(f"{model_dir}: {head} differs from {embedding} though they are tied")
             del files[head]
         used = [name for name in files if not architecture.ignores(name)]
-        wrong += name_problems(expected, used, str(model_dir))
+        wrong += name_problems(expected, [*used, *absent], str(model_dir))
         wrong += [
             f"{model_dir}: tensor {name} has shape {list(read(name).get_shape())}, expected {list(shape)}"
             for name, shape in expected.items()
@@ -179,6 +185,8 @@ def export_hf(
     config = json.loads((partial / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if architecture.spec.score_head:
+        config = score_config(config)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if directory.exists():
         shutil.rmtree(directory)

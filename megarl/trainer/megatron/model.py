@@ -23,12 +23,14 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
@@ -77,6 +79,26 @@ class PolicyModel(GPTModel):
         """How many of the local rows are real vocabulary."""
         start = parallel_state.get_tensor_model_parallel_rank() * local_rows
         return max(0, min(local_rows, int(self.config.real_vocab_size) - start))
+
+
+class ScoreModel(PolicyModel):
+    """A PolicyModel with ``score`` [1, H] for a head; megarl.trainer.megatron.scorer applies it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer = None
+            self.score = torch.nn.Linear(self.config.hidden_size, 1, bias=False)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """As Megatron's modules have it; its language models ask for an output layer."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
 
 def transformer_config(
@@ -238,7 +260,7 @@ def build_model(
     first = parallel_state.is_pipeline_first_stage(**virtual)
     last = parallel_state.is_pipeline_last_stage(**virtual)
     layers = [layer_spec(spec, n) for n in layout.stage_layers(spec.num_layers, stage, chunk)]
-    model = PolicyModel(
+    model = (ScoreModel if spec.score_head else PolicyModel)(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm),
         vocab_size=spec.padded_vocab(layout.tensor),

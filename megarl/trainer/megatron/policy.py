@@ -86,7 +86,7 @@ class MegatronPolicy:
         self.regions = architecture.trainer_regions(context.layout, context.at)
         self.weights = TrainerWeights(context, architecture, self.params, self.regions)
         self._model_dir = model.path
-        load_hf(model.path, architecture, self.regions, self.params)
+        self._load_hf(model.path)
         # The distributed optimizer brings a flat buffer of its own.
         if optimizer is None or not optimizer.distributed:
             pool_parameters(self.params)
@@ -180,11 +180,15 @@ class MegatronPolicy:
             agreement = agreement + _agreement(tokens)
             return loss(tokens)
 
+        metrics = self._optimizer_step(batches, learn, Sampler(temperature, top_k, top_p))
+        return TrainStepResult(metrics, self._reduce_agreement(agreement))
+
+    def _optimizer_step(self, batches: list[PackedBatch], use: Any, sampler: Sampler) -> dict[str, float]:
         self.wake()
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = self._run(batches, learn, Sampler(temperature, top_k, top_p), forward_only=False)
+        results = self._run(batches, use, sampler, forward_only=False)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         with ranges.phase("optimizer"):
             success, grad_norm, _ = self.optimizer.step()
@@ -193,7 +197,7 @@ class MegatronPolicy:
         metrics = self._reduce(results)
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(learning_rate)
-        return TrainStepResult(metrics, self._reduce_agreement(agreement))
+        return metrics
 
     def _run(
         self, batches: list[PackedBatch], use: Any, sampler: Sampler, *, forward_only: bool
@@ -311,11 +315,14 @@ class MegatronPolicy:
     @contextmanager
     def weights_of(self, model_dir: str) -> Iterator[None]:
         """See Policy."""
-        load_hf(model_dir, self.architecture, self.regions, self.params)
+        self._load_hf(model_dir)
         try:
             yield
         finally:
-            load_hf(self._model_dir, self.architecture, self.regions, self.params)
+            self._load_hf(self._model_dir)
+
+    def _load_hf(self, model_dir: str) -> None:
+        load_hf(model_dir, self.architecture, self.regions, self.params)
 
     def _exchange(self, other: dict[str, torch.Tensor]) -> None:
         for name, param in self.params.items():

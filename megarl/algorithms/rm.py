@@ -1,0 +1,92 @@
+"""Training a reward model on preference pairs (losses/reward.py has the formula and papers).
+
+pairs -> packing -> forward/backward -> optimizer. Each step consumes ``training.batch_size`` pairs over all
+ranks; both responses of a pair share a microbatch. What is exported is a Hugging Face directory that
+``AutoModelForSequenceClassification`` loads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.algorithms.model import read_model
+from megarl.algorithms.run import Run
+from megarl.config.preference import RmConfig
+from megarl.data.order import PromptOrder
+from megarl.data.preference import Pairs, load_pairs
+from megarl.losses.reward import RewardLoss
+from megarl.records import Sequence
+from megarl.trainer.megatron.initialize import finalize, initialize
+
+
+def run_rm(config: RmConfig) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    architecture, tokenizer, longest = read_model(config)
+    train = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="train")
+    held_out = None
+    if config.data.held_out is not None:
+        held_out = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="held_out")
+    context = initialize(config.parallel, config.run.seed)
+    from megarl.trainer.megatron.scorer import MegatronScorer
+
+    with Run(config, "rm", is_first=context.is_first) as run:
+        scorer = MegatronScorer(
+            context,
+            architecture,
+            config.model,
+            config.packing,
+            config.optimizer,
+            config.training.num_steps,
+            rows="last",
+            seed=config.run.seed,
+            check_numerics=config.debug.check_numerics,
+        )
+        head = "a new one, drawn with run.seed" if scorer.has_new_head else f"that of {config.model.path}"
+        run.console.note(f"score head: {head}")
+        state = run.resume(scorer) or {"step": 0, "position": 0, "totals": {}}
+        _train(config, run, scorer, train, held_out, state)
+        run.export(scorer, scorer.architecture)
+    finalize()
+
+
+def _train(
+    config: RmConfig, run: Run, scorer: Any, train: Pairs, held_out: Pairs | None, state: dict[str, Any]
+) -> None:
+    """From the state of the last finished step to the last step."""
+    training, last = config.training, config.training.num_steps
+    order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
+    size = 0 if held_out is None else min(training.validation_size, len(held_out))
+    position, totals = state["position"], dict(state["totals"])
+    run.timers.start_step()
+    for step in range(state["step"] + 1, last + 1):
+        sequences = _sequences(train, order.batch(position, training.batch_size))
+        position += training.batch_size
+        loss = RewardLoss(training.batch_size, config.algorithm.center_coef)
+        batches = scorer.prepare(sequences, "token", group_size=2)
+        with run.timers("train"):
+            values = scorer.score_step(batches, loss)
+        tokens = sum(len(s.token_ids) for s in sequences)
+        values |= {"num_tokens": tokens, "num_microbatches": len(batches)}
+        values["tokens_per_second_train"] = tokens / run.timers.seconds("train")
+        at_interval = training.validation_interval and step % training.validation_interval == 0
+        if held_out is not None and (at_interval or step == last):
+            validation = _sequences(held_out, list(range(size)))
+            held = scorer.score_loss(
+                scorer.prepare(validation, "token", group_size=2),
+                RewardLoss(size, config.algorithm.center_coef),
+            )
+            names = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin"}
+            found = {f"validation_{name}": held[key] for key, name in names.items()}
+            values |= found
+            totals |= found
+        run.log(step, values)
+        totals |= {name: values[name] for name in ("loss", "reward_accuracy", "reward_margin")}
+        totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
+        run.after_step(step, last, scorer, {"position": position, "totals": totals})
+    run.finish({"rm_steps": last, **totals})
+
+
+def _sequences(pairs: Pairs, indices: list[int]) -> list[Sequence]:
+    """Chosen and rejected of each pair, one after the other."""
+    chosen = [pairs[i] for i in indices]
+    return [sequence for pair in chosen for sequence in (pair.chosen, pair.rejected)]

@@ -1,0 +1,96 @@
+"""What trainer ranks do in tests of score heads; Megatron is imported inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl.losses.reward import RewardLoss
+from megarl.records import Sequence
+from tests.dpo.ranks import NO_WARMUP, make_pairs
+from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, export, weights
+
+
+def build_scorer(context: Any, model_dir: str, rows: Any, budget: int = 96, **optimizer: Any) -> Any:
+    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.scorer import MegatronScorer
+
+    return MegatronScorer(
+        context,
+        load_architecture(model_dir),
+        ModelConfig(path=model_dir),
+        PackingConfig(max_tokens_per_microbatch=budget),
+        OptimizerConfig(**(OPTIMIZER | NO_WARMUP | optimizer)),
+        TOTAL_STEPS,
+        rows=rows,
+        seed=7,
+    )
+
+
+def reward_steps(
+    context: Any, model_dir: str, steps: int, center_coef: float, export_dir: str | None = None
+) -> dict[str, Any]:
+    """Optimizer steps, a held-out evaluation and scores, on any layout."""
+    scorer = build_scorer(context, model_dir, "last")
+    log = []
+    for step in range(steps):
+        pairs = make_pairs(step)
+        loss = RewardLoss(len(pairs) // 2, center_coef)
+        batches = scorer.prepare(pairs, "token", group_size=2)
+        log.append(scorer.score_step(batches, loss))
+    if export_dir is not None:
+        export(scorer, model_dir, export_dir)
+    return {
+        "log": log,
+        "held_out": scorer.score_loss(batches, loss),
+        "scores": scorer.score(pairs).tolist(),
+        "weights": weights(scorer),
+        "microbatches": len(batches),
+        "new_head": scorer.has_new_head,
+    }
+
+
+def reward_gradients(
+    context: Any, model_dir: str, sequences: list[Sequence], center_coef: float
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient (by HF name) of one packed step on one rank."""
+    from megarl.trainer.megatron.head import Sampler
+    from megarl.weights.hf import region_index
+
+    scorer = build_scorer(context, model_dir, "last")
+    loss = RewardLoss(len(sequences) // 2, center_coef)
+    batches = scorer.prepare(sequences, "token", group_size=2)
+    assert len(batches) > 1
+    scorer.ddp[0].zero_grad_buffer()
+    results = scorer._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
+    grads = {n: torch.zeros(shape) for n, shape in scorer.architecture.hf_shapes().items()}
+    for region in scorer.regions:
+        box = tuple(slice(*span) for span in region.box)
+        grads[region.hf][box] = scorer.params[region.param].main_grad[region_index(region.index)]
+    total = sum(float(result.sums["loss"]) for result in results)
+    return total, {name: grad.numpy() for name, grad in grads.items()}
+
+
+def save_and_load(context: Any, model_dir: str, directory: str) -> tuple[list[float], list[float]]:
+    """Scores before a checkpoint and after it was loaded into a fresh scorer, one more step taken by both."""
+    from pathlib import Path
+
+    scores = []
+    pairs = make_pairs(0)
+    loss = RewardLoss(len(pairs) // 2)
+    first = build_scorer(context, model_dir, "last")
+    first.score_step(first.prepare(pairs, "token", group_size=2), loss)
+    if context.is_first:
+        Path(directory).mkdir()
+    if context.layout.world_size > 1:
+        torch.distributed.barrier()
+    first.save(Path(directory), optimizer=True)
+    second = build_scorer(context, model_dir, "last")
+    assert second.load(Path(directory))
+    for scorer in (first, second):
+        scorer.score_step(scorer.prepare(pairs, "token", group_size=2), loss)
+        scores.append(scorer.score(pairs).tolist())
+    return scores[0], scores[1]
