@@ -39,7 +39,7 @@ def explain_unknown(root: type[Section], path: Path, sections: list[type[Section
     if same := [p for p, name in elsewhere.items() if name == key]:
         return _meant(*same[:3])
     if commands := _other_commands(root, path):
-        return f"unknown key here; it is a setting of megarl {' and '.join(commands)}"
+        return f"unknown key here; it is a setting of megarl {', '.join(commands)}"
     if near := get_close_matches(key, beside, n=1, cutoff=0.6):
         return _meant((*path[:-1], near[0]))
     if near := get_close_matches(key, set(elsewhere.values()), n=1, cutoff=0.75):

@@ -223,14 +223,14 @@ def test_unknown_key(folder: Path, addition: str, line: str) -> None:
 def test_unknown_key_of_another_source_or_command(folder: Path) -> None:
     assert errors(folder, "data.train.path=x", "training.batch_size=3") == [
         "data.train.path: unknown key here; it belongs to source jsonl [command line]",
-        "training.batch_size: unknown key here; it is a setting of megarl sft and dpo [command line]",
+        "training.batch_size: unknown key here; it is a setting of megarl sft, dpo, rm [command line]",
     ]
 
 
 def test_a_grpo_file_given_to_sft(folder: Path) -> None:
     lines = errors(folder, kind=SftConfig)
-    assert "rollout: unknown key here; it is a setting of megarl grpo and eval [c.yaml:18]" in lines
-    assert "evaluation: unknown key here; it is a setting of megarl grpo and eval [c.yaml:22]" in lines
+    assert "rollout: unknown key here; it is a setting of megarl grpo, eval [c.yaml:18]" in lines
+    assert "evaluation: unknown key here; it is a setting of megarl grpo, eval [c.yaml:22]" in lines
     assert (
         "training.batch_size: required but missing: an integer >= 1. Sequences per step, over "
         "all ranks. [c.yaml:24]" in lines
