@@ -9,7 +9,7 @@ OMP_NUM_THREADS ?= 1
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(VENV_PYTHON) -m pytest
 # Extra arguments for the tests, e.g. make test ARGS="-k packing -x"
 ARGS ?=
-BENCH ?= $(filter-out common dpo_trainers grpo_trainers loss_ops peers process_tree weights_trainer,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+BENCH ?= $(filter-out common loss_ops peers process_tree trainers %_trainer %_trainers,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint format smollm2 cuda-check bench-setup bench guides clean distclean

@@ -6,16 +6,12 @@ import importlib
 import sys
 from pathlib import Path
 
-SHARED = {
-    "common",
-    "dpo_trainers",
-    "grpo_trainers",
-    "loss_ops",
-    "peers",
-    "process_tree",
-    "weights_trainer",
-}
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in SHARED)
+SHARED = ("common", "loss_ops", "peers", "process_tree", "trainers")
+NAMES = sorted(
+    path.stem
+    for path in Path(__file__).parent.glob("[a-z]*.py")
+    if path.stem not in SHARED and not path.stem.endswith(("_trainer", "_trainers"))
+)
 
 if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
     sys.exit(f"usage: python -m benchmarks {{{','.join(NAMES)}}} --json FILE [--quick]")

@@ -14,13 +14,13 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dpo_trainers import MICROBATCH_TOKENS, TRAINERS
+from benchmarks.dpo_trainers import TRAINERS
+from benchmarks.trainers import MICROBATCH_TOKENS, measure
 from benchmarks.weights import MODELS, write_model
 
 Row = dict[str, Any]
@@ -43,15 +43,9 @@ def make_pairs(count: int) -> list[list[list[int]]]:
     return pairs
 
 
-def measure(name: str, job: dict[str, Any], folder: Path) -> Row:
-    """One process of one trainer."""
-    job_file, result_file = folder / "job.json", folder / "result.json"
-    job_file.write_text(json.dumps(job))
-    command = [sys.executable, "-m", "benchmarks.dpo_trainers", name, str(job_file), str(result_file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
-    subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
-    result = json.loads(result_file.read_text())
+def measure_row(name: str, job: dict[str, Any], folder: Path) -> Row:
+    """One run of one trainer."""
+    [result] = measure("benchmarks.dpo_trainers", name, job, folder)
     tokens = sum(2 * len(prompt) + len(a) + len(b) for prompt, a, b in job["pairs"])
     row: Row = {"op": "dpo", "case": f"{MODEL} fp32, {BATCH} pairs", "impl": name, "tokens": tokens, **result}
     row["tokens_per_second"] = tokens / (result["seconds"] + result["reference_seconds"])
@@ -87,7 +81,7 @@ def ratios(rows: list[Row]) -> dict[str, float]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks dpo")
     parser.add_argument("--json", type=Path, required=True, help="where the results go")
-    parser.add_argument("--quick", action="store_true", help="2 steps, once, without TRL's variants")
+    parser.add_argument("--quick", action="store_true", help="2 steps, once, without variants of TRL")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process")
     args = parser.parse_args(argv)
     names = ["megarl", "trl"] if args.quick else list(TRAINERS)
@@ -103,7 +97,7 @@ def main(argv: list[str]) -> None:
             "threads": args.threads,
         }
         for _ in range(repeats):  # turn by turn, so that a noisy hour hits all of them
-            rows += [measure(name, job, folder) for name in names]
+            rows += [measure_row(name, job, folder) for name in names]
     result = {"rows": rows, "ratios": ratios(rows), "microbatch_tokens": MICROBATCH_TOKENS}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,26 +1,21 @@
-"""One trainer of benchmarks/dpo.py in its process: ``python -m benchmarks.dpo_trainers NAME JOB RESULT``.
-
-JOB is a JSON file with the model's directory and the tokens; RESULT gets seconds and peak memory.
-"""
+"""The trainers of benchmarks/dpo.py; benchmarks/trainers.py says how they are run."""
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-import torch
-
-MICROBATCH_TOKENS = 1024
-
-
-def peak_gib() -> float:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+from benchmarks.trainers import (
+    MICROBATCH_TOKENS,
+    Stopwatch,
+    Trainer,
+    arguments,
+    bare_tokenizer,
+    clock,
+    peak_gib,
+    run_trainer,
+)
 
 
 def megarl(job: dict[str, Any]) -> dict[str, float]:
@@ -49,20 +44,19 @@ def megarl(job: dict[str, Any]) -> dict[str, float]:
         for prompt, *responses in job["pairs"]
         for response in responses
     ]
-    began = time.perf_counter()
+    watch = Stopwatch()
     refs = policy.sequence_logps(sequences)
-    reference_seconds = time.perf_counter() - began
+    reference = watch.read()
+    watch.start()
     losses = []
     for start in range(0, len(sequences), 2 * size):
         part = sequences[start : start + 2 * size]
         loss = PreferenceLoss(PreferenceOptions(), num_targets(part), refs[start : start + 2 * size])
         result = policy.train_step(policy.prepare(part, "token", group_size=2), loss, temperature=1.0)
         losses.append(result.metrics["loss"])
-    seconds = time.perf_counter() - began - reference_seconds
+    took = watch.read() | {f"reference_{name}": value for name, value in reference.items()}
     finalize()
-    return {
-        "seconds": seconds,
-        "reference_seconds": reference_seconds,
+    return took | {
         "started_with_gib": started_with,
         "first_loss": losses[0],
     }
@@ -71,19 +65,9 @@ def megarl(job: dict[str, Any]) -> dict[str, float]:
 def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:
     """TRL's DPOTrainer in float32 on the same tokens, otherwise as it comes unless ``options`` say more."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     started_with = peak_gib()
-    moments: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            moments.append(time.perf_counter())
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            moments.append(time.perf_counter())
 
     class Tokenized(DPOTrainer):
         """The tokens are given."""
@@ -91,59 +75,34 @@ def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    raw = Tokenizer(models.WordLevel({"[PAD]": 0, "[EOS]": 1}, unk_token="[PAD]"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", eos_token="[EOS]")
     rows = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in job["pairs"]]
+    took: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=job["batch_size"],
-            num_train_epochs=1,
-            learning_rate=1e-6,
-            lr_scheduler_type="constant",
-            bf16=False,
-            use_cpu=True,
-            model_init_kwargs={"dtype": "float32"},
-            max_length=None,
-            save_strategy="no",
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            **options,
-        )
-        began = time.perf_counter()
+        config = DPOConfig(**arguments(job, folder), max_length=None, **options)
+        watch = Stopwatch()
         trainer = Tokenized(
             model=job["model"],
-            args=arguments,
+            args=config,
             train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[Clock()],
+            processing_class=bare_tokenizer(),
+            callbacks=[clock(took)],
         )
-        made = time.perf_counter() - began  # with precomputed reference logprobs, mostly those
+        made = watch.read()  # with precomputed reference logprobs, mostly those
         trainer.train()
-    return {
-        "seconds": moments[-1] - moments[0],
-        "reference_seconds": made if options.get("precompute_ref_log_probs") else 0.0,
+    before = options.get("precompute_ref_log_probs", False)
+    took |= {f"reference_{name}": value * before for name, value in made.items()}
+    return took | {
         "started_with_gib": started_with,
         "first_loss": float(trainer.state.log_history[0]["loss"]),
     }
 
 
-TRAINERS: dict[str, Any] = {
+TRAINERS: dict[str, Trainer] = {
     "megarl": megarl,
     "trl": trl,
     "trl_precomputed": lambda job: trl(job, precompute_ref_log_probs=True),
     "trl_without_checkpointing": lambda job: trl(job, gradient_checkpointing=False),
 }
 
-
-def main(name: str, job_file: Path, result_file: Path) -> None:
-    """Run one trainer and write what it took."""
-    job = json.loads(job_file.read_text())
-    torch.set_num_threads(job["threads"])
-    result = TRAINERS[name](job)
-    result_file.write_text(json.dumps(result | {"peak_gib": peak_gib()}))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    run_trainer(TRAINERS, sys.argv[1:])

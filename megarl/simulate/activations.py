@@ -22,10 +22,9 @@ _FP32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """What one GPU sees of a microbatch: ``tokens`` T, of sequences that long over all context ranks."""
+    """What one GPU sees of a microbatch: ``tokens`` T."""
 
     tokens: float
-    sequence_length: int
     item: int  # bytes per element
 
 
@@ -39,7 +38,6 @@ def layer_bytes(
     elements = attention(spec, layout, recompute)
     fp32 = 0.0
     if recompute == "off":
-        elements += _mask(layout, batch.sequence_length)
         fp32 += spec.num_heads / layout.tensor  # log-sums of the attention
     if spec.moe is not None and layer in spec.moe.layers:
         elements += _experts(spec, spec.moe, layout)
@@ -67,21 +65,13 @@ def _share(layout: ParallelLayout) -> float:
     return 1 / layout.tensor if layout.sequence_parallel else 1.0
 
 
-def _mask(layout: ParallelLayout, sequence_length: int) -> float:
-    """Elements per token of the masks that context-parallel ranks need.
-
-    Each of a rank's two chunks of n / (2 c) tokens has one over all it sees: n (2 c + 1) / (4 c) in the mean.
-    """
-    ranks = layout.context
-    return sequence_length * (2 * ranks + 1) / (4 * ranks) if ranks > 1 else 0.0
-
-
 def _attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recompute) -> float:
     """Elements per token.
 
     Norm input, input of q|k|v, input of the output projection; where q and k have norms also q|k|v. Then
-    either what the core attention starts from, or what it keeps: q, k, v with their positions (k and v of
-    all context-parallel ranks) and the result, by sequence.
+    either what the core attention starts from, or what it keeps: q, k, v with their positions and, where it
+    was computed by sequences of similar length, the result in that order. Context-parallel ranks keep their
+    own share of k and v and gather the others' again.
     """
     q = spec.num_heads * spec.head_dim / layout.tensor
     kv = max(spec.num_kv_heads / layout.tensor, 1) * spec.head_dim
@@ -90,7 +80,11 @@ def _attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recompute) ->
         kept += q + 2 * kv
     if recompute == "selective":
         return kept + (q + kv if spec.qk_norm else q + 2 * kv)
-    return kept + 2 * q + 2 * kv * layout.context
+    return kept + q + 2 * kv + _by_sequence(q, layout)
+
+
+def _by_sequence(result: float, layout: ParallelLayout) -> float:
+    return result if layout.context == 1 else 0.0
 
 
 def _latent_attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recompute) -> float:
@@ -104,27 +98,25 @@ def _latent_attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recomp
     kept = (2 * spec.hidden_size + latents) * _share(layout) + values + q
     if recompute == "selective":
         return kept + k + values
-    return kept + (k + values) * layout.context + values
+    return kept + k + values + _by_sequence(values, layout)
 
 
 def _dense_mlp(spec: ModelSpec, layout: ParallelLayout) -> float:
-    """Elements per token: norm input, MLP input, gate|up, a copy of up that Megatron's MLP makes, silu(gate),
-    and what goes into the second projection.
-    """
+    """Elements per token: norm input, MLP input, gate|up, and what goes into the second projection."""
     around = spec.hidden_size * _share(layout) * (3 if spec.sandwich_norms else 2)
-    return around + 5 * spec.intermediate_size / layout.tensor
+    return around + 3 * spec.intermediate_size / layout.tensor
 
 
 def _experts(spec: ModelSpec, moe: MoeSpec, layout: ParallelLayout) -> float:
     """Elements per token, with tokens spread evenly over experts.
 
     Of the s T k routed copies of a group of expert-tensor ranks each rank sees those of all: h of input,
-    then gate, up, silu(gate), their product and its scaled copy.
+    then gate, up, the activation and its scaled copy.
     """
     around = 2 * spec.hidden_size * _share(layout)
     routed = _share(layout) * moe.experts_per_token * layout.expert_tensor
-    inner = 5 * moe.intermediate_size / layout.expert_tensor
-    shared = 5 * moe.shared_intermediate_size / layout.tensor
+    inner = 4 * moe.intermediate_size / layout.expert_tensor
+    shared = 3 * moe.shared_intermediate_size / layout.tensor
     return around + routed * (spec.hidden_size + inner) + shared
 
 

@@ -64,9 +64,7 @@ def trainer_memory(
     kept = math.ceil(dense / replicas[0]) + math.ceil(experts / replicas[1])
     master = 0 if dtypes.parameters == "float32" else ITEM_BYTES["float32"]
     item = ITEM_BYTES[dtypes.parameters]
-    batch = Microbatch(
-        config.workload.tokens_per_microbatch / layout.context, config.workload.sequence_length, item
-    )
+    batch = Microbatch(config.workload.tokens_per_microbatch / layout.context, item)
     activations = stage_bytes(
         spec,
         layout,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,33 +59,6 @@ def _inside(tensor: torch.Tensor, params: list[torch.Tensor]) -> bool:
     return any(param.data_ptr() <= tensor.data_ptr() < param.data_ptr() + param.nbytes for param in params)
 
 
-class _FusedRmsNorm(torch.autograd.Function):
-    """Keeps its input, as the GPU's kernel does; the CPU's composite keeps the normalised values too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-        with torch.enable_grad():
-            y = x * (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt() * weight
-        return (*torch.autograd.grad(y, (x, weight), grad), None)
-
-
-@contextmanager
-def _fused_norms() -> Iterator[None]:
-    original = torch.nn.functional.rms_norm
-    torch.nn.functional.rms_norm = lambda x, shape, weight, eps: _FusedRmsNorm.apply(x, weight, eps)
-    try:
-        yield
-    finally:
-        torch.nn.functional.rms_norm = original
-
-
 def kept_bytes(context: Any, model_dir: str, count: int, length: int) -> int:
     """Bytes that the forward pass of one microbatch of ``count`` sequences keeps for the backward pass."""
     policy = build(context, model_dir)
@@ -108,6 +79,6 @@ def kept_bytes(context: Any, model_dir: str, count: int, length: int) -> int:
 
     batches = policy.prepare(sequences(count, length), "token")
     assert len(batches) == 1
-    with _fused_norms(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         policy.train_step(batches, sft_loss, temperature=1.0)
     return sum(storage.nbytes() for storage in kept.values())

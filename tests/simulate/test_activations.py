@@ -78,7 +78,7 @@ def test_a_real_forward_pass_keeps_what_the_formulas_say(
         data=parallel.get("expert_parallel_size", 1),
     )
     spec = load_architecture(model_dirs[family]).spec
-    batch = Microbatch(COUNT * LENGTH / layout.context / layout.data, LENGTH, 4)
+    batch = Microbatch(COUNT * LENGTH / layout.context / layout.data, 4)
     formula = head_bytes(spec, layout, batch)
     formula += sum(layer_bytes(spec, layer, layout, batch, recompute) for layer in range(spec.num_layers))
     formula += batch.tokens * 2 * spec.head_dim * 4  # cosine and sine: once for all layers, not planned

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -22,8 +21,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
 from megarl.models.rope import cos_sin, rotate
-from megarl.packing.context_parallel import zigzag_indices
 from megarl.records import PackedBatch
+from megarl.trainer.megatron.context_attention import context_parallel_attention
 
 _MAX_PADDED_RATIO = 1.3
 """A bucket of sequences is padded to its longest; more waste than this starts a new bucket."""
@@ -130,7 +129,7 @@ def packed_causal_attention(
             q_b,
             k_b,
             v_b,
-            attn_mask=_mask_after(bucket.prefix, bucket.longest, bucket.longest, q.device),
+            attn_mask=_mask_after(bucket.prefix, bucket.longest, q.device),
             is_causal=bucket.prefix is None,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -140,74 +139,15 @@ def packed_causal_attention(
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, packed.unbucket)
 
 
-def _mask_after(
-    prefix: tuple[int, int] | None, queries: int, keys: int, device: torch.device
-) -> torch.Tensor | None:
-    """What the last ``queries`` of ``keys`` tokens may see: all of the prefix, and causally each other.
+def _mask_after(prefix: tuple[int, int] | None, length: int, device: torch.device) -> torch.Tensor | None:
+    """What ``length`` tokens may see: all of the prefix, and causally each other.
 
-    [queries, prefix + keys] bool; None without a prefix, where SDPA has a causal mask of its own.
+    [length, prefix + length] bool; None without a prefix, where SDPA has a causal mask of its own.
     """
     if prefix is None:
         return None
-    length = prefix[1] - prefix[0]
-    mask = torch.ones(queries, length + keys, dtype=torch.bool, device=device)
-    return mask.tril(length + keys - queries)
-
-
-class _GatherContext(torch.autograd.Function):
-    """All-gather [t, ...] over the context group, rank after rank; backward sums and scatters."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        out = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        out = grad.new_empty((grad.shape[0] // ctx.group.size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
-
-
-def context_parallel_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    packed: PackedMicrobatch,
-    scale: float,
-    group: dist.ProcessGroup,
-) -> torch.Tensor:
-    """As :func:`packed_causal_attention`, q, k, v being this rank's zigzag chunks of each sequence."""
-    size, rank = group.size(), group.rank()
-    bounds = packed.cu_seqlens_q
-    order = torch.cat([zigzag_indices(bounds, r, size) for r in range(size)]).to(q.device)
-    gathered = _GatherContext.apply(torch.stack((k, v), dim=1), group).index_select(0, order.argsort())
-    keys, values = gathered.unbind(1)
-    outs, local, start = [], 0, 0
-    for length, prefix in zip(packed.lengths, packed.prefixes or [None] * len(packed.lengths), strict=True):
-        chunk = length // (2 * size)
-        first = slice(*(prefix or (0, 0)))
-        for c in (rank, 2 * size - 1 - rank):
-            stop = (c + 1) * chunk
-            mask = _mask_after(prefix or (0, 0), chunk, stop, q.device)
-            own = slice(start, start + stop)
-            q_c, k_c, v_c = (
-                x.transpose(0, 1)[None]
-                for x in (
-                    q[local : local + chunk],
-                    torch.cat((keys[first], keys[own])) if prefix else keys[own],
-                    torch.cat((values[first], values[own])) if prefix else values[own],
-                )
-            )
-            out = F.scaled_dot_product_attention(
-                q_c, k_c, v_c, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            outs.append(out[0].transpose(0, 1))
-            local += chunk
-        start += length
-    return torch.cat(outs)
+    before = prefix[1] - prefix[0]
+    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 
 
 class PackedAttention(MegatronModule):
@@ -247,7 +187,9 @@ class PackedAttention(MegatronModule):
             packed.rope = cos_sin(self.config.rope_inverse_frequencies, packed.position_ids)
         query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
         if self.context_group.size() > 1:
-            out = context_parallel_attention(query, key, value, packed, self.scale, self.context_group)
+            out = context_parallel_attention(
+                query, key, value, packed.lengths, packed.prefixes, self.scale, self.context_group
+            )
         else:
             out = packed_causal_attention(query, key, value, packed, self.scale)
         return out.reshape(out.shape[0], -1)

@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megarl.trainer.megatron.fused import swiglu
+
 
 class StackedExperts(MegatronModule):
     """Gated experts: w13 [E_local, 2I, H] (gate rows above up rows) and w2 [E_local, H, I].
@@ -49,8 +51,7 @@ class StackedExperts(MegatronModule):
         counts = tokens_per_expert.tolist()
         outputs = []
         for expert, (part, scale) in enumerate(zip(tokens.split(counts), probs.split(counts), strict=True)):
-            gate, up = torch.nn.functional.linear(part, self.w13[expert]).chunk(2, dim=-1)
-            inner = torch.nn.functional.silu(gate) * up * scale[:, None]
+            inner = swiglu(torch.nn.functional.linear(part, self.w13[expert])) * scale[:, None]
             outputs.append(torch.nn.functional.linear(inner.to(part.dtype), self.w2[expert]))
         return torch.cat(outputs), None
 

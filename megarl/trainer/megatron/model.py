@@ -38,6 +38,7 @@ from megarl.models.rope import inverse_frequencies
 from megarl.models.spec import ModelSpec
 from megarl.trainer.megatron.attention import FlatQkvSelfAttention, PackedAttention
 from megarl.trainer.megatron.experts import StackedExperts
+from megarl.trainer.megatron.fused import SwiGlu, rms_norm
 
 
 class RmsNorm(torch.nn.RMSNorm):
@@ -46,6 +47,11 @@ class RmsNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., H] -> [..., H]."""
+        return rms_norm(x, self.weight, self._eps)
 
 
 class _BiasedColumnParallelLinear(ColumnParallelLinear):
@@ -123,6 +129,7 @@ def transformer_config(
         add_qkv_bias=spec.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # Megatron's name for an activation that is a module: SwiGlu
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=spec.init_std,
@@ -223,7 +230,7 @@ def layer_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
 def _mlp_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
     column = _BiasedColumnParallelLinear if spec.mlp_bias else ColumnParallelLinear
     row = _BiasedRowParallelLinear if spec.mlp_bias else RowParallelLinear
-    dense = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    dense = MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGlu)
     if layer in spec.dense_layers:
         return ModuleSpec(module=MLP, submodules=dense)
     return ModuleSpec(

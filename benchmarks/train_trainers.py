@@ -1,0 +1,106 @@
+"""The trainers of benchmarks/train.py; benchmarks/trainers.py says how they are run."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+from benchmarks.trainers import (
+    MICROBATCH_TOKENS,
+    Stopwatch,
+    Trainer,
+    arguments,
+    bare_tokenizer,
+    clock,
+    peak_gib,
+    run_trainer,
+)
+
+PACK = 512
+"""Tokens of a row of TRL's packing; no sequence is longer."""
+
+
+def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
+    """What ``megarl sft`` does between reading its data and writing its files."""
+    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
+    from megarl.losses.sft import sft_loss
+    from megarl.models import load_architecture
+    from megarl.records import Sequence
+    from megarl.trainer.megatron.initialize import finalize, initialize
+
+    context = initialize(ParallelConfig(**parallel), seed=1)
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    started_with = peak_gib()
+    size = job["batch_size"]
+    policy = MegatronPolicy(
+        context,
+        load_architecture(job["model"]),
+        ModelConfig(path=job["model"]),
+        PackingConfig(max_tokens_per_microbatch=MICROBATCH_TOKENS),
+        OptimizerConfig(lr=1e-6),
+        len(job["sequences"]) // size,
+    )
+    sequences = [Sequence(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in job["sequences"]]
+    built_with = peak_gib()
+    losses = []
+    watch = Stopwatch()
+    for start in range(0, len(sequences), size):
+        batches = policy.prepare(sequences[start : start + size], "token")
+        result = policy.train_step(batches, sft_loss, temperature=1.0)
+        losses.append(result.metrics["loss"])
+    took = watch.read()
+    finalize()
+    return took | {
+        "started_with_gib": started_with,
+        "built_with_gib": built_with,
+        "mean_loss": statistics.mean(losses),
+    }
+
+
+def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:
+    """TRL's SFTTrainer in float32 on the same tokens, otherwise as it comes unless ``options`` say more."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    started_with = peak_gib()
+    took: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=job["model"],
+            args=SFTConfig(**(arguments(job, folder) | {"max_length": PACK} | options)),
+            train_dataset=Dataset.from_dict({"input_ids": job["sequences"]}),
+            processing_class=bare_tokenizer(),
+            callbacks=[clock(took)],
+        )
+        built_with = peak_gib()
+        trainer.train()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return took | {
+        "started_with_gib": started_with,
+        "built_with_gib": built_with,
+        "mean_loss": statistics.mean(losses),
+    }
+
+
+def trl_packed(job: dict[str, Any], **options: Any) -> dict[str, float]:
+    """As many packed rows a step as hold about the tokens of a batch."""
+    tokens = sum(map(len, job["sequences"])) / len(job["sequences"]) * job["batch_size"]
+    rows = max(1, round(tokens / PACK))
+    return trl(job, packing=True, per_device_train_batch_size=rows, **options)
+
+
+TRAINERS: dict[str, Trainer] = {
+    "megarl": megarl,
+    "trl_padded": trl,
+    "trl_packed": trl_packed,
+    "trl_packed_without_checkpointing": lambda job: trl_packed(job, gradient_checkpointing=False),
+    "megarl_tp2": lambda job: megarl(job, tensor_parallel_size=2, sequence_parallel=True),
+    "megarl_pp2": lambda job: megarl(job, pipeline_parallel_size=2),
+    "megarl_dp2": megarl,
+}
+
+if __name__ == "__main__":
+    run_trainer(TRAINERS, sys.argv[1:])

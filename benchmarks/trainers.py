@@ -1,0 +1,125 @@
+"""What the benchmarks of trainers share: processes with a clock and a peak, data, and TRL's furniture.
+
+Every trainer runs in processes of its own, ``python -m benchmarks.NAME_trainers TRAINER JOB RESULT``: JOB is
+a JSON file with the model's directory and the tokens, RESULT.RANK gets seconds and the rank's peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MICROBATCH_TOKENS = 1024
+Trainer = Callable[[dict[str, Any]], dict[str, float]]
+
+
+def peak_gib() -> float:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(
+    module: str, name: str, job: dict[str, Any], folder: Path, *, ranks: int = 1
+) -> list[dict[str, Any]]:
+    """Run one trainer in ``ranks`` processes, which share ``job["threads"]``; each one's result."""
+    job = job | {"threads": max(1, job["threads"] // ranks)}
+    job_file, result_file = folder / "job.json", folder / "result.json"
+    job_file.write_text(json.dumps(job))
+    command = [sys.executable, "-m", module, name, str(job_file), str(result_file)]
+    shared = {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    shared |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    # With a master's address even a lone process would open a store, and TRL would wait for others.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+            shared |= {"WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        mine = {"RANK": str(rank)} if ranks > 1 else {}
+        environment = inherited | shared | mine
+        processes.append(subprocess.Popen(command, stdout=sys.stderr, env=environment))
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise SystemExit(f"{module} {name} failed: exit codes {codes} by rank")
+    return [json.loads(Path(f"{result_file}.{rank}").read_text()) for rank in range(ranks)]
+
+
+def run_trainer(trainers: dict[str, Trainer], arguments: list[str]) -> None:
+    """The other side of :func:`measure`: run one trainer and write what it took."""
+    name, job_file, result_file = arguments
+    import torch
+
+    job = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(job["threads"])
+    result = trainers[name](job)
+    rank = os.environ.get("RANK", "0")
+    Path(f"{result_file}.{rank}").write_text(json.dumps(result | {"peak_gib": peak_gib()}))
+
+
+class Stopwatch:
+    """Seconds of the wall and of all of this process's threads, since the start."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Begin at zero."""
+        self._began = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """What it takes up to now."""
+        wall, cpu = self._began
+        return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def clock(into: dict[str, float]) -> Any:
+    """A callback of the Hugging Face trainer: what it takes from the first step to the end goes ``into``."""
+    from transformers import TrainerCallback
+
+    watch = Stopwatch()
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            watch.start()
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            into.update(watch.read())
+
+    return Clock()
+
+
+def bare_tokenizer() -> Any:
+    """What TRL wants to have, although the data are tokens already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"[PAD]": 0, "[EOS]": 1}, unk_token="[PAD]"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", eos_token="[EOS]")
+
+
+def arguments(job: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What every trainer of TRL gets: float32 on the CPU, one epoch, one learning rate, nothing saved."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": job["batch_size"],
+        "num_train_epochs": 1,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "use_cpu": True,
+        "model_init_kwargs": {"dtype": "float32"},
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
