@@ -175,7 +175,9 @@ def ratios(rows: list[Row]) -> dict[str, float]:
     out: dict[str, float] = {}
     for case, sides in by_case.items():
         prefix = "" if case == "smollm2-135m" else f"{case}_"
-        ours = sides["megarl"]
+        ours = sides.get("megarl")
+        if ours is None:
+            continue
         for peer in sides:
             if peer != "megarl":
                 theirs = sides[peer]
@@ -192,16 +194,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=lambda text: Path(text).resolve(), required=True, help="the results")
     parser.add_argument("--quick", action="store_true", help="2 steps each, TRL as it comes only")
     parser.add_argument("--case", choices=list(CASES), help="one model only")
+    parser.add_argument("--side", choices=["megarl", *TRL], help="one side only")
     parser.add_argument("--steps", type=int, help="steps of each run")
+    parser.add_argument("--append", action="store_true", help="add to the rows that are in FILE")
     args = parser.parse_args(argv)
     os.chdir(Path(__file__).resolve().parent.parent)
     names = [args.case] if args.case else list(CASES)
     if SMOLLM2 in [CASES[name]["model"] for name in names] and not Path(SMOLLM2).exists():
         sys.exit(f"{SMOLLM2} is missing: make smollm2")
-    sides = ["megarl", "trl"] if args.quick else ["megarl", *TRL]
+    sides = [args.side] if args.side else ["megarl", "trl"] if args.quick else ["megarl", *TRL]
     if "tiny" in names:
         make_tiny_model()
-    rows = []
+    rows = json.loads(args.json.read_text())["rows"] if args.append and args.json.exists() else []
     for name in names:
         steps = args.steps or (2 if args.quick else CASES[name]["steps"])
         for side in sides:

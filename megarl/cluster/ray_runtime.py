@@ -42,6 +42,8 @@ def start_ray() -> None:
         return
     _remove_stale_dirs()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray's default of 15 leaves an engine a few percent of a core that anything else wants too.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
     temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
     handler = signal.getsignal(signal.SIGTERM)
