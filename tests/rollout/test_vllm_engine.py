@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -187,6 +188,7 @@ def test_a_killed_engine_takes_up_where_it_stopped(trainer: Any, caplog: pytest.
     requests += [replace(r, request_id=f"long-{r.request_id}", max_new_tokens=200) for r in requests]
     undisturbed = by_id(list(trainer.engine.generate(requests, PLAIN)))
     pid = trainer.engine.health().pid
+    assert psutil.Process(pid).nice() == psutil.Process().nice()  # Ray puts its workers at 15 by itself
     responses = []
     with caplog.at_level(logging.WARNING, logger="megarl"):
         for response in trainer.engine.generate(requests, PLAIN):
