@@ -32,6 +32,15 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of an episode: tokens the policy sampled, then those it read as the environment's answer."""
+
+    num_sampled: int
+    num_observed: int  # 0 after the last turn
+    reward: float  # what the environment gave for this turn
+
+
 @dataclass(slots=True)
 class Sample:
     """One sequence drawn from the policy: a prompt and the response the engine gave.
@@ -39,6 +48,10 @@ class Sample:
     ``rollout_logprobs`` are the engine's own, after temperature, of exactly the tokens in
     ``response_ids`` (the stop token included when the engine emitted it). ``reward`` and
     ``advantage`` are None until their stage has run.
+
+    An episode of several turns has everything after the prompt in ``response_ids``, in order: what was
+    sampled, exactly as it was sampled, and the observations between, whose rollout_logprobs are 0 and which
+    are no targets. ``turns`` says which is which; empty, all of the response was sampled in one turn.
     """
 
     prompt_index: int
@@ -51,11 +64,24 @@ class Sample:
     reward: float | None = None
     advantage: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Prompt and response tokens together."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Response tokens that the policy sampled: the targets."""
+        return sum(turn.num_sampled for turn in self.turns) if self.turns else len(self.response_ids)
+
+    @property
+    def response_mask(self) -> list[int]:
+        """[N] 1 where the token was sampled, 0 where it was observed."""
+        if not self.turns:
+            return [1] * len(self.response_ids)
+        return [value for t in self.turns for value in [1] * t.num_sampled + [0] * t.num_observed]
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from megarl.config.introspect import describe_field, sections_of, tag_of
+from megarl.config.introspect import describe_field, sections_of, tag_field, tag_of
 from megarl.config.schema import Section
 from megarl.config.suggest import ROOTS
 
@@ -80,7 +80,7 @@ def _render_sections(root: type[Section], command: str, described: dict[type[Sec
 def _render_table(
     section: type[Section], path: str, anchor: str, described: dict[type[Section], str]
 ) -> list[str]:
-    title = f"### `{path}`" + (f" with `source: {tag_of(section)}`" if tag_of(section) else "")
+    title = f"### `{path}`" + (f" with `{tag_field(section)}: {tag_of(section)}`" if tag_of(section) else "")
     rows, nested = [], []
     for name, field in section.model_fields.items():
         links = []

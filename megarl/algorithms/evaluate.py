@@ -16,7 +16,7 @@ from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.schema import EvalConfig, ParallelConfig
 from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset, load_prompts
 from megarl.data.tokenizer import stop_token_ids
-from megarl.environments import make
+from megarl.environments.remote import EnvironmentWorkers
 from megarl.errors import UserError
 from megarl.metrics.console import Console
 from megarl.metrics.scores import Scores, is_correct, score, score_by_category, table, vote_of
@@ -101,6 +101,11 @@ def evaluate(
             advance=advance,
             phase="other",
         )
+    if rollouts.counts.num_dropped:
+        console.warn(
+            f"{rollouts.counts.num_dropped} of {len(problems) * n} answers could not be judged, left out;"
+            f" the last: {rollouts.counts.reason}"
+        )
     draws = settings.consensus_draws if settings.consensus == "sampled" else 0
     total = score(groups, settings.k, consensus_draws=draws, seed=seed)
     categories = score_by_category(groups, settings.k, consensus_draws=draws, seed=seed)
@@ -129,6 +134,7 @@ def run_eval(config: EvalConfig) -> None:
             seed=config.run.seed,
             log_dir=directory.path,
         )
+        workers = EnvironmentWorkers(config.data.held_out, "data.held_out", config.rollout.environments)
         context = initialize(ParallelConfig(), config.run.seed)
         from megarl.trainer.megatron.policy import MegatronPolicy
 
@@ -138,8 +144,16 @@ def run_eval(config: EvalConfig) -> None:
             attach_weights(engine, architecture, owners)
         engine.sync(0)
         stops = tuple(stop_token_ids(tokenizer, config.model.path))
-        environment = make(config.data.held_out, "data.held_out")
-        rollouts = Rollouts(engine, environment, tokenizer, stops, timers, config.run.seed)
+        rollouts = Rollouts(
+            engine,
+            workers.wait_ready(),
+            tokenizer,
+            stops,
+            timers,
+            config.run.seed,
+            config.rollout.environments,
+            chat_template=config.data.format.chat_template,
+        )
         found = evaluate(
             rollouts,
             problems,
@@ -151,6 +165,7 @@ def run_eval(config: EvalConfig) -> None:
         )
         _write(directory, found, timers.end_step()["seconds"], console)
         engine.shutdown()
+        workers.shutdown()
     finalize()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from megarl.advantages.group import group_advantages
 from megarl.algorithms.online import Learned, run_online
+from megarl.algorithms.rollouts import split_groups
 from megarl.algorithms.run import Run
 from megarl.config.derived import needs_old_logprobs, needs_reference, without_effect
 from megarl.config.schema import GrpoConfig
@@ -78,12 +79,8 @@ class GrpoLearner:
                 sample.advantage = advantage
 
     def split(self, groups: list[Group]) -> list[list[Sample]]:
-        """The samples of each optimizer step: whole groups, in order."""
-        share = len(groups) // self.config.algorithm.num_optimizer_steps_per_batch
-        return [
-            [sample for group in groups[i : i + share] for sample in group.samples]
-            for i in range(0, len(groups), share)
-        ]
+        """The samples of each optimizer step: whole groups, in order, dealt evenly if some are missing."""
+        return split_groups(groups, self.config.algorithm.num_optimizer_steps_per_batch)
 
     def fill_logprobs(self, minibatches: list[list[PackedBatch]]) -> Agreement:
         """The old and reference logprobs that are needed; engine against trainer, where old ones are."""
@@ -121,12 +118,12 @@ class GrpoLearner:
 
 
 def to_sequence(sample: Sample) -> Sequence:
-    """A graded sample as a training sequence: the response tokens are the targets."""
+    """A graded sample as a training sequence: the tokens the policy sampled are the targets."""
     prompt = len(sample.prompt_ids)
     assert sample.advantage is not None
     return Sequence(
         token_ids=sample.prompt_ids + sample.response_ids,
-        loss_mask=[0] * prompt + [1] * len(sample.response_ids),
+        loss_mask=[0] * prompt + sample.response_mask,
         advantage=sample.advantage,
         rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs,
         num_prompt_tokens=prompt,

@@ -21,14 +21,13 @@ from megarl.algorithms.engines import attach_weights, check_offload, start_engin
 from megarl.algorithms.evaluate import evaluate, pick_problems
 from megarl.algorithms.model import read_model
 from megarl.algorithms.online_report import disagreement, rollout_metrics, run_summary, sample_rows
-from megarl.algorithms.rollouts import Rollouts
+from megarl.algorithms.rollouts import Rollouts, make_rollouts, usable
 from megarl.algorithms.run import Run
 from megarl.config.derived import evaluates, needs_reference, num_optimizer_steps
 from megarl.config.schema import GrpoConfig
 from megarl.data.order import PromptOrder
 from megarl.data.prompts import PromptDataset, load_prompts
-from megarl.data.tokenizer import stop_token_ids
-from megarl.environments import make
+from megarl.environments.remote import EnvironmentWorkers
 from megarl.losses.agreement import Agreement
 from megarl.records import Group, Prompt
 from megarl.rollout.vllm_engine import VllmEngine
@@ -77,7 +76,7 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
     from megarl.trainer.megatron.policy import MegatronPolicy
 
     with Run(config, kind, is_first=context.is_first) as run:
-        engine, problems = None, []
+        engine, problems, workers = None, [], None
         if context.is_first:
             if held_out is not None and evaluates(config.evaluation):
                 problems = pick_problems(held_out, config.evaluation, run.console)
@@ -89,6 +88,7 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
                 seed=config.run.seed,
                 log_dir=run.directory.path,
             )
+            workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments)
         policy = MegatronPolicy(
             context,
             architecture,
@@ -104,18 +104,17 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
         owners = policy.weight_owners(config.weights.transport)
         rollouts = None
-        if engine is not None:
+        if engine is not None and workers is not None:
             with run.console.waiting("vLLM engine"):
                 for line in attach_weights(engine, architecture, owners, config.weights.transport):
                     run.console.note(line)
-            environment = make(config.data.train)
-            stops = tuple(stop_token_ids(tokenizer, config.model.path))
-            rollouts = Rollouts(engine, environment, tokenizer, stops, run.timers, config.run.seed)
+            rollouts = make_rollouts(config, engine, workers, tokenizer, run.timers)
             engine.sync(state["step"])
         OnlineLoop(config, run, policy, learner, rollouts, engine, train, problems, tokenizer).run(state)
         run.export(policy, architecture)
-        if engine is not None:
+        if engine is not None and workers is not None:
             engine.shutdown()
+            workers.shutdown()
     finalize()
 
 
@@ -155,11 +154,11 @@ class OnlineLoop:
         for step in range(state["step"] + 1, last + 1):
             indices = order.batch(position, config.rollout.num_prompts_per_step)
             position += len(indices)
-            groups = self.rollout(step, indices)
+            groups, counts = self.rollout(step, indices)
             self.give_memory_to("trainer")
             learned = self.learner.learn(step, groups)
             self._check_agreement(step, learned.agreement)
-            values = rollout_metrics(groups) | learned.metrics | learned.agreement.metrics()
+            values = rollout_metrics(groups) | counts | learned.metrics | learned.agreement.metrics()
             with run.timers("weights"):
                 values |= self.hand_over(step)
             interval = config.evaluation.interval
@@ -173,9 +172,9 @@ class OnlineLoop:
             run.after_step(step, last, self.policy, {"position": position, "totals": totals})
         run.finish(run_summary(run.kind, last, totals))
 
-    def rollout(self, step: int, indices: list[int]) -> list[Group]:
-        """Sample and grade: the same groups on every rank."""
-        config, groups = self.config, None
+    def rollout(self, step: int, indices: list[int]) -> tuple[list[Group], dict[str, float]]:
+        """Sample and grade: the same groups, and counts of what was dropped, on every rank."""
+        config, kept = self.config, None
         self.give_memory_to("engine")
         if self.rollouts is not None:
             prompts = [self.train[i] for i in indices]
@@ -191,7 +190,8 @@ class OnlineLoop:
                     max_new_tokens=config.rollout.max_new_tokens,
                     advance=advance,
                 )
-        shared: list[Group] = broadcast(groups)
+            kept = usable(groups, self.rollouts.counts, self.run_.console)
+        shared: tuple[list[Group], dict[str, float]] = broadcast(kept)
         return shared
 
     def hand_over(self, step: int) -> dict[str, float]:

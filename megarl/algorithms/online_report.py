@@ -18,7 +18,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     rewards = [[float(s.reward or 0.0) for s in group.samples] for group in groups]
     flat = [reward for group in rewards for reward in group]
     samples = [sample for group in groups for sample in group.samples]
-    lengths = [len(sample.response_ids) for sample in samples]
+    lengths = [sample.num_sampled_tokens for sample in samples]
     mean = sum(flat) / len(flat)
     return {
         "reward_mean": mean,
@@ -43,7 +43,7 @@ def sample_rows(
         | {
             "advantage": sample.advantage,
             "policy_version": sample.policy_version,
-            "num_response_tokens": len(sample.response_ids),
+            "num_response_tokens": sample.num_sampled_tokens,
             "info": sample.info,
             "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs],
             "response_tokens": [decode(i) for i in sample.response_ids],

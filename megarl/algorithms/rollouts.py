@@ -7,22 +7,57 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.environments.base import Environment, grade
+from megarl.config.environments import EnvironmentRuntime
+from megarl.config.schema import GrpoConfig
+from megarl.data.tokenizer import stop_token_ids
+from megarl.environments.base import Environment
+from megarl.environments.remote import EnvironmentWorkers
+from megarl.errors import UserError
+from megarl.metrics.console import Console
 from megarl.metrics.timers import Phase, PhaseTimers
 from megarl.platform import ranges
 from megarl.records import Group, Prompt, Sample
-from megarl.rollout.engine import Engine, GenerateRequest, SamplingConfig
+from megarl.rollout.client import SessionClient
+from megarl.rollout.engine import Engine, GeneratedResponse, GenerateRequest, SamplingConfig
+from megarl.rollout.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
+from megarl.rollout.turns import TurnTokens
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int, generation: int) -> int:
     """The sampling seed of one sample: a pure function, so that a resumed run draws the same tokens."""
     name = f"{run_seed}/{step}/{prompt_index}/{generation}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
+
+
+def turn_seed(run_seed: int, step: int, prompt_index: int, generation: int, turn: int) -> int:
+    """The sampling seed of one turn of an episode; of the first, request_seed."""
+    seed = request_seed(run_seed, step, prompt_index, generation)
+    return seed if turn == 0 else request_seed(seed, step, prompt_index, turn)
+
+
+@dataclass(slots=True)
+class RolloutCounts:
+    """Failures of the environment in one call of sample."""
+
+    num_episodes: int = 0
+    num_retries: int = 0
+    num_dropped: int = 0
+    reason: str = ""  # of the last one dropped
+
+    def metrics(self) -> dict[str, float]:
+        """As they stand in metrics.jsonl."""
+        return {"episodes_retried": self.num_retries, "episodes_dropped": self.num_dropped}
+
+
+class EnvironmentsFailedError(UserError):
+    """More episodes had to be dropped than the configuration allows."""
 
 
 class Rollouts:
@@ -36,9 +71,16 @@ class Rollouts:
         stop_token_ids: tuple[int, ...],
         timers: PhaseTimers,
         run_seed: int,
+        runtime: EnvironmentRuntime | None = None,
+        *,
+        chat_template: bool = True,
     ) -> None:
-        self._engine, self._environment, self._tokenizer = engine, environment, tokenizer
+        self._engine, self._environment = engine, environment
         self._stop_token_ids, self._timers, self._run_seed = stop_token_ids, timers, run_seed
+        self._runtime = runtime or EnvironmentRuntime()
+        self._turns = TurnTokens(tokenizer, stop_token_ids, chat_template=chat_template)
+        self.counts = RolloutCounts()
+        """Of the latest call of sample."""
 
     def sample(
         self,
@@ -57,47 +99,145 @@ class Rollouts:
 
         All requests are batched continuously; ``advance(1)`` is called for each finished sample.
         Temperature 0 is greedy and carries no logprobs.
-        Time is booked under ``phase``, and grading a training rollout under "reward".
+        Time is booked under ``phase``; in a training rollout, time in which the engine has nothing to do
+        because the environment is at work is booked under "reward".
+
+        A sample whose environment failed to the end is missing from its group (see ``counts``); a group
+        may be empty.
+
+        Raises:
+            EnvironmentsFailedError: more than ``runtime.max_dropped_fraction`` of the episodes failed.
         """
         greedy = temperature == 0
-        requests = [
-            GenerateRequest(
-                f"{step}-{p}-{g}",
-                prompt.token_ids,
-                max_new_tokens,
-                None if greedy else request_seed(self._run_seed, step, prompt.index, g * len(prompts) + p),
-            )
-            for p, prompt in enumerate(prompts)
-            for g in range(generations)
-        ]
         sampling = SamplingConfig(
             temperature, self._stop_token_ids, logprobs=not greedy, top_k=top_k, top_p=top_p
         )
-        samples: dict[str, Sample] = {}
+        runtime = self._runtime
+        limits = EpisodeLimits(
+            max_new_tokens, runtime.max_turns, runtime.max_new_tokens_per_turn, runtime.max_retries
+        )
+        player = EpisodePlayer(self._environment, self._turns, limits)
+        self.counts = RolloutCounts(num_episodes=len(prompts) * generations)
+
+        def finished(_: object) -> None:
+            advance(1)
+            ranges.tick()
+
+        async def play() -> list[list[Sample | None]]:
+            client = SessionClient(self._engine, sampling)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        [
+                            group.create_task(self._episode(player, client, prompt, step, number, greedy))
+                            for number in range(p, len(prompts) * generations, len(prompts))
+                        ]
+                        for p, prompt in enumerate(prompts)
+                    ]
+                    for task in (task for row in tasks for task in row):
+                        task.add_done_callback(finished)
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            finally:
+                client.close()
+            if phase == "rollout":
+                self._timers.move(phase, "reward", client.idle_seconds())
+            return [[task.result() for task in row] for row in tasks]
+
         with self._timers(phase):
-            for response in self._engine.generate(requests, sampling):
-                _, p, _ = response.request_id.split("-")
-                prompt = prompts[int(p)]
-                text = self._tokenizer.decode(response.token_ids, skip_special_tokens=True)
-                with self._timers("reward" if phase == "rollout" else phase):
-                    reward, info = asyncio.run(grade(self._environment, prompt, text))
-                samples[response.request_id] = Sample(
-                    prompt.index,
-                    prompt.token_ids,
-                    response.token_ids,
-                    response.logprobs,
-                    response.policy_version,
-                    response.finish_reason,
-                    text,
-                    reward,
-                    info=info,
-                )
-                advance(1)
-                ranges.tick()
+            samples = asyncio.run(play())
+        self.counts.num_retries = player.num_retries
         return [
-            Group(prompt, [samples[f"{step}-{p}-{g}"] for g in range(generations)])
-            for p, prompt in enumerate(prompts)
+            Group(prompt, [sample for sample in row if sample is not None])
+            for prompt, row in zip(prompts, samples, strict=True)
         ]
+
+    async def _episode(
+        self,
+        player: EpisodePlayer,
+        client: SessionClient,
+        prompt: Prompt,
+        step: int,
+        number: int,
+        greedy: bool,
+    ) -> Sample | None:
+        """One sample; None where it was dropped. ``number`` tells the step's episodes apart."""
+
+        async def ask(turn: int, ids: list[int], room: int) -> GeneratedResponse:
+            seed = None if greedy else turn_seed(self._run_seed, step, prompt.index, number, turn)
+            return await client.generate(GenerateRequest(f"{step}-{number}-{turn}", ids, room, seed))
+
+        try:
+            return await player.play(prompt, ask)
+        except EpisodeFailedError as error:
+            self._drop(error)
+            return None
+
+    def _drop(self, error: EpisodeFailedError) -> None:
+        counts, limit = self.counts, self._runtime.max_dropped_fraction
+        counts.num_dropped += 1
+        counts.reason = str(error)
+        if counts.num_dropped > limit * counts.num_episodes:
+            raise EnvironmentsFailedError(
+                f"the environment failed {counts.num_dropped} of {counts.num_episodes} episodes, more than"
+                f" rollout.environments.max_dropped_fraction = {limit:g} allows; the last: {counts.reason}"
+            )
+
+
+def make_rollouts(
+    config: GrpoConfig,
+    engine: Engine,
+    workers: EnvironmentWorkers,
+    tokenizer: PreTrainedTokenizerBase,
+    timers: PhaseTimers,
+) -> Rollouts:
+    """The rollouts of a training run; waits for the environment's processes."""
+    return Rollouts(
+        engine,
+        workers.wait_ready(),
+        tokenizer,
+        tuple(stop_token_ids(tokenizer, config.model.path)),
+        timers,
+        config.run.seed,
+        config.rollout.environments,
+        chat_template=config.data.format.chat_template,
+    )
+
+
+def usable(
+    groups: list[Group], counts: RolloutCounts, console: Console
+) -> tuple[list[Group], dict[str, float]]:
+    """The groups to learn from, and what was dropped: alone in its group, a sample has no baseline."""
+    kept = [group for group in groups if len(group.samples) > 1]
+    dropped = len(groups) - len(kept)
+    if counts.num_dropped:
+        console.warn(
+            f"{counts.num_dropped} of {counts.num_episodes} episodes dropped, their environment failed"
+            f" ({dropped} groups with them, of which fewer than 2 samples were left); the last:"
+            f" {counts.reason}"
+        )
+    if not kept:
+        raise EnvironmentsFailedError(
+            f"the environment's failures left no group with 2 samples; the last: {counts.reason}"
+        )
+    values = counts.metrics() | {"groups_dropped": dropped}
+    turns = [len(sample.turns) or 1 for group in kept for sample in group.samples]
+    if max(turns) > 1:
+        values |= {"turns_mean": sum(turns) / len(turns), "turns_max": max(turns)}
+    return kept, values
+
+
+def split_groups(groups: list[Group], parts: int) -> list[list[Sample]]:
+    """The samples of ``parts`` optimizer steps, their groups whole and as equal in number as can be.
+
+    Fewer parts where there are fewer groups.
+    """
+    parts = min(parts, len(groups))
+    edges = [len(groups) * i // parts for i in range(parts + 1)]
+    return [
+        [sample for group in groups[start:end] for sample in group.samples]
+        for start, end in itertools.pairwise(edges)
+    ]
 
 
 def sample_row(step: int, group: Group, sample: Sample) -> dict[str, Any]:

@@ -38,18 +38,26 @@ def sections_of(annotation: Any) -> list[type[Section]]:
     return [t for t in leaf_types(annotation) if isinstance(t, type) and issubclass(t, Section)]
 
 
+def tag_field(section: type[Section]) -> str | None:
+    """The field that selects this member of a tagged union: ``source`` of data, ``kind`` of environments."""
+    return next((name for name in ("source", "kind") if name in section.model_fields), None)
+
+
 def tag_of(section: type[Section]) -> str | None:
-    """The value of ``source`` that selects this member of a tagged union."""
-    field = section.model_fields.get("source")
-    return None if field is None else str(get_args(field.annotation)[0])
+    """The value of its tag field that selects this member of a tagged union."""
+    name = tag_field(section)
+    return None if name is None else str(get_args(section.model_fields[name].annotation)[0])
 
 
 def select_section(sections: list[type[Section]], data: Any) -> type[Section] | None:
     """The member of a (tagged) union that ``data`` asks for; None where it names none."""
     if len(sections) == 1:
         return sections[0]
-    source = data.get("source") if isinstance(data, Mapping) else None
-    return next((section for section in sections if tag_of(section) == source), None)
+    tags = [tag_field(section) for section in sections]
+    value = data.get(tags[0]) if isinstance(data, Mapping) and tags and tags[0] is not None else None
+    if value is None and isinstance(data, Mapping) and tags[:1] == ["kind"] and "path" in data:
+        value = "custom"  # as megarl.config.environments has it
+    return next((section for section in sections if tag_of(section) == value), None)
 
 
 def accepts_text(annotation: Any) -> bool:

@@ -24,6 +24,7 @@ from megarl.config.introspect import (
     fields_at,
     sections_of,
     select_section,
+    tag_field,
     tag_of,
 )
 from megarl.config.schema import Section
@@ -190,10 +191,11 @@ class _Loading:
         if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
             sections = sections_of(fields[0].annotation)
             tags = " or ".join(repr(tag_of(section)) for section in sections)
-            source = self.value_at((*path, "source"))
+            tag = tag_field(sections[0]) or "source"
+            source = self.value_at((*path, tag))
             if source is _NO_VALUE:
-                return Violation((*path, "source"), f"required but missing: {tags}")
-            return Violation((*path, "source"), f"expected {tags} (got {show(source)})")
+                return Violation((*path, tag), f"required but missing: {tags}")
+            return Violation((*path, tag), f"expected {tags} (got {show(source)})")
         if detail["loc"] and not fields:  # inside a free mapping
             return Violation(path, f"{detail['msg'].lower()} (got {show(detail['input'])})")
         return Violation(path, f"expected {expected} (got {show(detail['input'])})")

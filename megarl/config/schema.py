@@ -13,6 +13,7 @@ from pydantic import Field
 from megarl.config.algorithm import GrpoAlgorithmConfig as GrpoAlgorithmConfig
 from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
 from megarl.config.checkpoint import CheckpointConfig as CheckpointConfig
+from megarl.config.environments import EnvironmentConfig, EnvironmentRuntime, MathEnvironmentConfig
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
 from megarl.config.parallel import ParallelConfig as ParallelConfig
@@ -128,8 +129,8 @@ class JsonlSource(Section):
     """Field with the problem (a string, or a list of chat messages)."""
     answer_field: Text = "answer"
     """Field with the reference answer."""
-    verifier: Literal["math"] = "math"
-    """How answers are judged: math uses math-verify."""
+    environment: EnvironmentConfig = MathEnvironmentConfig()
+    """How answers are judged."""
 
 
 PromptSource = Annotated[ReasoningGymSource | JsonlSource | BenchmarkSource, Field(discriminator="source")]
@@ -230,6 +231,8 @@ class GenerationConfig(Section):
     """Longest response; longer ones end with finish_reason length."""
     engine: EngineConfig = EngineConfig()
     """The colocated vLLM engine."""
+    environments: EnvironmentRuntime = EnvironmentRuntime()
+    """Where and how episodes are judged."""
 
 
 class RolloutConfig(GenerationConfig):

@@ -21,6 +21,7 @@ from megarl.config.schema import (
     SftJsonlSource,
 )
 from megarl.config.validate_algorithm import ALGORITHM_RULES
+from megarl.config.validate_environments import ENVIRONMENT_RULES
 from megarl.config.validate_evaluation import EVALUATION_RULES, GRPO_EVALUATION_RULES
 from megarl.config.validate_preference import DPO_RULES, RM_RULES
 from megarl.config.validate_run import RUN_RULES
@@ -329,12 +330,14 @@ _GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
     _grpo_ranks,
     _response_lengths,
     *ALGORITHM_RULES,
+    *ENVIRONMENT_RULES,
     _engine,
     *GRPO_EVALUATION_RULES,
 ]
 _EVAL_RULES: list[Callable[[EvalConfig], Violations]] = [
     _system_prompt,
     _separate_sets,
+    *ENVIRONMENT_RULES,
     _engine,
     *EVALUATION_RULES,
 ]

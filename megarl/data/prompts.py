@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from megarl.config.environments import MathEnvironmentConfig
 from megarl.config.schema import (
     BenchmarkSource,
     EvalDataConfig,
@@ -19,6 +20,7 @@ from megarl.config.schema import (
 from megarl.data import benchmarks
 from megarl.data.jsonl import get_field, get_messages, get_text, read_jsonl
 from megarl.data.tokenizer import chat_ids
+from megarl.environments import check_references, needs_answer
 from megarl.environments.tasks import check_disjoint, make_dataset
 from megarl.errors import UserError
 from megarl.records import Prompt
@@ -39,7 +41,8 @@ class PromptDataset(ABC, Sequence[Prompt]):
     """Problems by index; the same index is the same problem, always.
 
     ``prompt.text`` is what the model reads, chat template included; ``prompt.metadata`` has
-    ``answer`` (the reference) and ``entry`` (the reasoning-gym entry or the file's object).
+    ``question`` (the bare problem), ``answer`` (the reference, "" where there is none) and ``entry`` (the
+    reasoning-gym entry or the file's object).
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class _ReasoningGymPrompts(PromptDataset):
 
     def _prompt(self, index: int) -> Prompt:
         entry = self._dataset[index]
-        metadata = {"answer": entry["answer"], "entry": entry}
+        metadata = {"question": entry["question"], "answer": entry["answer"], "entry": entry}
         return self._make(index, f"{self._field}: problem {index}", entry["question"], metadata)
 
 
@@ -165,11 +168,15 @@ class _JsonlPrompts(PromptDataset):
                 problem = get_messages(record, source.prompt_field, where)
             else:
                 problem = get_text(record, source.prompt_field, where)
-            answer = _reference(record, source.answer_field, where)
-            metadata = {"answer": answer, "entry": record}
+            answer = ""
+            if source.answer_field in record or needs_answer(source.environment):
+                answer = _reference(record, source.answer_field, where)
+            question = problem if isinstance(problem, str) else problem[-1]["content"]
+            metadata = {"question": question, "answer": answer, "entry": record}
             self._prompts.append(self._make(index, where, problem, metadata))
-            lines.append((f"{where}: field {source.answer_field!r}", answer))
-        _check_references(lines)
+            lines.append((f"{where}: field {source.answer_field!r}", answer, record))
+        # Only the environment knows which references it can use.
+        check_references(source.environment, f"{self._field}.environment", lines)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -187,7 +194,8 @@ class _BenchmarkPrompts(PromptDataset):
         self._questions = benchmarks.load_questions(source, self._field)
         if benchmarks.find(source).verifier == "math":
             where = f"{self._field}: row"
-            _check_references([(f"{where} {i}", q.answer) for i, q in enumerate(self._questions)])
+            lines = [(f"{where} {i}", q.answer, q.metadata) for i, q in enumerate(self._questions)]
+            check_references(MathEnvironmentConfig(), where, lines)
         for index in range(len(self)):
             self._prompt(index)
 
@@ -199,7 +207,8 @@ class _BenchmarkPrompts(PromptDataset):
 
     def _prompt(self, index: int) -> Prompt:
         question = self._questions[index]
-        metadata = {"answer": question.answer, "category": question.category, **question.metadata}
+        metadata = {"question": question.text, "answer": question.answer, "category": question.category}
+        metadata |= question.metadata
         return self._make(index, f"{self._field}: row {index}", question.text, metadata)
 
 
@@ -209,13 +218,6 @@ def _reference(record: dict[str, Any], name: str, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return get_text(record, name, where)
-
-
-def _check_references(lines: list[tuple[str, str]]) -> None:
-    # The one place where a stage calls another: only the verifier knows which references it can use.
-    from megarl.environments.math import check_references
-
-    check_references(lines)
 
 
 def load_prompts(

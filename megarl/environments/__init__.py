@@ -2,34 +2,125 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import string
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from megarl.config.environments import (
+    CustomEnvironmentConfig,
+    JudgeConfig,
+    MathEnvironmentConfig,
+    MultipleChoiceConfig,
+    RegexConfig,
+)
 from megarl.environments.base import Environment, Observation, StepResult, Verifier, VerifierError, grade
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
+    from megarl.config.benchmarks import BenchmarkSource
+    from megarl.config.environments import EnvironmentConfig
     from megarl.config.schema import PromptSource
 
-__all__ = ["Environment", "Observation", "StepResult", "Verifier", "VerifierError", "grade", "make"]
+__all__ = [
+    "Environment",
+    "Observation",
+    "StepResult",
+    "Verifier",
+    "VerifierError",
+    "check_references",
+    "grade",
+    "make",
+    "make_environment",
+    "needs_answer",
+]
 
 
 def make(source: PromptSource, field: str = "data.train") -> Environment:
     """The environment that judges answers to ``source``'s problems; ``field`` is its configuration key.
 
     Raises:
-        UserError: an unknown task or bad task arguments, as :func:`megarl.data.load_prompts` words them.
+        UserError: an unknown task or bad task arguments, as :func:`megarl.data.load_prompts` words them, or
+            an environment that cannot be made.
     """
     if source.source == "reasoning_gym":
         from megarl.environments.reasoning_gym import ReasoningGymEnvironment
 
         return ReasoningGymEnvironment(source, field)
     if source.source == "benchmark":
-        from megarl.data.benchmarks import find
+        return make_environment(_benchmark_environment(source, field), field)
+    return make_environment(source.environment, f"{field}.environment")
 
-        if (verifier := find(source).verifier) != "math":
-            raise UserError(
-                f"{field}.name: {source.name} needs a {verifier} environment, which is not there yet"
-            )
-    from megarl.environments.math import MathEnvironment
 
-    return MathEnvironment()
+def _benchmark_environment(source: BenchmarkSource, field: str) -> EnvironmentConfig:
+    from megarl.data.benchmarks import find
+
+    verifier = find(source).verifier
+    if verifier == "math":
+        return MathEnvironmentConfig()
+    if verifier == "multiple_choice":
+        return MultipleChoiceConfig(
+            kind="multiple_choice", choices=string.ascii_uppercase, choices_field="choices"
+        )
+    raise UserError(f"{field}.name: {source.name} needs a {verifier} environment, which is not there yet")
+
+
+def make_environment(config: EnvironmentConfig, field: str) -> Environment:
+    """The environment ``config`` describes. Each kind's libraries are imported here, when it is used."""
+    if isinstance(config, MathEnvironmentConfig):
+        from megarl.environments.math import MathEnvironment
+
+        return MathEnvironment(config.extract)
+    if isinstance(config, MultipleChoiceConfig):
+        from megarl.environments.multiple_choice import MultipleChoiceEnvironment
+
+        return MultipleChoiceEnvironment(config)
+    if isinstance(config, RegexConfig):
+        from megarl.environments.regex import RegexEnvironment
+
+        return RegexEnvironment(config)
+    if isinstance(config, JudgeConfig):
+        from megarl.environments.judge import JudgeEnvironment
+
+        return JudgeEnvironment(config, field)
+    from megarl.environments.custom import make_custom
+
+    return make_custom(config, field)
+
+
+def needs_answer(config: EnvironmentConfig) -> bool:
+    """Whether every problem must bring a reference answer."""
+    if isinstance(config, RegexConfig):
+        return "(?P<answer>" in config.pattern
+    if isinstance(config, JudgeConfig):
+        return "{answer}" in config.prompt
+    return not isinstance(config, CustomEnvironmentConfig)
+
+
+def check_references(
+    config: EnvironmentConfig, field: str, lines: Iterable[tuple[str, str, dict[str, Any]]]
+) -> None:
+    """Refuse, before anything is sampled, reference answers that the environment cannot use.
+
+    Args:
+        config: the environment's.
+        field: its key.
+        lines: (where, answer, the file's object) of each problem; ``where`` begins the message.
+
+    Raises:
+        UserError: at the first such answer; or a custom environment that cannot be imported.
+    """
+    if isinstance(config, MathEnvironmentConfig):
+        from megarl.environments.math import check_references as check_math
+
+        check_math((where, answer) for where, answer, _ in lines)
+    elif isinstance(config, MultipleChoiceConfig):
+        from megarl.environments.multiple_choice import MultipleChoiceEnvironment
+
+        environment = MultipleChoiceEnvironment(config)
+        for where, answer, entry in lines:
+            if problem := environment.check(entry, answer):
+                raise UserError(f"{where}: {problem}")
+    elif isinstance(config, CustomEnvironmentConfig):
+        from megarl.environments.custom import load_class
+
+        load_class(config.path, field)

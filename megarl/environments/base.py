@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the policy reads next: the text of the prompt, or of the environment's turn."""
+    """What the policy reads next: the text of the prompt, or of the environment's turn.
+
+    ``role`` is the chat message's that carries it: "user", or "tool" for what a tool returned.
+    """
 
     text: str
+    role: str = "user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,12 @@ class Environment(Protocol):
 
     ``copy.copy(environment)`` gives another that plays its own episode and shares everything that
     is expensive (data sets, worker processes), so that a whole batch can be played side by side.
+
+    ``reset`` shows the prompt's own text, which the policy has read as the prompt. An environment that
+    cannot answer raises (or is ended after its time limit): the episode is played again, in the end
+    dropped, and never given a reward. It may have two attributes: ``max_concurrency``, how many calls it
+    can work on at a time (1 where it has none), and ``raw_actions``, True where it wants special tokens in
+    the text of an action.
     """
 
     async def reset(self, prompt: Prompt) -> Observation:
@@ -44,7 +54,7 @@ class Environment(Protocol):
         ...
 
     async def step(self, action: str) -> StepResult:
-        """Take the policy's turn, decoded without special tokens."""
+        """Take the policy's turn, decoded without special tokens (or as ``raw_actions`` says)."""
         ...
 
 

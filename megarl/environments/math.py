@@ -11,9 +11,10 @@ import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megarl.environments.base import Verifier
+from megarl.environments.text import last_boxed, last_number
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,27 +101,38 @@ class MathEnvironment(Verifier):
 
     The reference may be a plain number or LaTeX, with or without delimiters. In the response,
     math-verify looks for boxed answers, "final answer is", LaTeX, then plain numbers, the last one
-    first. ``info`` has the parsed answer (``answer``) or why there is none: ``unparsed``,
-    ``timeout`` or ``incomparable``, each True with ``detail``.
+    first; ``extract`` boxed or last_number lets it see that part of the response only, and a response
+    without one gets 0 (``unparsed``). ``info`` has the parsed answer (``answer``) or why there is none:
+    ``unparsed``, ``timeout`` or ``incomparable``, each True with ``detail``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, extract: Literal["any", "boxed", "last_number"] = "any") -> None:
+        self._extract = extract
         self._worker = _Worker()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copy in another process starts its own worker
+        return {"_extract": self._extract}  # a copy in another process starts its own worker
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._extract = state["_extract"]
         self._worker = _Worker()
 
     def __copy__(self) -> MathEnvironment:
         episode = MathEnvironment.__new__(MathEnvironment)
-        episode._worker = self._worker
+        episode._extract, episode._worker = self._extract, self._worker
         return episode
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
         """Reward 0 or 1. A reference that cannot be parsed raises: the loader has refused it before."""
         reference = str(prompt.metadata["answer"])
+        if self._extract != "any":
+            found = last_boxed(response_text) if self._extract == "boxed" else last_number(response_text)
+            if not found:
+                return 0.0, {
+                    "unparsed": True,
+                    "detail": f"no {self._extract.replace('_', ' ')} in the response",
+                }
+            response_text = f"\\boxed{{{found}}}"
         reply = await asyncio.to_thread(self._worker.ask, reference, response_text)
         outcome, detail = reply["outcome"], reply["detail"]
         if outcome == "bad_reference":

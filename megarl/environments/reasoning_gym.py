@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from reasoning_gym.utils import extract_answer
 
 from megarl.environments.base import Verifier
 from megarl.environments.tasks import make_dataset
+from megarl.environments.text import last_number
 
 if TYPE_CHECKING:
     from megarl.config.schema import ReasoningGymSource
     from megarl.records import Prompt
-
-
-_NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\d[\d,]*(?:\.\d+)?")
-
-
-def last_number(text: str) -> str:
-    """The last decimal number in ``text`` without thousands separators; "" where there is none.
-
-    A minus counts as a sign when no word or number stands directly before it: "5-3" ends in 3,
-    "= -3" in -3.
-    """
-    found = _NUMBER.findall(text)
-    return found[-1].replace(",", "").replace("\u2212", "-") if found else ""
 
 
 class ReasoningGymEnvironment(Verifier):

@@ -54,6 +54,12 @@ class PhaseTimers:
                 self._book()
                 self._active.pop()
 
+    def move(self, source: Phase, target: Phase, seconds: float) -> None:
+        """Book ``seconds`` of this step's ``source`` under ``target``: known only afterwards."""
+        self._book()
+        self._step[source] -= seconds
+        self._step[target] += seconds
+
     def start_step(self) -> None:
         """Forget the time since the last step ended (start-up, a long pause): it belongs to no step."""
         assert not self._active, f"step started inside phase {self._active[-1]!r}"

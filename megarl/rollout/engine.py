@@ -98,6 +98,25 @@ class EngineHealth:
     paused: bool
 
 
+class EngineSession(Protocol):
+    """Requests that come one by one, as episodes ask for them; all are decoded together.
+
+    One thread may submit while another iterates.
+    """
+
+    def submit(self, requests: Sequence[GenerateRequest]) -> None:
+        """Add requests; does not wait."""
+        ...
+
+    def __iter__(self) -> Iterator[GeneratedResponse]:
+        """Each response when it finishes; waits for more until the session is closed."""
+        ...
+
+    def close(self) -> None:
+        """End the session and what is unfinished in it."""
+        ...
+
+
 class Engine(Protocol):
     """An engine the trainer drives. Order: wait_ready, attach, sync, then generate and sync in turns."""
 
@@ -129,6 +148,10 @@ class Engine(Protocol):
         self, requests: Sequence[GenerateRequest], sampling: SamplingConfig
     ) -> Iterator[GeneratedResponse]:
         """Sample all requests together; yields each response when it finishes."""
+        ...
+
+    def session(self, sampling: SamplingConfig) -> EngineSession:
+        """Sample requests that are not all known yet."""
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
+from megarl.rollout.vllm_session import VllmSession, actor_died
 from megarl.rollout.vllm_worker import EngineActor, EngineSettings
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
@@ -108,7 +109,7 @@ class VllmEngine:
         """
         try:
             self._wait_started()
-        except _actor_died() as death:
+        except actor_died() as death:
             raise EngineError(self._explain(f"the vLLM engine died while starting: {death}")) from death
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
@@ -148,6 +149,10 @@ class VllmEngine:
         self._check_requests(requests)
         return self._generate({request.request_id: request for request in requests}, sampling)
 
+    def session(self, sampling: SamplingConfig) -> VllmSession:
+        """See Engine.session. Survives the actor's death as generate does."""
+        return VllmSession(self, sampling)
+
     def abort(self, request_ids: Sequence[str]) -> None:
         """See Engine.abort; the aborted responses come out of generate with what they had."""
         self._call("abort", list(request_ids))
@@ -176,7 +181,7 @@ class VllmEngine:
         """See Engine.health. Raises EngineError when the actor does not answer; restarts nothing."""
         try:
             return self._get(self._actor.health.remote(), timeout=30)
-        except (_actor_died(), TimeoutError) as error:
+        except (actor_died(), TimeoutError) as error:
             raise EngineError(self._explain(f"the vLLM engine does not answer: {error}")) from error
 
     def shutdown(self) -> None:
@@ -218,7 +223,7 @@ class VllmEngine:
                             del unfinished[response.request_id]
                             self._deaths_in_a_row = 0
                             yield response
-                except _actor_died() as death:
+                except actor_died() as death:
                     self._replace(
                         death,
                         f"{len(unfinished)} unfinished requests are sampled again",
@@ -232,7 +237,7 @@ class VllmEngine:
         while True:
             try:
                 return self._get(getattr(self._actor, method).remote(*args))
-            except _actor_died() as death:
+            except actor_died() as death:
                 self._replace(death, f"{method} is called again")
 
     def _replace(self, death: Exception, then: str) -> None:
@@ -256,7 +261,7 @@ class VllmEngine:
                 if self._policy_version is not None:
                     self._get(self._actor.sync.remote(self._policy_version))
                 return
-            except _actor_died() as next_death:
+            except actor_died() as next_death:
                 death = next_death
 
     def _get(self, reference: Any, timeout: float | None = None) -> Any:
@@ -291,12 +296,6 @@ class VllmEngine:
                     f"request {request.request_id}: a prompt of {len(request.prompt_ids)} tokens does not fit"
                     f" an engine with max_model_len {limit} (at least 1 of each prompt and response)"
                 )
-
-
-def _actor_died() -> type[Exception]:
-    from ray.exceptions import RayActorError
-
-    return RayActorError
 
 
 def _cause(death: Exception) -> str:

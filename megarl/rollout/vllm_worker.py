@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
-ResponseQueue = queue.SimpleQueue["list[GeneratedResponse] | BaseException"]
+ResponseQueue = queue.SimpleQueue["list[GeneratedResponse] | BaseException | None"]
 
 # Prefixes are shared in whole blocks; with the default of 128 tokens, short prompts would share nothing.
 KV_BLOCK_SIZE = 32
@@ -85,6 +85,7 @@ class EngineActor:
         self._started: Future[None] = Future()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._requests: dict[str, ResponseQueue] = {}  # unfinished, by id
+        self._sessions: dict[str, ResponseQueue] = {}  # open, by id
         self._policy_version: int | None = None
         self._paused = False
         self._engine: LLMEngine
@@ -133,10 +134,39 @@ class EngineActor:
         remaining = len(requests)
         while remaining:
             finished = responses.get()
+            assert finished is not None, "only a session ends early"
             if isinstance(finished, BaseException):
                 raise finished
             remaining -= len(finished)
             yield finished
+
+    def stream(self, session: str) -> Iterator[list[GeneratedResponse]]:
+        """Stream what finishes of the requests submitted to ``session``, until it is ended."""
+        responses = self._session(session)
+        while (finished := responses.get()) is not None:
+            if isinstance(finished, BaseException):
+                raise finished
+            yield finished
+
+    def submit(self, session: str, requests: list[GenerateRequest], sampling: SamplingConfig) -> None:
+        """Add requests to a session; what is wrong with them comes out of its stream."""
+        responses = self._session(session)
+        try:
+            self._on_engine_thread(lambda: self._admit(requests, sampling, responses))
+        except BaseException as error:
+            responses.put(error)
+
+    def end_session(self, session: str) -> None:
+        """Abort what is unfinished and end the stream."""
+        responses = self._session(session)
+        unfinished = [name for name, owner in self._requests.copy().items() if owner is responses]
+        self._on_engine_thread(lambda: self._abort(unfinished))
+        responses.put(None)
+        del self._sessions[session]
+
+    def _session(self, session: str) -> ResponseQueue:
+        # Ray's threads may run submit before stream; setdefault is one step for either.
+        return self._sessions.setdefault(session, queue.SimpleQueue())
 
     def abort(self, request_ids: list[str]) -> None:
         """See Engine.abort."""
