@@ -49,9 +49,9 @@ class MultipleChoiceEnvironment(Verifier):
         marked = self._marked.findall(text)
         if marked:
             return str(marked[-1]).upper()
-        text = text.strip()
-        if len(text) == 1 and text.upper() in self._letters:
-            return text.upper()
+        whole = text.strip().strip("().*: ").upper()
+        if len(whole) == 1 and whole in self._letters:
+            return whole
         bare = set(self._bare.findall(text))
         return bare.pop() if len(bare) == 1 else None
 
