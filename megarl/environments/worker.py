@@ -38,12 +38,19 @@ class EnvironmentActor:
         sys.path += [path for path in import_paths if path not in sys.path]  # the user's own packages
         from megarl.environments import make
 
-        self._environment: Environment = make(source, field)
+        self._failure: Exception | None = None
+        self._environment: Environment
+        try:
+            self._environment = make(source, field)
+        except Exception as error:  # told by facts(): Ray would bury it in its own words
+            self._failure = error
         self._timeout = timeout_seconds
         self._episodes: dict[str, Environment] = {}
 
     async def facts(self) -> EnvironmentFacts:
-        """Sign of life, and what kind of environment this is."""
+        """Sign of life, and what kind of environment this is; raises what making it raised."""
+        if self._failure is not None:
+            raise self._failure
         return EnvironmentFacts(
             pid=os.getpid(),
             one_step=isinstance(self._environment, Verifier),
