@@ -15,13 +15,14 @@ ESCAPES: dict[str, tuple[str, str, str]] = {
         "done\n",
     ),
     "memory": (
-        "x = []\ntry:\n    while True:\n        x.append(bytearray(1 << 20))\nexcept MemoryError:\n    print('stopped')\n",
+        "x = []\ntry:\n    while True:\n        x.append(bytearray(1 << 20))\n"
+        "except MemoryError:\n    print('stopped')\n",
         "exited",
         "stopped\n",
     ),
     "memory of many processes": (
         "import os, time\n"
-        "for _ in range(8):\n    if os.fork() == 0:\n        x = bytearray(40 << 20)\n        time.sleep(60)\n"
+        "for _ in range(8):\n    if os.fork() == 0:\n        x = bytearray(40 << 20)\n        time.sleep(60)\n"  # noqa: E501
         "time.sleep(60)\n",
         "memory or timeout",
         "",
@@ -35,14 +36,14 @@ ESCAPES: dict[str, tuple[str, str, str]] = {
     "endless loop": ("while True:\n    pass\n", "timeout", ""),
     "sleep": ("import time\ntime.sleep(600)\n", "timeout", ""),
     "a big file": (
-        "try:\n    with open('f', 'wb') as f:\n        for _ in range(100):\n            f.write(bytes(1 << 20))\n"
+        "try:\n    with open('f', 'wb') as f:\n        for _ in range(100):\n            f.write(bytes(1 << 20))\n"  # noqa: E501
         "except OSError:\n    print('stopped')\n",
         "exited",
         "stopped\n",
     ),
     "writing outside": (
         "import os\n"
-        "for path in ('/x', '/usr/x', '/etc/x', '/root/x', '/home/x', '/dev/shm/x', '/var/tmp/x', HOST + '/x'):\n"
+        "for path in ('/x', '/usr/x', '/etc/x', '/root/x', '/home/x', '/dev/shm/x', '/var/tmp/x', HOST + '/x'):\n"  # noqa: E501
         "    try:\n        open(path, 'w').close()\n        print('wrote', path)\n"
         "    except OSError:\n        pass\n"
         "open('inside', 'w').close()\nprint(os.path.exists('inside'))\n",
@@ -51,7 +52,7 @@ ESCAPES: dict[str, tuple[str, str, str]] = {
     ),
     "reading outside": (
         "import os\n"
-        "for path in ('/etc/shadow', '/etc/passwd', HOST + '/secret', '/root/.bashrc', '/proc/1/environ', '/proc/1/cwd/x'):\n"
+        "for path in ('/etc/shadow', '/etc/passwd', HOST + '/secret', '/root/.bashrc', '/proc/1/environ', '/proc/1/cwd/x'):\n"  # noqa: E501
         "    try:\n        text = open(path).read()\n"
         "        if 'SECRET' in text or 'root:' in text:\n            print('read', path)\n"
         "    except OSError:\n        pass\n"
@@ -85,7 +86,7 @@ ESCAPES: dict[str, tuple[str, str, str]] = {
         "import os, signal\n"
         "killed = []\n"
         "for pid in (PARENT, os.getppid()):\n"
-        "    try:\n        os.kill(pid, signal.SIGTERM) if pid > 1 else None\n        killed += [pid] if pid > 1 else []\n"
+        "    try:\n        os.kill(pid, signal.SIGTERM) if pid > 1 else None\n        killed += [pid] if pid > 1 else []\n"  # noqa: E501
         "    except OSError:\n        pass\n"
         "print(killed)\n",
         "exited",
@@ -94,7 +95,7 @@ ESCAPES: dict[str, tuple[str, str, str]] = {
     "becoming root": (
         "import ctypes, os\n"
         "libc = ctypes.CDLL(None)\n"
-        "print(libc.unshare(0x10000000), libc.mount(b'none', b'/work', b'tmpfs', 0, None), libc.setuid(0) if os.getuid() else -1,\n"
+        "print(libc.unshare(0x10000000), libc.mount(b'none', b'/work', b'tmpfs', 0, None), libc.setuid(0) if os.getuid() else -1,\n"  # noqa: E501
         "      libc.ptrace(16, 1, 0, 0), libc.syscall(425, 1, 0))\n",
         "exited",
         "-1 -1 -1 -1 -1\n",

@@ -144,7 +144,8 @@ def test_nobody_gets_out_either(tmp_path: Path, port: int):
     try:
         done = subprocess.run(
             [PLAIN_PYTHON, "-B", "-c", code],
-            user=65534, group=65534, extra_groups=[], cwd="/", env={**os.environ, "TOKEN": "SECRET", "TMPDIR": "/tmp"},
+            user=65534, group=65534, extra_groups=[], cwd="/",
+            env={**os.environ, "TOKEN": "SECRET", "TMPDIR": "/tmp"},
             capture_output=True, text=True, timeout=250, check=False,
         )  # fmt: skip
         assert sorted(path.name for path in folder.iterdir()) == ["secret"]
