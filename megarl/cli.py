@@ -137,7 +137,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from megarl.config.load import load_config
     from megarl.config.schema import EvalConfig
     from megarl.config.suggest import COMMANDS
-    from megarl.launch import adopt_slurm, run_ranks, world_size
+    from megarl.launch import adopt_slurm, run_ranks, run_ranks_on_ray, world_size
 
     adopt_slurm(os.environ)
     started = world_size(os.environ)
@@ -157,8 +157,12 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if _rank() == 0:
             print(_resolved(config), end="")
         return 0
-    if not isinstance(config, EvalConfig) and config.parallel.num_processes > 1 and started is None:
-        return run_ranks(config.parallel.num_processes, arguments, Path(config.run.dir) / "ranks")
+    if not isinstance(config, EvalConfig) and started is None:
+        count, ranks_path = config.parallel.num_processes, Path(config.run.dir) / "ranks"
+        if config.launcher == "ray":
+            return run_ranks_on_ray(count, arguments, ranks_path)
+        if count > 1:
+            return run_ranks(count, arguments, ranks_path)
     _call_loop(config)
     return 0
 

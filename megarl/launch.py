@@ -8,7 +8,6 @@ after SIGTERM), hands signals on exactly once and waits for the checkpoint that 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -16,12 +15,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from megarl.cluster import heartbeat
+from megarl.cluster.processes import die_with_parent
 from megarl.errors import UserError
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -29,7 +29,6 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Ranks that lost one of their number may hang in a collective: they get this long to end by themselves.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RankProcess(Protocol):
@@ -115,7 +114,30 @@ def run_ranks(num_processes: int, arguments: Sequence[str], ranks_path: Path | N
     Returns:
         The exit code of the rank that failed first (128 + n after signal n), else 0.
     """
-    ranks: list[subprocess.Popen[bytes]] = []
+    port = str(_free_port())
+
+    def start(signalled: Sequence[int]) -> Iterator[RankProcess]:
+        for rank in range(num_processes):
+            if signalled:
+                return
+            yield _start_rank(rank, num_processes, port, arguments)
+
+    return _run(start, ranks_path)
+
+
+def run_ranks_on_ray(num_processes: int, arguments: Sequence[str], ranks_path: Path | None = None) -> int:
+    """As :func:`run_ranks`, each rank where Ray places its actor; see :mod:`megarl.cluster.ray_ranks`."""
+    from megarl.cluster.ray_ranks import start_ranks, stop_ray
+
+    try:
+        return _run(lambda signalled: start_ranks(num_processes, arguments, signalled), ranks_path)
+    finally:
+        stop_ray()
+
+
+def _run(start: Callable[[Sequence[int]], Iterable[RankProcess]], ranks_path: Path | None) -> int:
+    """Start ranks, hand signals on to them and wait for them."""
+    ranks: list[RankProcess] = []
     signalled: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -123,19 +145,14 @@ def run_ranks(num_processes: int, arguments: Sequence[str], ranks_path: Path | N
         _send(ranks, signal.SIGTERM if number == signal.SIGHUP else number)
 
     previous = {number: signal.signal(number, forward) for number in _FORWARDED}
-    port = str(_free_port())
     try:
-        for rank in range(num_processes):
-            if signalled:
-                break
-            ranks.append(_start_rank(rank, num_processes, port, arguments))
+        for rank in start(signalled):
+            ranks.append(rank)
         if signalled:  # ranks that were not yet in the list when it came
             _send(ranks, signal.SIGTERM)
         return wait_for(ranks, signalled, ranks_path)
     finally:
-        for rank_process in ranks:
-            if rank_process.poll() is None:
-                rank_process.kill()
+        _send(ranks, signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -157,12 +174,8 @@ def _start_rank(rank: int, size: int, port: str, arguments: Sequence[str]) -> su
         [sys.executable, "-m", "megarl.cli", *arguments],
         env=environment,
         start_new_session=True,  # a Ctrl-C reaches the ranks through this process only, once
-        preexec_fn=_die_with_parent,  # a SIGKILL here must not leave ranks writing to the run directory
+        preexec_fn=die_with_parent,  # a SIGKILL here must not leave ranks writing to the run directory
     )
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait_for(ranks: Sequence[RankProcess], signalled: Sequence[int], ranks_path: Path | None) -> int:

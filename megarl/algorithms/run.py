@@ -129,6 +129,8 @@ class Run:
             write_report(self.directory.path)
         if number is not None and step != last_step:
             self.console.note(f"Stopped at step {step}; the same command goes on from there")
+            # srun and torchrun end the other ranks when one has ended like this: rank 0 must be done.
+            broadcast(None)
             raise Interrupted(128 + number)
 
     def signal_number(self) -> int | None:

@@ -1,4 +1,4 @@
-"""One local Ray runtime per driver process: started quietly, tied to the driver's life.
+"""One Ray runtime per driver process: a local one tied to the driver's life, or that of a cluster.
 
 Ray's own processes get the kernel's parent-death signal from ``ray.init`` and end with the thread
 that called it, so :func:`start_ray` belongs on the main thread. Workers end when their raylet does;
@@ -15,11 +15,16 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from megarl.errors import UserError
+
 # Records cross by value and weights not at all, so the object store only needs Ray's minimum comfort.
 OBJECT_STORE_BYTES = 128 * 2**20
+# Set for ranks that run on a Ray cluster (`launcher: ray`): where it listens.
+ADDRESS_VARIABLE = "MEGARL_RAY_ADDRESS"
 _DIR_PREFIX = "megarl-ray-"
 # Unix socket paths end at 107 bytes, and Ray's session directory takes about 75 of them.
 _MAX_TEMP_ROOT = 30
@@ -28,16 +33,17 @@ _MAX_TEMP_ROOT = 30
 @dataclass(frozen=True, slots=True)
 class _Session:
     temp_dir: Path
-    reaper: subprocess.Popen[bytes]
+    reaper: subprocess.Popen[bytes] | None  # of a Ray that was started here
 
 
 _sessions: list[_Session] = []  # one while Ray runs
 
 
-def start_ray() -> None:
-    """Start this driver's own Ray on this machine; does nothing when it runs already."""
-    import ray
+def start_ray(num_cpus: int | None = None) -> None:
+    """Start this driver's own Ray on this machine, or join the cluster its rank was placed on.
 
+    Does nothing when it runs already. ``num_cpus`` is what its actors may ask for; None is all cores.
+    """
     if _sessions:
         return
     _remove_stale_dirs()
@@ -46,19 +52,73 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
     temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(
+    if address := os.environ.get(ADDRESS_VARIABLE):
+        _init(address=address)
+        _sessions.append(_Session(Path(temp_dir), None))
+        return
+    _init(
         address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
-        num_cpus=os.cpu_count(),
+        num_cpus=num_cpus or os.cpu_count(),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
         _temp_dir=temp_dir,
     )
+    _sessions.append(_Session(Path(temp_dir), _start_reaper(temp_dir)))
+
+
+def connect_ray(num_cpus: int) -> str:
+    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start a local one.
+
+    A local one offers at least ``num_cpus`` cores. Returns the address that processes join it at.
+
+    Raises:
+        UserError: RAY_ADDRESS is a Ray Client's address, or nobody answers there.
+    """
+    import ray
+
+    named = os.environ.get("RAY_ADDRESS")
+    if named and named.startswith("ray://"):
+        raise UserError(f"RAY_ADDRESS: a Ray Client (got {named}) cannot start ranks; use HOST:6379")
+    try:
+        _init(address=named or "auto")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if named:
+            raise UserError(f"RAY_ADDRESS: no Ray cluster answers at {named} ({error})") from error
+        start_ray(max(num_cpus, os.cpu_count() or 1))
+    else:
+        temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
+        _sessions.append(_Session(Path(temp_dir), None))
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _init(**options: Any) -> None:
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     # Ray puts a crash reporter on SIGTERM, after which the driver could no longer end in order.
     signal.signal(signal.SIGTERM, handler)
-    _sessions.append(_Session(Path(temp_dir), _start_reaper()))
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that shares memory with this process: the same node, the same GPUs in view."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node = ray.get_runtime_context().get_node_id()
+    options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if (
+        devices is not None and ADDRESS_VARIABLE in os.environ
+    ):  # the cluster's workers have not inherited them
+        seen = {"CUDA_VISIBLE_DEVICES": devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        options["runtime_env"] = {"env_vars": seen}
+    return options
+
+
+def started_here() -> bool:
+    """Whether Ray runs for this driver alone, on this machine."""
+    return bool(_sessions) and _sessions[0].reaper is not None
 
 
 def ray_temp_dir() -> Path:
@@ -73,17 +133,22 @@ def stop_ray() -> None:
     import ray
 
     session = _sessions.pop()
-    session.reaper.kill()
-    session.reaper.communicate()
+    if session.reaper is not None:
+        session.reaper.kill()
+        session.reaper.communicate()
     ray.shutdown()
     shutil.rmtree(session.temp_dir, ignore_errors=True)  # a daemon may still be writing its last log line
 
 
-def _start_reaper() -> subprocess.Popen[bytes]:
-    """A shell that waits for the driver's end of a pipe to close, then ends the raylet's children."""
+def _start_reaper(temp_dir: str) -> subprocess.Popen[bytes]:
+    """A shell that waits for the driver's end of a pipe to close, then ends the raylet's children.
+
+    Ray's directory goes when they are gone.
+    """
     raylets = [child for child in psutil.Process().children() if _name(child) == "raylet"]
     pids = [str(child.pid) for raylet in raylets for child in raylet.children()]
-    command = ["/bin/sh", "-c", 'read _; kill -9 "$@" 2>/dev/null', "megarl-ray-reaper", *pids]
+    script = 'read _; folder=$1; shift; kill -9 "$@" 2>/dev/null; sleep 1; rm -rf "$folder"'
+    command = ["/bin/sh", "-c", script, "megarl-ray-reaper", temp_dir, *pids]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 

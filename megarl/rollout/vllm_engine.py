@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.cluster.ray_runtime import ray_temp_dir, start_ray
+from megarl.cluster.ray_runtime import beside_driver, ray_temp_dir, start_ray
 from megarl.config.schema import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout.engine import (
@@ -196,7 +196,7 @@ class VllmEngine:
         self._asleep = False
         actor_class: Any = ray.remote(EngineActor)
         self._actor: Any = actor_class.options(
-            num_cpus=0, max_restarts=0, max_concurrency=_ACTOR_THREADS
+            num_cpus=0, max_restarts=0, max_concurrency=_ACTOR_THREADS, **beside_driver()
         ).remote(self._settings, str(self._log_path))
         self._started: Any = self._actor.wait_started.remote()
 

@@ -1,0 +1,255 @@
+"""`launcher: ray`: trainer ranks on the nodes of a Ray cluster, one actor of a placement group each.
+
+An actor starts its rank as a process of its own (``python -m megarl.cli`` with RANK, WORLD_SIZE ...), the
+same that torchrun or srun would have started, hands signals and output on and ends with it: the rank knows
+nothing of Ray. The driver's own cluster is used where there is one (RAY_ADDRESS, or ``ray start`` on
+this machine), and waited for: nodes may join at any time. Otherwise this machine is the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.cluster.processes import die_with_parent
+from megarl.cluster.ray_runtime import ADDRESS_VARIABLE, connect_ray, started_here, stop_ray
+
+_WAIT_LINE_SECONDS = 30.0
+_GONE_EXIT_CODE = -signal.SIGKILL  # an actor that died took its rank with it
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where an actor has landed."""
+
+    node_id: str
+    address: str  # that other nodes reach it at
+    devices: tuple[int, ...]  # GPUs Ray gave it, empty on a CPU
+
+
+class RankActor:
+    """Body of the Ray actor: one rank's process. Calls come on several threads."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def place(self) -> RankPlace:
+        """Where this actor runs."""
+        import ray
+
+        context = ray.get_runtime_context()
+        devices = context.get_accelerator_ids().get("GPU", [])
+        return RankPlace(context.get_node_id(), ray.util.get_node_ip_address(), tuple(map(int, devices)))
+
+    def free_port(self) -> int:
+        """A port of this node that nobody listens on."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
+        """Start the rank in ``folder``; its process id."""
+        # What Ray tells its own workers is not meant for a program that may start a Ray of its own.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megarl.cli", *arguments],
+            env={**inherited, **environment},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_parent,
+        )
+        return self._process.pid
+
+    def output(self) -> Iterator[bytes]:
+        """What the rank prints, as it prints it."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        while chunk := os.read(descriptor, 65536):
+            yield chunk
+
+    def wait(self) -> int:
+        """The rank's exit code (-n after signal n), when it has ended."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def send_signal(self, number: int) -> None:
+        """Hand a signal on."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+
+class RayRank:
+    """One rank as the launcher sees it; implements :class:`megarl.launch.RankProcess`."""
+
+    def __init__(self, actor: Any, pid: int) -> None:
+        self.pid = pid
+        self._actor = actor
+        self._code: int | None = None
+        self._ended: Any = actor.wait.remote()
+        self._printer = threading.Thread(target=self._print, daemon=True)
+        self._printer.start()
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs; that of a SIGKILL where its actor or node is gone."""
+        import ray
+        from ray.exceptions import RayError
+
+        if self._code is None and ray.wait([self._ended], timeout=0)[0]:
+            try:
+                self._code = ray.get(self._ended)
+            except RayError:
+                self._code = _GONE_EXIT_CODE
+            self._printer.join(5)
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        """Hand a signal on; an actor that does not answer is ended."""
+        import ray
+
+        if self.poll() is not None:
+            return
+        if number == signal.SIGKILL:
+            ray.kill(self._actor, no_restart=True)  # its rank dies with it
+        else:
+            self._actor.send_signal.remote(number)
+
+    def _print(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            for chunk in self._actor.output.options(num_returns="streaming").remote():
+                sys.stdout.buffer.write(ray.get(chunk))
+                sys.stdout.buffer.flush()
+        except RayError:  # poll tells
+            return
+
+
+def start_ranks(num_ranks: int, arguments: Sequence[str], signalled: Sequence[int] = ()) -> list[RayRank]:
+    """Place ``num_ranks`` actors, a GPU each where the cluster has any, else a core each; start the ranks.
+
+    Ranks of one node have neighbouring numbers, in the order of their GPUs. Returns when all have started,
+    or with none when a signal comes (``signalled`` is no longer empty) while nodes are waited for.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    import ray
+
+    address = connect_ray(num_ranks)
+    on_gpu = _wants_gpus()
+    actors = _place(num_ranks, "GPU" if on_gpu else "CPU", signalled)
+    if not actors:
+        return []
+    places: list[RankPlace] = ray.get([actor.place.remote() for actor in actors])
+    order = sorted(
+        range(num_ranks), key=lambda i: (*_node_order(places)[places[i].node_id], places[i].devices)
+    )
+    actors, places = [actors[i] for i in order], [places[i] for i in order]
+    port = ray.get(actors[0].free_port.remote())
+    nodes = [place.node_id for place in places]
+    print(f"Ray: {num_ranks} ranks on {len(set(nodes))} node{'s' if len(set(nodes)) > 1 else ''}, {address}")
+    starts = []
+    for rank, (actor, place) in enumerate(zip(actors, places, strict=True)):
+        local = nodes[:rank].count(place.node_id)
+        here = [p for p in places if p.node_id == place.node_id]
+        environment = {
+            **_forwarded(),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(len(here)),
+            "MASTER_ADDR": places[0].address,
+            "MASTER_PORT": str(port),
+            ADDRESS_VARIABLE: address,
+        }
+        if on_gpu:  # all of the node's, so that LOCAL_RANK counts in them and engines see their neighbours'
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(d) for p in here for d in p.devices)
+        starts.append(actor.start.remote(list(arguments), environment, str(Path.cwd())))
+    return [RayRank(actor, pid) for actor, pid in zip(actors, ray.get(starts), strict=True)]
+
+
+def _wants_gpus() -> bool:
+    """Whether ranks are placed on GPUs. Not what has joined counts, nodes with GPUs may still come."""
+    import ray
+
+    if os.environ.get("MEGARL_PLATFORM") == "cpu":
+        return False
+    import torch
+
+    return torch.version.cuda is not None and (not started_here() or bool(ray.cluster_resources().get("GPU")))
+
+
+def _place(num_ranks: int, resource: str, signalled: Sequence[int]) -> list[Any]:
+    """Actors in a placement group, when enough nodes have joined."""
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group([{resource: 1}] * num_ranks, strategy="PACK")
+    began = said = time.monotonic()
+    while not group.wait(1):
+        if signalled:
+            return []
+        now = time.monotonic()
+        if now - said > _WAIT_LINE_SECONDS or said == began:
+            said = now
+            there = int(ray.cluster_resources().get(resource, 0))
+            free = int(ray.available_resources().get(resource, 0))
+            print(
+                f"Ray: waiting for {num_ranks} {resource}s; {there} have joined, {free} of them are free "
+                f"({now - began:.0f} s; MEGARL_PLATFORM=cpu places ranks on cores)"
+                if resource == "GPU"
+                else f"({now - began:.0f} s)",
+                flush=True,
+            )
+    actor_class: Any = ray.remote(RankActor)
+    return [
+        actor_class.options(
+            num_cpus=1 if resource == "CPU" else 0,
+            num_gpus=1 if resource == "GPU" else 0,
+            max_restarts=0,
+            max_concurrency=8,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        ).remote()
+        for index in range(num_ranks)
+    ]
+
+
+def _node_order(places: Sequence[RankPlace]) -> dict[str, tuple[int, str]]:
+    """This machine's node first, since rank 0 writes the run directory and talks to the terminal."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return {place.node_id: (place.node_id != here, place.node_id) for place in places}
+
+
+def _forwarded() -> dict[str, str]:
+    """Of the driver's environment, what ranks on other nodes should see too."""
+    prefixes = (
+        "MEGARL_",
+        "HF_",
+        "NCCL_",
+        "GLOO_",
+        "OMP_",
+        "TORCH_",
+        "VLLM_",
+        "WANDB_",
+        "PYTHON",
+        "TOKENIZERS_",
+    )
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
+__all__ = ["RankActor", "RankPlace", "RayRank", "start_ranks", "stop_ray"]

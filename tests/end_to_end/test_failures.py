@@ -1,0 +1,152 @@
+"""Runs whose processes are killed or stopped: how they end, what they say, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.end_to_end.conftest import FinishedRun
+from tests.end_to_end.harness import GRPO, SFT, Command, read_steps, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+HANG_TIMEOUT = 6.0
+END_WITHIN = 60.0  # seconds, on a machine that does other things as well
+
+
+def beat(directory: Path, rank: int) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((directory / "ranks" / f"rank_{rank:05}.json").read_text())
+    return values
+
+
+def shared_memory() -> set[str]:
+    """Files that torch, vLLM and Python's multiprocessing share memory through."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def family(command: Command) -> list[psutil.Process]:
+    """Every process of the run, and what listens for them."""
+    parent = psutil.Process(command.process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def check_nothing_is_left(processes: list[psutil.Process], before: set[str]) -> None:
+    """No process (a zombie waits for its parent only), so no port either, and no shared memory."""
+    deadline = time.monotonic() + 30
+    while True:
+        alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        left = {name for name in shared_memory() - before if name.startswith(("torch_", "psm_", "sem."))}
+        if not alive and not left:
+            return
+        assert time.monotonic() < deadline, f"left behind: {alive}, {left}"
+        time.sleep(0.2)
+
+
+def start_sft(folder: Path, model: Path, *options: str) -> Command:
+    config = write_config(
+        folder / "sft.yaml",
+        SFT,
+        run_dir=folder / "run",
+        model=model,
+        training={"num_steps": 100_000},
+        parallel={"num_processes": 2, "tensor_parallel_size": 2},
+    )
+    command = Command("sft", "--config", config, *options, output=folder / "log")
+    command.wait_until(lambda: len(read_steps(folder / "run")) >= 3)
+    return command
+
+
+@pytest.mark.parametrize("launcher", ["auto", "ray"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run(tmp_path: Path, model: Path, rank: int, launcher: str) -> None:
+    before = shared_memory()
+    command = start_sft(tmp_path, model, f"launcher={launcher}")
+    processes = family(command)
+    victim = beat(tmp_path / "run", rank)
+    psutil.Process(victim["pid"]).kill()
+    began = time.monotonic()
+    assert command.wait(END_WITHIN) != 0
+    print(f"ended {time.monotonic() - began:.1f} s after the kill")
+    name = f"rank {rank} (host {victim['host']}, process {victim['pid']})"
+    assert f"error: {name} was killed by SIGKILL; last seen in step " in command.output or (
+        f"error: {name} is gone; last seen in step " in command.output
+    ), command.output
+    assert "phase train" in command.output or "between phases" in command.output
+    check_nothing_is_left(processes, before)
+
+
+def test_a_stopped_rank_ends_the_run(tmp_path: Path, model: Path) -> None:
+    """Rank 1 does nothing any more; rank 0 waits in a collective until the time-out."""
+    before = shared_memory()
+    command = start_sft(tmp_path, model, f"run.hang_timeout_seconds={HANG_TIMEOUT}")
+    processes = family(command)
+    victim = psutil.Process(beat(tmp_path / "run", 1)["pid"])
+    victim.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert command.wait(HANG_TIMEOUT + END_WITHIN) != 0
+    assert time.monotonic() - began >= HANG_TIMEOUT
+    said = f"process {victim.pid}) has given no sign of life for"
+    assert said in command.output, command.output
+    assert "ranks 0: step" in command.output
+    failure = (tmp_path / "run" / "ranks" / "failure.txt").read_text()
+    assert said in failure
+    # Where rank 0 was waiting is on disk too.
+    assert "train_step" in (tmp_path / "run" / "ranks" / "rank_00000.traceback").read_text()
+    check_nothing_is_left(processes, before)
+
+
+def engine_processes(command: Command) -> list[psutil.Process]:
+    """The engine's actor, and its workers where it has several ranks."""
+    found = []
+    for process in family(command):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if "EngineActor" in line or "VLLM::Worker" in line or "multiprocessing.spawn" in line:
+            found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("victim", ["actor", "worker", "rank"])
+def test_a_killed_engine_process(tmp_path: Path, sft_run: FinishedRun, victim: str) -> None:
+    """An engine of two tensor ranks: the run goes on with a new one; a killed trainer takes it along."""
+    before = shared_memory()
+    config = write_config(
+        tmp_path / "grpo.yaml",
+        GRPO,
+        run_dir=tmp_path / "run",
+        model=sft_run.dir / "hf",
+        training={"num_steps": 6},
+        evaluation={"at_start": False, "at_end": False},
+        checkpoint={"interval": 0, "export_hf": False},
+    )
+    tensor_parallel = "rollout.engine.tensor_parallel_size=2"
+    options = [] if victim == "rank" else [tensor_parallel]
+    command = Command("grpo", "--config", config, *options, output=tmp_path / "log")
+    try:
+        command.wait_until(lambda: len(read_steps(tmp_path / "run")) >= 2)
+        processes = family(command)
+        if victim == "rank":
+            command.kill()
+        else:
+            kinds = ("EngineActor",) if victim == "actor" else ("VLLM::Worker", "multiprocessing.spawn")
+            found = [p for p in engine_processes(command) if any(k in " ".join(p.cmdline()) for k in kinds)]
+            assert found, [p.cmdline() for p in processes]
+            found[0].kill()
+            code = command.wait(600)
+            print(command.output)
+            if code == 0:
+                assert "The vLLM engine died" in command.output
+                assert len(read_steps(tmp_path / "run")) == 6
+            else:  # named, with the engine's log
+                assert "the vLLM engine failed" in command.output
+        check_nothing_is_left(processes, before)
+    finally:
+        command.kill()
