@@ -21,8 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from megarl.errors import UserError
+
 FAILURE_FILE = "failure.txt"
 _TRACEBACK_LINES = 40
+_LOOK_SECONDS = 1.0  # after the error of a collective: its cause is dead already
 
 
 class Heartbeat:
@@ -81,7 +84,8 @@ class Heartbeat:
             self._state = "failed"
             traceback_file(self._folder, self._rank).write_text("".join(traceback.format_exception(error)))
         self._write()
-        if error is not None and self._size > 1:
+        mended_by_user = isinstance(error, SystemExit | KeyboardInterrupt | UserError)
+        if error is not None and not mended_by_user and self._size > 1:
             self._look_for_the_dead()
 
     # --- this rank ----------------------------------------------------------------------------
@@ -162,7 +166,7 @@ class Heartbeat:
 
     def _look_for_the_dead(self) -> None:
         """After an error that may come from a rank that is no more: name that rank."""
-        deadline = time.monotonic() + 2 * self._interval
+        deadline = time.monotonic() + _LOOK_SECONDS
         while time.monotonic() < deadline:
             beats = [read_heartbeat(self._folder, rank) for rank in range(self._size)]
             dead = [b["rank"] for b in beats if b is not None and b["state"] == "running" and is_dead(b)]
