@@ -84,9 +84,12 @@ class Heartbeat:
             self._state = "failed"
             traceback_file(self._folder, self._rank).write_text("".join(traceback.format_exception(error)))
         self._write()
-        mended_by_user = isinstance(error, SystemExit | KeyboardInterrupt | UserError)
-        if error is not None and not mended_by_user and self._size > 1:
-            self._look_for_the_dead()
+        if error is None or isinstance(error, SystemExit | KeyboardInterrupt | UserError):
+            return
+        if self._size == 1 or not self._look_for_the_dead():
+            print(
+                f"error: {explain(self._folder, self._rank, 'failed', show_traceback=False)}", file=sys.stderr
+            )
 
     # --- this rank ----------------------------------------------------------------------------
 
@@ -164,16 +167,17 @@ class Heartbeat:
         if not self._stop.is_set():
             self._fail(_odd_ones(beats), f"has finished nothing for {self._timeout:g} s")
 
-    def _look_for_the_dead(self) -> None:
-        """After an error that may come from a rank that is no more: name that rank."""
+    def _look_for_the_dead(self) -> bool:
+        """After an error that may come from a rank that is no more: name that rank; whether there is one."""
         deadline = time.monotonic() + _LOOK_SECONDS
         while time.monotonic() < deadline:
             beats = [read_heartbeat(self._folder, rank) for rank in range(self._size)]
             dead = [b["rank"] for b in beats if b is not None and b["state"] == "running" and is_dead(b)]
             if dead:
                 report(self._folder, dead, "is gone")
-                return
+                return True
             time.sleep(0.05)
+        return False
 
     def _fail(self, ranks: list[int], what: str) -> None:
         report(self._folder, ranks, what)
@@ -202,12 +206,14 @@ def report(folder: Path, ranks: list[int], what: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def explain(folder: Path, rank: int, what: str) -> str:
+def explain(folder: Path, rank: int, what: str, *, show_traceback: bool = True) -> str:
     """One rank's name, what is wrong with it, its last phase and its traceback."""
     beat = read_heartbeat(folder, rank)
     if beat is None:
         return f"rank {rank} {what}; it had not begun its run"
     text = f"rank {rank} (host {beat['host']}, process {beat['pid']}) {what}; last seen {_where(beat)}"
+    if not show_traceback:  # Python is about to print it
+        return text
     path = traceback_file(folder, rank)
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     if lines:

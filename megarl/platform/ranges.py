@@ -12,20 +12,26 @@ from contextlib import contextmanager
 import torch
 
 _stack: list[str] = []
+_broken: tuple[str, ...] = ()  # the stack that the latest error came out of
 _progress = 0
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
     """Everything inside the ``with`` block belongs to ``name``; may be nested."""
+    global _broken
     on_gpu = torch.cuda.is_initialized()  # on a CPU there is nobody to show NVTX ranges to
     if on_gpu:
         torch.cuda.nvtx.range_push(name)
     _stack.append(name)
+    _broken = ()
     tick()
     try:
         with torch.profiler.record_function(name):
             yield
+    except BaseException:
+        _broken = _broken or tuple(_stack)
+        raise
     finally:
         _stack.pop()
         tick()
@@ -40,8 +46,8 @@ def tick() -> None:
 
 
 def phase_stack() -> tuple[str, ...]:
-    """The open ranges, outermost first."""
-    return tuple(_stack)
+    """The open ranges, outermost first; after an error has left all of them, those it came out of."""
+    return tuple(_stack) or _broken
 
 
 def progress() -> int:

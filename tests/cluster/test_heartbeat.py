@@ -150,7 +150,10 @@ def test_an_error_is_not_a_death(tmp_path: Path) -> None:
     assert beat["state"] == "failed"
     assert "ValueError: no such thing" in heartbeat.traceback_file(ranks.folder, 1).read_text()
     ranks.processes[0].kill()
-    ranks.end()
+    said = ranks.end()[1]
+    name = f"rank 1 (host {os.uname().nodename}, process {ranks.processes[1].pid})"
+    assert said.startswith(f"error: {name} failed; last seen in step 7, phase train > optimizer")
+    assert "ValueError: no such thing" in said
     assert not (ranks.folder / "failure.txt").exists()
 
 

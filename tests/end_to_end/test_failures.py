@@ -150,3 +150,35 @@ def test_a_killed_engine_process(tmp_path: Path, sft_run: FinishedRun, victim: s
         check_nothing_is_left(processes, before)
     finally:
         command.kill()
+
+
+def test_a_killed_verifier_ends_the_run(tmp_path: Path, sft_run: FinishedRun) -> None:
+    """Rather than give rewards of 0: the error says what is gone, and in which phase."""
+    before = shared_memory()
+    problems = tmp_path / "problems.jsonl"
+    rows = ({"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(9) for b in range(9))
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "jsonl", "path": str(problems), "verifier": "math"}
+    config = write_config(
+        tmp_path / "grpo.yaml",
+        GRPO,
+        run_dir=tmp_path / "run",
+        model=sft_run.dir / "hf",
+        data={"train": data, "held_out": None},
+        training={"num_steps": 100},
+        evaluation={"at_start": False, "at_end": False},
+        checkpoint={"interval": 0, "export_hf": False},
+    )
+    command = Command("grpo", "--config", config, output=tmp_path / "log")
+    try:
+        command.wait_until(lambda: len(read_steps(tmp_path / "run")) >= 2)
+        processes = family(command)
+        [worker] = [p for p in processes if "math_worker.py" in " ".join(p.cmdline())]
+        worker.kill()
+        assert command.wait(END_WITHIN) == 1
+        assert "math-verify process ended" in command.output
+        assert "error: rank 0 (host " in command.output
+        assert "phase rollout > reward" in command.output
+        check_nothing_is_left(processes, before)
+    finally:
+        command.kill()

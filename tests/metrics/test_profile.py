@@ -56,6 +56,9 @@ def test_the_stack_follows_errors_and_progress() -> None:
     before = ranges.progress()
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert ranges.phase_stack() == ()
+    assert ranges.phase_stack() == ("outer", "inner")  # where the error came from
     ranges.tick()
     assert ranges.progress() == before + 5
+    with ranges.phase("next"):
+        assert ranges.phase_stack() == ("next",)
+    assert ranges.phase_stack() == ()
