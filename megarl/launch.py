@@ -211,7 +211,7 @@ def _explain_failure(ranks_path: Path, rank: int, code: int, pids: Sequence[int]
     beat = heartbeat.read_heartbeat(ranks_path, rank)
     if beat is None or beat["pid"] not in pids:  # none, or an earlier run's
         print(f"error: rank {rank} {how} before its run began", file=sys.stderr)
-    else:
+    elif beat["state"] != "failed":  # that one has said so itself
         heartbeat.report(ranks_path, [rank], how)
 
 
