@@ -83,14 +83,14 @@ def test_the_best_checkpoint_stays(tmp_path: Path, model: Path) -> None:
     assert "step 2 has no validation_loss, so its checkpoint cannot be the best" in output
 
 
-def test_two_tensor_parallel_ranks_go_on_alone(tmp_path: Path, model: Path, sft_run: FinishedRun) -> None:
+def test_two_pipeline_ranks_go_on_alone(tmp_path: Path, model: Path, sft_run: FinishedRun) -> None:
     """The same file, another layout on the command line: the run says so and goes on."""
     directory = tmp_path / "run"
     config = write_config(tmp_path / "sft.yaml", SFT, run_dir=directory, model=model)
-    layout = ["parallel.num_processes=2", "parallel.tensor_parallel_size=2"]
+    layout = ["parallel.num_processes=2", "parallel.pipeline_parallel_size=2"]
     run("sft", "--config", config, *layout, "training.num_steps=6", output=tmp_path / "1.log")
     output = run("sft", "--config", config, "training.num_steps=12", output=tmp_path / "2.log")
-    assert "parallel.tensor_parallel_size (was 2, now 1)" in output
+    assert "parallel.pipeline_parallel_size (was 2, now 1)" in output
     assert "random states start anew" in output
     for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
         ours, alone = column(directory, name), column(sft_run.dir, name)[:12]

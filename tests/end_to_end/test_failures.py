@@ -55,7 +55,7 @@ def start_sft(folder: Path, model: Path, *options: str) -> Command:
         run_dir=folder / "run",
         model=model,
         training={"num_steps": 100_000},
-        parallel={"num_processes": 2, "tensor_parallel_size": 2},
+        parallel={"num_processes": 2, "pipeline_parallel_size": 2},
     )
     command = Command("sft", "--config", config, *options, output=folder / "log")
     command.wait_until(lambda: len(read_steps(folder / "run")) >= 3)

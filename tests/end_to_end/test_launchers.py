@@ -139,8 +139,8 @@ def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_ray_sft_on_two_nodes(tmp_path: Path, model: Path, sft_run: FinishedRun, cluster: Any) -> None:
-    """Four ranks, tensor by data parallel; the second node joins when the command already waits for it."""
-    layout = {"num_processes": 4, "tensor_parallel_size": 2}
+    """Four ranks, pipeline by data parallel; the second node joins when the command already waits for it."""
+    layout = {"num_processes": 4, "pipeline_parallel_size": 2}
     config = sft_config(tmp_path, model, **layout)
     command = Command("sft", "--config", config, "launcher=ray", output=tmp_path / "log")
     try:
