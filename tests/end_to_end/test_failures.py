@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.conftest import FinishedRun
-from tests.end_to_end.harness import GRPO, SFT, Command, read_steps, write_config
+from tests.end_to_end.harness import GRPO, ROOT, SFT, Command, read_steps, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -46,6 +48,17 @@ def check_nothing_is_left(processes: list[psutil.Process], before: set[str]) -> 
             return
         assert time.monotonic() < deadline, f"left behind: {alive}, {left}"
         time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def two_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that an engine of two tensor ranks can hold: two key/value heads."""
+    path = tmp_path_factory.mktemp("two_heads") / "model"
+    sizes = {"layers": 2, "hidden": 64, "heads": 2, "kv-heads": 2, "head-dim": 32, "intermediate": 128}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
+    return path
 
 
 def start_sft(folder: Path, model: Path, *options: str) -> Command:
@@ -115,14 +128,14 @@ def engine_processes(command: Command) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("victim", ["actor", "worker", "rank"])
-def test_a_killed_engine_process(tmp_path: Path, sft_run: FinishedRun, victim: str) -> None:
+def test_a_killed_engine_process(tmp_path: Path, two_heads: Path, victim: str) -> None:
     """An engine of two tensor ranks: the run goes on with a new one; a killed trainer takes it along."""
     before = shared_memory()
     config = write_config(
         tmp_path / "grpo.yaml",
         GRPO,
         run_dir=tmp_path / "run",
-        model=sft_run.dir / "hf",
+        model=two_heads,
         training={"num_steps": 6},
         evaluation={"at_start": False, "at_end": False},
         checkpoint={"interval": 0, "export_hf": False},
