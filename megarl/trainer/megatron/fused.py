@@ -48,6 +48,12 @@ class SwiGlu(torch.nn.Module):
         """As :func:`swiglu`."""
         return swiglu(x)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Nothing to save; Megatron's MLP asks every module it holds."""
+        return {}
+
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
