@@ -2,8 +2,8 @@
 
 An actor starts its rank as a process of its own (``python -m megarl.cli`` with RANK, WORLD_SIZE ...), the
 same that torchrun or srun would have started, hands signals and output on and ends with it: the rank knows
-nothing of Ray. The driver's own cluster is used where there is one (RAY_ADDRESS, or ``ray start`` on
-this machine), and waited for: nodes may join at any time. Otherwise this machine is the cluster.
+nothing of Ray. The cluster is the one that RAY_ADDRESS names, and is waited for: nodes may join at any
+time. Without RAY_ADDRESS this machine is the cluster.
 """
 
 from __future__ import annotations

@@ -67,9 +67,10 @@ def start_ray(num_cpus: int | None = None) -> None:
 
 
 def connect_ray(num_cpus: int) -> str:
-    """Join the cluster that RAY_ADDRESS names or that runs on this machine, else start a local one.
+    """Join the cluster that RAY_ADDRESS names, else start one of this machine alone.
 
-    A local one offers at least ``num_cpus`` cores. Returns the address that processes join it at.
+    That one offers at least ``num_cpus`` cores. Returns the address that processes join it at. A cluster
+    that is not named is not joined: Ray's own search takes any that runs here, other runs' too.
 
     Raises:
         UserError: RAY_ADDRESS is a Ray Client's address, or nobody answers there.
@@ -77,17 +78,18 @@ def connect_ray(num_cpus: int) -> str:
     import ray
 
     named = os.environ.get("RAY_ADDRESS")
-    if named and named.startswith("ray://"):
+    if not named:
+        start_ray(max(num_cpus, os.cpu_count() or 1))
+        return str(ray.get_runtime_context().gcs_address)
+    if named.startswith("ray://"):
         raise UserError(f"RAY_ADDRESS: a Ray Client (got {named}) cannot start ranks; use HOST:6379")
     try:
-        _init(address=named or "auto")
+        _init(address=named)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        if named:
-            raise UserError(f"RAY_ADDRESS: no Ray cluster answers at {named} ({error})") from error
-        start_ray(max(num_cpus, os.cpu_count() or 1))
-    else:
-        temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
-        _sessions.append(_Session(Path(temp_dir), None))
+        reason = str(error).splitlines()[0]
+        raise UserError(f"RAY_ADDRESS: no Ray cluster answers at {named} ({reason})") from error
+    temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
+    _sessions.append(_Session(Path(temp_dir), None))
     return str(ray.get_runtime_context().gcs_address)
 
 
