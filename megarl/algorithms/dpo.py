@@ -13,7 +13,7 @@ from megarl.algorithms.reference import ReferenceLogprobs
 from megarl.algorithms.run import Run
 from megarl.config.derived import uses_reference
 from megarl.config.preference import DpoConfig
-from megarl.data.order import PromptOrder
+from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs, load_pairs
 from megarl.losses.preference import PreferenceLoss, num_targets, options_of
 from megarl.records import Pair, Sequence
@@ -32,6 +32,7 @@ def run_dpo(config: DpoConfig) -> None:
     from megarl.trainer.megatron.policy import MegatronPolicy
 
     with Run(config, "dpo", is_first=context.is_first) as run:
+        run.tell(train, held_out)
         policy = MegatronPolicy(
             context,
             architecture,
@@ -60,10 +61,11 @@ class _DpoLoop:
         self.options = options_of(config.algorithm)
         self.reference: ReferenceLogprobs | None = None
         self.reference_facts: dict[str, float] = {}
-        self.order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
+        self.order = order_of(train, config.data.shuffle, config.run.seed)
         self.held_out = held_out
-        size = 0 if held_out is None else min(config.training.validation_size, len(held_out))
-        self.validation = list(range(size))
+        self.validation: list[int] = []
+        if held_out is not None:
+            self.validation = held_out_rows(held_out, min(config.training.validation_size, len(held_out)))
 
     def prepare_reference(self, reference: ReferenceLogprobs) -> None:
         """Reference logprobs of every pair that the run will see; before a checkpoint is loaded."""

@@ -62,7 +62,10 @@ def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, conso
             f"evaluation.num_prompts: {wanted} problems wanted, {len(unseen)} of {len(held_out)} held-out "
             "problems do not occur in training; enlarge data.held_out, or set it to null for all there are"
         )
-    problems = [held_out[i] for i in unseen[:count]]
+    chosen = unseen[:count]
+    if held_out.is_mixture and count is not None:  # sources lie end to end: some of each
+        chosen = [unseen[i * len(unseen) // count] for i in range(count)]
+    problems = [held_out[i] for i in chosen]
     if settings.category_field is None:
         return problems
     return [_with_category(problem, settings.category_field) for problem in problems]

@@ -25,7 +25,7 @@ from megarl.algorithms.rollouts import Rollouts, make_rollouts, usable
 from megarl.algorithms.run import Run
 from megarl.config.derived import evaluates, needs_reference, num_optimizer_steps
 from megarl.config.schema import GrpoConfig
-from megarl.data.order import PromptOrder
+from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset, load_prompts
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.losses.agreement import Agreement
@@ -76,6 +76,7 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
     from megarl.trainer.megatron.policy import MegatronPolicy
 
     with Run(config, kind, is_first=context.is_first) as run:
+        run.tell(train, held_out)
         engine, problems, workers = None, [], None
         if context.is_first:
             if held_out is not None and evaluates(config.evaluation):
@@ -142,7 +143,7 @@ class OnlineLoop:
         config, run = self.config, self.run_
         for line in self.learner.notes():
             run.console.note(line)
-        order = PromptOrder(len(self.train), config.data.shuffle, config.run.seed)
+        order = order_of(self.train, config.data.shuffle, config.run.seed)
         totals: dict[str, float] = dict(state["totals"])
         position, last = state["position"], config.training.num_steps
         earlier = totals.get("wall_seconds", 0.0)

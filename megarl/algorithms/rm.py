@@ -12,7 +12,7 @@ from typing import Any
 from megarl.algorithms.model import read_model
 from megarl.algorithms.run import Run
 from megarl.config.preference import RmConfig
-from megarl.data.order import PromptOrder
+from megarl.data.order import order_of
 from megarl.data.preference import Pairs, load_pairs
 from megarl.losses.reward import RewardLoss
 from megarl.records import Sequence
@@ -54,7 +54,7 @@ def _train(
 ) -> None:
     """From the state of the last finished step to the last step."""
     training, last = config.training, config.training.num_steps
-    order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
+    order = order_of(train, config.data.shuffle, config.run.seed)
     size = 0 if held_out is None else min(training.validation_size, len(held_out))
     position, totals = state["position"], dict(state["totals"])
     run.timers.start_step()

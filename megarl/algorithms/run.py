@@ -96,6 +96,12 @@ class Run:
         self._signal = number
         self.console.note(f"{signal.Signals(number).name}: ending after this step, with a checkpoint")
 
+    def tell(self, *data: Any) -> None:
+        """Say what became of the rows of data sets (None: there is none)."""
+        for report in (report for each in data if each is not None for report in each.reports):
+            for line in report.lines():
+                self.console.note(line)
+
     # --- checkpoints --------------------------------------------------------------------------
 
     def resume(self, policy: Policy) -> dict[str, Any] | None:

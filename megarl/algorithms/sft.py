@@ -9,7 +9,7 @@ from __future__ import annotations
 from megarl.algorithms.model import read_model
 from megarl.algorithms.run import Run
 from megarl.config.schema import SftConfig
-from megarl.data.order import PromptOrder
+from megarl.data.order import held_out_rows, order_of
 from megarl.data.sft import load_demonstrations
 from megarl.losses.sft import sft_loss
 from megarl.trainer.megatron.initialize import finalize, initialize
@@ -29,6 +29,7 @@ def run_sft(config: SftConfig) -> None:
 
     training, last = config.training, config.training.num_steps
     with Run(config, "sft", is_first=context.is_first) as run:
+        run.tell(train, held_out)
         policy = MegatronPolicy(
             context,
             architecture,
@@ -39,11 +40,12 @@ def run_sft(config: SftConfig) -> None:
             check_numerics=config.debug.check_numerics,
         )
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
-        order = PromptOrder(len(train), config.data.shuffle, config.run.seed)
+        order = order_of(train, config.data.shuffle, config.run.seed)
         position, totals = state["position"], dict(state["totals"])
-        validation = (
-            [held_out[i] for i in range(min(training.validation_size, len(held_out)))] if held_out else []
-        )
+        validation = []
+        if held_out is not None:
+            size = min(training.validation_size, len(held_out))
+            validation = [held_out[i] for i in held_out_rows(held_out, size)]
         run.timers.start_step()
         for step in range(state["step"] + 1, last + 1):
             sequences = [train[i] for i in order.batch(position, training.batch_size)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from megarl.config.derived import is_megatron_checkpoint, max_sequence_length, read_model_config
 from megarl.config.schema import EvalConfig, GrpoConfig, Section
+from megarl.config.validate_data import parts_of
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -36,18 +37,15 @@ def _run_directory(run: Any) -> Violations:
 
 
 def _data_files(data: Any) -> Violations:
-    for name in ("train", "held_out"):
-        copy = getattr(getattr(data, name, None), "directory", None)
-        if copy is not None and not Path(copy).exists():
-            yield Violation(("data", name, "directory"), f"nothing there (got {copy!r}){_from_here(copy)}")
-        file = getattr(getattr(data, name, None), "path", None)
-        if file is None:
-            continue
-        path = ("data", name, "path")
-        if not Path(file).is_file():
-            yield Violation(path, f"no such file (got {file!r}){_from_here(file)}")
-        elif Path(file).stat().st_size == 0:
-            yield Violation(path, f"the file is empty (got {file!r})")
+    for split in ("train", "held_out"):
+        for path, source in parts_of(getattr(data, split, None), ("data", split)):
+            copy, file = getattr(source, "directory", None), getattr(source, "path", None)
+            if copy is not None and not Path(copy).exists():
+                yield Violation((*path, "directory"), f"nothing there (got {copy!r}){_from_here(copy)}")
+            if file is not None and not Path(file).is_file():
+                yield Violation((*path, "path"), f"no such file (got {file!r}){_from_here(file)}")
+            elif file is not None and Path(file).stat().st_size == 0:
+                yield Violation((*path, "path"), f"the file is empty (got {file!r})")
 
 
 def _model(config: Section) -> Violations:

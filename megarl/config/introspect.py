@@ -49,6 +49,20 @@ def tag_of(section: type[Section]) -> str | None:
     return None if name is None else str(get_args(section.model_fields[name].annotation)[0])
 
 
+def tags_of(section: type[Section]) -> tuple[Any, ...]:
+    """Every value of its tag that selects this member of a tagged union; none for other sections."""
+    name = tag_field(section)
+    return () if name is None else get_args(section.model_fields[name].annotation)
+
+
+def entries_of(annotation: Any) -> Any:
+    """What the values of a mapping of sections may be (an annotation); None for every other type."""
+    for leaf in leaf_types(annotation):
+        if get_origin(leaf) is dict and sections_of(get_args(leaf)[1]):
+            return get_args(leaf)[1]
+    return None
+
+
 def select_section(sections: list[type[Section]], data: Any) -> type[Section] | None:
     """The member of a (tagged) union that ``data`` asks for; None where it names none."""
     if len(sections) == 1:
@@ -57,7 +71,7 @@ def select_section(sections: list[type[Section]], data: Any) -> type[Section] | 
     value = data.get(tags[0]) if isinstance(data, Mapping) and tags and tags[0] is not None else None
     if value is None and isinstance(data, Mapping) and tags[:1] == ["kind"] and "path" in data:
         value = "custom"  # as megarl.config.environments has it
-    return next((section for section in sections if tag_of(section) == value), None)
+    return next((section for section in sections if value in tags_of(section)), None)
 
 
 def accepts_text(annotation: Any) -> bool:
@@ -77,7 +91,11 @@ def fields_at(root: type[Section], path: Path) -> list[FieldInfo]:
     """The fields a path may mean (several in a tagged union); empty for unknown or free-form keys."""
     sections, found = [root], list[FieldInfo]()
     for name in path:
-        found = [s.model_fields[name] for s in sections if name in s.model_fields]
+        entries = [entry for field in found if (entry := entries_of(field.annotation)) is not None]
+        if entries:  # a name of the user's own
+            found = [FieldInfo.from_annotation(entry) for entry in entries]
+        else:
+            found = [s.model_fields[name] for s in sections if name in s.model_fields]
         sections = [section for field in found for section in sections_of(field.annotation)]
     return found
 
@@ -85,12 +103,17 @@ def fields_at(root: type[Section], path: Path) -> list[FieldInfo]:
 def config_path(root: type[Section], location: tuple[int | str, ...]) -> Path:
     """A pydantic error location as a path: pydantic inserts the tag of a union, users do not write it."""
     sections: list[type[Section]] = [root]
+    fields: list[FieldInfo] = []
     path: list[str] = []
     for part in location:
         if len(sections) > 1:
-            sections = [section for section in sections if tag_of(section) == part]
+            sections = [section for section in sections if part in tags_of(section)]
             continue
         path.append(str(part))
+        entries = [entry for field in fields if (entry := entries_of(field.annotation)) is not None]
+        if entries:
+            sections, fields = [section for entry in entries for section in sections_of(entry)], []
+            continue
         fields = [s.model_fields[part] for s in sections if isinstance(part, str) and part in s.model_fields]
         sections = [section for field in fields for section in sections_of(field.annotation)]
     return tuple(path)
@@ -128,6 +151,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         return " or ".join(repr(value) for value in get_args(annotation))
     if get_origin(annotation) is list:
         return f"a list, each {_describe(get_args(annotation)[0], [])}"
+    if entries_of(annotation) is not None:
+        return f"a mapping of names, each to {_describe(entries_of(annotation), [])}"
     if get_origin(annotation) is dict:
         return "a mapping"
     if sections_of(annotation):

@@ -6,17 +6,35 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.schema import PromptFormat, ReasoningGymSource, TrainingRoot
+from megarl.config.data import (
+    FileLocation,
+    HfLocation,
+    MixtureWeights,
+    PromptFormat,
+    ReasoningGymSource,
+    TrainingDataReading,
+)
+from megarl.config.schema import TrainingRoot
 from megarl.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 
-class PreferenceJsonlSource(Section):
-    """Pairs in a JSONL file: {"prompt", "chosen", "rejected"}, or conversations {"chosen", "rejected"}."""
+class PreferenceColumns(Section):
+    """Which columns make a pair; each holds a string or a list of chat messages."""
 
-    source: Literal["jsonl"]
-    """Selects this kind of source."""
-    path: Text
-    """JSONL file; each field is a string or a list of chat messages."""
+    prompt_field: Text | None = None
+    """Column with the prompt; null: `prompt`, where rows have it (else both responses are conversations)."""
+    chosen_field: Text = "chosen"
+    """Column with the preferred response, or the conversation that ends in it."""
+    rejected_field: Text = "rejected"
+    """Column with the other one."""
+
+
+class PreferenceJsonlSource(PreferenceColumns, FileLocation):
+    """Pairs in a file: {"prompt", "chosen", "rejected"}, or conversations {"chosen", "rejected"}."""
+
+
+class PreferenceHfSource(PreferenceColumns, HfLocation):
+    """Pairs in a Hugging Face dataset, as in files."""
 
 
 class PreferenceReasoningGymSource(ReasoningGymSource):
@@ -28,12 +46,25 @@ class PreferenceReasoningGymSource(ReasoningGymSource):
     """Forms of the rejected one, with {answer} or {other_answer}, the next problem's that has another."""
 
 
-PreferenceSource = Annotated[
-    PreferenceReasoningGymSource | PreferenceJsonlSource, Field(discriminator="source")
+PlainPreferenceSource = Annotated[
+    PreferenceReasoningGymSource | PreferenceJsonlSource | PreferenceHfSource, Field(discriminator="source")
 ]
 
 
-class PreferenceDataConfig(Section):
+class PreferenceMixtureSource(MixtureWeights):
+    """Pairs of several sources."""
+
+    sources: Annotated[dict[str, PlainPreferenceSource], Field(min_length=2)]
+    """The sources by names of your choice; each is any other kind of source."""
+
+
+PreferenceSource = Annotated[
+    PreferenceReasoningGymSource | PreferenceJsonlSource | PreferenceHfSource | PreferenceMixtureSource,
+    Field(discriminator="source"),
+]
+
+
+class PreferenceDataConfig(TrainingDataReading):
     """Pairs to learn from and to validate on."""
 
     train: PreferenceSource

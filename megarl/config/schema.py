@@ -6,14 +6,23 @@ Unknown keys are errors (see :mod:`megarl.config.load` for what the user then re
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from megarl.config.algorithm import GrpoAlgorithmConfig as GrpoAlgorithmConfig
-from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
 from megarl.config.checkpoint import CheckpointConfig as CheckpointConfig
-from megarl.config.environments import EnvironmentConfig, EnvironmentRuntime, MathEnvironmentConfig
+from megarl.config.data import BenchmarkSource as BenchmarkSource
+from megarl.config.data import EvalDataConfig as EvalDataConfig
+from megarl.config.data import JsonlSource as JsonlSource
+from megarl.config.data import PromptDataConfig as PromptDataConfig
+from megarl.config.data import PromptFormat as PromptFormat
+from megarl.config.data import PromptSource as PromptSource
+from megarl.config.data import ReasoningGymSource as ReasoningGymSource
+from megarl.config.data import SftDataConfig as SftDataConfig
+from megarl.config.data import SftJsonlSource as SftJsonlSource
+from megarl.config.data import SftReasoningGymSource as SftReasoningGymSource
+from megarl.config.environments import EnvironmentRuntime
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
 from megarl.config.parallel import ParallelConfig as ParallelConfig
@@ -97,110 +106,6 @@ class LoggingConfig(Section):
     """Samples written to samples/step_N.jsonl per step (0: none)."""
     report_interval: PositiveInt = 10
     """Rewrite report.html every so many steps (and at the end)."""
-
-
-class ReasoningGymSource(Section):
-    """Generated, verifiable problems from the reasoning-gym package."""
-
-    source: Literal["reasoning_gym"]
-    """Selects this kind of source."""
-    task: Text
-    """Dataset name in reasoning-gym, e.g. chain_sum."""
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of that dataset, e.g. {min_terms: 2, max_terms: 2}."""
-    size: PositiveInt = 10_000
-    """Number of problems."""
-    seed: NonNegativeInt = 1
-    """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
-    extract: Literal["response", "last_number"] = "response"
-    """What is scored: the response (its <answer> part where it has one), or the last number in that."""
-    partial_credit: bool = True
-    """Keep the task's scores below 1 (chain_sum gives 0.5 to 13 where 3 is right); false makes them 0."""
-
-
-class JsonlSource(Section):
-    """Prompt/answer pairs from a JSONL file, one object per line."""
-
-    source: Literal["jsonl"]
-    """Selects this kind of source."""
-    path: Text
-    """JSONL file."""
-    prompt_field: Text = "prompt"
-    """Field with the problem (a string, or a list of chat messages)."""
-    answer_field: Text = "answer"
-    """Field with the reference answer."""
-    environment: EnvironmentConfig = MathEnvironmentConfig()
-    """How answers are judged."""
-
-
-PromptSource = Annotated[ReasoningGymSource | JsonlSource | BenchmarkSource, Field(discriminator="source")]
-
-
-class PromptFormat(Section):
-    """How a problem becomes prompt tokens."""
-
-    chat_template: bool = True
-    """Apply the tokenizer's chat template; otherwise the bare problem text is the prompt."""
-    system_prompt: str | None = None
-    """System message placed first (chat template only)."""
-    prompt_suffix: str = ""
-    """Text appended to every problem, e.g. an instruction on the answer's form."""
-
-
-class PromptDataConfig(Section):
-    """Problems to train on and to evaluate with."""
-
-    train: PromptSource
-    """Problems GRPO samples from."""
-    held_out: PromptSource | None = None
-    """Problems only evaluation sees."""
-    format: PromptFormat = PromptFormat()
-    """How a problem becomes prompt tokens."""
-    shuffle: bool = True
-    """Shuffle once per epoch, by run.seed."""
-
-
-class EvalDataConfig(Section):
-    """Problems to judge answers to."""
-
-    held_out: PromptSource
-    """Problems."""
-    train: PromptSource | None = None
-    """The model's training problems, to count the held-out ones that are among them."""
-    format: PromptFormat = PromptFormat()
-    """How a problem becomes prompt tokens."""
-
-
-class SftJsonlSource(Section):
-    """Demonstrations from a JSONL file: {"messages": [...]} or {"prompt": ..., "response": ...}."""
-
-    source: Literal["jsonl"]
-    """Selects this kind of source."""
-    path: Text
-    """JSONL file."""
-
-
-class SftReasoningGymSource(ReasoningGymSource):
-    """reasoning-gym problems with their reference answers as demonstrations."""
-
-    response_templates: list[Text] = Field(default=["{answer}"])
-    """Forms of the response, each with {answer}; demonstration i uses form i modulo their number."""
-
-
-SftSource = Annotated[SftReasoningGymSource | SftJsonlSource, Field(discriminator="source")]
-
-
-class SftDataConfig(Section):
-    """Demonstrations to learn from and to validate on."""
-
-    train: SftSource
-    """Demonstrations."""
-    held_out: SftSource | None = None
-    """Demonstrations only the validation loss sees."""
-    format: PromptFormat = PromptFormat()
-    """How a problem becomes prompt tokens."""
-    shuffle: bool = True
-    """Shuffle once per epoch, by run.seed."""
 
 
 class EngineConfig(Section):

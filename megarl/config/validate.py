@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from megarl.config.derived import TrainingConfig, model_parallel_size, num_optimizer_steps
-from megarl.config.preference import DpoConfig, PreferenceJsonlSource, RmConfig
+from megarl.config.preference import DpoConfig, RmConfig
 from megarl.config.schema import (
     EvalConfig,
     GrpoConfig,
-    JsonlSource,
     ReasoningGymSource,
     Section,
     SftConfig,
-    SftJsonlSource,
 )
 from megarl.config.validate_algorithm import ALGORITHM_RULES
+from megarl.config.validate_data import DATA_RULES
 from megarl.config.validate_environments import ENVIRONMENT_RULES
 from megarl.config.validate_evaluation import EVALUATION_RULES, GRPO_EVALUATION_RULES
 from megarl.config.validate_preference import DPO_RULES, RM_RULES
@@ -166,41 +165,6 @@ def _token_budget(config: TrainingConfig) -> Violations:
         )
 
 
-def _system_prompt(config: TrainingConfig | EvalConfig) -> Violations:
-    form = config.data.format
-    if form.system_prompt is not None and not form.chat_template:
-        yield Violation(
-            ("data", "format", "system_prompt"),
-            "only a chat template has a place for it, and data.format.chat_template is false",
-            (("data", "format", "chat_template"),),
-        )
-
-
-_FILES = JsonlSource | SftJsonlSource | PreferenceJsonlSource
-
-
-def _separate_sets(config: TrainingConfig | EvalConfig) -> Violations:
-    train, held_out, files = config.data.train, config.data.held_out, _FILES
-    if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
-        first = max(train.seed, held_out.seed)
-        last = min(train.seed + train.size, held_out.seed + held_out.size)
-        if train.task == held_out.task and first < last:
-            # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems,
-            # and with other arguments still random streams.
-            yield Violation(
-                ("data", "held_out", "seed"),
-                f"{last - first} problems would be in both data.train and data.held_out: problem i depends on"
-                f" seed + i only; use a seed >= {train.seed + train.size} (got {held_out.seed})",
-                (("data", "train", "seed"), ("data", "train", "size")),
-            )
-    elif isinstance(train, files) and isinstance(held_out, files) and train.path == held_out.path:
-        yield Violation(
-            ("data", "held_out", "path"),
-            f"is the same file as data.train.path (got {held_out.path!r})",
-            (("data", "train", "path"),),
-        )
-
-
 def _sft_sizes(config: SftConfig) -> Violations:
     train, batch_size = config.data.train, config.training.batch_size
     if isinstance(train, ReasoningGymSource) and batch_size > train.size:
@@ -319,8 +283,7 @@ _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     _learning_rates,
     _warmup,
     _token_budget,
-    _system_prompt,
-    _separate_sets,
+    *DATA_RULES,
 ]
 _SFT_RULES: list[Callable[[SftConfig], Violations]] = [_sft_sizes, _sft_validation, _sft_ranks]
 _GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
@@ -335,8 +298,7 @@ _GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
     *GRPO_EVALUATION_RULES,
 ]
 _EVAL_RULES: list[Callable[[EvalConfig], Violations]] = [
-    _system_prompt,
-    _separate_sets,
+    *DATA_RULES,
     *ENVIRONMENT_RULES,
     _engine,
     *EVALUATION_RULES,

@@ -13,6 +13,7 @@ from megarl.config.environments import (
 )
 from megarl.config.introspect import Path
 from megarl.config.schema import EvalConfig, GrpoConfig
+from megarl.config.validate_data import parts_of
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -20,9 +21,13 @@ _Sampling = GrpoConfig | EvalConfig
 
 
 def _environments(config: _Sampling) -> Violations:
-    for split in ("train", "held_out"):
-        environment = getattr(getattr(config.data, split), "environment", None)
-        path = ("data", split, "environment")
+    sources = [
+        found
+        for split in ("train", "held_out")
+        for found in parts_of(getattr(config.data, split), ("data", split))
+    ]
+    for place, source in sources:
+        environment, path = getattr(source, "environment", None), (*place, "environment")
         if isinstance(environment, MultipleChoiceConfig):
             yield from _letters(environment, path)
         elif isinstance(environment, RegexConfig):

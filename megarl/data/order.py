@@ -1,17 +1,51 @@
-"""The order in which problems are drawn: a pure function of (seed, position)."""
+"""The order in which rows are drawn: a pure function of (seed, position).
+
+A resumed run therefore needs one integer, the number of items drawn so far, and no generator state.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
+
+_BLOCK = 1024  # draws of a mixture that are planned at once
+
+
+class Order(Protocol):
+    """Items by position."""
+
+    def batch(self, position: int, n: int) -> list[int]:
+        """The ``n`` items after the first ``position``; it may cross any number of epoch borders."""
+        ...
+
+
+class Ordered(Protocol):
+    """A data set that says how it is drawn from; a mixture's sources lie end to end."""
+
+    is_mixture: bool
+
+    def __len__(self) -> int: ...
+
+    @property
+    def parts(self) -> Sequence[tuple[int, float]]:
+        """Size and weight of each source of a weighted mixture, in the order of its rows; else empty."""
+        ...
+
+
+def order_of(data: Ordered, shuffle: bool, seed: int) -> Order:
+    """How a training run draws from ``data``."""
+    if data.parts:
+        return MixtureOrder([size for size, _ in data.parts], [w for _, w in data.parts], shuffle, seed)
+    return PromptOrder(len(data), shuffle, seed)
 
 
 class PromptOrder:
     """Walks through ``num`` items, epoch after epoch, each epoch in an order of its own.
 
-    Position p is item ``p % num`` of epoch ``p // num``. A resumed run therefore needs one integer,
-    the number of items drawn so far, and no generator state.
+    Position p is item ``p % num`` of epoch ``p // num``.
     """
 
     def __init__(self, num: int, shuffle: bool, seed: int) -> None:
@@ -22,7 +56,7 @@ class PromptOrder:
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
     def batch(self, position: int, n: int) -> list[int]:
-        """The ``n`` items after the first ``position``; it may cross any number of epoch borders."""
+        """See Order."""
         assert position >= 0
         assert n >= 0
         items: list[int] = []
@@ -34,6 +68,65 @@ class PromptOrder:
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
             return np.arange(self._num)
-        # RandomState, unlike Generator, promises the same stream in every numpy version.
-        seeded = np.random.MT19937(np.random.SeedSequence([self._seed, epoch]))
-        return np.random.RandomState(seeded).permutation(self._num)
+        return _random(self._seed, epoch).permutation(self._num)
+
+
+class MixtureOrder:
+    """Draws from several sources, laid end to end, in given shares; each source has its own epochs.
+
+    Draws are planned in blocks: block b takes the sources at ``(u_b + i) / _BLOCK`` of their cumulative
+    shares (systematic sampling, u_b uniform in [0, 1)), in an order of its own. So every block has each
+    source's share to within one draw, and no share is lost to rounding in the long run.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], shuffle: bool, seed: int) -> None:
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        # Each source's own seed, so that two of the same size do not walk in step.
+        self._orders = [PromptOrder(n, shuffle, _mixed(seed, k)) for k, n in enumerate(sizes)]
+        self._ends = np.cumsum(np.asarray(weights, dtype=np.float64) / sum(weights))
+        self._ends[-1] = 1.0
+        self._seed = seed
+        self._block = functools.lru_cache(maxsize=4)(self._plan)
+        self._drawn = [np.zeros(len(sizes), dtype=np.int64)]  # by each source before block b
+
+    def batch(self, position: int, n: int) -> list[int]:
+        """See Order."""
+        items: list[int] = []
+        while len(items) < n:
+            number, offset = divmod(position + len(items), _BLOCK)
+            plan, drawn = self._block(number), self._before(number)
+            stop = min(_BLOCK, offset + n - len(items))
+            before = np.bincount(plan[:offset], minlength=len(self._orders)) + drawn
+            found = np.empty(stop - offset, dtype=np.int64)
+            for source, order in enumerate(self._orders):
+                here = np.flatnonzero(plan[offset:stop] == source)
+                found[here] = np.add(order.batch(int(before[source]), len(here)), self._starts[source])
+            items += found.tolist()
+        return items
+
+    def _before(self, block: int) -> np.ndarray:
+        while len(self._drawn) <= block:
+            counts = np.bincount(self._block(len(self._drawn) - 1), minlength=len(self._orders))
+            self._drawn.append(self._drawn[-1] + counts)
+        return self._drawn[block]
+
+    def _plan(self, block: int) -> np.ndarray:
+        random = _random(self._seed, block)
+        points = (random.random_sample() + np.arange(_BLOCK)) / _BLOCK
+        return random.permutation(np.searchsorted(self._ends, points, side="right"))
+
+
+def _mixed(seed: int, source: int) -> int:
+    return int(np.random.SeedSequence([seed, source, 1]).generate_state(1)[0])
+
+
+def _random(*seeds: int) -> Any:
+    # RandomState, unlike Generator, promises the same stream in every numpy version.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(seeds))))
+
+
+def held_out_rows(data: Ordered, n: int) -> list[int]:
+    """The ``n`` rows that are measured: the first; of a mixture, evenly apart, some of each source."""
+    total = len(data)
+    assert 0 <= n <= total
+    return [i * total // n for i in range(n)] if data.is_mixture else list(range(n))

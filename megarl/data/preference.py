@@ -11,18 +11,26 @@ beside them may repeat that beginning. Other fields of a line are not read.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.preference import (
+    PlainPreferenceSource,
+    PreferenceColumns,
     PreferenceDataConfig,
-    PreferenceJsonlSource,
+    PreferenceMixtureSource,
     PreferenceReasoningGymSource,
 )
-from megarl.config.schema import PromptFormat
-from megarl.data.jsonl import get_field, get_messages, get_text, read_jsonl
+from megarl.data.fields import get_field, get_messages, get_text
+from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
 from megarl.data.prompts import Split
+from megarl.data.report import LoadReport
+from megarl.data.rows import read_rows
+from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import check_disjoint, make_dataset
 from megarl.errors import UserError
@@ -31,28 +39,25 @@ from megarl.records import Pair, Sequence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 # As for prompts: generated pairs are checked this far at load, the rest when drawn.
 _NUM_CHECKED_AT_LOAD = 256
-_MAX_PROBLEMS_SHOWN = 20
 
 
 class Pairs(ABC, AbstractSequence[Pair]):
-    """Pairs by index; the same index is the same pair, always."""
+    """Pairs by index; the same index is the same pair, always.
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_format: PromptFormat,
-        max_sequence_length: int,
-        field: str,
-    ) -> None:
-        self._transcripts = Transcripts(
-            tokenizer, prompt_format, max_sequence_length, "response with its prompt"
-        )
+    ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
+    """
+
+    is_mixture = False
+
+    def __init__(self, max_sequence_length: int, field: str) -> None:
         self._max_sequence_length = max_sequence_length
         self._field = field
+        self.reports: list[LoadReport] = []
+        self.parts: list[tuple[int, float]] = []
 
     @abstractmethod
     def _pair(self, index: int) -> Pair:
@@ -91,7 +96,52 @@ class Pairs(ABC, AbstractSequence[Pair]):
             f"another prompt than pair {index} and responses that fit behind it"
         )
 
-    def _from_texts(self, where: str, prompt: str, chosen: str, rejected: str) -> Pair:
+
+def _joined(where: str, chosen: Sequence, rejected: Sequence) -> Pair:
+    """Two sequences that must begin alike and go on differently, as a pair."""
+    start = chosen.loss_mask.index(1)
+    if start != rejected.loss_mask.index(1) or chosen.token_ids[:start] != rejected.token_ids[:start]:
+        raise UserError(f"{where}: the chat template writes the prompt differently for the two responses")
+    if chosen.token_ids == rejected.token_ids:
+        raise UserError(f"{where}: 'chosen' and 'rejected' are the same tokens: that is no preference")
+    return Pair(chosen, rejected, start)
+
+
+class _PairMaker:
+    """Makes pairs of texts, messages and rows."""
+
+    def __init__(self, transcripts: Transcripts) -> None:
+        self._transcripts = transcripts
+
+    def from_row(self, columns: PreferenceColumns, where: str, record: dict[str, Any]) -> Converted[Pair]:
+        """The pair of one row."""
+        names = {
+            "prompt": columns.prompt_field or "prompt",
+            "chosen": columns.chosen_field,
+            "rejected": columns.rejected_field,
+        }
+        fields = {
+            kind: _text_or_messages(record, name, where)
+            for kind, name in names.items()
+            if name in record or kind != "prompt" or columns.prompt_field
+        }
+        return measured(self._from_fields(where, fields))
+
+    def _from_fields(self, where: str, fields: dict[str, str | Messages]) -> Pair:
+        chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
+        if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
+            return self.from_texts(where, prompt, chosen, rejected)
+        if prompt is None or _begins_with_a_prompt(chosen, rejected):
+            return self._from_messages(where, *_split(where, prompt, chosen, rejected))
+        return self._from_messages(
+            where,
+            _as_messages(prompt, "user"),
+            _as_messages(chosen, "assistant"),
+            _as_messages(rejected, "assistant"),
+        )
+
+    def from_texts(self, where: str, prompt: str, chosen: str, rejected: str) -> Pair:
+        """The pair of three texts."""
         responses = [self._transcripts.pair(where, prompt, response) for response in (chosen, rejected)]
         return _joined(where, *responses)
 
@@ -109,53 +159,44 @@ class Pairs(ABC, AbstractSequence[Pair]):
         return _joined(where, *responses)
 
 
-def _joined(where: str, chosen: Sequence, rejected: Sequence) -> Pair:
-    """Two sequences that must begin alike and go on differently, as a pair."""
-    start = chosen.loss_mask.index(1)
-    if start != rejected.loss_mask.index(1) or chosen.token_ids[:start] != rejected.token_ids[:start]:
-        raise UserError(f"{where}: the chat template writes the prompt differently for the two responses")
-    if chosen.token_ids == rejected.token_ids:
-        raise UserError(f"{where}: 'chosen' and 'rejected' are the same tokens: that is no preference")
-    return Pair(chosen, rejected, start)
+def measured(pair: Pair) -> Converted[Pair]:
+    """A pair with the lengths that filters look at."""
+    lengths = sorted((len(pair.chosen.token_ids), len(pair.rejected.token_ids)))
+    return Converted([pair], *lengths)
 
 
-class _JsonlPairs(Pairs):
-    def __init__(self, source: PreferenceJsonlSource, *args: Any) -> None:
+class _StoredPairs(Pairs):
+    def __init__(self, store: TokenStore, report: LoadReport, *args: Any) -> None:
         super().__init__(*args)
-        self._pairs, problems = [], []
-        for number, record in read_jsonl(source.path, f"{self._field}.path"):
-            try:
-                self._pairs.append(self._from_record(f"{source.path}:{number}", record))
-            except UserError as error:
-                problems.append(str(error))
-        if problems:
-            more = len(problems) - _MAX_PROBLEMS_SHOWN
-            shown = problems[:_MAX_PROBLEMS_SHOWN]
-            raise UserError("\n".join(shown + [f"{source.path}: {more} more lines like these"] * (more > 0)))
+        self._store, self.reports = store, [report]
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._store) // 2
 
     def _pair(self, index: int) -> Pair:
-        return self._pairs[index]
+        chosen, rejected = self._store[2 * index], self._store[2 * index + 1]
+        start = chosen.num_prompt_tokens
+        return Pair(replace(chosen, num_prompt_tokens=0), rejected, start)
 
-    def _from_record(self, where: str, record: dict[str, Any]) -> Pair:
-        fields = {
-            name: _text_or_messages(record, name, where)
-            for name in ("prompt", "chosen", "rejected")
-            if name in record or name != "prompt"
-        }
-        chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
-        if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
-            return self._from_texts(where, prompt, chosen, rejected)
-        if prompt is None or _begins_with_a_prompt(chosen, rejected):
-            return self._from_messages(where, *_split(where, prompt, chosen, rejected))
-        return self._from_messages(
-            where,
-            _as_messages(prompt, "user"),
-            _as_messages(chosen, "assistant"),
-            _as_messages(rejected, "assistant"),
-        )
+
+class _MixedPairs(Pairs):
+    """Several sets, end to end."""
+
+    is_mixture = True
+
+    def __init__(self, sets: list[Pairs], weights: list[float] | None, *args: Any) -> None:
+        super().__init__(*args)
+        self._sets, self._sizes = sets, [len(each) for each in sets]
+        self.reports = [report for each in sets for report in each.reports]
+        if weights is not None:
+            self.parts = list(zip(self._sizes, weights, strict=True))
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def _pair(self, index: int) -> Pair:
+        part, row = locate(index, self._sizes)
+        return self._sets[part]._pair(row)
 
 
 def _text_or_messages(record: dict[str, Any], name: str, where: str) -> str | Messages:
@@ -201,10 +242,13 @@ def _split(
 
 
 class _ReasoningGymPairs(Pairs):
-    def __init__(self, source: PreferenceReasoningGymSource, *args: Any) -> None:
+    def __init__(self, source: PreferenceReasoningGymSource, maker: _PairMaker, *args: Any) -> None:
         super().__init__(*args)
-        self._source = source
+        self._source, self._maker = source, maker
         self._dataset = make_dataset(source, self._field)
+
+    def check(self) -> None:
+        """Make the first of them, to find what would go wrong later."""
         for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
             self._pair(index)
 
@@ -218,7 +262,7 @@ class _ReasoningGymPairs(Pairs):
         rejected = source.rejected_templates[index % len(source.rejected_templates)]
         if "{other_answer}" in rejected:
             rejected = rejected.replace("{other_answer}", self._other_answer(index, answer))
-        return self._from_texts(
+        return self._maker.from_texts(
             where,
             self._dataset[index]["question"],
             chosen.replace("{answer}", answer),
@@ -250,15 +294,57 @@ def load_pairs(
     Prompt tokens carry loss mask 0, the tokens of the assistant's turns in the response 1.
 
     Raises:
-        UserError: as :func:`megarl.data.sft.load_demonstrations`, with a line for each of the first 20 bad
-            lines of a file; responses that are the same, or do not answer the same prompt.
+        UserError: as :func:`megarl.data.sft.load_demonstrations`; responses that are the same, or do not
+            answer the same prompt.
     """
     train, held_out = config.train, config.held_out
     if isinstance(train, PreferenceReasoningGymSource) and isinstance(held_out, PreferenceReasoningGymSource):
         check_disjoint(train, held_out)
-    source = train if split == "train" else held_out
+    source, field = train if split == "train" else held_out, f"data.{split}"
     assert source is not None, f"data.{split} is not set"
-    arguments = (tokenizer, config.format, max_sequence_length, f"data.{split}")
-    if isinstance(source, PreferenceReasoningGymSource):
-        return _ReasoningGymPairs(source, *arguments)
-    return _JsonlPairs(source, *arguments)
+    transcripts = Transcripts(tokenizer, config.format, max_sequence_length, "response with its prompt")
+    loader = _Loader(config, tokenizer, transcripts, max_sequence_length)
+    if not isinstance(source, PreferenceMixtureSource):
+        return loader.load(source, field)
+    sets = [loader.load(part, f"{field}.sources.{name}") for name, part in source.sources.items()]
+    weights = None if source.weights is None else [source.weights[name] for name in source.sources]
+    return _MixedPairs(sets, weights, max_sequence_length, field)
+
+
+class _Loader:
+    def __init__(
+        self,
+        config: PreferenceDataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        transcripts: Transcripts,
+        max_sequence_length: int,
+    ) -> None:
+        self._config, self._tokenizer, self._longest = config, tokenizer, max_sequence_length
+        self._maker = _PairMaker(transcripts)
+
+    def load(self, source: PlainPreferenceSource, field: str) -> Pairs:
+        """One plain source."""
+        generated = None
+        if isinstance(source, PreferenceReasoningGymSource):
+            generated = _ReasoningGymPairs(source, self._maker, self._longest, field)
+            if not reads_everything(self._config):
+                generated.check()
+                return generated
+
+        def pairs(report: LoadReport) -> Iterator[Pair]:
+            if generated is not None:
+                made = generated
+                rows = ((f"{field}: problem {i}", {"index": i}) for i in range(len(made)))
+                return collect(rows, lambda _, row: measured(made._pair(row["index"])), self._config, report)
+            assert not isinstance(source, PreferenceReasoningGymSource)
+            convert = functools.partial(self._maker.from_row, source)
+            return collect(read_rows(source, field), convert, self._config, report)
+
+        def sequences(report: LoadReport) -> Iterator[Sequence]:
+            for pair in pairs(report):
+                yield replace(pair.chosen, num_prompt_tokens=pair.num_prompt_tokens)
+                yield pair.rejected
+
+        kind = {"kind": "preference", "max_sequence_length": self._longest}
+        store, report = load_tokens(source, self._config, self._tokenizer, kind, field, sequences)
+        return _StoredPairs(store, report, self._longest, field)

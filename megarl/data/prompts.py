@@ -1,26 +1,35 @@
-"""Problems as tokenised prompts: reasoning-gym tasks (generated on access), JSONL files, benchmarks."""
+"""Problems as tokenised prompts: reasoning-gym tasks (generated on access), rows of files, benchmarks."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from megarl.config.environments import MathEnvironmentConfig
-from megarl.config.schema import (
+from megarl.config.data import (
     BenchmarkSource,
     EvalDataConfig,
-    JsonlSource,
+    FileLocation,
+    HfLocation,
+    PlainPromptSource,
+    PromptColumns,
     PromptDataConfig,
     PromptFormat,
+    PromptMixtureSource,
     PromptSource,
     ReasoningGymSource,
 )
+from megarl.config.environments import MathEnvironmentConfig
 from megarl.data import benchmarks
-from megarl.data.jsonl import get_field, get_messages, get_text, read_jsonl
+from megarl.data.fields import get_field, get_messages, get_text
+from megarl.data.load import Converted, collect, locate, reads_everything
+from megarl.data.report import LoadReport, TooLongError
+from megarl.data.rows import read_rows
 from megarl.data.tokenizer import chat_ids
-from megarl.environments import check_references, needs_answer
+from megarl.environments import needs_answer, wrong_references
 from megarl.environments.tasks import check_disjoint, make_dataset
 from megarl.errors import UserError
 from megarl.records import Prompt
@@ -42,8 +51,11 @@ class PromptDataset(ABC, Sequence[Prompt]):
 
     ``prompt.text`` is what the model reads, chat template included; ``prompt.metadata`` has
     ``question`` (the bare problem), ``answer`` (the reference, "" where there is none) and ``entry`` (the
-    reasoning-gym entry or the file's object).
+    reasoning-gym entry or the file's object); of a mixture also ``source``, the name of the problem's source.
+    ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
     """
+
+    is_mixture = False
 
     def __init__(
         self,
@@ -56,6 +68,8 @@ class PromptDataset(ABC, Sequence[Prompt]):
         self._format = prompt_format
         self._max_prompt_tokens = max_prompt_tokens
         self._field = field
+        self.reports: list[LoadReport] = []
+        self.parts: list[tuple[int, float]] = []
         self._train: PromptSource | None = None  # to compare with; None for the training problems
 
     @abstractmethod
@@ -65,6 +79,9 @@ class PromptDataset(ABC, Sequence[Prompt]):
     @abstractmethod
     def _prompt(self, index: int) -> Prompt:
         """The problem at ``index`` in [0, len)."""
+
+    def check(self) -> None:
+        """Find, before the first step, what would go wrong when problems are made later."""
 
     @property
     def overlap(self) -> int | None:
@@ -80,7 +97,8 @@ class PromptDataset(ABC, Sequence[Prompt]):
         """
         if self._train is None:
             return list(range(len(self)))
-        if isinstance(self._train, ReasoningGymSource) and self._train.size > MAX_COMPARED_PROBLEMS:
+        parts = _plain_parts(self._train, "data.train")
+        if any(isinstance(p, ReasoningGymSource) and p.size > MAX_COMPARED_PROBLEMS for p, _ in parts):
             return None
         train = set(_questions(self._train, "data.train"))
         return [i for i, question in enumerate(self.questions()) if question not in train]
@@ -113,7 +131,7 @@ class PromptDataset(ABC, Sequence[Prompt]):
         if not ids:
             raise UserError(f"{where}: the prompt has no tokens")
         if len(ids) > self._max_prompt_tokens:
-            raise UserError(
+            raise TooLongError(
                 f"{where}: the prompt has {len(ids)} tokens, but at most {self._max_prompt_tokens} are "
                 "allowed (longest sequence minus rollout.max_new_tokens)"
             )
@@ -140,6 +158,9 @@ class _ReasoningGymPrompts(PromptDataset):
         super().__init__(*args)
         self._source = source
         self._dataset = make_dataset(source, self._field)
+
+    def check(self) -> None:
+        """Make the first of them."""
         for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
             self._prompt(index)
 
@@ -155,37 +176,66 @@ class _ReasoningGymPrompts(PromptDataset):
         return self._make(index, f"{self._field}: problem {index}", entry["question"], metadata)
 
 
-class _JsonlPrompts(PromptDataset):
-    def __init__(self, source: JsonlSource, *args: Any) -> None:
+class _RowPrompts(PromptDataset):
+    """Problems of a file or a Hugging Face dataset."""
+
+    def __init__(
+        self,
+        source: FileLocation | HfLocation,
+        columns: PromptColumns,
+        reading: PromptDataConfig | EvalDataConfig,
+        *args: Any,
+    ) -> None:
         super().__init__(*args)
-        self._source = source
-        self._prompts = []
-        lines = []
-        for index, (number, record) in enumerate(read_jsonl(source.path, f"{self._field}.path")):
-            where = f"{source.path}:{number}"
-            problem: str | list[dict[str, str]]
-            if isinstance(get_field(record, source.prompt_field, where), list):
-                problem = get_messages(record, source.prompt_field, where)
-            else:
-                problem = get_text(record, source.prompt_field, where)
-            answer = ""
-            if source.answer_field in record or needs_answer(source.environment):
-                answer = _reference(record, source.answer_field, where)
-            question = problem if isinstance(problem, str) else problem[-1]["content"]
-            metadata = {"question": question, "answer": answer, "entry": record}
-            self._prompts.append(self._make(index, where, problem, metadata))
-            lines.append((f"{where}: field {source.answer_field!r}", answer, record))
+        self._columns = columns
+        report = LoadReport(self._field)
+        self.reports = [report]
+        found = list(collect(read_rows(source, self._field), self._convert, reading, report))
         # Only the environment knows which references it can use.
-        check_references(source.environment, f"{self._field}.environment", lines)
+        lines = (
+            (f"{where}: field {columns.answer_field!r}", prompt.metadata["answer"], prompt.metadata["entry"])
+            for where, prompt in found
+        )
+        wrong = dict(wrong_references(columns.environment, f"{self._field}.environment", lines))
+        problems = report if reading.on_bad_row == "skip" else LoadReport(self._field)
+        for message in wrong.values():
+            problems.bad.add(message)
+        if problems.bad.count and problems is not report:
+            raise problems.fail()
+        report.num_used -= len(wrong)
+        kept = [prompt for i, (_, prompt) in enumerate(found) if i not in wrong]
+        if not kept:
+            raise UserError("\n".join([f"{self._field}: no row is left to use", *report.lines()]))
+        self._prompts = [replace(prompt, index=index) for index, prompt in enumerate(kept)]
+
+    def _convert(self, where: str, record: dict[str, Any]) -> Converted[tuple[str, Prompt]]:
+        columns = self._columns
+        problem: str | list[dict[str, Any]]
+        if isinstance(get_field(record, columns.prompt_field, where), list):
+            problem = get_messages(record, columns.prompt_field, where)
+        else:
+            problem = get_text(record, columns.prompt_field, where)
+        answer = ""
+        if columns.answer_field in record or needs_answer(columns.environment):
+            answer = _reference(record, columns.answer_field, where)
+        question = problem if isinstance(problem, str) else problem[-1]["content"]
+        metadata = {"question": question, "answer": answer, "entry": record}
+        prompt = self._make(0, where, problem, metadata)
+        return Converted([(where, prompt)], len(prompt.token_ids), len(prompt.token_ids))
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def questions(self) -> Iterator[str]:
-        return _questions(self._source, self._field)
+        return (_question(prompt.metadata["entry"][self._columns.prompt_field]) for prompt in self._prompts)
 
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index]
+
+
+def _question(problem: Any) -> str:
+    """The bare text to compare by; a chat is compared as its messages."""
+    return problem if isinstance(problem, str) else repr(problem)
 
 
 class _BenchmarkPrompts(PromptDataset):
@@ -194,8 +244,12 @@ class _BenchmarkPrompts(PromptDataset):
         self._questions = benchmarks.load_questions(source, self._field)
         if benchmarks.find(source).verifier == "math":
             where = f"{self._field}: row"
-            lines = [(f"{where} {i}", q.answer, q.metadata) for i, q in enumerate(self._questions)]
-            check_references(MathEnvironmentConfig(), where, lines)
+            lines = ((f"{where} {i}", q.answer, q.metadata) for i, q in enumerate(self._questions))
+            for _, message in wrong_references(MathEnvironmentConfig(), where, lines):
+                raise UserError(message)
+
+    def check(self) -> None:
+        """Make all of them."""
         for index in range(len(self)):
             self._prompt(index)
 
@@ -220,6 +274,58 @@ def _reference(record: dict[str, Any], name: str, where: str) -> str:
     return get_text(record, name, where)
 
 
+class _KeptPrompts(PromptDataset):
+    """Those of another set's problems that filters and bad rows left."""
+
+    def __init__(self, base: PromptDataset, reading: PromptDataConfig | EvalDataConfig, *args: Any) -> None:
+        super().__init__(*args)
+        report = LoadReport(self._field)
+        self.reports = [report]
+
+        def convert(_where: str, row: dict[str, Any]) -> Converted[int]:
+            length = len(base._prompt(row["index"]).token_ids)
+            return Converted([row["index"]], length, length)
+
+        rows = ((f"{self._field}: problem {i}", {"index": i}) for i in range(len(base)))
+        self._base, self._indices = base, list(collect(rows, convert, reading, report))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def questions(self) -> Iterator[str]:
+        kept = set(self._indices)
+        return (question for i, question in enumerate(self._base.questions()) if i in kept)
+
+    def _prompt(self, index: int) -> Prompt:
+        return replace(self._base._prompt(self._indices[index]), index=index)
+
+
+class _MixedPrompts(PromptDataset):
+    """Several sets, end to end."""
+
+    is_mixture = True
+
+    def __init__(self, sets: dict[str, PromptDataset], weights: dict[str, float] | None, *args: Any) -> None:
+        super().__init__(*args)
+        self._names, self._sets = list(sets), list(sets.values())
+        self._sizes = [len(each) for each in self._sets]
+        self._starts = [sum(self._sizes[:k]) for k in range(len(self._sizes))]
+        self.reports = [report for each in self._sets for report in each.reports]
+        if weights is not None:
+            self.parts = [(len(each), weights[name]) for name, each in sets.items()]
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def questions(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(each.questions() for each in self._sets)
+
+    def _prompt(self, index: int) -> Prompt:
+        part, row = locate(index, self._sizes)
+        prompt = self._sets[part]._prompt(row)
+        return replace(prompt, index=index, metadata={**prompt.metadata, "source": self._names[part]})
+
+
 def load_prompts(
     config: PromptDataConfig | EvalDataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -242,35 +348,66 @@ def load_prompts(
     source = config.train if split == "train" else config.held_out
     if source is None:
         raise UserError(f"data.{split}: missing")
-    arguments = (tokenizer, config.format, max_prompt_tokens, f"data.{split}")
+    field = f"data.{split}"
+    if isinstance(source, PromptMixtureSource):
+        sets = {
+            name: _load_plain(part, config, tokenizer, max_prompt_tokens, f"{field}.sources.{name}")
+            for name, part in source.sources.items()
+        }
+        dataset: PromptDataset = _MixedPrompts(
+            sets, source.weights, tokenizer, config.format, max_prompt_tokens, field
+        )
+    else:
+        dataset = _load_plain(source, config, tokenizer, max_prompt_tokens, field)
+    if split == "held_out":
+        dataset._train = config.train
+    return dataset
+
+
+def _load_plain(
+    source: PlainPromptSource,
+    config: PromptDataConfig | EvalDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    field: str,
+) -> PromptDataset:
+    arguments = (tokenizer, config.format, max_prompt_tokens, field)
     dataset: PromptDataset
     if isinstance(source, ReasoningGymSource):
         dataset = _ReasoningGymPrompts(source, *arguments)
     elif isinstance(source, BenchmarkSource):
         dataset = _BenchmarkPrompts(source, *arguments)
     else:
-        dataset = _JsonlPrompts(source, *arguments)
-    if split == "held_out":
-        dataset._train = config.train
+        return _RowPrompts(source, source, config, *arguments)
+    if reads_everything(config):
+        return _KeptPrompts(dataset, config, *arguments)
+    dataset.check()
     return dataset
+
+
+def _plain_parts(source: PromptSource, field: str) -> list[tuple[PlainPromptSource, str]]:
+    if isinstance(source, PromptMixtureSource):
+        return [(part, f"{field}.sources.{name}") for name, part in source.sources.items()]
+    return [(source, field)]
 
 
 def _questions(source: PromptSource, field: str) -> Iterator[str]:
     """The bare problem texts of a source, in order; a chat is compared as its messages."""
-    if isinstance(source, ReasoningGymSource):
-        dataset = make_dataset(source, field)
-        for index in range(len(dataset)):
-            yield str(dataset[index]["question"])
-    elif isinstance(source, BenchmarkSource):
-        yield from (question.text for question in benchmarks.load_questions(source, field))
-    else:
-        for number, record in read_jsonl(source.path, f"{field}.path"):
-            problem = get_field(record, source.prompt_field, f"{source.path}:{number}")
-            yield problem if isinstance(problem, str) else repr(problem)
+    for part, place in _plain_parts(source, field):
+        if isinstance(part, ReasoningGymSource):
+            dataset = make_dataset(part, place)
+            for index in range(len(dataset)):
+                yield str(dataset[index]["question"])
+        elif isinstance(part, BenchmarkSource):
+            yield from (question.text for question in benchmarks.load_questions(part, place))
+        else:
+            for _, record in read_rows(part, place):
+                if isinstance(record, dict) and part.prompt_field in record:  # others were reported at load
+                    yield _question(record[part.prompt_field])
 
 
 def _check_apart(train: PromptSource | None, held_out: PromptSource) -> None:
     if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
         check_disjoint(train, held_out)
-    if isinstance(train, JsonlSource) and isinstance(held_out, JsonlSource) and train.path == held_out.path:
+    if isinstance(train, FileLocation) and isinstance(held_out, FileLocation) and train.path == held_out.path:
         raise UserError(f"data.held_out.path: {held_out.path} is also data.train.path")

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.schema import PromptFormat, SftDataConfig, SftJsonlSource, SftReasoningGymSource
-from megarl.data.jsonl import get_messages, get_text, read_jsonl
+from megarl.config.data import (
+    FileLocation,
+    PlainSftSource,
+    SftColumns,
+    SftDataConfig,
+    SftMixtureSource,
+    SftReasoningGymSource,
+)
+from megarl.data.fields import get_field, get_messages, get_text
+from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
 from megarl.data.prompts import Split
+from megarl.data.report import LoadReport
+from megarl.data.rows import read_rows
+from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import check_disjoint, make_dataset
 from megarl.errors import UserError
@@ -22,17 +35,16 @@ _NUM_CHECKED_AT_LOAD = 256
 
 
 class Demonstrations(ABC, AbstractSequence[Sequence]):
-    """Training sequences by index; the same index is the same sequence, always."""
+    """Training sequences by index; the same index is the same sequence, always.
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_format: PromptFormat,
-        max_sequence_length: int,
-        field: str,
-    ) -> None:
-        self._transcripts = Transcripts(tokenizer, prompt_format, max_sequence_length, "demonstration")
-        self._field = field
+    ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
+    """
+
+    is_mixture = False
+
+    def __init__(self, reports: list[LoadReport]) -> None:
+        self.reports = reports
+        self.parts: list[tuple[int, float]] = []
 
     @abstractmethod
     def _sequence(self, index: int) -> Sequence:
@@ -47,12 +59,16 @@ class Demonstrations(ABC, AbstractSequence[Sequence]):
 
 
 class _ReasoningGymDemonstrations(Demonstrations):
-    def __init__(self, source: SftReasoningGymSource, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, source: SftReasoningGymSource, transcripts: Transcripts, field: str) -> None:
+        super().__init__([])
+        self._field, self._transcripts = field, transcripts
         self._templates = source.response_templates
         if not self._templates or not all("{answer}" in template for template in self._templates):
             raise UserError(f"{self._field}.response_templates: needs forms that each contain {{answer}}")
         self._dataset = make_dataset(source, self._field)
+
+    def check(self) -> None:
+        """Make the first of them, to find what would go wrong later."""
         for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
             self._sequence(index)
 
@@ -68,30 +84,109 @@ class _ReasoningGymDemonstrations(Demonstrations):
         return self._transcripts.pair(where, entry["question"], response)
 
 
-class _JsonlDemonstrations(Demonstrations):
-    def __init__(self, source: SftJsonlSource, *args: Any) -> None:
-        super().__init__(*args)
-        self._sequences = [
-            self._from_record(f"{source.path}:{number}", record)
-            for number, record in read_jsonl(source.path, f"{self._field}.path")
-        ]
+class _StoredDemonstrations(Demonstrations):
+    def __init__(self, store: TokenStore, report: LoadReport) -> None:
+        super().__init__([report])
+        self._store = store
 
     def __len__(self) -> int:
-        return len(self._sequences)
+        return len(self._store)
 
     def _sequence(self, index: int) -> Sequence:
-        return self._sequences[index]
+        sequence: Sequence = self._store[index]
+        return sequence
 
-    def _from_record(self, where: str, record: dict[str, Any]) -> Sequence:
-        if "messages" in record:
-            if "prompt" in record or "response" in record:
-                raise UserError(f'{where}: has both "messages" and "prompt"/"response"; keep one of them')
-            return self._transcripts.conversation(where, get_messages(record, "messages", where))
-        if "prompt" not in record and "response" not in record:
-            raise UserError(f'{where}: needs "messages", or "prompt" and "response"')
-        return self._transcripts.pair(
-            where, get_text(record, "prompt", where), get_text(record, "response", where)
-        )
+
+class _MixedDemonstrations(Demonstrations):
+    """Several sets, end to end."""
+
+    is_mixture = True
+
+    def __init__(self, sets: list[Demonstrations], weights: list[float] | None) -> None:
+        super().__init__([report for each in sets for report in each.reports])
+        self._sets, self._sizes = sets, [len(each) for each in sets]
+        if weights is not None:
+            self.parts = list(zip(self._sizes, weights, strict=True))
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def _sequence(self, index: int) -> Sequence:
+        part, row = locate(index, self._sizes)
+        return self._sets[part]._sequence(row)
+
+
+class _RowForms:
+    """Which columns of a row are read, and as what."""
+
+    def __init__(self, columns: SftColumns, transcripts: Transcripts, report: LoadReport) -> None:
+        self._columns, self._transcripts, self._report = columns, transcripts, report
+        self._names = {
+            kind: getattr(columns, f"{kind}_field") or kind
+            for kind in ("messages", "prompt", "response", "text", "tools")
+        }
+
+    def __call__(self, where: str, record: dict[str, Any]) -> Converted[Sequence]:
+        names, form = self._names, self._form(where, record)
+        if form == "text":
+            chunks = self._transcripts.text(where, get_text(record, names["text"], where))
+            length = sum(len(chunk.token_ids) - 1 for chunk in chunks) + 1
+            if len(chunks) > 1:
+                self._report.chunked.add(f"{where}: {length} tokens, {len(chunks)} chunks")
+            return Converted(chunks, length, length)
+        tools = self._tools(where, record)
+        if form == "messages":
+            messages = get_messages(self._parsed(record, names["messages"], where), names["messages"], where)
+            sequence = self._transcripts.conversation(where, messages, tools=tools)
+        elif tools is not None:
+            raise UserError(f"{where}: tools need a conversation, in a column of messages")
+        else:
+            prompt, response = (get_text(record, names[name], where) for name in ("prompt", "response"))
+            sequence = self._transcripts.pair(where, prompt, response)
+        length = len(sequence.token_ids)
+        return Converted([sequence], length, length)
+
+    def _form(self, where: str, record: dict[str, Any]) -> str:
+        names, columns = self._names, self._columns
+        if columns.messages_field:
+            return "messages"
+        if columns.prompt_field or columns.response_field:
+            return "pair"
+        if columns.text_field:
+            return "text"
+        has = {kind for kind, name in names.items() if name in record}
+        if "messages" in has and has & {"prompt", "response"}:
+            raise UserError(f'{where}: has both "messages" and "prompt"/"response"; keep one of them')
+        if "text" in has and len(has - {"tools"}) > 1:
+            raise UserError(
+                f'{where}: has "text" beside other columns; name the one to use (messages_field, ...)'
+            )
+        if not has - {"tools"}:
+            raise UserError(
+                f'{where}: needs "messages", or "prompt" and "response", or "text"; it has '
+                f"{', '.join(map(repr, record)) or 'nothing'}"
+            )
+        return "messages" if "messages" in has else "text" if "text" in has else "pair"
+
+    def _tools(self, where: str, record: dict[str, Any]) -> list[Any] | None:
+        name = self._names["tools"]
+        if name not in record and self._columns.tools_field is None:
+            return None
+        get_field(record, name, where)
+        tools = self._parsed(record, name, where)[name]
+        if not isinstance(tools, list):
+            raise UserError(f"{where}: field {name!r} must be a list of tools, found {type(tools).__name__}")
+        return tools or None
+
+    def _parsed(self, record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+        """The record with the JSON text of one column read; columnar files keep nested lists so."""
+        value = record.get(name)
+        if not isinstance(value, str):
+            return record
+        try:
+            return record | {name: json.loads(value)}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: field {name!r} holds text that is not JSON: {error.msg}") from error
 
 
 def load_demonstrations(
@@ -104,7 +199,7 @@ def load_demonstrations(
     """The demonstrations of one split, each at most ``max_sequence_length`` tokens long.
 
     Prompt tokens carry loss mask 0, response tokens and their EOS 1; in a conversation every
-    assistant turn counts as a response.
+    assistant turn counts as a response; of raw text every token is learned.
 
     Raises:
         UserError: as :func:`megarl.data.prompts.load_prompts`, and a chat template that does not
@@ -113,16 +208,53 @@ def load_demonstrations(
     train, held_out = config.train, config.held_out
     if isinstance(train, SftReasoningGymSource) and isinstance(held_out, SftReasoningGymSource):
         check_disjoint(train, held_out)
-    if (
-        isinstance(train, SftJsonlSource)
-        and isinstance(held_out, SftJsonlSource)
-        and train.path == held_out.path
-    ):
+    if isinstance(train, FileLocation) and isinstance(held_out, FileLocation) and train.path == held_out.path:
         raise UserError(f"data.held_out.path: {held_out.path} is also data.train.path")
     source = train if split == "train" else held_out
     if source is None:
         raise UserError("data.held_out: missing; the validation loss needs held-out demonstrations")
-    arguments = (tokenizer, config.format, max_sequence_length, f"data.{split}")
-    if isinstance(source, SftReasoningGymSource):
-        return _ReasoningGymDemonstrations(source, *arguments)
-    return _JsonlDemonstrations(source, *arguments)
+    transcripts = Transcripts(tokenizer, config.format, max_sequence_length, "demonstration")
+    loader = _Loader(config, tokenizer, transcripts, max_sequence_length)
+    if not isinstance(source, SftMixtureSource):
+        return loader.load(source, f"data.{split}")
+    sets = [loader.load(part, f"data.{split}.sources.{name}") for name, part in source.sources.items()]
+    weights = None if source.weights is None else [source.weights[name] for name in source.sources]
+    return _MixedDemonstrations(sets, weights)
+
+
+class _Loader:
+    def __init__(
+        self,
+        config: SftDataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        transcripts: Transcripts,
+        max_sequence_length: int,
+    ) -> None:
+        self._config, self._tokenizer, self._transcripts = config, tokenizer, transcripts
+        self._kind = {"kind": "sft", "max_sequence_length": max_sequence_length}
+
+    def load(self, source: PlainSftSource, field: str) -> Demonstrations:
+        """One plain source."""
+        generated = None
+        if isinstance(source, SftReasoningGymSource):
+            generated = _ReasoningGymDemonstrations(source, self._transcripts, field)
+            if not reads_everything(self._config):
+                generated.check()
+                return generated
+
+        def sequences(report: LoadReport) -> Iterator[Sequence]:
+            if generated is not None:
+                made = generated
+                rows = ((f"{field}: problem {i}", {"index": i}) for i in range(len(made)))
+
+                def convert(_where: str, record: dict[str, Any]) -> Converted[Sequence]:
+                    sequence = made._sequence(record["index"])
+                    return Converted([sequence], len(sequence.token_ids), len(sequence.token_ids))
+
+                return collect(rows, convert, self._config, report)
+            assert not isinstance(source, SftReasoningGymSource)
+            forms = _RowForms(source, self._transcripts, report)
+            return collect(read_rows(source, field), forms, self._config, report)
+
+        store, report = load_tokens(source, self._config, self._tokenizer, self._kind, field, sequences)
+        return _StoredDemonstrations(store, report)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from megarl.config.schema import PromptFormat
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
@@ -117,16 +117,27 @@ def _eos_ids(path: Path) -> list[int]:
 
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
 ) -> list[int]:
     """The messages as the tokenizer's chat template tokenises them.
 
     Raises:
-        ValueError: the template refuses these messages (the caller knows where they are from).
+        ValueError: the template refuses these messages, or has no place for tools or tool calls, which it
+            would leave out without a word (the caller knows where they are from).
     """
+    template = json.dumps(tokenizer.chat_template)
+    if tools and "tools" not in template:
+        raise ValueError("the chat template has no place for tools")
+    if any("tool_calls" in message for message in messages) and "tool_call" not in template:
+        raise ValueError("the chat template has no place for tool_calls")
     try:
         ids: Any = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
+            tools=list(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=False,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as AbstractSequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megarl.config.schema import PromptFormat
+from megarl.data.report import TooLongError
 from megarl.data.tokenizer import Message, chat_ids
 from megarl.errors import UserError
 from megarl.records import Sequence
@@ -42,22 +43,46 @@ class Transcripts:
         )
 
     def conversation(
-        self, where: str, messages: AbstractSequence[Message], first_learned: int = 0
+        self,
+        where: str,
+        messages: AbstractSequence[Message],
+        first_learned: int = 0,
+        tools: AbstractSequence[Any] | None = None,
     ) -> Sequence:
         """A conversation of which every assistant turn from ``messages[first_learned]`` on is learned.
 
         The tokens of a turn are what the template adds to the tokens before it, its EOS included. The
-        suffix belongs to the user's turns, as in the prompts of a rollout.
+        suffix belongs to the user's turns, as in the prompts of a rollout. ``tools`` go to the template.
         """
         if not self._format.chat_template:
             raise UserError(f"{where}: chat messages need data.format.chat_template: true")
         turns = self._with_format(where, messages)
         try:
             first = first_learned + len(turns) - len(messages)
-            token_ids, loss_mask = self._mask_turns(turns, first)
+            token_ids, loss_mask = self._mask_turns(turns, first, tools)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         return self._checked(where, token_ids, loss_mask)
+
+    def text(self, where: str, text: str) -> list[Sequence]:
+        """Raw text with EOS, every token learned, in chunks of at most the longest sequence.
+
+        A chunk begins with the last token of the one before, so that each token but the first of the text
+        is predicted exactly once. Neither template nor prompt format is applied.
+        """
+        if self._format.prompt_suffix or self._format.system_prompt is not None:
+            name = "prompt_suffix" if self._format.prompt_suffix else "system_prompt"
+            raise UserError(
+                f"{where}: raw text is learned as it stands; data.format.{name} has no place in it"
+            )
+        ids = [*self._tokenizer(text)["input_ids"]]
+        if not ids or ids[-1] != self._eos():
+            ids.append(self._eos())
+        if len(ids) < 2:
+            raise UserError(f"{where}: the text has no tokens")
+        size = self._max_sequence_length
+        chunks = [ids[start : start + size] for start in range(0, len(ids) - 1, size - 1)]
+        return [Sequence(token_ids=chunk, loss_mask=[0] + [1] * (len(chunk) - 1)) for chunk in chunks]
 
     def _with_format(self, where: str, messages: AbstractSequence[Message]) -> list[Message]:
         suffix = self._format.prompt_suffix
@@ -72,15 +97,21 @@ class Transcripts:
             raise UserError(f"{where}: the last message must be the assistant's, for it is what is learned")
         return turns
 
-    def _mask_turns(self, turns: list[Message], first: int) -> tuple[list[int], list[int]]:
+    def _mask_turns(
+        self, turns: list[Message], first: int, tools: AbstractSequence[Any] | None
+    ) -> tuple[list[int], list[int]]:
         eos = self._eos()
-        token_ids = chat_ids(self._tokenizer, turns, add_generation_prompt=False)
+
+        def ids_of(messages: list[Message], *, prompt: bool) -> list[int]:
+            return chat_ids(self._tokenizer, messages, add_generation_prompt=prompt, tools=tools)
+
+        token_ids = ids_of(turns, prompt=False)
         loss_mask = [0] * len(token_ids)
         for position, turn in enumerate(turns):
             if turn["role"] != "assistant" or position < first:
                 continue
-            before = chat_ids(self._tokenizer, turns[:position], add_generation_prompt=True)
-            after = chat_ids(self._tokenizer, turns[: position + 1], add_generation_prompt=False)
+            before = ids_of(turns[:position], prompt=True)
+            after = ids_of(turns[: position + 1], prompt=False)
             if after[: len(before)] != before or token_ids[: len(after)] != after:
                 raise ValueError(
                     f"the chat template writes message {position} differently when others follow, so its "
@@ -106,7 +137,7 @@ class Transcripts:
 
     def _checked(self, where: str, token_ids: list[int], loss_mask: list[int]) -> Sequence:
         if len(token_ids) > self._max_sequence_length:
-            raise UserError(
+            raise TooLongError(
                 f"{where}: the {self._noun} has {len(token_ids)} tokens, but at most "
                 f"{self._max_sequence_length} are allowed (packing.max_sequence_length)"
             )

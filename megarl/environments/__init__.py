@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.environments import (
@@ -32,6 +32,7 @@ __all__ = [
     "make",
     "make_environment",
     "needs_answer",
+    "wrong_references",
 ]
 
 
@@ -46,6 +47,11 @@ def make(source: PromptSource, field: str = "data.train") -> Environment:
         from megarl.environments.reasoning_gym import ReasoningGymEnvironment
 
         return ReasoningGymEnvironment(source, field)
+    if source.source == "mixture":
+        from megarl.environments.mixture import MixtureEnvironment
+
+        parts = source.sources.items()
+        return MixtureEnvironment({name: make(part, f"{field}.sources.{name}") for name, part in parts})
     if source.source == "benchmark":
         return make_environment(_benchmark_environment(source, field), field)
     return make_environment(source.environment, f"{field}.environment")
@@ -99,27 +105,38 @@ def needs_answer(config: EnvironmentConfig) -> bool:
 def check_references(
     config: EnvironmentConfig, field: str, lines: Iterable[tuple[str, str, dict[str, Any]]]
 ) -> None:
-    """Refuse, before anything is sampled, reference answers that the environment cannot use.
+    """As wrong_references; raises UserError at the first."""
+    for _, message in wrong_references(config, field, lines):
+        raise UserError(message)
+
+
+def wrong_references(
+    config: EnvironmentConfig, field: str, lines: Iterable[tuple[str, str, dict[str, Any]]]
+) -> Iterator[tuple[int, str]]:
+    """Reference answers that the environment cannot use, found before anything is sampled.
 
     Args:
         config: the environment's.
         field: its key.
-        lines: (where, answer, the file's object) of each problem; ``where`` begins the message.
+        lines: (where, answer, the row) of each problem; ``where`` begins the message.
+
+    Yields:
+        The position of each, and why it cannot be used.
 
     Raises:
-        UserError: at the first such answer; or a custom environment that cannot be imported.
+        UserError: a custom environment that cannot be imported.
     """
     if isinstance(config, MathEnvironmentConfig):
-        from megarl.environments.math import check_references as check_math
+        from megarl.environments.math import wrong_references as wrong_math
 
-        check_math((where, answer) for where, answer, _ in lines)
+        yield from wrong_math((where, answer) for where, answer, _ in lines)
     elif isinstance(config, MultipleChoiceConfig):
         from megarl.environments.multiple_choice import MultipleChoiceEnvironment
 
         environment = MultipleChoiceEnvironment(config)
-        for where, answer, entry in lines:
+        for position, (where, answer, entry) in enumerate(lines):
             if problem := environment.check(entry, answer):
-                raise UserError(f"{where}: {problem}")
+                yield position, f"{where}: {problem}"
     elif isinstance(config, CustomEnvironmentConfig):
         from megarl.environments.custom import load_class
 

@@ -9,7 +9,7 @@ import select
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,13 +155,18 @@ def check_references(references: Iterable[tuple[str, str]]) -> None:
     Raises:
         UserError: at the first that cannot be parsed.
     """
+    for _, message in wrong_references(references):
+        raise UserError(message)
+
+
+def wrong_references(references: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str]]:
+    """Position and reason of every reference answer that math-verify cannot parse; as check_references."""
     worker = _Worker()
     try:
-        for where, reference in references:
+        for position, (where, reference) in enumerate(references):
             reply = worker.ask(reference, None)
             if reply["outcome"] != "equal":
-                raise UserError(
-                    f"{where}: math-verify cannot use the answer {reference!r}: {reply['detail']}"
-                )
+                reason = f"math-verify cannot use the answer {reference!r}: {reply['detail']}"
+                yield position, f"{where}: {reason}"
     finally:
         worker.close()

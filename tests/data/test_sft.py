@@ -129,7 +129,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, jsonl):
     ("record", "words"),
     [
         ('{"prompt": "a"}', [":1:", "'response'"]),
-        ('{"text": "a"}', [":1:", "messages", "prompt"]),
+        ('{"body": "a"}', [":1:", "messages", "prompt"]),
         ('{"prompt": "a", "response": ""}', [":1:", "'response'", "empty"]),
         ('{"messages": [], "prompt": "a"}', [":1:", "both"]),
         ('{"messages": [{"role": "user", "content": "a"}]}', [":1:", "assistant's"]),

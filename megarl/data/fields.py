@@ -1,0 +1,62 @@
+"""Fields of a record, checked, with errors that begin with where it is from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.errors import UserError
+
+_ROLES = ("system", "user", "assistant", "tool")
+_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+
+
+def get_field(record: dict[str, Any], name: str, where: str) -> Any:
+    """``record[name]``, or a UserError that names the fields there are; ``where`` is file:line."""
+    if name not in record:
+        raise UserError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}")
+    return record[name]
+
+
+def get_text(record: dict[str, Any], name: str, where: str) -> str:
+    """A field that must be a string with something in it."""
+    value = get_field(record, name, where)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {name!r} must be a string, found {type(value).__name__}")
+    if not value.strip():
+        raise UserError(f"{where}: field {name!r} is empty")
+    return value
+
+
+def get_messages(record: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+    """A field that must be a list of chat messages, each with a role and a text.
+
+    An assistant's message may have tool_calls, with or without a text; fields that are null are left out.
+    """
+    value = get_field(record, name, where)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: field {name!r} must be a list of chat messages and not empty")
+    return [_message(message, f"{where}: {name}[{position}]") for position, message in enumerate(value)]
+
+
+def _message(message: Any, at: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise UserError(f'{at} must be an object with "role" and "content"')
+    message = {key: value for key, value in message.items() if value is not None}
+    calls = message.get("tool_calls")
+    if "role" not in message or ("content" not in message and not calls):
+        raise UserError(f'{at} must be an object with "role" and "content" (or "tool_calls")')
+    if strangers := [key for key in message if key not in _MESSAGE_FIELDS]:
+        raise UserError(f"{at} has {strangers[0]!r}; known are {', '.join(_MESSAGE_FIELDS)}")
+    if message["role"] not in _ROLES:
+        raise UserError(f"{at}.role is {message['role']!r}; known roles are {', '.join(_ROLES)}")
+    message.setdefault("content", "")
+    if not isinstance(message["content"], str):
+        raise UserError(f"{at}.content must be a string, found {type(message['content']).__name__}")
+    if calls is not None:
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise UserError(f"{at}.tool_calls must be a list of objects")
+        if message["role"] != "assistant" and calls:
+            raise UserError(f"{at}.tool_calls: only the assistant calls tools, found {message['role']!r}")
+        if not calls:
+            del message["tool_calls"]
+    return message

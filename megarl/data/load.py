@@ -1,0 +1,141 @@
+"""From rows to items: bad rows counted, lengths filtered, tokens kept in a cache; for every kind of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from megarl.config.data import (
+    DataReading,
+    FileLocation,
+    HfLocation,
+    LengthFilter,
+    ReasoningGymSource,
+    TrainingDataReading,
+)
+from megarl.data.report import LoadReport, TooLongError
+from megarl.data.rows import Row, content_digest
+from megarl.data.store import TokenCache, TokenStore, tokenizer_digest
+from megarl.errors import UserError
+from megarl.records import Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Converted(Generic[_Item]):
+    """What one row became; lengths in tokens are those the filters look at."""
+
+    items: list[_Item]
+    shortest: int
+    longest: int
+
+
+def collect(
+    rows: Iterable[Row],
+    convert: Callable[[str, dict[str, Any]], Converted[_Item]],
+    reading: DataReading,
+    report: LoadReport,
+) -> Iterator[_Item]:
+    """The items of all usable rows, in order; ``report`` counts the others.
+
+    ``convert`` raises UserError for a row that is malformed and TooLongError for one that does not fit.
+
+    Raises:
+        UserError: after all rows, with the first three bad ones, unless data.on_bad_row is skip; no row is
+            left.
+    """
+    problems = LoadReport(report.key)  # what ends the command
+    for where, record in rows:
+        report.num_rows += 1
+        try:
+            if isinstance(record, UserError):
+                raise record
+            converted = convert(where, record)
+        except TooLongError as error:
+            if reading.filter.too_long == "drop":
+                report.dropped.add(str(error))
+            else:
+                problems.bad.add(str(error))
+            continue
+        except UserError as error:
+            (report if reading.on_bad_row == "skip" else problems).bad.add(str(error))
+            continue
+        if reason := _outside(converted, reading.filter):
+            report.dropped.add(f"{where}: {reason}")
+            continue
+        report.num_used += 1
+        yield from converted.items
+    if problems.bad.count:
+        raise problems.fail()
+    if not report.num_used:
+        raise UserError("\n".join([f"{report.key}: no row is left to use", *report.lines()]))
+
+
+def _outside(converted: Converted[Any], limits: LengthFilter) -> str | None:
+    if limits.min_tokens is not None and converted.shortest < limits.min_tokens:
+        return f"{converted.shortest} tokens, fewer than data.filter.min_tokens = {limits.min_tokens}"
+    if limits.max_tokens is not None and converted.longest > limits.max_tokens:
+        return f"{converted.longest} tokens, more than data.filter.max_tokens = {limits.max_tokens}"
+    return None
+
+
+def reads_everything(reading: DataReading) -> bool:
+    """Whether generated problems must all be made at the start, for settings that look at every one."""
+    limits = reading.filter
+    return (
+        reading.on_bad_row == "skip"
+        or limits != LengthFilter()
+        or (isinstance(reading, TrainingDataReading) and reading.cache_dir is not None)
+    )
+
+
+def load_tokens(
+    source: FileLocation | HfLocation | ReasoningGymSource,
+    reading: TrainingDataReading,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: dict[str, Any],
+    field: str,
+    sequences: Callable[[LoadReport], Iterator[Sequence]],
+) -> tuple[TokenStore, LoadReport]:
+    """The tokens of a source: from the cache, else from ``sequences(report)`` and then kept in the cache.
+
+    ``kind`` is what, beside source, reading and tokenizer, decides about the tokens.
+    """
+    report = LoadReport(field)
+    if reading.cache_dir is None:
+        return TokenStore.of(sequences(report)), report
+    settings = reading.model_dump(mode="json", include={"format", "filter", "on_bad_row"})
+    depends_on = kind | settings | {"field": field, "source": source.model_dump(mode="json")}
+    depends_on["tokenizer"] = tokenizer_digest(tokenizer)
+    if isinstance(source, ReasoningGymSource):
+        from importlib.metadata import version
+
+        depends_on["content"] = f"reasoning-gym {version('reasoning-gym')}"
+    else:
+        depends_on["content"] = content_digest(source, field)
+    cache = TokenCache(reading.cache_dir, depends_on)
+    if (kept := cache.read()) is not None:
+        store, report = kept
+        report.cache = f"{field}: tokens of {len(store)} sequences read from {cache.path}"
+        return store, report
+    damaged = cache.path.is_file()
+    store = TokenStore.of(sequences(report))
+    cache.write(store, report)
+    report.cache = f"{field}: tokens of {len(store)} sequences written to {cache.path}"
+    if damaged:
+        report.cache += " (what was there could not be read)"
+    return store, report
+
+
+def locate(index: int, sizes: list[int]) -> tuple[int, int]:
+    """Which of several data sets laid end to end holds ``index``, and where in it."""
+    for part, size in enumerate(sizes):
+        if index < size:
+            return part, index
+        index -= size
+    raise IndexError(index)

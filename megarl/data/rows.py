@@ -1,0 +1,202 @@
+"""Rows of files and Hugging Face datasets, each with the place it comes from.
+
+A row that cannot be read is handed on as the UserError that says so, for the caller to count or to raise;
+what is wrong with a whole file is raised. Empty cells of columnar files (null) are columns that the row
+lacks.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megarl.config.data import FileLocation, HfLocation
+from megarl.errors import UserError
+
+Row = tuple[str, dict[str, Any] | UserError]
+"""Where ("file:line", "file row 3") and the record, or what is wrong with it."""
+
+
+def read_rows(source: FileLocation | HfLocation, field: str) -> Iterator[Row]:
+    """All rows of a source in order.
+
+    Args:
+        source: a file or dataset.
+        field: its configuration key, e.g. ``data.train``.
+
+    Raises:
+        UserError: a missing or unreadable file or dataset, or no rows at all.
+    """
+    if isinstance(source, HfLocation):
+        rows, what = _hf_rows(source, field), source.dataset
+    else:
+        rows, what = _file_rows(source, field), source.path
+        field = f"{field}.path"
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{field}: {what} holds no records")
+
+
+def content_digest(source: FileLocation | HfLocation, field: str) -> str:
+    """SHA-256 of what a source's rows are made of."""
+    digest = hashlib.sha256()
+    if isinstance(source, FileLocation):
+        _hash_file(Path(source.path), digest)
+        return digest.hexdigest()
+    dataset = _hf_dataset(source, field)
+    for file in sorted(entry["filename"] for entry in dataset.cache_files):
+        _hash_file(Path(file), digest)
+    digest.update(f"{dataset._fingerprint} {source.split} {len(dataset)}".encode())
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path, digest: Any) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+
+
+def _file_rows(source: FileLocation, field: str) -> Iterator[Row]:
+    path = Path(source.path)
+    if not path.is_file():
+        raise UserError(f"{field}.path: no file {source.path}")
+    kind = ".jsonl" if source.source == "jsonl" else path.suffix.lower()
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".arrow": _arrow}
+    try:
+        yield from readers[kind](source.path)
+    except OSError as error:
+        raise UserError(f"{field}.path: cannot read {source.path}: {error.strerror or error}") from error
+
+
+def _jsonl(path: str) -> Iterator[Row]:
+    # Not str.splitlines(): JSON strings may hold U+2028 and others that it would split at.
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield where, UserError(f"{where}: not UTF-8 text ({error.reason})")
+            continue
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            yield where, UserError(f"{where}: malformed JSON at column {error.colno}: {error.msg}")
+            continue
+        yield where, _as_record(where, record)
+
+
+def _json(path: str) -> Iterator[Row]:
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}"
+        ) from error
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected a list of objects, found {type(records).__name__}")
+    for index, record in enumerate(records):
+        yield f"{path} row {index}", _as_record(f"{path} row {index}", record)
+
+
+def _csv(path: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default ends at 128 KiB a cell
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            names = next(reader, [])
+            for cells in reader:
+                where = f"{path}:{reader.line_num}"
+                if len(cells) == len(names):
+                    yield where, {n: c for n, c in zip(names, cells, strict=True) if c != ""}
+                elif cells:
+                    message = f"{where}: {len(cells)} cells, but the first line names {len(names)} columns"
+                    yield where, UserError(message)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text after line {reader.line_num}") from error
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: malformed CSV: {error}") from error
+
+
+def _parquet(path: str) -> Iterator[Row]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        yield from _batches(path, ParquetFile(path).iter_batches())
+    except ArrowInvalid as error:
+        raise UserError(f"{path}: not a parquet file that can be read: {error}") from error
+
+
+def _arrow(path: str) -> Iterator[Row]:
+    import pyarrow as pa
+
+    with pa.memory_map(path) as file:
+        try:
+            try:
+                batches: Any = pa.ipc.open_stream(file)
+            except pa.ArrowInvalid:  # the other of the two layouts
+                reader = pa.ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from _batches(path, batches)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path}: not an Arrow file that can be read: {error}") from error
+
+
+def _batches(what: str, batches: Any) -> Iterator[Row]:
+    index = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            yield f"{what} row {index}", _without_nulls(record)
+            index += 1
+
+
+def _hf_rows(source: HfLocation, field: str) -> Iterator[Row]:
+    for index, record in enumerate(_hf_dataset(source, field)):
+        yield f"{source.dataset} ({source.split}) row {index}", _without_nulls(record)
+
+
+def _hf_dataset(source: HfLocation, field: str) -> Any:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path, split = Path(source.dataset), source.split
+    saved = path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        dataset = (
+            load_from_disk(str(path))
+            if saved
+            else load_dataset(source.dataset, source.subset, split=split, revision=source.revision)
+        )
+    except Exception as error:  # the library raises some twenty types, from all its layers
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{field}: cannot read split {split!r} of {source.dataset}: {reason}") from error
+    if saved and (source.subset or source.revision):
+        name = "subset" if source.subset else "revision"
+        raise UserError(f"{field}.{name}: {source.dataset} was saved by save_to_disk and has none")
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{field}.split: {source.dataset} has {', '.join(dataset)} (got {split!r})")
+        return dataset[split]
+    if saved and split != (str(dataset.split) if dataset.split is not None else "train"):
+        raise UserError(f"{field}.split: {source.dataset} holds one split, {dataset.split} (got {split!r})")
+    return dataset
+
+
+def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def _as_record(where: str, record: Any) -> dict[str, Any] | UserError:
+    if isinstance(record, dict):
+        return record
+    return UserError(f"{where}: expected a JSON object, found {type(record).__name__}")

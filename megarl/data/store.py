@@ -1,0 +1,134 @@
+"""Tokenised rows in flat arrays, and on disk under a name made of their content.
+
+A cache file is named after the SHA-256 of everything its tokens depend on: the content of the data, the
+tokenizer, the format, the columns, lengths and filters, and this file's format. A change of any of them is
+another name, so a stale file is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as AbstractSequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megarl.data.report import LoadReport
+from megarl.records import Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Raise it when the same settings are to give other tokens, masks or arrays.
+_FORMAT = "megarl tokens 1"
+
+
+class TokenStore(AbstractSequence[Sequence]):
+    """Training sequences in four arrays: 5 bytes a token instead of some 60 as Python lists.
+
+    ``token_ids`` [T] int32, ``loss_mask`` [T] uint8, ``offsets`` [S + 1] int64, ``prompts`` [S] int64 (the
+    sequences' num_prompt_tokens).
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        self._ids, self._mask = arrays["token_ids"], arrays["loss_mask"]
+        self._offsets, self._prompts = arrays["offsets"], arrays["prompts"]
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence]) -> TokenStore:
+        """From sequences, consumed one by one."""
+        ids, mask, offsets, prompts = array("i"), bytearray(), array("q", [0]), array("q")
+        for sequence in sequences:
+            ids.extend(sequence.token_ids)
+            mask.extend(sequence.loss_mask)
+            offsets.append(len(ids))
+            prompts.append(sequence.num_prompt_tokens)
+        return cls(
+            {
+                "token_ids": np.array(ids, dtype=np.int32),
+                "loss_mask": np.array(mask, dtype=np.uint8),
+                "offsets": np.array(offsets, dtype=np.int64),
+                "prompts": np.array(prompts, dtype=np.int64),
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, stop = self._offsets[index], self._offsets[index + 1]
+        return Sequence(
+            self._ids[start:stop].tolist(),
+            self._mask[start:stop].tolist(),
+            num_prompt_tokens=int(self._prompts[index]),
+        )
+
+
+class TokenCache:
+    """One cache file."""
+
+    def __init__(self, directory: str, depends_on: dict[str, Any]) -> None:
+        """``depends_on`` is what the tokens depend on, as JSON; see the module's docstring."""
+        text = json.dumps([_FORMAT, depends_on], sort_keys=True, ensure_ascii=False)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
+        self.path = Path(directory) / f"tokens-{self.key[:24]}.safetensors"
+
+    def read(self) -> tuple[TokenStore, LoadReport] | None:
+        """What is kept; None where there is nothing, or the file is damaged (it is then written anew)."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError):
+            return None
+        if metadata.get("key") != self.key or metadata.get("checksum") != _checksum(arrays):
+            return None
+        report = LoadReport.from_json(json.loads(metadata["report"]))
+        return TokenStore(arrays), report
+
+    def write(self, store: TokenStore, report: LoadReport) -> None:
+        """Keep it, all at once: several ranks and runs may write the same file."""
+        from safetensors.numpy import save_file
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        checksum = _checksum(store.arrays)
+        metadata = {"key": self.key, "checksum": checksum, "report": json.dumps(report.to_json())}
+        save_file(store.arrays, partial, metadata=metadata)
+        partial.replace(self.path)
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what a tokenizer makes of text: its model, its special tokens, its chat template."""
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        transformers.__version__,
+        tokenizers.__version__,
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items())),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+        json.dumps(tokenizer.chat_template, sort_keys=True),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
