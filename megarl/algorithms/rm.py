@@ -12,7 +12,7 @@ from typing import Any
 from megarl.algorithms.model import read_model
 from megarl.algorithms.run import Run
 from megarl.config.preference import RmConfig
-from megarl.data.order import order_of
+from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs, load_pairs
 from megarl.losses.reward import RewardLoss
 from megarl.records import Sequence
@@ -30,6 +30,7 @@ def run_rm(config: RmConfig) -> None:
     from megarl.trainer.megatron.scorer import MegatronScorer
 
     with Run(config, "rm", is_first=context.is_first) as run:
+        run.tell(train, held_out)
         scorer = MegatronScorer(
             context,
             architecture,
@@ -70,7 +71,7 @@ def _train(
         values["tokens_per_second_train"] = tokens / run.timers.seconds("train")
         at_interval = training.validation_interval and step % training.validation_interval == 0
         if held_out is not None and (at_interval or step == last):
-            validation = _sequences(held_out, list(range(size)))
+            validation = _sequences(held_out, held_out_rows(held_out, size))
             held = scorer.score_loss(
                 scorer.prepare(validation, "token", group_size=2),
                 RewardLoss(size, config.algorithm.center_coef),
