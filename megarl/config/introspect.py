@@ -161,7 +161,7 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _describe_sections(sections: list[type[Section]]) -> str:
-    names = " or ".join(f"'{tag_of(s)}'" for s in sections) if len(sections) > 1 else ""
+    names = " or ".join(f"'{tag}'" for s in sections for tag in tags_of(s)) if len(sections) > 1 else ""
     return f"a section with source {names}" if names else "a section"
 
 

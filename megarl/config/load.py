@@ -25,7 +25,7 @@ from megarl.config.introspect import (
     sections_of,
     select_section,
     tag_field,
-    tag_of,
+    tags_of,
 )
 from megarl.config.schema import Section
 from megarl.config.suggest import explain_unknown
@@ -190,7 +190,7 @@ class _Loading:
             return Violation(path, f"required but missing: {expected}. {about}")
         if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
             sections = sections_of(fields[0].annotation)
-            tags = " or ".join(repr(tag_of(section)) for section in sections)
+            tags = " or ".join(repr(tag) for section in sections for tag in tags_of(section))
             tag = tag_field(sections[0]) or "source"
             source = self.value_at((*path, tag))
             if source is _NO_VALUE:

@@ -10,6 +10,7 @@ from megarl.config.load import dump_config, load_config
 from megarl.config.schema import EvalConfig, GrpoConfig, ReasoningGymSource, Section, SftConfig
 from megarl.errors import UserError
 
+SOURCES = "'reasoning_gym' or 'jsonl' or 'file' or 'hf' or 'benchmark' or 'mixture'"
 GRPO = """\
 run:
   dir: runs/x
@@ -170,18 +171,17 @@ def test_environment_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (
             "    source: reasoning_gym\n    task: chain_sum\n    size: 100",
             "    source: gym",
-            "data.train.source: expected 'reasoning_gym' or 'jsonl' or 'benchmark' (got 'gym') [c.yaml:9]",
+            f"data.train.source: expected {SOURCES} (got 'gym') [c.yaml:9]",
         ),
         (
             "    source: reasoning_gym\n    task: chain_sum\n    size: 100",
             "    size: 100",
-            "data.train.source: required but missing: 'reasoning_gym' or 'jsonl' or 'benchmark' [c.yaml:8]",
+            f"data.train.source: required but missing: {SOURCES} [c.yaml:8]",
         ),
         (
             "  held_out:\n    source: reasoning_gym\n    task: chain_sum\n    size: 50\n    seed: 200",
             "  held_out: 5",
-            "data.held_out: expected a section with source 'reasoning_gym' or 'jsonl' or 'benchmark' or null "
-            "(got 5) [c.yaml:13]",
+            f"data.held_out: expected a section with source {SOURCES} or null (got 5) [c.yaml:13]",
         ),
         ("optimizer:\n  lr: 1e-5", "optimizer: 1e-5", "optimizer: expected a section (got 1e-05) [c.yaml:5]"),
     ],
