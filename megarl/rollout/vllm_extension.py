@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 from megarl.rollout.attach import AttachedWeights, check_plan, dtype_name
+from megarl.rollout.cpu_linear import cpu_linear
 from megarl.rollout.engine import AttachReport
 from megarl.weights.checksum import RegionChecksum, region_checksum
 from megarl.weights.handover import ParamInfo, WeightPlan
@@ -68,7 +69,7 @@ class WeightReceiver:
 
 
 def _use_parameter(layer: torch.nn.Module, remove_weight: bool) -> None:
-    setattr(layer, "cpu_linear", functional.linear)  # noqa: B010 - not declared on Module
+    setattr(layer, "cpu_linear", cpu_linear)  # noqa: B010 - not declared on Module
 
 
 def _keep_experts_as_they_are(self: Any, layer: torch.nn.Module) -> None:
