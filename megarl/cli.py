@@ -169,12 +169,15 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _check_layout(config: AnyConfig) -> None:
     """Refuse what cannot be trained, or not under this layout, before a process starts."""
-    from megarl.config.schema import EvalConfig
+    from megarl.config.schema import EvalConfig, GrpoConfig
     from megarl.models import load_architecture
-    from megarl.models.feasible import check_layout
+    from megarl.models.feasible import check_layout, check_router
 
     if not isinstance(config, EvalConfig):
-        check_layout(load_architecture(config.model.path), config.parallel)
+        architecture = load_architecture(config.model.path)
+        check_layout(architecture, config.parallel)
+        replay = isinstance(config, GrpoConfig) and config.rollout.router_replay
+        check_router(architecture, config.router, replay=replay)
 
 
 def _call_loop(config: AnyConfig) -> None:

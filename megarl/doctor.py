@@ -51,7 +51,7 @@ def main() -> int:
     importing = {name: _start_import(code) for name, code in _IMPORTS.items()}
     checks: list[Callable[[], Iterable[Finding]]] = [
         *(check_processor, check_memory, check_disk, check_network, check_python, check_packages),
-        *(check_native_ops, check_cuda),
+        *(check_native_ops, check_cuda, check_layers),
     ]
     findings = [finding for check in checks for finding in check()]
     findings += [check_import(name, process) for name, process in importing.items()]
@@ -305,6 +305,22 @@ def check_cuda() -> list[Finding]:
         release = re.search(r"release ([\d.]+)", said)
         findings.append(Finding("nvcc", release.group(1) if release else "there, but gives no version"))
     return findings
+
+
+def check_layers() -> list[Finding]:
+    """Who computes each kind of the trainer's layers here."""
+    if find_spec("torch") is None:
+        return []
+    import torch
+
+    from megarl.platform.layers import layer_implementations
+
+    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    kinds = layer_implementations(device, dtype)
+    return [
+        Finding("" if number else "layers", f"{kind}: {who}")
+        for number, (kind, who) in enumerate(kinds.items())
+    ]
 
 
 # --- showing --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -65,6 +66,8 @@ class Sample:
     advantage: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
+    experts: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Chosen by the engine for every token but the last: [P + N - 1, layers with experts, k] int16."""
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +109,9 @@ class Sequence:
     advantage: float = 0.0
     rollout_logprobs: list[float] = field(default_factory=list)  # [n] or empty
     num_prompt_tokens: int = 0  # leading tokens without a target that neighbours may have in common
+    # Experts to replay, each token's own (not those of the prediction of it): [n, layers with experts, k]
+    # int16, -1 where the trainer is to choose.
+    experts: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,8 @@ class PackedBatch:
     loss_weights: torch.Tensor | None = None  # [T] float32, the share of each token in the step's mean
     lengths: torch.Tensor | None = None  # [S] int32, tokens without padding (dummy: 0); None: no padding
     prefixes: torch.Tensor | None = None  # [S] int64: the sequence of this batch that comes first, -1: none
+    experts: torch.Tensor | None = None  # [T, layers, k] int16, to replay; of token t, -1: none given
+    token_share: float = 1.0  # of the step's tokens, padding left out on both sides
 
 
 @dataclass(slots=True)

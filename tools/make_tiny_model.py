@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 PAD, SYSTEM, USER, ASSISTANT, EOS = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 VOCAB_SIZE = 512
@@ -95,13 +95,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(arguments: argparse.Namespace, eos: int, pad: int) -> Qwen3ForCausalLM:
-    """A Qwen3 (norms on q and k, grouped queries, tied embeddings) with random fp32 weights."""
+def make_model(arguments: argparse.Namespace, eos: int, pad: int) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+    """A Qwen3 (norms on q and k, grouped queries, tied embeddings) with random fp32 weights.
+
+    With ``experts`` a Qwen3-MoE: every layer has so many, each of ``intermediate`` size, two per token.
+    """
     import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        GenerationConfig,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     torch.manual_seed(arguments.seed)
-    config = Qwen3Config(
+    experts = {
+        "num_experts": arguments.experts,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": arguments.intermediate,
+        "norm_topk_prob": True,
+    }
+    config_class = Qwen3MoeConfig if arguments.experts else Qwen3Config
+    config = config_class(
+        **(experts if arguments.experts else {}),
         vocab_size=VOCAB_SIZE,
         hidden_size=arguments.hidden,
         intermediate_size=arguments.intermediate,
@@ -117,7 +134,7 @@ def make_model(arguments: argparse.Namespace, eos: int, pad: int) -> Qwen3ForCau
         pad_token_id=pad,
         dtype="float32",
     )
-    model = Qwen3ForCausalLM(config)
+    model = (Qwen3MoeForCausalLM if arguments.experts else Qwen3ForCausalLM)(config)
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     return model
 
@@ -136,12 +153,16 @@ def parse_arguments() -> argparse.Namespace:
         ("intermediate", 384),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    help = "experts in every layer, two per token; default 0: a dense model"
+    parser.add_argument("--experts", type=int, default=0, help=help)
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
-        if name not in ("output", "seed") and value < 1:
+        if name not in ("output", "seed", "experts") and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if arguments.heads % arguments.kv_heads:
         parser.error(f"--heads {arguments.heads} is not a multiple of --kv-heads {arguments.kv_heads}")
+    if arguments.experts < 0 or arguments.experts == 1:
+        parser.error(f"--experts must be 0 or at least 2, not {arguments.experts}")
     if arguments.head_dim % 2:
         parser.error(f"--head-dim {arguments.head_dim} must be even (rotary embedding)")
     return arguments

@@ -26,6 +26,7 @@ def start_engine(
     max_model_len: int,
     seed: int,
     log_dir: Path,
+    record_routing: bool = False,
 ) -> VllmEngine:
     """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights."""
     return VllmEngine.start(
@@ -37,6 +38,7 @@ def start_engine(
         log_dir=log_dir,
         keep_kv_cache=weights is not None and weights.keep_kv_cache,
         offload_kv_cache=weights is not None and "kv_cache" in weights.offload,
+        record_routing=record_routing,
     )
 
 

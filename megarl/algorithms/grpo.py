@@ -17,6 +17,7 @@ from megarl.config.derived import needs_old_logprobs, needs_reference, without_e
 from megarl.config.schema import GrpoConfig
 from megarl.losses.agreement import Agreement
 from megarl.losses.policy import PolicyLoss, options_of
+from megarl.packing.routing import experts_to_replay
 from megarl.records import Group, PackedBatch, Sample, Sequence
 from megarl.trainer.policy import Policy, TrainStepResult
 
@@ -127,4 +128,5 @@ def to_sequence(sample: Sample) -> Sequence:
         advantage=sample.advantage,
         rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs,
         num_prompt_tokens=prompt,
+        experts=experts_to_replay(sample),
     )

@@ -7,7 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config.derived import AnyConfig, max_sequence_length, read_model_config
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer
 from megarl.models import load_architecture
+from megarl.models.spec import ModelSpec
 from megarl.models.table import Architecture
+from megarl.platform.layers import layer_implementations
 
 
 def read_model(config: AnyConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
@@ -17,3 +19,9 @@ def read_model(config: AnyConfig) -> tuple[Architecture, PreTrainedTokenizerBase
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
     return architecture, tokenizer, max_sequence_length(config, read_model_config(path))
+
+
+def describe_layers(device: str, dtype: str, spec: ModelSpec) -> str:
+    """Which implementation each kind of the trainer's layers has, in one line for the log."""
+    found = layer_implementations(device, dtype, experts=spec.moe is not None)
+    return "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())

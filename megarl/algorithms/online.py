@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
 from megarl.algorithms.evaluate import evaluate, pick_problems
-from megarl.algorithms.model import read_model
+from megarl.algorithms.model import describe_layers, read_model
 from megarl.algorithms.online_report import disagreement, rollout_metrics, run_summary, sample_rows
 from megarl.algorithms.rollouts import Rollouts, make_rollouts, usable
 from megarl.algorithms.run import Run
@@ -88,6 +88,7 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
                 max_model_len=longest,
                 seed=config.run.seed,
                 log_dir=run.directory.path,
+                record_routing=config.rollout.router_replay,
             )
             workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments)
         policy = MegatronPolicy(
@@ -98,7 +99,9 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
             config.optimizer,
             num_optimizer_steps(config),
             check_numerics=config.debug.check_numerics,
+            router=config.router,
         )
+        run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
         if needs_reference(config.algorithm):
             policy.keep_reference()
         learner = make_learner(config, run, policy)

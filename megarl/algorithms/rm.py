@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.algorithms.model import read_model
+from megarl.algorithms.model import describe_layers, read_model
 from megarl.algorithms.run import Run
 from megarl.config.preference import RmConfig
 from megarl.data.order import held_out_rows, order_of
@@ -41,7 +41,9 @@ def run_rm(config: RmConfig) -> None:
             rows="last",
             seed=config.run.seed,
             check_numerics=config.debug.check_numerics,
+            router=config.router,
         )
+        run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
         head = "a new one, drawn with run.seed" if scorer.has_new_head else f"that of {config.model.path}"
         run.console.note(f"score head: {head}")
         state = run.resume(scorer) or {"step": 0, "position": 0, "totals": {}}

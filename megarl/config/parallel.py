@@ -24,6 +24,10 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage (interleaved schedule); needs pipeline_parallel_size > 1."""
     expert_parallel_size: PositiveInt = 1
     """Ranks of a pipeline stage that share each layer's experts, whole experts each."""
+    expert_tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each expert's matrices; experts are not split by tensor_parallel_size."""
+    expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts: each to its ranks, or all to all ranks (for few, large groups)."""
     first_stage_layers: PositiveInt | None = None
     """Layers of the first pipeline stage, which also has the embedding; null: as many as the others."""
     last_stage_layers: PositiveInt | None = None

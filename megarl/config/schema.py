@@ -26,6 +26,7 @@ from megarl.config.environments import EnvironmentRuntime
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
 from megarl.config.parallel import ParallelConfig as ParallelConfig
+from megarl.config.router import RouterConfig
 from megarl.config.run import Launcher, ProfileConfig
 from megarl.config.run import RunConfig as RunConfig
 from megarl.config.section import (
@@ -153,6 +154,8 @@ class RolloutConfig(GenerationConfig):
     """Sample from the fewest likeliest tokens with this mass; trainer logprobs use that support (1: all)."""
     top_k: NonNegativeInt = 0
     """Sample from so many of the likeliest tokens; the trainer's logprobs use the same support (0: all)."""
+    router_replay: bool = False
+    """Train with the experts that the engine chose for each token; for models that have experts."""
 
 
 class DebugConfig(Section):
@@ -176,6 +179,7 @@ class TrainingRoot(Section):
     logging: LoggingConfig = LoggingConfig()
     debug: DebugConfig = DebugConfig()
     profile: ProfileConfig = ProfileConfig()
+    router: RouterConfig = RouterConfig()
 
 
 class SftTrainingConfig(Section):

@@ -126,10 +126,12 @@ def _overlap(config: TrainingConfig) -> Violations:
 def _expert_parallel(config: TrainingConfig) -> Violations:
     parallel = config.parallel
     stage, rest = divmod(parallel.num_processes, parallel.pipeline_parallel_size)
-    if not rest and stage % parallel.expert_parallel_size:
+    size, split = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+    if not rest and stage % (size * split):
+        times = f"times expert_tensor_parallel_size = {split} " if split > 1 else ""
         yield Violation(
             ("parallel", "expert_parallel_size"),
-            f"must divide the {stage} ranks of a pipeline stage (got {parallel.expert_parallel_size})",
+            f"{times}must divide the {stage} ranks of a pipeline stage (got {size})",
             (("parallel", "num_processes"), ("parallel", "pipeline_parallel_size")),
         )
 

@@ -8,7 +8,7 @@ from megarl.errors import UserError
 from megarl.models.dense import dense_mlp, ends
 from megarl.models.mla import latent_attention
 from megarl.models.moe import moe_mlp
-from megarl.models.spec import MlaSpec, ModelSpec, MoeSpec
+from megarl.models.spec import MlaSpec, ModelSpec, MoeSpec, RopeSpec, yarn_scale
 from megarl.models.table import Architecture
 
 
@@ -20,6 +20,8 @@ def architecture(config: dict[str, Any]) -> Architecture:
     """
     if config.get("attention_bias"):
         raise UserError("config.json: attention_bias is not supported for deepseek_v3")
+    if not config.get("rope_interleave", True):  # the engine always pairs neighbours
+        raise UserError("config.json: rope_interleave false is not supported for deepseek_v3")
     num_layers, step = config["num_hidden_layers"], config.get("moe_layer_freq", 1)
     dense = config.get("first_k_dense_replace", 0)
     inner = config["moe_intermediate_size"]
@@ -36,20 +38,23 @@ def architecture(config: dict[str, Any]) -> Architecture:
         router_bias=True,
         shared_intermediate_size=inner * (config.get("n_shared_experts") or 0),
     )
+    rope = RopeSpec.from_hf(config)
+    scale = yarn_scale(rope.factor, rope.mscale_all_dim) if rope.mscale_all_dim else 1.0
     mla = MlaSpec(
         q_lora_rank=config.get("q_lora_rank"),
         kv_lora_rank=config["kv_lora_rank"],
         qk_nope_head_dim=config["qk_nope_head_dim"],
         qk_rope_head_dim=config["qk_rope_head_dim"],
         v_head_dim=config["v_head_dim"],
+        logit_scale=scale**2,
     )
     spec = ModelSpec.from_hf(
         "deepseek_v3",
         config,
         head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        rope=rope,
         moe=moe,
         mla=mla,
-        not_trainable="multi-head latent attention and a router with a bias are not in the trainer",
     )
     further = range(num_layers, num_layers + (config.get("num_nextn_predict_layers") or 0))
     return Architecture(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megarl.config.parallel import ParallelConfig
+from megarl.config.router import RouterConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models.splits import division_problems
@@ -29,6 +30,18 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     raise UserError("\n".join(wrong))
 
 
+def check_router(architecture: Architecture, router: RouterConfig, *, replay: bool = False) -> None:
+    """Raise UserError for settings that the model has no use for; ``replay`` is rollout.router_replay."""
+    moe = architecture.spec.moe
+    asked = [f"router.{name}" for name, value in router if value] + ["rollout.router_replay"] * replay
+    if moe is None and asked:
+        raise UserError(f"{asked[0]}: {architecture.spec.family} has no experts")
+    if moe is not None and router.bias_update_rate and not moe.router_bias:
+        raise UserError(f"router.bias_update_rate: the router of {architecture.spec.family} has no bias")
+    if moe is not None and router.aux_loss_coef == "model" and not moe.aux_loss_coef:
+        raise UserError("router.aux_loss_coef: model, but config.json has no router_aux_loss_coef above 0")
+
+
 def layout_problems(architecture: Architecture, parallel: ParallelConfig) -> Iterator[str]:
     """A line for each way in which this model does not fit this layout."""
     spec, experts = architecture.spec, parallel.expert_parallel_size
@@ -44,6 +57,9 @@ def layout_problems(architecture: Architecture, parallel: ParallelConfig) -> Ite
         yield str(error)
     if spec.moe is None and experts > 1:
         yield f"parallel.expert_parallel_size: {experts}, but {spec.family} has no experts"
+    elif spec.moe is None and layout.expert_tensor > 1:
+        size = layout.expert_tensor
+        yield f"parallel.expert_tensor_parallel_size: {size}, but {spec.family} has no experts"
     elif spec.moe is not None and spec.moe.num_experts % experts:
         yield f"parallel.expert_parallel_size: {spec.moe.num_experts} experts do not divide by {experts}"
     if spec.moe is not None and layout.tensor > 1 and not layout.sequence_parallel:
@@ -60,6 +76,7 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
         sequence_parallel=parallel.sequence_parallel,
         virtual=parallel.virtual_pipeline_parallel_size,
         expert=parallel.expert_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
         first_stage_layers=parallel.first_stage_layers,
         last_stage_layers=parallel.last_stage_layers,
     )

@@ -51,11 +51,18 @@ def _yarn(inv_freq: torch.Tensor, rope: RopeSpec, head_dim: int) -> torch.Tensor
     return inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
 
 
-def cos_sin(inv_freq: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for each token: two tensors [T, 1, head_dim], fp32."""
+def cos_sin(
+    inv_freq: torch.Tensor, position_ids: torch.Tensor, factor: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine for each token, times ``factor`` (RopeSpec.attention_factor): [T, 1, head_dim], fp32."""
     angles = position_ids.to(torch.float32)[:, None] * inv_freq[None, :]
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def pair_halves(x: torch.Tensor) -> torch.Tensor:
+    """From pairs (0, 1), (2, 3) ... to halves, which :func:`rotate` takes: evens before odds."""
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

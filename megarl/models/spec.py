@@ -116,6 +116,7 @@ class MlaSpec:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    logit_scale: float = 1.0  # on top of 1 / sqrt(head): YaRN's, squared
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +173,12 @@ class ModelSpec:
             "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
             "init_std": config.get("initializer_range", 0.02),
         }
-        fields = common | differences
-        if fields["rope"].kind == "yarn":
-            fields.setdefault("not_trainable", "yarn scaling of the rotary embedding is not in the trainer")
-        return cls(family=family, **fields)
+        return cls(family=family, **(common | differences))
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.mla.qk_rope_head_dim if self.mla else self.head_dim
 
     def padded_vocab(self, tensor_parallel_size: int) -> int:
         """Rows of the stored embedding: the engine's padding (a multiple of 64), then of the ranks."""

@@ -9,7 +9,7 @@ import torch
 
 from megarl.records import PackedBatch
 
-_PER_SEQUENCE = frozenset({"cu_seqlens", "lengths", "prefixes"})
+_PER_SEQUENCE = frozenset({"cu_seqlens", "lengths", "prefixes", "token_share"})
 
 
 def zigzag_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:

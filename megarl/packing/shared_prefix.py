@@ -128,6 +128,7 @@ def _add_shared(shared: SharedPrefixes, sequences: list[Sequence], part: list[in
         loss_mask=[0] * (prompt - 1),
         rollout_logprobs=[0.0] * (prompt - 1) if with_logprobs else [],
         num_prompt_tokens=prompt - 1,
+        experts=first.experts[: prompt - 1] if first.experts is not None else None,
     )
     number = len(shared.sequences)
     _add(shared, prefix, part[0], -1)
@@ -140,6 +141,7 @@ def _add_shared(shared: SharedPrefixes, sequences: list[Sequence], part: list[in
             loss_mask=[0, *whole.loss_mask[prompt:]],
             rollout_logprobs=whole.rollout_logprobs[prompt - 1 :],
             num_prompt_tokens=1,
+            experts=whole.experts[prompt - 1 :] if whole.experts is not None else None,
         )
         _add(shared, branch, i, number)
     shared.units.append(list(range(number, len(shared.sequences))))

@@ -155,6 +155,7 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 def _map_megatron() -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
     import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
@@ -165,12 +166,54 @@ def _map_megatron() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):  # read without Transformer Engine: a NameError in 0.16.1
         moe_utils.te_general_gemm = None
     dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = _to_numpy_if_asked
+    mappings._gather_along_first_dim = _gather_uneven(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = _scatter_uneven(mappings._reduce_scatter_along_first_dim)
     filesystem._get_write_results_queue = _results_queue
     filesystem.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_in_process)
     optimizer = distributed.DistributedOptimizer
     optimizer._set_main_param_and_optimizer_states = _with_own_step(
         optimizer._set_main_param_and_optimizer_states
     )
+
+
+def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Gloo gathers equal parts only: where sizes are given, all are padded to the largest."""
+
+    @functools.wraps(gather)
+    def gather_along(
+        tensor: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(tensor, group, output_split_sizes, *args, **kwargs)
+        sizes = [int(size) for size in output_split_sizes]
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        out = tensor.new_empty((len(sizes) * max(sizes), *tensor.shape[1:]))
+        torch.distributed.all_gather_into_tensor(out, padded, group=group)
+        parts = out.view(len(sizes), max(sizes), *tensor.shape[1:])
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    return gather_along
+
+
+def _scatter_uneven(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """As :func:`_gather_uneven`, the way back: summed over ranks, each gets its part."""
+
+    @functools.wraps(scatter)
+    def scatter_along(
+        tensor: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(tensor, group, input_split_sizes, *args, **kwargs)
+        sizes = [int(size) for size in input_split_sizes]
+        padded = tensor.new_zeros((len(sizes), max(sizes), *tensor.shape[1:]))
+        for row, part in zip(padded, tensor.split(sizes), strict=True):
+            row[: part.shape[0]] = part
+        out = tensor.new_empty((max(sizes), *tensor.shape[1:]))
+        torch.distributed.reduce_scatter_tensor(out, padded.flatten(0, 1), group=group)
+        return out[: sizes[group.rank()]]
+
+    return scatter_along
 
 
 def _with_own_step(set_states: Callable[..., None]) -> Callable[..., None]:

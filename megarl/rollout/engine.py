@@ -7,8 +7,10 @@ plain Python values and cross process boundaries unchanged.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from megarl.records import FinishReason
 from megarl.weights.checksum import RegionChecksum
@@ -60,6 +62,10 @@ class SamplingConfig:
 class GeneratedResponse:
     """What was sampled for one request. ``finish_reason`` is "length" at max_new_tokens and at the
     engine's max_model_len; "abort" keeps the tokens there were.
+
+    ``experts`` are those chosen by every token but the last, which the model never saw: prompt and response
+    tokens by layers with experts by experts per token. Only from an engine that records them, and not of
+    an aborted response.
     """
 
     request_id: str
@@ -67,6 +73,9 @@ class GeneratedResponse:
     logprobs: list[float]  # [N], empty when not asked for
     finish_reason: FinishReason
     policy_version: int  # the weights that drew the first token
+    experts: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )  # [P + N - 1, layers, k] int16
 
 
 @dataclass(frozen=True, slots=True)

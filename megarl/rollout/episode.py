@@ -189,6 +189,7 @@ class EpisodePlayer:
             sum(rewards),
             info=info,
             turns=turns,
+            experts=last.experts,  # of all tokens before it too: they were its prompt
         )
 
 

@@ -25,8 +25,9 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
+from megarl.rollout.vllm_build import EngineSettings
 from megarl.rollout.vllm_session import VllmSession, actor_died
-from megarl.rollout.vllm_worker import EngineActor, EngineSettings
+from megarl.rollout.vllm_worker import EngineActor
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
@@ -63,6 +64,7 @@ class VllmEngine:
         log_dir: Path | None = None,
         keep_kv_cache: bool = False,
         offload_kv_cache: bool = False,
+        record_routing: bool = False,
     ) -> VllmEngine:
         """Start the actor in the background; :meth:`wait_ready` joins it.
 
@@ -74,6 +76,7 @@ class VllmEngine:
             seed: seeds requests that bring none.
             keep_kv_cache: whether cached keys and values outlive a sync (they are then stale).
             offload_kv_cache: whether sleep can free the KV cache (on a GPU).
+            record_routing: whether responses bring the experts that their tokens chose.
             log_dir: where engine.log goes; None keeps it among Ray's files, while Ray runs.
 
         Call it from the main thread (see :mod:`megarl.cluster.ray_runtime`).
@@ -88,6 +91,7 @@ class VllmEngine:
             temp_dir=str(ray_temp_dir()),
             keep_kv_cache=keep_kv_cache,
             offload_kv_cache=offload_kv_cache,
+            record_routing=record_routing,
         )
         return cls(settings, (log_dir or ray_temp_dir()).resolve() / "engine.log")
 

@@ -12,15 +12,18 @@ import os
 import signal
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from vllm.model_executor.layers import utils as vllm_layers
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 from megarl.rollout.attach import AttachedWeights, check_plan, dtype_name
 from megarl.rollout.cpu_linear import cpu_linear
 from megarl.rollout.engine import AttachReport
+from megarl.rollout.vllm_routing import RoutingRecorder, read_routing, record_routing
 from megarl.weights.checksum import RegionChecksum, region_checksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 from megarl.weights.place import device_id, host_id
@@ -32,6 +35,7 @@ class WeightReceiver:
     rank: int
     model_runner: Any
     _attached: AttachedWeights | None = None
+    _routing: RoutingRecorder | None = None
 
     def megarl_describe(self) -> dict[str, ParamInfo]:
         """Shape and dtype of every parameter; a tied head is listed once, as the embedding."""
@@ -52,9 +56,12 @@ class WeightReceiver:
         return self._attached.report()
 
     def megarl_copy(self) -> int:
-        """Write what is not aliased; returns bytes."""
+        """Write what is not aliased, derive what vLLM keeps in another form; returns bytes written."""
         assert self._attached is not None
-        return self._attached.copy_()
+        num_bytes = self._attached.copy_()
+        for layer in self._latent_layers().values():  # kv_b_proj is also kept cut in two and transposed
+            layer.process_weights_after_loading(self.model_runner.dtype)
+        return num_bytes
 
     def megarl_checksums(self) -> list[RegionChecksum]:
         """Of every region of the plan, as it lies in the engine's parameters."""
@@ -64,8 +71,23 @@ class WeightReceiver:
             for param, index, tensor in self._attached.regions()
         ]
 
+    def megarl_record_routing(self) -> None:
+        """From now on keep the experts that every token chose."""
+        self._routing = record_routing(self.model_runner)
+
+    def megarl_routing(self, requests: list[tuple[str, int]]) -> list[np.ndarray]:
+        """See :func:`megarl.rollout.vllm_routing.read_routing`."""
+        assert self._routing is not None
+        return read_routing(self.model_runner, self._routing, requests)
+
     def _parameters(self) -> dict[str, torch.Tensor]:
-        return dict(self.model_runner.model.named_parameters())
+        derived = {f"{name}.{part}" for name in self._latent_layers() for part in ("W_UV", "W_UK_T")}
+        named = self.model_runner.model.named_parameters()
+        return {name: param for name, param in named if name not in derived}
+
+    def _latent_layers(self) -> dict[str, MLAAttention]:
+        modules = self.model_runner.model.named_modules()
+        return {name: module for name, module in modules if isinstance(module, MLAAttention)}
 
 
 def _use_parameter(layer: torch.nn.Module, remove_weight: bool) -> None:

@@ -15,12 +15,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.schema import EngineConfig
-from megarl.errors import UserError
 from megarl.rollout.engine import (
     AttachReport,
     EngineHealth,
@@ -30,17 +27,16 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
+from megarl.rollout.vllm_build import EngineSettings, build_engine
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
 if TYPE_CHECKING:
+    import numpy as np
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
 ResponseQueue = queue.SimpleQueue["list[GeneratedResponse] | BaseException | None"]
-
-# Prefixes are shared in whole blocks; with the default of 128 tokens, short prompts would share nothing.
-KV_BLOCK_SIZE = 32
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -53,20 +49,6 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """All an actor needs to build its engine."""
-
-    model_dir: str
-    config: EngineConfig
-    dtype: str
-    max_model_len: int
-    seed: int
-    temp_dir: str  # for the files vLLM leaves behind, such as gloo's rendezvous
-    keep_kv_cache: bool = False  # over a sync
-    offload_kv_cache: bool = False  # sleep can free it
 
 
 class EngineActor:
@@ -86,6 +68,7 @@ class EngineActor:
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._requests: dict[str, ResponseQueue] = {}  # unfinished, by id
         self._sessions: dict[str, ResponseQueue] = {}  # open, by id
+        self._internal_ids: dict[str, str] = {}  # vLLM's own, by id
         self._policy_version: int | None = None
         self._paused = False
         self._engine: LLMEngine
@@ -270,18 +253,37 @@ class EngineActor:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             prompts = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_ids}])
-            self._engine.add_request(request.request_id, prompts[0], params)
+            internal = self._engine.add_request(request.request_id, prompts[0], params)
+            self._internal_ids[request.request_id] = internal
             self._requests[request.request_id] = responses
 
     def _deliver(self, outputs: Sequence[Any]) -> None:
         by_caller: dict[ResponseQueue, list[GeneratedResponse]] = {}
+        experts = self._experts(outputs) if self._settings.record_routing else {}
         for output in outputs:
             caller = self._requests.pop(output.request_id)
-            by_caller.setdefault(caller, []).append(self._response(output))
+            del self._internal_ids[output.request_id]
+            response = self._response(output, experts.get(output.request_id))
+            by_caller.setdefault(caller, []).append(response)
         for caller, finished in by_caller.items():
             caller.put(finished)
 
-    def _response(self, output: RequestOutput) -> GeneratedResponse:
+    def _experts(self, outputs: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Of the responses that are whole, by request id; tensor ranks choose alike."""
+        whole = [output for output in outputs if output.outputs[0].finish_reason != "abort"]
+        wanted = [
+            (
+                self._internal_ids[output.request_id],
+                len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1,
+            )
+            for output in whole
+        ]
+        if not wanted:
+            return {}
+        found = self._engine.collective_rpc("megarl_routing", args=(wanted,))[0]
+        return {output.request_id: rows for output, rows in zip(whole, found, strict=True)}
+
+    def _response(self, output: RequestOutput, experts: np.ndarray | None) -> GeneratedResponse:
         completion = output.outputs[0]
         logprobs = completion.logprobs
         assert self._policy_version is not None
@@ -293,6 +295,7 @@ class EngineActor:
             policy_version=int(completion.weight_versions[0].version)
             if completion.weight_versions
             else self._policy_version,
+            experts=experts,
         )
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -305,66 +308,6 @@ class EngineActor:
         outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in states]
         self._engine.abort_request(sorted(wanted))
         self._deliver(outputs)
-
-
-def build_engine(settings: EngineSettings) -> LLMEngine:
-    """An in-process vLLM engine with unset weights, whose parameters are what its kernels read."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    _register_architecture(settings.model_dir)
-    config = settings.config
-    args = EngineArgs(
-        model=settings.model_dir,
-        skip_tokenizer_init=True,
-        load_format="dummy",  # weights come from attach
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        seed=settings.seed,
-        enforce_eager=True,
-        kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),  # the default misreads the free memory
-        max_num_seqs=config.max_num_seqs,
-        # Prompts are prefilled whole: for a partial one vLLM takes back the seeded generator's last draw,
-        # which a CPU generator cannot do ("CPU Generator does not use offset").
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=max(config.max_num_batched_tokens, settings.max_model_len),
-        block_size=KV_BLOCK_SIZE,
-        enable_prefix_caching=config.enable_prefix_caching,
-        logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p, as the trainer's
-        generation_config="vllm",  # the model's generation_config.json must not change sampling
-        async_scheduling=False,
-        disable_log_stats=True,
-        tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
-        enable_sleep_mode=settings.offload_kv_cache,
-        worker_extension_cls="megarl.rollout.vllm_extension.WeightReceiver",
-    )
-    engine = LLMEngine.from_engine_args(args)
-    # A worker process that dies takes the actor with it: the driver then starts both anew.
-    engine.model_executor.register_failure_callback(lambda: os._exit(1))
-    _check_head_sizes(engine)
-    return engine
-
-
-def _check_head_sizes(engine: LLMEngine) -> None:
-    """vLLM's CPU attention takes some head sizes only, and says so no sooner than at the first request."""
-    for layer in engine.vllm_config.compilation_config.static_forward_context.values():
-        if hasattr(layer, "head_size") and not layer.attn_backend.supports_head_size(layer.head_size):
-            sizes = ", ".join(map(str, layer.attn_backend.get_supported_head_sizes()))
-            raise UserError(
-                f"model.path {engine.model_config.model}: vLLM's CPU attention does not take"
-                f" head size {layer.head_size} (only {sizes})"
-            )
-
-
-def _register_architecture(model_dir: str) -> None:
-    """Register the model's class by object: by name, vLLM inspects it in a child process (15 s once)."""
-    from transformers import AutoConfig
-    from vllm import ModelRegistry
-
-    for name in AutoConfig.from_pretrained(model_dir).architectures or []:
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _redirect_output(log_path: str) -> None:

@@ -23,6 +23,7 @@ from megarl.models.score import score_config
 from megarl.models.table import Architecture, Region, name_problems
 
 _MAX_SHARD_BYTES = 5 * 2**30
+EMBEDDING = "model.embed_tokens.weight"
 CARRIED_OVER = (
     "config.json",
     "generation_config.json",
@@ -85,7 +86,7 @@ def load_hf(
             return absent[name] if name in absent else handles[files[name]].get_slice(name)
 
         expected = architecture.hf_shapes()
-        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        head, embedding = "lm_head.weight", EMBEDDING
         wrong = []
         if architecture.spec.tied_embeddings and head in files:  # it may repeat the embedding
             if embedding in files and not torch.equal(read(head)[:], read(embedding)[:]):
@@ -154,13 +155,14 @@ def export_hf(
     size = 0
     dtype = None
     for name, tensor in tensors:
+        if name == EMBEDDING:  # a router's bias may have another type than the weights
+            dtype = tensor.dtype
         num_bytes = tensor.numel() * tensor.element_size()
         if shards[-1] and size + num_bytes > _MAX_SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
         size += num_bytes
-        dtype = tensor.dtype
     problems = name_problems(
         architecture.hf_shapes(), (name for shard in shards for name in shard), str(directory)
     )

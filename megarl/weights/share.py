@@ -13,28 +13,30 @@ from megarl.weights.place import device_id, host_id
 from megarl.weights.plan import Owner
 
 
-def pool_parameters(params: Mapping[str, torch.nn.Parameter]) -> torch.Tensor:
-    """Move all parameters into one flat buffer, so that there is one handle to share.
+def pool_parameters(params: Mapping[str, torch.nn.Parameter]) -> dict[torch.dtype, torch.Tensor]:
+    """Move all parameters into one flat buffer per type, so that there are few handles to share.
 
     Values stay as they are; each parameter becomes a view, aligned to 64 bytes. Must run before an
     optimizer or a gradient buffer looks at the parameters. Parameters that share storage are not
     expected (tied ones are one Parameter).
     """
     align = 64
-    offsets, end = {}, 0
-    for name, param in params.items():
-        offsets[name] = end
-        end += -(-param.numel() * param.element_size() // align) * align
-    some = next(iter(params.values()))
-    buffer = torch.zeros(end // some.element_size(), dtype=some.dtype, device=some.device)
-    with torch.no_grad():
-        for name, param in params.items():
-            assert param.dtype == some.dtype, "one type for all parameters"
-            start = offsets[name] // some.element_size()
-            view = buffer[start : start + param.numel()].view(param.shape)
-            view.copy_(param)
-            param.data = view
-    return buffer
+    buffers = {}
+    for dtype in dict.fromkeys(param.dtype for param in params.values()):
+        members = [param for param in params.values() if param.dtype == dtype]
+        offsets = [0]
+        for param in members:
+            offsets.append(
+                offsets[-1] + -(-param.numel() * dtype.itemsize // align) * align // dtype.itemsize
+            )
+        buffer = torch.zeros(offsets[-1], dtype=dtype, device=members[0].device)
+        with torch.no_grad():
+            for param, start in zip(members, offsets[:-1], strict=True):
+                view = buffer[start : start + param.numel()].view(param.shape)
+                view.copy_(param)
+                param.data = view
+        buffers[dtype] = buffer
+    return buffers
 
 
 def share_parameters(params: Mapping[str, torch.Tensor], regions: list[Region]) -> Owner:

@@ -12,6 +12,7 @@ import transformers
 from safetensors import safe_open
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megarl.errors import UserError
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.models import FAMILIES, load_architecture
 from megarl.models.rope import inverse_frequencies
@@ -165,11 +166,16 @@ def test_yarn_is_transformers(extra: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_what_the_trainer_cannot_build_says_so(tmp_path: Path) -> None:
-    for name in ("deepseek_v3", "gemma2", "gemma3_text"):
+    for name in ("gemma2", "gemma3_text"):
         config_class, options = MODELS[name]
         config_class(**(SIZES | options)).save_pretrained(tmp_path)
         assert load_architecture(tmp_path).spec.not_trainable
+
+
+def test_latent_attention_refuses_what_the_engine_would_ignore(tmp_path: Path) -> None:
+    config_class, options = MODELS["deepseek_v3"]
+    config_class(**(SIZES | options)).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    assert raw["model_type"] == "gemma3_text"
-    transformers.Qwen3Config(**(SIZES | {"rope_parameters": YARN})).save_pretrained(tmp_path)
-    assert "yarn" in str(load_architecture(tmp_path).spec.not_trainable)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_interleave": False}))
+    with pytest.raises(UserError, match="rope_interleave false is not supported"):
+        load_architecture(tmp_path)

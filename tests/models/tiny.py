@@ -29,6 +29,31 @@ LLAMA3_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +77,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"tie_word_embeddings": True, **EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [0]},
     ),
+    "llama-yarn": ("llama", {"rope_parameters": YARN_ROPE, "head_dim": 32}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN_ROPE | {"attention_factor": 0.9}, "head_dim": 32}),
+    "deepseek-v3": (
+        "deepseek_v3",
+        LATENT | {"q_lora_rank": 40, "rope_parameters": YARN_ROPE | {"mscale": 0.8, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek-v3-plain": (
+        "deepseek_v3",
+        LATENT | {"q_lora_rank": None, "norm_topk_prob": False, "n_group": 1, "topk_group": 1},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
 }
 _CLASSES = {
@@ -59,6 +94,7 @@ _CLASSES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
 }
 
@@ -72,6 +108,9 @@ def make_model(name: str, *, seed: int = 0) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for param in model.parameters():
             param.add_(torch.randn_like(param) * 0.05)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     return model
 
 

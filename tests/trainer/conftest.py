@@ -8,12 +8,15 @@ import pytest
 
 from tests.models.tiny import save_model
 
-NAMES = ("qwen3-tied", "llama-biases", "llama-deep-tied", "qwen3-moe-mixed-tied")
+NAMES = (
+    *("qwen3-tied", "llama-biases", "llama-deep-tied"),
+    *("qwen3-moe", "qwen3-moe-mixed-tied", "deepseek-v3"),
+)
 
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tied one with qk-norm, an untied one with biases everywhere, one of four layers, one with experts."""
+    """A tied one with qk-norm, an untied one with biases everywhere, one of four layers, three of experts."""
     folder: Path = tmp_path_factory.mktemp("models")
     for name in NAMES:
         save_model(name, folder / name)

@@ -49,18 +49,22 @@ LAYOUTS |= {
 ONE_RANK = ("one-recompute-full", "one-recompute-selective")
 FOUR_RANKS = ("tp2-ep2-dp2", "ep2-pp2", "pp4", "cp4", "tp2-ep2-pp2")
 EIGHT_RANKS = ("tp2-pp2-cp2",)
+LATENT = "deepseek-v3"
 MOE = "qwen3-moe-mixed-tied"
 CASES = [
     *[(model, name) for model in ("qwen3-tied", "llama-biases") for name in DENSE_LAYOUTS],
     ("llama-deep-tied", "vpp2"),
     *[(MOE, name) for name in ("ep2", "ep2-distributed-optimizer", "tp2-ep2", "pp2", "cp2-ep2")],
     *[(MOE, name) for name in ("tp2-ep2-dp2", "ep2-pp2", "tp2-ep2-recompute-full")],
+    *[(LATENT, name) for name in ("tp2-ep2", "pp2", "cp2-ep2")],
     *[("qwen3-tied", name) for name in (*ONE_RANK, "dp2-overlap", "dp2-overlap-both")],
     ("llama-biases", "pp2-recompute-full"),
     ("llama-deep-tied", "pp2-uneven"),
     ("llama-deep-tied", "vpp2-overlap"),
 ]
 SLOW_CASES = [
+    *[(LATENT, name) for name in ("cp2", "ep2-distributed-optimizer", "one-recompute-full")],
+    *[(LATENT, name) for name in ("one-recompute-selective", "tp2-ep2-dp2", "tp2-ep2-pp2")],
     ("llama-deep-tied", "pp4"),
     ("qwen3-tied", "cp4"),
     (MOE, "tp2-ep2-pp2"),

@@ -16,7 +16,7 @@ def test_pooled_parameters_keep_their_values_and_their_identity() -> None:
     params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     values = {name: param.detach().clone() for name, param in params.items()}
     objects = dict(params)
-    buffer = pool_parameters(params)
+    [buffer] = pool_parameters(params).values()
     addresses = []
     for name, param in params.items():
         assert param is objects[name]
@@ -25,6 +25,21 @@ def test_pooled_parameters_keep_their_values_and_their_identity() -> None:
         assert param.storage_offset() * 4 % 64 == 0
         addresses.append((param.data_ptr(), param.data_ptr() + param.numel() * 4))
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(addresses))
+
+
+def test_each_type_has_a_buffer_of_its_own() -> None:
+    params = {
+        "a": torch.nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16)),
+        "bias": torch.nn.Parameter(torch.arange(4.0), requires_grad=False),
+        "b": torch.nn.Parameter(torch.ones(7, dtype=torch.bfloat16)),
+    }
+    buffers = pool_parameters(params)
+    assert {dtype: buffer.numel() for dtype, buffer in buffers.items()} == {
+        torch.bfloat16: 64,
+        torch.float32: 16,
+    }
+    assert params["bias"].tolist() == [0.0, 1.0, 2.0, 3.0] and not params["bias"].requires_grad
+    assert params["b"].untyped_storage().data_ptr() == params["a"].untyped_storage().data_ptr()
 
 
 def test_a_mapping_of_the_handle_sees_every_write() -> None:

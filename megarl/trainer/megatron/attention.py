@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -23,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megarl.models.rope import cos_sin, rotate
 from megarl.records import PackedBatch
 from megarl.trainer.megatron.context_attention import context_parallel_attention
+from megarl.trainer.megatron.router import Routing
 
 _MAX_PADDED_RATIO = 1.3
 """A bucket of sequences is padded to its longest; more waste than this starts a new bucket."""
@@ -43,6 +45,7 @@ class PackedMicrobatch(PackedSeqParams):
     rope: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [T, 1, head_dim]
     buckets: list[Bucket] | None = None
     unbucket: torch.Tensor | None = None  # [T] into the buckets' padded tokens
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,28 @@ def _mask_after(prefix: tuple[int, int] | None, length: int, device: torch.devic
     return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 
 
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed: PackedMicrobatch,
+    scale: float,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """Causal attention within each sequence, over the context-parallel ranks of ``group`` together.
+
+    q [T, heads, d], k [T, kv_heads, d] and v [T, kv_heads, w] with w <= d -> [T, heads, w].
+    """
+    width = v.shape[-1]
+    if width < q.shape[-1]:  # the fast kernels want equal heads; zeros beside the values change nothing
+        v = F.pad(v, (0, q.shape[-1] - width))
+    if group.size() > 1:
+        out = context_parallel_attention(q, k, v, packed.lengths, packed.prefixes, scale, group)
+    else:
+        out = packed_causal_attention(q, k, v, packed, scale)
+    return out[..., :width]
+
+
 class PackedAttention(MegatronModule):
     """Core attention for packed microbatches: rotary embedding, then causal attention per sequence."""
 
@@ -184,14 +209,11 @@ class PackedAttention(MegatronModule):
         assert isinstance(packed, PackedMicrobatch), "MegaRL's attention works on packed microbatches only"
         if packed.rope is None:
             assert packed.position_ids is not None
-            packed.rope = cos_sin(self.config.rope_inverse_frequencies, packed.position_ids)
-        query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
-        if self.context_group.size() > 1:
-            out = context_parallel_attention(
-                query, key, value, packed.lengths, packed.prefixes, self.scale, self.context_group
+            packed.rope = cos_sin(
+                self.config.rope_inverse_frequencies, packed.position_ids, self.config.rope_attention_factor
             )
-        else:
-            out = packed_causal_attention(query, key, value, packed, self.scale)
+        query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
+        out = attend(query, key, value, packed, self.scale, self.context_group)
         return out.reshape(out.shape[0], -1)
 
 

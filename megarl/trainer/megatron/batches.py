@@ -12,6 +12,7 @@ from megarl.config.schema import PackingConfig
 from megarl.losses.base import token_weights
 from megarl.packing.pack import pack
 from megarl.packing.plan import CostModel, plan_groups
+from megarl.packing.routing import pack_experts
 from megarl.packing.shared_prefix import plan_units, share_prefixes
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron.initialize import RankContext
@@ -50,6 +51,7 @@ def make_batches(
         lengths = [len(s.token_ids) for s in sequences]
         plan = plan_groups(lengths, group_size=group_size, costs=costs, **limits)
     _assert_shared(context, plan.microbatches[at.data])
+    num_tokens = sum(len(s.token_ids) for s in sequences)
     origin_of = torch.tensor(origins, device=device)
     batches = []
     for indices in plan.microbatches[at.data]:
@@ -63,6 +65,8 @@ def make_batches(
             prefix_of=prefix_of,
         )
         batch.sequence_ids = origin_of[batch.sequence_ids]
+        batch.experts = pack_experts(sequences, indices, batch, at.context, layout.context)
+        batch.token_share = sum(len(sequences[i].token_ids) for i in indices) / num_tokens
         batch.loss_weights = weights[batch.sequence_ids] * batch.loss_mask
         batches.append(batch)
     return batches, plan.num_tokens

@@ -50,6 +50,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         sequence_parallel=parallel.sequence_parallel,
         virtual=parallel.virtual_pipeline_parallel_size,
         expert=parallel.expert_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
         first_stage_layers=parallel.first_stage_layers,
         last_stage_layers=parallel.last_stage_layers,
     )

@@ -29,7 +29,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megarl.errors import UserError
@@ -38,20 +38,11 @@ from megarl.models.rope import inverse_frequencies
 from megarl.models.spec import ModelSpec
 from megarl.trainer.megatron.attention import FlatQkvSelfAttention, PackedAttention
 from megarl.trainer.megatron.experts import StackedExperts
-from megarl.trainer.megatron.fused import SwiGlu, rms_norm
-
-
-class RmsNorm(torch.nn.RMSNorm):
-    """RMS norm with Megatron's constructor; marks its weight for sequence-parallel gradient reduction."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self._eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., H] -> [..., H]."""
-        return rms_norm(x, self.weight, self._eps)
+from megarl.trainer.megatron.fused import SwiGlu
+from megarl.trainer.megatron.latent_attention import LatentAttention, LatentAttentionSubmodules
+from megarl.trainer.megatron.layer import PolicyLayer
+from megarl.trainer.megatron.norm import RmsNorm
+from megarl.trainer.megatron.router import PolicyRouter
 
 
 class _BiasedColumnParallelLinear(ColumnParallelLinear):
@@ -113,6 +104,7 @@ def transformer_config(
     dtype: torch.dtype,
     device: torch.device,
     recompute: Literal["off", "selective", "full"] = "off",
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall",
 ) -> TransformerConfig:
     """Megatron's configuration for this model and layout."""
     config = TransformerConfig(
@@ -149,7 +141,7 @@ def transformer_config(
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths even without experts
+        moe_token_dispatcher_type="alltoall",  # allgather refuses variable lengths; see layer.py
         **_moe_options(spec),
         **_RECOMPUTE[recompute],
         use_cpu_initialization=device.type == "cpu",
@@ -162,7 +154,10 @@ def transformer_config(
         persist_layer_norm=False,
         deallocate_pipeline_outputs=layout.pipeline > 1,
     )
-    config.rope_inverse_frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
+    config.rope_inverse_frequencies = inverse_frequencies(spec.rope, spec.rope_dim).to(device)
+    config.rope_attention_factor = spec.rope.attention_factor
+    config.moe_spec = spec.moe
+    config.expert_dispatcher = dispatcher
     config.real_vocab_size = spec.vocab_size
     return config
 
@@ -187,13 +182,7 @@ def _moe_options(spec: ModelSpec) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.intermediate_size,
         "moe_shared_expert_intermediate_size": moe.shared_intermediate_size or None,
         "moe_layer_freq": [int(n in moe.layers) for n in range(spec.num_layers)] if spec.dense_layers else 1,
-        "moe_router_topk": moe.experts_per_token,
-        # Softmax over the chosen equals the softmax over all, normalised over the chosen.
-        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize_top_k,
-        "moe_router_score_function": moe.score,
-        "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
-        "moe_router_group_topk": moe.top_groups if moe.num_groups > 1 else None,
-        "moe_router_topk_scaling_factor": moe.scaling_factor if moe.scaling_factor != 1 else None,
+        "moe_router_topk": moe.experts_per_token,  # and the rest of the routing: router.py
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
     }
@@ -201,28 +190,33 @@ def _moe_options(spec: ModelSpec) -> dict[str, Any]:
 
 def layer_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
     """MegaRL's transformer layer: Megatron's modules, MegaRL's attention, norms and experts."""
-    row = _BiasedRowParallelLinear if spec.output_bias else RowParallelLinear
-    qk_norm = RmsNorm if spec.qk_norm else None
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PolicyLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RmsNorm,
-            self_attention=ModuleSpec(
-                module=FlatQkvSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedAttention,
-                    linear_proj=row,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            self_attention=_attention_spec(spec),
             self_attn_bda=get_bias_dropout_add,
             pre_cross_attn_layernorm=IdentityOp,
             pre_mlp_layernorm=RmsNorm,
             mlp=_mlp_spec(spec, layer),
             mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention_spec(spec: ModelSpec) -> ModuleSpec:
+    if spec.mla is not None:
+        return ModuleSpec(module=LatentAttention, submodules=LatentAttentionSubmodules(spec.mla))
+    qk_norm = RmsNorm if spec.qk_norm else None
+    return ModuleSpec(
+        module=FlatQkvSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=_BiasedRowParallelLinear if spec.output_bias else RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
         ),
     )
 
@@ -238,6 +232,7 @@ def _mlp_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
         submodules=MoESubmodules(
             experts=ModuleSpec(module=StackedExperts),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=dense),
+            router=PolicyRouter,
         ),
     )
 
@@ -250,6 +245,7 @@ def build_model(
     chunk: int = 0,
     *,
     recompute: Literal["off", "selective", "full"] = "off",
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall",
 ) -> PolicyModel:
     """This rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf.
 
@@ -258,10 +254,7 @@ def build_model(
     """
     if spec.not_trainable is not None:
         raise UserError(f"model.path: training {spec.family} is not supported: {spec.not_trainable}")
-    if spec.moe is not None and spec.moe.router_bias:
-        raise UserError(f"model.path: training {spec.family} (experts chosen by a bias) is not supported")
-    assert layout.expert_tensor == 1, "experts are not split over tensor ranks"
-    config = transformer_config(spec, layout, dtype, device, recompute)
+    config = transformer_config(spec, layout, dtype, device, recompute, dispatcher)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     virtual = {"ignore_virtual": False, "vp_stage": chunk}
     first = parallel_state.is_pipeline_first_stage(**virtual)

@@ -14,12 +14,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megarl.config.router import RouterConfig
 from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import Loss, LossResult, LossTokens
 from megarl.losses.preference import sequence_logps
-from megarl.models.feasible import check_layout
+from megarl.models.feasible import check_layout, check_router
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
 from megarl.packing.plan import CostModel
@@ -32,6 +33,7 @@ from megarl.trainer.megatron.head import HeadShard, Sampler, label_logprobs, los
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
+from megarl.trainer.megatron.routers import Routers
 from megarl.trainer.megatron.sleep import Sleeper
 from megarl.trainer.megatron.weights import TrainerWeights
 from megarl.trainer.policy import LogprobField, PendingSave, TrainStepResult, Transport, gather
@@ -54,35 +56,35 @@ class MegatronPolicy:
         total_optimizer_steps: int = 0,
         *,
         check_numerics: bool = False,
+        router: RouterConfig | None = None,
     ) -> None:
         """Build this rank's part and load ``model.path``; without an optimizer it only exports.
 
         With check_numerics a logprob or loss input that is not finite ends every pass with a UserError
         that names its token.
         """
+        router = router or RouterConfig()
         check_layout(architecture, context.parallel)
+        check_router(architecture, router)
         self._check_numerics = check_numerics
         self.context, self.architecture = context, architecture
         self.packing = packing or PackingConfig()
         self.device = context.platform.device
-        dtype = getattr(torch, model.dtype)
-        layout = context.layout
+        dtype, layout = getattr(torch, model.dtype), context.layout
+        build = partial(
+            build_model,
+            recompute=context.parallel.activation_recompute,
+            dispatcher=context.parallel.expert_dispatcher,
+        )
         self.chunks = [
-            build_model(
-                architecture.spec,
-                layout,
-                dtype,
-                self.device,
-                chunk,
-                recompute=context.parallel.activation_recompute,
-            )
-            for chunk in range(layout.virtual)
+            build(architecture.spec, layout, dtype, self.device, chunk) for chunk in range(layout.virtual)
         ]
         self.params = {
             f"chunk{number}.{name}" if layout.virtual > 1 else name: param
             for number, chunk in enumerate(self.chunks)
             for name, param in chunk.named_parameters()
         }
+        self._routers = Routers(context, architecture.spec.moe, self.chunks, router)
         self.regions = architecture.trainer_regions(context.layout, context.at)
         self.weights = TrainerWeights(context, architecture, self.params, self.regions)
         self._model_dir = model.path
@@ -195,6 +197,7 @@ class MegatronPolicy:
         assert success, "fp32 and bf16 steps never overflow a loss scale"
         self.schedule.step(1)
         metrics = self._reduce(results)
+        metrics |= self._routers.finish_step()
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(learning_rate)
         return metrics
@@ -233,6 +236,7 @@ class MegatronPolicy:
             lengths=batch.cu_seqlens.diff().tolist(),
             position_ids=batch.position_ids,
             prefixes=prefix_spans(batch),
+            routing=self._routers.routing(batch),
         )
         hidden = model(
             batch.token_ids[None], batch.position_ids[None], attention_mask=None, packed_seq_params=packed
@@ -307,10 +311,12 @@ class MegatronPolicy:
         assert self._reference is not None, "keep_reference() first"
         self._finish_param_gather()
         self._exchange(self._reference)
+        self._routers.replays = False  # the reference chooses for itself: it is a policy of its own
         try:
             yield
         finally:
             self._exchange(self._reference)
+            self._routers.replays = True
 
     @contextmanager
     def weights_of(self, model_dir: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from megarl.config.router import RouterConfig
 from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
 from megarl.losses.base import LossResult
@@ -43,6 +44,7 @@ class MegatronScorer(MegatronPolicy):
         rows: Literal["targets", "last"],
         seed: int,
         check_numerics: bool = False,
+        router: RouterConfig | None = None,
     ) -> None:
         """Build and load ``model.path``: a sequence classification model with one label, or a language model.
 
@@ -61,6 +63,7 @@ class MegatronScorer(MegatronPolicy):
             optimizer,
             total_optimizer_steps,
             check_numerics=check_numerics,
+            router=router,
         )
 
     def score(self, sequences: list[Sequence]) -> torch.Tensor:

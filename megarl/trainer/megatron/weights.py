@@ -81,8 +81,9 @@ class TrainerWeights:
                 dist.gather_object(parts, everything if self._context.is_first else None)
                 gathered = everything
             if self._context.is_first:
-                whole = torch.empty(shape, dtype=next(iter(self._params.values())).dtype)
-                for box, part in (piece for rank in gathered for piece in rank):
+                pieces = [piece for rank in gathered for piece in rank]
+                whole = torch.empty(shape, dtype=pieces[0][1].dtype)
+                for box, part in pieces:
                     whole[tuple(slice(*span) for span in box)] = part
                 yield name, whole
 

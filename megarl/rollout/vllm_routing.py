@@ -1,0 +1,79 @@
+"""The experts vLLM chose, kept beside the keys and values of the token that chose them.
+
+vLLM's own way of returning them (enable_return_routed_experts) needs its second model runner, which a CPU
+does not have. Here they lie in the slots of the key-value cache, so that prompts found in the prefix cache
+bring theirs along, and a preempted request has those of its last computation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+from megarl.errors import UserError
+
+
+class RoutingRecorder:
+    """Experts [slots, layers with experts, k] int16 of every token in the key-value cache of one worker."""
+
+    def __init__(self, model: torch.nn.Module, num_slots: int, device: torch.device) -> None:
+        runners = sorted(
+            (m for m in model.modules() if isinstance(m, MoERunner)), key=lambda runner: runner.layer_id
+        )
+        routers = [runner.router for runner in runners]
+        if not routers:
+            raise UserError("rollout.router_replay: the model has no experts in vLLM")
+        for router in routers:
+            if not isinstance(router, BaseRouter):
+                raise UserError(f"rollout.router_replay: vLLM's {type(router).__name__} tells no choices")
+        top_k = {router.top_k for router in routers}
+        assert len(top_k) == 1, top_k
+        # The last row takes what padding chose.
+        shape = (num_slots + 1, len(routers), top_k.pop())
+        self._experts = torch.full(shape, -1, dtype=torch.int16, device=device)
+        for number, router in enumerate(routers):
+            router.set_capture_fn(partial(self._keep, number))
+
+    def _keep(self, number: int, chosen: torch.Tensor) -> None:
+        """Called by the router of layer ``number`` (of those with experts): chosen [tokens, k]."""
+        mappings = get_forward_context().slot_mapping
+        assert isinstance(mappings, dict), "micro-batched forward passes"
+        if not mappings:  # vLLM measures itself with made-up tokens
+            return
+        slots = next(iter(mappings.values()))
+        assert slots.shape[0] == chosen.shape[0], (
+            f"{chosen.shape[0]} tokens chose, {slots.shape[0]} have slots"
+        )
+        self._experts[slots.long(), number] = chosen.to(torch.int16)
+
+    def read(self, blocks: list[int], block_size: int, num_tokens: int) -> np.ndarray:
+        """Experts [num_tokens, layers with experts, k] of the sequence whose cache has these blocks."""
+        steps = torch.arange(block_size)
+        slots = (torch.tensor(blocks)[:, None] * block_size + steps).flatten()[:num_tokens]
+        assert slots.shape[0] == num_tokens, f"{len(blocks)} blocks for {num_tokens} tokens"
+        return self._experts[slots.to(self._experts.device)].cpu().numpy()
+
+
+def record_routing(model_runner: Any) -> RoutingRecorder:
+    """Start recording in a worker whose cache is allocated."""
+    cache = model_runner.kv_cache_config
+    assert len(cache.kv_cache_groups) == 1, "router replay knows one kind of key-value cache"
+    block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
+    return RoutingRecorder(model_runner.model, cache.num_blocks * block_size, model_runner.device)
+
+
+def read_routing(
+    model_runner: Any, recorder: RoutingRecorder, requests: list[tuple[str, int]]
+) -> list[np.ndarray]:
+    """Experts of the first ``n`` tokens of each (vLLM's request id, n).
+
+    Right after the step that finished them: the worker forgets a request at the next one.
+    """
+    block_size = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    return [recorder.read(model_runner.requests[name].block_ids[0], block_size, n) for name, n in requests]

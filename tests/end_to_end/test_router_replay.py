@@ -1,0 +1,60 @@
+"""`megarl grpo` on a model with experts: the engine's choices are trained on; the log counts the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.harness import GRPO, ROOT, column, run, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def experts(workspace: Path) -> Path:
+    """As the tests' other model, with four experts in every layer."""
+    path = workspace / "experts"
+    sizes = {"layers": 2, "hidden": 64, "heads": 2, "kv-heads": 1, "head-dim": 32, "intermediate": 64}
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
+    subprocess.run([*command, "--experts", "4"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
+    return path
+
+
+def test_grpo_trains_on_the_engines_choices(workspace: Path, experts: Path) -> None:
+    directory = workspace / "replay"
+    config = write_config(
+        workspace / "replay.yaml",
+        GRPO,
+        run_dir=directory,
+        model=experts,
+        rollout={"router_replay": True},
+        router={"aux_loss_coef": 0.01},
+        training={"num_steps": 3},
+        parallel={"num_processes": 2, "expert_parallel_size": 2},
+    )
+    output = run("grpo", "--config", config, output=workspace / "replay.log")
+    assert "experts: torch (one expert after another)" in output
+    rerouted = column(directory, "router_replay_rerouted")
+    assert len(rerouted) == 3
+    assert max(rerouted) < 0.01, "both sides compute in fp32: only near ties differ"
+    assert max(column(directory, "logprob_abs_diff_max")) < 1e-3
+    assert min(column(directory, "router_aux_loss")) > 1.9, "equal loads would give the experts per token"
+    assert min(column(directory, "expert_load_max")) >= 1.0
+
+
+def test_a_dense_model_has_no_choices_to_replay(workspace: Path, model: Path) -> None:
+    config = write_config(
+        workspace / "dense_replay.yaml",
+        GRPO,
+        run_dir=workspace / "dense_replay",
+        model=model,
+        rollout={"router_replay": True},
+    )
+    command = [sys.executable, "-m", "megarl.cli", "grpo", "--config", str(config)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "rollout.router_replay: qwen3 has no experts" in done.stdout + done.stderr
