@@ -190,3 +190,17 @@ def test_prompts_of_a_benchmark_are_judged_by_its_verifier(tmp_path: Path, token
     environment = make(source, "data.held_out")
     for text, reward in (("so \\boxed{1,042}", 1.0), ("\\boxed{1043}", 0.0)):
         assert asyncio.run(grade(environment, dataset[0], text))[0] == reward
+
+
+@pytest.mark.parametrize(("name", "row"), [("gpqa", GPQA), ("mmlu", MMLU), ("mmlu_pro", MMLU_PRO)])
+def test_letters_are_judged(tmp_path: Path, tokenizer: Any, name: str, row: dict[str, Any]) -> None:
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    source = BenchmarkSource(source="benchmark", name=name, directory=str(file))
+    config = EvalDataConfig(held_out=source)
+    dataset = load_prompts(config, tokenizer, max_prompt_tokens=800, split="held_out")
+    answer = dataset[0].metadata["answer"]
+    environment = make(source, "data.held_out")
+    for letter in "ABCDEFGHIJ"[: len(dataset[0].metadata["choices"])]:
+        text = f"A or B? I take\nAnswer: {letter}"
+        assert asyncio.run(grade(environment, dataset[0], text))[0] == float(letter == answer)
