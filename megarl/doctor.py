@@ -51,7 +51,7 @@ def main() -> int:
     importing = {name: _start_import(code) for name, code in _IMPORTS.items()}
     checks: list[Callable[[], Iterable[Finding]]] = [
         *(check_processor, check_memory, check_disk, check_network, check_python, check_packages),
-        *(check_native_ops, check_cuda, check_layers),
+        *(check_native_ops, check_cuda, check_layers, check_sandbox),
     ]
     findings = [finding for check in checks for finding in check()]
     findings += [check_import(name, process) for name, process in importing.items()]
@@ -324,6 +324,19 @@ def check_layers() -> list[Finding]:
 
 
 # --- showing --------------------------------------------------------------------------------------
+
+
+def check_sandbox() -> list[Finding]:
+    """How programs that a model wrote are isolated here (code environment, python tool)."""
+    from megarl.environments import sandbox
+    from megarl.errors import UserError
+
+    try:
+        found = sandbox.choose()
+    except UserError as error:
+        meaning = f"the code environment and the python tool will not start: {error}"
+        return [Finding("sandbox", "no isolation works", "note", meaning)]
+    return [Finding("sandbox", f"{found}, seccomp, resource limits")]
 
 
 def show(findings: list[Finding]) -> None:

@@ -157,6 +157,8 @@ def run_eval(config: EvalConfig) -> None:
             config.rollout.environments,
             chat_template=config.data.format.chat_template,
         )
+        if rollouts.note:
+            console.note(rollouts.note)
         found = evaluate(
             rollouts,
             problems,

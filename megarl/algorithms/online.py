@@ -146,6 +146,9 @@ class OnlineLoop:
         config, run = self.config, self.run_
         for line in self.learner.notes():
             run.console.note(line)
+        curriculum = self.train.curriculum
+        if curriculum is not None and "curriculum" in state:
+            curriculum.load_state(state["curriculum"])
         order = order_of(self.train, config.data.shuffle, config.run.seed)
         totals: dict[str, float] = dict(state["totals"])
         position, last = state["position"], config.training.num_steps

@@ -45,6 +45,10 @@ def sample_rows(
             "policy_version": sample.policy_version,
             "num_response_tokens": sample.num_sampled_tokens,
             "info": sample.info,
+            "turns": [
+                {"sampled": turn.num_sampled, "observed": turn.num_observed, "reward": turn.reward}
+                for turn in sample.turns
+            ],
             "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs],
             "response_tokens": [decode(i) for i in sample.response_ids],
         }

@@ -76,6 +76,8 @@ class Rollouts:
         chat_template: bool = True,
     ) -> None:
         self._engine, self._environment = engine, environment
+        self.note = str(getattr(environment, "note", ""))
+        """What the environment has to say for the log."""
         self._stop_token_ids, self._timers, self._run_seed = stop_token_ids, timers, run_seed
         self._runtime = runtime or EnvironmentRuntime()
         self._turns = TurnTokens(tokenizer, stop_token_ids, chat_template=chat_template)

@@ -144,8 +144,8 @@ class Heartbeat:
         else:
             silent = now - since
         if is_dead(beat):
-            # Its launcher, or an error of a collective, may say more.
-            if not self._stop.wait(2 * self._interval):
+            time.sleep(2 * self._interval)  # its launcher, or an error of a collective, may say more
+            if not self._stop.is_set():
                 self._fail([other], "is gone")
             return True
         if silent > self._timeout:
@@ -163,7 +163,8 @@ class Heartbeat:
         beats = [beat for beat in found if beat is not None and beat["state"] == "running"]
         if any(beat["quiet_seconds"] < self._timeout - 2 * self._interval for beat in beats):
             return  # this rank waits for one that is at work, or that has lost its own signs of life
-        if not self._stop.wait(2 * self._interval):  # the others write their tracebacks too
+        time.sleep(2 * self._interval)  # the others write their tracebacks too
+        if not self._stop.is_set():
             self._fail(_odd_ones(beats), f"has finished nothing for {self._timeout:g} s")
 
     def _look_for_the_dead(self) -> bool:

@@ -1,7 +1,8 @@
 """Where data comes from: problems, demonstrations, and what the sources of both have in common.
 
 A source is one of: ``reasoning_gym`` (generated), ``jsonl`` and ``file`` (files), ``hf`` (Hugging Face
-datasets), ``benchmark`` (problems only), or ``mixture``, which draws from several of these.
+datasets), ``benchmark`` (problems only), or ``mixture``, which draws from several of these. Problems may also
+be made by an ``environment`` or, at levels that rise, by a ``reasoning_gym_mixture``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
-from megarl.config.environments import EnvironmentConfig, MathEnvironmentConfig
+from megarl.config.environments import EnvironmentConfig, EnvironmentSource, MathEnvironmentConfig
+from megarl.config.mixture import ReasoningGymMixtureSource
 from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 
@@ -84,6 +86,7 @@ class PromptHfSource(PromptColumns, HfLocation):
 PlainPromptSource = Annotated[
     ReasoningGymSource | JsonlSource | PromptHfSource | BenchmarkSource, Field(discriminator="source")
 ]
+MadePromptSource = ReasoningGymMixtureSource | EnvironmentSource
 
 
 class MixtureWeights(Section):
@@ -103,7 +106,13 @@ class PromptMixtureSource(MixtureWeights):
 
 
 PromptSource = Annotated[
-    ReasoningGymSource | JsonlSource | PromptHfSource | BenchmarkSource | PromptMixtureSource,
+    ReasoningGymSource
+    | JsonlSource
+    | PromptHfSource
+    | BenchmarkSource
+    | PromptMixtureSource
+    | ReasoningGymMixtureSource
+    | EnvironmentSource,
     Field(discriminator="source"),
 ]
 

@@ -115,6 +115,63 @@ class JudgeConfig(Section):
     """Requests of one worker at a time."""
 
 
+class CodeConfig(Section):
+    """Programs judged by tests that run them in a sandbox."""
+
+    kind: Literal["code"]
+    """Selects this environment."""
+    tests_field: Text = "tests"
+    """Field of a problem with Python that raises where the program is wrong: one text, or a list of them."""
+    cases_field: Text = "cases"
+    """Field with runs instead: [{"input": standard input, "output": expected standard output}, ...]."""
+    partial_credit: bool = False
+    """Reward the share of tests passed; otherwise 1 for all of them and 0 for less."""
+    isolation: Literal["auto", "bubblewrap", "namespaces", "landlock"] = "auto"
+    """auto: the first of these that works here; the log and `megarl doctor` say which."""
+    timeout_seconds: PositiveFloat = 10.0
+    """Longest run of one program (all `tests`, or one case), in wall-clock and in CPU time."""
+    memory_mib: PositiveInt = 512
+    """Memory of a program: of each process by address space, of all together by what is resident."""
+    disk_mib: PositiveInt = 16
+    """Size of its working directory, which lies in memory."""
+    output_kib: PositiveInt = 256
+    """Output after which a program is ended."""
+    num_processes: PositiveInt = 16
+    """Processes and threads of one program."""
+    max_concurrency: PositiveInt | None = None
+    """Programs of one worker at a time; null: as many as there are cores."""
+
+
+class NumberGuessingConfig(Section):
+    """Number guessing, a game of several turns that makes its own problems (`source: environment`)."""
+
+    kind: Literal["number_guessing"]
+    """Selects this environment."""
+    low: int = 1
+    """Smallest number."""
+    high: int = 100
+    """Largest number."""
+    max_guesses: PositiveInt = 8
+    """Turns after which the game is lost."""
+    turn_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Taken off the reward of 1 for each guess that missed."""
+
+
+class SlidingPuzzleConfig(Section):
+    """The sliding puzzle, a game of several turns that makes its own problems (`source: environment`)."""
+
+    kind: Literal["sliding_puzzle"]
+    """Selects this environment."""
+    size: Annotated[int, Field(ge=2, le=6)] = 3
+    """Tiles along a side."""
+    num_shuffles: PositiveInt = 10
+    """Random moves that make a problem of the solved puzzle."""
+    max_moves: PositiveInt = 16
+    """Turns after which the game is lost."""
+    illegal_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Taken off for a turn whose move cannot be made."""
+
+
 class CustomEnvironmentConfig(Section):
     """An environment of your own, from a package that is installed or in the current directory."""
 
@@ -124,6 +181,29 @@ class CustomEnvironmentConfig(Section):
     """Where it is: "package.module:Class"."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class."""
+
+
+class ToolsConfig(Section):
+    """A loop of tool calls in the model's own form, and an answer that is judged."""
+
+    kind: Literal["tools"]
+    """Selects this environment."""
+    tools: Annotated[list[Literal["calculator", "python", "search"]], Field(min_length=1)]
+    """What the model may call: arithmetic, Python in a sandbox, or a search over `corpus` (BM25)."""
+    corpus: Text | None = None
+    """JSONL file with the documents of `search`: {"text": ..., "title": ...}, the title optional."""
+    num_results: PositiveInt = 3
+    """Documents that a search returns."""
+    python_timeout_seconds: PositiveFloat = 10.0
+    """Longest run of one program."""
+    error_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Taken off for each call that was wrong."""
+    role: Literal["tool", "user"] = "tool"
+    """Role of the message with a tool's result; `user` for chat templates that have no tool messages."""
+    answer: MathEnvironmentConfig | RegexConfig | MultipleChoiceConfig = Field(
+        default=MathEnvironmentConfig(), discriminator="kind"
+    )
+    """How the answer, the first turn without a call, is judged."""
 
 
 def _kind(value: Any) -> str | None:
@@ -140,8 +220,25 @@ EnvironmentConfig = Annotated[
     | Annotated[MultipleChoiceConfig, Tag("multiple_choice")]
     | Annotated[RegexConfig, Tag("regex")]
     | Annotated[JudgeConfig, Tag("judge")]
+    | Annotated[CodeConfig, Tag("code")]
+    | Annotated[NumberGuessingConfig, Tag("number_guessing")]
+    | Annotated[SlidingPuzzleConfig, Tag("sliding_puzzle")]
+    | Annotated[ToolsConfig, Tag("tools")]
     | Annotated[CustomEnvironmentConfig, Tag("custom")],
     Discriminator(_kind),
 ]
 """What judges the answers to a source's problems. A new kind is a class above and a line in
 :func:`megarl.environments.make`."""
+
+
+class EnvironmentSource(Section):
+    """Problems that an environment makes itself: a game, or a class of your own with a method `problem`."""
+
+    source: Literal["environment"]
+    """Selects this kind of source."""
+    environment: EnvironmentConfig
+    """What makes the problems and plays them."""
+    size: PositiveInt = 10_000
+    """Number of problems."""
+    seed: NonNegativeInt = 1
+    """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""

@@ -23,8 +23,10 @@ from megarl.config.data import SftDataConfig as SftDataConfig
 from megarl.config.data import SftJsonlSource as SftJsonlSource
 from megarl.config.data import SftReasoningGymSource as SftReasoningGymSource
 from megarl.config.environments import EnvironmentRuntime
+from megarl.config.environments import EnvironmentSource as EnvironmentSource
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
+from megarl.config.mixture import ReasoningGymMixtureSource as ReasoningGymMixtureSource
 from megarl.config.parallel import ParallelConfig as ParallelConfig
 from megarl.config.router import RouterConfig
 from megarl.config.run import Launcher, ProfileConfig

@@ -12,8 +12,10 @@ from typing import TypeVar
 from megarl.config.derived import TrainingConfig, model_parallel_size, num_optimizer_steps
 from megarl.config.preference import DpoConfig, RmConfig
 from megarl.config.schema import (
+    EnvironmentSource,
     EvalConfig,
     GrpoConfig,
+    ReasoningGymMixtureSource,
     ReasoningGymSource,
     Section,
     SftConfig,
@@ -237,7 +239,8 @@ def _updates_per_batch(config: GrpoConfig) -> Violations:
 
 def _rollout_size(config: GrpoConfig) -> Violations:
     train, prompts = config.data.train, config.rollout.num_prompts_per_step
-    if isinstance(train, ReasoningGymSource) and prompts > train.size:
+    sized = ReasoningGymSource | ReasoningGymMixtureSource | EnvironmentSource
+    if isinstance(train, sized) and prompts > train.size:
         yield Violation(
             ("rollout", "num_prompts_per_step"),
             f"more than the training set has, data.train.size = {train.size} (got {prompts})",

@@ -12,7 +12,7 @@ from typing import Any
 from megarl.config.data import FILE_KINDS, FileLocation, HfLocation, MixtureWeights, ReasoningGymSource
 from megarl.config.derived import AnyConfig
 from megarl.config.introspect import Path
-from megarl.config.schema import EvalConfig
+from megarl.config.schema import EnvironmentSource, EvalConfig, ReasoningGymMixtureSource
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -45,10 +45,11 @@ def _separate_sets(config: AnyConfig) -> Violations:
 
 def _separate(train_path: Path, train: Any, path: Path, held_out: Any) -> Violations:
     where = ".".join(train_path)
-    if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
+    made = ReasoningGymSource | ReasoningGymMixtureSource | EnvironmentSource
+    if isinstance(train, made) and isinstance(held_out, made):
         first = max(train.seed, held_out.seed)
         last = min(train.seed + train.size, held_out.seed + held_out.size)
-        if train.task == held_out.task and first < last:
+        if _tasks_of(train) & _tasks_of(held_out) and first < last:
             # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems,
             # and with other arguments still random streams.
             yield Violation(
@@ -68,6 +69,12 @@ def _separate(train_path: Path, train: Any, path: Path, held_out: Any) -> Violat
     ):
         message = f"is the same split of the same dataset as {where} (got {held_out.split!r})"
         yield Violation((*path, "split"), message, ((*train_path, "split"), (*path, "dataset")))
+
+
+def _tasks_of(source: ReasoningGymSource | ReasoningGymMixtureSource | EnvironmentSource) -> set[str]:
+    if isinstance(source, ReasoningGymMixtureSource):
+        return {task.task for task in source.tasks}
+    return {source.task if isinstance(source, ReasoningGymSource) else f"kind {source.environment.kind}"}
 
 
 def _place(source: HfLocation) -> tuple[str | None, ...]:

@@ -6,12 +6,18 @@ import re
 from collections.abc import Callable, Iterator
 
 from megarl.config.environments import (
+    CodeConfig,
     CustomEnvironmentConfig,
+    EnvironmentSource,
     JudgeConfig,
     MultipleChoiceConfig,
+    NumberGuessingConfig,
     RegexConfig,
+    SlidingPuzzleConfig,
+    ToolsConfig,
 )
 from megarl.config.introspect import Path
+from megarl.config.mixture import ReasoningGymMixtureSource
 from megarl.config.schema import EvalConfig, GrpoConfig
 from megarl.config.validate_data import parts_of
 from megarl.config.violation import Violation
@@ -36,6 +42,26 @@ def _environments(config: _Sampling) -> Violations:
             yield from _judge(environment, path, config)
         elif isinstance(environment, CustomEnvironmentConfig):
             yield from _dotted(environment, path)
+        elif isinstance(environment, ToolsConfig):
+            yield from _tools(environment, path, config)
+        elif isinstance(environment, NumberGuessingConfig) and environment.low >= environment.high:
+            yield Violation((*path, "high"), f"must be above low (got {environment.high})", ((*path, "low"),))
+        elif isinstance(environment, CodeConfig):
+            limit = config.rollout.environments.timeout_seconds
+            if environment.timeout_seconds >= limit:
+                yield Violation(
+                    (*path, "timeout_seconds"),
+                    f"must be below rollout.environments.timeout_seconds = {limit:g}, which would end the"
+                    f" whole judging (got {environment.timeout_seconds:g})",
+                    (("rollout", "environments", "timeout_seconds"),),
+                )
+        if isinstance(source, EnvironmentSource) and not isinstance(
+            environment, NumberGuessingConfig | SlidingPuzzleConfig | CustomEnvironmentConfig
+        ):
+            kind = getattr(environment, "kind", None)
+            yield Violation(
+                (*path, "kind"), f"makes no problems of its own: use another data source (got {kind})"
+            )
 
 
 def _letters(environment: MultipleChoiceConfig, path: Path) -> Violations:
@@ -89,9 +115,35 @@ def _judge(environment: JudgeConfig, path: Path, config: _Sampling) -> Violation
         )
 
 
+def _tools(environment: ToolsConfig, path: Path, config: _Sampling) -> Violations:
+    if ("search" in environment.tools) != (environment.corpus is not None):
+        yield Violation(
+            (*path, "corpus"),
+            "is the documents of the tool search: set both or neither (got"
+            f" {environment.corpus!r} with tools {environment.tools})",
+            ((*path, "tools"),),
+        )
+    if not config.data.format.chat_template:
+        yield Violation(
+            (*path, "kind"),
+            "tools need data.format.chat_template: true",
+            (("data", "format", "chat_template"),),
+        )
+
+
 def _dotted(environment: CustomEnvironmentConfig, path: Path) -> Violations:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", environment.path):
         yield Violation((*path, "path"), f'is written "package.module:Class" (got {environment.path!r})')
 
 
-ENVIRONMENT_RULES: list[Callable[[_Sampling], Violations]] = [_environments]
+def _curriculum(config: _Sampling) -> Violations:
+    for split in ("train", "held_out"):
+        source = getattr(config.data, split)
+        asked = isinstance(source, ReasoningGymMixtureSource) and source.curriculum is not None
+        if asked and (split == "held_out" or isinstance(config, EvalConfig)):
+            yield Violation(
+                ("data", split, "curriculum"), "levels rise in training only: held-out problems stay the same"
+            )
+
+
+ENVIRONMENT_RULES: list[Callable[[_Sampling], Violations]] = [_environments, _curriculum]

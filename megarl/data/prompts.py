@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from megarl.config.data import (
     EvalDataConfig,
     FileLocation,
     HfLocation,
+    MadePromptSource,
     PlainPromptSource,
     PromptColumns,
     PromptDataConfig,
@@ -22,13 +22,15 @@ from megarl.config.data import (
     PromptSource,
     ReasoningGymSource,
 )
-from megarl.config.environments import MathEnvironmentConfig
+from megarl.config.environments import EnvironmentSource, MathEnvironmentConfig, ToolsConfig
+from megarl.config.mixture import ReasoningGymMixtureSource
 from megarl.data import benchmarks
 from megarl.data.fields import get_field, get_messages, get_text
-from megarl.data.load import Converted, collect, locate, reads_everything
+from megarl.data.load import Converted, collect, reads_everything
 from megarl.data.report import LoadReport, TooLongError
 from megarl.data.rows import read_rows
 from megarl.data.tokenizer import chat_ids
+from megarl.data.tool_prompts import PromptTools
 from megarl.environments import needs_answer, wrong_references
 from megarl.environments.tasks import check_disjoint, make_dataset
 from megarl.errors import UserError
@@ -37,10 +39,12 @@ from megarl.records import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from megarl.environments.curriculum import Mixture
+
 Split = Literal["train", "held_out"]
 
 # Generated problems are checked this far at load and the rest when they are drawn.
-_NUM_CHECKED_AT_LOAD = 256
+NUM_CHECKED_AT_LOAD = 256
 # Comparing with the training problems means generating them all, 0.1 ms to 0.1 s each. The limit counts
 # problems, not seconds: which of them an evaluation uses must not depend on how busy the machine is.
 MAX_COMPARED_PROBLEMS = 10_000
@@ -70,6 +74,8 @@ class PromptDataset(ABC, Sequence[Prompt]):
         self._field = field
         self.reports: list[LoadReport] = []
         self.parts: list[tuple[int, float]] = []
+        self.curriculum: Mixture | None = None  # what makes problems whose level changes in training
+        self._tools: PromptTools | None = None  # what the environment offers the model
         self._train: PromptSource | None = None  # to compare with; None for the training problems
 
     @abstractmethod
@@ -98,7 +104,8 @@ class PromptDataset(ABC, Sequence[Prompt]):
         if self._train is None:
             return list(range(len(self)))
         parts = _plain_parts(self._train, "data.train")
-        if any(isinstance(p, ReasoningGymSource) and p.size > MAX_COMPARED_PROBLEMS for p, _ in parts):
+        generated = ReasoningGymSource | ReasoningGymMixtureSource
+        if any(isinstance(p, generated) and p.size > MAX_COMPARED_PROBLEMS for p, _ in parts):
             return None
         train = set(_questions(self._train, "data.train"))
         return [i for i, question in enumerate(self.questions()) if question not in train]
@@ -116,12 +123,18 @@ class PromptDataset(ABC, Sequence[Prompt]):
         """Tokenise one problem; ``where`` begins the message of any UserError."""
         if self._format.chat_template:
             messages = self._messages(where, problem)
+            tools: list[dict[str, Any]] | None = None
+            if self._tools is not None:
+                messages, tools = self._tools.put_in(messages)
+                metadata = metadata | {"tool_format": self._tools.format.as_dict()}
             try:
-                ids = chat_ids(self._tokenizer, messages, add_generation_prompt=True)
+                ids = chat_ids(self._tokenizer, messages, add_generation_prompt=True, tools=tools)
             except ValueError as error:
                 raise UserError(f"{where}: {error}") from error
             text = str(
-                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                self._tokenizer.apply_chat_template(
+                    messages, tools=tools, add_generation_prompt=True, tokenize=False
+                )
             )
         else:
             if not isinstance(problem, str):
@@ -161,7 +174,7 @@ class _ReasoningGymPrompts(PromptDataset):
 
     def check(self) -> None:
         """Make the first of them."""
-        for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
+        for index in range(min(len(self), NUM_CHECKED_AT_LOAD)):
             self._prompt(index)
 
     def __len__(self) -> int:
@@ -188,6 +201,8 @@ class _RowPrompts(PromptDataset):
     ) -> None:
         super().__init__(*args)
         self._columns = columns
+        if isinstance(columns.environment, ToolsConfig):
+            self._tools = PromptTools.of(columns.environment.tools, self._tokenizer)
         report = LoadReport(self._field)
         self.reports = [report]
         found = list(collect(read_rows(source, self._field), self._convert, reading, report))
@@ -274,58 +289,6 @@ def _reference(record: dict[str, Any], name: str, where: str) -> str:
     return get_text(record, name, where)
 
 
-class _KeptPrompts(PromptDataset):
-    """Those of another set's problems that filters and bad rows left."""
-
-    def __init__(self, base: PromptDataset, reading: PromptDataConfig | EvalDataConfig, *args: Any) -> None:
-        super().__init__(*args)
-        report = LoadReport(self._field)
-        self.reports = [report]
-
-        def convert(_where: str, row: dict[str, Any]) -> Converted[int]:
-            length = len(base._prompt(row["index"]).token_ids)
-            return Converted([row["index"]], length, length)
-
-        rows = ((f"{self._field}: problem {i}", {"index": i}) for i in range(len(base)))
-        self._base, self._indices = base, list(collect(rows, convert, reading, report))
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def questions(self) -> Iterator[str]:
-        kept = set(self._indices)
-        return (question for i, question in enumerate(self._base.questions()) if i in kept)
-
-    def _prompt(self, index: int) -> Prompt:
-        return replace(self._base._prompt(self._indices[index]), index=index)
-
-
-class _MixedPrompts(PromptDataset):
-    """Several sets, end to end."""
-
-    is_mixture = True
-
-    def __init__(self, sets: dict[str, PromptDataset], weights: dict[str, float] | None, *args: Any) -> None:
-        super().__init__(*args)
-        self._names, self._sets = list(sets), list(sets.values())
-        self._sizes = [len(each) for each in self._sets]
-        self._starts = [sum(self._sizes[:k]) for k in range(len(self._sizes))]
-        self.reports = [report for each in self._sets for report in each.reports]
-        if weights is not None:
-            self.parts = [(len(each), weights[name]) for name, each in sets.items()]
-
-    def __len__(self) -> int:
-        return sum(self._sizes)
-
-    def questions(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(each.questions() for each in self._sets)
-
-    def _prompt(self, index: int) -> Prompt:
-        part, row = locate(index, self._sizes)
-        prompt = self._sets[part]._prompt(row)
-        return replace(prompt, index=index, metadata={**prompt.metadata, "source": self._names[part]})
-
-
 def load_prompts(
     config: PromptDataConfig | EvalDataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -354,7 +317,9 @@ def load_prompts(
             name: _load_plain(part, config, tokenizer, max_prompt_tokens, f"{field}.sources.{name}")
             for name, part in source.sources.items()
         }
-        dataset: PromptDataset = _MixedPrompts(
+        from megarl.data.joined_prompts import MixedPrompts
+
+        dataset: PromptDataset = MixedPrompts(
             sets, source.weights, tokenizer, config.format, max_prompt_tokens, field
         )
     else:
@@ -365,7 +330,7 @@ def load_prompts(
 
 
 def _load_plain(
-    source: PlainPromptSource,
+    source: PlainPromptSource | MadePromptSource,
     config: PromptDataConfig | EvalDataConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
@@ -377,15 +342,27 @@ def _load_plain(
         dataset = _ReasoningGymPrompts(source, *arguments)
     elif isinstance(source, BenchmarkSource):
         dataset = _BenchmarkPrompts(source, *arguments)
+    elif isinstance(source, EnvironmentSource | ReasoningGymMixtureSource):
+        dataset = _load_made(source, *arguments)
     else:
         return _RowPrompts(source, source, config, *arguments)
     if reads_everything(config):
-        return _KeptPrompts(dataset, config, *arguments)
+        from megarl.data.joined_prompts import KeptPrompts
+
+        return KeptPrompts(dataset, config, *arguments)
     dataset.check()
     return dataset
 
 
-def _plain_parts(source: PromptSource, field: str) -> list[tuple[PlainPromptSource, str]]:
+def _load_made(source: MadePromptSource, *arguments: Any) -> PromptDataset:
+    from megarl.data.made_prompts import CurriculumPrompts, EnvironmentPrompts
+
+    if isinstance(source, EnvironmentSource):
+        return EnvironmentPrompts(source, *arguments)
+    return CurriculumPrompts(source, *arguments)
+
+
+def _plain_parts(source: PromptSource, field: str) -> list[tuple[PlainPromptSource | MadePromptSource, str]]:
     if isinstance(source, PromptMixtureSource):
         return [(part, f"{field}.sources.{name}") for name, part in source.sources.items()]
     return [(source, field)]
@@ -400,6 +377,10 @@ def _questions(source: PromptSource, field: str) -> Iterator[str]:
                 yield str(dataset[index]["question"])
         elif isinstance(part, BenchmarkSource):
             yield from (question.text for question in benchmarks.load_questions(part, place))
+        elif isinstance(part, EnvironmentSource | ReasoningGymMixtureSource):
+            from megarl.data.made_prompts import questions_of
+
+            yield from questions_of(part, place)
         else:
             for _, record in read_rows(part, place):
                 if isinstance(record, dict) and part.prompt_field in record:  # others were reported at load

@@ -7,13 +7,25 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.environments import (
+    CodeConfig,
     CustomEnvironmentConfig,
     JudgeConfig,
     MathEnvironmentConfig,
     MultipleChoiceConfig,
+    NumberGuessingConfig,
     RegexConfig,
+    SlidingPuzzleConfig,
+    ToolsConfig,
 )
-from megarl.environments.base import Environment, Observation, StepResult, Verifier, VerifierError, grade
+from megarl.environments.base import (
+    Environment,
+    Observation,
+    Problem,
+    StepResult,
+    Verifier,
+    VerifierError,
+    grade,
+)
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Environment",
     "Observation",
+    "Problem",
     "StepResult",
     "Verifier",
     "VerifierError",
@@ -52,6 +65,10 @@ def make(source: PromptSource, field: str = "data.train") -> Environment:
 
         parts = source.sources.items()
         return MixtureEnvironment({name: make(part, f"{field}.sources.{name}") for name, part in parts})
+    if source.source == "reasoning_gym_mixture":
+        from megarl.environments.curriculum import CurriculumEnvironment
+
+        return CurriculumEnvironment(source, field)
     if source.source == "benchmark":
         return make_environment(_benchmark_environment(source, field), field)
     return make_environment(source.environment, f"{field}.environment")
@@ -67,7 +84,7 @@ def _benchmark_environment(source: BenchmarkSource, field: str) -> EnvironmentCo
         return MultipleChoiceConfig(
             kind="multiple_choice", choices=string.ascii_uppercase, choices_field="choices"
         )
-    raise UserError(f"{field}.name: {source.name} needs a {verifier} environment, which is not there yet")
+    return CodeConfig(kind="code")
 
 
 def make_environment(config: EnvironmentConfig, field: str) -> Environment:
@@ -88,6 +105,28 @@ def make_environment(config: EnvironmentConfig, field: str) -> Environment:
         from megarl.environments.judge import JudgeEnvironment
 
         return JudgeEnvironment(config, field)
+    if isinstance(config, CodeConfig):
+        from megarl.environments.code import CodeEnvironment
+
+        return CodeEnvironment(config, field)
+    return _make_of_turns(config, field)
+
+
+def _make_of_turns(
+    config: NumberGuessingConfig | SlidingPuzzleConfig | ToolsConfig | CustomEnvironmentConfig, field: str
+) -> Environment:
+    if isinstance(config, NumberGuessingConfig):
+        from megarl.environments.number_guessing import NumberGuessingEnvironment
+
+        return NumberGuessingEnvironment(config)
+    if isinstance(config, SlidingPuzzleConfig):
+        from megarl.environments.sliding_puzzle import SlidingPuzzleEnvironment
+
+        return SlidingPuzzleEnvironment(config)
+    if isinstance(config, ToolsConfig):
+        from megarl.environments.tool_use import ToolUseEnvironment
+
+        return ToolUseEnvironment(config, field)
     from megarl.environments.custom import make_custom
 
     return make_custom(config, field)
@@ -99,7 +138,9 @@ def needs_answer(config: EnvironmentConfig) -> bool:
         return "(?P<answer>" in config.pattern
     if isinstance(config, JudgeConfig):
         return "{answer}" in config.prompt
-    return not isinstance(config, CustomEnvironmentConfig)
+    if isinstance(config, ToolsConfig):
+        return needs_answer(config.answer)
+    return isinstance(config, MathEnvironmentConfig | MultipleChoiceConfig)
 
 
 def check_references(
@@ -137,6 +178,14 @@ def wrong_references(
         for position, (where, answer, entry) in enumerate(lines):
             if problem := environment.check(entry, answer):
                 yield position, f"{where}: {problem}"
+    elif isinstance(config, CodeConfig):
+        from megarl.environments.code import check
+
+        for position, (where, _, entry) in enumerate(lines):
+            if problem := check(entry, config):
+                yield position, f"{where}: {problem}"
+    elif isinstance(config, ToolsConfig):
+        yield from wrong_references(config.answer, f"{field}.answer", lines)
     elif isinstance(config, CustomEnvironmentConfig):
         from megarl.environments.custom import load_class
 

@@ -36,6 +36,18 @@ class StepResult:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem that an environment makes itself, by ``problem(seed)``.
+
+    ``answer`` is the reference as text, "" where there is none; ``metadata`` joins the prompt's.
+    """
+
+    text: str
+    answer: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
 class Environment(Protocol):
     """Plays one episode at a time.
 
@@ -46,7 +58,7 @@ class Environment(Protocol):
     cannot answer raises (or is ended after its time limit): the episode is played again, in the end
     dropped, and never given a reward. It may have two attributes: ``max_concurrency``, how many calls it
     can work on at a time (1 where it has none), and ``raw_actions``, True where it wants special tokens in
-    the text of an action.
+    the text of an action. ``note``, where there is one, is a line for the log.
     """
 
     async def reset(self, prompt: Prompt) -> Observation:

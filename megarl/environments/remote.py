@@ -178,6 +178,7 @@ class RemoteEnvironment:
     def __init__(self, workers: EnvironmentWorkers, facts: EnvironmentFacts) -> None:
         self.workers, self._facts = workers, facts
         self.raw_actions = facts.raw_actions
+        self.note = facts.note
         self.max_concurrency = facts.max_concurrency
         self._prompt: Prompt | None = None
         self._worker: _Worker | None = None

@@ -27,6 +27,7 @@ class EnvironmentFacts:
     one_step: bool  # a verifier: one step, and reset has nothing to say
     max_concurrency: int
     raw_actions: bool
+    note: str  # a line for the log, may be empty
 
 
 class EnvironmentActor:
@@ -56,6 +57,7 @@ class EnvironmentActor:
             one_step=isinstance(self._environment, Verifier),
             max_concurrency=int(getattr(self._environment, "max_concurrency", 1)),
             raw_actions=bool(getattr(self._environment, "raw_actions", False)),
+            note=str(getattr(self._environment, "note", "")),
         )
 
     async def judge(self, prompt: Prompt, action: str) -> StepResult:

@@ -1,0 +1,47 @@
+"""Tools in the prompt: as the chat template shows them, or in a system message where it shows none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megarl.environments.tool_format import ToolFormat
+from megarl.environments.tools import schemas
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptTools:
+    """The tools of an environment and the form in which this model calls them."""
+
+    schemas: list[dict[str, Any]]
+    format: ToolFormat
+
+    @classmethod
+    def of(cls, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PromptTools:
+        """Reads the form off the tokenizer's chat template.
+
+        Raises:
+            UserError: the template's form of calls is not known.
+        """
+
+        def render(messages: list[dict[str, Any]], **options: Any) -> str:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+        shown = schemas(names)
+        return cls(shown, ToolFormat.of(render, shown))
+
+    def put_in(
+        self, messages: list[dict[str, str]]
+    ) -> tuple[list[dict[str, str]], list[dict[str, Any]] | None]:
+        """The messages, and what the template gets as its tools: none where it would not show them."""
+        if self.format.native:
+            return messages, self.schemas
+        text = self.format.instructions(self.schemas)
+        if messages[0]["role"] == "system":
+            first = {"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}
+            return [first, *messages[1:]], None
+        return [{"role": "system", "content": text}, *messages], None

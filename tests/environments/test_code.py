@@ -1,0 +1,98 @@
+"""Programs judged by tests: right, wrong, cut off, cheating, and by standard input and output."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from megarl.config.environments import CodeConfig
+from megarl.environments import VerifierError, check_references, grade, make_environment, sandbox
+from megarl.errors import UserError
+from megarl.records import Prompt
+
+TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add('a', 'b') == 'ab'"]
+CASES = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 -4\n", "output": "6"}]
+RIGHT = "Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
+
+
+@pytest.fixture(scope="module")
+def code() -> Any:
+    try:
+        sandbox.choose()
+    except UserError as error:
+        pytest.skip(str(error))
+
+    def judge(
+        response: str, *, prefix: str = "", settings: dict[str, Any] | None = None, **entry: Any
+    ) -> Any:
+        config = CodeConfig(kind="code", **({"timeout_seconds": 5.0} | (settings or {})))
+        metadata = {"entry": entry, "prefix": prefix}
+        return asyncio.run(grade(make_environment(config, "e"), Prompt(0, "p", [1], metadata), response))
+
+    return judge
+
+
+def test_right_wrong_and_partly_right(code: Any):
+    assert code(RIGHT, tests=TESTS) == (1.0, {"passed": 3, "total": 3})
+    assert code("def add(a, b): return a + b", tests="\n".join(TESTS))[0] == 1.0
+    assert code("```\ndef add(a, b):\n    return a + b", tests=TESTS)[0] == 1.0  # cut off
+    reward, info = code("```python\ndef add(a, b): return abs(a) + b\n```", tests=TESTS)
+    assert (reward, info["passed"]) == (0.0, 1)
+    assert "test 1: AssertionError" in info["stderr"]
+    partial = {"partial_credit": True}
+    assert code("def add(a, b): return int(a) + b", tests=TESTS, settings=partial)[0] == pytest.approx(2 / 3)
+
+
+def test_what_the_task_gave_comes_first(code: Any):
+    head = "from math import floor\n\n\ndef half(x: float) -> int:\n    '''Half of x.'''\n"
+    assert code("    return floor(x / 2)\n", prefix=head, tests="assert half(5) == 2")[0] == 1.0
+    whole = "```python\ndef half(x):\n    return floor(x / 2)\n```"
+    assert code(whole, prefix=head, tests="assert half(5) == 2")[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "import os\nos._exit(0)",
+        "import sys\nsys.exit(0)",
+        "def add(a, b): raise SystemExit(0)",
+        "import os\nfor i in range(3):\n    os.write(4, b'%d\\n' % i)\nos._exit(0)",
+        "while True: pass",
+        "print('all tests passed')",
+        "def add(a, b",
+        "",
+        "x" * 100_000,
+    ],
+)
+def test_nothing_passes_that_did_not_run(code: Any, response: str):
+    reward, info = code(response, tests=TESTS, settings={"timeout_seconds": 2.0})
+    assert (reward, info["passed"], info["total"]) == (0.0, 0, 3)
+    assert info["outcome"] in ("exited", "timeout")
+
+
+def test_standard_input_and_output(code: Any):
+    program = "a, b = map(int, input().split())\nprint(a + b, ' ')"
+    assert code(program, cases=CASES) == (1.0, {"passed": 2, "total": 2})
+    assert code("print(3)", cases=CASES)[0] == 0.0
+    assert code("print(3)", cases=CASES, settings={"partial_credit": True})[0] == 0.5
+    assert code("print(3)\n1 / 0", cases=CASES[:1])[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({}, "needs one of the fields 'tests' and 'cases'"),
+        ({"tests": "assert 1", "cases": CASES}, "needs one of"),
+        ({"tests": []}, "tests must be Python text"),
+        ({"tests": "assert ("}, "never closed"),
+        ({"cases": [{"input": "1"}]}, "cases must be a list of"),
+    ],
+)
+def test_unusable_tests_are_refused_at_load_and_never_a_reward(code: Any, entry: dict[str, Any], words: str):
+    with pytest.raises(UserError, match=f"f:3: .*{words}"):
+        check_references(CodeConfig(kind="code"), "e", [("f:3", "", entry)])
+    if "tests" in words and "cases" not in entry:
+        with pytest.raises(VerifierError, match="tests must be"):
+            code(RIGHT, **entry)
