@@ -125,6 +125,8 @@ def test_context_parallel_slices_partition_the_batch(size: int) -> None:
         whole = getattr(batch, field.name)
         if field.name in ("cu_seqlens", "lengths"):
             assert all(torch.equal(getattr(s, field.name), whole) for s in slices), "global on every rank"
+        elif isinstance(whole, float):
+            assert all(getattr(s, field.name) == whole for s in slices)
         elif whole is not None:
             restored = torch.empty_like(whole)
             restored[order] = torch.cat([getattr(s, field.name) for s in slices])

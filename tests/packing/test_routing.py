@@ -1,0 +1,67 @@
+"""Choices of experts and padding stand where their tokens do, on every context-parallel rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megarl.packing.context_parallel import context_parallel_slice
+from megarl.packing.pack import pack
+from megarl.packing.routing import experts_to_replay, pack_experts, real_tokens
+from megarl.packing.shared_prefix import share_prefixes
+from megarl.records import Sample, Sequence
+
+
+def marked(token_ids: list[int]) -> Sequence:
+    """Two layers, two experts: each token's choice says which token it is."""
+    experts = np.array(token_ids)[:, None, None] * 10 + np.arange(4).reshape(2, 2)
+    return Sequence(token_ids, [0] * len(token_ids), experts=experts.astype(np.int16))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_choices_follow_their_tokens(size: int) -> None:
+    sequences = [marked([3, 1, 4, 1, 5]), Sequence([9, 2], [0, 0]), marked([6, 5, 3, 5, 8, 9, 7, 9, 3])]
+    whole = pack(sequences, [2, 1, 0], pad_to_multiple=2 * size)
+    num_real = 0
+    for rank in range(size):
+        batch = context_parallel_slice(whole, rank, size)
+        experts, real = pack_experts(sequences, [2, 1, 0], batch, rank, size), real_tokens(batch, rank, size)
+        assert experts is not None
+        num_real += int(real.sum())
+        for token, sequence, choice, is_real in zip(
+            batch.token_ids.tolist(),
+            batch.sequence_ids.tolist(),
+            experts.tolist(),
+            real.tolist(),
+            strict=True,
+        ):
+            given = is_real and sequence != 1
+            assert choice == (
+                [[token * 10, token * 10 + 1], [token * 10 + 2, token * 10 + 3]]
+                if given
+                else [[-1, -1], [-1, -1]]
+            )
+    assert num_real == 16
+    assert pack_experts([sequences[1]], [0], pack([sequences[1]], [0])) is None
+
+
+def test_shared_prefixes_take_theirs_along() -> None:
+    prompt = [1, 2, 3, 4, 5, 6]
+    sequences = [marked([*prompt, 10 + n, 20 + n]) for n in range(4)]
+    sequences = [
+        Sequence(s.token_ids, s.loss_mask, num_prompt_tokens=6, experts=s.experts) for s in sequences
+    ]
+    shared = share_prefixes(sequences, max_tokens=100, pad_to_multiple=1)
+    assert len(shared.sequences) == 5
+    for part in shared.sequences:
+        assert part.experts is not None
+        assert part.experts[:, 0, 0].tolist() == [10 * token for token in part.token_ids]
+
+
+def test_the_last_token_of_a_sample_is_left_to_the_trainer() -> None:
+    sample = Sample(0, [1, 2], [3], [0.0], 0, "stop", experts=np.ones((2, 2, 2), dtype=np.int16))
+    replayed = experts_to_replay(sample)
+    assert replayed is not None
+    assert replayed.tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[-1, -1], [-1, -1]]]
+    sample.experts = None
+    assert experts_to_replay(sample) is None
