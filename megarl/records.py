@@ -53,6 +53,9 @@ class Sample:
     An episode of several turns has everything after the prompt in ``response_ids``, in order: what was
     sampled, exactly as it was sampled, and the observations between, whose rollout_logprobs are 0 and which
     are no targets. ``turns`` says which is which; empty, all of the response was sampled in one turn.
+
+    ``policy_version`` drew the first token. Where the weights changed in between, ``version_spans`` has
+    (policy version, number of response tokens), in order; empty, one version drew them all.
     """
 
     prompt_index: int
@@ -68,6 +71,7 @@ class Sample:
     turns: list[Turn] = field(default_factory=list)
     experts: np.ndarray | None = field(default=None, repr=False, compare=False)
     """Chosen by the engine for every token but the last: [P + N - 1, layers with experts, k] int16."""
+    version_spans: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -80,11 +84,28 @@ class Sample:
         return sum(turn.num_sampled for turn in self.turns) if self.turns else len(self.response_ids)
 
     @property
+    def token_versions(self) -> list[int]:
+        """[N] the policy version that drew each response token (an observation's: of the turn before)."""
+        spans = self.version_spans or [(self.policy_version, len(self.response_ids))]
+        return [version for version, count in spans for _ in range(count)]
+
+    @property
     def response_mask(self) -> list[int]:
         """[N] 1 where the token was sampled, 0 where it was observed."""
         if not self.turns:
             return [1] * len(self.response_ids)
         return [value for t in self.turns for value in [1] * t.num_sampled + [0] * t.num_observed]
+
+
+def merge_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(version, count) spans with equal neighbours as one; none where one version is all there is."""
+    merged: list[tuple[int, int]] = []
+    for version, count in spans:
+        if merged and merged[-1][0] == version:
+            merged[-1] = (version, merged[-1][1] + count)
+        elif count:
+            merged.append((version, count))
+    return merged if len(merged) > 1 else []
 
 
 @dataclass(slots=True)
@@ -112,6 +133,7 @@ class Sequence:
     # Experts to replay, each token's own (not those of the prediction of it): [n, layers with experts, k]
     # int16, -1 where the trainer is to choose.
     experts: np.ndarray | None = field(default=None, repr=False, compare=False)
+    stale: list[int] = field(default_factory=list)  # [n] or empty, 1: older weights drew it
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +180,8 @@ class PackedBatch:
     old_values: torch.Tensor | None = None  # [T] float32, a critic's before the step's first update
     returns: torch.Tensor | None = None  # [T] float32, what the critic learns
     loss_weights: torch.Tensor | None = None  # [T] float32, the share of each token in the step's mean
+    stale: torch.Tensor | None = None  # [T] float32, 1 where older weights than the trainer's drew the token
+    nll_weights: torch.Tensor | None = None  # [T] float32, the same for a likelihood term
     lengths: torch.Tensor | None = None  # [S] int32, tokens without padding (dummy: 0); None: no padding
     prefixes: torch.Tensor | None = None  # [S] int64: the sequence of this batch that comes first, -1: none
     experts: torch.Tensor | None = None  # [T, layers, k] int16, to replay; of token t, -1: none given

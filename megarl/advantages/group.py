@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal
@@ -12,7 +13,7 @@ import torch
 from megarl.errors import UserError
 from megarl.ops.group_advantage import group_advantage
 
-Baseline = Literal["mean", "leave_one_out"]
+Baseline = Literal["mean", "leave_one_out", "none"]
 
 
 def group_advantages(
@@ -24,14 +25,15 @@ def group_advantages(
 ) -> list[list[float]]:
     """Advantages of samples relative to their group, ``A_i = (r_i - b_i) / (std + epsilon)``.
 
-    ``b_i`` is the mean of the group ("mean") or of the group without sample i ("leave_one_out", which is
-    G / (G - 1) times as far from r_i). ``std`` is the *sample* standard deviation of the whole group
-    (divisor G - 1), with either baseline: what TRL 1.16 and NeMo RL divide by, except that NeMo RL leaves
-    sample i out of the deviation too when it does so for the baseline.
+    ``b_i`` is the mean of the group ("mean"), of the group without sample i ("leave_one_out", which is
+    G / (G - 1) times as far from r_i), or 0 ("none"). ``std`` is the *sample* standard deviation (divisor
+    G - 1) of the whole group, with every baseline: what TRL 1.16 and NeMo RL divide by, except that NeMo RL
+    leaves sample i out of the deviation too when it does so for the baseline.
 
-    A group whose rewards are all equal has nothing to teach: its advantages are exactly 0. Equality is
-    tested on the rewards, not on a computed deviation, because rounding leaves a residue there
-    (0.1 + 0.1 + 0.1 is not 0.3) that dividing would blow up to +-1.
+    A group whose rewards are all equal has nothing to teach: its advantages are exactly 0 (without a
+    baseline they are the rewards, not divided). Equality is tested on the rewards, not on a computed
+    deviation, because rounding leaves a residue there (0.1 + 0.1 + 0.1 is not 0.3) that dividing would
+    blow up to +-1.
 
     Args:
         rewards: one list per group; groups may differ in size.
@@ -47,6 +49,8 @@ def group_advantages(
     """
     sizes = [len(group) for group in rewards]
     _check(rewards, baseline)
+    if baseline == "none":
+        return [_without_baseline(group, epsilon if normalize_std else None) for group in rewards]
     advantages = group_advantage(
         torch.tensor([reward for group in rewards for reward in group], dtype=torch.float64),
         torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
@@ -65,6 +69,13 @@ def zero_std_fraction(rewards: Sequence[Sequence[float]]) -> float:
 def is_degenerate(rewards: Sequence[float]) -> bool:
     """True where all rewards [G] of a group are equal (a group of one, or of none, included)."""
     return len(rewards) == 0 or min(rewards) == max(rewards)
+
+
+def _without_baseline(rewards: Sequence[float], epsilon: float | None) -> list[float]:
+    if epsilon is None or is_degenerate(rewards):
+        return list(rewards)
+    deviation = statistics.stdev(rewards)
+    return [reward / (deviation + epsilon) for reward in rewards]
 
 
 def _check(rewards: Sequence[Sequence[float]], baseline: Baseline) -> None:

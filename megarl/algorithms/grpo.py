@@ -1,23 +1,29 @@
-"""Group relative policy optimisation (GRPO: Shao et al. 2024, arXiv:2402.03300).
+"""Group relative policy optimisation (GRPO: Shao et al. 2024, arXiv:2402.03300) and its family.
 
 What follows the rollout in a step, in data order (every rank)::
 
-    graded groups -> advantages -> packing -> [old, reference logprobs] -> forward/backward -> optimizer
+    graded groups -> packing -> [old, reference logprobs] -> advantages -> forward/backward -> optimizer
 
 The formulas are in docs/algorithms.md, the loop around it in :mod:`megarl.algorithms.online`.
 """
 
 from __future__ import annotations
 
-from megarl.advantages.group import group_advantages
+from dataclasses import dataclass, replace
+
+import torch
+
+from megarl.algorithms.grpo_advantages import give_advantages
 from megarl.algorithms.online import Learned, run_online
 from megarl.algorithms.rollouts import split_groups
 from megarl.algorithms.run import Run
-from megarl.config.derived import needs_old_logprobs, needs_reference, without_effect
+from megarl.config.derived import needs_old_logprobs, needs_reference, why_no_old_pass
 from megarl.config.schema import GrpoConfig
 from megarl.losses.agreement import Agreement
+from megarl.losses.base import per_token, token_weights
 from megarl.losses.policy import PolicyLoss, options_of
 from megarl.packing.routing import experts_to_replay
+from megarl.packing.token_values import Array, put
 from megarl.records import Group, PackedBatch, Sample, Sequence
 from megarl.trainer.policy import Policy, TrainStepResult
 
@@ -27,87 +33,197 @@ def run_grpo(config: GrpoConfig) -> None:
     run_online(config, "grpo", GrpoLearner)
 
 
+@dataclass(slots=True)
+class Part:
+    """What one optimizer step learns from: samples and their sequences, and this rank's microbatches."""
+
+    samples: list[Sample]
+    sequences: list[Sequence]
+    batches: list[PackedBatch]
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether any token is left to learn from."""
+        return any(any(s.loss_mask[1:]) for s in self.sequences)
+
+
 class GrpoLearner:
     """Implements :class:`megarl.algorithms.online.Learner`."""
 
     def __init__(self, config: GrpoConfig, run: Run, policy: Policy) -> None:
         self.config, self.run, self.policy = config, run, policy
-        self.loss = PolicyLoss(options_of(config.algorithm), config.debug.check_numerics)
-        self.needs_old = needs_old_logprobs(config.algorithm)
-        self.needs_reference = needs_reference(config.algorithm)
+        self.algorithm = algorithm = config.algorithm
+        self.loss = PolicyLoss(
+            options_of(algorithm),
+            config.debug.check_numerics,
+            nll_coef=algorithm.positive_nll_coef,
+            is_mean=algorithm.loss_aggregation != "fixed_length",
+        )
+        self.fixed_length = algorithm.loss_length or config.rollout.max_new_tokens
+        self.needs_old = needs_old_logprobs(algorithm)
+        self.needs_reference = needs_reference(algorithm)
 
     def notes(self) -> list[str]:
         """See Learner."""
-        for line in without_effect(self.config.algorithm):
-            self.run.console.warn(line)
-        old = "one forward pass per batch" if self.needs_old else "skipped (one on-policy optimizer step)"
+        old = (
+            "one forward pass per batch" if self.needs_old else f"skipped ({why_no_old_pass(self.algorithm)})"
+        )
         reference = "one forward pass per batch" if self.needs_reference else "skipped (kl_coef = 0)"
         return [f"old logprobs: {old}; reference logprobs: {reference}"]
 
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner."""
-        self.give_advantages(groups)
-        parts = self.split(groups)
-        minibatches: list[list[PackedBatch]] = []
-        computed = 0
-        for part in parts:
-            sequences = [to_sequence(s) for s in part]
-            minibatches.append(self.policy.prepare(sequences, self.config.algorithm.loss_aggregation))
-            computed += self.policy.num_computed_tokens
-        agreement = self.fill_logprobs(minibatches)
-        results = self.train(minibatches)
-        if not self.needs_old:  # these very weights drew the samples
+        version = step - 1 if self.config.rollout.max_staleness else None
+        parts, values = self.pack(groups, version)
+        agreement = self.fill_logprobs(parts)
+        if self.algorithm.max_logprob_error is not None:
+            values["dropped_logprob_error"] = sum(self.drop_by_error(part) for part in parts)
+        advantages, told = give_advantages(
+            groups,
+            [sample for part in parts for sample in part.samples],
+            [sequence for part in parts for sequence in part.sequences],
+            self.algorithm,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            kls=self.kl_to_reference(parts) if self.algorithm.kl_reward_coef else None,
+        )
+        self.set_advantages(parts, advantages)
+        values |= told
+        if self.algorithm.positive_nll_coef:
+            values["positive_fraction"] = self.weigh_positives(parts)
+        taught = [part for part in parts if part.has_targets]
+        if skipped := self.algorithm.num_optimizer_steps_per_batch - len(taught):
+            self.run.console.warn(
+                f"step {step}: {skipped} optimizer step(s) per pass left out, for none of their samples is "
+                "in the loss"
+            )
+        results = self.train(taught)
+        if not self.needs_old and results:  # the weights of before the step
             agreement = results[0].agreement
-        values = {name: sum(r.metrics[name] for r in results) / len(results) for name in results[0].metrics}
-        values["lr"] = results[-1].metrics["lr"]
-        values["num_microbatches"] = sum(len(batches) for batches in minibatches)
-        tokens = sum(s.num_tokens for part in parts for s in part)
-        values["num_tokens"], values["num_computed_tokens"] = tokens, computed
-        values["tokens_per_second_train"] = (
-            tokens * self.config.algorithm.num_epochs_per_batch / self.run.timers.seconds("train")
-        )
-        return Learned(values, agreement)
+        if results:
+            first = results[0].metrics
+            values |= {name: sum(r.metrics[name] for r in results) / len(results) for name in first}
+            values["lr"] = results[-1].metrics["lr"]
+        return Learned(values | self.speed(values["num_tokens"]), agreement)
 
-    def give_advantages(self, groups: list[Group]) -> None:
-        """Set every sample's advantage from its group's rewards."""
-        algorithm = self.config.algorithm
-        rewards = [[float(s.reward or 0.0) for s in group.samples] for group in groups]
-        advantages = group_advantages(
-            rewards, baseline=algorithm.baseline, normalize_std=algorithm.normalize_std
-        )
-        for group, values in zip(groups, advantages, strict=True):
-            for sample, advantage in zip(group.samples, values, strict=True):
-                sample.advantage = advantage
+    # --- from samples to microbatches ---------------------------------------------------------
 
-    def split(self, groups: list[Group]) -> list[list[Sample]]:
-        """The samples of each optimizer step: whole groups, in order, dealt evenly if some are missing."""
-        return split_groups(groups, self.config.algorithm.num_optimizer_steps_per_batch)
+    def pack(self, groups: list[Group], version: int | None = None) -> tuple[list[Part], dict[str, float]]:
+        """Whole groups, in order, to one part per optimizer step; without the samples that are filtered."""
+        algorithm = self.algorithm
+        parts, computed, filtered = [], 0, 0
+        for samples in split_groups(groups, algorithm.num_optimizer_steps_per_batch):
+            if algorithm.filter_overlong:
+                kept = [sample for sample in samples if sample.finish_reason != "length"]
+                filtered += len(samples) - len(kept)
+                samples = kept
+            if not samples:
+                continue
+            sequences = [to_sequence(s, version) for s in samples]
+            batches = self.policy.prepare(
+                sequences, algorithm.loss_aggregation, fixed_length=self.fixed_length
+            )
+            parts.append(Part(samples, sequences, batches))
+            computed += self.policy.num_computed_tokens
+        values: dict[str, float] = {
+            "num_microbatches": sum(len(part.batches) for part in parts),
+            "num_tokens": sum(s.num_tokens for part in parts for s in part.samples),
+            "num_computed_tokens": computed,
+        }
+        if algorithm.filter_overlong:
+            values["filtered_overlong"] = filtered
+        return parts, values
 
-    def fill_logprobs(self, minibatches: list[list[PackedBatch]]) -> Agreement:
+    # --- logprobs, and what follows from them -------------------------------------------------
+
+    def fill_logprobs(self, parts: list[Part]) -> Agreement:
         """The old and reference logprobs that are needed; engine against trainer, where old ones are."""
         temperature, agreement = self.config.rollout.temperature, Agreement()
         with self.run.timers("logprobs"):
-            for batches in minibatches if self.needs_old else []:
-                agreement = agreement + self.policy.fill_logprobs(
-                    batches, "old_logprobs", temperature=temperature
-                )
+            for part in parts:
+                if self.needs_old:
+                    agreement = agreement + self.policy.fill_logprobs(
+                        part.batches, "old_logprobs", temperature=temperature
+                    )
+                elif self.algorithm.old_logprobs == "rollout":
+                    for batch in part.batches:
+                        batch.old_logprobs = batch.rollout_logprobs
             if self.needs_reference:
                 with self.policy.reference():
-                    for batches in minibatches:
-                        self.policy.fill_logprobs(batches, "ref_logprobs", temperature=temperature)
+                    for part in parts:
+                        self.policy.fill_logprobs(part.batches, "ref_logprobs", temperature=temperature)
         return agreement
 
-    def train(self, minibatches: list[list[PackedBatch]]) -> list[TrainStepResult]:
+    def drop_by_error(self, part: Part) -> int:
+        """Take sequences out of the loss on whose tokens engine and trainer disagree; how many."""
+        bound, dropped = self.algorithm.max_logprob_error, 0
+        assert bound is not None
+
+        def error(batch: PackedBatch) -> torch.Tensor:
+            assert batch.old_logprobs is not None
+            assert batch.rollout_logprobs is not None
+            return (batch.old_logprobs - batch.rollout_logprobs).abs()
+
+        for i, errors in enumerate(self.policy.token_values(part.batches, error, part.sequences)):
+            sequence = part.sequences[i]
+            if errors.sum() > bound * sum(sequence.loss_mask[1:]):
+                part.sequences[i] = replace(sequence, loss_mask=[0] * len(sequence.loss_mask))
+                part.samples[i].info["dropped"] = "logprob_error"
+                dropped += 1
+        if dropped:
+            weights = token_weights(part.sequences, self.algorithm.loss_aggregation, self.fixed_length)
+            for batch in part.batches:
+                batch.loss_weights = per_token(batch, weights)
+        return dropped
+
+    def kl_to_reference(self, parts: list[Part]) -> list[Array]:
+        """k1 = old - ref logprob [n] of every sequence of the parts, 0 where there is no target."""
+
+        def k1(batch: PackedBatch) -> torch.Tensor:
+            assert batch.old_logprobs is not None
+            assert batch.ref_logprobs is not None
+            return batch.old_logprobs - batch.ref_logprobs
+
+        return [kl for part in parts for kl in self.policy.token_values(part.batches, k1, part.sequences)]
+
+    def set_advantages(self, parts: list[Part], advantages: list[Array]) -> None:
+        """Advantages [n] of every sequence of the parts to their microbatches."""
+        start = 0
+        for part in parts:
+            end = start + len(part.sequences)
+            for batch in part.batches:
+                batch.advantages = put(advantages[start:end], batch)
+            start = end
+
+    def weigh_positives(self, parts: list[Part]) -> float:
+        """Weights 1 / (tokens with full marks) for the likelihood term; the share of such samples."""
+        positive = 0
+        for part in parts:
+            full = [(sample.reward or 0.0) >= 1.0 for sample in part.samples]
+            positive += sum(full)
+            masked = [
+                s if good else replace(s, loss_mask=[0] * len(s.loss_mask))
+                for s, good in zip(part.sequences, full, strict=True)
+            ]
+            weights = token_weights(masked, "token")
+            for batch in part.batches:
+                batch.nll_weights = per_token(
+                    batch, [w if good else 0.0 for w, good in zip(weights, full, strict=True)]
+                )
+        return positive / max(sum(len(part.samples) for part in parts), 1)
+
+    # --- optimizer steps ----------------------------------------------------------------------
+
+    def train(self, parts: list[Part]) -> list[TrainStepResult]:
         """Every optimizer step of the batch, in order."""
-        rollout, epochs = self.config.rollout, self.config.algorithm.num_epochs_per_batch
+        rollout, epochs = self.config.rollout, self.algorithm.num_epochs_per_batch
         results = []
-        total = epochs * len(minibatches)
+        total = epochs * len(parts)
         with self.run.timers("train"), self.run.console.progress("train", total=total) as advance:
             for _ in range(epochs):
-                for batches in minibatches:
+                for part in parts:
                     results.append(
                         self.policy.train_step(
-                            batches,
+                            part.batches,
                             self.loss,
                             temperature=rollout.temperature,
                             top_k=rollout.top_k,
@@ -117,16 +233,23 @@ class GrpoLearner:
                     advance(1)
         return results
 
+    def speed(self, num_tokens: float) -> dict[str, float]:
+        """Tokens trained on per second of the train phase."""
+        seconds = self.run.timers.seconds("train")
+        return {"tokens_per_second_train": num_tokens * self.algorithm.num_epochs_per_batch / seconds}
 
-def to_sequence(sample: Sample) -> Sequence:
-    """A graded sample as a training sequence: the tokens the policy sampled are the targets."""
+
+def to_sequence(sample: Sample, version: int | None = None) -> Sequence:
+    """A sample as a training sequence: the tokens the policy sampled are the targets.
+
+    With ``version``, the trainer's, tokens of older versions are marked as stale.
+    """
     prompt = len(sample.prompt_ids)
-    assert sample.advantage is not None
     return Sequence(
         token_ids=sample.prompt_ids + sample.response_ids,
         loss_mask=[0] * prompt + sample.response_mask,
-        advantage=sample.advantage,
         rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs,
         num_prompt_tokens=prompt,
         experts=experts_to_replay(sample),
+        stale=[] if version is None else [0] * prompt + [int(v < version) for v in sample.token_versions],
     )

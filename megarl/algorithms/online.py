@@ -17,18 +17,26 @@ from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from megarl.algorithms.collect import Collector
 from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
 from megarl.algorithms.evaluate import evaluate, pick_problems
 from megarl.algorithms.model import describe_layers, read_model
-from megarl.algorithms.online_report import disagreement, rollout_metrics, run_summary, sample_rows
-from megarl.algorithms.rollouts import Rollouts, make_rollouts, usable
+from megarl.algorithms.online_report import (
+    describe_overlap,
+    disagreement,
+    rollout_metrics,
+    run_summary,
+    sample_rows,
+    staleness_metrics,
+)
+from megarl.algorithms.rollouts import Rollouts, make_rollouts
 from megarl.algorithms.run import Run
 from megarl.config.derived import evaluates, needs_reference, num_optimizer_steps
 from megarl.config.schema import GrpoConfig
-from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset, load_prompts
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.losses.agreement import Agreement
+from megarl.metrics.timers import PHASES
 from megarl.records import Group, Prompt
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.trainer.megatron.initialize import finalize, initialize
@@ -140,32 +148,55 @@ class OnlineLoop:
         self.config, self.run_, self.policy, self.learner = config, run, policy, learner
         self.rollouts, self.engine, self.train, self.problems = rollouts, engine, train, problems
         self.tokenizer = tokenizer
+        self.overlaps = config.rollout.max_staleness > 0
 
     def run(self, state: dict[str, Any]) -> None:
         """From the state of the last finished step to the last step."""
+        collector = Collector(
+            self.config,
+            self.run_,
+            self.rollouts,
+            self.train,
+            step=state["step"],
+            position=state["position"],
+        )
+        try:
+            self._run(state, collector)
+        finally:
+            collector.close()
+
+    def _run(self, state: dict[str, Any], collector: Collector) -> None:
         config, run = self.config, self.run_
         for line in self.learner.notes():
             run.console.note(line)
         curriculum = self.train.curriculum
         if curriculum is not None and "curriculum" in state:
             curriculum.load_state(state["curriculum"])
-        order = order_of(self.train, config.data.shuffle, config.run.seed)
         totals: dict[str, float] = dict(state["totals"])
-        position, last = state["position"], config.training.num_steps
+        last = config.training.num_steps
         earlier = totals.get("wall_seconds", 0.0)
         run.timers.start_step()
         if state["step"] == 0 and config.evaluation.at_start:
             found = self.evaluate(0)
             totals["accuracy_before"] = found["accuracy"]
             run.log(0, found)
+        if self.overlaps:
+            self.policy.before_update = self._pause_engine
+            for line in describe_overlap(config, state["step"]):
+                run.console.note(line)
         for step in range(state["step"] + 1, last + 1):
-            indices = order.batch(position, config.rollout.num_prompts_per_step)
-            position += len(indices)
-            groups, counts = self.rollout(step, indices)
+            self.give_memory_to("engine")
+            groups, told = collector.collect(step)
+            if curriculum is not None:
+                told |= curriculum.metrics()
+                for line in curriculum.observe(groups):
+                    run.console.note(f"step {step}: {line}")
             self.give_memory_to("trainer")
             learned = self.learner.learn(step, groups)
             self._check_agreement(step, learned.agreement)
-            values = rollout_metrics(groups) | counts | learned.metrics | learned.agreement.metrics()
+            if self.overlaps:
+                told |= staleness_metrics(groups, step - 1)
+            values = rollout_metrics(groups) | told | learned.metrics | learned.agreement.metrics()
             with run.timers("weights"):
                 values |= self.hand_over(step)
             interval = config.evaluation.interval
@@ -176,30 +207,11 @@ class OnlineLoop:
                 run.directory.write_samples(step, sample_rows(step, groups, count, self._decode))
             self._log(step, values, totals)
             totals["wall_seconds"] = earlier + run.seconds_so_far()
-            run.after_step(step, last, self.policy, {"position": position, "totals": totals})
+            kept = {"curriculum": curriculum.state()} if curriculum is not None else {}
+            run.after_step(
+                step, last, self.policy, {"position": collector.position, "totals": totals, **kept}
+            )
         run.finish(run_summary(run.kind, last, totals))
-
-    def rollout(self, step: int, indices: list[int]) -> tuple[list[Group], dict[str, float]]:
-        """Sample and grade: the same groups, and counts of what was dropped, on every rank."""
-        config, kept = self.config, None
-        self.give_memory_to("engine")
-        if self.rollouts is not None:
-            prompts = [self.train[i] for i in indices]
-            total = len(prompts) * config.rollout.num_generations_per_prompt
-            with self.run_.console.progress("rollout", total=total) as advance:
-                groups = self.rollouts.sample(
-                    prompts,
-                    step=step,
-                    generations=config.rollout.num_generations_per_prompt,
-                    temperature=config.rollout.temperature,
-                    top_k=config.rollout.top_k,
-                    top_p=config.rollout.top_p,
-                    max_new_tokens=config.rollout.max_new_tokens,
-                    advance=advance,
-                )
-            kept = usable(groups, self.rollouts.counts, self.run_.console)
-        shared: tuple[list[Group], dict[str, float]] = broadcast(kept)
-        return shared
 
     def hand_over(self, step: int) -> dict[str, float]:
         """The engine gets policy version ``step``; counts the bytes that had to move."""
@@ -207,7 +219,15 @@ class OnlineLoop:
         moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
         if self.config.weights.verify == "checksum":
             verify_weights(self.engine, self.policy)
+        if self.overlaps and self.engine is not None:
+            self.engine.resume()
         return {"weights_bytes_moved": moved, "policy_version": step}
+
+    def _pause_engine(self) -> None:
+        """No rank may write to parameters that the engine shares while it computes with them."""
+        if self.engine is not None:
+            self.engine.pause()
+        broadcast(None)
 
     def give_memory_to(self, side: Literal["engine", "trainer"]) -> None:
         """Let the other side's ``weights.offload`` sleep first, so that both never hold all of theirs."""
@@ -247,7 +267,9 @@ class OnlineLoop:
             self.run_.console.warn(f"step {step}: {line}")
 
     def _log(self, step: int, values: dict[str, float], totals: dict[str, float]) -> None:
-        rollout_seconds = self.run_.timers.seconds("rollout")
+        # Where both sides work at once, sampling takes the whole step and not what the trainer waits for it.
+        phases = PHASES if self.overlaps else ("rollout",)
+        rollout_seconds = sum(self.run_.timers.seconds(phase) for phase in phases)
         tokens = values.pop("num_response_tokens")
         values["tokens_per_second_rollout"] = tokens / rollout_seconds if rollout_seconds else 0.0
         for name, value in (

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megarl.advantages.group import zero_std_fraction
 from megarl.algorithms.rollouts import sample_row
+from megarl.config.schema import GrpoConfig
 from megarl.losses.agreement import Agreement
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES
@@ -33,6 +34,36 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     }
 
 
+def staleness_metrics(groups: list[Group], version: int) -> dict[str, float]:
+    """How old the samples are that a policy of ``version`` updates learns from."""
+    samples = [sample for group in groups for sample in group.samples]
+    ages = [version - sample.policy_version for sample in samples]
+    stale = sum(v < version for sample in samples for v in sample.token_versions)
+    return {
+        "staleness_mean": sum(ages) / len(ages),
+        "staleness_max": max(ages),
+        "stale_tokens_fraction": stale / sum(len(sample.response_ids) for sample in samples),
+        "mixed_samples_fraction": sum(bool(sample.version_spans) for sample in samples) / len(samples),
+    }
+
+
+def describe_overlap(config: GrpoConfig, step: int) -> list[str]:
+    """What rollout.max_staleness amounts to, for the log of a run that begins after ``step``."""
+    k, algorithm = config.rollout.max_staleness, config.algorithm
+    lines = [
+        f"rollouts run up to {k} step(s) ahead of training; the engine pauses from the first optimizer step "
+        "of a batch until it has the new weights"
+    ]
+    if step:
+        lines.append(f"what was under way after step {step} is sampled anew, from the same prompts")
+    if algorithm.off_policy_correction == "none" and algorithm.old_logprobs == "trainer":
+        lines.append(
+            "neither algorithm.off_policy_correction nor algorithm.old_logprobs = rollout is set: samples of "
+            "older weights are learned from as if they had been drawn now"
+        )
+    return lines
+
+
 def sample_rows(
     step: int, groups: list[Group], count: int, decode: Callable[[int], str]
 ) -> list[dict[str, Any]]:
@@ -43,6 +74,7 @@ def sample_rows(
         | {
             "advantage": sample.advantage,
             "policy_version": sample.policy_version,
+            **({"version_spans": sample.version_spans} if sample.version_spans else {}),
             "num_response_tokens": sample.num_sampled_tokens,
             "info": sample.info,
             "turns": [

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megarl.algorithms.ahead import EventLoopThread
 from megarl.config.environments import EnvironmentRuntime
 from megarl.config.schema import GrpoConfig
 from megarl.data.tokenizer import stop_token_ids
@@ -56,6 +57,9 @@ class RolloutCounts:
         return {"episodes_retried": self.num_retries, "episodes_dropped": self.num_dropped}
 
 
+Played = tuple[list[Group], RolloutCounts, float]
+
+
 class EnvironmentsFailedError(UserError):
     """More episodes had to be dropped than the configuration allows."""
 
@@ -83,6 +87,11 @@ class Rollouts:
         self._turns = TurnTokens(tokenizer, stop_token_ids, chat_template=chat_template)
         self.counts = RolloutCounts()
         """Of the latest call of sample."""
+        self._run: Callable[[Coroutine[Any, Any, Played]], Played] = asyncio.run
+
+    def run_on(self, loop: EventLoopThread) -> None:
+        """From now on sample on this event loop: an environment's processes serve one loop only."""
+        self._run = loop.run
 
     def sample(
         self,
@@ -110,6 +119,35 @@ class Rollouts:
         Raises:
             EnvironmentsFailedError: more than ``runtime.max_dropped_fraction`` of the episodes failed.
         """
+        work = self.play(
+            prompts,
+            step=step,
+            generations=generations,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            top_p=top_p,
+            advance=advance,
+        )
+        with self._timers(phase):
+            groups, self.counts, idle_seconds = self._run(work)
+            if phase == "rollout":
+                self._timers.move(phase, "reward", idle_seconds)
+        return groups
+
+    async def play(
+        self,
+        prompts: list[Prompt],
+        *,
+        step: int,
+        generations: int,
+        temperature: float,
+        max_new_tokens: int,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> Played:
+        """As :meth:`sample`; also what was dropped, and the seconds the engine had nothing to do."""
         greedy = temperature == 0
         sampling = SamplingConfig(
             temperature, self._stop_token_ids, logprobs=not greedy, top_k=top_k, top_p=top_p
@@ -119,45 +157,41 @@ class Rollouts:
             max_new_tokens, runtime.max_turns, runtime.max_new_tokens_per_turn, runtime.max_retries
         )
         player = EpisodePlayer(self._environment, self._turns, limits)
-        self.counts = RolloutCounts(num_episodes=len(prompts) * generations)
+        counts = RolloutCounts(num_episodes=len(prompts) * generations)
 
         def finished(_: object) -> None:
             advance(1)
             ranges.tick()
 
-        async def play() -> list[list[Sample | None]]:
-            client = SessionClient(self._engine, sampling)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [
-                        [
-                            group.create_task(self._episode(player, client, prompt, step, number, greedy))
-                            for number in range(p, len(prompts) * generations, len(prompts))
-                        ]
-                        for p, prompt in enumerate(prompts)
+        client = SessionClient(self._engine, sampling)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    [
+                        group.create_task(self._episode(player, client, counts, prompt, step, number, greedy))
+                        for number in range(p, len(prompts) * generations, len(prompts))
                     ]
-                    for task in (task for row in tasks for task in row):
-                        task.add_done_callback(finished)
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
-            finally:
-                client.close()
-            if phase == "rollout":
-                self._timers.move(phase, "reward", client.idle_seconds())
-            return [[task.result() for task in row] for row in tasks]
-
-        with self._timers(phase):
-            samples = asyncio.run(play())
-        self.counts.num_retries = player.num_retries
-        return [
+                    for p, prompt in enumerate(prompts)
+                ]
+                for task in (task for row in tasks for task in row):
+                    task.add_done_callback(finished)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            client.close()
+        counts.num_retries = player.num_retries
+        samples = [[task.result() for task in row] for row in tasks]
+        groups = [
             Group(prompt, [sample for sample in row if sample is not None])
             for prompt, row in zip(prompts, samples, strict=True)
         ]
+        return groups, counts, client.idle_seconds()
 
     async def _episode(
         self,
         player: EpisodePlayer,
         client: SessionClient,
+        counts: RolloutCounts,
         prompt: Prompt,
         step: int,
         number: int,
@@ -172,11 +206,11 @@ class Rollouts:
         try:
             return await player.play(prompt, ask)
         except EpisodeFailedError as error:
-            self._drop(error)
+            self._drop(counts, error)
             return None
 
-    def _drop(self, error: EpisodeFailedError) -> None:
-        counts, limit = self.counts, self._runtime.max_dropped_fraction
+    def _drop(self, counts: RolloutCounts, error: EpisodeFailedError) -> None:
+        limit = self._runtime.max_dropped_fraction
         counts.num_dropped += 1
         counts.reason = str(error)
         if counts.num_dropped > limit * counts.num_episodes:
@@ -207,20 +241,23 @@ def make_rollouts(
 
 
 def usable(
-    groups: list[Group], counts: RolloutCounts, console: Console
+    groups: list[Group], counts: RolloutCounts, console: Console, *, smallest: int = 2
 ) -> tuple[list[Group], dict[str, float]]:
-    """The groups to learn from, and what was dropped: alone in its group, a sample has no baseline."""
-    kept = [group for group in groups if len(group.samples) > 1]
+    """The groups to learn from, and what was dropped: alone in its group, a sample has no baseline.
+
+    ``smallest`` samples a group must have: 1 where no baseline is taken.
+    """
+    kept = [group for group in groups if len(group.samples) >= smallest]
     dropped = len(groups) - len(kept)
     if counts.num_dropped:
         console.warn(
             f"{counts.num_dropped} of {counts.num_episodes} episodes dropped, their environment failed"
-            f" ({dropped} groups with them, of which fewer than 2 samples were left); the last:"
+            f" ({dropped} groups with them, of which fewer than {smallest} samples were left); the last:"
             f" {counts.reason}"
         )
     if not kept:
         raise EnvironmentsFailedError(
-            f"the environment's failures left no group with 2 samples; the last: {counts.reason}"
+            f"the environment's failures left no group with {smallest} samples; the last: {counts.reason}"
         )
     values = counts.metrics() | {"groups_dropped": dropped}
     turns = [len(sample.turns) or 1 for group in kept for sample in group.samples]

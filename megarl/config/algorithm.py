@@ -12,10 +12,24 @@ from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, 
 class GrpoAlgorithmConfig(Section):
     """GRPO (Shao et al. 2024, arXiv:2402.03300) and its usual variations."""
 
-    baseline: Literal["mean", "leave_one_out"] = "mean"
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     """Group baseline subtracted from each reward (leave_one_out: RLOO, arXiv:2402.14740)."""
     normalize_std: bool = True
-    """Divide advantages by the group's standard deviation + 1e-6 where it is above 0."""
+    """Divide advantages by the group's standard deviation + 1e-6 where it is above 0 (Dr. GRPO: false)."""
+    normalize_batch: bool = False
+    """Then standardise them over all tokens of the rollout batch (Reinforce++, arXiv:2501.03262)."""
+    advantage_clip: PositiveFloat | None = None
+    """Bound on the size of an advantage, applied last (null: none)."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal by fresh prompts' (DAPO, arXiv:2503.14476)."""
+    max_generation_batches: PositiveInt = 10
+    """Batches dynamic_sampling may draw for one step; the run ends with an error when they do not do."""
+    filter_overlong: bool = False
+    """Leave responses cut at rollout.max_new_tokens out of the loss (DAPO's overlong filtering)."""
+    overlong_buffer: PositiveInt | None = None
+    """Tokens before rollout.max_new_tokens over which a penalty grows from 0 (DAPO's soft overlong one)."""
+    overlong_penalty: PositiveFloat = 1.0
+    """What that penalty takes off the reward at rollout.max_new_tokens."""
     objective: Literal["clip", "cispo"] = "clip"
     """clip: PPO's clipped ratio; cispo: a clipped, detached ratio times the logprob (arXiv:2506.13585)."""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -32,16 +46,28 @@ class GrpoAlgorithmConfig(Section):
     """Least old / rollout probability ratio that is kept (icepop, sequence_mask)."""
     off_policy_high: PositiveFloat | None = None
     """Greatest such ratio: where tis and sequence_tis truncate it, and the two masks drop tokens."""
+    max_logprob_error: PositiveFloat | None = None
+    """Drop sequences whose mean |rollout - old logprob| is above it from the loss (null: none)."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """What ratios are relative to: the trainer's logprobs before the update, or the engine's at sampling."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight beta of the KL to the reference; 0 skips the reference altogether."""
+    """Weight beta of the KL to the reference in the loss."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL (Schulman 2020; docs/algorithms.md)."""
     kl_gradient: Literal["plain", "score"] = "plain"
     """plain: the estimate's own derivative; score: logprob - reference, that of the KL in expectation."""
+    kl_reward_coef: NonNegativeFloat = 0.0
+    """Weight of the KL (k1: old - reference logprob) taken off the reward."""
+    kl_reward_level: Literal["token", "sequence"] = "token"
+    """token: off each token's reward-to-go; sequence: off the sequence's reward, before the baseline."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
-    loss_aggregation: Literal["token", "sequence"] = "token"
-    """token: sum over tokens / T; sequence: mean over each sequence's tokens, then / S."""
+    positive_nll_coef: NonNegativeFloat = 0.0
+    """Weight of -logprob, a mean over the tokens of samples with full marks (VAPO, arXiv:2504.05118)."""
+    loss_aggregation: Literal["token", "sequence", "fixed_length"] = "token"
+    """token: sum over tokens / T; sequence: mean over each sequence's, then / S; fixed_length: / (S L)."""
+    loss_length: PositiveInt | None = None
+    """That length L (Dr. GRPO, arXiv:2503.20783); null is rollout.max_new_tokens."""
     num_optimizer_steps_per_batch: PositiveInt = 1
     """Optimizer steps per rollout batch, each on its own share of the prompts' groups."""
     num_epochs_per_batch: PositiveInt = 1

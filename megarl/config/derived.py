@@ -59,8 +59,8 @@ def profiled_steps(profile: ProfileConfig) -> frozenset[int]:
 
 
 def needs_reference(algorithm: GrpoAlgorithmConfig) -> bool:
-    """Whether reference logprobs enter the loss (kl_coef > 0)."""
-    return algorithm.kl_coef > 0
+    """Whether reference logprobs enter the loss or the reward."""
+    return algorithm.kl_coef > 0 or algorithm.kl_reward_coef > 0
 
 
 def uses_reference(algorithm: PreferenceAlgorithmConfig) -> bool:
@@ -71,28 +71,30 @@ def uses_reference(algorithm: PreferenceAlgorithmConfig) -> bool:
 def needs_old_logprobs(algorithm: GrpoAlgorithmConfig) -> bool:
     """Whether old logprobs need a pass of their own.
 
-    With one optimizer step per batch the policy that is trained is the one that sampled, so the old
-    logprobs are the current ones, detached.
+    With one optimizer step per batch the trainer's logprobs before it are the current ones, detached: a
+    pass is made only for what must know them before the step. The engine's are there already.
     """
-    return optimizer_steps_per_batch(algorithm) > 1
+    if algorithm.old_logprobs == "rollout":
+        return False
+    asked = algorithm.kl_reward_coef > 0 or algorithm.max_logprob_error is not None
+    return asked or optimizer_steps_per_batch(algorithm) > 1
+
+
+def has_ratios(algorithm: GrpoAlgorithmConfig) -> bool:
+    """Whether the ratio to the old policy is ever another number than 1."""
+    return algorithm.old_logprobs == "rollout" or optimizer_steps_per_batch(algorithm) > 1
+
+
+def why_no_old_pass(algorithm: GrpoAlgorithmConfig) -> str:
+    """For a log line, where needs_old_logprobs is false."""
+    if algorithm.old_logprobs == "rollout":
+        return "they are the engine's"
+    return "one optimizer step per rollout batch: old = current"
 
 
 def evaluates(evaluation: EvaluationConfig) -> bool:
     """Whether a run ever evaluates."""
     return bool(evaluation.interval) or evaluation.at_start or evaluation.at_end
-
-
-def without_effect(algorithm: GrpoAlgorithmConfig) -> list[str]:
-    """A line on settings about the ratio, where it is 1 for every token and none of them matters."""
-    asked = [
-        name
-        for name, default in (("objective", "clip"), ("ratio_level", "token"), ("clip_ratio_c", None))
-        if getattr(algorithm, name) != default
-    ]
-    if needs_old_logprobs(algorithm) or not asked:
-        return []
-    names = ", ".join(f"algorithm.{name}" for name in asked)
-    return [f"{names}: without effect, for with one optimizer step per rollout batch every ratio is 1"]
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:
@@ -162,8 +164,7 @@ def _describe_grpo(config: GrpoConfig) -> list[str]:
     if needs_old_logprobs(algorithm):
         lines.append("old logprobs: one forward pass per rollout batch")
     else:
-        lines.append("old logprobs: pass skipped (one optimizer step per rollout batch: old = current)")
-        lines += without_effect(algorithm)
+        lines.append(f"old logprobs: pass skipped ({why_no_old_pass(algorithm)})")
     if needs_reference(algorithm):
         lines.append("reference logprobs: one forward pass per rollout batch")
     else:

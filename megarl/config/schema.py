@@ -158,6 +158,8 @@ class RolloutConfig(GenerationConfig):
     """Sample from so many of the likeliest tokens; the trainer's logprobs use the same support (0: all)."""
     router_replay: bool = False
     """Train with the experts that the engine chose for each token; for models that have experts."""
+    max_staleness: Annotated[int, Field(ge=0, le=8)] = 0
+    """Generate while training: samples may be so many policy versions old when learned from (0: none)."""
 
 
 class DebugConfig(Section):

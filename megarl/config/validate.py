@@ -217,16 +217,6 @@ def _enough_for_ranks(config: TrainingConfig, sequences: int, path: tuple[str, .
         )
 
 
-def _group_size(config: GrpoConfig) -> Violations:
-    if config.rollout.num_generations_per_prompt < 2:
-        yield Violation(
-            ("rollout", "num_generations_per_prompt"),
-            "a group needs at least 2 samples: alone, a sample has no baseline and its advantage is always 0"
-            f" (got {config.rollout.num_generations_per_prompt})",
-            (("algorithm", "baseline"),),
-        )
-
-
 def _updates_per_batch(config: GrpoConfig) -> Violations:
     prompts, updates = config.rollout.num_prompts_per_step, config.algorithm.num_optimizer_steps_per_batch
     if prompts % updates:
@@ -292,7 +282,6 @@ _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
 ]
 _SFT_RULES: list[Callable[[SftConfig], Violations]] = [_sft_sizes, _sft_validation, _sft_ranks]
 _GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
-    _group_size,
     _updates_per_batch,
     _rollout_size,
     _grpo_ranks,

@@ -7,11 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megarl.config.derived import optimizer_steps_per_batch
+from megarl.config.derived import has_ratios, optimizer_steps_per_batch
 from megarl.config.schema import GrpoConfig
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
+
+
+def _group_size(config: GrpoConfig) -> Violations:
+    algorithm, size = config.algorithm, config.rollout.num_generations_per_prompt
+    if size >= 2:
+        return
+    path = ("rollout", "num_generations_per_prompt")
+    if algorithm.baseline != "none":
+        yield Violation(
+            path,
+            "a group needs at least 2 samples: alone, a sample has no baseline and its advantage is always 0"
+            f" (got {size})",
+            (("algorithm", "baseline"),),
+        )
+    elif algorithm.normalize_std:
+        yield Violation(
+            path,
+            f"a group of one has no standard deviation for algorithm.normalize_std to divide by (got {size})",
+            (("algorithm", "normalize_std"),),
+        )
+    if algorithm.dynamic_sampling:
+        yield Violation(
+            path,
+            f"algorithm.dynamic_sampling wants groups with unequal rewards, one sample has none (got {size})",
+            (("algorithm", "dynamic_sampling"),),
+        )
 
 
 def _clip(config: GrpoConfig) -> Violations:
@@ -30,6 +56,88 @@ def _clip(config: GrpoConfig) -> Violations:
             f" (got {algorithm.clip_ratio_c})",
             (("algorithm", "objective"),),
         )
+
+
+def _ratio_of_one(config: GrpoConfig) -> Violations:
+    algorithm = config.algorithm
+    if has_ratios(algorithm):
+        return
+    for name, default in (("objective", "clip"), ("ratio_level", "token"), ("clip_ratio_c", None)):
+        value = getattr(algorithm, name)
+        if value != default:
+            yield Violation(
+                ("algorithm", name),
+                "has no effect: with one optimizer step per rollout batch every ratio is 1, unless"
+                f" algorithm.old_logprobs = rollout (got {value})",
+                (
+                    ("algorithm", "num_optimizer_steps_per_batch"),
+                    ("algorithm", "num_epochs_per_batch"),
+                    ("algorithm", "old_logprobs"),
+                ),
+            )
+
+
+# Field -> its default, the field it belongs to, and how that is written where it is off.
+_PARTS = {
+    "max_generation_batches": (10, "dynamic_sampling", "false"),
+    "overlong_penalty": (1.0, "overlong_buffer", "null"),
+    "kl_reward_level": ("token", "kl_reward_coef", "0"),
+}
+
+
+def _parts_of_nothing(config: GrpoConfig) -> Violations:
+    algorithm = config.algorithm
+    for name, (default, owner, off) in _PARTS.items():
+        value = getattr(algorithm, name)
+        if value != default and not getattr(algorithm, owner):
+            yield Violation(
+                ("algorithm", name),
+                f"has no effect: algorithm.{owner} is {off} (got {value})",
+                (("algorithm", owner),),
+            )
+
+
+def _lengths(config: GrpoConfig) -> Violations:
+    algorithm, longest = config.algorithm, config.rollout.max_new_tokens
+    if algorithm.loss_length is not None and algorithm.loss_aggregation != "fixed_length":
+        yield Violation(
+            ("algorithm", "loss_length"),
+            f"has no effect: algorithm.loss_aggregation is {algorithm.loss_aggregation}, not fixed_length"
+            f" (got {algorithm.loss_length})",
+            (("algorithm", "loss_aggregation"),),
+        )
+    if algorithm.overlong_buffer is not None and algorithm.overlong_buffer > longest:
+        yield Violation(
+            ("algorithm", "overlong_buffer"),
+            f"must not exceed rollout.max_new_tokens = {longest} (got {algorithm.overlong_buffer})",
+            (("rollout", "max_new_tokens"),),
+        )
+
+
+def _filtered(config: GrpoConfig) -> Violations:
+    algorithm = config.algorithm
+    if algorithm.filter_overlong and algorithm.kl_reward_coef > 0 and algorithm.kl_reward_level == "sequence":
+        yield Violation(
+            ("algorithm", "filter_overlong"),
+            "responses that are left out have no KL for algorithm.kl_reward_level = sequence to take off"
+            " their reward, and their group's baseline counts it (got true)",
+            (("algorithm", "kl_reward_level"),),
+        )
+
+
+def _old_of_the_engine(config: GrpoConfig) -> Violations:
+    algorithm = config.algorithm
+    if algorithm.old_logprobs != "rollout":
+        return
+    for name, default in (("off_policy_correction", "none"), ("max_logprob_error", None)):
+        value = getattr(algorithm, name)
+        if value != default:
+            yield Violation(
+                ("algorithm", name),
+                "compares old with rollout logprobs, which algorithm.old_logprobs = rollout makes the same"
+                f" (got {value})",
+                (("algorithm", "old_logprobs"),),
+            )
 
 
 # Which thresholds each correction reads.
@@ -117,6 +225,60 @@ def _truncated_sampling(config: GrpoConfig) -> Violations:
                 f" {algorithm.kl_coef} (got {value})",
                 (("algorithm", "kl_coef"),),
             )
+        for other in ("kl_reward_coef", "max_logprob_error"):
+            if getattr(algorithm, other):
+                yield Violation(
+                    ("rollout", name),
+                    f"algorithm.{other} takes a pass for logprobs over the whole vocabulary, the engine's are"
+                    f" of a part of it (got {value})",
+                    (("algorithm", other),),
+                )
 
 
-ALGORITHM_RULES: list[Callable[[GrpoConfig], Violations]] = [_clip, _off_policy, _kl, _truncated_sampling]
+def _asynchronous(config: GrpoConfig) -> Violations:
+    if config.rollout.max_staleness == 0:
+        return
+    path = ("rollout", "max_staleness")
+    got = f"(got {config.rollout.max_staleness})"
+    for name, off in (("top_p", 1.0), ("top_k", 0)):
+        if getattr(config.rollout, name) != off:
+            yield Violation(
+                path,
+                f"rollout.{name} makes the trainer's logprobs depend on which weights sampled, and those of"
+                f" older versions are gone {got}",
+                (("rollout", name),),
+            )
+    if config.rollout.router_replay:
+        yield Violation(
+            path,
+            f"rollout.router_replay: a change of weights chooses the experts of earlier tokens anew {got}",
+            (("rollout", "router_replay"),),
+        )
+    if config.algorithm.dynamic_sampling:
+        yield Violation(
+            path,
+            "algorithm.dynamic_sampling decides after a step's rollout which prompts the next one begins with"
+            f" {got}",
+            (("algorithm", "dynamic_sampling"),),
+        )
+    if config.weights.offload:
+        yield Violation(
+            path,
+            f"weights.offload lets engine and trainer sleep in turns; here both work {got}",
+            (("weights", "offload"),),
+        )
+
+
+ALGORITHM_RULES: list[Callable[[GrpoConfig], Violations]] = [
+    _group_size,
+    _clip,
+    _ratio_of_one,
+    _parts_of_nothing,
+    _lengths,
+    _filtered,
+    _old_of_the_engine,
+    _off_policy,
+    _kl,
+    _truncated_sampling,
+    _asynchronous,
+]

@@ -29,6 +29,9 @@ class Agreement:
     abs_diff_sum: float = 0.0
     kl_sum: float = 0.0  # k3 estimate of KL(rollout || trainer), tokens drawn from the engine
     worst: WorstToken | None = None
+    num_stale: int = 0  # tokens drawn by older weights, which are in none of the above
+    stale_abs_diff_sum: float = 0.0
+    stale_kl_sum: float = 0.0
 
     def __add__(self, other: Agreement) -> Agreement:
         candidates = [w for w in (self.worst, other.worst) if w is not None]
@@ -37,12 +40,19 @@ class Agreement:
             self.abs_diff_sum + other.abs_diff_sum,
             self.kl_sum + other.kl_sum,
             max(candidates, key=lambda w: w.difference, default=None),
+            self.num_stale + other.num_stale,
+            self.stale_abs_diff_sum + other.stale_abs_diff_sum,
+            self.stale_kl_sum + other.stale_kl_sum,
         )
 
     def metrics(self) -> dict[str, float]:
-        """logprob_abs_diff_mean, logprob_abs_diff_max and kl_rollout_trainer."""
+        """logprob_abs_diff_mean, logprob_abs_diff_max, kl_rollout_trainer; and what staleness did, if any."""
         count = max(self.num_tokens, 1)
-        return {
+        stale = {
+            "stale_logprob_abs_diff_mean": self.stale_abs_diff_sum / max(self.num_stale, 1),
+            "stale_kl_rollout_trainer": self.stale_kl_sum / max(self.num_stale, 1),
+        }
+        return (stale if self.num_stale else {}) | {
             "logprob_abs_diff_mean": self.abs_diff_sum / count,
             "logprob_abs_diff_max": self.worst.difference if self.worst else 0.0,
             "kl_rollout_trainer": self.kl_sum / count,
@@ -50,9 +60,25 @@ class Agreement:
 
 
 def measure_agreement(
-    trainer: torch.Tensor, rollout: torch.Tensor, labels: torch.Tensor, sequence_ids: torch.Tensor
+    trainer: torch.Tensor,
+    rollout: torch.Tensor,
+    labels: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    stale: torch.Tensor | None = None,
 ) -> Agreement:
-    """Compare logprobs [N] of the same tokens, computed with the same weights and temperature."""
+    """Compare logprobs [N] of the same tokens, computed with the same weights and temperature.
+
+    Tokens that older weights drew (``stale`` [N] not 0) differ by what was learned since: they are summed
+    up apart.
+    """
+    if stale is not None and stale.any():
+        old = stale != 0
+        d = trainer.detach()[old].double() - rollout[old].double()
+        current = measure_agreement(trainer[~old], rollout[~old], labels[~old], sequence_ids[~old])
+        current.num_stale = d.numel()
+        current.stale_abs_diff_sum = float(d.abs().sum())
+        current.stale_kl_sum = float((torch.expm1(d) - d).sum())
+        return current
     if trainer.numel() == 0:
         return Agreement()
     trainer = trainer.detach()

@@ -7,13 +7,16 @@ data-parallel ranks need no further scaling, whatever the split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megarl.records import Sequence
+from megarl.records import PackedBatch, Sequence
+
+Aggregation = Literal["token", "sequence", "fixed_length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class LossTokens:
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
     rollout_logprobs: torch.Tensor | None
+    stale: torch.Tensor | None = None  # 1 where older weights than the trainer's drew the token
+    nll_weights: torch.Tensor | None = None  # share of each token in the mean of a likelihood term
     # For losses with sequence means: int64, ascending, which of the microbatch's num_slots sequences. The
     # ranks of cp_group hold other tokens of the same sequences in the same slots (maybe none: N = 0).
     slots: torch.Tensor | None = None
@@ -61,13 +66,25 @@ class Loss(Protocol):
         ...
 
 
-def token_weights(sequences: list[Sequence], aggregation: Literal["token", "sequence"]) -> list[float]:
-    """Weight of each target token of each sequence, [S]: 1 / T, or 1 / (S * its own number of targets).
+def token_weights(
+    sequences: list[Sequence], aggregation: Aggregation, fixed_length: int | None = None
+) -> list[float]:
+    """Weight of each target token of each sequence, [S], over the whole optimizer step.
 
-    T counts all targets and S all sequences with at least one, over the whole optimizer step.
+    "token": 1 / T; "sequence": 1 / (S * its own number of targets); "fixed_length": 1 / (S * fixed_length)
+    (Dr. GRPO, arXiv:2503.20783). T counts all targets and S all sequences with at least one.
     """
     counts = [sum(sequence.loss_mask[1:]) for sequence in sequences]
     total, num_sequences = sum(counts), sum(count > 0 for count in counts)
+    if aggregation == "fixed_length":
+        assert fixed_length is not None
+        return [1.0 / (num_sequences * fixed_length) if count else 0.0 for count in counts]
     if aggregation == "token":
         return [1.0 / total if total else 0.0] * len(sequences)
     return [1.0 / (num_sequences * count) if count else 0.0 for count in counts]
+
+
+def per_token(batch: PackedBatch, values: SequenceOf[float]) -> torch.Tensor:
+    """One value per sequence of the step, [S], at each of its targets in this microbatch: [T] float32."""
+    spread = torch.tensor(values, dtype=torch.float32, device=batch.loss_mask.device)
+    return spread[batch.sequence_ids] * batch.loss_mask

@@ -3,7 +3,8 @@
 What is logged: the weighted means ``loss`` (what is differentiated), ``policy_loss``, ``advantage_mean``,
 ``entropy`` and ``kl_ref`` follow algorithm.loss_aggregation; ``ratio_mean``, ``kl_policy`` (k3 estimate of
 KL(old || current)), ``clip_fraction``, ``dual_clip_fraction``, ``correction_weight_mean`` and
-``corrected_fraction`` are plain means over the tokens with a loss.
+``corrected_fraction`` are plain means over the tokens with a loss. ``nll_positive`` is the mean of -logprob
+over the tokens of positive examples (VAPO, arXiv:2504.05118), which nll_coef adds to the loss.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class PolicyLoss:
 
     options: PolicyLossOptions
     check_numerics: bool = False
+    nll_coef: float = 0.0
+    is_mean: bool = True  # weights sum to 1 over the step (not with a fixed length)
 
     def __call__(self, tokens: LossTokens) -> LossResult:
         """Loss with gradient to ``tokens.logprobs`` and, with an entropy_coef, to ``tokens.entropy``."""
@@ -66,10 +69,18 @@ class PolicyLoss:
         sums = {
             "loss": op["loss"],
             "policy_loss": op["policy_loss"],
-            "weight": weights.sum(),
             "advantage_mean": weights @ tokens.advantages.double(),
             "entropy": op["entropy_loss"],
         }
+        if self.is_mean:
+            sums["weight"] = weights.sum()
+        loss = result.loss
+        if self.nll_coef:
+            assert tokens.nll_weights is not None
+            nll = -(tokens.nll_weights * tokens.logprobs).sum()
+            loss = loss + self.nll_coef * nll
+            sums["nll_positive"] = nll.detach().double()
+            sums["loss"] = sums["loss"] + self.nll_coef * sums["nll_positive"]
         token_sums = {
             "tokens": op["tokens"],
             "ratio_mean": op["ratio"],
@@ -90,4 +101,4 @@ class PolicyLoss:
         else:
             log_ratios = tokens.logprobs.detach() - old
         maxima = {"ratio_max": log_ratios.amax().exp()} if log_ratios.numel() else {}
-        return LossResult(result.loss, sums, token_sums, maxima)
+        return LossResult(loss, sums, token_sums, maxima)

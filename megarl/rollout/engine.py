@@ -76,6 +76,8 @@ class GeneratedResponse:
     experts: np.ndarray | None = field(
         default=None, repr=False, compare=False
     )  # [P + N - 1, layers, k] int16
+    # (policy version, number of tokens) in order, where several versions drew the tokens; else empty
+    version_spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megarl.records import FinishReason, Prompt, Sample, Turn
+from megarl.records import FinishReason, Prompt, Sample, Turn, merge_spans
 from megarl.rollout.engine import GeneratedResponse
 from megarl.rollout.turns import TurnTokens
 
@@ -166,8 +166,9 @@ class EpisodePlayer:
         if ended is not None:
             info = info | {"ended_by": ended}
         turns: list[Turn] = []
+        spans: list[tuple[int, int]] = []
         if len(played) == 1:
-            token_ids, logprobs = last.token_ids, last.logprobs
+            token_ids, logprobs, spans = last.token_ids, last.logprobs, last.version_spans
             text = played[0].action
         else:
             token_ids, logprobs = [], []
@@ -177,6 +178,11 @@ class EpisodePlayer:
                 if turn.response.logprobs:
                     logprobs += turn.response.logprobs + [0.0] * len(observed)
                 turns.append(Turn(len(turn.response.token_ids), len(observed), reward))
+                spans += turn.response.version_spans or [
+                    (turn.response.policy_version, len(turn.response.token_ids))
+                ]
+                spans.append((spans[-1][0], len(observed)))
+            spans = merge_spans(spans)
             text = self._turns.action(token_ids, raw=True)
         return Sample(
             prompt.index,
@@ -190,6 +196,7 @@ class EpisodePlayer:
             info=info,
             turns=turns,
             experts=last.experts,  # of all tokens before it too: they were its prompt
+            version_spans=spans,
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class VllmEngine:
         self._policy_version: int | None = None
         self._deaths_in_a_row = 0
         self._asleep = False
+        self._paused = False
+        self._replacing = threading.Lock()
         self._spawn()
 
     @classmethod
@@ -163,10 +166,12 @@ class VllmEngine:
 
     def pause(self) -> None:
         """See Engine.pause."""
+        self._paused = True
         self._call("set_paused", True)
 
     def resume(self) -> None:
         """See Engine.resume."""
+        self._paused = False
         self._call("set_paused", False)
 
     def sleep(self) -> None:
@@ -219,8 +224,9 @@ class VllmEngine:
     ) -> Iterator[GeneratedResponse]:
         try:
             while unfinished:
+                actor = self._actor
                 try:
-                    for finished in self._actor.generate.options(num_returns="streaming").remote(
+                    for finished in actor.generate.options(num_returns="streaming").remote(
                         list(unfinished.values()), sampling
                     ):
                         for response in self._get(finished):
@@ -231,6 +237,7 @@ class VllmEngine:
                     self._replace(
                         death,
                         f"{len(unfinished)} unfinished requests are sampled again",
+                        actor,
                     )
         except GeneratorExit:
             self._actor.abort.remote(list(unfinished))
@@ -239,13 +246,22 @@ class VllmEngine:
     def _call(self, method: str, *args: Any) -> Any:
         """Call the actor; if it dies, once more on its successor."""
         while True:
+            actor = self._actor
             try:
-                return self._get(getattr(self._actor, method).remote(*args))
+                return self._get(getattr(actor, method).remote(*args))
             except actor_died() as death:
-                self._replace(death, f"{method} is called again")
+                self._replace(death, f"{method} is called again", actor)
 
-    def _replace(self, death: Exception, then: str) -> None:
-        """Start a new actor with the stored plans and policy version; or raise EngineError."""
+    def _replace(self, death: Exception, then: str, dead: Any) -> None:
+        """Start a new actor with the stored plans and policy version; or raise EngineError.
+
+        Several threads may meet the same death: all but one find ``dead`` replaced.
+        """
+        with self._replacing:
+            if self._actor is dead:
+                self._start_successor(death, then)
+
+    def _start_successor(self, death: Exception, then: str) -> None:
         import ray
 
         while True:
@@ -264,6 +280,8 @@ class VllmEngine:
                     self._get(self._actor.attach.remote(self._plans))
                 if self._policy_version is not None:
                     self._get(self._actor.sync.remote(self._policy_version))
+                if self._paused:  # the weights may be half written: nothing may be sampled with them
+                    self._get(self._actor.set_paused.remote(True))
                 return
             except actor_died() as next_death:
                 death = next_death

@@ -29,7 +29,8 @@ class VllmSession:
         self._engine._check_requests(requests)
         with self._lock:
             self._unfinished.update((request.request_id, request) for request in requests)
-            self._engine._actor.submit.remote(self._id, list(requests), self._sampling)
+            # To the actor of the stream: if it is dead, they go to its successor with all that is unfinished.
+            self._actor.submit.remote(self._id, list(requests), self._sampling)
 
     def __iter__(self) -> Iterator[GeneratedResponse]:
         while True:
@@ -47,21 +48,20 @@ class VllmSession:
                     if self._closed:
                         return
                     then = f"{len(self._unfinished)} unfinished requests are sampled again"
-                    self._engine._replace(death, then)
+                    self._engine._replace(death, then, self._actor)
                     self._stream = self._open()
-                    self._engine._actor.submit.remote(
-                        self._id, list(self._unfinished.values()), self._sampling
-                    )
+                    self._actor.submit.remote(self._id, list(self._unfinished.values()), self._sampling)
 
     def close(self) -> None:
         """See EngineSession.close."""
         with self._lock:
             self._closed = True
             self._unfinished.clear()
-            self._engine._actor.end_session.remote(self._id)
+            self._actor.end_session.remote(self._id)
 
     def _open(self) -> Any:
-        return self._engine._actor.stream.options(num_returns="streaming").remote(self._id)
+        self._actor: Any = self._engine._actor
+        return self._actor.stream.options(num_returns="streaming").remote(self._id)
 
 
 def actor_died() -> type[Exception]:

@@ -287,14 +287,14 @@ class EngineActor:
         completion = output.outputs[0]
         logprobs = completion.logprobs
         assert self._policy_version is not None
+        spans = [(int(s.version), s.end - s.start) for s in completion.weight_versions or []]
         return GeneratedResponse(
             request_id=output.request_id,
             token_ids=list(completion.token_ids),
             logprobs=[] if logprobs is None else [logprobs.logprobs[i] for i in logprobs.start_indices],
             finish_reason=completion.finish_reason,
-            policy_version=int(completion.weight_versions[0].version)
-            if completion.weight_versions
-            else self._policy_version,
+            policy_version=spans[0][0] if spans else self._policy_version,
+            version_spans=spans if len(spans) > 1 else [],
             experts=experts,
         )
 

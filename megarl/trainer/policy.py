@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 
 from megarl.losses.agreement import Agreement
-from megarl.losses.base import Loss
+from megarl.losses.base import Aggregation, Loss
+from megarl.packing.token_values import Array
 from megarl.records import PackedBatch, Sequence
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.plan import Owner
@@ -44,13 +45,20 @@ class PendingSave(Protocol):
 class Policy(Protocol):
     """Every rank calls every method, in the same order."""
 
+    before_update: Callable[[], None] | None
+    """Called by ``train_step`` on every rank just before it writes to the parameters."""
     num_computed_tokens: int
     """Tokens of the last ``prepare`` over all ranks, padding included and shared prompts counted once."""
 
     def prepare(
-        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"], *, group_size: int = 1
+        self,
+        sequences: list[Sequence],
+        aggregation: Aggregation,
+        *,
+        group_size: int = 1,
+        fixed_length: int | None = None,
     ) -> list[PackedBatch]:
-        """Plan and pack: this rank's microbatches of one optimizer step.
+        """Plan and pack: this rank's microbatches of one optimizer step, weighed as token_weights says.
 
         Every ``group_size`` neighbours in ``sequences`` come to lie in one microbatch, in their order.
         """
@@ -60,6 +68,19 @@ class Policy(Protocol):
         self, batches: list[PackedBatch], into: LogprobField, *, temperature: float
     ) -> Agreement:
         """Forward only: set ``into`` of every microbatch to the current weights' logprobs."""
+        ...
+
+    def token_values(
+        self,
+        batches: list[PackedBatch],
+        of: Callable[[PackedBatch], torch.Tensor],
+        sequences: list[Sequence],
+    ) -> list[Array]:
+        """What ``of`` says [T] of each microbatch's targets, for all ``sequences``, on every rank.
+
+        One [n] per sequence, aligned with its token ids, 0 where there is no target. ``of`` is called where
+        logprobs are: on the last pipeline stage.
+        """
         ...
 
     def sequence_logps(self, sequences: list[Sequence]) -> torch.Tensor:

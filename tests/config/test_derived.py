@@ -41,6 +41,10 @@ def test_passes() -> None:
     assert not needs_old_logprobs(GrpoAlgorithmConfig())
     assert needs_old_logprobs(GrpoAlgorithmConfig(num_optimizer_steps_per_batch=2))
     assert needs_old_logprobs(GrpoAlgorithmConfig(num_epochs_per_batch=2))
+    assert not needs_old_logprobs(GrpoAlgorithmConfig(num_epochs_per_batch=2, old_logprobs="rollout"))
+    assert needs_old_logprobs(GrpoAlgorithmConfig(max_logprob_error=1))
+    kl_reward = GrpoAlgorithmConfig(kl_reward_coef=0.1)
+    assert needs_old_logprobs(kl_reward) and needs_reference(kl_reward)
 
 
 def test_longest_sequence() -> None:
@@ -69,14 +73,3 @@ def test_description() -> None:
         "old logprobs: pass skipped (one optimizer step per rollout batch: old = current)",
         "reference logprobs: pass skipped (algorithm.kl_coef is 0)",
     ]
-
-
-def test_settings_of_a_ratio_that_is_always_one_are_named() -> None:
-    algorithm = {"ratio_level": "sequence", "clip_ratio_c": 3.0}
-    line = (
-        "algorithm.ratio_level, algorithm.clip_ratio_c: without effect, for with one optimizer step "
-        "per rollout "
-        "batch every ratio is 1"
-    )
-    assert line in describe(grpo(algorithm=algorithm), None)
-    assert line not in describe(grpo(algorithm=algorithm | {"num_epochs_per_batch": 2}), None)

@@ -157,14 +157,14 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     ),
     (
         GrpoConfig,
-        ["algorithm.clip_ratio_low=1.5", "algorithm.objective=cispo"],
+        ["algorithm.clip_ratio_low=1.5", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
         "algorithm.clip_ratio_low: must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 "
         "never clips "
         "(got 1.5)",
     ),
     (
         GrpoConfig,
-        ["algorithm.clip_ratio_c=3", "algorithm.objective=cispo"],
+        ["algorithm.clip_ratio_c=3", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
         "algorithm.clip_ratio_c: dual clip bounds the clipped objective; algorithm.objective = cispo "
         "has no place "
         "for it (got 3.0)",
@@ -307,8 +307,18 @@ def test_broken(tmp_path: Path, kind: type[Section], overrides: list[str], line:
         (SftConfig, ["data.held_out=null", "data.train.size=10"]),
         (GrpoConfig, ["rollout.engine.dtype=bfloat16"]),
         (GrpoConfig, ["rollout.num_generations_per_prompt=2", "algorithm.clip_ratio_low=0.99"]),
-        (GrpoConfig, ["algorithm.clip_ratio_low=1", "algorithm.objective=cispo"]),
-        (GrpoConfig, ["algorithm.clip_ratio_c=1.01", "algorithm.ratio_level=sequence"]),
+        (
+            GrpoConfig,
+            ["algorithm.clip_ratio_low=1", "algorithm.objective=cispo", "algorithm.old_logprobs=rollout"],
+        ),
+        (
+            GrpoConfig,
+            [
+                "algorithm.clip_ratio_c=1.01",
+                "algorithm.ratio_level=sequence",
+                "algorithm.num_epochs_per_batch=2",
+            ],
+        ),
         (GrpoConfig, ["algorithm.off_policy_correction=sequence_tis", "algorithm.off_policy_high=1"]),
         (
             GrpoConfig,

@@ -21,6 +21,8 @@ def test_token_weights_by_hand() -> None:
     ]
     assert token_weights(sequences, "token") == [1 / 5] * 3
     assert token_weights(sequences, "sequence") == [1 / 4, 0.0, 1 / 6]
+    assert token_weights(sequences, "fixed_length", 100) == [1 / 200, 0.0, 1 / 200]  # Dr. GRPO
+    assert token_weights(sequences[1:2], "fixed_length", 100) == [0.0]
     assert token_weights(sequences[1:2], "token") == [0.0]
     assert token_weights(sequences[1:2], "sequence") == [0.0]
 
@@ -79,3 +81,19 @@ def test_kl_vanishes_only_with_the_difference() -> None:
         trainer, rollout, torch.zeros(1000, dtype=torch.int64), torch.zeros(1000, dtype=torch.int64)
     ).metrics()
     assert metrics["kl_rollout_trainer"] == pytest.approx(2**-25, rel=1e-3)
+
+
+def test_tokens_of_older_weights_are_summed_up_apart() -> None:
+    trainer = torch.tensor([-1.0, -2.0, -0.5, -3.0])
+    rollout = torch.tensor([-1.5, -2.0, -0.5, -2.0])
+    ids = torch.tensor([0, 0, 1, 1])
+    whole = measure_agreement(trainer[1:3], rollout[1:3], ids[1:3], ids[1:3])
+    both = measure_agreement(trainer, rollout, ids, ids, torch.tensor([1.0, 0.0, 0.0, 1.0])) + whole
+    assert (both.num_tokens, both.num_stale) == (4, 2)
+    assert both.worst is not None and both.worst.difference == 0.0
+    values = both.metrics()
+    assert values["logprob_abs_diff_mean"] == values["kl_rollout_trainer"] == 0.0
+    assert values["stale_logprob_abs_diff_mean"] == (0.5 + 1.0) / 2
+    k3 = [math.exp(d) - 1 - d for d in (0.5, -1.0)]
+    assert values["stale_kl_rollout_trainer"] == pytest.approx(sum(k3) / 2)
+    assert "stale_kl_rollout_trainer" not in whole.metrics()

@@ -322,6 +322,22 @@ def test_estimators_and_their_gradients_against_the_divergence() -> None:
     assert gradient.abs().max() < 1e-12 < true.abs().max()
 
 
+def test_likelihood_of_positive_examples_is_added_with_its_own_mean() -> None:
+    tokens = noisy_tokens(torch.float64)
+    shares = [0.0] * 33 + [1 / 60] * 60 + [0.0] * 27
+    tokens = dataclasses.replace(tokens, nll_weights=torch.tensor(shares, dtype=torch.float64))
+    config = GrpoAlgorithmConfig()
+    plain = PolicyLoss(options_of(config))(tokens)
+    result = PolicyLoss(options_of(config), nll_coef=0.3)(tokens)
+    nll = -sum(tokens.logprobs.tolist()[33:93]) / 60
+    assert float(result.sums["nll_positive"]) == pytest.approx(nll, rel=1e-12)
+    for with_term, without in ((result.loss, plain.loss), (result.sums["loss"], plain.sums["loss"])):
+        assert float(with_term.detach()) == pytest.approx(float(without.detach()) + 0.3 * nll, rel=1e-12)
+    [ours] = torch.autograd.grad(result.loss, tokens.logprobs)
+    [theirs] = torch.autograd.grad(plain.loss, tokens.logprobs)
+    assert (ours - theirs).tolist() == pytest.approx([-0.3 * share for share in shares], abs=1e-15)
+
+
 def test_no_tokens_at_all() -> None:
     """A context-parallel rank may hold none of a microbatch's responses."""
     result = make_loss(ratio_level="sequence")(make_tokens([]))

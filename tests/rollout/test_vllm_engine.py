@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import signal
@@ -178,6 +179,44 @@ def test_a_paused_engine_waits_and_takes_weights(trainer: Any) -> None:
     consumer.join(timeout=60)
     assert {r.policy_version for r in responses} == {4}
     assert trainer.logprob_error(requests, responses, 1.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("trainer", ["qwen3"], indirect=True)
+def test_weights_change_in_the_middle_of_samples(trainer: Any) -> None:
+    """Every token's logprob is that of the version it is recorded with, given all tokens before it."""
+    requests = trainer.requests(4, max_new_tokens=230)
+    responses: list[GeneratedResponse] = []
+    consumer = threading.Thread(target=lambda: responses.extend(trainer.engine.generate(requests, PLAIN)))
+    consumer.start()
+    time.sleep(0.25)
+    trainer.engine.pause()
+    assert trainer.engine.health().num_unfinished_requests == 4
+    before = copy.deepcopy(trainer.model)
+    trainer.change_weights()
+    trainer.engine.sync(1)
+    trainer.engine.resume()
+    consumer.join(timeout=120)
+    assert len(responses) == 4
+    prompts = {request.request_id: request.prompt_ids for request in requests}
+    for response in responses:
+        assert response.policy_version == 0
+        (first, count), (second, rest) = response.version_spans
+        assert (first, second, count + rest) == (0, 1, 230) and count > 0
+        expected = torch.cat(
+            [
+                hf_logprobs(before, prompts[response.request_id], response.token_ids)[:count],
+                hf_logprobs(trainer.model, prompts[response.request_id], response.token_ids)[count:],
+            ]
+        )
+        assert (expected - torch.tensor(response.logprobs)).abs().max() < TOLERANCE
+        stale = hf_logprobs(before, prompts[response.request_id], response.token_ids)[count:]
+        assert (stale - torch.tensor(response.logprobs)[count:]).abs().max() > 100 * TOLERANCE
+
+
+@torch.no_grad()
+def hf_logprobs(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("trainer", ["qwen3"], indirect=True)

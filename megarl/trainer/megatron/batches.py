@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megarl.config.schema import PackingConfig
-from megarl.losses.base import token_weights
+from megarl.losses.base import per_token
 from megarl.packing.pack import pack
 from megarl.packing.plan import CostModel, plan_groups
 from megarl.packing.routing import pack_experts
 from megarl.packing.shared_prefix import plan_units, share_prefixes
+from megarl.packing.token_values import put
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron.initialize import RankContext
 
@@ -23,11 +25,12 @@ def make_batches(
     packing: PackingConfig,
     costs: CostModel,
     sequences: list[Sequence],
-    aggregation: Literal["token", "sequence"],
+    weights: list[float],
     group_size: int,
 ) -> tuple[list[PackedBatch], int]:
     """Plan over all ranks, pack this rank's microbatches; also the tokens that all ranks compute.
 
+    ``weights`` [S] are those of a sequence's targets in the loss (token_weights).
     ``sequence_ids`` of the batches count the caller's sequences. Prompts are shared unless ``group_size``
     neighbours must be packed whole (pairs) or packing.share_prefix is off.
     """
@@ -41,7 +44,9 @@ def make_batches(
         "pad_to_multiple": multiple,
         "microbatch_group_size": layout.pipeline if layout.virtual > 1 else 1,
     }
-    weights = torch.tensor(token_weights(sequences, aggregation), dtype=torch.float32, device=device)
+    stale = (
+        [np.array(s.stale, dtype=np.float64) for s in sequences] if any(s.stale for s in sequences) else None
+    )
     origins, prefix_of = list(range(len(sequences))), None
     if group_size == 1 and packing.share_prefix == "auto":
         shared = share_prefixes(sequences, max_tokens=limits["max_tokens"], pad_to_multiple=multiple)
@@ -67,7 +72,8 @@ def make_batches(
         batch.sequence_ids = origin_of[batch.sequence_ids]
         batch.experts = pack_experts(sequences, indices, batch, at.context, layout.context)
         batch.token_share = sum(len(sequences[i].token_ids) for i in indices) / num_tokens
-        batch.loss_weights = weights[batch.sequence_ids] * batch.loss_mask
+        batch.loss_weights = per_token(batch, weights)
+        batch.stale = None if stale is None else put(stale, batch)
         batches.append(batch)
     return batches, plan.num_tokens
 

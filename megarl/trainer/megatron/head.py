@@ -105,6 +105,8 @@ def loss_tokens(
         old_logprobs=of_rows(batch.old_logprobs),
         ref_logprobs=of_rows(batch.ref_logprobs),
         rollout_logprobs=of_rows(batch.rollout_logprobs),
+        stale=of_rows(batch.stale),
+        nll_weights=of_rows(batch.nll_weights),
         slots=slots[rows],
         num_slots=len(ids),
         slot_ids=torch.full_like(ids, -1) if is_dummy else ids,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -17,13 +17,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megarl.config.router import RouterConfig
 from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
-from megarl.losses.agreement import Agreement, measure_agreement
-from megarl.losses.base import Loss, LossResult, LossTokens
+from megarl.losses.agreement import Agreement
+from megarl.losses.base import Aggregation, Loss, LossResult, LossTokens, token_weights
 from megarl.losses.preference import sequence_logps
 from megarl.models.feasible import check_layout, check_router
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
 from megarl.packing.plan import CostModel
+from megarl.packing.token_values import Array, assemble, take
 from megarl.platform import ranges
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
@@ -33,6 +34,7 @@ from megarl.trainer.megatron.head import HeadShard, Sampler, label_logprobs, los
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
+from megarl.trainer.megatron.reduce import agreement_of, reduce_results
 from megarl.trainer.megatron.routers import Routers
 from megarl.trainer.megatron.sleep import Sleeper
 from megarl.trainer.megatron.weights import TrainerWeights
@@ -95,6 +97,7 @@ class MegatronPolicy:
         self._reference: dict[str, torch.Tensor] | None = None
         self._costs = CostModel.transformer(architecture.spec.hidden_size)
         self.num_computed_tokens = 0
+        self.before_update: Callable[[], None] | None = None
         if optimizer is None:
             return
         reduction = DistributedDataParallelConfig(
@@ -115,11 +118,17 @@ class MegatronPolicy:
     # --- from sequences to microbatches -------------------------------------------------------
 
     def prepare(
-        self, sequences: list[Sequence], aggregation: Literal["token", "sequence"], *, group_size: int = 1
+        self,
+        sequences: list[Sequence],
+        aggregation: Aggregation,
+        *,
+        group_size: int = 1,
+        fixed_length: int | None = None,
     ) -> list[PackedBatch]:
         """See Policy. All ranks pass all sequences; each packs its own microbatches."""
+        weights = token_weights(sequences, aggregation, fixed_length)
         batches, self.num_computed_tokens = make_batches(
-            self.context, self.packing, self._costs, sequences, aggregation, group_size
+            self.context, self.packing, self._costs, sequences, weights, group_size
         )
         return batches
 
@@ -136,12 +145,23 @@ class MegatronPolicy:
             values = torch.zeros(batch.token_ids.shape[0], device=self.device)
             values[rows] = tokens.logprobs
             setattr(batch, into, values)
-            agreement = agreement + _agreement(tokens)
+            agreement = agreement + agreement_of(tokens)
             return LossResult(tokens.logprobs.sum())
 
         with torch.no_grad():
             self._run(batches, keep, Sampler(temperature), forward_only=True)
         return self._reduce_agreement(agreement)
+
+    def token_values(
+        self,
+        batches: list[PackedBatch],
+        of: Callable[[PackedBatch], torch.Tensor],
+        sequences: list[Sequence],
+    ) -> list[Array]:
+        """See Policy."""
+        mine = [take(of(batch), batch) for batch in batches] if self._counts() else []
+        parts = (part for rank in gather(mine) for part in rank)
+        return assemble(parts, [len(s.token_ids) for s in sequences])
 
     def sequence_logps(self, sequences: list[Sequence]) -> torch.Tensor:
         """See Policy."""
@@ -179,7 +199,7 @@ class MegatronPolicy:
 
         def learn(batch: PackedBatch, rows: torch.Tensor, tokens: LossTokens) -> LossResult:
             nonlocal agreement
-            agreement = agreement + _agreement(tokens)
+            agreement = agreement + agreement_of(tokens)
             return loss(tokens)
 
         metrics = self._optimizer_step(batches, learn, Sampler(temperature, top_k, top_p))
@@ -192,6 +212,8 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         results = self._run(batches, use, sampler, forward_only=False)
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        if self.before_update is not None:
+            self.before_update()
         with ranges.phase("optimizer"):
             success, grad_norm, _ = self.optimizer.step()
         assert success, "fp32 and bf16 steps never overflow a loss scale"
@@ -272,23 +294,7 @@ class MegatronPolicy:
 
     def _reduce(self, results: list[LossResult]) -> dict[str, float]:
         """Means and maxima over microbatches and ranks; tensor ranks hold copies, so one of them counts."""
-        local = [
-            [
-                {name: float(value) for name, value in part.items()}
-                for part in (r.sums, r.token_sums, r.maxima)
-            ]
-            for r in (results if self._counts() else [])
-        ]
-        parts = [part for rank in gather(local) for part in rank]
-
-        def over_all(index: int, combine: Callable[[Iterable[float]], float]) -> dict[str, float]:
-            names = dict.fromkeys(name for part in parts for name in part[index])
-            return {name: combine(p[index][name] for p in parts if name in p[index]) for name in names}
-
-        sums, token_sums = over_all(0, sum), over_all(1, sum)
-        weight, num_tokens = sums.pop("weight", 0.0) or 1.0, token_sums.pop("tokens", 0.0) or 1.0
-        means = {name: value / weight for name, value in sums.items()}
-        return means | {name: value / num_tokens for name, value in token_sums.items()} | over_all(2, max)
+        return reduce_results(results if self._counts() else [])
 
     def _reduce_agreement(self, agreement: Agreement) -> Agreement:
         return sum(gather(agreement if self._counts() else Agreement()), Agreement())
@@ -384,12 +390,6 @@ class MegatronPolicy:
         """See Policy."""
         self.wake()
         return checkpoint.load(directory, self.chunks, self.optimizer, self.schedule)
-
-
-def _agreement(tokens: LossTokens) -> Agreement:
-    if tokens.rollout_logprobs is None:
-        return Agreement()
-    return measure_agreement(tokens.logprobs, tokens.rollout_logprobs, tokens.labels, tokens.sequence_ids)
 
 
 def _finalize_without_scaling(model: list[Any], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:

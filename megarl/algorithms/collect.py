@@ -1,0 +1,146 @@
+"""Where the groups of a step come from: sampled now, until there are enough, or ahead of time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
+
+from megarl.algorithms.ahead import Ahead, EventLoopThread
+from megarl.algorithms.dynamic_sampling import sample_unequal
+from megarl.algorithms.rollouts import Played, Rollouts, usable
+from megarl.algorithms.run import Run
+from megarl.config.schema import GrpoConfig
+from megarl.data.order import order_of
+from megarl.data.prompts import PromptDataset
+from megarl.records import Group
+from megarl.trainer.policy import broadcast
+
+Collected = tuple[list[Group], dict[str, float]]
+
+
+class Collector:
+    """Every rank asks it for the same steps, in order, and gets the same groups; rank 0 has ``rollouts``.
+
+    Args:
+        config: the run's.
+        run: for the console.
+        rollouts: rank 0's.
+        train: the problems.
+        step: the last step that was learned from.
+        position: how many prompts were drawn for the steps up to that one.
+    """
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        run: Run,
+        rollouts: Rollouts | None,
+        train: PromptDataset,
+        *,
+        step: int,
+        position: int,
+    ) -> None:
+        self._config, self._run, self._rollouts, self._train = config, run, rollouts, train
+        self._order = order_of(train, config.data.shuffle, config.run.seed)
+        self._first, self._start = step + 1, position
+        self.position = position
+        """Prompts drawn for the steps that were collected. What runs ahead does not count: a run that is
+        resumed samples it anew, so no prompt is lost and none is learned from twice."""
+        self._finished: Counter[int] = Counter()
+        self._loop: EventLoopThread | None = None
+        self._ahead: Ahead[Played] | None = None
+        if config.rollout.max_staleness and rollouts is not None:
+            self._loop = EventLoopThread()
+            rollouts.run_on(self._loop)
+            self._ahead = Ahead(
+                self._loop,
+                self._draw_ahead,
+                first=self._first,
+                last=config.training.num_steps,
+                max_staleness=config.rollout.max_staleness,
+            )
+
+    def collect(self, step: int) -> Collected:
+        """The graded groups of ``step``, and what is told of how they came about."""
+        count, algorithm = self._config.rollout.num_prompts_per_step, self._config.algorithm
+        if self._config.rollout.max_staleness:
+            self.position += count
+            return self._take(step)
+        if not algorithm.dynamic_sampling:
+            return self._draw(step)
+        counts: Counter[str] = Counter()
+
+        def draw() -> list[Group]:
+            groups, dropped = self._draw(step)
+            counts.update(dropped)
+            return groups
+
+        groups, told = sample_unequal(
+            draw, step=step, num_groups=count, max_batches=algorithm.max_generation_batches
+        )
+        return groups, dict(counts) | told
+
+    def close(self) -> None:
+        """Abort what runs ahead."""
+        if self._loop is not None:
+            self._loop.close()
+
+    @property
+    def _smallest(self) -> int:
+        return 1 if self._config.algorithm.baseline == "none" else 2
+
+    def _settings(self, step: int, position: int) -> dict[str, Any]:
+        rollout = self._config.rollout
+        return {
+            "prompts": [self._train[i] for i in self._order.batch(position, rollout.num_prompts_per_step)],
+            "step": step,
+            "generations": rollout.num_generations_per_prompt,
+            "temperature": rollout.temperature,
+            "top_k": rollout.top_k,
+            "top_p": rollout.top_p,
+            "max_new_tokens": rollout.max_new_tokens,
+        }
+
+    def _draw(self, step: int) -> Collected:
+        """The next prompts' groups, while everything else waits."""
+        kept = None
+        if self._rollouts is not None:
+            settings = self._settings(step, self.position)
+            with self._run.console.progress("rollout", total=self._total) as advance:
+                groups = self._rollouts.sample(**settings, advance=advance)
+            kept = usable(groups, self._rollouts.counts, self._run.console, smallest=self._smallest)
+        self.position += self._config.rollout.num_prompts_per_step
+        shared: Collected = broadcast(kept)
+        return shared
+
+    def _draw_ahead(self, step: int) -> Coroutine[Any, Any, Played]:
+        assert self._rollouts is not None
+        position = self._start + (step - self._first) * self._config.rollout.num_prompts_per_step
+
+        def finished(number: int) -> None:
+            self._finished[step] += number
+
+        return self._rollouts.play(**self._settings(step, position), advance=finished)
+
+    def _take(self, step: int) -> Collected:
+        """The groups of a batch that was started up to max_staleness steps ago."""
+        kept = None
+        if self._ahead is not None:
+            console, shown = self._run.console, 0
+            with self._run.timers("rollout"), console.progress("rollout", total=self._total) as advance:
+
+                def show() -> None:
+                    nonlocal shown
+                    advance(self._finished[step] - shown)
+                    shown = self._finished[step]
+
+                groups, counts, _ = self._ahead.take(step, show)
+            kept = usable(groups, counts, console, smallest=self._smallest)
+        shared: Collected = broadcast(kept)
+        return shared
+
+    @property
+    def _total(self) -> int:
+        rollout = self._config.rollout
+        return rollout.num_prompts_per_step * rollout.num_generations_per_prompt

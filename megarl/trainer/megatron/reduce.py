@@ -1,0 +1,36 @@
+"""What the microbatches of all ranks report, as one set of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from megarl.losses.agreement import Agreement, measure_agreement
+from megarl.losses.base import LossResult, LossTokens
+from megarl.trainer.policy import gather
+
+
+def reduce_results(results: list[LossResult]) -> dict[str, float]:
+    """Means and maxima over microbatches and ranks; ranks that hold copies of others' results pass none."""
+    local = [
+        [{name: float(value) for name, value in part.items()} for part in (r.sums, r.token_sums, r.maxima)]
+        for r in results
+    ]
+    parts = [part for rank in gather(local) for part in rank]
+
+    def over_all(index: int, combine: Callable[[Iterable[float]], float]) -> dict[str, float]:
+        names = dict.fromkeys(name for part in parts for name in part[index])
+        return {name: combine(p[index][name] for p in parts if name in p[index]) for name in names}
+
+    sums, token_sums = over_all(0, sum), over_all(1, sum)
+    weight, num_tokens = sums.pop("weight", 0.0) or 1.0, token_sums.pop("tokens", 0.0) or 1.0
+    means = {name: value / weight for name, value in sums.items()}
+    return means | {name: value / num_tokens for name, value in token_sums.items()} | over_all(2, max)
+
+
+def agreement_of(tokens: LossTokens) -> Agreement:
+    """Engine against trainer on these tokens; empty where the engine said nothing."""
+    if tokens.rollout_logprobs is None:
+        return Agreement()
+    return measure_agreement(
+        tokens.logprobs, tokens.rollout_logprobs, tokens.labels, tokens.sequence_ids, tokens.stale
+    )

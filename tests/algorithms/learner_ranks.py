@@ -1,0 +1,121 @@
+"""A GRPO learner on trainer ranks, and what it hands to the optimizer step."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from megarl.records import Group, Prompt, Sample
+
+MAX_NEW_TOKENS = 12
+
+
+def make_groups(seed: int = 0, prompts: int = 4, generations: int = 4) -> list[Group]:
+    """Prompts of several lengths; responses right, wrong and cut; logprobs that are nobody's."""
+    draw = random.Random(seed)
+    groups = []
+    for p in range(prompts):
+        ids = [draw.randrange(250) for _ in range(3 + p)]
+        samples = []
+        for g in range(generations):
+            length = MAX_NEW_TOKENS if (p + g) % 5 == 4 else draw.randint(2, MAX_NEW_TOKENS - 1)
+            samples.append(
+                Sample(
+                    prompt_index=p,
+                    prompt_ids=ids,
+                    response_ids=[draw.randrange(250) for _ in range(length)],
+                    rollout_logprobs=[draw.uniform(-6.5, -4.5) for _ in range(length)],
+                    policy_version=0,
+                    finish_reason="length" if length == MAX_NEW_TOKENS else "stop",
+                    reward=float(g % 2 or p == 1),
+                )
+            )
+        groups.append(Group(Prompt(p, "", ids), samples))
+    return groups
+
+
+def fake_run() -> Any:
+    """The parts of a Run that a learner uses."""
+    from megarl.metrics.timers import PhaseTimers
+
+    @contextmanager
+    def progress(label: str, total: int) -> Any:
+        yield lambda count: None
+
+    warned: list[str] = []
+    console = SimpleNamespace(progress=progress, warn=warned.append, warned=warned)
+    return SimpleNamespace(timers=PhaseTimers(), console=console)
+
+
+def make_config(model_dir: str, algorithm: dict[str, Any], parallel: dict[str, Any]) -> Any:
+    from megarl.config.schema import GrpoConfig
+
+    source = {"source": "reasoning_gym", "task": "chain_sum"}
+    return GrpoConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "model": {"path": model_dir},
+            "parallel": parallel,
+            "data": {"train": source},
+            "rollout": {
+                "num_prompts_per_step": 4,
+                "num_generations_per_prompt": 4,
+                "max_new_tokens": MAX_NEW_TOKENS,
+            },
+            "packing": {"max_tokens_per_microbatch": 64},
+            "optimizer": {"lr": 1e-2, "adam_eps": 1e-3},
+            "algorithm": algorithm,
+            "training": {"num_steps": 4},
+        }
+    )
+
+
+def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dict[str, Any]) -> Any:
+    """Two steps; of the second, all fields of this rank's microbatches by (part, sequence, token)."""
+    import torch
+
+    from megarl.algorithms.grpo import GrpoLearner
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    config = make_config(model_dir, algorithm, parallel)
+    policy = MegatronPolicy(
+        context, load_architecture(model_dir), config.model, config.packing, config.optimizer, 8
+    )
+    policy.keep_reference()
+    run = fake_run()
+    learner = GrpoLearner(config, run, policy)
+    learner.learn(1, make_groups(1))  # so that the policy is no longer the reference
+    seen: dict[tuple[int, int, int], dict[str, float]] = {}
+    train = learner.train
+
+    def look(parts: Any) -> Any:
+        for number, part in enumerate(parts):
+            for batch in part.batches:
+                for row in batch.loss_mask.nonzero().flatten().tolist():
+                    at = (number, int(batch.sequence_ids[row]), int(batch.position_ids[row]) + 1)
+                    seen[at] = {
+                        name: float(value[row])
+                        for name in (
+                            *("advantages", "loss_weights", "nll_weights"),
+                            *("old_logprobs", "ref_logprobs", "rollout_logprobs"),
+                        )
+                        if isinstance(value := getattr(batch, name), torch.Tensor)
+                    }
+        return train(parts)
+
+    learner.train = look  # type: ignore[method-assign]
+    groups = make_groups(2)
+    learned = learner.learn(2, groups)
+    return {
+        "seen": seen,
+        "metrics": learned.metrics,
+        "advantages": [[s.advantage for s in group.samples] for group in groups],
+        "dropped": [[s.info.get("dropped") for s in group.samples] for group in groups],
+        "warned": run.console.warned,
+        "weights": {name: np.array(p.detach()) for name, p in policy.params.items()},
+    }

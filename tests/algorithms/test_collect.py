@@ -1,0 +1,110 @@
+"""Which prompts a step gets, now or ahead of time, and where a resumed run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from megarl.algorithms import collect
+from megarl.algorithms.ahead import EventLoopThread
+from megarl.algorithms.collect import Collector
+from megarl.algorithms.rollouts import RolloutCounts
+from megarl.data.order import PromptOrder
+from megarl.errors import UserError
+from megarl.records import Group, Prompt, Sample
+from tests.algorithms.learner_ranks import fake_run, make_config
+
+COUNT, SIZE = 4, 10  # prompts per step, problems
+
+
+class Problems(list[Prompt]):
+    is_mixture = False
+    parts = ()
+
+
+class FakeRollouts:
+    """Rewards are equal within the groups of prompts with an even index."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, list[int]]] = []
+        self.counts = RolloutCounts()
+        self.loop: EventLoopThread | None = None
+
+    def run_on(self, loop: EventLoopThread) -> None:
+        self.loop = loop
+
+    def sample(self, prompts: list[Prompt], *, step: int, **settings: Any) -> list[Group]:
+        assert settings["generations"] == 4 and settings["max_new_tokens"] == 12
+        self.asked.append((step, [p.index for p in prompts]))
+        return [
+            Group(
+                p,
+                [
+                    Sample(p.index, [1], [2], [-1.0], 0, "stop", reward=float(g * (p.index % 2)))
+                    for g in (0, 1)
+                ],
+            )
+            for p in prompts
+        ]
+
+    async def play(self, prompts: list[Prompt], *, step: int, **settings: Any) -> Any:
+        await asyncio.sleep(0.01 * (step % 2))
+        return self.sample(prompts, step=step, **settings), RolloutCounts(), 0.0
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "broadcast", lambda value: value)
+
+
+def make(step: int = 0, position: int = 0, rollout: dict[str, Any] | None = None, **algorithm: Any) -> Any:
+    config = make_config("unused", algorithm, {})
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout or {})})
+    rollouts = FakeRollouts()
+    train = Problems(Prompt(i, "", [1]) for i in range(SIZE))
+    collector = Collector(config, fake_run(), rollouts, train, step=step, position=position)  # type: ignore[arg-type]
+    return collector, rollouts
+
+
+def expected(step: int) -> list[int]:
+    return PromptOrder(SIZE, shuffle=True, seed=1).batch((step - 1) * COUNT, COUNT)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_every_step_gets_its_prompts_whatever_runs_ahead(staleness: int) -> None:
+    collector, rollouts = make(rollout={"max_staleness": staleness})
+    for step in (1, 2, 3, 4):
+        groups, told = collector.collect(step)
+        assert [g.prompt.index for g in groups] == expected(step)
+        assert collector.position == step * COUNT
+        assert told["groups_dropped"] == 0
+    assert sorted(step for step, _ in rollouts.asked) == [1, 2, 3, 4], "nothing beyond the last step"
+    collector.close()
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_resumed_run_goes_on_behind_the_last_step(staleness: int) -> None:
+    collector, rollouts = make(step=2, position=2 * COUNT, rollout={"max_staleness": staleness})
+    groups, _ = collector.collect(3)
+    assert [g.prompt.index for g in groups] == expected(3)
+    assert collector.position == 3 * COUNT
+    assert dict(rollouts.asked)[3] == expected(3)
+    collector.close()
+
+
+def test_dynamic_sampling_draws_fresh_prompts_and_moves_on() -> None:
+    collector, rollouts = make(dynamic_sampling=True)
+    groups, told = collector.collect(1)
+    drawn = [index for _, indices in rollouts.asked for index in indices]
+    assert drawn == PromptOrder(SIZE, shuffle=True, seed=1).batch(0, len(drawn))
+    assert [g.prompt.index for g in groups] == [i for i in drawn if i % 2][:COUNT]
+    assert collector.position == len(drawn) == told["num_generation_batches"] * COUNT
+    assert told["equal_groups"] + told["surplus_groups"] + COUNT == len(drawn)
+
+
+def test_dynamic_sampling_gives_up_at_its_bound() -> None:
+    collector, _ = make(dynamic_sampling=True, max_generation_batches=1)
+    with pytest.raises(UserError, match="algorithm.max_generation_batches: step 1 has"):
+        collector.collect(1)

@@ -1,0 +1,154 @@
+"""What the learner hands to the optimizer step, against the definitions written out in float64."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+import pytest
+
+from megarl.records import Sample
+from tests.algorithms import learner_ranks
+from tests.algorithms.learner_ranks import MAX_NEW_TOKENS, make_groups
+from tests.trainer.world import world
+
+MODEL = "qwen3-tied"
+REINFORCE: dict[str, Any] = {
+    "baseline": "none",
+    "normalize_std": False,
+    "normalize_batch": True,
+    "kl_reward_coef": 0.3,
+    "advantage_clip": 1.5,
+    "overlong_buffer": 6,
+    "overlong_penalty": 0.5,
+    "max_logprob_error": 0.7,
+    "positive_nll_coef": 0.1,
+    "loss_aggregation": "fixed_length",
+    "num_optimizer_steps_per_batch": 2,
+}
+RLOO: dict[str, Any] = {
+    "baseline": "leave_one_out",
+    "normalize_std": False,
+    "kl_reward_coef": 0.3,
+    "kl_reward_level": "sequence",
+}
+FILTER: dict[str, Any] = {"filter_overlong": True, "old_logprobs": "rollout", "loss_aggregation": "sequence"}
+
+
+def run(model_dirs: dict[str, str], algorithm: dict[str, Any], parallel: dict[str, Any]) -> list[Any]:
+    size = parallel.get("num_processes", 1)
+    return world(size).run(
+        learner_ranks.learn, model_dirs[MODEL], algorithm, parallel, parallel=parallel if size > 1 else None
+    )
+
+
+def tokens_of(result: Any, part: int, number: int, sample: Sample, name: str) -> list[float]:
+    start = len(sample.prompt_ids)
+    return [result["seen"][part, number, start + t][name] for t in range(len(sample.response_ids))]
+
+
+def penalty(sample: Sample) -> float:
+    return -0.5 * max(0, len(sample.response_ids) - (MAX_NEW_TOKENS - 6)) / 6
+
+
+def test_reinforce_plus_plus_and_its_neighbours(model_dirs: dict[str, str]) -> None:
+    [result] = run(model_dirs, REINFORCE, {})
+    groups = make_groups(2)
+    parts = [[s for group in groups[i : i + 2] for s in group.samples] for i in (0, 2)]
+    to_go: dict[tuple[int, int], list[float]] = {}
+    kept: dict[tuple[int, int], Sample] = {}
+    all_kls = []
+    for p, part in enumerate(parts):
+        for i, sample in enumerate(part):
+            old, ref = (tokens_of(result, p, i, sample, n) for n in ("old_logprobs", "ref_logprobs"))
+            errors = [abs(a - b) for a, b in zip(old, sample.rollout_logprobs, strict=True)]
+            if statistics.fmean(errors) > 0.7:
+                assert result["dropped"][2 * p + i // 4][i % 4] == "logprob_error"
+                assert set(tokens_of(result, p, i, sample, "loss_weights")) == {0.0}
+                continue
+            kls = [a - b for a, b in zip(old, ref, strict=True)]
+            all_kls += kls
+            reward = (sample.reward or 0.0) + penalty(sample)
+            kept[p, i] = sample
+            to_go[p, i] = [reward - 0.3 * sum(kls[t:]) for t in range(len(kls))]
+    assert 0 < len(kept) < 16, "some are dropped, not all"
+    assert result["metrics"]["dropped_logprob_error"] == 16 - len(kept)
+    assert result["metrics"]["kl_reward"] == pytest.approx(statistics.fmean(all_kls), rel=1e-6)
+    flat = [a for values in to_go.values() for a in values]
+    mean, deviation = statistics.fmean(flat), statistics.pstdev(flat)
+    clipped = 0
+    for (p, i), sample in kept.items():
+        standard = [(a - mean) / (deviation + 1e-6) for a in to_go[p, i]]
+        expected = [max(-1.5, min(1.5, a)) for a in standard]
+        clipped += sum(a != b for a, b in zip(standard, expected, strict=True))
+        assert tokens_of(result, p, i, sample, "advantages") == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        own = [j for q, j in kept if q == p]
+        assert tokens_of(result, p, i, sample, "loss_weights") == pytest.approx(
+            [1 / (len(own) * MAX_NEW_TOKENS)] * len(expected), rel=1e-6
+        )
+        positive = sum(len(kept[p, j].response_ids) for j in own if kept[p, j].reward == 1.0)
+        nll = 1 / positive if sample.reward == 1.0 else 0.0
+        assert tokens_of(result, p, i, sample, "nll_weights") == pytest.approx([nll] * len(expected))
+        assert result["advantages"][2 * p + i // 4][i % 4] == pytest.approx(statistics.fmean(expected))
+    assert 0 < result["metrics"]["advantage_clipped_fraction"] == pytest.approx(clipped / len(flat))
+    shaped = [(s.reward or 0.0) + penalty(s) for part in parts for s in part]
+    assert result["metrics"]["shaped_reward_mean"] == pytest.approx(statistics.fmean(shaped))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{}, {"context_parallel_size": 2}, {"pipeline_parallel_size": 2}])
+def test_the_layout_changes_nothing(model_dirs: dict[str, str], parallel: dict[str, Any]) -> None:
+    """Two ranks (data, context, pipeline) as one: KL, errors and normalisation are over all of them."""
+    [one] = run(model_dirs, REINFORCE, {})
+    two = run(model_dirs, REINFORCE, {"num_processes": 2, **parallel})
+    assert two[0]["dropped"] == two[1]["dropped"] == one["dropped"]
+    for ours, theirs in zip(two[0]["advantages"], one["advantages"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    seen = two[0]["seen"] | two[1]["seen"]
+    assert seen.keys() == one["seen"].keys()
+    for at, fields in seen.items():
+        assert fields["advantages"] == pytest.approx(one["seen"][at]["advantages"], rel=1e-3, abs=1e-4)
+    for name in ("loss", "nll_positive", "grad_norm", "kl_reward", "positive_fraction"):
+        assert two[0]["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-3), name
+
+
+def test_rloo_takes_the_kl_off_before_the_baseline(model_dirs: dict[str, str]) -> None:
+    [result] = run(model_dirs, RLOO, {})
+    for p, group in enumerate(make_groups(2)):
+        shaped = []
+        for g, sample in enumerate(group.samples):
+            old, ref = (tokens_of(result, 0, 4 * p + g, sample, n) for n in ("old_logprobs", "ref_logprobs"))
+            shaped.append((sample.reward or 0.0) - 0.3 * (sum(old) - sum(ref)))
+        expected = [r - (sum(shaped) - r) / 3 for r in shaped]
+        assert result["advantages"][p] == pytest.approx(expected, rel=1e-6)
+        for g, sample in enumerate(group.samples):
+            values = tokens_of(result, 0, 4 * p + g, sample, "advantages")
+            assert values == pytest.approx([expected[g]] * len(values), rel=1e-6)
+
+
+def test_overlong_samples_count_for_the_baseline_and_not_for_the_loss(model_dirs: dict[str, str]) -> None:
+    [result] = run(model_dirs, FILTER, {})
+    groups = make_groups(2)
+    kept = [s for group in groups for s in group.samples if s.finish_reason == "stop"]
+    assert result["metrics"]["filtered_overlong"] == 16 - len(kept) > 0
+    rewards = [[s.reward or 0.0 for s in group.samples] for group in groups]
+    for group, advantages in zip(rewards, result["advantages"], strict=True):
+        mean, equal = statistics.fmean(group), len(set(group)) == 1
+        expected = [0.0 if equal else (r - mean) / (statistics.stdev(group) + 1e-6) for r in group]
+        assert advantages == pytest.approx(expected)
+    for i, sample in enumerate(kept):
+        weights = tokens_of(result, 0, i, sample, "loss_weights")
+        assert weights == pytest.approx([1 / (len(kept) * len(weights))] * len(weights), rel=1e-6)
+        # ratios are relative to what the engine said
+        assert tokens_of(result, 0, i, sample, "old_logprobs") == pytest.approx(
+            sample.rollout_logprobs, rel=1e-6
+        )
+    assert result["metrics"]["ratio_max"] != 1
+
+
+def test_a_step_without_any_sample_left_is_said_and_survived(model_dirs: dict[str, str]) -> None:
+    [result] = run(model_dirs, {"max_logprob_error": 1e-9, "num_optimizer_steps_per_batch": 2}, {})
+    assert result["metrics"]["dropped_logprob_error"] == 16
+    assert "step 2: 2 optimizer step(s) per pass left out" in result["warned"][-1]
+    assert "loss" not in result["metrics"] and math.isfinite(result["metrics"]["tokens_per_second_train"])

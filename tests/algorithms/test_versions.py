@@ -1,0 +1,40 @@
+"""Which policy version drew which token, and how old that is."""
+
+from __future__ import annotations
+
+from megarl.algorithms.grpo import to_sequence
+from megarl.algorithms.online_report import staleness_metrics
+from megarl.records import Group, Prompt, Sample, Turn, merge_spans
+
+
+def sample(version: int, spans: list[tuple[int, int]], length: int = 5, **fields: object) -> Sample:
+    return Sample(0, [1, 2], [9] * length, [-1.0] * length, version, "stop", version_spans=spans, **fields)  # type: ignore[arg-type]
+
+
+def test_tokens_of_older_versions_are_marked() -> None:
+    mixed = sample(3, [(3, 2), (4, 1), (5, 2)])
+    assert mixed.token_versions == [3, 3, 4, 5, 5]
+    assert to_sequence(mixed, 5).stale == [0, 0, 1, 1, 1, 0, 0]
+    assert to_sequence(sample(5, []), 5).stale == [0] * 7
+    assert to_sequence(sample(4, []), 5).stale == [0, 0] + [1] * 5
+    assert to_sequence(mixed).stale == []
+
+
+def test_observations_belong_to_the_turn_before() -> None:
+    spans = merge_spans([(1, 2), (1, 1), (2, 1), (2, 0), (2, 1)])
+    assert spans == [(1, 3), (2, 2)]
+    assert merge_spans([(1, 2), (1, 3)]) == []
+    episode = sample(1, spans, turns=[Turn(2, 1, 0.0), Turn(2, 0, 1.0)])
+    assert episode.token_versions == [1, 1, 1, 2, 2]
+    assert to_sequence(episode, 2).loss_mask == [0, 0, 1, 1, 0, 1, 1]
+
+
+def test_staleness_by_hand() -> None:
+    samples = [sample(3, [(3, 2), (4, 1), (5, 2)]), sample(5, [], 3), sample(4, [], 2)]
+    values = staleness_metrics([Group(Prompt(0, "", [1]), samples)], version=5)
+    assert values == {
+        "staleness_mean": (2 + 0 + 1) / 3,
+        "staleness_max": 2,
+        "stale_tokens_fraction": (3 + 0 + 2) / 10,
+        "mixed_samples_fraction": 1 / 3,
+    }

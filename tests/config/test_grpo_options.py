@@ -1,0 +1,118 @@
+"""Options of GRPO's family that would vanish are refused; the guide's presets are valid configurations."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megarl.config.schema import GrpoConfig
+from megarl.config.validate import find_violations
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "grpo.md"
+
+
+def config(algorithm: dict[str, Any], rollout: dict[str, Any] | None = None) -> GrpoConfig:
+    return GrpoConfig.model_validate(
+        {
+            "run": {"dir": "runs/x"},
+            "model": {"path": "models/x"},
+            "data": {
+                "train": {"source": "reasoning_gym", "task": "chain_sum", "seed": 1, "size": 100},
+                "held_out": {"source": "reasoning_gym", "task": "chain_sum", "seed": 1000, "size": 300},
+            },
+            "rollout": {"num_prompts_per_step": 8, "num_generations_per_prompt": 4, "max_new_tokens": 64}
+            | (rollout or {}),
+            "optimizer": {"lr": 1e-6},
+            "algorithm": algorithm,
+            "training": {"num_steps": 10},
+        }
+    )
+
+
+def lines(algorithm: dict[str, Any], rollout: dict[str, Any] | None = None) -> list[str]:
+    return [f"{'.'.join(v.path)}: {v.message}" for v in find_violations(config(algorithm, rollout))]
+
+
+ONE = {"num_generations_per_prompt": 1}
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"objective": "cispo"}, {}, "algorithm.objective: has no effect: with one optimizer step"),
+    ({"ratio_level": "sequence"}, {}, "algorithm.ratio_level: has no effect"),
+    ({"clip_ratio_c": 3.0}, {}, "algorithm.clip_ratio_c: has no effect"),
+    ({"max_generation_batches": 4}, {}, "algorithm.max_generation_batches: has no effect: algorithm.dynamic"),
+    ({"overlong_penalty": 0.5}, {}, "algorithm.overlong_penalty: has no effect: algorithm.overlong_buffer"),
+    ({"kl_reward_level": "sequence"}, {}, "algorithm.kl_reward_level: has no effect: algorithm.kl_reward"),
+    ({"loss_length": 9}, {}, "algorithm.loss_length: has no effect: algorithm.loss_aggregation is token"),
+    ({"overlong_buffer": 65}, {}, "algorithm.overlong_buffer: must not exceed rollout.max_new_tokens = 64"),
+    (
+        {"filter_overlong": True, "kl_reward_coef": 0.1, "kl_reward_level": "sequence"},
+        {},
+        "algorithm.filter_overlong: responses that are left out have no KL",
+    ),
+    (
+        {"old_logprobs": "rollout", "off_policy_correction": "tis", "off_policy_high": 2},
+        {},
+        "algorithm.off_policy_correction: compares old with rollout logprobs",
+    ),
+    ({"old_logprobs": "rollout", "max_logprob_error": 1}, {}, "algorithm.max_logprob_error: compares old"),
+    ({"kl_reward_coef": 0.1}, {"top_p": 0.9}, "rollout.top_p: algorithm.kl_reward_coef takes a pass"),
+    ({}, {"max_staleness": 1, "top_p": 0.9}, "rollout.max_staleness: rollout.top_p makes the trainer's"),
+    ({}, {"max_staleness": 1, "top_k": 9}, "rollout.max_staleness: rollout.top_k makes the trainer's"),
+    ({"dynamic_sampling": True}, {"max_staleness": 2}, "rollout.max_staleness: algorithm.dynamic_sampling"),
+    ({"max_logprob_error": 0.1}, {"top_k": 9}, "rollout.top_k: algorithm.max_logprob_error takes a pass"),
+    ({"baseline": "none"}, ONE, "rollout.num_generations_per_prompt: a group of one has no standard dev"),
+    (
+        {"baseline": "none", "normalize_std": False, "dynamic_sampling": True},
+        ONE,
+        "rollout.num_generations_per_prompt: algorithm.dynamic_sampling wants groups",
+    ),
+]
+
+
+def test_offload_and_overlap_exclude_each_other() -> None:
+    both = config({}, {"max_staleness": 1})
+    asleep = both.model_copy(update={"weights": both.weights.model_copy(update={"offload": ["gradients"]})})
+    assert find_violations(both) == []
+    [violation] = find_violations(asleep)
+    assert violation.message.startswith("weights.offload lets engine and trainer sleep in turns")
+
+
+@pytest.mark.parametrize(("algorithm", "rollout", "start"), REFUSED)
+def test_refused(algorithm: dict[str, Any], rollout: dict[str, Any], start: str) -> None:
+    [line] = lines(algorithm, rollout)
+    assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rollout"),
+    [
+        ({"baseline": "none", "normalize_std": False, "normalize_batch": True}, ONE),
+        ({"objective": "cispo", "clip_ratio_low": 1.0, "old_logprobs": "rollout"}, {}),
+        ({"filter_overlong": True, "kl_reward_coef": 0.1}, {}),
+        ({"old_logprobs": "rollout", "kl_reward_coef": 0.1}, {}),
+        ({"overlong_buffer": 64}, {}),
+    ],
+)
+def test_just_inside(algorithm: dict[str, Any], rollout: dict[str, Any]) -> None:
+    assert lines(algorithm, rollout) == []
+
+
+def test_presets_of_the_guide() -> None:
+    blocks = [
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    ]
+    presets = {name: part for block in blocks for name, part in block.items()}
+    names = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_baseline"}
+    assert presets.keys() == names
+    for name, part in presets.items():
+        assert part.keys() == {"algorithm"}, name
+        assert lines(part["algorithm"], {"num_generations_per_prompt": 4}) == [], name
+    algorithms = {name: config(part["algorithm"]).algorithm for name, part in presets.items()}
+    assert not algorithms["dr_grpo"].normalize_std
+    assert algorithms["dr_grpo"].loss_aggregation == "fixed_length"
+    assert algorithms["dapo"].dynamic_sampling and algorithms["dapo"].clip_ratio_high == 0.28
+    assert algorithms["rloo"].baseline == "leave_one_out" and not algorithms["rloo"].normalize_std
+    assert algorithms["reinforce_plus_plus"].normalize_batch
