@@ -1,0 +1,88 @@
+"""The full-size recipes: valid, possible for their models, and as much memory left as they say."""
+
+from __future__ import annotations
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+
+from megarl.config.load import dump_config, load_config
+from megarl.config.plan import PlanConfig
+from megarl.config.schema import GrpoConfig, TrainingRoot
+from megarl.config.suggest import ROOTS
+from megarl.models import load_architecture
+from megarl.models.feasible import layout_problems
+from megarl.simulate.run import simulate
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "recipes"
+RECIPES = sorted(file for file in FOLDER.glob("*.yaml") if not file.stem.startswith("plan_"))
+QUICK = ("grpo_qwen3_8b_8xh100",)
+
+
+def load(file: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingRoot:
+    monkeypatch.chdir(FOLDER.parents[1])  # their models are relative to the repository
+    config = load_config(ROOTS[file.stem.split("_")[0]], file, check_files=False)
+    assert isinstance(config, TrainingRoot)
+    return config
+
+
+def plan_of(file: Path) -> PlanConfig:
+    kind, name = file.stem.split("_", 1)
+    name = name if kind == "grpo" else file.stem
+    return load_config(PlanConfig, FOLDER / f"plan_{name}.yaml", check_files=False)
+
+
+def test_every_plan_has_its_recipe() -> None:
+    plans = {file.stem.removeprefix("plan_") for file in FOLDER.glob("plan_*.yaml")}
+    assert plans == {recipe.stem.removeprefix("grpo_") for recipe in RECIPES}
+    assert len(RECIPES) >= 6
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipe_is_valid_and_its_layout_possible(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(file, monkeypatch)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(type(config), tmp_path / "config.yaml", check_files=False) == config
+    assert f"{config.parallel.num_processes}xh100" in file.stem
+    assert list(layout_problems(load_architecture(config.model.path), config.parallel)) == []
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_plan_is_of_the_same_layout(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, plan = load(file, monkeypatch), plan_of(file)
+    assert plan.model.path == config.model.path
+    for name in type(plan.trainer).model_fields:
+        if name in type(config.parallel).model_fields:
+            assert getattr(plan.trainer, name) == getattr(config.parallel, name), name
+    assert plan.trainer.distributed_optimizer == config.optimizer.distributed
+    assert plan.dtypes.parameters == config.model.dtype
+    assert plan.workload.tokens_per_microbatch == config.packing.max_tokens_per_microbatch
+    assert plan.workload.sequence_length == config.packing.max_sequence_length
+    if isinstance(config, GrpoConfig):
+        engine = config.rollout.engine
+        assert plan.engine.tensor_parallel_size == engine.tensor_parallel_size
+        assert plan.engine.kv_cache_gib == engine.kv_cache_gib
+        assert plan.weights.offload == config.weights.offload
+        assert plan.engine.data_parallel_size == 1 or "are not there yet" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=[] if f.stem in QUICK else [pytest.mark.slow], id=f.stem) for f in RECIPES],
+)
+def test_it_fits_with_what_the_comment_says_is_left(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(file, monkeypatch)
+    gc.disable()
+    try:
+        simulation = simulate(plan_of(file), config.parallel.num_processes)
+    finally:
+        gc.enable()
+    trainer = simulation.gpus[: config.parallel.num_processes]
+    peak = max(simulation.peak(gpu) for gpu in trainer) / 2**30
+    [said] = re.findall(r"([\d.]+) (?:are )?(?:left )?of 80 less 6 reserved", file.read_text())
+    assert 80 - 6 - peak == pytest.approx(float(said), abs=0.051)
+    assert peak < 74
