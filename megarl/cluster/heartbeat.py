@@ -144,8 +144,8 @@ class Heartbeat:
         else:
             silent = now - since
         if is_dead(beat):
-            time.sleep(2 * self._interval)  # its launcher, or an error of a collective, may say more
-            if not self._stop.is_set():
+            # Its launcher, or an error of a collective, may say more.
+            if not self._stop.wait(2 * self._interval):
                 self._fail([other], "is gone")
             return True
         if silent > self._timeout:
@@ -163,8 +163,7 @@ class Heartbeat:
         beats = [beat for beat in found if beat is not None and beat["state"] == "running"]
         if any(beat["quiet_seconds"] < self._timeout - 2 * self._interval for beat in beats):
             return  # this rank waits for one that is at work, or that has lost its own signs of life
-        time.sleep(2 * self._interval)  # the others write their tracebacks too
-        if not self._stop.is_set():
+        if not self._stop.wait(2 * self._interval):  # the others write their tracebacks too
             self._fail(_odd_ones(beats), f"has finished nothing for {self._timeout:g} s")
 
     def _look_for_the_dead(self) -> bool:
