@@ -30,6 +30,7 @@ examples:
   megarl eval --config configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf
   megarl convert hf-to-megatron models/SmolLM2-135M-Instruct checkpoints/smollm2 --verify
   megarl plan --config configs/plan_qwen3_30b_a3b.yaml --gpus 32
+  megarl data inspect configs/quickstart_sft.yaml -n 5
   megarl report runs/quickstart
   megarl doctor
 
@@ -69,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.simulate.cli import run as plan
 
                 return plan(options)
+            case "data":
+                from megarl.algorithms.inspect_data import run as inspect
+
+                return inspect(options)
             case "doctor":
                 from megarl.doctor import main as doctor
 
@@ -119,6 +124,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     text = "memory and weight transfers of a model on GPUs that need not exist"
     jobs["plan"] = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
     add_plan_arguments(jobs["plan"])
+    text = "what the data of a run look like, as the run will see them"
+    jobs["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
+    _add_data_arguments(jobs["data"])
     commands.add_parser(
         "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
     )
@@ -131,6 +139,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.command in jobs:
         options.overrides += rest
     return options
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    command = parser.add_subparsers(dest="data_command", required=True, metavar="inspect").add_parser(
+        "inspect", help="show examples as the run will see them", allow_abbrev=False
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML configuration of a run")
+    command.add_argument("-n", type=int, default=3, metavar="N", help="examples to show (default 3)")
+    command.add_argument("--split", choices=["train", "held_out"], default="train", help="default: train")
+    command.add_argument(
+        "--for", dest="job", choices=list(_JOB_HELP), help="command it is for; default: told by its sections"
+    )
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
 
 
 def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -157,3 +158,73 @@ def test_lengths_seeds_and_missing_data(tokenizer, jsonl):
         load(tokenizer, file(path), held_out=file(path))
     with pytest.raises(UserError, match="data.train.path: no file"):
         load(tokenizer, file(path + "x"))
+
+
+TOOLS = (
+    "{% if tools %}{{ '<|system|>' + (tools | tojson) + '<|end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|' + ('user' if m.role == 'tool' else m.role) + '|>' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '(' + (c.function | tojson) + ')' }}{% endfor %}{{ '<|end|>' }}"
+    "{% endgeneration %}{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+TALK = [
+    {"role": "user", "content": "1 + 2?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "3", "name": "add"},
+    {"role": "assistant", "content": "It is 3", "tool_calls": None},
+    {"role": "user", "content": "+ 4?"},
+    {"role": "assistant", "content": "7"},
+]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tool_calls_are_learned_as_the_template_s_own_markers_say(tokenizer, jsonl, as_text):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TOOLS
+    tools = [{"type": "function", "function": {"name": "add", "description": "sum", "parameters": {}}}]
+    record = {"messages": TALK, "tools": tools}
+    if as_text:  # as columnar files keep nested lists
+        record = {name: json.dumps(value) for name, value in record.items()}
+    sequence = load(tokenizer, file(jsonl(json.dumps(record))))[0]
+    messages = [{k: v for k, v in {"content": "", **m}.items() if v is not None} for m in TALK]
+    messages[1]["content"] = ""
+    theirs = tokenizer.apply_chat_template(
+        messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert sequence.token_ids == theirs["input_ids"]
+    assert sequence.loss_mask == theirs["assistant_masks"]
+    assert sum(sequence.loss_mask) > 20
+
+
+def test_tools_that_the_template_would_leave_out_are_refused(tokenizer, jsonl):
+    path = jsonl(json.dumps({"messages": TALK}))
+    with pytest.raises(UserError, match=r":1: the chat template has no place for tool_calls"):
+        load(tokenizer, file(path))
+    path = jsonl(json.dumps({"messages": TALK[4:], "tools": [{"type": "function"}]}))
+    with pytest.raises(UserError, match=r":1: the chat template has no place for tools"):
+        load(tokenizer, file(path))
+    path = jsonl(json.dumps({"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[5]]}))
+    with pytest.raises(UserError, match="only the assistant calls tools"):
+        load(tokenizer, file(path))
+
+
+def test_raw_text_is_learned_whole_and_every_token_is_predicted_once(tokenizer, jsonl):
+    text = "".join(str(i % 10) for i in range(95))
+    path = jsonl(json.dumps({"text": text}), json.dumps({"text": "12"}))
+    demonstrations = load(tokenizer, file(path), limit=20)
+    whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    chunks = demonstrations[:-1]
+    predicted = [token for s in chunks for token, mask in zip(s.token_ids, s.loss_mask, strict=True) if mask]
+    assert predicted == whole[1:]
+    assert all(len(s.token_ids) <= 20 for s in chunks)
+    assert all(a.token_ids[-1] == b.token_ids[0] for a, b in itertools.pairwise(chunks))
+    assert learned(tokenizer, demonstrations[-1]) == "2<|end|>"
+    lines = demonstrations.reports[0].lines()
+    assert lines == [
+        "data.train: 1 of 2 rows cut into chunks of the longest sequence:",
+        f"  {path}:1: {len(whole)} tokens, {len(chunks)} chunks",
+    ]
+    with pytest.raises(UserError, match="data.format.prompt_suffix has no place"):
+        load(tokenizer, file(path), prompt_suffix="!")

@@ -1,0 +1,142 @@
+"""`megarl data inspect`: what a run will learn from, as it will see it, with what became of the rows."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from megarl.algorithms.model import read_model
+from megarl.config.load import load_config
+from megarl.config.preference import DpoConfig, RmConfig
+from megarl.config.schema import EvalConfig, GrpoConfig, SftConfig
+from megarl.config.suggest import COMMANDS
+from megarl.data.order import order_of
+from megarl.data.preference import load_pairs
+from megarl.data.prompts import load_prompts
+from megarl.data.sft import load_demonstrations
+from megarl.errors import UserError
+from megarl.records import Pair, Prompt, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megarl.config.derived import AnyConfig
+
+_NUM_MEASURED = 1000
+_LEARNED = "bold green"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show what ``options`` ask for; the exit code."""
+    if options.n < 0:
+        raise UserError(f"-n: expected a whole number >= 0 (got {options.n})")
+    job, config = _read_config(options)
+    _, tokenizer, longest = read_model(config)
+    split = options.split
+    if getattr(config.data, split) is None:
+        raise UserError(f"data.{split}: missing, so there is nothing to show")
+    data = _load(config, tokenizer, longest, split)
+    console = Console(highlight=False, soft_wrap=True)
+    shuffle = split == "train" and bool(getattr(config.data, "shuffle", False))
+    indices = order_of(data, shuffle, config.run.seed).batch(0, options.n)
+    console.print(f"megarl {job}, data.{split}: {len(data)} {_NOUNS[job]}; {_legend(console)}")
+    for index in indices:
+        for title, sequence, note in _views(data[index], index):
+            lengths = f"{len(sequence.token_ids)} tokens, {sum(sequence.loss_mask)} learned"
+            console.rule(Text(f"{title}: {lengths}"), align="left", characters="-")
+            console.print(rendered(tokenizer, sequence, colour=console.color_system is not None))
+            if note:
+                console.print(Text(note, style="dim"))
+    console.rule("all of them", align="left", characters="-")
+    for line in _summary(data, longest):
+        console.print(Text(line))
+    return 0
+
+
+_NOUNS = {"sft": "sequences", "dpo": "pairs", "rm": "pairs", "grpo": "problems", "eval": "problems"}
+
+
+def _legend(console: Console) -> Text | str:
+    if console.color_system is None:
+        return "what is learned stands between [[ and ]]"
+    return Text.assemble("what is learned is ", ("green", _LEARNED))
+
+
+def _read_config(options: argparse.Namespace) -> tuple[str, AnyConfig]:
+    """The configuration, as that of the command it is for: the first under which nothing is wrong."""
+    if options.job is not None:
+        return options.job, load_config(COMMANDS[options.job], options.config, options.overrides)
+    failures = {}
+    for job, kind in COMMANDS.items():
+        try:
+            return job, load_config(kind, options.config, options.overrides)
+        except UserError as error:
+            failures[job] = error
+    nearest = min(failures, key=lambda job: len(str(failures[job]).splitlines()))
+    raise UserError(
+        f"{failures[nearest]}\n(read as a configuration of megarl {nearest}; --for names another)"
+    )
+
+
+def _load(config: AnyConfig, tokenizer: PreTrainedTokenizerBase, longest: int, split: Any) -> Any:
+    match config:
+        case SftConfig():
+            return load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split=split)
+        case DpoConfig() | RmConfig():
+            return load_pairs(config.data, tokenizer, max_sequence_length=longest, split=split)
+        case GrpoConfig() | EvalConfig():
+            room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+            return load_prompts(config.data, tokenizer, max_prompt_tokens=room, split=split)
+    raise AssertionError(config)
+
+
+def _views(example: Sequence | Pair | Prompt, index: int) -> Iterator[tuple[str, Sequence, str]]:
+    """Title, sequence and a note for each sequence of an example."""
+    match example:
+        case Pair():
+            yield f"pair {index}, chosen", example.chosen, ""
+            yield f"pair {index}, rejected", example.rejected, ""
+        case Prompt():
+            source = example.metadata.get("source")
+            title = f"problem {index}" + (f" ({source})" if source else "")
+            sequence = Sequence(example.token_ids, [0] * len(example.token_ids))
+            yield title, sequence, f"reference answer: {example.metadata.get('answer')!r}"
+        case Sequence():
+            yield f"sequence {index}", example, ""
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, *, colour: bool) -> Text:
+    """The tokens as text, what is learned in green, or between [[ and ]] without colour."""
+    text, position = Text(), 0
+    for learned, run_ in groupby(sequence.loss_mask):
+        length = len(list(run_))
+        part = tokenizer.decode(sequence.token_ids[position : position + length], skip_special_tokens=False)
+        position += length
+        if not learned:
+            text.append(part, style="dim" if colour else "")
+        elif colour:
+            text.append(part, style=_LEARNED)
+        else:
+            text.append(f"[[{part}]]")
+    return text
+
+
+def _summary(data: Any, longest: int) -> Iterator[str]:
+    count = min(len(data), _NUM_MEASURED)
+    sequences = [s for i in range(count) for _, s, _ in _views(data[i], i)]
+    lengths = [len(s.token_ids) for s in sequences]
+    which = "" if count == len(data) else f" (of the first {count})"
+    yield (
+        f"tokens{which}: {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):g}; the run's "
+        f"longest sequence is {longest}"
+    )
+    if learned := sum(sum(s.loss_mask) for s in sequences):
+        yield f"learned{which}: {learned} of {sum(lengths)} tokens, {learned / sum(lengths):.0%}"
+    lines = [line for report in data.reports for line in report.lines()]
+    yield from lines or ["dropped: none; bad rows: none"]
