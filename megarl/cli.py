@@ -40,6 +40,8 @@ _JOB_HELP = {
     "dpo": "training on preference pairs (DPO, IPO, KTO, SimPO, ORPO)",
     "rm": "training of a reward model on preference pairs (Bradley-Terry)",
     "grpo": "reinforcement learning with verifiable rewards (GRPO)",
+    "ppo": "the same with a critic (PPO)",
+    "distill": "on-policy distillation from a larger teacher",
     "eval": "accuracy, pass@k and cons@k of a checkpoint on held-out problems or a benchmark",
 }
 _JOB_EPILOG = """\
@@ -202,6 +204,8 @@ def _check_layout(config: AnyConfig) -> None:
 
 
 def _call_loop(config: AnyConfig) -> None:
+    from megarl.config.distill import DistillConfig
+    from megarl.config.ppo import PpoConfig
     from megarl.config.preference import DpoConfig, RmConfig
     from megarl.config.schema import GrpoConfig, SftConfig
 
@@ -218,6 +222,14 @@ def _call_loop(config: AnyConfig) -> None:
             from megarl.algorithms.rm import run_rm
 
             run_rm(config)
+        case DistillConfig():
+            from megarl.algorithms.distill import run_distill
+
+            run_distill(config)
+        case PpoConfig():
+            from megarl.algorithms.ppo import run_ppo
+
+            run_ppo(config)
         case GrpoConfig():
             from megarl.algorithms.grpo import run_grpo
 

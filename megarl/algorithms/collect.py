@@ -10,6 +10,7 @@ from megarl.algorithms.ahead import Ahead, EventLoopThread
 from megarl.algorithms.dynamic_sampling import sample_unequal
 from megarl.algorithms.rollouts import Played, Rollouts, usable
 from megarl.algorithms.run import Run
+from megarl.config.derived import OnlineRoot
 from megarl.config.schema import GrpoConfig
 from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset
@@ -33,7 +34,7 @@ class Collector:
 
     def __init__(
         self,
-        config: GrpoConfig,
+        config: OnlineRoot,
         run: Run,
         rollouts: Rollouts | None,
         train: PromptDataset,
@@ -63,12 +64,13 @@ class Collector:
 
     def collect(self, step: int) -> Collected:
         """The graded groups of ``step``, and what is told of how they came about."""
-        count, algorithm = self._config.rollout.num_prompts_per_step, self._config.algorithm
+        count = self._config.rollout.num_prompts_per_step
         if self._config.rollout.max_staleness:
             self.position += count
             return self._take(step)
-        if not algorithm.dynamic_sampling:
+        if not isinstance(self._config, GrpoConfig) or not self._config.algorithm.dynamic_sampling:
             return self._draw(step)
+        algorithm = self._config.algorithm
         counts: Counter[str] = Counter()
 
         def draw() -> list[Group]:
@@ -88,7 +90,8 @@ class Collector:
 
     @property
     def _smallest(self) -> int:
-        return 1 if self._config.algorithm.baseline == "none" else 2
+        config = self._config
+        return 2 if isinstance(config, GrpoConfig) and config.algorithm.baseline != "none" else 1
 
     def _settings(self, step: int, position: int) -> dict[str, Any]:
         rollout = self._config.rollout

@@ -52,6 +52,7 @@ class GrpoLearner:
 
     def __init__(self, config: GrpoConfig, run: Run, policy: Policy) -> None:
         self.config, self.run, self.policy = config, run, policy
+        self.trained = policy
         self.algorithm = algorithm = config.algorithm
         self.loss = PolicyLoss(
             options_of(algorithm),

@@ -31,7 +31,8 @@ from megarl.algorithms.online_report import (
 )
 from megarl.algorithms.rollouts import Rollouts, make_rollouts
 from megarl.algorithms.run import Run
-from megarl.config.derived import evaluates, needs_reference, num_optimizer_steps
+from megarl.config.derived import OnlineRoot, evaluates, needs_reference, num_optimizer_steps
+from megarl.config.distill import DistillConfig
 from megarl.config.schema import GrpoConfig
 from megarl.data.prompts import PromptDataset, load_prompts
 from megarl.environments.remote import EnvironmentWorkers
@@ -40,7 +41,7 @@ from megarl.metrics.timers import PHASES
 from megarl.records import Group, Prompt
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import Policy, broadcast
+from megarl.trainer.policy import Policy, Trained, broadcast
 
 
 @dataclass(slots=True)
@@ -57,6 +58,11 @@ class Learned:
 class Learner(Protocol):
     """An algorithm: from graded groups to optimizer steps. Every rank calls it, with the same groups."""
 
+    @property
+    def trained(self) -> Trained:
+        """What checkpoints hold: the policy, and what is trained beside it."""
+        ...
+
     def notes(self) -> list[str]:
         """Lines for the log, before the first step: what it computes and what it skips."""
         ...
@@ -66,10 +72,12 @@ class Learner(Protocol):
         ...
 
 
-MakeLearner = Callable[[GrpoConfig, Run, Policy], Learner]
+MakeLearner = Callable[[Any, Run, Policy], Learner]
 
 
-def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLearner) -> None:
+def run_online(
+    config: OnlineRoot, kind: Literal["grpo", "ppo", "distill"], make_learner: MakeLearner
+) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
     room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
@@ -110,10 +118,10 @@ def run_online(config: GrpoConfig, kind: Literal["grpo"], make_learner: MakeLear
             router=config.router,
         )
         run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
-        if needs_reference(config.algorithm):
+        if not isinstance(config, DistillConfig) and needs_reference(config.algorithm):
             policy.keep_reference()
         learner = make_learner(config, run, policy)
-        state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
+        state = run.resume(learner.trained) or {"step": 0, "position": 0, "totals": {}}
         owners = policy.weight_owners(config.weights.transport)
         rollouts = None
         if engine is not None and workers is not None:
@@ -135,7 +143,7 @@ class OnlineLoop:
 
     def __init__(
         self,
-        config: GrpoConfig,
+        config: OnlineRoot,
         run: Run,
         policy: Policy,
         learner: Learner,
@@ -181,6 +189,7 @@ class OnlineLoop:
             totals["accuracy_before"] = found["accuracy"]
             run.log(0, found)
         if self.overlaps:
+            assert isinstance(config, GrpoConfig), "refused for the others"
             self.policy.before_update = self._pause_engine
             for line in describe_overlap(config, state["step"]):
                 run.console.note(line)
@@ -209,7 +218,7 @@ class OnlineLoop:
             totals["wall_seconds"] = earlier + run.seconds_so_far()
             kept = {"curriculum": curriculum.state()} if curriculum is not None else {}
             run.after_step(
-                step, last, self.policy, {"position": collector.position, "totals": totals, **kept}
+                step, last, self.learner.trained, {"position": collector.position, "totals": totals, **kept}
             )
         run.finish(run_summary(run.kind, last, totals))
 
@@ -233,12 +242,12 @@ class OnlineLoop:
         """Let the other side's ``weights.offload`` sleep first, so that both never hold all of theirs."""
         parts = self.config.weights.offload
         if side == "engine":
-            self.policy.sleep([part for part in parts if part != "kv_cache"])
+            self.learner.trained.sleep([part for part in parts if part != "kv_cache"])
         elif "kv_cache" in parts and self.engine is not None:
             self.engine.sleep()
         broadcast(None)  # no rank takes memory that another has not given up yet
         if side == "trainer":
-            self.policy.wake()
+            self.learner.trained.wake()
         elif "kv_cache" in parts and self.engine is not None:
             self.engine.wake()
 

@@ -28,7 +28,7 @@ from megarl.models.table import Architecture
 from megarl.platform import ranges
 from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory
-from megarl.trainer.policy import Policy, broadcast
+from megarl.trainer.policy import Policy, Trained, broadcast
 from megarl.weights.hf import export_hf
 
 
@@ -104,7 +104,7 @@ class Run:
 
     # --- checkpoints --------------------------------------------------------------------------
 
-    def resume(self, policy: Policy) -> dict[str, Any] | None:
+    def resume(self, policy: Trained) -> dict[str, Any] | None:
         """Load the latest complete checkpoint into ``policy``; returns its state, None for a fresh run."""
         found = self.directory.latest_checkpoint() if self.is_first else None
         path: Path | None = broadcast(found)
@@ -121,7 +121,7 @@ class Run:
             self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
         return state
 
-    def after_step(self, step: int, last_step: int, policy: Policy, state: Mapping[str, Any]) -> None:
+    def after_step(self, step: int, last_step: int, policy: Trained, state: Mapping[str, Any]) -> None:
         """Save when it is time; end the process here if a signal asked for it."""
         self.checkpoints.poll()
         number = self.signal_number()

@@ -14,7 +14,7 @@ from megarl.config.checkpoint import CheckpointConfig
 from megarl.metrics.console import Console
 from megarl.platform import ranges
 from megarl.rundir import RunDirectory
-from megarl.trainer.policy import PendingSave, Policy, gather
+from megarl.trainer.policy import PendingSave, Trained, gather
 
 STATE_FILE = "run_state.json"
 
@@ -49,13 +49,15 @@ class Checkpoints:
         """Whether a checkpoint is being written in the background."""
         return self._pending is not None
 
-    def save(self, step: int, policy: Policy, state: Mapping[str, Any], values: Mapping[str, float]) -> None:
+    def save(self, step: int, policy: Trained, state: Mapping[str, Any], values: Mapping[str, float]) -> None:
         """Write, or begin to write, the checkpoint of ``step``, whose metrics are ``values``."""
         self.wait()
         with ranges.phase("checkpoint"):
             self._save(step, policy, state, values)
 
-    def _save(self, step: int, policy: Policy, state: Mapping[str, Any], values: Mapping[str, float]) -> None:
+    def _save(
+        self, step: int, policy: Trained, state: Mapping[str, Any], values: Mapping[str, float]
+    ) -> None:
         began = time.perf_counter()
         config = self._config
         text = json.dumps({"step": step, **state, **self._rank_of(step, values)})

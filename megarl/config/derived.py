@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megarl.config.distill import DistillAlgorithmConfig, DistillConfig
+from megarl.config.ppo import PpoAlgorithmConfig, PpoConfig
 from megarl.config.preference import DpoConfig, PreferenceAlgorithmConfig, RmConfig
 from megarl.config.run import ProfileConfig
 from megarl.config.schema import (
@@ -20,7 +22,8 @@ from megarl.config.schema import (
     SftConfig,
 )
 
-TrainingConfig = SftConfig | DpoConfig | RmConfig | GrpoConfig
+OnlineRoot = GrpoConfig | PpoConfig | DistillConfig
+TrainingConfig = SftConfig | DpoConfig | RmConfig | OnlineRoot
 AnyConfig = TrainingConfig | EvalConfig
 
 
@@ -34,14 +37,19 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
 
 
-def optimizer_steps_per_batch(algorithm: GrpoAlgorithmConfig) -> int:
+def optimizer_steps_per_batch(
+    algorithm: GrpoAlgorithmConfig | PpoAlgorithmConfig | DistillAlgorithmConfig,
+) -> int:
     """Optimizer steps taken on one rollout batch, over all its epochs."""
     return algorithm.num_optimizer_steps_per_batch * algorithm.num_epochs_per_batch
 
 
 def num_optimizer_steps(config: TrainingConfig) -> int:
-    """Optimizer steps of the whole run: the length of the learning-rate schedule."""
-    if isinstance(config, GrpoConfig):
+    """The (policy's) optimizer steps of the whole run: the length of the learning-rate schedule."""
+    if isinstance(config, PpoConfig):
+        steps = config.training.num_steps - config.critic.warmup_steps
+        return steps * optimizer_steps_per_batch(config.algorithm)
+    if isinstance(config, GrpoConfig | DistillConfig):
         return config.training.num_steps * optimizer_steps_per_batch(config.algorithm)
     return config.training.num_steps
 
@@ -58,8 +66,10 @@ def profiled_steps(profile: ProfileConfig) -> frozenset[int]:
     return frozenset(steps)
 
 
-def needs_reference(algorithm: GrpoAlgorithmConfig) -> bool:
+def needs_reference(algorithm: GrpoAlgorithmConfig | PpoAlgorithmConfig) -> bool:
     """Whether reference logprobs enter the loss or the reward."""
+    if isinstance(algorithm, PpoAlgorithmConfig):
+        return algorithm.kl_reward_coef > 0
     return algorithm.kl_coef > 0 or algorithm.kl_reward_coef > 0
 
 
@@ -68,12 +78,14 @@ def uses_reference(algorithm: PreferenceAlgorithmConfig) -> bool:
     return algorithm.loss in ("dpo", "ipo", "kto")
 
 
-def needs_old_logprobs(algorithm: GrpoAlgorithmConfig) -> bool:
+def needs_old_logprobs(algorithm: GrpoAlgorithmConfig | PpoAlgorithmConfig) -> bool:
     """Whether old logprobs need a pass of their own.
 
     With one optimizer step per batch the trainer's logprobs before it are the current ones, detached: a
     pass is made only for what must know them before the step. The engine's are there already.
     """
+    if isinstance(algorithm, PpoAlgorithmConfig):
+        return algorithm.kl_reward_coef > 0 or optimizer_steps_per_batch(algorithm) > 1
     if algorithm.old_logprobs == "rollout":
         return False
     asked = algorithm.kl_reward_coef > 0 or algorithm.max_logprob_error is not None
@@ -85,9 +97,9 @@ def has_ratios(algorithm: GrpoAlgorithmConfig) -> bool:
     return algorithm.old_logprobs == "rollout" or optimizer_steps_per_batch(algorithm) > 1
 
 
-def why_no_old_pass(algorithm: GrpoAlgorithmConfig) -> str:
+def why_no_old_pass(algorithm: GrpoAlgorithmConfig | PpoAlgorithmConfig) -> str:
     """For a log line, where needs_old_logprobs is false."""
-    if algorithm.old_logprobs == "rollout":
+    if isinstance(algorithm, GrpoAlgorithmConfig) and algorithm.old_logprobs == "rollout":
         return "they are the engine's"
     return "one optimizer step per rollout batch: old = current"
 
@@ -146,12 +158,12 @@ def describe(config: AnyConfig, model_config: dict[str, Any] | None) -> list[str
         )
     if not isinstance(config, EvalConfig):
         lines.append(f"optimizer steps in all: {num_optimizer_steps(config)}")
-    if isinstance(config, GrpoConfig):
-        lines += _describe_grpo(config)
+    if isinstance(config, OnlineRoot):
+        lines += _describe_online(config)
     return lines
 
 
-def _describe_grpo(config: GrpoConfig) -> list[str]:
+def _describe_online(config: OnlineRoot) -> list[str]:
     rollout, algorithm = config.rollout, config.algorithm
     samples = rollout.num_prompts_per_step * rollout.num_generations_per_prompt
     per_update = samples // algorithm.num_optimizer_steps_per_batch
@@ -161,6 +173,9 @@ def _describe_grpo(config: GrpoConfig) -> list[str]:
         f"samples per optimizer step: {per_update}, optimizer steps per rollout batch: "
         f"{optimizer_steps_per_batch(algorithm)}",
     ]
+    if isinstance(config, DistillConfig):
+        return [*lines, f"teacher: {config.teacher.path}"]
+    assert not isinstance(algorithm, DistillAlgorithmConfig)
     if needs_old_logprobs(algorithm):
         lines.append("old logprobs: one forward pass per rollout batch")
     else:
@@ -168,5 +183,11 @@ def _describe_grpo(config: GrpoConfig) -> list[str]:
     if needs_reference(algorithm):
         lines.append("reference logprobs: one forward pass per rollout batch")
     else:
-        lines.append("reference logprobs: pass skipped (algorithm.kl_coef is 0)")
+        name = "kl_coef" if isinstance(config, GrpoConfig) else "kl_reward_coef"
+        lines.append(f"reference logprobs: pass skipped (algorithm.{name} is 0)")
+    if isinstance(config, PpoConfig):
+        lines.append(
+            f"critic: {config.critic.path or config.model.path}, "
+            f"{config.training.num_steps * optimizer_steps_per_batch(algorithm)} optimizer steps"
+        )
     return lines

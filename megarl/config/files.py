@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megarl.config.derived import is_megatron_checkpoint, max_sequence_length, read_model_config
-from megarl.config.schema import EvalConfig, GrpoConfig, Section
+from megarl.config.derived import OnlineRoot, is_megatron_checkpoint, max_sequence_length, read_model_config
+from megarl.config.schema import EvalConfig, Section
 from megarl.config.validate_data import parts_of
 from megarl.config.violation import Violation
 
@@ -26,7 +26,7 @@ def find_file_violations(config: Section) -> list[Violation]:
         *_run_directory(getattr(config, "run", None)),
         *_data_files(getattr(config, "data", None)),
         *_model(config),
-        *_reference(config),
+        *_other_models(config),
     ]
 
 
@@ -75,17 +75,18 @@ def _model(config: Section) -> Violations:
     yield from _kv_cache_fits(config, model_config)
 
 
-def _reference(config: Section) -> Violations:
-    path = getattr(getattr(config, "reference", None), "path", None)
-    if path is None:
-        return
-    directory, field = Path(path), ("reference", "path")
-    if not directory.is_dir():
-        yield Violation(field, f"no such directory (got {path!r}){_from_here(path)}")
-        return
-    missing = [] if (directory / "config.json").is_file() else ["config.json"]
-    if missing := missing + _missing_weights(directory):
-        yield Violation(field, f"the directory lacks {', '.join(missing)} (got {path!r})")
+def _other_models(config: Section) -> Violations:
+    for section in ("reference", "critic", "teacher"):
+        path = getattr(getattr(config, section, None), "path", None)
+        if path is None:
+            continue
+        directory, field = Path(path), (section, "path")
+        if not directory.is_dir():
+            yield Violation(field, f"no such directory (got {path!r}){_from_here(path)}")
+            continue
+        missing = [] if (directory / "config.json").is_file() else ["config.json"]
+        if missing := missing + _missing_weights(directory):
+            yield Violation(field, f"the directory lacks {', '.join(missing)} (got {path!r})")
 
 
 def _missing_weights(directory: Path) -> list[str]:
@@ -124,7 +125,7 @@ def _kv_cache_fits(config: Section, model_config: dict[str, Any]) -> Violations:
     """The engine refuses to start unless its cache holds one sequence of full length."""
     cache = getattr(getattr(getattr(config, "rollout", None), "engine", None), "kv_cache_gib", None)
     needed = {"num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"}
-    if not isinstance(config, GrpoConfig | EvalConfig) or cache is None or not needed <= model_config.keys():
+    if not isinstance(config, OnlineRoot | EvalConfig) or cache is None or not needed <= model_config.keys():
         return
     try:
         longest = max_sequence_length(config, model_config)

@@ -219,22 +219,27 @@ class WeightsConfig(Section):
     """Keep cached keys and values over a hand-over, though older weights made them."""
 
 
-class GrpoTrainingConfig(Section):
-    """Length of a GRPO run."""
+class OnlineTrainingConfig(Section):
+    """Length of a run that learns from its own samples."""
 
     num_steps: PositiveInt
     """Rollout batches."""
 
 
-class GrpoConfig(TrainingRoot):
-    """Root of `megarl grpo`."""
+class OnlineConfig(TrainingRoot):
+    """What runs that learn from their own samples have in common."""
 
     data: PromptDataConfig
     rollout: RolloutConfig
-    algorithm: GrpoAlgorithmConfig = GrpoAlgorithmConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     weights: WeightsConfig = WeightsConfig()
-    training: GrpoTrainingConfig
+    training: OnlineTrainingConfig
+
+
+class GrpoConfig(OnlineConfig):
+    """Root of `megarl grpo`."""
+
+    algorithm: GrpoAlgorithmConfig = GrpoAlgorithmConfig()
 
 
 class EvalConfig(Section):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from megarl.config.distill import DistillConfig
 from megarl.config.introspect import Path, dotted, sections_of, tag_of, walk
 from megarl.config.plan import PlanConfig
+from megarl.config.ppo import PpoConfig
 from megarl.config.preference import DpoConfig, RmConfig
 from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
 
-COMMANDS: dict[str, type[SftConfig | DpoConfig | RmConfig | GrpoConfig | EvalConfig]] = {
+COMMANDS: dict[
+    str, type[SftConfig | DpoConfig | RmConfig | GrpoConfig | PpoConfig | DistillConfig | EvalConfig]
+] = {
     "sft": SftConfig,
     "dpo": DpoConfig,
     "rm": RmConfig,
     "grpo": GrpoConfig,
+    "ppo": PpoConfig,
+    "distill": DistillConfig,
     "eval": EvalConfig,
 }
 """Commands that run something."""

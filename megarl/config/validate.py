@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from megarl.config.derived import TrainingConfig, model_parallel_size, num_optimizer_steps
+from megarl.config.derived import OnlineRoot, TrainingConfig, model_parallel_size, num_optimizer_steps
+from megarl.config.distill import DistillConfig
+from megarl.config.ppo import PpoConfig
 from megarl.config.preference import DpoConfig, RmConfig
 from megarl.config.schema import (
     EnvironmentSource,
     EvalConfig,
     GrpoConfig,
+    OnlineConfig,
     ReasoningGymMixtureSource,
     ReasoningGymSource,
     Section,
@@ -22,8 +25,10 @@ from megarl.config.schema import (
 )
 from megarl.config.validate_algorithm import ALGORITHM_RULES
 from megarl.config.validate_data import DATA_RULES
+from megarl.config.validate_distill import DISTILL_RULES
 from megarl.config.validate_environments import ENVIRONMENT_RULES
-from megarl.config.validate_evaluation import EVALUATION_RULES, GRPO_EVALUATION_RULES
+from megarl.config.validate_evaluation import EVALUATION_RULES, ONLINE_EVALUATION_RULES
+from megarl.config.validate_ppo import PPO_RULES
 from megarl.config.validate_preference import DPO_RULES, RM_RULES
 from megarl.config.validate_run import RUN_RULES
 from megarl.config.violation import Violation
@@ -46,7 +51,11 @@ def find_violations(config: Section, *, partial: bool = False) -> list[Violation
     elif isinstance(config, RmConfig):
         found += _apply(_TRAINING_RULES + RM_RULES, config, partial)
     elif isinstance(config, GrpoConfig):
-        found += _apply(_TRAINING_RULES + _GRPO_RULES, config, partial)
+        found += _apply(_TRAINING_RULES + _ONLINE_RULES + ALGORITHM_RULES, config, partial)
+    elif isinstance(config, PpoConfig):
+        found += _apply(_TRAINING_RULES + _ONLINE_RULES + PPO_RULES, config, partial)
+    elif isinstance(config, DistillConfig):
+        found += _apply(_TRAINING_RULES + _ONLINE_RULES + DISTILL_RULES, config, partial)
     elif isinstance(config, EvalConfig):
         found += _apply(_EVAL_RULES, config, partial)
     return found
@@ -121,8 +130,8 @@ def _overlap(config: TrainingConfig) -> Violations:
     if not parallel.overlap_grad_reduce:
         reason = "needs parallel.overlap_grad_reduce = true (Megatron's hooks are the same)"
         yield Violation(field, reason, (("parallel", "overlap_grad_reduce"),))
-    if isinstance(config, GrpoConfig):
-        yield Violation(field, "not for grpo: engines read the parameters right after every step", ())
+    if isinstance(config, OnlineConfig):
+        yield Violation(field, "not with an engine: engines read the parameters right after every step", ())
 
 
 def _expert_parallel(config: TrainingConfig) -> Violations:
@@ -200,7 +209,7 @@ def _sft_ranks(config: SftConfig) -> Violations:
     yield from _enough_for_ranks(config, config.training.batch_size, ("training", "batch_size"))
 
 
-def _grpo_ranks(config: GrpoConfig) -> Violations:
+def _rollout_ranks(config: OnlineRoot) -> Violations:
     rollout, updates = config.rollout, config.algorithm.num_optimizer_steps_per_batch
     samples = rollout.num_prompts_per_step * rollout.num_generations_per_prompt
     if samples >= updates:
@@ -217,7 +226,7 @@ def _enough_for_ranks(config: TrainingConfig, sequences: int, path: tuple[str, .
         )
 
 
-def _updates_per_batch(config: GrpoConfig) -> Violations:
+def _updates_per_batch(config: OnlineRoot) -> Violations:
     prompts, updates = config.rollout.num_prompts_per_step, config.algorithm.num_optimizer_steps_per_batch
     if prompts % updates:
         yield Violation(
@@ -227,7 +236,7 @@ def _updates_per_batch(config: GrpoConfig) -> Violations:
         )
 
 
-def _rollout_size(config: GrpoConfig) -> Violations:
+def _rollout_size(config: OnlineConfig) -> Violations:
     train, prompts = config.data.train, config.rollout.num_prompts_per_step
     sized = ReasoningGymSource | ReasoningGymMixtureSource | EnvironmentSource
     if isinstance(train, sized) and prompts > train.size:
@@ -238,7 +247,7 @@ def _rollout_size(config: GrpoConfig) -> Violations:
         )
 
 
-def _response_lengths(config: GrpoConfig) -> Violations:
+def _response_lengths(config: OnlineConfig) -> Violations:
     packing = config.packing
     limit, name = packing.max_sequence_length, "packing.max_sequence_length"
     if limit is None:
@@ -256,7 +265,7 @@ def _response_lengths(config: GrpoConfig) -> Violations:
             )
 
 
-def _engine(config: GrpoConfig | EvalConfig) -> Violations:
+def _engine(config: OnlineConfig | EvalConfig) -> Violations:
     engine = config.rollout.engine
     if engine.max_num_batched_tokens < engine.max_num_seqs:
         yield Violation(
@@ -281,15 +290,14 @@ _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     *DATA_RULES,
 ]
 _SFT_RULES: list[Callable[[SftConfig], Violations]] = [_sft_sizes, _sft_validation, _sft_ranks]
-_GRPO_RULES: list[Callable[[GrpoConfig], Violations]] = [
+_ONLINE_RULES: list[Callable[[OnlineRoot], Violations]] = [
     _updates_per_batch,
     _rollout_size,
-    _grpo_ranks,
+    _rollout_ranks,
     _response_lengths,
-    *ALGORITHM_RULES,
     *ENVIRONMENT_RULES,
     _engine,
-    *GRPO_EVALUATION_RULES,
+    *ONLINE_EVALUATION_RULES,
 ]
 _EVAL_RULES: list[Callable[[EvalConfig], Violations]] = [
     *DATA_RULES,

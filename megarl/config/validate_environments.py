@@ -18,12 +18,12 @@ from megarl.config.environments import (
 )
 from megarl.config.introspect import Path
 from megarl.config.mixture import ReasoningGymMixtureSource
-from megarl.config.schema import EvalConfig, GrpoConfig
+from megarl.config.schema import EvalConfig, OnlineConfig
 from megarl.config.validate_data import parts_of
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
-_Sampling = GrpoConfig | EvalConfig
+_Sampling = OnlineConfig | EvalConfig
 
 
 def _environments(config: _Sampling) -> Violations:

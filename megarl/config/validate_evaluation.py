@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megarl.config.schema import EvalConfig, EvaluationSizeConfig, GrpoConfig, ReasoningGymSource
+from megarl.config.schema import EvalConfig, EvaluationSizeConfig, OnlineConfig, ReasoningGymSource
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
 
 
-def _when(config: GrpoConfig) -> Violations:
+def _when(config: OnlineConfig) -> Violations:
     evaluation = config.evaluation
     asked = [name for name in ("interval", "at_start", "at_end") if getattr(evaluation, name)]
     if asked and config.data.held_out is None:
@@ -21,9 +21,9 @@ def _when(config: GrpoConfig) -> Violations:
         )
 
 
-def _size(config: GrpoConfig | EvalConfig) -> Violations:
+def _size(config: OnlineConfig | EvalConfig) -> Violations:
     evaluation, held_out = config.evaluation, config.data.held_out
-    if isinstance(config, GrpoConfig) and not _ever(config):
+    if isinstance(config, OnlineConfig) and not _ever(config):
         return
     count = evaluation.num_prompts
     if isinstance(held_out, ReasoningGymSource) and count is not None and count > held_out.size:
@@ -34,12 +34,12 @@ def _size(config: GrpoConfig | EvalConfig) -> Violations:
         )
 
 
-def _ever(config: GrpoConfig) -> bool:
+def _ever(config: OnlineConfig) -> bool:
     evaluation = config.evaluation
     return bool(evaluation.interval) or evaluation.at_start or evaluation.at_end
 
 
-def _sampling(config: GrpoConfig | EvalConfig) -> Violations:
+def _sampling(config: OnlineConfig | EvalConfig) -> Violations:
     evaluation = config.evaluation
     n = evaluation.num_samples_per_prompt
     if evaluation.temperature == 0:
@@ -65,7 +65,7 @@ def _sampling(config: GrpoConfig | EvalConfig) -> Violations:
             )
 
 
-def _consensus(config: GrpoConfig | EvalConfig) -> Violations:
+def _consensus(config: OnlineConfig | EvalConfig) -> Violations:
     evaluation = config.evaluation
     default = EvaluationSizeConfig.model_fields["consensus_draws"].default
     if evaluation.consensus == "closed" and evaluation.consensus_draws != default:
@@ -82,5 +82,5 @@ def _consensus(config: GrpoConfig | EvalConfig) -> Violations:
         )
 
 
-EVALUATION_RULES: list[Callable[[GrpoConfig | EvalConfig], Violations]] = [_size, _sampling, _consensus]
-GRPO_EVALUATION_RULES: list[Callable[[GrpoConfig], Violations]] = [_when, *EVALUATION_RULES]
+EVALUATION_RULES: list[Callable[[OnlineConfig | EvalConfig], Violations]] = [_size, _sampling, _consensus]
+ONLINE_EVALUATION_RULES: list[Callable[[OnlineConfig], Violations]] = [_when, *EVALUATION_RULES]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megarl.config.derived import TrainingConfig, profiled_steps
 from megarl.config.run import ProfileConfig
-from megarl.config.schema import GrpoConfig
+from megarl.config.schema import OnlineConfig
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -27,7 +27,7 @@ def _best_checkpoint(config: TrainingConfig) -> Violations:
             )
         return
     held_out = config.data.held_out
-    evaluated = metric == "accuracy" if isinstance(config, GrpoConfig) else metric.startswith("validation_")
+    evaluated = metric == "accuracy" if isinstance(config, OnlineConfig) else metric.startswith("validation_")
     if evaluated and held_out is None:
         yield Violation(
             ("checkpoint", "keep_best_metric"),

@@ -42,7 +42,34 @@ class PendingSave(Protocol):
         ...
 
 
-class Policy(Protocol):
+class Trained(Protocol):
+    """One or several models with their optimizers. Every rank calls every method, in the same order."""
+
+    def sleep(self, parts: SequenceOf[str]) -> None:
+        """Give up the memory of "gradients" (freed) and "optimizer" (to the host) until :meth:`wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Undo :meth:`sleep`; without it, nothing. Training and saving do it by themselves."""
+        ...
+
+    def save(self, directory: Path, *, optimizer: bool) -> None:
+        """Write weights, optimizer and schedule as a Megatron distributed checkpoint."""
+        ...
+
+    def start_save(self, directory: Path, *, optimizer: bool) -> PendingSave:
+        """As ``save``, but return when this rank's part is copied to host memory and training may go on.
+
+        Every rank then calls ``finish`` of the result, at the latest before another save.
+        """
+        ...
+
+    def load(self, directory: Path) -> bool:
+        """Read what ``save`` wrote, under this run's layout; whether random states were restored too."""
+        ...
+
+
+class Policy(Trained, Protocol):
     """Every rank calls every method, in the same order."""
 
     before_update: Callable[[], None] | None
@@ -136,29 +163,6 @@ class Policy(Protocol):
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the Hugging Face checkpoint, on rank 0 (elsewhere none)."""
-        ...
-
-    def sleep(self, parts: SequenceOf[str]) -> None:
-        """Give up the memory of "gradients" (freed) and "optimizer" (to the host) until :meth:`wake`."""
-        ...
-
-    def wake(self) -> None:
-        """Undo :meth:`sleep`; without it, nothing. Training and saving do it by themselves."""
-        ...
-
-    def save(self, directory: Path, *, optimizer: bool) -> None:
-        """Write weights, optimizer and schedule as a Megatron distributed checkpoint."""
-        ...
-
-    def start_save(self, directory: Path, *, optimizer: bool) -> PendingSave:
-        """As ``save``, but return when this rank's part is copied to host memory and training may go on.
-
-        Every rank then calls ``finish`` of the result, at the latest before another save.
-        """
-        ...
-
-    def load(self, directory: Path) -> bool:
-        """Read what ``save`` wrote, under this run's layout; whether random states were restored too."""
         ...
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -12,9 +14,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from megarl.layout import ParallelLayout
-from megarl.losses.base import LossTokens
+from megarl.losses.base import LossResult, LossTokens
+from megarl.models.spec import ModelSpec
 from megarl.ops import TokenLogprobs, linear_support_min_logit, linear_token_logprob
 from megarl.records import PackedBatch
+from megarl.trainer.megatron.initialize import RankContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,32 @@ class HeadShard:
     layout: ParallelLayout
 
 
+def head_shard(last_chunk: Any, spec: ModelSpec, context: RankContext) -> HeadShard:
+    """The rows that the last stage's chunk of this rank holds."""
+    layout = context.layout
+    start = context.at.tensor * (spec.padded_vocab(layout.tensor) // layout.tensor)
+    return HeadShard(last_chunk.head_weight(), start, layout)
+
+
+@dataclass(frozen=True, slots=True)
+class OnHidden:
+    """A use of a microbatch that wants hidden states [T, H] and the head instead of logprobs."""
+
+    call: Callable[[PackedBatch, torch.Tensor, torch.Tensor, HeadShard], LossResult]
+
+
+def rows_of(hidden: torch.Tensor, rows: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
+    """hidden[rows] [N, H] for an op on this tensor rank's rows of the head.
+
+    hidden [T, H], with sequence parallelism this rank's share of it. Gradients of the result, of this rank's
+    part of the vocabulary alone, are summed over tensor ranks.
+    """
+    if layout.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        return hidden.index_select(0, rows)
+    return copy_to_tensor_model_parallel_region(hidden.index_select(0, rows))
+
+
 def label_logprobs(
     hidden: torch.Tensor,
     head: HeadShard,
@@ -54,11 +84,7 @@ def label_logprobs(
     hidden [T, H] (with sequence parallelism this rank's share of it), labels [T], rows [N]. A sampler
     that truncates takes another pass over the logits, for its support; that gets no gradient.
     """
-    if head.layout.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        hidden = hidden.index_select(0, rows)
-    else:
-        hidden = copy_to_tensor_model_parallel_region(hidden.index_select(0, rows))
+    hidden = rows_of(hidden, rows, head.layout)
     group = parallel_state.get_tensor_model_parallel_group() if head.layout.tensor > 1 else None
     support = None
     if sampler.truncates:

@@ -30,7 +30,7 @@ from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch, prefix_spans
 from megarl.trainer.megatron.batches import make_batches
-from megarl.trainer.megatron.head import HeadShard, Sampler, label_logprobs, loss_tokens
+from megarl.trainer.megatron.head import HeadShard, OnHidden, Sampler, head_shard, label_logprobs, loss_tokens
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
@@ -98,6 +98,7 @@ class MegatronPolicy:
         self._costs = CostModel.transformer(architecture.spec.hidden_size)
         self.num_computed_tokens = 0
         self.before_update: Callable[[], None] | None = None
+        self.ddp: list[Any] = list(self.chunks)
         if optimizer is None:
             return
         reduction = DistributedDataParallelConfig(
@@ -271,12 +272,10 @@ class MegatronPolicy:
         no_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # denominators are in the weights
         # Maybe none, in a dummy or on one of the context-parallel ranks: all take part in every collective.
         rows = batch.loss_mask.nonzero().flatten()
-        head = HeadShard(
-            self.chunks[-1].head_weight(),
-            vocab_start=self.context.at.tensor
-            * (self.architecture.spec.padded_vocab(self.context.layout.tensor) // self.context.layout.tensor),
-            layout=self.context.layout,
-        )
+        head = self.head_shard()
+        if isinstance(use, OnHidden):
+            result = use.call(batch, rows, hidden[:, 0], head)
+            return result.loss, no_tokens, result
         try:
             out = label_logprobs(
                 hidden[:, 0], head, batch.labels, rows, sampler, check_numerics=self._check_numerics
@@ -289,6 +288,10 @@ class MegatronPolicy:
                 f"(id {int(batch.labels[row])}) of sequence {int(batch.sequence_ids[row])} of the step"
             ) from error
         return result.loss, no_tokens, result
+
+    def head_shard(self) -> HeadShard:
+        """This rank's rows of the head (last stage)."""
+        return head_shard(self.chunks[-1], self.architecture.spec, self.context)
 
     # --- reductions over ranks ----------------------------------------------------------------
 

@@ -1,0 +1,118 @@
+"""On-policy distillation (GKD: Agarwal et al. 2023, arXiv:2306.13649, with samples of the student alone).
+
+What follows the rollout in a step, in data order (every rank)::
+
+    samples -> packing -> teacher's hidden states -> divergence of both distributions -> optimizer
+
+With p the student's distribution of a response's token, q the teacher's, both at rollout.temperature, the
+loss is the mean over tokens of KL(q || p) (forward), KL(p || q) (reverse), or with M = (1 - beta) p + beta q
+(1 - beta) KL(p || M) + beta KL(q || M) (jensen_shannon). It is exact over the vocabulary, though neither
+model's logits ever exist in full, or, forward, over the teacher's top k. Tokens are drawn from p, and as in
+the paper no gradient goes through the drawing. Rewards are only logged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.algorithms.grpo import to_sequence
+from megarl.algorithms.online import Learned, run_online
+from megarl.algorithms.run import Run
+from megarl.config.distill import DistillConfig
+from megarl.config.schema import ModelConfig
+from megarl.data.tokenizer import load_tokenizer
+from megarl.errors import UserError
+from megarl.models import load_architecture
+from megarl.records import Group
+
+
+def run_distill(config: DistillConfig) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    check_vocabularies(config)
+    run_online(config, "distill", DistillLearner)
+
+
+def check_vocabularies(config: DistillConfig) -> None:
+    """Refuse a teacher whose token ids mean something else."""
+    student, teacher = (load_architecture(path).spec for path in (config.model.path, config.teacher.path))
+    if student.vocab_size != teacher.vocab_size:
+        raise UserError(
+            f"teacher.path: {config.teacher.path} has a vocabulary of {teacher.vocab_size} tokens, the "
+            f"student one of {student.vocab_size}"
+        )
+    ours, theirs = (load_tokenizer(path).get_vocab() for path in (config.model.path, config.teacher.path))
+    if ours != theirs:
+        token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))[0]
+        raise UserError(
+            f"teacher.path: {config.teacher.path} has another tokenizer than {config.model.path} (token "
+            f"{token!r})"
+        )
+
+
+class DistillLearner:
+    """Implements :class:`megarl.algorithms.online.Learner`."""
+
+    def __init__(self, config: DistillConfig, run: Run, policy: Any) -> None:
+        from megarl.trainer.megatron.distill import Distiller, DistillOptions
+        from megarl.trainer.megatron.policy import MegatronPolicy
+
+        self.config, self.run, self.policy, self.trained = config, run, policy, policy
+        algorithm, path = config.algorithm, config.teacher.path
+        teacher = MegatronPolicy(
+            policy.context,
+            load_architecture(path),
+            ModelConfig(path=path, dtype=config.model.dtype),
+            config.packing,
+        )
+        self.distiller = Distiller(
+            policy,
+            teacher,
+            DistillOptions(
+                divergence=algorithm.divergence,
+                beta=0.5 if algorithm.beta is None else algorithm.beta,
+                temperature=config.rollout.temperature,
+                top_k=algorithm.teacher_top_k,
+                renormalize=algorithm.renormalize_top_k is not False,
+            ),
+        )
+
+    def notes(self) -> list[str]:
+        """See Learner."""
+        algorithm = self.config.algorithm
+        over = (
+            "the whole vocabulary"
+            if algorithm.teacher_top_k is None
+            else f"the teacher's top {algorithm.teacher_top_k}"
+        )
+        return [f"teacher: {self.config.teacher.path}; {algorithm.divergence} divergence over {over}"]
+
+    def learn(self, step: int, groups: list[Group]) -> Learned:
+        """See Learner. Samples get no advantage."""
+        algorithm, count = self.config.algorithm, self.config.algorithm.num_optimizer_steps_per_batch
+        parts, tokens, computed = [], 0, 0
+        for i in range(count):
+            chosen = groups[len(groups) * i // count : len(groups) * (i + 1) // count]
+            sequences = [to_sequence(sample) for group in chosen for sample in group.samples]
+            if not sequences:  # fewer groups than parts: the environment failed the others, with a line
+                continue
+            parts.append(self.policy.prepare(sequences, algorithm.loss_aggregation))
+            tokens += sum(len(s.token_ids) for s in sequences)
+            computed += self.policy.num_computed_tokens
+        with self.run.timers("logprobs"):
+            for batches in parts:
+                self.distiller.read_teacher(batches)
+        results, total = [], algorithm.num_epochs_per_batch * len(parts)
+        with self.run.timers("train"), self.run.console.progress("train", total=total) as advance:
+            for batches in parts * algorithm.num_epochs_per_batch:
+                results.append(self.distiller.step(batches))
+                advance(1)
+        self.distiller.forget()
+        names = results[0].metrics
+        values = {name: sum(r.metrics[name] for r in results) / len(results) for name in names}
+        values["lr"] = results[-1].metrics["lr"]
+        values |= {"num_microbatches": sum(map(len, parts)), "num_tokens": tokens}
+        values["num_computed_tokens"] = computed
+        seconds = self.run.timers.seconds("train")
+        values["tokens_per_second_train"] = tokens * algorithm.num_epochs_per_batch / seconds
+        # The first step's logprobs are those of the weights that drew the samples.
+        return Learned(values, results[0].agreement)

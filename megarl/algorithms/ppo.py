@@ -1,0 +1,274 @@
+"""Proximal policy optimisation with a critic (PPO: Schulman et al. 2017, arXiv:1707.06347).
+
+What follows the rollout in a step, in data order (every rank)::
+
+    graded samples -> packing -> values, [old, reference logprobs] -> GAE -> critic and policy, alternating
+
+With r_t the token's reward (the episode's with the last token, less kl_reward_coef (old - ref) of each), V
+the critic and rho the ratio of the token's probability to what it was before the step::
+
+    A_t = delta_t + gamma lambda A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t,  R_t = A_t + V_t
+    policy: max(-A rho, -A clamp(rho, 1 - c_low, 1 + c_high))      critic: losses/value.py
+
+A is normalised over the batch. All values are gathered on every rank, so that A depends on no layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megarl.advantages.token_level import token_advantages
+from megarl.algorithms.grpo import to_sequence
+from megarl.algorithms.online import Learned, run_online
+from megarl.algorithms.run import Run
+from megarl.config.derived import needs_old_logprobs, needs_reference, optimizer_steps_per_batch
+from megarl.config.ppo import PpoConfig
+from megarl.config.schema import ModelConfig
+from megarl.errors import UserError
+from megarl.losses.agreement import Agreement
+from megarl.losses.policy import PolicyLoss
+from megarl.losses.value import ValueLoss
+from megarl.models import load_architecture
+from megarl.ops.policy_loss import PolicyLossOptions
+from megarl.packing.token_values import put
+from megarl.records import Group, PackedBatch, Sample, Sequence
+from megarl.trainer.policy import PendingSave, Policy, Trained, broadcast
+
+if TYPE_CHECKING:
+    from megarl.trainer.megatron.scorer import MegatronScorer
+
+
+def run_ppo(config: PpoConfig) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    run_online(
+        config, "ppo", lambda _, run, policy: PpoLearner(config, run, policy, make_critic(config, policy))
+    )
+
+
+def make_critic(config: PpoConfig, policy: Any) -> MegatronScorer:
+    """The critic, beside ``policy`` (a MegatronPolicy) and under its layout."""
+    from megarl.trainer.megatron.scorer import MegatronScorer
+
+    path = config.critic.path or config.model.path
+    architecture = load_architecture(path)
+    if architecture.spec.vocab_size != policy.architecture.spec.vocab_size:
+        raise UserError(f"critic.path: {path} has another vocabulary than {config.model.path}")
+    return MegatronScorer(
+        policy.context,
+        architecture,
+        ModelConfig(path=path, dtype=config.model.dtype),
+        config.packing,
+        config.critic.optimizer or config.optimizer,
+        config.training.num_steps * optimizer_steps_per_batch(config.algorithm),
+        rows="targets",
+        seed=config.run.seed,
+        check_numerics=config.debug.check_numerics,
+        router=config.router,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ActorCritic(Trained):
+    """Both models as one to checkpoints and to the memory they take turns in."""
+
+    policy: Policy
+    critic: MegatronScorer
+
+    def save(self, directory: Path, *, optimizer: bool) -> None:
+        """The critic's checkpoint lies in ``critic`` of the policy's."""
+        self.policy.save(directory, optimizer=optimizer)
+        if self.critic.context.is_first:
+            (directory / "critic").mkdir()
+        broadcast(None)  # nobody writes before it is there
+        self.critic.save(directory / "critic", optimizer=optimizer)
+
+    def start_save(self, directory: Path, *, optimizer: bool) -> PendingSave:
+        """Not for two models (checkpoint.async_save is refused)."""
+        raise NotImplementedError
+
+    def sleep(self, parts: AnySequence[str]) -> None:
+        """See Policy."""
+        self.policy.sleep(parts)
+        self.critic.sleep(parts)
+
+    def wake(self) -> None:
+        """See Policy."""
+        self.policy.wake()
+        self.critic.wake()
+
+    def load(self, directory: Path) -> bool:
+        """See Policy."""
+        return self.critic.load(directory / "critic") and self.policy.load(directory)
+
+
+@dataclass(slots=True)
+class Part:
+    """What one optimizer step learns from."""
+
+    samples: list[Sample]
+    sequences: list[Sequence]
+    batches: list[PackedBatch]
+
+
+class PpoLearner:
+    """Implements :class:`megarl.algorithms.online.Learner`."""
+
+    def __init__(self, config: PpoConfig, run: Run, policy: Policy, critic: MegatronScorer) -> None:
+        self.config, self.run, self.policy, self.critic = config, run, policy, critic
+        self.algorithm = algorithm = config.algorithm
+        self.trained = ActorCritic(policy, critic)
+        options = PolicyLossOptions(
+            clip_low=algorithm.clip_ratio_low,
+            clip_high=algorithm.clip_ratio_high,
+            dual_clip=algorithm.clip_ratio_c,
+            entropy_coef=algorithm.entropy_coef,
+        )
+        self.loss = PolicyLoss(options, config.debug.check_numerics)
+        self.value_loss = ValueLoss(config.critic.value_clip)
+        self.needs_reference, self.needs_old = needs_reference(algorithm), needs_old_logprobs(algorithm)
+
+    def notes(self) -> list[str]:
+        """See Learner."""
+        path = self.config.critic.path or self.config.model.path
+        head = "a new value head" if self.critic.has_new_head else "its own score head"
+        old = (
+            "one forward pass per batch" if self.needs_old else "skipped (one optimizer step: old = current)"
+        )
+        reference = "one forward pass per batch" if self.needs_reference else "skipped (kl_reward_coef = 0)"
+        return [
+            f"critic: {path} with {head}; the first {self.config.critic.warmup_steps} steps train it alone",
+            f"old logprobs: {old}; reference logprobs: {reference}",
+        ]
+
+    def learn(self, step: int, groups: list[Group]) -> Learned:
+        """See Learner."""
+        trains_policy = step > self.config.critic.warmup_steps
+        parts, values = self.pack(groups)
+        # Without an optimizer step nothing else compares engine and trainer.
+        agreement = self.fill_logprobs(parts, old=self.needs_old or not trains_policy)
+        values |= self.give_advantages(parts)
+        results, critic_results = self.train(parts, trains_policy)
+        if results and not self.needs_old:
+            agreement = results[0].agreement
+        for found in ([r.metrics for r in results], critic_results):
+            if found:
+                values |= {name: sum(f[name] for f in found) / len(found) for name in found[0]}
+        for name, found in (("lr", [r.metrics for r in results]), ("critic_lr", critic_results)):
+            if found:
+                values[name] = found[-1][name]
+        return Learned(values | self.speed(values["num_tokens"]), agreement)
+
+    def pack(self, groups: list[Group]) -> tuple[list[Part], dict[str, float]]:
+        """Whole groups, in order, to one part per optimizer step."""
+        count = self.algorithm.num_optimizer_steps_per_batch
+        parts, computed = [], 0
+        for i in range(count):
+            chosen = groups[len(groups) * i // count : len(groups) * (i + 1) // count]
+            samples = [sample for group in chosen for sample in group.samples]
+            if not samples:  # fewer groups than parts: the environment failed the others, with a line
+                continue
+            sequences = [to_sequence(s) for s in samples]
+            batches = self.policy.prepare(sequences, self.algorithm.loss_aggregation)
+            parts.append(Part(samples, sequences, batches))
+            computed += self.policy.num_computed_tokens
+        return parts, {
+            "num_microbatches": sum(len(part.batches) for part in parts),
+            "num_tokens": sum(s.num_tokens for part in parts for s in part.samples),
+            "num_computed_tokens": computed,
+        }
+
+    def fill_logprobs(self, parts: list[Part], *, old: bool) -> Agreement:
+        """Values, and the old and reference logprobs that are needed; engine against trainer."""
+        temperature, agreement = self.config.rollout.temperature, Agreement()
+        with self.run.timers("logprobs"):
+            for part in parts:
+                self.critic.fill_values(part.batches)
+                if old:
+                    agreement = agreement + self.policy.fill_logprobs(
+                        part.batches, "old_logprobs", temperature=temperature
+                    )
+            if self.needs_reference:
+                with self.policy.reference():
+                    for part in parts:
+                        self.policy.fill_logprobs(part.batches, "ref_logprobs", temperature=temperature)
+        return agreement
+
+    def give_advantages(self, parts: list[Part]) -> dict[str, float]:
+        """Advantages and returns to every microbatch, and their mean to each sample."""
+        algorithm, sequences = self.algorithm, [s for part in parts for s in part.sequences]
+        samples = [sample for part in parts for sample in part.samples]
+        kls = self.gather(parts, _k1) if self.needs_reference else None
+        values = self.gather(parts, lambda batch: batch.old_values)
+        found = token_advantages(
+            [float(sample.reward or 0.0) for sample in samples],
+            values,
+            [s.loss_mask for s in sequences],
+            gamma=algorithm.gamma,
+            gae_lambda=algorithm.gae_lambda,
+            normalize=algorithm.normalize_advantages,
+            kls=kls,
+            kl_coef=algorithm.kl_reward_coef,
+        )
+        start, told = 0, {}
+        for part in parts:
+            end = start + len(part.sequences)
+            for batch in part.batches:
+                batch.advantages = put(found.advantages[start:end], batch)
+                batch.returns = put(found.returns[start:end], batch)
+            start = end
+        masks = [np.array([0, *s.loss_mask[1:]], dtype=bool) for s in sequences]
+        for sample, own, mask in zip(samples, found.advantages, masks, strict=True):
+            sample.advantage = float(own[mask].mean()) if mask.any() else 0.0
+        told["return_mean"] = float(np.concatenate(found.returns)[np.concatenate(masks)].mean())
+        if found.explained_variance is not None:
+            told["explained_variance"] = found.explained_variance
+        if kls is not None:
+            told["kl_reward"] = float(np.concatenate(kls)[np.concatenate(masks)].mean())
+        return told
+
+    def gather(self, parts: list[Part], of: Any) -> list[Any]:
+        """What ``of`` says of each target, for every sequence of the parts, on every rank."""
+        return [
+            values for part in parts for values in self.policy.token_values(part.batches, of, part.sequences)
+        ]
+
+    def train(self, parts: list[Part], trains_policy: bool) -> tuple[list[Any], list[dict[str, float]]]:
+        """Every optimizer step of the batch, in order: the policy's results and the critic's."""
+        rollout, epochs = self.config.rollout, self.algorithm.num_epochs_per_batch
+        results, critic_results = [], []
+        with (
+            self.run.timers("train"),
+            self.run.console.progress("train", total=epochs * len(parts)) as advance,
+        ):
+            for part in parts * epochs:
+                found = self.critic.score_step(part.batches, self.value_loss)
+                renamed = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
+                critic_results.append({renamed.get(name, name): value for name, value in found.items()})
+                if trains_policy:
+                    results.append(
+                        self.policy.train_step(
+                            part.batches,
+                            self.loss,
+                            temperature=rollout.temperature,
+                            top_k=rollout.top_k,
+                            top_p=rollout.top_p,
+                        )
+                    )
+                advance(1)
+        return results, critic_results
+
+    def speed(self, tokens: float) -> dict[str, float]:
+        """Tokens trained on per second, by policy and critic together."""
+        seconds = self.run.timers.seconds("train")
+        return {"tokens_per_second_train": tokens * self.algorithm.num_epochs_per_batch / seconds}
+
+
+def _k1(batch: PackedBatch) -> Any:
+    assert batch.old_logprobs is not None
+    assert batch.ref_logprobs is not None
+    return batch.old_logprobs - batch.ref_logprobs

@@ -1,0 +1,43 @@
+"""Settings of `megarl distill`: a student learns a teacher's distribution on its own samples."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megarl.config.schema import OnlineConfig
+from megarl.config.section import PositiveInt, Section, Text
+
+
+class DistillAlgorithmConfig(Section):
+    """What is learned of the teacher (on-policy distillation, arXiv:2306.13649)."""
+
+    divergence: Literal["forward", "reverse", "jensen_shannon"] = "reverse"
+    """forward: KL(teacher || student), reverse: KL(student || teacher), jensen_shannon: between the two."""
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the teacher in jensen_shannon's mixture; null: 0.5."""
+    teacher_top_k: PositiveInt | None = None
+    """Compare only the teacher's so many likeliest tokens (forward); null: the whole vocabulary, exactly."""
+    renormalize_top_k: bool | None = None
+    """Scale the teacher's top k to sum to 1 (true), or leave the rest of its mass out; null: true."""
+    loss_aggregation: Literal["token", "sequence"] = "token"
+    """token: sum over tokens / T; sequence: mean over each sequence's tokens, then / S."""
+    num_optimizer_steps_per_batch: PositiveInt = 1
+    """Optimizer steps per pass over the rollout batch, each on its own share of the prompts."""
+    num_epochs_per_batch: PositiveInt = 1
+    """Passes over the rollout batch."""
+
+
+class TeacherConfig(Section):
+    """The frozen model whose distribution is learned."""
+
+    path: Text
+    """Hugging Face directory with the student's vocabulary; any supported family and size."""
+
+
+class DistillConfig(OnlineConfig):
+    """Root of `megarl distill`."""
+
+    algorithm: DistillAlgorithmConfig = DistillAlgorithmConfig()
+    teacher: TeacherConfig

@@ -1,0 +1,88 @@
+"""Token-level advantages against sums written out from the definitions, in float64."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from megarl.advantages.token_level import token_advantages
+
+GAMMA, LAMBDA, KL = 0.97, 0.9, 0.3
+
+
+def make(
+    seed: int, count: int = 5
+) -> tuple[list[float], list[np.ndarray], list[list[int]], list[np.ndarray]]:
+    draw = random.Random(seed)
+    rewards, values, masks, kls = [], [], [], []
+    for _ in range(count):
+        n = draw.randint(3, 12)
+        mask = [0, 0] + [int(draw.random() < 0.7) for _ in range(n - 2)]
+        mask[0] = 1  # ignored: nothing predicts the first token
+        masks.append(mask)
+        live = np.array([0, *mask[1:]])
+        values.append(live * np.array([draw.gauss(0, 1) for _ in range(n)]))
+        kls.append(live * np.array([draw.gauss(0, 1) for _ in range(n)]))
+        rewards.append(draw.gauss(0, 1))
+    return rewards, values, masks, kls
+
+
+def by_definition(reward: float, values: np.ndarray, targets: list[int], kl: np.ndarray) -> np.ndarray:
+    """A_t = sum_l (gamma lambda)^l delta_{t+l}, every term on its own."""
+    r = [-KL * kl[t] for t in targets]
+    r[-1] += reward
+    v = [values[t] for t in targets] + [0.0]
+    out = []
+    for i in range(len(targets)):
+        terms = [
+            (GAMMA * LAMBDA) ** (j - i) * (r[j] + GAMMA * v[j + 1] - v[j]) for j in range(i, len(targets))
+        ]
+        out.append(sum(terms))
+    return np.array(out)
+
+
+def test_against_the_definition() -> None:
+    rewards, values, masks, kls = make(1)
+    found = token_advantages(
+        rewards, values, masks, gamma=GAMMA, gae_lambda=LAMBDA, normalize=False, kls=kls, kl_coef=KL
+    )
+    residuals, returns = [], []
+    for s, mask in enumerate(masks):
+        targets = [i for i, m in enumerate(mask) if m and i]
+        expected = by_definition(rewards[s], values[s], targets, kls[s])
+        assert found.advantages[s][targets] == pytest.approx(expected, abs=1e-12)
+        assert found.returns[s][targets] == pytest.approx(expected + values[s][targets], abs=1e-12)
+        others = [i for i in range(len(mask)) if i not in targets]
+        assert not found.advantages[s][others].any() and not found.returns[s][others].any()
+        residuals += expected.tolist()
+        returns += (expected + values[s][targets]).tolist()
+    assert found.explained_variance == pytest.approx(1 - np.var(residuals) / np.var(returns), abs=1e-12)
+
+
+def test_normalisation_is_over_all_targets_and_leaves_returns() -> None:
+    rewards, values, masks, _ = make(2)
+    plain = token_advantages(rewards, values, masks, gamma=1.0, gae_lambda=1.0, normalize=False)
+    found = token_advantages(rewards, values, masks, gamma=1.0, gae_lambda=1.0, normalize=True)
+    chosen = [np.array([0, *mask[1:]], dtype=bool) for mask in masks]
+    own = np.concatenate([a[c] for a, c in zip(plain.advantages, chosen, strict=True)])
+    normal = np.concatenate([a[c] for a, c in zip(found.advantages, chosen, strict=True)])
+    assert normal == pytest.approx((own - own.mean()) / (own.std() + 1e-8), abs=1e-12)
+    assert all((a == b).all() for a, b in zip(plain.returns, found.returns, strict=True))
+    # With gamma = lambda = 1 and no KL every return is the episode's reward.
+    for reward, got, mask in zip(rewards, plain.returns, chosen, strict=True):
+        assert got[mask] == pytest.approx(np.full(mask.sum(), reward), abs=1e-12)
+
+
+def test_equal_advantages_are_zero_and_variance_is_left_out() -> None:
+    found = token_advantages(
+        [1.0, 1.0],
+        [np.zeros(3), np.zeros(4)],
+        [[0, 1, 1], [0, 1, 1, 1]],
+        gamma=1.0,
+        gae_lambda=1.0,
+        normalize=True,
+    )
+    assert not any(a.any() for a in found.advantages)
+    assert found.explained_variance is None
