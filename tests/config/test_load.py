@@ -232,8 +232,13 @@ def test_unknown_key_of_another_source_or_command(folder: Path) -> None:
 
 def test_a_grpo_file_given_to_sft(folder: Path) -> None:
     lines = errors(folder, kind=SftConfig)
-    assert "rollout: unknown key here; it is a setting of megarl grpo, eval [c.yaml:18]" in lines
-    assert "evaluation: unknown key here; it is a setting of megarl grpo, eval [c.yaml:22]" in lines
+    assert (
+        "rollout: unknown key here; it is a setting of megarl grpo, ppo, distill, eval [c.yaml:18]" in lines
+    )
+    assert (
+        "evaluation: unknown key here; it is a setting of megarl grpo, ppo, distill, eval [c.yaml:22]"
+        in lines
+    )
     assert (
         "training.batch_size: required but missing: an integer >= 1. Sequences per step, over "
         "all ranks. [c.yaml:24]" in lines

@@ -43,12 +43,12 @@ class HeadShard:
     vocab_start: int
     layout: ParallelLayout
 
-
-def head_shard(last_chunk: Any, spec: ModelSpec, context: RankContext) -> HeadShard:
-    """The rows that the last stage's chunk of this rank holds."""
-    layout = context.layout
-    start = context.at.tensor * (spec.padded_vocab(layout.tensor) // layout.tensor)
-    return HeadShard(last_chunk.head_weight(), start, layout)
+    @classmethod
+    def of(cls, last_chunk: Any, spec: ModelSpec, context: RankContext) -> HeadShard:
+        """The rows that the last stage's chunk of this rank holds."""
+        layout = context.layout
+        start = context.at.tensor * (spec.padded_vocab(layout.tensor) // layout.tensor)
+        return cls(last_chunk.head_weight(), start, layout)
 
 
 @dataclass(frozen=True, slots=True)

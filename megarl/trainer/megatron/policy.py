@@ -30,7 +30,7 @@ from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch, prefix_spans
 from megarl.trainer.megatron.batches import make_batches
-from megarl.trainer.megatron.head import HeadShard, OnHidden, Sampler, head_shard, label_logprobs, loss_tokens
+from megarl.trainer.megatron.head import HeadShard, OnHidden, Sampler, label_logprobs, loss_tokens
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.model import build_model
 from megarl.trainer.megatron.optimizer import build_optimizer
@@ -291,7 +291,7 @@ class MegatronPolicy:
 
     def head_shard(self) -> HeadShard:
         """This rank's rows of the head (last stage)."""
-        return head_shard(self.chunks[-1], self.architecture.spec, self.context)
+        return HeadShard.of(self.chunks[-1], self.architecture.spec, self.context)
 
     # --- reductions over ranks ----------------------------------------------------------------
 
