@@ -172,6 +172,21 @@ class SlidingPuzzleConfig(Section):
     """Taken off for a turn whose move cannot be made."""
 
 
+class RewardModelConfig(Section):
+    """A reward model that scores responses, on the worker's CPU."""
+
+    kind: Literal["reward_model"]
+    """Selects this environment."""
+    path: Text
+    """Sequence classification directory with one label, e.g. <run.dir>/hf of `megarl rm`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type it computes in."""
+    num_threads: PositiveInt = 1
+    """CPU threads of each worker."""
+    scale: PositiveFloat = 1.0
+    """Rewards are scores times this."""
+
+
 class CustomEnvironmentConfig(Section):
     """An environment of your own, from a package that is installed or in the current directory."""
 
@@ -220,6 +235,7 @@ EnvironmentConfig = Annotated[
     | Annotated[MultipleChoiceConfig, Tag("multiple_choice")]
     | Annotated[RegexConfig, Tag("regex")]
     | Annotated[JudgeConfig, Tag("judge")]
+    | Annotated[RewardModelConfig, Tag("reward_model")]
     | Annotated[CodeConfig, Tag("code")]
     | Annotated[NumberGuessingConfig, Tag("number_guessing")]
     | Annotated[SlidingPuzzleConfig, Tag("sliding_puzzle")]

@@ -14,6 +14,7 @@ from megarl.config.environments import (
     MultipleChoiceConfig,
     NumberGuessingConfig,
     RegexConfig,
+    RewardModelConfig,
     SlidingPuzzleConfig,
     ToolsConfig,
 )
@@ -105,6 +106,10 @@ def make_environment(config: EnvironmentConfig, field: str) -> Environment:
         from megarl.environments.judge import JudgeEnvironment
 
         return JudgeEnvironment(config, field)
+    if isinstance(config, RewardModelConfig):
+        from megarl.environments.reward_model import RewardModelEnvironment
+
+        return RewardModelEnvironment(config, field)
     if isinstance(config, CodeConfig):
         from megarl.environments.code import CodeEnvironment
 
