@@ -1,0 +1,86 @@
+"""What trainer ranks do in tests of distillation; Megatron is imported inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl.records import Sequence
+from tests.dpo.ranks import NO_WARMUP
+from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, make_sequences, weights
+
+
+def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any]) -> Any:
+    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.distill import Distiller, DistillOptions
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    packing = PackingConfig(max_tokens_per_microbatch=96)
+    student = MegatronPolicy(
+        context,
+        load_architecture(student_dir),
+        ModelConfig(path=student_dir),
+        packing,
+        OptimizerConfig(**(OPTIMIZER | NO_WARMUP)),
+        TOTAL_STEPS,
+    )
+    teacher = MegatronPolicy(context, load_architecture(teacher_dir), ModelConfig(path=teacher_dir), packing)
+    return Distiller(student, teacher, DistillOptions(**options))
+
+
+def steps(
+    context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any], count: int
+) -> dict[str, Any]:
+    """Optimizer steps on any layout."""
+    distiller = build(context, student_dir, teacher_dir, options)
+    log = []
+    for number in range(count):
+        batches = distiller.student.prepare(make_sequences(number), "token")
+        distiller.read_teacher(batches)
+        result = distiller.step(batches)
+        distiller.forget()
+        log.append(result.metrics | result.agreement.metrics())
+    return {"log": log, "weights": weights(distiller.student), "teacher": weights(distiller.teacher)}
+
+
+def gradients(
+    context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any], sequences: list[Sequence]
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient (by HF name) of one packed step on one rank, and nothing learned."""
+    from megarl.weights.hf import region_index
+
+    distiller = build(context, student_dir, teacher_dir, options)
+    student = distiller.student
+    batches = student.prepare(sequences, "token")
+    assert len(batches) > 1
+    distiller.read_teacher(batches)
+    grads = {n: torch.zeros(shape) for n, shape in student.architecture.hf_shapes().items()}
+
+    def look() -> None:
+        for region in student.regions:
+            box = tuple(slice(*span) for span in region.box)
+            grads[region.hf][box] = student.params[region.param].main_grad[region_index(region.index)]
+
+    student.before_update = look
+    loss = distiller.step(batches).metrics["loss"]
+    return loss, {name: grad.numpy() for name, grad in grads.items()}
+
+
+def teacher_top_k(
+    context: Any, teacher_dir: str, sequences: list[Sequence], k: int, temperature: float
+) -> list[tuple[list[list[int]], list[list[float]]]]:
+    """Ids and logprobs of the teacher's likeliest tokens at every target, microbatch by microbatch."""
+    from megarl.trainer.megatron.distill import top_k_logprobs
+
+    distiller = build(context, teacher_dir, teacher_dir, {})
+    batches = distiller.student.prepare(sequences, "token")
+    distiller.read_teacher(batches)
+    found = []
+    for batch in batches:
+        head = distiller.teacher.head_shard()
+        ids, logprobs = top_k_logprobs(distiller._hidden[id(batch)], head, k, temperature)
+        found.append((ids.tolist(), logprobs.tolist()))
+    return found

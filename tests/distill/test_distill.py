@@ -1,0 +1,128 @@
+"""Distillation against plain torch in float64, and every layout against one rank."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.distill import ranks
+from tests.models.tiny import save_model
+from tests.trainer.ranks import make_sequences
+from tests.trainer.world import world
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "forward": {"divergence": "forward", "temperature": 0.8},
+    "reverse": {"divergence": "reverse", "temperature": 1.0},
+    "jensen_shannon": {"divergence": "jensen_shannon", "temperature": 1.3, "beta": 0.3},
+    "top_k": {"divergence": "forward", "temperature": 0.8, "top_k": 7, "renormalize": True},
+    "top_k_bare": {"divergence": "forward", "temperature": 1.0, "top_k": 300, "renormalize": False},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "tp2-sequence-parallel": {"tensor_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+}
+CASES = [("reverse", layout) for layout in LAYOUTS] + [
+    ("jensen_shannon", "tp2"),
+    ("jensen_shannon", "pp2"),
+    ("top_k", "tp2"),
+    ("top_k_bare", "tp2"),
+]
+STEPS = 2
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tied student, and a teacher of another family and depth with the same vocabulary."""
+    folder: Path = tmp_path_factory.mktemp("distill-models")
+    save_model("qwen3-tied", folder / "student")
+    save_model("llama-deep-tied", folder / "teacher", seed=9)
+    return {"student": str(folder / "student"), "teacher": str(folder / "teacher")}
+
+
+def divergence(options: dict[str, Any], student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """From logits [N, V] float64, by the definitions."""
+    p = (student / options["temperature"]).softmax(-1)
+    q = (teacher / options["temperature"]).softmax(-1)
+    if "top_k" in options:
+        top = q.topk(min(options["top_k"], q.shape[1]))
+        weights = top.values / (top.values.sum(-1, keepdim=True) if options["renormalize"] else 1.0)
+        return (weights * (weights / p.gather(1, top.indices)).log()).sum(-1)
+    if options["divergence"] == "forward":
+        return (q * (q / p).log()).sum(-1)
+    if options["divergence"] == "reverse":
+        return (p * (p / q).log()).sum(-1)
+    beta = options["beta"]
+    mixed = (1 - beta) * p + beta * q
+    return (1 - beta) * (p * (p / mixed).log()).sum(-1) + beta * (q * (q / mixed).log()).sum(-1)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loss_and_gradients_equal_float64(models: dict[str, str], name: str) -> None:
+    sequences, options = make_sequences(3), OPTIONS[name]
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    student, teacher = (load(models[n], dtype=torch.float64).eval() for n in ("student", "teacher"))
+    total = torch.zeros((), dtype=torch.float64)
+    for sequence in sequences:
+        ids = torch.tensor([sequence.token_ids])
+        rows = [t - 1 for t in range(1, len(sequence.token_ids)) if sequence.loss_mask[t]]
+        if rows:
+            with torch.no_grad():
+                target = teacher(ids).logits[0, rows]
+            total = total + divergence(options, student(ids).logits[0, rows], target).sum()
+    expected = total / sum(sum(s.loss_mask[1:]) for s in sequences)
+    expected.backward()
+    [(loss, grads)] = world(1).run(ranks.gradients, models["student"], models["teacher"], options, sequences)
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
+    theirs = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    assert set(theirs) == set(grads)
+    for key, grad in theirs.items():
+        assert np.abs(grads[key] - grad.float().numpy()).max() < 1e-5, key
+
+
+@functools.cache
+def one_rank(student: str, teacher: str, name: str) -> dict[str, Any]:
+    [result] = world(1).run(ranks.steps, student, teacher, OPTIONS[name], STEPS)
+    assert min(line["grad_norm"] for line in result["log"]) > 0.01
+    return dict(result)
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_layout_equals_one_rank(models: dict[str, str], name: str, layout: str) -> None:
+    arguments = (models["student"], models["teacher"], OPTIONS[name], STEPS)
+    expected = one_rank(models["student"], models["teacher"], name)
+    results = world(2).run(ranks.steps, *arguments, parallel=LAYOUTS[layout])
+    found = results[0]
+    assert results[1]["log"] == found["log"]
+    for one, two in zip(expected["log"], found["log"], strict=True):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for key, value in expected["weights"].items():
+        assert np.abs(found["weights"][key] - value).max() < 1e-5, key
+    for key, value in expected["teacher"].items():
+        assert (found["teacher"][key] == value).all(), f"the teacher stays as it is: {key}"
+
+
+def test_top_k_of_the_teacher_over_shards(models: dict[str, str]) -> None:
+    """Two tensor ranks find the ids that one finds; k beyond the vocabulary takes all of it."""
+    arguments = (models["teacher"], make_sequences(3))
+    for k, kept in ((5, 5), (300, 250)):
+        [whole] = world(1).run(ranks.teacher_top_k, *arguments, k, 0.8)
+        split = world(2).run(ranks.teacher_top_k, *arguments, k, 0.8, parallel={"tensor_parallel_size": 2})
+        assert split[0] == split[1]
+        for (ids, logprobs), (other_ids, other_logprobs) in zip(whole, split[0], strict=True):
+            assert len(ids) and all(len(row) == kept for row in ids)
+            if k == 5:
+                assert ids == other_ids
+            assert np.abs(np.array(logprobs) - np.array(other_logprobs)).max() < 1e-5
+            if k == 300:
+                assert np.exp(np.array(logprobs)).sum(-1) == pytest.approx(1.0, abs=1e-5)
