@@ -102,8 +102,9 @@ class ActorCritic(Trained):
         self.critic.wake()
 
     def load(self, directory: Path) -> bool:
-        """See Policy."""
-        return self.critic.load(directory / "critic") and self.policy.load(directory)
+        """See Policy. The policy comes last: both files of random states hold the same."""
+        critic, policy = self.critic.load(directory / "critic"), self.policy.load(directory)
+        return critic and policy
 
 
 @dataclass(slots=True)
