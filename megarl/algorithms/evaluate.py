@@ -129,6 +129,8 @@ def run_eval(config: EvalConfig) -> None:
         held_out = load_prompts(
             config.data, tokenizer, max_prompt_tokens=longest - max_new_tokens, split="held_out"
         )
+        for line in (line for report in held_out.reports for line in report.lines()):
+            console.note(line)
         problems = pick_problems(held_out, config.evaluation, console)
         engine = start_engine(
             config.model,

@@ -48,7 +48,10 @@ def content_digest(source: FileLocation | HfLocation, field: str) -> str:
     """SHA-256 of what a source's rows are made of."""
     digest = hashlib.sha256()
     if isinstance(source, FileLocation):
-        _hash_file(Path(source.path), digest)
+        try:
+            _hash_file(Path(source.path), digest)
+        except OSError as error:
+            raise UserError(f"{field}.path: cannot read {source.path}: {error.strerror}") from error
         return digest.hexdigest()
     dataset = _hf_dataset(source, field)
     for file in sorted(entry["filename"] for entry in dataset.cache_files):
