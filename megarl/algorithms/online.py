@@ -129,6 +129,8 @@ def run_online(
                 for line in attach_weights(engine, architecture, owners, config.weights.transport):
                     run.console.note(line)
             rollouts = make_rollouts(config, engine, workers, tokenizer, run.timers)
+            if rollouts.note:
+                run.console.note(rollouts.note)
             engine.sync(state["step"])
         OnlineLoop(config, run, policy, learner, rollouts, engine, train, problems, tokenizer).run(state)
         run.export(policy, architecture)

@@ -24,6 +24,8 @@ from tests.rollout.test_episode import Letters
 
 LIMIT = 1.5
 
+pytestmark = pytest.mark.slow  # four processes to start
+
 
 def workers(name: str, *, count: int = 1, **arguments: Any) -> EnvironmentWorkers:
     config = CustomEnvironmentConfig(path=f"tests.environments.broken:{name}", arguments=arguments)

@@ -27,7 +27,11 @@ LIMITS = Limits(wall_seconds=2.0, cpu_seconds=5, memory_bytes=128 << 20, disk_by
 FAST = Limits(wall_seconds=20.0)
 
 
-@pytest.fixture(params=sandbox.ISOLATIONS)
+# The others take their time too.
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bubblewrap", "landlock")]
+
+
+@pytest.fixture(params=["namespaces", *_SLOW])
 def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Each isolation that works on this machine; Landlock as root needs a Python that nobody can reach."""
     if request.param == "landlock" and os.geteuid() == 0:

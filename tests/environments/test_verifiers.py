@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -17,6 +17,8 @@ from megarl.environments import VerifierError, check_references, grade, make_env
 from megarl.environments.text import last_boxed
 from megarl.errors import UserError
 from megarl.records import Prompt
+
+EXTRACTS: tuple[Literal["any", "boxed", "last_number"], ...] = ("any", "boxed", "last_number")
 
 
 def judged(environment: Any, response: str, **metadata: Any) -> tuple[float, dict[str, Any]]:
@@ -87,6 +89,14 @@ def test_regex(settings: dict[str, Any], response: str, reward: float):
     assert judged(environment, response, answer="42")[0] == reward
 
 
+@pytest.fixture(scope="module")
+def extracting() -> Iterator[dict[str, Any]]:
+    made = {e: make_environment(MathEnvironmentConfig(extract=e), "e") for e in EXTRACTS}
+    yield made
+    for environment in made.values():
+        environment.close()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("extract", "response", "reward"),
     [
@@ -101,12 +111,8 @@ def test_regex(settings: dict[str, Any], response: str, reward: float):
         ("any", "it is 42", 1.0),
     ],
 )
-def test_where_a_mathematical_answer_stands(extract: Any, response: str, reward: float):
-    environment: Any = make_environment(MathEnvironmentConfig(extract=extract), "e")
-    try:
-        assert judged(environment, response, answer="42")[0] == reward
-    finally:
-        environment.close()
+def test_where_a_mathematical_answer_stands(extracting: Any, extract: str, response: str, reward: float):
+    assert judged(extracting[extract], response, answer="42")[0] == reward
 
 
 def test_the_last_complete_box():
