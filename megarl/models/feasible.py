@@ -33,13 +33,13 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
 def check_router(architecture: Architecture, router: RouterConfig, *, replay: bool = False) -> None:
     """Raise UserError for settings that the model has no use for; ``replay`` is rollout.router_replay."""
     moe = architecture.spec.moe
-    asked = [f"router.{name}" for name, value in router if value] + ["rollout.router_replay"] * replay
+    asked = [f"router.{name}" for name, value in router if value != 0] + ["rollout.router_replay"] * replay
     if moe is None and asked:
         raise UserError(f"{asked[0]}: {architecture.spec.family} has no experts")
     if moe is not None and router.bias_update_rate and not moe.router_bias:
         raise UserError(f"router.bias_update_rate: the router of {architecture.spec.family} has no bias")
-    if moe is not None and router.aux_loss_coef == "model" and not moe.aux_loss_coef:
-        raise UserError("router.aux_loss_coef: model, but config.json has no router_aux_loss_coef above 0")
+    if moe is not None and router.aux_loss_coef is None and not moe.aux_loss_coef:
+        raise UserError("router.aux_loss_coef: null, but config.json has no router_aux_loss_coef above 0")
 
 
 def layout_problems(architecture: Architecture, parallel: ParallelConfig) -> Iterator[str]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+import yaml
 
 from megarl.cli import main
 from megarl.config.parallel import ParallelConfig
+from megarl.config.router import RouterConfig
 from megarl.config.schema import SftConfig
 from megarl.errors import UserError
 from megarl.models import load_architecture
-from megarl.models.feasible import check_layout, layout_problems, nearest_layouts
+from megarl.models.feasible import check_layout, check_router, layout_problems, nearest_layouts
 from tests.models.test_families import EXPERTS, SIZES
 
 SMOLLM2 = SIZES | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
@@ -83,3 +86,31 @@ def test_no_process_starts(
     assert main(["sft", "--config", "any.yaml", *extra]) == 2
     assert "do not divide by 2 tensor ranks" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "message"),
+    [
+        ("router.aux_loss_coef=0.1", transformers.LlamaConfig, "router.aux_loss_coef: llama has no experts"),
+        ("router.aux_loss_coef=null", transformers.LlamaConfig, "router.aux_loss_coef: llama has no experts"),
+        (
+            "router.bias_update_rate=0.01",
+            transformers.Qwen3MoeConfig,
+            "router.bias_update_rate: the router of qwen3_moe has no bias",
+        ),
+        (
+            "router.aux_loss_coef=null",
+            functools.partial(transformers.Qwen3MoeConfig, router_aux_loss_coef=0.0),
+            "router.aux_loss_coef: null, but config.json has no router_aux_loss_coef above 0",
+        ),
+    ],
+)
+def test_router_settings_need_a_router_that_has_a_use_for_them(
+    settings: str, config: Any, message: str, tmp_path: Path
+) -> None:
+    """As written on the command line."""
+    table = architecture(tmp_path, config(**(SIZES | EXPERTS)))
+    name, value = settings.removeprefix("router.").split("=")
+    with pytest.raises(UserError, match=f"^{message}$"):
+        check_router(table, RouterConfig(**{name: yaml.safe_load(value)}))
+    check_router(table, RouterConfig())

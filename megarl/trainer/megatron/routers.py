@@ -32,7 +32,7 @@ class Routers:
         self._routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, PolicyRouter)]
         if moe is None:
             return
-        coef = moe.aux_loss_coef if config.aux_loss_coef == "model" else config.aux_loss_coef
+        coef = moe.aux_loss_coef if config.aux_loss_coef is None else config.aux_loss_coef
         self._balance = Balance(coef, config.bias_update_rate)
         for router in self._routers:
             router.balance = self._balance
