@@ -204,3 +204,19 @@ def test_letters_are_judged(tmp_path: Path, tokenizer: Any, name: str, row: dict
     for letter in "ABCDEFGHIJ"[: len(dataset[0].metadata["choices"])]:
         text = f"A or B? I take\nAnswer: {letter}"
         assert asyncio.run(grade(environment, dataset[0], text))[0] == float(letter == answer)
+
+
+@pytest.mark.parametrize("row", [HUMANEVAL, MBPP, MBPP_SANITIZED])
+def test_programs_are_judged_in_the_sandbox(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
+    """The reference solution, in a code block as the model is asked to answer, and a wrong one."""
+    name = "humaneval" if row is HUMANEVAL else "mbpp"
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    source = BenchmarkSource(source="benchmark", name=name, directory=str(file))
+    config = EvalDataConfig(held_out=source)
+    dataset = load_prompts(config, tokenizer, max_prompt_tokens=800, split="held_out")
+    solution = row["prompt"] + row["canonical_solution"] if row is HUMANEVAL else row["code"]
+    environment = make(source, "data.held_out")
+    for program, reward in ((solution, 1.0), (solution.replace("2 * x", "x"), 0.0)):
+        text = f"Here it is:\n\n```python\n{program}\n```\n"
+        assert asyncio.run(grade(environment, dataset[0], text))[0] == reward
