@@ -28,7 +28,7 @@ def test_every_kind_of_data(tmp_path: Path, model: Path, capsys: pytest.CaptureF
     out = shown(capsys, config, "-n", "1")
     assert "megarl sft, data.train: 1 sequences" in out
     assert "1 + 1 =[[ 2<|end|>]]" in out
-    assert "sequence 0: 10 tokens, 3 learned" in out
+    assert "sequence 0: 8 tokens, 3 learned" in out
     assert f"data.train: 1 bad of 2 rows skipped (data.on_bad_row):\n  {path}:2: no field 'response'" in out
 
     config = write_config(tmp_path / "grpo.yaml", GRPO, run_dir=tmp_path / "run", model=model)
@@ -38,10 +38,11 @@ def test_every_kind_of_data(tmp_path: Path, model: Path, capsys: pytest.CaptureF
     assert "dropped: none; bad rows: none" in out
 
     path.write_text(json.dumps({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}))
-    dpo = {**SFT, "algorithm": {"loss": "dpo"}}
+    packing = {"max_tokens_per_microbatch": 160, "max_sequence_length": 80}
+    dpo = {**SFT, "algorithm": {"loss": "dpo"}, "packing": packing}
     config = write_config(tmp_path / "dpo.yaml", dpo, run_dir=tmp_path / "run", model=model, data=data)
     out = shown(capsys, config)
-    assert "pair 0, chosen: 10 tokens, 3 learned" in out
+    assert "pair 0, chosen: 8 tokens, 3 learned" in out
     assert "1 + 1 =[[ 3<|end|>]]" in out
 
 
