@@ -9,6 +9,7 @@ from megarl import platform
 from megarl.config.schema import EngineConfig, ModelConfig, WeightsConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
+from megarl.models import load_architecture
 from megarl.models.table import Architecture
 from megarl.rollout.engine import AttachReport
 from megarl.rollout.vllm_engine import VllmEngine
@@ -28,7 +29,16 @@ def start_engine(
     log_dir: Path,
     record_routing: bool = False,
 ) -> VllmEngine:
-    """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights."""
+    """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights.
+
+    Raises UserError for a model whose logprobs this platform's engine is known to get wrong.
+    """
+    if load_architecture(model.path).spec.mla and platform.chosen_name() == "cpu":
+        # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
+        raise UserError(
+            f"model.path: {model.path} has latent attention, of which vLLM computes wrong logprobs on a CPU: "
+            "no rollouts or evaluation of it here (sft, dpo, rm and convert work)"
+        )
     return VllmEngine.start(
         Path(model.path),
         engine,

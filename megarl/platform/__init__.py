@@ -25,15 +25,20 @@ class Platform:
 _installed: Platform | None = None
 
 
+def chosen_name() -> Literal["cuda", "cpu"]:
+    """The platform that ``install()`` takes; changes nothing. MEGARL_PLATFORM=cpu forces the CPU."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("MEGARL_PLATFORM") != "cpu" else "cpu"
+
+
 def install() -> Platform:
     """Choose the platform and, on a CPU, map the torch.cuda entry points megatron-core uses.
 
-    A second call returns the first one's answer. MEGARL_PLATFORM=cpu forces the CPU on a GPU machine.
+    A second call returns the first one's answer.
     """
     global _installed
     if _installed is not None:
         return _installed
-    if torch.cuda.is_available() and os.environ.get("MEGARL_PLATFORM") != "cpu":
+    if chosen_name() == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         _installed = Platform("cuda", device, "nccl")
