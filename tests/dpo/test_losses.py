@@ -149,9 +149,8 @@ def tokens_of(logprobs: torch.Tensor, which: list[int]) -> LossTokens:
 
 def dummy(logprobs: torch.Tensor) -> LossTokens:
     none, ints = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    return LossTokens(
-        logprobs[:0], none, none, ints, ints, None, None, None, None, ints, 1, torch.tensor([-1]), None
-    )
+    last = {"slots": ints, "num_slots": 1, "slot_ids": torch.tensor([-1])}
+    return LossTokens(logprobs[:0], none, none, ints, ints, None, None, None, None, **last)
 
 
 @pytest.mark.parametrize("name", CASES)
