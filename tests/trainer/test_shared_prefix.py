@@ -39,6 +39,8 @@ def test_sharing_changes_nothing(
     for number, (one, two) in enumerate(zip(flat["log"], shared[0]["log"], strict=True)):
         assert one.keys() == two.keys()
         for key, value in one.items():
+            if key == "expert_load_max":  # a load counts tokens computed, of which sharing leaves fewer
+                continue
             assert two[key] == pytest.approx(value, rel=1e-4 if key == "grad_norm" else 1e-5, abs=3e-6), (
                 number,
                 key,
