@@ -16,7 +16,7 @@ from megarl.config.preference import DpoConfig
 from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs, load_pairs
 from megarl.losses.preference import PreferenceLoss, num_targets, options_of
-from megarl.records import Pair, Sequence
+from megarl.records import Sequence
 from megarl.trainer.megatron.initialize import finalize, initialize
 from megarl.trainer.policy import Policy
 
@@ -73,9 +73,9 @@ class _DpoLoop:
         """Reference logprobs of every pair that the run will see; before a checkpoint is loaded."""
         training = self.config.training
         drawn = sorted(set(self.order.batch(0, training.num_steps * training.batch_size)))
-        sequences = self.sequences(self.train, drawn) + self.mismatched(self.train, drawn)
+        sequences = self.train.sequences(drawn) + self.mismatched(self.train, drawn)
         if self.held_out is not None:
-            sequences += self.sequences(self.held_out, self.validation)
+            sequences += self.held_out.sequences(self.validation)
             sequences += self.mismatched(self.held_out, self.validation)
         self.reference, self.reference_facts = reference, reference.prepare(sequences)
 
@@ -107,7 +107,7 @@ class _DpoLoop:
 
     def learn(self, indices: list[int]) -> dict[str, float]:
         """One optimizer step on the pairs ``indices``."""
-        sequences = self.sequences(self.train, indices)
+        sequences = self.train.sequences(indices)
         loss = self.loss(self.train, indices, sequences)
         batches = self.policy.prepare(sequences, "token", group_size=2)
         with self.run_.timers("train"):
@@ -120,7 +120,7 @@ class _DpoLoop:
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the held-out pairs."""
         assert self.held_out is not None
-        sequences = self.sequences(self.held_out, self.validation)
+        sequences = self.held_out.sequences(self.validation)
         loss = self.loss(self.held_out, self.validation, sequences)
         held = self.policy.evaluate_loss(self.policy.prepare(sequences, "token", group_size=2), loss)
         names = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin"}
@@ -138,11 +138,6 @@ class _DpoLoop:
                 ratios = self.policy.sequence_logps(others) - self.reference(others)
             kl = max(0.0, float(ratios.mean()))
         return PreferenceLoss(self.options, num_targets(sequences), refs, kl)
-
-    def sequences(self, pairs: Pairs, indices: list[int]) -> list[Sequence]:
-        """Chosen and rejected of each pair, one after the other."""
-        chosen: list[Pair] = [pairs[i] for i in indices]
-        return [sequence for pair in chosen for sequence in (pair.chosen, pair.rejected)]
 
     def mismatched(self, pairs: Pairs, indices: list[int]) -> list[Sequence]:
         """What KTO's KL is measured on: prompts with other prompts' responses; nothing for other losses."""

@@ -15,7 +15,6 @@ from megarl.config.preference import RmConfig
 from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs, load_pairs
 from megarl.losses.reward import RewardLoss
-from megarl.records import Sequence
 from megarl.trainer.megatron.initialize import finalize, initialize
 
 
@@ -62,7 +61,7 @@ def _train(
     position, totals = state["position"], dict(state["totals"])
     run.timers.start_step()
     for step in range(state["step"] + 1, last + 1):
-        sequences = _sequences(train, order.batch(position, training.batch_size))
+        sequences = train.sequences(order.batch(position, training.batch_size))
         position += training.batch_size
         loss = RewardLoss(training.batch_size, config.algorithm.center_coef)
         batches = scorer.prepare(sequences, "token", group_size=2)
@@ -73,7 +72,7 @@ def _train(
         values["tokens_per_second_train"] = tokens / run.timers.seconds("train")
         at_interval = training.validation_interval and step % training.validation_interval == 0
         if held_out is not None and (at_interval or step == last):
-            validation = _sequences(held_out, held_out_rows(held_out, size))
+            validation = held_out.sequences(held_out_rows(held_out, size))
             held = scorer.score_loss(
                 scorer.prepare(validation, "token", group_size=2),
                 RewardLoss(size, config.algorithm.center_coef),
@@ -87,9 +86,3 @@ def _train(
         totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
         run.after_step(step, last, scorer, {"position": position, "totals": totals})
     run.finish({"rm_steps": last, **totals})
-
-
-def _sequences(pairs: Pairs, indices: list[int]) -> list[Sequence]:
-    """Chosen and rejected of each pair, one after the other."""
-    chosen = [pairs[i] for i in indices]
-    return [sequence for pair in chosen for sequence in (pair.chosen, pair.rejected)]

@@ -27,7 +27,7 @@ from megarl.config.preference import (
 )
 from megarl.data.fields import get_field, get_messages, get_text
 from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
-from megarl.data.prompts import Split
+from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
 from megarl.data.rows import read_rows
 from megarl.data.store import TokenStore
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
-
-# As for prompts: generated pairs are checked this far at load, the rest when drawn.
-_NUM_CHECKED_AT_LOAD = 256
 
 
 class Pairs(ABC, AbstractSequence[Pair]):
@@ -69,6 +66,11 @@ class Pairs(ABC, AbstractSequence[Pair]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         return self._pair(index % len(self))
+
+    def sequences(self, indices: list[int]) -> list[Sequence]:
+        """Chosen and rejected of each of these pairs, one after the other."""
+        chosen: list[Pair] = [self[i] for i in indices]
+        return [sequence for pair in chosen for sequence in (pair.chosen, pair.rejected)]
 
     def mismatched(self, index: int) -> tuple[Sequence, Sequence]:
         """The prompt of pair ``index`` with both responses of the next pair that has another prompt.
@@ -249,7 +251,7 @@ class _ReasoningGymPairs(Pairs):
 
     def check(self) -> None:
         """Make the first of them, to find what would go wrong later."""
-        for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
+        for index in range(min(len(self), NUM_CHECKED_AT_LOAD)):
             self._pair(index)
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ from megarl.config.data import (
 )
 from megarl.data.fields import get_field, get_messages, get_text
 from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
-from megarl.data.prompts import Split
+from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
 from megarl.data.rows import read_rows
 from megarl.data.store import TokenStore
@@ -29,9 +29,6 @@ from megarl.records import Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# As for prompts: generated demonstrations are checked this far at load, the rest when drawn.
-_NUM_CHECKED_AT_LOAD = 256
 
 
 class Demonstrations(ABC, AbstractSequence[Sequence]):
@@ -69,7 +66,7 @@ class _ReasoningGymDemonstrations(Demonstrations):
 
     def check(self) -> None:
         """Make the first of them, to find what would go wrong later."""
-        for index in range(min(len(self), _NUM_CHECKED_AT_LOAD)):
+        for index in range(min(len(self), NUM_CHECKED_AT_LOAD)):
             self._sequence(index)
 
     def __len__(self) -> int:
