@@ -29,7 +29,7 @@ def division_problems(
             kind = "expert_tensor" if place.expert else "tensor"
             ranks = layout.expert_tensor if place.expert else layout.tensor
             slot = place.slots[place.slot] if place.slots else Slot(rule.shape[place.dim])
-            if (message := _span_problem(slot, ranks)) is not None:
+            if (message := _span_problem(slot, ranks, side)) is not None:
                 names[kind, message].append(rule.hf.format(layer="*", expert="*"))
     for (kind, message), tensors in names.items():
         field = "tensor" if side == "engine" else kind
@@ -37,9 +37,13 @@ def division_problems(
         yield f"{prefix}.{field}_parallel_size: {message} ({listed})"
 
 
-def _span_problem(slot: Slot, ranks: int) -> str | None:
+def _span_problem(slot: Slot, ranks: int, side: Side) -> str | None:
     try:
         slot.span(0, ranks, _AT)
     except UserError as error:
         return str(error).removeprefix(f"{_AT}: ")
+    units = slot.size // slot.unit
+    if side == "trainer" and units < ranks:
+        # An engine repeats them. The trainer's copies would each get a part of the gradient, which nothing adds up.
+        return f"{ranks} tensor ranks need {ranks} units of {slot.unit} (got {units}): the trainer repeats none"
     return None

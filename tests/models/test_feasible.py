@@ -15,8 +15,10 @@ from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
 from megarl.config.schema import SftConfig
 from megarl.errors import UserError
+from megarl.layout import ParallelLayout
 from megarl.models import load_architecture
 from megarl.models.feasible import check_layout, check_router, layout_problems, nearest_layouts
+from megarl.models.splits import division_problems
 from tests.models.test_families import EXPERTS, SIZES
 
 SMOLLM2 = SIZES | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
@@ -56,6 +58,33 @@ def test_nearest_layouts_really_work(tmp_path: Path) -> None:
         assert not list(layout_problems(table, layout))
         assert layout.num_processes == 24
         assert layout.tensor_parallel_size == 1 or layout.sequence_parallel
+
+
+def test_fewer_key_value_heads_than_tensor_ranks(tmp_path: Path) -> None:
+    """An engine repeats them; the trainer cannot, which is said before its weights are read."""
+    table = architecture(tmp_path, transformers.Qwen2Config(**(SIZES | {"num_key_value_heads": 1})))
+    with pytest.raises(UserError) as error:
+        check_layout(table, parallel(2, tensor=2))
+    lines = str(error.value).splitlines()
+    assert lines[0] == (
+        "parallel.tensor_parallel_size: 2 tensor ranks need 2 units of 16 (got 1): the trainer repeats none "
+        "(model.layers.*.self_attn.k_proj.weight, model.layers.*.self_attn.k_proj.bias and 2 more)"
+    )
+    assert all(line.startswith("would do on 2 ranks: parallel.tensor_parallel_size=1") for line in lines[1:])
+    assert len(lines) > 1
+    assert not list(division_problems(table, "engine", ParallelLayout(tensor=2), "engine"))
+
+
+def test_nearest_layouts_change_how_experts_are_split(tmp_path: Path) -> None:
+    """Experts of an odd width cannot be cut: the layouts that would do leave them whole."""
+    sizes = SIZES | EXPERTS | {"moe_intermediate_size": 7}
+    table = architecture(tmp_path, transformers.Qwen3MoeConfig(**sizes))
+    asked = parallel(4, expert_tensor=2)
+    with pytest.raises(UserError) as error:
+        check_layout(table, asked)
+    assert "parallel.expert_tensor_parallel_size: 7 units of 1 do not divide by 2 tensor ranks" in str(error.value)
+    assert "would do on 4 ranks: parallel.expert_tensor_parallel_size=1\n" in str(error.value)
+    assert {layout.expert_tensor_parallel_size for layout in nearest_layouts(table, asked)} == {1}
 
 
 def test_experts_over_tensor_ranks_need_sequence_parallelism(tmp_path: Path) -> None:
