@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -84,36 +85,37 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
 
 def nearest_layouts(architecture: Architecture, parallel: ParallelConfig) -> list[ParallelConfig]:
     """The layouts of as many ranks that work and differ least (in factors of two) from what was asked."""
-    ranks = parallel.num_processes
+    others = sorted(_candidates(architecture, parallel), key=lambda other: _distance(other, parallel))
+    work = (other for other in others if not any(layout_problems(architecture, other)))
+    return list(itertools.islice(work, _NUM_NEAREST))
+
+
+def _candidates(architecture: Architecture, parallel: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Every layout whose sizes divide the ranks, by whatever the model can be split."""
+    ranks, moe = parallel.num_processes, architecture.spec.moe is not None
     sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    found = []
-    for tensor in sizes:
-        for pipeline in sizes:
-            for context in sizes:
-                if ranks % (tensor * pipeline * context):
-                    continue
-                for expert in sizes if architecture.spec.moe is not None else [1]:
-                    other = parallel.model_copy(
-                        update={
-                            "tensor_parallel_size": tensor,
-                            "pipeline_parallel_size": pipeline,
-                            "context_parallel_size": context,
-                            "expert_parallel_size": expert,
-                            "sequence_parallel": tensor > 1
-                            and (parallel.sequence_parallel or architecture.spec.moe is not None),
-                            "virtual_pipeline_parallel_size": parallel.virtual_pipeline_parallel_size
-                            if pipeline > 1
-                            else 1,
-                            "first_stage_layers": None,
-                            "last_stage_layers": None,
-                        }
-                    )
-                    if not any(layout_problems(architecture, other)):
-                        found.append(other)
-    return sorted(found, key=lambda other: _distance(other, parallel))[:_NUM_NEAREST]
+    shared = sizes if moe else [1]
+    for tensor, pipeline, context, expert, split in itertools.product(sizes, sizes, sizes, shared, shared):
+        if ranks % (tensor * pipeline * context) or ranks // pipeline % (expert * split):
+            continue
+        yield parallel.model_copy(
+            update={
+                "tensor_parallel_size": tensor,
+                "pipeline_parallel_size": pipeline,
+                "context_parallel_size": context,
+                "expert_parallel_size": expert,
+                "expert_tensor_parallel_size": split,
+                "sequence_parallel": tensor > 1 and (parallel.sequence_parallel or moe),
+                "virtual_pipeline_parallel_size": parallel.virtual_pipeline_parallel_size
+                if pipeline > 1
+                else 1,
+                "first_stage_layers": None,
+                "last_stage_layers": None,
+            }
+        )
 
 
-_SIZES = ("tensor", "pipeline", "context", "expert")
+_SIZES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
 
 
 def _distance(one: ParallelConfig, other: ParallelConfig) -> float:
