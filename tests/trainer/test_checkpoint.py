@@ -84,6 +84,9 @@ MOVES = {
     "tp2-pp2 to one": Move("llama-deep-tied", (4, 1), TP2 | PP2, {}),
     "dp2-tp2-distributed to one": Move("llama-biases", (4, 1), TP2, {}, True),
     "one to tp2-pp2": Move("llama-deep-tied", (1, 4), {}, TP2 | PP2),
+    "pp2-ep2-distributed to one": Move("qwen3-moe-mixed-tied", (4, 1), PP2 | EP2, {}, True),
+    "pp2-ep2 to one": Move("qwen3-moe-mixed-tied", (4, 1), PP2 | EP2, {}),
+    "one to pp2-ep2-distributed": Move("qwen3-moe-mixed-tied", (1, 4), {}, PP2 | EP2, True),
     "dp2-ep2-distributed to one": Move("qwen3-moe-mixed-tied", (4, 1), EP2, {}, True),
 }
 

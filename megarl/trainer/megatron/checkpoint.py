@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,33 @@ def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool
     }
     if optimizer is not None:
         model = state["model"] if len(chunks) == 1 else dict(state)
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        with _counted(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
+
+
+_NO_PARAMETER = "no parameter"
+
+
+@contextmanager
+def _counted(optimizer: Any) -> Iterator[None]:
+    """Lend the optimizer's parts that have no parameter on this rank the step count of the others.
+
+    A pipeline stage without experts has an empty part for them, and a data-parallel rank may own nothing
+    of a part. The count is a parameter's state in torch: without one Megatron's distributed optimizer
+    asserts, and the other writes no count for all ranks if rank 0 has none.
+    """
+    parts = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+    counts = [state["step"] for part in parts for state in part.state.values() if "step" in state]
+    count = counts[0] if counts else torch.zeros(())
+    empty = [part for part in parts if not any(group["params"] for group in part.param_groups)]
+    for part in empty:
+        part.state[_NO_PARAMETER] = {"step": count.clone()}
+    try:
+        yield
+    finally:
+        for part in empty:
+            part.state.pop(_NO_PARAMETER, None)
 
 
 def _chunk_keys(chunks: list[Any]) -> list[str]:
