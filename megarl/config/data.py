@@ -2,7 +2,7 @@
 
 A source is one of: ``reasoning_gym`` (generated), ``jsonl`` and ``file`` (files), ``hf`` (Hugging Face
 datasets), ``benchmark`` (problems only), or ``mixture``, which draws from several of these. Problems may also
-be made by an ``environment`` or, at levels that rise, by a ``reasoning_gym_mixture``.
+be made by an ``environment``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
+from megarl.config.curriculum import CurriculumConfig
 from megarl.config.environments import EnvironmentConfig, EnvironmentSource, MathEnvironmentConfig
-from megarl.config.mixture import ReasoningGymMixtureSource
 from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
 
 
@@ -64,6 +64,13 @@ class HfLocation(Section):
     """Git revision on the hub; null is the newest."""
 
 
+class PromptReasoningGymSource(ReasoningGymSource):
+    """Problems of a reasoning-gym task, their difficulty rising where asked for."""
+
+    curriculum: CurriculumConfig | None = None
+    """Raise the task's level with the accuracy (data.train; saved with the run); null: arguments alone."""
+
+
 class PromptColumns(Section):
     """Which columns make a problem."""
 
@@ -84,9 +91,8 @@ class PromptHfSource(PromptColumns, HfLocation):
 
 
 PlainPromptSource = Annotated[
-    ReasoningGymSource | JsonlSource | PromptHfSource | BenchmarkSource, Field(discriminator="source")
+    PromptReasoningGymSource | JsonlSource | PromptHfSource | BenchmarkSource, Field(discriminator="source")
 ]
-MadePromptSource = ReasoningGymMixtureSource | EnvironmentSource
 
 
 class MixtureWeights(Section):
@@ -106,12 +112,11 @@ class PromptMixtureSource(MixtureWeights):
 
 
 PromptSource = Annotated[
-    ReasoningGymSource
+    PromptReasoningGymSource
     | JsonlSource
     | PromptHfSource
     | BenchmarkSource
     | PromptMixtureSource
-    | ReasoningGymMixtureSource
     | EnvironmentSource,
     Field(discriminator="source"),
 ]

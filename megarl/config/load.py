@@ -28,7 +28,7 @@ from megarl.config.introspect import (
     tags_of,
 )
 from megarl.config.schema import Section
-from megarl.config.suggest import explain_unknown
+from megarl.config.suggest import REPLACED, explain_unknown
 from megarl.config.validate import find_violations
 from megarl.config.violation import Origins, Violation, show
 from megarl.config.yaml_text import dump_yaml, expand_variables, parse_yaml
@@ -195,7 +195,8 @@ class _Loading:
             source = self.value_at((*path, tag))
             if source is _NO_VALUE:
                 return Violation((*path, tag), f"required but missing: {tags}")
-            return Violation((*path, tag), f"expected {tags} (got {show(source)})")
+            instead = f"; {REPLACED[source]}" if isinstance(source, str) and source in REPLACED else ""
+            return Violation((*path, tag), f"expected {tags}{instead} (got {show(source)})")
         if detail["loc"] and not fields:  # inside a free mapping
             return Violation(path, f"{detail['msg'].lower()} (got {show(detail['input'])})")
         return Violation(path, f"expected {expected} (got {show(detail['input'])})")

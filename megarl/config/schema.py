@@ -26,7 +26,6 @@ from megarl.config.environments import EnvironmentRuntime
 from megarl.config.environments import EnvironmentSource as EnvironmentSource
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
-from megarl.config.mixture import ReasoningGymMixtureSource as ReasoningGymMixtureSource
 from megarl.config.parallel import ParallelConfig as ParallelConfig
 from megarl.config.router import RouterConfig
 from megarl.config.run import Launcher, ProfileConfig

@@ -26,6 +26,11 @@ COMMANDS: dict[
 ROOTS: dict[str, type[Section]] = {**COMMANDS, "plan": PlanConfig}
 """Every command with a configuration."""
 
+REPLACED = {
+    "reasoning_gym_mixture": "use a mixture of reasoning_gym sources, each with its own curriculum",
+}
+"""What took the place of kinds that there were."""
+
 
 def explain_unknown(root: type[Section], path: Path, sections: list[type[Section]]) -> str:
     """Why ``path`` is refused and what comes nearest.

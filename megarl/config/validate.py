@@ -18,7 +18,6 @@ from megarl.config.schema import (
     EvalConfig,
     GrpoConfig,
     OnlineConfig,
-    ReasoningGymMixtureSource,
     ReasoningGymSource,
     Section,
     SftConfig,
@@ -238,7 +237,7 @@ def _updates_per_batch(config: OnlineRoot) -> Violations:
 
 def _rollout_size(config: OnlineConfig) -> Violations:
     train, prompts = config.data.train, config.rollout.num_prompts_per_step
-    sized = ReasoningGymSource | ReasoningGymMixtureSource | EnvironmentSource
+    sized = ReasoningGymSource | EnvironmentSource
     if isinstance(train, sized) and prompts > train.size:
         yield Violation(
             ("rollout", "num_prompts_per_step"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megarl.config.derived import has_ratios, optimizer_steps_per_batch
 from megarl.config.schema import GrpoConfig
+from megarl.config.validate_data import curricula_of
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -235,6 +236,17 @@ def _truncated_sampling(config: GrpoConfig) -> Violations:
                 )
 
 
+def _curriculum(config: GrpoConfig) -> Violations:
+    if config.algorithm.dynamic_sampling:
+        for path in curricula_of(config, "train"):
+            yield Violation(
+                path,
+                "goes by the accuracy over all samples, and algorithm.dynamic_sampling replaces groups that"
+                " are all right",
+                (("algorithm", "dynamic_sampling"),),
+            )
+
+
 def _asynchronous(config: GrpoConfig) -> Violations:
     if config.rollout.max_staleness == 0:
         return
@@ -261,6 +273,13 @@ def _asynchronous(config: GrpoConfig) -> Violations:
             f" {got}",
             (("algorithm", "dynamic_sampling"),),
         )
+    for curriculum in curricula_of(config, "train"):
+        yield Violation(
+            path,
+            f"{'.'.join(curriculum)} makes a step's problems by what came of the step before, which is not"
+            f" there yet {got}",
+            (curriculum,),
+        )
     if config.weights.offload:
         yield Violation(
             path,
@@ -280,5 +299,6 @@ ALGORITHM_RULES: list[Callable[[GrpoConfig], Violations]] = [
     _off_policy,
     _kl,
     _truncated_sampling,
+    _curriculum,
     _asynchronous,
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from megarl.config.data import FILE_KINDS, FileLocation, HfLocation, MixtureWeights, ReasoningGymSource
 from megarl.config.derived import AnyConfig
 from megarl.config.introspect import Path
-from megarl.config.schema import EnvironmentSource, EvalConfig, ReasoningGymMixtureSource
+from megarl.config.schema import EnvironmentSource, EvalConfig
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -25,6 +25,12 @@ def parts_of(source: Any, path: Path) -> Iterator[tuple[Path, Any]]:
             yield (*path, "sources", name), part
     elif source is not None:
         yield path, source
+
+
+def curricula_of(config: Any, split: str) -> list[Path]:
+    """Where the sources of a split ask for levels that rise."""
+    found = parts_of(getattr(config.data, split), ("data", split))
+    return [(*path, "curriculum") for path, part in found if getattr(part, "curriculum", None) is not None]
 
 
 def _system_prompt(config: AnyConfig) -> Violations:
@@ -45,11 +51,11 @@ def _separate_sets(config: AnyConfig) -> Violations:
 
 def _separate(train_path: Path, train: Any, path: Path, held_out: Any) -> Violations:
     where = ".".join(train_path)
-    made = ReasoningGymSource | ReasoningGymMixtureSource | EnvironmentSource
+    made = ReasoningGymSource | EnvironmentSource
     if isinstance(train, made) and isinstance(held_out, made):
         first = max(train.seed, held_out.seed)
         last = min(train.seed + train.size, held_out.seed + held_out.size)
-        if _tasks_of(train) & _tasks_of(held_out) and first < last:
+        if _task_of(train) == _task_of(held_out) and first < last:
             # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems,
             # and with other arguments still random streams.
             yield Violation(
@@ -71,10 +77,8 @@ def _separate(train_path: Path, train: Any, path: Path, held_out: Any) -> Violat
         yield Violation((*path, "split"), message, ((*train_path, "split"), (*path, "dataset")))
 
 
-def _tasks_of(source: ReasoningGymSource | ReasoningGymMixtureSource | EnvironmentSource) -> set[str]:
-    if isinstance(source, ReasoningGymMixtureSource):
-        return {task.task for task in source.tasks}
-    return {source.task if isinstance(source, ReasoningGymSource) else f"kind {source.environment.kind}"}
+def _task_of(source: ReasoningGymSource | EnvironmentSource) -> str:
+    return source.task if isinstance(source, ReasoningGymSource) else f"kind {source.environment.kind}"
 
 
 def _place(source: HfLocation) -> tuple[str | None, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from megarl.config.data import LengthFilter
 from megarl.config.environments import (
     CodeConfig,
     CustomEnvironmentConfig,
@@ -17,9 +18,8 @@ from megarl.config.environments import (
     ToolsConfig,
 )
 from megarl.config.introspect import Path
-from megarl.config.mixture import ReasoningGymMixtureSource
 from megarl.config.schema import EvalConfig, OnlineConfig
-from megarl.config.validate_data import parts_of
+from megarl.config.validate_data import curricula_of, parts_of
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -138,12 +138,16 @@ def _dotted(environment: CustomEnvironmentConfig, path: Path) -> Violations:
 
 def _curriculum(config: _Sampling) -> Violations:
     for split in ("train", "held_out"):
-        source = getattr(config.data, split)
-        asked = isinstance(source, ReasoningGymMixtureSource) and source.curriculum is not None
-        if asked and (split == "held_out" or isinstance(config, EvalConfig)):
-            yield Violation(
-                ("data", split, "curriculum"), "levels rise in training only: held-out problems stay the same"
-            )
+        for path in curricula_of(config, split):
+            if split == "held_out" or isinstance(config, EvalConfig):
+                yield Violation(path, "levels rise in training only: held-out problems stay the same")
+            elif config.data.on_bad_row == "skip" or config.data.filter != LengthFilter():
+                yield Violation(
+                    path,
+                    "data.filter and data.on_bad_row = skip choose among problems that are made once, at the"
+                    " start; those of a curriculum change with its level",
+                    (("data", "filter"), ("data", "on_bad_row")),
+                )
 
 
 ENVIRONMENT_RULES: list[Callable[[_Sampling], Violations]] = [_environments, _curriculum]

@@ -11,6 +11,7 @@ from megarl.config.data import EvalDataConfig, PromptDataConfig
 from megarl.data.load import Converted, collect, locate
 from megarl.data.prompts import PromptDataset
 from megarl.data.report import LoadReport
+from megarl.environments.curriculum import Curricula, Curriculum
 from megarl.records import Prompt
 
 
@@ -52,6 +53,10 @@ class MixedPrompts(PromptDataset):
         self._sizes = [len(each) for each in self._sets]
         self._starts = [sum(self._sizes[:k]) for k in range(len(self._sizes))]
         self.reports = [report for each in self._sets for report in each.reports]
+        levels = {
+            name: each.curriculum for name, each in sets.items() if isinstance(each.curriculum, Curriculum)
+        }
+        self.curriculum = Curricula(levels) if levels else None
         if weights is not None:
             self.parts = [(len(each), weights[name]) for name, each in sets.items()]
 
@@ -65,4 +70,7 @@ class MixedPrompts(PromptDataset):
     def _prompt(self, index: int) -> Prompt:
         part, row = locate(index, self._sizes)
         prompt = self._sets[part]._prompt(row)
-        return replace(prompt, index=index, metadata={**prompt.metadata, "source": self._names[part]})
+        metadata = {**prompt.metadata, "source": self._names[part]}
+        if metadata.get("category") is None:  # an evaluation then tells the sources apart
+            metadata["category"] = self._names[part]
+        return replace(prompt, index=index, metadata=metadata)

@@ -13,17 +13,16 @@ from megarl.config.data import (
     EvalDataConfig,
     FileLocation,
     HfLocation,
-    MadePromptSource,
     PlainPromptSource,
     PromptColumns,
     PromptDataConfig,
     PromptFormat,
     PromptMixtureSource,
+    PromptReasoningGymSource,
     PromptSource,
     ReasoningGymSource,
 )
 from megarl.config.environments import EnvironmentSource, MathEnvironmentConfig, ToolsConfig
-from megarl.config.mixture import ReasoningGymMixtureSource
 from megarl.data import benchmarks
 from megarl.data.fields import get_field, get_messages, get_text
 from megarl.data.load import Converted, collect, reads_everything
@@ -32,6 +31,7 @@ from megarl.data.rows import read_rows
 from megarl.data.tokenizer import chat_ids
 from megarl.data.tool_prompts import PromptTools
 from megarl.environments import needs_answer, wrong_references
+from megarl.environments.curriculum import Curriculum, first_dataset
 from megarl.environments.tasks import check_disjoint, make_dataset
 from megarl.errors import UserError
 from megarl.records import Prompt
@@ -39,7 +39,7 @@ from megarl.records import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megarl.environments.curriculum import Mixture
+    from megarl.environments.curriculum import Curricula
 
 Split = Literal["train", "held_out"]
 
@@ -74,7 +74,7 @@ class PromptDataset(ABC, Sequence[Prompt]):
         self._field = field
         self.reports: list[LoadReport] = []
         self.parts: list[tuple[int, float]] = []
-        self.curriculum: Mixture | None = None  # what makes problems whose level changes in training
+        self.curriculum: Curriculum | Curricula | None = None  # for problems whose level rises in training
         self._tools: PromptTools | None = None  # what the environment offers the model
         self._train: PromptSource | None = None  # to compare with; None for the training problems
 
@@ -104,10 +104,9 @@ class PromptDataset(ABC, Sequence[Prompt]):
         if self._train is None:
             return list(range(len(self)))
         parts = _plain_parts(self._train, "data.train")
-        generated = ReasoningGymSource | ReasoningGymMixtureSource
-        if any(isinstance(p, generated) and p.size > MAX_COMPARED_PROBLEMS for p, _ in parts):
+        if any(isinstance(p, ReasoningGymSource) and p.size > MAX_COMPARED_PROBLEMS for p, _ in parts):
             return None
-        train = set(_questions(self._train, "data.train"))
+        train = set(questions_of(self._train, "data.train"))
         return [i for i, question in enumerate(self.questions()) if question not in train]
 
     def __getitem__(self, index: Any) -> Any:
@@ -167,10 +166,13 @@ class PromptDataset(ABC, Sequence[Prompt]):
 
 
 class _ReasoningGymPrompts(PromptDataset):
-    def __init__(self, source: ReasoningGymSource, *args: Any) -> None:
+    def __init__(self, source: PromptReasoningGymSource, *args: Any) -> None:
         super().__init__(*args)
         self._source = source
-        self._dataset = make_dataset(source, self._field)
+        if source.curriculum is None:
+            self._dataset = make_dataset(source, self._field)
+        else:
+            self.curriculum = self._levels = Curriculum(source, source.curriculum, self._field)
 
     def check(self) -> None:
         """Make the first of them."""
@@ -178,14 +180,17 @@ class _ReasoningGymPrompts(PromptDataset):
             self._prompt(index)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return self._source.size
 
     def questions(self) -> Iterator[str]:
-        return _questions(self._source, self._field)
+        return questions_of(self._source, self._field)
 
     def _prompt(self, index: int) -> Prompt:
-        entry = self._dataset[index]
+        rises = self._source.curriculum is not None
+        entry = self._levels.entry(index) if rises else self._dataset[index]
         metadata = {"question": entry["question"], "answer": entry["answer"], "entry": entry}
+        if rises:
+            metadata["level"] = self._levels.level
         return self._make(index, f"{self._field}: problem {index}", entry["question"], metadata)
 
 
@@ -330,7 +335,7 @@ def load_prompts(
 
 
 def _load_plain(
-    source: PlainPromptSource | MadePromptSource,
+    source: PlainPromptSource | EnvironmentSource,
     config: PromptDataConfig | EvalDataConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
@@ -342,8 +347,10 @@ def _load_plain(
         dataset = _ReasoningGymPrompts(source, *arguments)
     elif isinstance(source, BenchmarkSource):
         dataset = _BenchmarkPrompts(source, *arguments)
-    elif isinstance(source, EnvironmentSource | ReasoningGymMixtureSource):
-        dataset = _load_made(source, *arguments)
+    elif isinstance(source, EnvironmentSource):
+        from megarl.data.made_prompts import EnvironmentPrompts
+
+        dataset = EnvironmentPrompts(source, *arguments)
     else:
         return _RowPrompts(source, source, config, *arguments)
     if reads_everything(config):
@@ -354,33 +361,22 @@ def _load_plain(
     return dataset
 
 
-def _load_made(source: MadePromptSource, *arguments: Any) -> PromptDataset:
-    from megarl.data.made_prompts import CurriculumPrompts, EnvironmentPrompts
-
-    if isinstance(source, EnvironmentSource):
-        return EnvironmentPrompts(source, *arguments)
-    return CurriculumPrompts(source, *arguments)
-
-
-def _plain_parts(source: PromptSource, field: str) -> list[tuple[PlainPromptSource | MadePromptSource, str]]:
+def _plain_parts(source: PromptSource, field: str) -> list[tuple[PlainPromptSource | EnvironmentSource, str]]:
     if isinstance(source, PromptMixtureSource):
         return [(part, f"{field}.sources.{name}") for name, part in source.sources.items()]
     return [(source, field)]
 
 
-def _questions(source: PromptSource, field: str) -> Iterator[str]:
+def questions_of(source: PromptSource, field: str) -> Iterator[str]:
     """The bare problem texts of a source, in order; a chat is compared as its messages."""
     for part, place in _plain_parts(source, field):
         if isinstance(part, ReasoningGymSource):
-            dataset = make_dataset(part, place)
-            for index in range(len(dataset)):
-                yield str(dataset[index]["question"])
+            dataset = first_dataset(part, place)
+            yield from (str(dataset[index]["question"]) for index in range(len(dataset)))
         elif isinstance(part, BenchmarkSource):
             yield from (question.text for question in benchmarks.load_questions(part, place))
-        elif isinstance(part, EnvironmentSource | ReasoningGymMixtureSource):
-            from megarl.data.made_prompts import questions_of
-
-            yield from questions_of(part, place)
+        elif isinstance(part, EnvironmentSource):  # by its seed, for games may begin alike
+            yield from (f"problem of seed {part.seed + index}" for index in range(part.size))
         else:
             for _, record in read_rows(part, place):
                 if isinstance(record, dict) and part.prompt_field in record:  # others were reported at load

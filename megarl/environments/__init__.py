@@ -66,10 +66,6 @@ def make(source: PromptSource, field: str = "data.train") -> Environment:
 
         parts = source.sources.items()
         return MixtureEnvironment({name: make(part, f"{field}.sources.{name}") for name, part in parts})
-    if source.source == "reasoning_gym_mixture":
-        from megarl.environments.curriculum import CurriculumEnvironment
-
-        return CurriculumEnvironment(source, field)
     if source.source == "benchmark":
         return make_environment(_benchmark_environment(source, field), field)
     return make_environment(source.environment, f"{field}.environment")

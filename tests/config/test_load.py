@@ -10,10 +10,7 @@ from megarl.config.load import dump_config, load_config
 from megarl.config.schema import EvalConfig, GrpoConfig, ReasoningGymSource, Section, SftConfig
 from megarl.errors import UserError
 
-SOURCES = (
-    "'reasoning_gym' or 'jsonl' or 'file' or 'hf' or 'benchmark' or 'mixture' or 'reasoning_gym_mixture'"
-    " or 'environment'"
-)
+SOURCES = "'reasoning_gym' or 'jsonl' or 'file' or 'hf' or 'benchmark' or 'mixture' or 'environment'"
 GRPO = """\
 run:
   dir: runs/x

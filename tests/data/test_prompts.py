@@ -7,15 +7,16 @@ import json
 import pytest
 import reasoning_gym
 
-from megarl.config.schema import JsonlSource, PromptDataConfig, PromptFormat, ReasoningGymSource
+from megarl.config.data import PromptReasoningGymSource
+from megarl.config.schema import JsonlSource, PromptDataConfig, PromptFormat
 from megarl.data.prompts import load_prompts
 from megarl.errors import UserError
 
 CHAIN = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
 
-def gym(task="chain_sum", arguments=CHAIN, size=300, seed=1) -> ReasoningGymSource:
-    return ReasoningGymSource(
+def gym(task="chain_sum", arguments=CHAIN, size=300, seed=1) -> PromptReasoningGymSource:
+    return PromptReasoningGymSource(
         source="reasoning_gym", task=task, arguments=dict(arguments), size=size, seed=seed
     )
 
