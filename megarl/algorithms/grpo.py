@@ -4,12 +4,13 @@ What follows the rollout in a step, in data order (every rank)::
 
     graded groups -> packing -> [old, reference logprobs] -> advantages -> forward/backward -> optimizer
 
-The formulas are in docs/algorithms.md, the loop around it in :mod:`megarl.algorithms.online`.
+Where advantages follow from the rewards alone they come first, and samples without one are not packed. The
+formulas are in docs/algorithms.md, the loop around it in :mod:`megarl.algorithms.online`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,7 +18,14 @@ from megarl.algorithms.grpo_advantages import give_advantages
 from megarl.algorithms.online import Learned, run_online
 from megarl.algorithms.rollouts import split_groups
 from megarl.algorithms.run import Run
-from megarl.config.derived import needs_old_logprobs, needs_reference, why_no_old_pass
+from megarl.algorithms.updates import policy_step, train_speed
+from megarl.algorithms.zero_advantages import computed_share, over_all_samples, with_gradient
+from megarl.config.derived import (
+    needs_old_logprobs,
+    needs_reference,
+    why_no_old_pass,
+    why_zero_advantages_train,
+)
 from megarl.config.schema import GrpoConfig
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import per_token, token_weights
@@ -39,7 +47,8 @@ class Part:
 
     samples: list[Sample]
     sequences: list[Sequence]
-    batches: list[PackedBatch]
+    batches: list[PackedBatch] = field(default_factory=list)
+    only: list[int] | None = None  # the sequences that are packed, where not all are
 
     @property
     def has_targets(self) -> bool:
@@ -63,6 +72,7 @@ class GrpoLearner:
         self.fixed_length = algorithm.loss_length or config.rollout.max_new_tokens
         self.needs_old = needs_old_logprobs(algorithm)
         self.needs_reference = needs_reference(algorithm)
+        self.why_all = why_zero_advantages_train(config)
 
     def notes(self) -> list[str]:
         """See Learner."""
@@ -70,25 +80,27 @@ class GrpoLearner:
             "one forward pass per batch" if self.needs_old else f"skipped ({why_no_old_pass(self.algorithm)})"
         )
         reference = "one forward pass per batch" if self.needs_reference else "skipped (kl_coef = 0)"
-        return [f"old logprobs: {old}; reference logprobs: {reference}"]
+        zero = f"trained on ({self.why_all})" if self.why_all else "counted, and not computed"
+        return [
+            f"old logprobs: {old}; reference logprobs: {reference}",
+            f"samples whose advantage is 0: {zero}",
+        ]
 
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner."""
         version = step - 1 if self.config.rollout.max_staleness else None
-        parts, values = self.pack(groups, version)
+        parts, values = self.split(groups, version)
+        advantages: list[Array] = []
+        if not self.why_all:
+            advantages = self.advantages(groups, parts, values)
+            values["skipped_zero_advantage"] = leave_out_zeros(parts, advantages)
+        values |= self.pack(parts)
         agreement = self.fill_logprobs(parts)
         if self.algorithm.max_logprob_error is not None:
             values["dropped_logprob_error"] = sum(self.drop_by_error(part) for part in parts)
-        advantages, told = give_advantages(
-            groups,
-            [sample for part in parts for sample in part.samples],
-            [sequence for part in parts for sequence in part.sequences],
-            self.algorithm,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            kls=self.kl_to_reference(parts) if self.algorithm.kl_reward_coef else None,
-        )
+        if self.why_all:
+            advantages = self.advantages(groups, parts, values)
         self.set_advantages(parts, advantages)
-        values |= told
         if self.algorithm.positive_nll_coef:
             values["positive_fraction"] = self.weigh_positives(parts)
         taught = [part for part in parts if part.has_targets]
@@ -104,35 +116,40 @@ class GrpoLearner:
             first = results[0].metrics
             values |= {name: sum(r.metrics[name] for r in results) / len(results) for name in first}
             values["lr"] = results[-1].metrics["lr"]
-        return Learned(values | self.speed(values["num_tokens"]), agreement)
+        speed = train_speed(self.run, values["num_tokens"], self.algorithm.num_epochs_per_batch)
+        return Learned(values | speed, agreement)
 
     # --- from samples to microbatches ---------------------------------------------------------
 
-    def pack(self, groups: list[Group], version: int | None = None) -> tuple[list[Part], dict[str, float]]:
+    def split(self, groups: list[Group], version: int | None) -> tuple[list[Part], dict[str, float]]:
         """Whole groups, in order, to one part per optimizer step; without the samples that are filtered."""
-        algorithm = self.algorithm
-        parts, computed, filtered = [], 0, 0
-        for samples in split_groups(groups, algorithm.num_optimizer_steps_per_batch):
-            if algorithm.filter_overlong:
+        parts, filtered = [], 0
+        for samples in split_groups(groups, self.algorithm.num_optimizer_steps_per_batch):
+            if self.algorithm.filter_overlong:
                 kept = [sample for sample in samples if sample.finish_reason != "length"]
                 filtered += len(samples) - len(kept)
                 samples = kept
-            if not samples:
-                continue
-            sequences = [to_sequence(s, version) for s in samples]
-            batches = self.policy.prepare(
-                sequences, algorithm.loss_aggregation, fixed_length=self.fixed_length
+            if samples:
+                parts.append(Part(samples, [to_sequence(s, version) for s in samples]))
+        return parts, {"filtered_overlong": filtered} if self.algorithm.filter_overlong else {}
+
+    def pack(self, parts: list[Part]) -> dict[str, float]:
+        """Microbatches to every part; how many there are, and of how many tokens."""
+        computed = 0
+        for part in parts:
+            part.batches = self.policy.prepare(
+                part.sequences,
+                self.algorithm.loss_aggregation,
+                fixed_length=self.fixed_length,
+                only=part.only,
             )
-            parts.append(Part(samples, sequences, batches))
             computed += self.policy.num_computed_tokens
-        values: dict[str, float] = {
+        packed = [part.samples[i] for part in parts for i in part.only or range(len(part.samples))]
+        return {
             "num_microbatches": sum(len(part.batches) for part in parts),
-            "num_tokens": sum(s.num_tokens for part in parts for s in part.samples),
+            "num_tokens": sum(sample.num_tokens for sample in packed),
             "num_computed_tokens": computed,
         }
-        if algorithm.filter_overlong:
-            values["filtered_overlong"] = filtered
-        return parts, values
 
     # --- logprobs, and what follows from them -------------------------------------------------
 
@@ -186,6 +203,19 @@ class GrpoLearner:
 
         return [kl for part in parts for kl in self.policy.token_values(part.batches, k1, part.sequences)]
 
+    def advantages(self, groups: list[Group], parts: list[Part], values: dict[str, float]) -> list[Array]:
+        """Advantages [n] of every sequence of the parts; what is logged about them goes to ``values``."""
+        advantages, told = give_advantages(
+            groups,
+            [sample for part in parts for sample in part.samples],
+            [sequence for part in parts for sequence in part.sequences],
+            self.algorithm,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            kls=self.kl_to_reference(parts) if self.algorithm.kl_reward_coef else None,
+        )
+        values |= told
+        return advantages
+
     def set_advantages(self, parts: list[Part], advantages: list[Array]) -> None:
         """Advantages [n] of every sequence of the parts to their microbatches."""
         start = 0
@@ -216,28 +246,31 @@ class GrpoLearner:
 
     def train(self, parts: list[Part]) -> list[TrainStepResult]:
         """Every optimizer step of the batch, in order."""
-        rollout, epochs = self.config.rollout, self.algorithm.num_epochs_per_batch
-        results = []
+        epochs, results = self.algorithm.num_epochs_per_batch, []
         total = epochs * len(parts)
         with self.run.timers("train"), self.run.console.progress("train", total=total) as advance:
-            for _ in range(epochs):
-                for part in parts:
-                    results.append(
-                        self.policy.train_step(
-                            part.batches,
-                            self.loss,
-                            temperature=rollout.temperature,
-                            top_k=rollout.top_k,
-                            top_p=rollout.top_p,
-                        )
-                    )
-                    advance(1)
+            for part in parts * epochs:
+                result = policy_step(self.policy, part.batches, self.loss, self.config)
+                if part.only is not None:
+                    aggregation = self.algorithm.loss_aggregation
+                    share = computed_share(part.sequences, part.only, aggregation, self.fixed_length)
+                    result.metrics = over_all_samples(result.metrics, share, is_mean=self.loss.is_mean)
+                results.append(result)
+                advance(1)
         return results
 
-    def speed(self, num_tokens: float) -> dict[str, float]:
-        """Tokens trained on per second of the train phase."""
-        seconds = self.run.timers.seconds("train")
-        return {"tokens_per_second_train": num_tokens * self.algorithm.num_epochs_per_batch / seconds}
+
+def leave_out_zeros(parts: list[Part], advantages: list[Array]) -> int:
+    """Have only sequences packed that have an advantage (all of a part where none has); how many are not."""
+    start, skipped = 0, 0
+    for part in parts:
+        end = start + len(part.sequences)
+        only = with_gradient(advantages[start:end])
+        if len(only) < len(part.sequences):
+            part.only = only
+            skipped += len(part.sequences) - len(only)
+        start = end
+    return skipped
 
 
 def to_sequence(sample: Sample, version: int | None = None) -> Sequence:

@@ -26,6 +26,7 @@ from megarl.advantages.token_level import token_advantages
 from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online import Learned, run_online
 from megarl.algorithms.run import Run
+from megarl.algorithms.updates import policy_step, train_speed
 from megarl.config.derived import needs_old_logprobs, needs_reference, optimizer_steps_per_batch
 from megarl.config.ppo import PpoConfig
 from megarl.config.schema import ModelConfig
@@ -162,7 +163,8 @@ class PpoLearner:
         for name, found in (("lr", [r.metrics for r in results]), ("critic_lr", critic_results)):
             if found:
                 values[name] = found[-1][name]
-        return Learned(values | self.speed(values["num_tokens"]), agreement)
+        speed = train_speed(self.run, values["num_tokens"], self.algorithm.num_epochs_per_batch)
+        return Learned(values | speed, agreement)
 
     def pack(self, groups: list[Group]) -> tuple[list[Part], dict[str, float]]:
         """Whole groups, in order, to one part per optimizer step."""
@@ -240,7 +242,7 @@ class PpoLearner:
 
     def train(self, parts: list[Part], trains_policy: bool) -> tuple[list[Any], list[dict[str, float]]]:
         """Every optimizer step of the batch, in order: the policy's results and the critic's."""
-        rollout, epochs = self.config.rollout, self.algorithm.num_epochs_per_batch
+        epochs = self.algorithm.num_epochs_per_batch
         results, critic_results = [], []
         with (
             self.run.timers("train"),
@@ -251,22 +253,9 @@ class PpoLearner:
                 renamed = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
                 critic_results.append({renamed.get(name, name): value for name, value in found.items()})
                 if trains_policy:
-                    results.append(
-                        self.policy.train_step(
-                            part.batches,
-                            self.loss,
-                            temperature=rollout.temperature,
-                            top_k=rollout.top_k,
-                            top_p=rollout.top_p,
-                        )
-                    )
+                    results.append(policy_step(self.policy, part.batches, self.loss, self.config))
                 advance(1)
         return results, critic_results
-
-    def speed(self, tokens: float) -> dict[str, float]:
-        """Tokens trained on per second, by policy and critic together."""
-        seconds = self.run.timers.seconds("train")
-        return {"tokens_per_second_train": tokens * self.algorithm.num_epochs_per_batch / seconds}
 
 
 def _k1(batch: PackedBatch) -> Any:

@@ -64,6 +64,8 @@ class GrpoAlgorithmConfig(Section):
     """Weight of the entropy bonus."""
     positive_nll_coef: NonNegativeFloat = 0.0
     """Weight of -logprob, a mean over the tokens of samples with full marks (VAPO, arXiv:2504.05118)."""
+    skip_zero_advantages: Literal["auto", "off"] = "auto"
+    """auto: samples with advantage 0 count in the loss but are not computed, where their gradient is 0."""
     loss_aggregation: Literal["token", "sequence", "fixed_length"] = "token"
     """token: sum over tokens / T; sequence: mean over each sequence's, then / S; fixed_length: / (S L)."""
     loss_length: PositiveInt | None = None

@@ -104,6 +104,24 @@ def why_no_old_pass(algorithm: GrpoAlgorithmConfig | PpoAlgorithmConfig) -> str:
     return "one optimizer step per rollout batch: old = current"
 
 
+def why_zero_advantages_train(config: GrpoConfig) -> str:
+    """For a log line, why samples whose advantage is 0 are computed all the same; "" where they are not.
+
+    With that advantage the policy loss and its gradient are 0 whatever the ratio; these settings add a term
+    that is not, or make the advantages wait for a pass over all samples.
+    """
+    algorithm, router = config.algorithm, config.router
+    if algorithm.skip_zero_advantages == "off":
+        return "algorithm.skip_zero_advantages is off"
+    for name in ("kl_coef", "kl_reward_coef", "entropy_coef", "positive_nll_coef", "max_logprob_error"):
+        if getattr(algorithm, name):
+            return f"algorithm.{name} needs them"
+    for name in ("aux_loss_coef", "bias_update_rate"):
+        if getattr(router, name) != 0:  # null: config.json's, which is above 0
+            return f"router.{name} needs them"
+    return ""
+
+
 def evaluates(evaluation: EvaluationConfig) -> bool:
     """Whether a run ever evaluates."""
     return bool(evaluation.interval) or evaluation.at_start or evaluation.at_end
@@ -185,6 +203,9 @@ def _describe_online(config: OnlineRoot) -> list[str]:
     else:
         name = "kl_coef" if isinstance(config, GrpoConfig) else "kl_reward_coef"
         lines.append(f"reference logprobs: pass skipped (algorithm.{name} is 0)")
+    if isinstance(config, GrpoConfig):
+        why = why_zero_advantages_train(config)
+        lines.append(f"samples whose advantage is 0: {f'trained on ({why})' if why else 'not computed'}")
     if isinstance(config, PpoConfig):
         lines.append(
             f"critic: {config.critic.path or config.model.path}, "

@@ -213,7 +213,7 @@ class WeightsConfig(Section):
     transport: Literal["auto", "shared_memory", "peer"] = "auto"
     """auto maps memory of the engine's host and asks other hosts; peer asks all, as if on other hosts."""
     offload: list[Literal["gradients", "optimizer", "kv_cache"]] = Field(default_factory=list)
-    """What gives up its memory while unused: gradients, optimizer (GPU) and the engine's kv_cache (GPU)."""
+    """What gives up its memory while unused: gradients, optimizer (GPU only) and the engine's kv_cache."""
     keep_kv_cache: bool = False
     """Keep cached keys and values over a hand-over, though older weights made them."""
 

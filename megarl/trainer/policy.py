@@ -84,10 +84,12 @@ class Policy(Trained, Protocol):
         *,
         group_size: int = 1,
         fixed_length: int | None = None,
+        only: list[int] | None = None,
     ) -> list[PackedBatch]:
         """Plan and pack: this rank's microbatches of one optimizer step, weighed as token_weights says.
 
         Every ``group_size`` neighbours in ``sequences`` come to lie in one microbatch, in their order.
+        With ``only`` (numbers of ``sequences``, ascending) the others count in the weights alone.
         """
         ...
 

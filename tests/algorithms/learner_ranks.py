@@ -119,3 +119,42 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
         "warned": run.console.warned,
         "weights": {name: np.array(p.detach()) for name, p in policy.params.items()},
     }
+
+
+def train(
+    context: Any,
+    model_dir: str,
+    algorithm: dict[str, Any],
+    parallel: dict[str, Any],
+    steps: list[list[Group]],
+) -> Any:
+    """One step per batch of groups: the metrics of each, what was packed of the last, and the weights."""
+    from megarl.algorithms.grpo import GrpoLearner
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    config = make_config(model_dir, algorithm, parallel)
+    policy = MegatronPolicy(
+        context, load_architecture(model_dir), config.model, config.packing, config.optimizer, 8
+    )
+    policy.keep_reference()
+    learner = GrpoLearner(config, fake_run(), policy)
+    packed: list[dict[int, float]] = []
+    take_steps = learner.train
+
+    def look(parts: Any) -> Any:
+        packed.clear()
+        for part in parts:
+            rows = [(b, row) for b in part.batches for row in b.loss_mask.nonzero().flatten().tolist()]
+            packed.append({int(b.sequence_ids[row]): float(b.loss_weights[row]) for b, row in rows})
+        return take_steps(parts)
+
+    learner.train = look  # type: ignore[method-assign]
+    metrics = [learner.learn(i + 1, groups).metrics for i, groups in enumerate(steps)]
+    return {
+        "metrics": metrics,
+        "packed": packed,
+        "notes": learner.notes(),
+        "advantages": [s.advantage for group in steps[-1] for s in group.samples],
+        "weights": {name: np.array(p.detach()) for name, p in policy.params.items()},
+    }

@@ -33,7 +33,12 @@ RLOO: dict[str, Any] = {
     "kl_reward_coef": 0.3,
     "kl_reward_level": "sequence",
 }
-FILTER: dict[str, Any] = {"filter_overlong": True, "old_logprobs": "rollout", "loss_aggregation": "sequence"}
+FILTER: dict[str, Any] = {
+    "filter_overlong": True,
+    "old_logprobs": "rollout",
+    "loss_aggregation": "sequence",
+    "skip_zero_advantages": "off",
+}
 
 
 def run(model_dirs: dict[str, str], algorithm: dict[str, Any], parallel: dict[str, Any]) -> list[Any]:

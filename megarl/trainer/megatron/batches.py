@@ -27,12 +27,14 @@ def make_batches(
     sequences: list[Sequence],
     weights: list[float],
     group_size: int,
+    only: list[int] | None = None,
 ) -> tuple[list[PackedBatch], int]:
     """Plan over all ranks, pack this rank's microbatches; also the tokens that all ranks compute.
 
     ``weights`` [S] are those of a sequence's targets in the loss (token_weights).
     ``sequence_ids`` of the batches count the caller's sequences. Prompts are shared unless ``group_size``
-    neighbours must be packed whole (pairs) or packing.share_prefix is off.
+    neighbours must be packed whole (pairs) or packing.share_prefix is off. With ``only`` the others are not
+    packed.
     """
     layout, at, device = context.layout, context.at, context.platform.device
     multiple = (2 * layout.context if layout.context > 1 else 1) * (
@@ -47,10 +49,13 @@ def make_batches(
     stale = (
         [np.array(s.stale, dtype=np.float64) for s in sequences] if any(s.stale for s in sequences) else None
     )
-    origins, prefix_of = list(range(len(sequences))), None
+    chosen = list(range(len(sequences))) if only is None else only
+    sequences = [sequences[i] for i in chosen]
+    origins, prefix_of = chosen, None
     if group_size == 1 and packing.share_prefix == "auto":
         shared = share_prefixes(sequences, max_tokens=limits["max_tokens"], pad_to_multiple=multiple)
-        sequences, origins, prefix_of = shared.sequences, shared.origins, shared.prefix_of
+        sequences, prefix_of = shared.sequences, shared.prefix_of
+        origins = [chosen[i] for i in shared.origins]
         plan = plan_units(shared, costs=costs, **limits)
     else:
         lengths = [len(s.token_ids) for s in sequences]

@@ -125,12 +125,12 @@ class MegatronPolicy:
         *,
         group_size: int = 1,
         fixed_length: int | None = None,
+        only: list[int] | None = None,
     ) -> list[PackedBatch]:
         """See Policy. All ranks pass all sequences; each packs its own microbatches."""
         weights = token_weights(sequences, aggregation, fixed_length)
-        batches, self.num_computed_tokens = make_batches(
-            self.context, self.packing, self._costs, sequences, weights, group_size
-        )
+        args = (self.context, self.packing, self._costs, sequences, weights, group_size, only)
+        batches, self.num_computed_tokens = make_batches(*args)
         return batches
 
     # --- forward and backward -----------------------------------------------------------------

@@ -1,0 +1,24 @@
+"""Optimizer steps of the policy, as grpo and ppo take them."""
+
+from __future__ import annotations
+
+from megarl.algorithms.run import Run
+from megarl.config.schema import OnlineConfig
+from megarl.losses.base import Loss
+from megarl.records import PackedBatch
+from megarl.trainer.policy import Policy, TrainStepResult
+
+
+def policy_step(
+    policy: Policy, batches: list[PackedBatch], loss: Loss, config: OnlineConfig
+) -> TrainStepResult:
+    """One optimizer step on the distribution that the engine draws from."""
+    rollout = config.rollout
+    return policy.train_step(
+        batches, loss, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p
+    )
+
+
+def train_speed(run: Run, num_tokens: float, num_epochs: int) -> dict[str, float]:
+    """Tokens trained on per second of the train phase, all passes over them counted."""
+    return {"tokens_per_second_train": num_tokens * num_epochs / run.timers.seconds("train")}
