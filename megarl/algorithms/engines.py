@@ -54,11 +54,10 @@ def start_engine(
 
 def check_offload(weights: WeightsConfig) -> None:
     """Raise UserError for parts that this platform has nowhere to put."""
-    gpu_only = [part for part in weights.offload if part != "gradients"]
-    if gpu_only and platform.current().name == "cpu":
+    if "optimizer" in weights.offload and platform.current().name == "cpu":
         raise UserError(
-            f"weights.offload: {', '.join(gpu_only)} needs a GPU (on a CPU it lies in host memory as it is); "
-            "gradients can be freed here"
+            "weights.offload: optimizer needs a GPU (on a CPU it lies in host memory as it is); gradients "
+            "and kv_cache can be freed here"
         )
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megarl import platform
 from megarl.config.schema import EngineConfig
 from megarl.errors import UserError
 
@@ -65,7 +66,7 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         disable_log_stats=True,
         tensor_parallel_size=config.tensor_parallel_size,
         distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
-        enable_sleep_mode=settings.offload_kv_cache,
+        enable_sleep_mode=settings.offload_kv_cache and platform.chosen_name() != "cpu",
         worker_extension_cls="megarl.rollout.vllm_extension.WeightReceiver",
     )
     engine = LLMEngine.from_engine_args(args)

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
+from megarl.platform import memory
 from megarl.rollout.attach import AttachedWeights, check_plan, dtype_name
 from megarl.rollout.cpu_linear import cpu_linear
 from megarl.rollout.engine import AttachReport
@@ -53,6 +54,7 @@ class WeightReceiver:
     def megarl_attach(self, plans: list[WeightPlan]) -> AttachReport:
         """Bind a plan that megarl_check found good."""
         self._attached = AttachedWeights(plans[self.rank], self._parameters(), self._attached)
+        memory.trim_heap()  # of the weights that the engine was built with
         return self._attached.report()
 
     def megarl_copy(self) -> int:
@@ -62,6 +64,10 @@ class WeightReceiver:
         for layer in self._latent_layers().values():  # kv_b_proj is also kept cut in two and transposed
             layer.process_weights_after_loading(self.model_runner.dtype)
         return num_bytes
+
+    def megarl_discard_cache(self) -> None:
+        """Give up the key-value cache's memory until it is written again (on a CPU, where vLLM cannot)."""
+        memory.discard(self.model_runner.kv_caches)
 
     def megarl_checksums(self) -> list[RegionChecksum]:
         """Of every region of the plan, as it lies in the engine's parameters."""

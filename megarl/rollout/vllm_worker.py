@@ -86,11 +86,12 @@ class EngineActor:
 
     def sleep(self) -> None:
         """See Engine.sleep."""
-        self._on_engine_thread(lambda: self._engine.sleep(level=1))
+        self._on_engine_thread(self._sleep)
 
     def wake(self) -> None:
         """See Engine.wake."""
-        self._on_engine_thread(lambda: self._engine.wake_up())
+        if not self._on_cpu():  # there the cache is backed again where it is written
+            self._on_engine_thread(lambda: self._engine.wake_up())
 
     def places(self) -> list[tuple[str, str]]:
         """See Engine.places."""
@@ -215,6 +216,17 @@ class EngineActor:
         if violations:
             raise WeightPlanError(violations)
         return self._engine.collective_rpc("megarl_attach", args=(plans,))
+
+    def _sleep(self) -> None:
+        if not self._on_cpu():
+            self._engine.sleep(level=1)
+            return
+        assert not self._requests, "the cache of running requests cannot be given up"
+        self._engine.reset_prefix_cache()
+        self._engine.collective_rpc("megarl_discard_cache")
+
+    def _on_cpu(self) -> bool:
+        return str(self._engine.vllm_config.device_config.device_type) == "cpu"
 
     def _sync(self, policy_version: int) -> SyncReport:
         start = time.perf_counter()

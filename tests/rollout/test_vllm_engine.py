@@ -53,6 +53,26 @@ def test_greedy_follows_the_argmax_of_hf(trainer: Any) -> None:
     assert response.logprobs == []
 
 
+def test_a_sleeping_engine_gives_its_cache_back(trainer: Any) -> None:
+    requests = trainer.requests(12, max_new_tokens=20)
+    before = by_id(list(trainer.engine.generate(requests, PLAIN)))
+    process = psutil.Process(trainer.engine.health().pid)
+    held = process.memory_full_info().uss
+    trainer.engine.sleep()
+    assert held - process.memory_full_info().uss > 0.8 * 0.05 * 2**30, "of kv_cache_gib"
+    trainer.engine.wake()
+    after = by_id(list(trainer.engine.generate(requests, PLAIN)))
+    assert {name: r.token_ids for name, r in after.items()} == {n: r.token_ids for n, r in before.items()}
+    assert trainer.logprob_error(requests, list(after.values()), 1.0) < TOLERANCE
+
+
+def test_no_daemon_of_ray_runs_that_serves_nobody(trainer: Any) -> None:
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert any("gcs_server" in command for command in commands), "Ray's processes are this one's children"
+    for word in ("dashboard/dashboard.py", "log_monitor.py", "autoscaler/_private/monitor.py"):
+        assert not any(word in command for command in commands), word
+
+
 def test_sampling_ends_with_the_first_stop_token_only(trainer: Any) -> None:
     requests = trainer.requests(6, max_new_tokens=30)
     free = by_id(list(trainer.engine.generate(requests, PLAIN)))
