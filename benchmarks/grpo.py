@@ -39,7 +39,10 @@ CASES: dict[str, dict[str, Any]] = {
         "extract": "last_number",
         "chat_template": True,
         "lr": 1e-5,
-        "microbatch_tokens": 1024,
+        # A group of 8 samples, its prompt once, as TRL's microbatch is 8 samples.
+        "microbatch_tokens": 512,
+        # 64 sequences of at most 128 tokens, four blocks each: 46,080 bytes a token.
+        "kv_cache_gib": 0.36,
         "steps": 6,
     },
     "tiny": {
@@ -49,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
         "chat_template": False,
         "lr": 3e-4,
         "microbatch_tokens": 4096,
+        "kv_cache_gib": 0.1,
         "steps": 40,
     },
 }
@@ -83,7 +87,9 @@ def configuration(case: dict[str, Any], steps: int, run_dir: Path) -> dict[str, 
             "num_prompts_per_step": PROMPTS,
             "num_generations_per_prompt": GENERATIONS,
             "max_new_tokens": MAX_NEW_TOKENS,
+            "engine": {"kv_cache_gib": case["kv_cache_gib"]},
         },
+        "weights": {"offload": ["kv_cache"]},
         "training": {"num_steps": steps},
         "optimizer": {"lr": case["lr"]},
         "packing": {"max_tokens_per_microbatch": case["microbatch_tokens"], "max_sequence_length": 256},
@@ -122,29 +128,49 @@ def measure(name: str, side: str, steps: int, folder: Path) -> Row:
     peak = run_measured([sys.executable, *command], environment, folder / "log.txt")
     if side == "megarl":
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        done = [_our_step(json.loads(line)) for line in lines]
+        prompts = prompt_tokens(config_file)
+        done = [_our_step(json.loads(line), prompts) for line in lines]
     else:
         done = json.loads(result_file.read_text())
     assert len(done) == steps, f"{len(done)} of {steps} steps in {folder}"
-    row = {"op": "grpo", "case": name, "impl": side, "peak_gib": peak, **summary(done), "steps": done}
+    row = {"op": "grpo", "case": name, "impl": side, "peak_gib": peak.gib, "peak_processes": peak.processes}
+    row |= {**summary(done), "steps": done}
     phases = " ".join(f"{phase} {row[f'seconds_{phase}']:.2f}" for phase in PHASES)
     print(
         f"{name:13} {side:26} {row['seconds_per_step']:7.2f} s/step ({phases}) "
         f"{row['tokens_per_second']:7.1f} tok/s, {row['response_length_mean']:.1f} tokens per response, "
-        f"reward {row['reward_first']:.3f} -> {row['reward_last']:.3f}, {peak:.2f} GiB",
+        f"reward {row['reward_first']:.3f} -> {row['reward_last']:.3f}, {peak.gib:.2f} GiB",
         file=sys.stderr,
     )
     return row
 
 
-def _our_step(line: dict[str, float]) -> dict[str, float]:
-    samples = PROMPTS * GENERATIONS
+def _our_step(line: dict[str, float], prompts: list[int]) -> dict[str, float]:
     kept = {name: value for name, value in line.items() if name.startswith("seconds")}
+    responses = round(line["response_length_mean"] * PROMPTS * GENERATIONS)
+    first = PROMPTS * (int(line["step"]) - 1)
     return kept | {
         "reward_mean": line["reward_mean"],
-        "num_response_tokens": round(line["response_length_mean"] * samples),
-        "num_tokens": line["num_tokens"],
+        "num_response_tokens": responses,
+        # Of all samples, as TRL's: the run's own num_tokens are those of the samples it computed.
+        "num_tokens": responses + GENERATIONS * sum(prompts[first : first + PROMPTS]),
+        "skipped_zero_advantage": line["skipped_zero_advantage"],
     }
+
+
+def prompt_tokens(config_file: Path) -> list[int]:
+    """Tokens of each problem's prompt, in order."""
+    from transformers import AutoTokenizer
+
+    from megarl.config.load import load_config
+    from megarl.config.schema import GrpoConfig
+    from megarl.data.prompts import load_prompts
+
+    config = load_config(GrpoConfig, config_file, [])
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    dataset = load_prompts(config.data, tokenizer, max_prompt_tokens=10_000, split="train")
+    count = config.training.num_steps * PROMPTS
+    return [len(dataset[i].token_ids) for i in range(count)]
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -7,14 +7,23 @@ import subprocess
 import sys
 import threading
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _MARK = "MEGARL_BENCH_TREE"
 _INTERVAL_SECONDS = 0.5
 
 
-def run_measured(command: list[str], environment: dict[str, str], log: Path) -> float:
-    """Run ``command`` to its end, output into ``log``; returns the peak of its processes' memory in GiB.
+@dataclass(slots=True)
+class Peak:
+    """The most memory, in GiB, and what each process had of it then, by name."""
+
+    gib: float = 0.0
+    processes: dict[str, float] = field(default_factory=dict)
+
+
+def run_measured(command: list[str], environment: dict[str, str], log: Path) -> Peak:
+    """Run ``command`` to its end, output into ``log``; returns the peak of its processes' memory.
 
     The memory is the sum of proportional set sizes (/proc/PID/smaps_rollup), in which a page shared by
     several processes counts once, read twice a second. Processes are told by a variable they inherit,
@@ -29,7 +38,7 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
-        peak, done = [0.0], threading.Event()
+        peak, done = Peak(), threading.Event()
         sampler = threading.Thread(target=_sample, args=(f"{_MARK}={mark}".encode(), peak, done))
         sampler.start()
         code = process.wait()
@@ -38,13 +47,13 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
     if code:
         tail = "\n".join(log.read_text().splitlines()[-30:])
         raise RuntimeError(f"{' '.join(command)} ended with exit code {code}:\n{tail}")
-    return peak[0]
+    return peak
 
 
-def _sample(mark: bytes, peak: list[float], done: threading.Event) -> None:
+def _sample(mark: bytes, peak: Peak, done: threading.Event) -> None:
     known: dict[int, bool] = {os.getpid(): False}
     while not done.wait(_INTERVAL_SECONDS):
-        total = 0
+        found: dict[str, float] = {}
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
                 continue
@@ -54,10 +63,22 @@ def _sample(mark: bytes, peak: list[float], done: threading.Event) -> None:
                     # A child shows its parent's environment until it has called exec: ask again later.
                     known[pid] = mark in (folder / "environ").read_bytes().split(b"\0")
                 if known[pid]:
-                    total += _pss_kib(folder)
+                    name = _name(folder)
+                    found[name] = found.get(name, 0.0) + _pss_kib(folder) / 2**20
             except (PermissionError, FileNotFoundError, ProcessLookupError):
                 continue  # another user's, or it has just ended
-        peak[0] = max(peak[0], total / 2**20)
+        if (total := sum(found.values())) > peak.gib:
+            peak.gib, peak.processes = total, found
+
+
+def _name(folder: Path) -> str:
+    """The title a process gave itself, the module or script of a Python program, or the program's file."""
+    words = (folder / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
+    program = Path(words[0]).name
+    if not program.startswith("python") or len(words) < 2:
+        return program.split(" ")[0] if words[0].startswith("/") else words[0].strip()
+    named = words[2] if words[1] == "-m" and len(words) > 2 else words[-1] if words[1] == "-c" else words[1]
+    return Path(named).name[:60] if words[1] != "-c" else "python -c"
 
 
 def _pss_kib(folder: Path) -> int:

@@ -24,7 +24,8 @@ time.sleep(3)
 
 def test_peak_is_of_all_processes_together(tmp_path: Path) -> None:
     peak = run_measured([sys.executable, "-c", PROGRAM], {}, tmp_path / "log")
-    assert 500 / 1024 < peak < 580 / 1024
+    assert 500 / 1024 < peak.gib < 580 / 1024
+    assert sum(peak.processes.values()) == pytest.approx(peak.gib)
 
 
 def test_a_command_that_fails_says_what_it_printed(tmp_path: Path) -> None:
