@@ -43,9 +43,10 @@ def install() -> Platform:
         torch.cuda.set_device(device)
         _installed = Platform("cuda", device, "nccl")
     else:
-        from megarl.platform import cpu
+        from megarl.platform import cpu, memory
 
         cpu.install()
+        memory.return_large_blocks()
         _installed = Platform("cpu", torch.device("cpu"), "gloo")
     return _installed
 

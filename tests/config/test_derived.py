@@ -11,6 +11,7 @@ from megarl.config.derived import (
     needs_old_logprobs,
     needs_reference,
     num_optimizer_steps,
+    why_zero_advantages_train,
 )
 from megarl.config.schema import GrpoAlgorithmConfig, GrpoConfig, ParallelConfig
 
@@ -68,8 +69,25 @@ def test_description() -> None:
         "samples per optimizer step: 16, optimizer steps per rollout batch: 6",
         "old logprobs: one forward pass per rollout batch",
         "reference logprobs: one forward pass per rollout batch",
+        "samples whose advantage is 0: trained on (algorithm.kl_coef needs them)",
     ]
-    assert describe(grpo(), None)[-2:] == [
+    assert describe(grpo(), None)[-3:] == [
         "old logprobs: pass skipped (one optimizer step per rollout batch: old = current)",
         "reference logprobs: pass skipped (algorithm.kl_coef is 0)",
+        "samples whose advantage is 0: not computed",
     ]
+
+
+def test_what_gives_samples_without_an_advantage_a_gradient() -> None:
+    assert why_zero_advantages_train(grpo()) == ""
+    for change in (
+        {"num_optimizer_steps_per_batch": 2},
+        {"off_policy_correction": "tis", "off_policy_high": 2},
+    ):
+        assert why_zero_advantages_train(grpo(algorithm=change)) == ""
+    for name in ("kl_coef", "kl_reward_coef", "entropy_coef", "positive_nll_coef", "max_logprob_error"):
+        assert why_zero_advantages_train(grpo(algorithm={name: 0.1})) == f"algorithm.{name} needs them"
+    for name, value in (("aux_loss_coef", 0.1), ("aux_loss_coef", None), ("bias_update_rate", 1e-3)):
+        assert why_zero_advantages_train(grpo(router={name: value})) == f"router.{name} needs them"
+    off = grpo(algorithm={"skip_zero_advantages": "off"})
+    assert why_zero_advantages_train(off) == "algorithm.skip_zero_advantages is off"
