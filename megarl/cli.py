@@ -195,12 +195,14 @@ def _check_layout(config: AnyConfig) -> None:
     from megarl.config.schema import EvalConfig, GrpoConfig
     from megarl.models import load_architecture
     from megarl.models.feasible import check_layout, check_router
+    from megarl.models.lora import check_lora
 
     if not isinstance(config, EvalConfig):
         architecture = load_architecture(config.model.path)
         check_layout(architecture, config.parallel)
         replay = isinstance(config, GrpoConfig) and config.rollout.router_replay
         check_router(architecture, config.router, replay=replay)
+        check_lora(architecture, config.lora)
 
 
 def _call_loop(config: AnyConfig) -> None:

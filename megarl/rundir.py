@@ -40,7 +40,7 @@ from megarl.errors import UserError
 # is learned (up to rounding).
 _FREE_FIELDS = (
     *("run.dir", "run.hang_timeout_seconds", "logging", "checkpoint", "profile", "launcher", "parallel"),
-    *("training.num_steps", "reference.cache_dir"),
+    *("training.num_steps", "reference.cache_dir", "lora.export"),
 )
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.algorithms.model import describe_layers, read_model
+from megarl.algorithms.model import describe_layers, describe_lora, read_model
 from megarl.algorithms.reference import ReferenceLogprobs
 from megarl.algorithms.run import Run
 from megarl.config.derived import uses_reference
@@ -42,8 +42,11 @@ def run_dpo(config: DpoConfig) -> None:
             config.training.num_steps,
             check_numerics=config.debug.check_numerics,
             router=config.router,
+            lora=config.lora,
         )
         run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
+        for line in describe_lora(architecture, config.lora):
+            run.console.note(line)
         loop = _DpoLoop(config, run, policy, train, held_out)
         if uses_reference(config.algorithm):
             loop.prepare_reference(ReferenceLogprobs(config, run, policy, architecture))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config.derived import AnyConfig, max_sequence_length, read_model_config
+from megarl.config.lora import LoraConfig
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer
 from megarl.models import load_architecture
+from megarl.models.lora import adapted_modules, num_adapter_parameters, targets_of
 from megarl.models.spec import ModelSpec
 from megarl.models.table import Architecture
 from megarl.platform.layers import layer_implementations
@@ -25,3 +29,15 @@ def describe_layers(device: str, dtype: str, spec: ModelSpec) -> str:
     """Which implementation each kind of the trainer's layers has, in one line for the log."""
     found = layer_implementations(device, dtype, experts=spec.moe is not None)
     return "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
+
+
+def describe_lora(architecture: Architecture, lora: LoraConfig | None) -> list[str]:
+    """What is trained instead of the weights, in a line for the log; none without adapters."""
+    if lora is None:
+        return []
+    trained = num_adapter_parameters(adapted_modules(architecture, lora), lora.rank)
+    whole = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
+    return [
+        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(targets_of(architecture, lora))}: "
+        f"{trained:,} parameters are trained, {trained / whole:.2%} of the model's {whole:,}"
+    ]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megarl.algorithms.collect import Collector
 from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
 from megarl.algorithms.evaluate import evaluate, pick_problems
-from megarl.algorithms.model import describe_layers, read_model
+from megarl.algorithms.model import describe_layers, describe_lora, read_model
 from megarl.algorithms.online_report import (
     describe_overlap,
     disagreement,
@@ -116,8 +116,11 @@ def run_online(
             num_optimizer_steps(config),
             check_numerics=config.debug.check_numerics,
             router=config.router,
+            lora=config.lora,
         )
         run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
+        for line in describe_lora(architecture, config.lora):
+            run.console.note(line)
         if not isinstance(config, DistillConfig) and needs_reference(config.algorithm):
             policy.keep_reference()
         learner = make_learner(config, run, policy)
@@ -226,6 +229,7 @@ class OnlineLoop:
 
     def hand_over(self, step: int) -> dict[str, float]:
         """The engine gets policy version ``step``; counts the bytes that had to move."""
+        self.policy.publish_weights()
         self.give_memory_to("engine")
         moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
         if self.config.weights.verify == "checksum":

@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
 import torch.distributed as dist
 
 from megarl import platform
@@ -30,6 +32,9 @@ from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory
 from megarl.trainer.policy import Policy, Trained, broadcast
 from megarl.weights.hf import export_hf
+from megarl.weights.peft import export_adapter
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 class Interrupted(SystemExit):
@@ -145,16 +150,27 @@ class Run:
         return number
 
     def export(self, policy: Policy, architecture: Architecture) -> None:
-        """Write the weights as a Hugging Face directory, <run.dir>/hf, unless switched off."""
+        """Write the weights as a Hugging Face directory, <run.dir>/hf, unless switched off.
+
+        With LoRA: those weights with adapters merged, the adapters as <run.dir>/adapter, or both.
+        """
         if not self.config.checkpoint.export_hf:
             return
-        tensors = policy.hf_tensors()
+        lora, base = self.config.lora, self.config.model.path
         with ranges.phase("export"):
-            if self.is_first:
-                export_hf(self.directory.path / "hf", self.config.model.path, architecture, tensors)
-            else:
-                for _ in tensors:  # every rank takes part in the gathering
-                    pass
+            if lora is None or lora.export != "adapter":
+                tensors, target = policy.hf_tensors(), self.directory.path / "hf"
+                self._write(tensors, partial(export_hf, target, base, architecture))
+            if lora is not None and lora.export != "merged":
+                tensors, target = policy.adapter_tensors(), self.directory.path / "adapter"
+                self._write(tensors, partial(export_adapter, target, base, architecture, lora))
+
+    def _write(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
+        if self.is_first:
+            write(tensors)
+        else:
+            for _ in tensors:  # every rank takes part in the gathering
+                pass
 
     # --- figures ------------------------------------------------------------------------------
 

@@ -176,6 +176,9 @@ def describe(config: AnyConfig, model_config: dict[str, Any] | None) -> list[str
         )
     if not isinstance(config, EvalConfig):
         lines.append(f"optimizer steps in all: {num_optimizer_steps(config)}")
+        if (lora := config.lora) is not None:
+            targets = ", ".join(lora.target_modules)
+            lines.append(f"trained: adapters of rank {lora.rank} on {targets}; exported: {lora.export}")
     if isinstance(config, OnlineRoot):
         lines += _describe_online(config)
     return lines

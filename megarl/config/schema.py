@@ -26,6 +26,7 @@ from megarl.config.environments import EnvironmentRuntime
 from megarl.config.environments import EnvironmentSource as EnvironmentSource
 from megarl.config.evaluation import EvaluationConfig as EvaluationConfig
 from megarl.config.evaluation import EvaluationSizeConfig as EvaluationSizeConfig
+from megarl.config.lora import LoraConfig as LoraConfig
 from megarl.config.parallel import ParallelConfig as ParallelConfig
 from megarl.config.router import RouterConfig
 from megarl.config.run import Launcher, ProfileConfig
@@ -175,6 +176,8 @@ class TrainingRoot(Section):
     launcher: Launcher = "auto"
     """How trainer ranks start: auto is this machine, or torchrun or srun where they called; ray a cluster."""
     model: ModelConfig
+    lora: LoraConfig | None = None
+    """Train adapters of low rank; null trains all weights."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
     packing: PackingConfig = PackingConfig()

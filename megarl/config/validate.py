@@ -27,6 +27,7 @@ from megarl.config.validate_data import DATA_RULES
 from megarl.config.validate_distill import DISTILL_RULES
 from megarl.config.validate_environments import ENVIRONMENT_RULES
 from megarl.config.validate_evaluation import EVALUATION_RULES, ONLINE_EVALUATION_RULES
+from megarl.config.validate_lora import LORA_RULES
 from megarl.config.validate_ppo import PPO_RULES
 from megarl.config.validate_preference import DPO_RULES, RM_RULES
 from megarl.config.validate_run import RUN_RULES
@@ -287,6 +288,7 @@ _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     _warmup,
     _token_budget,
     *DATA_RULES,
+    *LORA_RULES,
 ]
 _SFT_RULES: list[Callable[[SftConfig], Violations]] = [_sft_sizes, _sft_validation, _sft_ranks]
 _ONLINE_RULES: list[Callable[[OnlineRoot], Violations]] = [

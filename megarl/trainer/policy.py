@@ -137,7 +137,7 @@ class Policy(Trained, Protocol):
         ...
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference."""
+        """Remember the present weights as the reference; with LoRA it is the model without its adapters."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
@@ -156,6 +156,14 @@ class Policy(Trained, Protocol):
         """What every rank offers to engines, on rank 0 (elsewhere empty).
 
         Until the process ends its parameters must stay where they are; ``transport`` is weights.transport.
+        With LoRA what is offered is a copy of the adapted layers with the adapters merged in.
+        """
+        ...
+
+    def publish_weights(self) -> None:
+        """Bring what was offered to engines up to date, before every hand-over and while they rest.
+
+        With LoRA adapters are merged. Otherwise there is nothing to do: engines read the parameters.
         """
         ...
 
@@ -164,7 +172,11 @@ class Policy(Trained, Protocol):
         ...
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the Hugging Face checkpoint, on rank 0 (elsewhere none)."""
+        """Every tensor of the Hugging Face checkpoint, adapters merged, on rank 0 (elsewhere none)."""
+        ...
+
+    def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """With LoRA: every A and B by its name in PEFT's format, on rank 0 (elsewhere none)."""
         ...
 
 

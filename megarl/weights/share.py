@@ -13,7 +13,7 @@ from megarl.weights.place import device_id, host_id
 from megarl.weights.plan import Owner
 
 
-def pool_parameters(params: Mapping[str, torch.nn.Parameter]) -> dict[torch.dtype, torch.Tensor]:
+def pool_parameters(params: Mapping[str, torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
     """Move all parameters into one flat buffer per type, so that there are few handles to share.
 
     Values stay as they are; each parameter becomes a view, aligned to 64 bytes. Must run before an

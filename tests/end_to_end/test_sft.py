@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reasoning_gym
@@ -37,6 +38,11 @@ STEPS = SFT["training"]["num_steps"]
 def hf_validation_loss(directory: Path) -> float:
     """Mean loss per response token of the held-out problems, by transformers alone, one at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return validation_loss_of(model, directory)
+
+
+def validation_loss_of(model: Any, directory: Path) -> float:
+    """The same of a model that is loaded already; the tokenizer lies in ``directory``."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     source = SFT["data"]["held_out"]
     problems = reasoning_gym.create_dataset(

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.errors import UserError
 from megarl.platform.checkpoint_writer import write_in_process
+from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -136,6 +137,8 @@ def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> b
     state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
+        if any(_of_adapter(name) for name in state[key]):
+            missing = [name for name in missing if _of_adapter(name)]
         wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
         assert not wrong, f"checkpoint and model disagree on {wrong}"
     optimizer.load_state_dict(state["optimizer"])
@@ -151,7 +154,7 @@ def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> b
 def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_METADATA)  # Megatron writes process groups into it
     state: dict[str, Any] = {
-        key: chunk.sharded_state_dict(metadata=metadata)
+        key: _saved(chunk.sharded_state_dict(metadata=metadata))
         for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True)
     }
     if optimizer is not None:
@@ -183,6 +186,15 @@ def _counted(optimizer: Any) -> Iterator[None]:
     finally:
         for part in empty:
             part.state.pop(_NO_PARAMETER, None)
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a model with adapters only these: the frozen weights are those of model.path."""
+    return {name: part for name, part in state.items() if _of_adapter(name)} or state
+
+
+def _of_adapter(name: str) -> bool:
+    return f"{ADAPTER_SUFFIX}." in name
 
 
 def _chunk_keys(chunks: list[Any]) -> list[str]:

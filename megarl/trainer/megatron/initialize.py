@@ -26,6 +26,7 @@ class RankContext:
     at: RankCoordinates
     platform: platform.Platform
     parallel: ParallelConfig
+    seed: int = 0  # of whatever is drawn alike on all ranks
 
     @property
     def is_first(self) -> bool:
@@ -73,7 +74,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     here = parallel.model_copy(update={"num_processes": world_size})
-    return RankContext(rank, layout, layout.coordinates(rank), chosen, here)
+    return RankContext(rank, layout, layout.coordinates(rank), chosen, here, seed)
 
 
 def finalize() -> None:

@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
+from megarl.config.schema import ParallelConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models.rope import inverse_frequencies
@@ -273,6 +274,37 @@ def build_model(
     )
     _mark_tensor_parallel(model)
     return model.to(dtype=dtype, device=device)
+
+
+def build_chunks(
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[PolicyModel]:
+    """All of this rank's chunks (:func:`build_model`)."""
+    return [
+        build_model(
+            spec,
+            layout,
+            dtype,
+            device,
+            chunk,
+            recompute=parallel.activation_recompute,
+            dispatcher=parallel.expert_dispatcher,
+        )
+        for chunk in range(layout.virtual)
+    ]
+
+
+def named_parameters(chunks: list[PolicyModel]) -> dict[str, torch.nn.Parameter]:
+    """Every parameter by the name that the architecture table has for it."""
+    return {
+        f"chunk{number}.{name}" if len(chunks) > 1 else name: param
+        for number, chunk in enumerate(chunks)
+        for name, param in chunk.named_parameters()
+    }
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:

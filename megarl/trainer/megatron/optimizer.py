@@ -5,11 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarl.config.schema import OptimizerConfig
+from megarl.config.schema import OptimizerConfig, ParallelConfig
+
+
+def wrap_chunks(chunks: list[Any], parallel: ParallelConfig, *, distributed: bool) -> list[Any]:
+    """Megatron's data parallelism around each chunk: gradient buffers of what is trained, and their sums."""
+    reduction = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=distributed,
+    )
+    ddp = [DistributedDataParallel(chunk.config, reduction, chunk) for chunk in chunks]
+    pauses = [chunk.no_sync for chunk in ddp]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = _finalize_without_scaling
+        if parallel.overlap_grad_reduce:  # not before the last microbatch
+            chunk.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+    return ddp
+
+
+def _finalize_without_scaling(model: list[Any], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction; the division by tokens is left out, the loss weights did it."""
+    finalize_model_grads(model, None, **kwargs)
 
 
 def build_optimizer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megarl.config.lora import LoraConfig
 from megarl.config.router import RouterConfig
 from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
@@ -21,6 +20,7 @@ from megarl.losses.agreement import Agreement
 from megarl.losses.base import Aggregation, Loss, LossResult, LossTokens, token_weights
 from megarl.losses.preference import sequence_logps
 from megarl.models.feasible import check_layout, check_router
+from megarl.models.lora import check_lora
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
 from megarl.packing.plan import CostModel
@@ -32,12 +32,14 @@ from megarl.trainer.megatron.attention import PackedMicrobatch, prefix_spans
 from megarl.trainer.megatron.batches import make_batches
 from megarl.trainer.megatron.head import HeadShard, OnHidden, Sampler, label_logprobs, loss_tokens
 from megarl.trainer.megatron.initialize import RankContext
-from megarl.trainer.megatron.model import build_model
-from megarl.trainer.megatron.optimizer import build_optimizer
+from megarl.trainer.megatron.lora import Lora
+from megarl.trainer.megatron.model import build_chunks, named_parameters
+from megarl.trainer.megatron.optimizer import build_optimizer, wrap_chunks
 from megarl.trainer.megatron.reduce import agreement_of, reduce_results
+from megarl.trainer.megatron.reference import FrozenCopy
 from megarl.trainer.megatron.routers import Routers
 from megarl.trainer.megatron.sleep import Sleeper
-from megarl.trainer.megatron.weights import TrainerWeights
+from megarl.trainer.megatron.weights import TrainerWeights, gather_tensors
 from megarl.trainer.policy import LogprobField, PendingSave, TrainStepResult, Transport, gather
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.hf import load_hf
@@ -59,62 +61,48 @@ class MegatronPolicy:
         *,
         check_numerics: bool = False,
         router: RouterConfig | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Build this rank's part and load ``model.path``; without an optimizer it only exports.
 
+        With ``lora`` the loaded weights stay as they are, and adapters are trained beside them.
         With check_numerics a logprob or loss input that is not finite ends every pass with a UserError
         that names its token.
         """
         router = router or RouterConfig()
         check_layout(architecture, context.parallel)
         check_router(architecture, router)
+        check_lora(architecture, lora)
         self._check_numerics = check_numerics
         self.context, self.architecture = context, architecture
         self.packing = packing or PackingConfig()
         self.device = context.platform.device
         dtype, layout = getattr(torch, model.dtype), context.layout
-        build = partial(
-            build_model,
-            recompute=context.parallel.activation_recompute,
-            dispatcher=context.parallel.expert_dispatcher,
-        )
-        self.chunks = [
-            build(architecture.spec, layout, dtype, self.device, chunk) for chunk in range(layout.virtual)
-        ]
-        self.params = {
-            f"chunk{number}.{name}" if layout.virtual > 1 else name: param
-            for number, chunk in enumerate(self.chunks)
-            for name, param in chunk.named_parameters()
-        }
+        self.chunks = build_chunks(architecture.spec, context.parallel, layout, dtype, self.device)
+        self.params = named_parameters(self.chunks)
         self._routers = Routers(context, architecture.spec.moe, self.chunks, router)
         self.regions = architecture.trainer_regions(context.layout, context.at)
-        self.weights = TrainerWeights(context, architecture, self.params, self.regions)
         self._model_dir = model.path
         self._load_hf(model.path)
-        # The distributed optimizer brings a flat buffer of its own.
-        if optimizer is None or not optimizer.distributed:
+        # The distributed optimizer brings a flat buffer of its own, for what it trains.
+        if optimizer is None or not optimizer.distributed or lora is not None:
             pool_parameters(self.params)
-        self._reference: dict[str, torch.Tensor] | None = None
+        self.lora = None
+        exported: Mapping[str, torch.Tensor] = self.params
+        if lora is not None:
+            self.lora = Lora(architecture, self.chunks, self.params, self.regions, lora, context.seed)
+            exported = self.lora.merged_weights()
+        self.weights = TrainerWeights(context, architecture, exported, self.regions)
+        self._reference: FrozenCopy | None = None
         self._costs = CostModel.transformer(architecture.spec.hidden_size)
         self.num_computed_tokens = 0
         self.before_update: Callable[[], None] | None = None
         self.ddp: list[Any] = list(self.chunks)
         if optimizer is None:
             return
-        reduction = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=context.parallel.overlap_grad_reduce,
-            overlap_param_gather=context.parallel.overlap_param_gather,
-            use_distributed_optimizer=optimizer.distributed,
-        )
-        self.ddp = [DistributedDataParallel(chunk.config, reduction, chunk) for chunk in self.chunks]
+        self.ddp = wrap_chunks(self.chunks, context.parallel, distributed=optimizer.distributed)
         self.optimizer, self.schedule = build_optimizer(optimizer, self.ddp, dtype, total_optimizer_steps)
         self._sleeper = Sleeper(self.ddp, self.optimizer, self.device)
-        pauses = [chunk.no_sync for chunk in self.ddp]
-        for chunk in self.chunks:
-            chunk.config.finalize_model_grads_func = _finalize_without_scaling
-            if context.parallel.overlap_grad_reduce:  # not before the last microbatch
-                chunk.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
 
     # --- from sequences to microbatches -------------------------------------------------------
 
@@ -310,21 +298,25 @@ class MegatronPolicy:
 
     def keep_reference(self) -> None:
         """See Policy."""
+        if self.lora is not None:  # the frozen weights are there already
+            return
         self._finish_param_gather()
-        with torch.no_grad():
-            self._reference = {name: param.detach().clone() for name, param in self.params.items()}
+        self._reference = FrozenCopy(self.params)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """See Policy."""
-        assert self._reference is not None, "keep_reference() first"
-        self._finish_param_gather()
-        self._exchange(self._reference)
         self._routers.replays = False  # the reference chooses for itself: it is a policy of its own
+        self._finish_param_gather()
         try:
-            yield
+            if self.lora is not None:
+                inside = self.lora.off()
+            else:
+                assert self._reference is not None, "keep_reference() first"
+                inside = self._reference.in_place_of(self.params)
+            with inside:
+                yield
         finally:
-            self._exchange(self._reference)
             self._routers.replays = True
 
     @contextmanager
@@ -339,16 +331,20 @@ class MegatronPolicy:
     def _load_hf(self, model_dir: str) -> None:
         load_hf(model_dir, self.architecture, self.regions, self.params)
 
-    def _exchange(self, other: dict[str, torch.Tensor]) -> None:
-        for name, param in self.params.items():
-            param.data, other[name] = other[name], param.data
-
     # --- weights ------------------------------------------------------------------------------
 
     def weight_owners(self, transport: Transport = "auto") -> list[Owner]:
         """See Policy. Every rank offers all it holds; the planner chooses among replicas."""
         self._finish_param_gather()
+        if self.lora is not None:
+            self.lora.publish()
         return self.weights.owners(transport)
+
+    def publish_weights(self) -> None:
+        """See Policy."""
+        if self.lora is not None:
+            self._finish_param_gather()
+            self.lora.refresh()
 
     def weight_checksums(self, queries: list[RegionQuery]) -> dict[int, int]:
         """See Policy."""
@@ -358,7 +354,15 @@ class MegatronPolicy:
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Policy."""
         self._finish_param_gather()
+        self.publish_weights()
         return self.weights.hf_tensors()
+
+    def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Policy."""
+        assert self.lora is not None, "there are adapters with lora only"
+        self._finish_param_gather()
+        params, regions = self.lora.adapter_tensors()
+        return gather_tensors(self.context, self.lora.shapes, regions, params)
 
     def _finish_param_gather(self) -> None:
         """Have the last step's parameters now, not at the next forward pass."""
@@ -393,8 +397,3 @@ class MegatronPolicy:
         """See Policy."""
         self.wake()
         return checkpoint.load(directory, self.chunks, self.optimizer, self.schedule)
-
-
-def _finalize_without_scaling(model: list[Any], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
-    """Megatron's gradient reduction; the division by tokens is left out, the loss weights did it."""
-    finalize_model_grads(model, None, **kwargs)

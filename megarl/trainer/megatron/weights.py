@@ -29,7 +29,7 @@ class TrainerWeights:
         self,
         context: RankContext,
         architecture: Architecture,
-        params: Mapping[str, torch.nn.Parameter],
+        params: Mapping[str, torch.Tensor],
         regions: list[Region],
     ) -> None:
         self._context, self._architecture = context, architecture
@@ -66,26 +66,36 @@ class TrainerWeights:
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Policy.hf_tensors. One tensor at a time is whole on rank 0."""
-        by_name: dict[str, list[Any]] = {}
-        for region in self._regions:
-            if is_first_replica(region.param, self._context.at):
-                by_name.setdefault(region.hf, []).append(region)
-        for name, shape in self._architecture.hf_shapes().items():
-            parts = [
-                (region.box, self._params[region.param].detach()[region_index(region.index)].cpu().clone())
-                for region in by_name.get(name, [])
-            ]
-            gathered = [parts]
-            if dist.get_world_size() > 1:
-                everything: list[Any] = [None] * dist.get_world_size()
-                dist.gather_object(parts, everything if self._context.is_first else None)
-                gathered = everything
-            if self._context.is_first:
-                pieces = [piece for rank in gathered for piece in rank]
-                whole = torch.empty(shape, dtype=pieces[0][1].dtype)
-                for box, part in pieces:
-                    whole[tuple(slice(*span) for span in box)] = part
-                yield name, whole
+        return gather_tensors(self._context, self._architecture.hf_shapes(), self._regions, self._params)
+
+
+def gather_tensors(
+    context: RankContext,
+    shapes: Mapping[str, tuple[int, ...]],
+    regions: list[Region],
+    params: Mapping[str, torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of ``shapes`` on rank 0 (elsewhere none), from the ``regions`` of it that ranks hold."""
+    by_name: dict[str, list[Any]] = {}
+    for region in regions:
+        if is_first_replica(region.param, context.at):
+            by_name.setdefault(region.hf, []).append(region)
+    for name, shape in shapes.items():
+        parts = [
+            (region.box, params[region.param].detach()[region_index(region.index)].cpu().clone())
+            for region in by_name.get(name, [])
+        ]
+        gathered = [parts]
+        if dist.get_world_size() > 1:
+            everything: list[Any] = [None] * dist.get_world_size()
+            dist.gather_object(parts, everything if context.is_first else None)
+            gathered = everything
+        if context.is_first:
+            pieces = [piece for rank in gathered for piece in rank]
+            whole = torch.empty(shape, dtype=pieces[0][1].dtype)
+            for box, part in pieces:
+                whole[tuple(slice(*span) for span in box)] = part
+            yield name, whole
 
 
 def is_first_replica(param: str, at: RankCoordinates) -> bool:

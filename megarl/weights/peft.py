@@ -1,0 +1,64 @@
+"""Low-rank adapters as PEFT's files: adapter_model.safetensors and adapter_config.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megarl.config.lora import LoraConfig
+from megarl.errors import UserError
+from megarl.models.lora import adapted_modules, adapter_shapes, targets_of
+from megarl.models.table import Architecture, name_problems
+
+
+def export_adapter(
+    directory: str | Path,
+    base: str,
+    architecture: Architecture,
+    lora: LoraConfig,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+) -> None:
+    """Write a directory that ``peft.PeftModel.from_pretrained`` loads beside the model ``base``.
+
+    ``tensors`` are all A and B by PEFT's names. The directory appears complete or not at all.
+
+    Raises:
+        UserError: tensors are missing or left over.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    found = dict(tensors)
+    expected = adapter_shapes(adapted_modules(architecture, lora), lora.rank)
+    if problems := name_problems(expected, found, str(directory)):
+        raise UserError("\n".join(problems))
+    save_file(found, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets_of(architecture, lora),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+
+
+def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """weight [out, in] + scale * b [out, r] a [r, in], added in fp32 and rounded once to weight's type."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
