@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
+from megarl.convert.adapters import has_adapters
 from megarl.convert.commands import Checkpoint, config_places, dialect_of, find_iteration
 from megarl.convert.distcp import DistcpReader
 from megarl.errors import UserError
@@ -33,14 +34,16 @@ def require_model(source: Path, hf_config: Path | None) -> None:
         )
 
 
-def verify(checkpoint_dir: Path, hf_dir: Path) -> float:
+def verify(checkpoint_dir: Path, hf_dir: Path, base: Path | None = None) -> float:
     """Largest difference of logits on random tokens: Megatron's model against Hugging Face's, both in fp32.
 
-    Both sides have the weights of the Megatron checkpoint's type. Raises UserError above the tolerance.
+    Both sides have the weights of the Megatron checkpoint's type; one of adapters is merged with ``base``
+    (None: its run's model). Raises UserError above the tolerance.
     """
     from transformers import AutoModelForCausalLM
 
-    checkpoint = Checkpoint.open(checkpoint_dir, hf_dir)
+    holds_adapters = has_adapters(DistcpReader(find_iteration(checkpoint_dir)).shapes)
+    checkpoint = Checkpoint.open(checkpoint_dir, base if holds_adapters else hf_dir)
     draw = random.Random(0)
     token_ids = [draw.randrange(checkpoint.architecture.spec.vocab_size) for _ in range(_NUM_TOKENS)]
     model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()

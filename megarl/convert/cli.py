@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
         sides = options.source, options.target
     print(f"wrote {options.target}")
     if options.verify:
-        print(f"verified: logits differ by at most {check.verify(*sides):.1e}")
+        difference = check.verify(*sides, getattr(options, "hf_config", None))
+        print(f"verified: logits differ by at most {difference:.1e}")
     return 0
 
 

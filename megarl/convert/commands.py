@@ -16,6 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megarl.convert import distcp, hf_side
+from megarl.convert.adapters import AdapterCheckpoint, has_adapters
 from megarl.convert.pieces import Dialect, Piece, extra_states, pieces_of
 from megarl.errors import UserError
 from megarl.models import load_architecture
@@ -132,7 +133,7 @@ class Checkpoint:
         self.dtype = reader.dtypes[key]
 
     @classmethod
-    def open(cls, path: Path, hf_config: Path | None) -> Checkpoint:
+    def open(cls, path: Path, hf_config: Path | None) -> Checkpoint | AdapterCheckpoint:
         """Find the iteration, the dialect and config.json; UserError lists all that disagrees."""
         directory = find_iteration(path)
         hf_files = hf_config or next((d for d in config_places(path, directory) if d), None)
@@ -140,6 +141,8 @@ class Checkpoint:
             raise UserError(f"{path}: no config.json beside it; name a directory that has one (--hf-config)")
         architecture = load_architecture(hf_files)
         reader = distcp.DistcpReader(directory)
+        if has_adapters(reader.shapes):
+            return AdapterCheckpoint(reader, directory, architecture, hf_files)
         dialect = dialect_of(reader)
         pieces = pieces_of(architecture, dialect)
         wrong = _disagreements(directory, reader, pieces)
@@ -194,8 +197,9 @@ def config_places(path: Path, directory: Path) -> list[Path | None]:
 
 
 def dialect_of(reader: distcp.DistcpReader) -> Dialect:
-    """MegaRL stores q, k and v apart."""
-    return "megarl" if any(key.endswith("linear_qkv.weight.q") for key in reader.shapes) else "megatron"
+    """MegaRL stores q, k and v apart, and has adapters."""
+    own = has_adapters(reader.shapes) or any(key.endswith("linear_qkv.weight.q") for key in reader.shapes)
+    return "megarl" if own else "megatron"
 
 
 def _disagreements(directory: Path, reader: distcp.DistcpReader, pieces: list[Piece]) -> list[str]:
