@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megarl.config.lora import LoraLayers
 from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Text
 
 
@@ -43,6 +44,8 @@ class PlanTrainerConfig(Section):
     """Compute again in the backward pass, instead of keeping: the attention (selective), or whole layers."""
     keep_reference: bool = False
     """Keep a frozen copy of the parameters for reference logprobs (algorithm.kl_coef > 0 in grpo, dpo)."""
+    lora: LoraLayers | None = None
+    """Train adapters of low rank beside frozen parameters; the reference then needs no copy."""
     num_microbatches: PositiveInt | None = None
     """Microbatches per optimizer step and data-parallel rank; null: enough to fill the pipeline."""
 

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from megarl.config.plan import PlanConfig
+from megarl.layout import RankCoordinates
+from megarl.models.lora import local_elements
 from megarl.models.spec import ModelSpec
 from megarl.models.table import Architecture
 from megarl.simulate.activations import Microbatch, stage_bytes
@@ -18,12 +20,16 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Bytes on one GPU. ``engine_parameters`` are those that are not the trainer's memory."""
+    """Bytes on one GPU. ``engine_parameters`` are those that are not the trainer's memory.
+
+    ``merged``: the copy of adapted layers, adapters merged in, that the trainer offers to engines.
+    """
 
     parameters: int = 0
     gradients: int = 0
     optimizer: int = 0
     reference: int = 0
+    merged: int = 0
     activations: int = 0
     engine_parameters: int = 0
     kv_cache: int = 0
@@ -31,7 +37,7 @@ class GpuMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        trainer = self.parameters + self.gradients + self.optimizer + self.reference
+        trainer = self.parameters + self.gradients + self.optimizer + self.reference + self.merged
         return trainer + self.activations + self.engine_parameters + self.kv_cache
 
 
@@ -47,21 +53,31 @@ def while_generating(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
 
 
 def trainer_memory(
-    config: PlanConfig, spec: ModelSpec, layouts: Layouts, stage: int, shapes: dict[str, ParamShape]
+    config: PlanConfig,
+    architecture: Architecture,
+    layouts: Layouts,
+    stage: int,
+    shapes: dict[str, ParamShape],
 ) -> GpuMemory:
     """Every rank of a pipeline stage has this much.
 
     Gradients are whole on each rank. The optimizer keeps, per parameter, a float32 master copy (none of
     float32 parameters) and two moments; the distributed optimizer shards them over the ranks that hold the
     same parameters: data x context ranks for dense ones, fewer for experts (Rajbhandari et al. 2019,
-    arXiv:1910.02054, stage 1).
+    arXiv:1910.02054, stage 1). With LoRA gradients and optimizer are those of the adapters.
     """
+    spec = architecture.spec
     layout, dtypes = layouts.trainer, config.dtypes
     dense, experts = num_elements(shapes, expert=False), num_elements(shapes, expert=True)
     replicas = layout.data * layout.context, layout.stage_size // (layout.expert * layout.expert_tensor)
     if not config.trainer.distributed_optimizer:
         replicas = 1, 1
-    kept = math.ceil(dense / replicas[0]) + math.ceil(experts / replicas[1])
+    trained, adapted = (dense, experts), 0
+    if (lora := config.trainer.lora) is not None:
+        regions = architecture.trainer_regions(layout, RankCoordinates(pipeline=stage))
+        adapters, adapted = local_elements(architecture, lora, regions)
+        trained = adapters, 0
+    kept = sum(math.ceil(count / ranks) for count, ranks in zip(trained, replicas, strict=True))
     master = 0 if dtypes.parameters == "float32" else ITEM_BYTES["float32"]
     item = ITEM_BYTES[dtypes.parameters]
     batch = Microbatch(config.workload.tokens_per_microbatch / layout.context, item)
@@ -74,10 +90,11 @@ def trainer_memory(
         num_microbatches=config.trainer.num_microbatches,
     )
     return GpuMemory(
-        parameters=(dense + experts) * item,
-        gradients=(dense + experts) * ITEM_BYTES[dtypes.gradients],
+        parameters=(dense + experts) * item + (sum(trained) * item if lora is not None else 0),
+        gradients=sum(trained) * ITEM_BYTES[dtypes.gradients],
         optimizer=kept * (master + 2 * ITEM_BYTES[dtypes.moments]),
-        reference=(dense + experts) * item if config.trainer.keep_reference else 0,
+        reference=(dense + experts) * item if config.trainer.keep_reference and lora is None else 0,
+        merged=adapted * item,
         activations=math.ceil(activations),
     )
 
@@ -123,7 +140,9 @@ def all_gpus(
         engine_bytes: of each engine rank, parameters that are not the trainer's memory.
     """
     spec, trainer = architecture.spec, layouts.trainer
-    by_stage = [trainer_memory(config, spec, layouts, stage, shapes) for stage, shapes in enumerate(stages)]
+    by_stage = [
+        trainer_memory(config, architecture, layouts, stage, shapes) for stage, shapes in enumerate(stages)
+    ]
     gpus = [by_stage[trainer.coordinates(rank).pipeline] for rank in range(trainer.world_size)]
     cache = kv_cache_bytes(config, spec, layouts)
     if not layouts.colocated:

@@ -10,6 +10,7 @@ from megarl.config.plan import PlanConfig
 from megarl.config.schema import EngineConfig, ParallelConfig
 from megarl.layout import RankCoordinates
 from megarl.models import load_architecture
+from megarl.models.lora import check_lora
 from megarl.models.spec import ModelSpec
 from megarl.simulate import memory, transfer
 from megarl.simulate.layouts import Layouts, build_layouts
@@ -87,6 +88,7 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
     """
     start = time.perf_counter()
     architecture = load_architecture(config.model.path)
+    check_lora(architecture, config.trainer.lora, "trainer.lora")
     spec = architecture.spec
     layouts = build_layouts(config, architecture, gpus)
     trainer = layouts.trainer

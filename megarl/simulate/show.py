@@ -55,6 +55,7 @@ _ROWS: list[tuple[str, Callable[[GpuMemory], int]]] = [
     ("gradients", lambda gpu: gpu.gradients),
     ("optimizer state", lambda gpu: gpu.optimizer),
     ("reference", lambda gpu: gpu.reference),
+    ("merged adapters", lambda gpu: gpu.merged),
     ("activations", lambda gpu: gpu.activations),
     ("engine's own parameters", lambda gpu: gpu.engine_parameters),
     ("KV cache", lambda gpu: gpu.kv_cache),
