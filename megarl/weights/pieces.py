@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megarl.models.table import Box, Index, Region
 from megarl.weights.boxes import (
@@ -106,6 +107,15 @@ class Piece:
         raise AssertionError(place)
 
 
+class Sender(NamedTuple):
+    """Who may send one piece of a parameter, given where the engine rank runs."""
+
+    number: int  # of the piece
+    candidates: Holders
+    narrowed: Holders  # to those that can also send other pieces
+    mapped: bool
+
+
 Outline = tuple[Index, int, list[tuple[int, Index]]]
 """A piece without its sources: index, elements, and (number of the source, index there) of each offer."""
 
@@ -150,6 +160,7 @@ class OwnerIndex:
             for hf, offers in self._offers.items()
         }
         self._known: dict[tuple[object, ...], list[Outline]] = {}
+        self._in_common: dict[tuple[int, ...], frozenset[int]] = {}
 
     def pattern(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> Pattern:
         """Cut the readers' regions into pieces that one owner has whole; merge what can be one copy."""
@@ -165,14 +176,21 @@ class OwnerIndex:
         for name, regions in wanted.items():
             found[name], missing = self._pieces(regions)
             problems += missing
-            sets = {id(piece.holders): piece.holders.members for piece in found[name]}
-            common[name] = frozenset.intersection(*sets.values()) if sets else frozenset()
+            common[name] = self._common(found[name])
             shape = params[name].shape
             if name.endswith(VOCAB_PARAMS) and (rows := self._padding(regions, shape[0])) > 0:
                 padding[name] = rows
             boxes = tuple([as_box(piece.index) for piece in found[name]])
             problems += cover_problem(name, shape, boxes, padding.get(name, 0))
         return Pattern(found, common, padding, problems, sum(map(len, found.values())))
+
+    def _common(self, pieces: list[Piece]) -> frozenset[int]:
+        """Who holds all of these pieces: of most layers the same."""
+        sets = {id(piece.holders): piece.holders.members for piece in pieces}
+        key = tuple(sets)
+        if key not in self._in_common:
+            self._in_common[key] = frozenset.intersection(*sets.values()) if sets else frozenset()
+        return self._in_common[key]
 
     def _padding(self, readers: Sequence[Region], rows: int) -> int:
         """Of a vocabulary parameter's rows, those after its tensor's last (0 if that lies elsewhere)."""

@@ -9,7 +9,6 @@ engine parameter tile it, vocabulary padding excepted, and the plan writes each 
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,8 @@ from megarl.errors import UserError
 from megarl.models.table import Region
 from megarl.weights.alias import ITEM_BYTES, alias_of
 from megarl.weights.handover import Alias, Copy, ParamInfo, PeerCopy, SourceView, Storage, WeightPlan
-from megarl.weights.pieces import Holders, OwnerIndex, Pattern, Piece
+from megarl.weights.loads import Loads
+from megarl.weights.pieces import Holders, OwnerIndex, Pattern, Piece, Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +142,11 @@ class Planner:
         self.on_device: dict[tuple[str, str], list[int]] = {}
         for place, owner in enumerate(owners):
             self.on_device.setdefault((owner.host, owner.device), []).append(place)
-        self._load = [[0] * len(owners), [0] * len(owners)]  # bytes sent within the host, to other hosts
-        self._queues: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        self.loads = Loads(len(owners))
         self.counted = False  # whether far loads without a choice were added beforehand
         self._fixed: dict[int, _Fixed | None] = {}  # by the id of a parameter's list of pieces
+        self._alike: dict[tuple[int, ...], int] = {}
+        self._kinds: dict[int, int] = {}  # by that id
 
     def plan(self, reader: Reader) -> WeightPlan:
         """Plan one engine rank; raises UserError with every violation."""
@@ -172,7 +173,7 @@ class Planner:
             for name, pieces in pattern.pieces.items():
                 fixed = self.fixed(name, reader.params[name], pieces)
                 if fixed is not None:
-                    self.add_loads(self.far_loads(fixed, reader.host))
+                    self.loads.add_far(self.far_loads(fixed, reader.host))
         self.counted = True
         try:
             for reader in readers:
@@ -202,6 +203,14 @@ class Planner:
                 addresses = {self.ranks[place]: self.owners[place].address for place in places}
                 self._fixed[key] = _Fixed(peers, places, hosts, sent, addresses)
         return self._fixed[key]
+
+    def alike(self, pieces: list[Piece]) -> int:
+        """A number that parameters share whose pieces have the same holders, as those of most layers do."""
+        key = id(pieces)
+        if key not in self._kinds:
+            holders = tuple([id(piece.holders) for piece in pieces])  # interned
+            self._kinds[key] = self._alike.setdefault(holders, len(self._alike))
+        return self._kinds[key]
 
     def far_loads(self, fixed: _Fixed, host: str) -> Mapping[int, int]:
         """Place -> bytes that it sends to an engine rank on ``host`` over the network."""
@@ -238,31 +247,6 @@ class Planner:
             self._views[key] = view
         return view
 
-    def least_loaded(self, candidates: Holders, near: bool) -> int:
-        """The place that has sent least; its load must then be raised with :meth:`add_load`.
-
-        Loads only grow, so that a heap whose entries are mended when they come up finds it quickly.
-        """
-        load, key = self._load[near], (id(candidates), near)  # candidates are interned: their ids stay
-        queue = self._queues.get(key)
-        if queue is None:
-            queue = self._queues[key] = [(load[place], place) for place in candidates.places]
-            heapq.heapify(queue)
-        while load[queue[0][1]] != queue[0][0]:
-            place = queue[0][1]
-            heapq.heapreplace(queue, (load[place], place))
-        return queue[0][1]
-
-    def add_load(self, place: int, near: bool, num_bytes: int) -> None:
-        """``place`` sends this much more."""
-        self._load[near][place] += num_bytes
-
-    def add_loads(self, sent: Mapping[int, int]) -> None:
-        """These places send this much more to other hosts."""
-        load = self._load[False]
-        for place, num_bytes in sent.items():
-            load[place] += num_bytes
-
 
 class _Fixed(NamedTuple):
     """A parameter whose every piece has one holder: nothing is to be chosen."""
@@ -282,6 +266,7 @@ class _Choice:
         self._numbers: dict[tuple[int, int], int] = {}  # (place, its storage) -> storage of the plan
         self.result = WeightPlan([], [], [])
         self._padding = padding
+        self._known: dict[int, list[Sender]] = {}
         self._prefer: int | None = None
         if reader.prefer_rank is not None:
             self._prefer = planner.place_of_rank.get(reader.prefer_rank)
@@ -312,23 +297,52 @@ class _Choice:
             return
         if len(pieces) == 1:
             candidates, mapped = self._candidates(pieces[0])
-            self._copy(name, info, pieces[0], self._planner.least_loaded(candidates, mapped), mapped)
+            self._copy(name, info, pieces[0], self._planner.loads.least(candidates, mapped), mapped)
             return
-        chosen: list[int] = []
-        senders = [(*self._candidates(piece), piece) for piece in pieces]
-        senders.sort(key=lambda item: len(item[0]))  # those without a choice first: the others follow them
-        for candidates, mapped, piece in senders:
-            again = [place for place in chosen if place in candidates.members]
-            if not again:
-                others = [item[0] for item in senders if item[1] == mapped]
-                again = [self._planner.least_loaded(candidates.narrowed(others), mapped)]
-                chosen += again
-            self._copy(name, info, piece, again[0], mapped)
+        self._copy_pieces(name, info, pieces)
+
+    def _copy_pieces(self, name: str, info: ParamInfo, pieces: list[Piece]) -> None:
+        """Copy each from one of its holders, from few of them in all. The loop of a large plan."""
+        planner, item, peers = self._planner, ITEM_BYTES[info.dtype], self.result.peers
+        chosen: dict[int, int] = {}  # place -> how many were chosen before it
+        far = set()
+        for sender in self._senders(pieces):
+            again = [place for place in sender.candidates.places if place in chosen]
+            if again:
+                place = again[0] if len(again) == 1 else min(again, key=chosen.__getitem__)
+            else:
+                place = planner.loads.least(sender.narrowed, sender.mapped)
+                chosen[place] = len(chosen)
+            piece = pieces[sender.number]
+            if sender.mapped:
+                self._copy(name, info, piece, place, True)
+                continue
+            planner.loads.add(place, False, piece.size * item)
+            peers.append(piece.made.get(place) or planner.peer(name, piece, place))
+            far.add(place)
+        for place in far:
+            self.result.addresses[planner.ranks[place]] = planner.owners[place].address
+
+    def _senders(self, pieces: list[Piece]) -> list[Sender]:
+        """Who may send each piece, those without a choice first: the others follow them."""
+        key = self._planner.alike(pieces)
+        if key not in self._known:
+            found = [(*self._candidates(piece), number) for number, piece in enumerate(pieces)]
+            found.sort(key=lambda item: len(item[0]))
+            others = {
+                side: tuple(dict.fromkeys(candidates for candidates, mapped, _ in found if mapped == side))
+                for side in (False, True)
+            }
+            self._known[key] = [
+                Sender(number, candidates, candidates.narrowed(others[mapped]), mapped)
+                for candidates, mapped, number in found
+            ]
+        return self._known[key]
 
     def _copy_fixed(self, name: str, info: ParamInfo, pieces: list[Piece], fixed: _Fixed) -> None:
         planner, host = self._planner, self._reader.host
         if not planner.counted:
-            planner.add_loads(planner.far_loads(fixed, host))
+            planner.loads.add_far(planner.far_loads(fixed, host))
         if planner.peers_only or host not in fixed.hosts:
             self.result.peers.extend(fixed.peers)
             self.result.addresses.update(fixed.addresses)
@@ -351,7 +365,7 @@ class _Choice:
 
     def _copy(self, name: str, info: ParamInfo, piece: Piece, place: int, mapped: bool) -> None:
         planner = self._planner
-        planner.add_load(place, mapped, piece.size * ITEM_BYTES[info.dtype])
+        planner.loads.add(place, mapped, piece.size * ITEM_BYTES[info.dtype])
         if mapped:
             source = self._mapped(place, planner.view(place, piece))
             self.result.copies.append(Copy(name, piece.index, source))
