@@ -24,6 +24,7 @@ from env_state import (
     CPU_LOCK,
     PYTHON_WANTED,
     ROOT,
+    SITE_PACKAGES,
     VENV,
     digest,
     extension_key,
@@ -231,6 +232,8 @@ class Setup:
         build.wait(phase)
         phase.done()
         self.install_megarl()
+        if not packages:
+            self.compile_packages()
         self.check_imports(IMPORT_CHECKS if not packages else IMPORT_CHECKS[:1])
         write_stamp("packages", key)
         write_stamp("extension", sources)
@@ -244,7 +247,8 @@ class Setup:
                 return f"{max(len(installed()) - before, 0)}/{wanted} installed"
             return f"{output.count('Collecting ')}/{wanted} fetched"
 
-        # Byte-compiling everything takes a minute; what is used is compiled at its first import.
+        # Byte-compiling everything takes a minute; what is used is compiled at its first import
+        # (but see compile_packages).
         command = [self.python, "-m", "pip", "install", "--progress-bar=off", "--retries=2", "--no-compile"]
         Job([*command, *arguments], LOG, self.lock_fd, **environment).wait(phase, progress)
 
@@ -292,6 +296,17 @@ class Setup:
             phase = Phase(f"{len(rest)} of {len(pins)} packages")
             self.pip(phase, "--no-deps", "--no-build-isolation", *rest, wanted=len(rest))
             phase.done()
+
+    def compile_packages(self) -> None:
+        """To byte code, where imports will not leave any: each would compile for itself, for seconds."""
+        if not sys.dont_write_bytecode:
+            return
+        phase = Phase("byte code (PYTHONDONTWRITEBYTECODE is set)")
+        # Not a Job: packages bring a few files of other Pythons, which end it with code 1.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        command = [self.python, "-m", "compileall", "-qq", "-j", "0", str(SITE_PACKAGES)]
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        phase.done()
 
     def install_torch(self, version: str) -> None:
         """The CPU build. Its local version (+cpu) keeps pip from taking gigabytes of CUDA instead."""

@@ -25,6 +25,7 @@ from megarl.errors import UserError
 
 FAILURE_FILE = "failure.txt"
 _TRACEBACK_LINES = 40
+_STEP_SECONDS = 1.0  # the least between two signs of life because of a new step
 _LOOK_SECONDS = 1.0  # after the error of a collective: its cause is dead already
 
 
@@ -49,9 +50,8 @@ class Heartbeat:
         self._folder, self._rank, self._size, self._timeout = folder, rank, world_size, timeout
         self._activity = activity
         self._interval = min(5.0, max(0.1, timeout / 20))
-        self.step = 0
-        """The step that is being done; set by the run."""
-        self._beats = 0
+        self._step = 0
+        self._beats, self._written = 0, 0.0
         self._state = "running"
         self._progress, self._moved = -1, time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> its beats, when they were new here
@@ -59,6 +59,18 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._crashes: IO[str] | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    @property
+    def step(self) -> int:
+        """The step that is being done; set by the run."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        began, self._step = self._step == 0, step
+        # The file is to name the step, but not at the pace of steps of milliseconds.
+        if began or time.monotonic() - self._written > _STEP_SECONDS:
+            self._try_to_write()
 
     def start(self) -> None:
         """Begin; the folder exists and has been emptied by rank 0."""
@@ -95,36 +107,44 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            self._write()
+            self._try_to_write()
             try:
                 if not self._watch_next():
                     self._watch_progress()
             except OSError as error:  # the file system may be away for a moment
                 print(f"heartbeat of rank {self._rank}: {error}", file=sys.stderr)
 
+    def _try_to_write(self) -> None:
+        try:
+            self._write()
+        except OSError as error:  # the file system may be away for a moment
+            print(f"heartbeat of rank {self._rank}: {error}", file=sys.stderr)
+
     def _write(self) -> None:
+        path = heartbeat_file(self._folder, self._rank)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with self._lock:
+            temporary.write_text(json.dumps(self._sign_of_life()))
+            os.replace(temporary, path)
+
+    def _sign_of_life(self) -> dict[str, Any]:
         phases, progress = self._activity()
-        now = time.monotonic()
+        now = self._written = time.monotonic()
         if progress != self._progress:
             self._progress, self._moved = progress, now
         self._beats += 1
-        values = {
+        return {
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "boot": _boot_id(),
             "state": self._state,
-            "step": self.step,
+            "step": self._step,
             "phases": phases,
             "quiet_seconds": round(now - self._moved, 3),
             "beats": self._beats,
             "time": time.time(),
         }
-        path = heartbeat_file(self._folder, self._rank)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with self._lock:
-            temporary.write_text(json.dumps(values))
-            os.replace(temporary, path)
 
     # --- the others ---------------------------------------------------------------------------
 
@@ -157,8 +177,7 @@ class Heartbeat:
         """End the run if neither this rank nor any other has finished anything for too long."""
         if time.monotonic() - self._moved <= self._timeout:
             return
-        with traceback_file(self._folder, self._rank).open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        self._dump_traceback()
         found = [read_heartbeat(self._folder, rank) for rank in range(self._size)]
         beats = [beat for beat in found if beat is not None and beat["state"] == "running"]
         if any(beat["quiet_seconds"] < self._timeout - 2 * self._interval for beat in beats):
@@ -178,7 +197,12 @@ class Heartbeat:
             time.sleep(0.05)
         return False
 
+    def _dump_traceback(self) -> None:
+        with traceback_file(self._folder, self._rank).open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+
     def _fail(self, ranks: list[int], what: str) -> None:
+        self._dump_traceback()  # where this rank waits for those that are named
         report(self._folder, ranks, what)
         sys.stdout.flush()
         # Not an exception: the main thread may be inside a collective that never returns.

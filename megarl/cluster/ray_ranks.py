@@ -207,11 +207,10 @@ def _place(num_ranks: int, resource: str, signalled: Sequence[int]) -> list[Any]
             said = now
             there = int(ray.cluster_resources().get(resource, 0))
             free = int(ray.available_resources().get(resource, 0))
+            hint = "; MEGARL_PLATFORM=cpu places ranks on cores" if resource == "GPU" else ""
             print(
                 f"Ray: waiting for {num_ranks} {resource}s; {there} have joined, {free} of them are free "
-                f"({now - began:.0f} s; MEGARL_PLATFORM=cpu places ranks on cores)"
-                if resource == "GPU"
-                else f"({now - began:.0f} s)",
+                f"({now - began:.0f} s{hint})",
                 flush=True,
             )
     actor_class: Any = ray.remote(RankActor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ __all__ = [
     "needs_answer",
     "wrong_references",
 ]
+
+# reasoning-gym brings cellpylib, which Python complains of whenever it compiles it.
+warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*cellpylib")
 
 
 def make(source: PromptSource, field: str = "data.train") -> Environment:
