@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megarl.cluster.processes import unlink_shared_memory
 from megarl.cluster.ray_runtime import beside_driver, ray_temp_dir, start_ray
 from megarl.config.schema import EngineConfig
 from megarl.errors import UserError
@@ -53,6 +54,7 @@ class VllmEngine:
         self._asleep = False
         self._paused = False
         self._replacing = threading.Lock()
+        self._shared_memory: list[str] = []
         self._spawn()
 
     @classmethod
@@ -195,9 +197,15 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         """End the actor. Ray goes on running (:func:`megarl.cluster.ray_runtime.stop_ray`)."""
+        self._kill()
+
+    def _kill(self) -> None:
         import ray
 
         ray.kill(self._actor, no_restart=True)
+        # Its workers' message queues: killed processes do not remove them.
+        unlink_shared_memory(self._shared_memory)
+        self._shared_memory = []
 
     def _spawn(self) -> None:
         import ray
@@ -212,7 +220,7 @@ class VllmEngine:
     def _wait_started(self) -> None:
         timeout = self._settings.config.start_timeout_seconds
         try:
-            self._get(self._started, timeout=timeout)
+            self._shared_memory = self._get(self._started, timeout=timeout)
         except TimeoutError:
             message = (
                 f"the vLLM engine was not ready after {timeout:g} s (rollout.engine.start_timeout_seconds)"
@@ -262,8 +270,6 @@ class VllmEngine:
                 self._start_successor(death, then)
 
     def _start_successor(self, death: Exception, then: str) -> None:
-        import ray
-
         while True:
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
@@ -272,7 +278,7 @@ class VllmEngine:
                 )
                 raise EngineError(self._explain(message)) from death
             log.warning("The vLLM engine died (%s). Restarting it; %s.", _cause(death), then)
-            ray.kill(self._actor, no_restart=True)  # it may be unreachable rather than dead
+            self._kill()  # it may be unreachable rather than dead
             self._spawn()
             try:
                 self._wait_started()

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.cluster.processes import own_shared_memory
 from megarl.rollout.engine import (
     AttachReport,
     EngineHealth,
@@ -76,9 +77,10 @@ class EngineActor:
 
     # ---- called by the driver, on Ray's threads ----
 
-    def wait_started(self) -> None:
-        """Return when the engine is built, or raise what stopped it."""
+    def wait_started(self) -> list[str]:
+        """Return when the engine is built, or raise what stopped it; the shared memory it made."""
         self._started.result()
+        return own_shared_memory()
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """See Engine.describe_parameters."""

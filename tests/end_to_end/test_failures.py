@@ -184,7 +184,7 @@ def test_a_killed_verifier_ends_the_run(tmp_path: Path, sft_run: FinishedRun) ->
     problems = tmp_path / "problems.jsonl"
     rows = ({"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(9) for b in range(9))
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"source": "jsonl", "path": str(problems), "verifier": "math"}
+    data = {"source": "jsonl", "path": str(problems), "environment": {"kind": "math"}}
     config = write_config(
         tmp_path / "grpo.yaml",
         GRPO,
