@@ -18,6 +18,9 @@ class ParallelConfig(Section):
     """Ranks that share the stack of layers."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence."""
+    context_attention: Literal["all_gather", "ring"] = "all_gather"
+    """How context-parallel ranks see each other's keys: gathered a layer at a time, or passed around in
+    Transformer Engine's ring (GPUs with that package; without shared prefixes or latent attention)."""
     sequence_parallel: bool = False
     """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
     virtual_pipeline_parallel_size: PositiveInt = 1

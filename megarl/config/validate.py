@@ -88,6 +88,24 @@ def _parallel_sizes(config: TrainingConfig) -> Violations:
         )
 
 
+def _ring(config: TrainingConfig) -> Violations:
+    if config.parallel.context_attention != "ring":
+        return
+    field = ("parallel", "context_attention")
+    if config.parallel.context_parallel_size == 1:
+        yield Violation(
+            field,
+            "ring needs parallel.context_parallel_size > 1 (got context_parallel_size 1)",
+            (("parallel", "context_parallel_size"),),
+        )
+    if config.packing.share_prefix != "off":
+        yield Violation(
+            field,
+            "ring has no shared prefixes: set packing.share_prefix: off, or use all_gather",
+            (("packing", "share_prefix"),),
+        )
+
+
 def _sequence_parallel(config: TrainingConfig) -> Violations:
     if config.parallel.sequence_parallel and config.parallel.tensor_parallel_size == 1:
         yield Violation(
@@ -279,6 +297,7 @@ def _engine(config: OnlineConfig | EvalConfig) -> Violations:
 _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     *RUN_RULES,
     _parallel_sizes,
+    _ring,
     _sequence_parallel,
     _virtual_pipeline,
     _uneven_stages,

@@ -52,6 +52,18 @@ def test_the_bases_are_valid(tmp_path: Path, kind: type[Section]) -> None:
 BROKEN: list[tuple[type[Section], list[str], str]] = [
     (
         SftConfig,
+        ["parallel.context_attention=ring", "packing.share_prefix=off"],
+        "parallel.context_attention: ring needs parallel.context_parallel_size > 1 (got "
+        "context_parallel_size 1)",
+    ),
+    (
+        SftConfig,
+        ["parallel.context_attention=ring", "parallel.context_parallel_size=2", "parallel.num_processes=2"],
+        "parallel.context_attention: ring has no shared prefixes: set packing.share_prefix: off, or use "
+        "all_gather",
+    ),
+    (
+        SftConfig,
         ["parallel.sequence_parallel=true"],
         "parallel.sequence_parallel: needs parallel.tensor_parallel_size > 1 (got tensor_parallel_size 1)",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -63,3 +63,81 @@ def long_step(context: Any, model_dir: str, longest: int) -> dict[str, Any]:
         "peak_bytes": peak,
         "largest_tensor": largest,
     }
+
+
+class Ring(torch.nn.Module):
+    """Stands in for Megatron's wrapper of Transformer Engine's attention, with its arguments and conventions.
+
+    Each sequence of cu_seqlens_q_padded lies in 2n chunks, of which rank r has r and 2n - 1 - r; the result
+    has heads and their width in one dimension. One softmax over a full mask.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float,
+        cp_comm_type: str,
+        pg_collection: Any,
+    ) -> None:
+        super().__init__()
+        assert (attn_mask_type.name, attention_type, cp_comm_type) == ("padding_causal", "self", "p2p")
+        self.scale, self.group = softmax_scale, pg_collection.cp
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        kind: Any,
+        *,
+        packed_seq_params: Any,
+    ) -> torch.Tensor:
+        from torch.distributed.nn.functional import all_gather
+
+        assert (mask, kind.name, packed_seq_params.qkv_format) == (None, "padding_causal", "thd")
+        bounds = packed_seq_params.cu_seqlens_q_padded.tolist()
+        assert packed_seq_params.max_seqlen_q == max(b - a for a, b in pairwise(bounds))
+        size, rank = self.group.size(), self.group.rank()
+        where: list[list[int]] = [[] for _ in range(size)]
+        for start, stop in pairwise(bounds):
+            chunk = (stop - start) // (2 * size)
+            for r in range(size):
+                for number in (r, 2 * size - 1 - r):
+                    where[r] += range(start + number * chunk, start + (number + 1) * chunk)
+        order = torch.tensor([token for rows in where for token in rows])
+        keys, values = (torch.cat(all_gather(x.contiguous(), self.group))[order.argsort()] for x in (k, v))
+        of = torch.bucketize(torch.arange(bounds[-1]), torch.tensor(bounds[1:]), right=True)
+        rows = torch.tensor(where[rank])
+        seen = (of[rows, None] == of) & (torch.arange(bounds[-1]) <= rows[:, None])
+        repeat = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(repeat, dim=1).transpose(0, 1) for x in (keys, values))
+        scores = (q.transpose(0, 1) @ keys.mT * self.scale).masked_fill(~seen, float("-inf"))
+        return (scores.softmax(-1) @ values).transpose(0, 1).flatten(1)
+
+
+def build(context: Any, model_dir: str) -> Any:
+    """A policy without shared prefixes, which a ring does not have."""
+    policy = ranks.build(context, model_dir, optimizer={"lr_warmup_steps": 0})
+    policy.packing = policy.packing.model_copy(update={"share_prefix": "off"})
+    return policy
+
+
+def train(context: Any, model_dir: str) -> list[list[float]]:
+    """Loss and gradient norm of three steps on packed sequences; a ring is that of the class above."""
+    from unittest.mock import patch
+
+    module = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
+    with patch(module, Ring), patch("megarl.trainer.megatron.model.check_ring"):
+        policy = build(context, model_dir)
+    rings = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, Ring)]
+    assert bool(rings) == (context.parallel.context_attention == "ring")
+    found = []
+    for step in range(3):
+        batches = policy.prepare(ranks.make_sequences(step), "token")
+        metrics = policy.train_step(batches, sft_loss, temperature=1.0).metrics
+        found.append([metrics["loss"], metrics["grad_norm"]])
+    return found

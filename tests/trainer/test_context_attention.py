@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.trainer import context_ranks
-from tests.trainer.world import world
+from tests.trainer.world import RankError, world
 
 LENGTHS = [24, 8, 48, 16]
 PREFIXES = [None, (0, 21), (0, 21), None]
@@ -74,3 +74,19 @@ def test_long_context_memory_falls_with_the_ranks(model_dirs: dict[str, str]) ->
         assert rank["tokens"] == pytest.approx(tokens / 4, rel=0.01), "the same work for all"
         # A quarter, and while a layer is computed its K and V of all ranks: 0.31 in this model of two layers.
         assert rank["peak_bytes"] < 0.33 * alone["peak_bytes"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_ring_learns_what_gathering_learns(model_dirs: dict[str, str], size: int) -> None:
+    """Transformer Engine needs a GPU: in its place stands dense attention that takes the same arguments."""
+    model, parallel = model_dirs["llama-deep-tied"], {"context_parallel_size": size}
+    gathered = world(size).run(context_ranks.train, model, parallel=parallel)
+    passed = world(size).run(context_ranks.train, model, parallel=parallel | {"context_attention": "ring"})
+    assert np.array_equal(gathered[0], gathered[-1])
+    assert np.array(passed) == pytest.approx(np.array(gathered), rel=1e-5)
+
+
+def test_a_ring_is_refused_without_a_gpu(model_dirs: dict[str, str]) -> None:
+    parallel = {"context_parallel_size": 2, "context_attention": "ring"}
+    with pytest.raises(RankError, match="parallel.context_attention: ring is Transformer Engine's and needs"):
+        world(2).run(context_ranks.build, model_dirs["llama-deep-tied"], parallel=parallel)

@@ -213,8 +213,13 @@ class PackedAttention(MegatronModule):
                 self.config.rope_inverse_frequencies, packed.position_ids, self.config.rope_attention_factor
             )
         query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
-        out = attend(query, key, value, packed, self.scale, self.context_group)
-        return out.reshape(out.shape[0], -1)
+        return self.attend(query, key, value, packed).reshape(query.shape[0], -1)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedMicrobatch
+    ) -> torch.Tensor:
+        """Rotated query [T, heads, d] and key, and value [T, kv_heads, d] -> [T, heads, d]."""
+        return attend(query, key, value, packed, self.scale, self.context_group)
 
 
 class FlatQkvSelfAttention(SelfAttention):

@@ -43,6 +43,7 @@ from megarl.trainer.megatron.fused import SwiGlu
 from megarl.trainer.megatron.latent_attention import LatentAttention, LatentAttentionSubmodules
 from megarl.trainer.megatron.layer import PolicyLayer
 from megarl.trainer.megatron.norm import RmsNorm
+from megarl.trainer.megatron.ring_attention import RingAttention, check_ring
 from megarl.trainer.megatron.router import PolicyRouter
 
 
@@ -189,13 +190,13 @@ def _moe_options(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def layer_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
+def layer_spec(spec: ModelSpec, layer: int, core_attention: type = PackedAttention) -> ModuleSpec:
     """MegaRL's transformer layer: Megatron's modules, MegaRL's attention, norms and experts."""
     return ModuleSpec(
         module=PolicyLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RmsNorm,
-            self_attention=_attention_spec(spec),
+            self_attention=_attention_spec(spec, core_attention),
             self_attn_bda=get_bias_dropout_add,
             pre_cross_attn_layernorm=IdentityOp,
             pre_mlp_layernorm=RmsNorm,
@@ -205,7 +206,7 @@ def layer_spec(spec: ModelSpec, layer: int) -> ModuleSpec:
     )
 
 
-def _attention_spec(spec: ModelSpec) -> ModuleSpec:
+def _attention_spec(spec: ModelSpec, core_attention: type) -> ModuleSpec:
     if spec.mla is not None:
         return ModuleSpec(module=LatentAttention, submodules=LatentAttentionSubmodules(spec.mla))
     qk_norm = RmsNorm if spec.qk_norm else None
@@ -214,7 +215,7 @@ def _attention_spec(spec: ModelSpec) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
+            core_attention=core_attention,
             linear_proj=_BiasedRowParallelLinear if spec.output_bias else RowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
@@ -247,20 +248,25 @@ def build_model(
     *,
     recompute: Literal["off", "selective", "full"] = "off",
     dispatcher: Literal["alltoall", "allgather"] = "alltoall",
+    context_attention: Literal["all_gather", "ring"] = "all_gather",
 ) -> PolicyModel:
     """This rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf.
 
     With virtual pipeline stages it is one of this rank's ``layout.virtual`` chunks. Raises UserError for
-    an architecture that has a table but cannot be trained yet.
+    an architecture that has a table but cannot be trained yet, and for a ring that cannot be had here.
     """
     if spec.not_trainable is not None:
         raise UserError(f"model.path: training {spec.family} is not supported: {spec.not_trainable}")
+    core_attention: type = PackedAttention
+    if context_attention == "ring":
+        check_ring(spec, device)
+        core_attention = RingAttention
     config = transformer_config(spec, layout, dtype, device, recompute, dispatcher)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     virtual = {"ignore_virtual": False, "vp_stage": chunk}
     first = parallel_state.is_pipeline_first_stage(**virtual)
     last = parallel_state.is_pipeline_last_stage(**virtual)
-    layers = [layer_spec(spec, n) for n in layout.stage_layers(spec.num_layers, stage, chunk)]
+    layers = [layer_spec(spec, n, core_attention) for n in layout.stage_layers(spec.num_layers, stage, chunk)]
     model = (ScoreModel if spec.score_head else PolicyModel)(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RmsNorm),
@@ -293,6 +299,7 @@ def build_chunks(
             chunk,
             recompute=parallel.activation_recompute,
             dispatcher=parallel.expert_dispatcher,
+            context_attention=parallel.context_attention,
         )
         for chunk in range(layout.virtual)
     ]
