@@ -44,7 +44,7 @@ def run_dpo(config: DpoConfig) -> None:
             router=config.router,
             lora=config.lora,
         )
-        run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
+        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
         for line in describe_lora(architecture, config.lora):
             run.console.note(line)
         loop = _DpoLoop(config, run, policy, train, held_out)

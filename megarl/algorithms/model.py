@@ -6,7 +6,7 @@ import math
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.config.derived import AnyConfig, max_sequence_length, read_model_config
+from megarl.config.derived import AnyConfig, TrainingConfig, max_sequence_length, read_model_config
 from megarl.config.lora import LoraConfig
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer
 from megarl.models import load_architecture
@@ -25,9 +25,10 @@ def read_model(config: AnyConfig) -> tuple[Architecture, PreTrainedTokenizerBase
     return architecture, tokenizer, max_sequence_length(config, read_model_config(path))
 
 
-def describe_layers(device: str, dtype: str, spec: ModelSpec) -> str:
+def describe_layers(device: str, config: TrainingConfig, spec: ModelSpec) -> str:
     """Which implementation each kind of the trainer's layers has, in one line for the log."""
-    found = layer_implementations(device, dtype, experts=spec.moe is not None)
+    ring = config.parallel.context_attention == "ring"
+    found = layer_implementations(device, config.model.dtype, experts=spec.moe is not None, ring=ring)
     return "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
 
 

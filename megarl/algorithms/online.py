@@ -118,7 +118,7 @@ def run_online(
             router=config.router,
             lora=config.lora,
         )
-        run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
+        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
         for line in describe_lora(architecture, config.lora):
             run.console.note(line)
         if not isinstance(config, DistillConfig) and needs_reference(config.algorithm):

@@ -42,7 +42,7 @@ def run_rm(config: RmConfig) -> None:
             check_numerics=config.debug.check_numerics,
             router=config.router,
         )
-        run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
+        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
         head = "a new one, drawn with run.seed" if scorer.has_new_head else f"that of {config.model.path}"
         run.console.note(f"score head: {head}")
         state = run.resume(scorer) or {"step": 0, "position": 0, "totals": {}}

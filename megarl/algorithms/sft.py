@@ -41,7 +41,7 @@ def run_sft(config: SftConfig) -> None:
             router=config.router,
             lora=config.lora,
         )
-        run.console.note(describe_layers(context.platform.name, config.model.dtype, architecture.spec))
+        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
         for line in describe_lora(architecture, config.lora):
             run.console.note(line)
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
