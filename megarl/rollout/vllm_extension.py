@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
+from megarl.cluster.processes import own_shared_memory
 from megarl.platform import memory
 from megarl.rollout.attach import AttachedWeights, check_plan, dtype_name
 from megarl.rollout.cpu_linear import cpu_linear
@@ -45,6 +46,10 @@ class WeightReceiver:
     def megarl_place(self) -> tuple[str, str]:
         """Host and device of this worker's parameters."""
         return host_id(), device_id(next(iter(self._parameters().values())).device)
+
+    def megarl_shared_memory(self) -> list[str]:
+        """Names of the message queues that this worker holds."""
+        return own_shared_memory()
 
     def megarl_check(self, plans: list[WeightPlan]) -> list[str]:
         """Violations of this rank's plan; changes nothing."""

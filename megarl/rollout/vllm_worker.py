@@ -78,9 +78,10 @@ class EngineActor:
     # ---- called by the driver, on Ray's threads ----
 
     def wait_started(self) -> list[str]:
-        """Return when the engine is built, or raise what stopped it; the shared memory it made."""
+        """Return when the engine is built, or raise what stopped it; the shared memory of its processes."""
         self._started.result()
-        return own_shared_memory()
+        workers = self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_shared_memory"))
+        return sorted({*own_shared_memory(), *(name for names in workers for name in names)})
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """See Engine.describe_parameters."""
