@@ -198,8 +198,15 @@ class Heartbeat:
         return False
 
     def _dump_traceback(self) -> None:
-        with traceback_file(self._folder, self._rank).open("w") as file:
+        path = traceback_file(self._folder, self._rank)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
+        os.replace(temporary, path)  # another rank may be reading it
+        before, self._crashes = self._crashes, path.open("a")
+        faulthandler.enable(self._crashes, all_threads=True)
+        if before is not None:
+            before.close()
 
     def _fail(self, ranks: list[int], what: str) -> None:
         self._dump_traceback()  # where this rank waits for those that are named
