@@ -226,3 +226,31 @@ def memory(context: Any, model_dir: str, lora: dict[str, Any] | None) -> dict[st
         "optimizer": sum(value.numel() for value in states),
         "parameters": sum(param.numel() for param in policy.params.values()),
     }
+
+
+def train_and_wait(
+    context: Any, model_dir: str, lora: dict[str, Any], directory: str, steps: int, transport: Any
+) -> None:
+    """Three optimizer steps, published and exported to ``export-N``, the engine checked; ``steps`` times.
+
+    Messages as ranks.train_and_wait has them.
+    """
+    place = Path(directory)
+    policy = build(context, model_dir, lora)
+    owners = policy.weight_owners(transport)
+    if context.is_first:
+        ranks.put(place / "owners", owners)
+    ranks.take(place / "attached")
+    for step in range(1, steps + 1):
+        for number in range(3):  # in the very first B is 0 and A has no gradient
+            batches = policy.prepare(ranks.make_sequences(number), "token")
+            policy.train_step(batches, sft_loss, temperature=1.0)
+        policy.publish_weights()
+        ranks.export(policy, model_dir, str(place / f"export-{step}"))
+        torch.distributed.barrier()
+        if context.is_first:
+            ranks.put(place / f"trained-{step}", None)
+        regions = ranks.take(place / f"checksums-{step}")
+        mine = policy.weight_checksums([query for query, _ in regions])
+        wrong = [number for number, value in mine.items() if value != regions[number][1]]
+        ranks.put(place / f"wrong-{step}-{context.rank}", wrong)
