@@ -31,7 +31,7 @@ from megarl.platform import ranges
 from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory
 from megarl.trainer.policy import Policy, Trained, broadcast
-from megarl.weights.hf import export_hf
+from megarl.weights.hf import export_hf, fingerprint
 from megarl.weights.peft import export_adapter
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
@@ -55,6 +55,7 @@ class Run:
         self.checkpoints = Checkpoints(config.checkpoint, self.directory, self.console, is_first=is_first)
         self._values: dict[str, float] = {}
         self._last_step = 0
+        self._base: dict[str, str] = {}  # with LoRA what the frozen weights are, for the run's state
         self._heartbeat = Heartbeat(
             self.directory.ranks_path,
             dist.get_rank(),
@@ -112,12 +113,15 @@ class Run:
     def resume(self, policy: Trained) -> dict[str, Any] | None:
         """Load the latest complete checkpoint into ``policy``; returns its state, None for a fresh run."""
         found = self.directory.latest_checkpoint() if self.is_first else None
+        if self.config.lora is not None:
+            self._base = {"base": broadcast(fingerprint(self.config.model.path) if self.is_first else None)}
         path: Path | None = broadcast(found)
         state = None
         if path is not None:
+            state = json.loads((path / STATE_FILE).read_text())
+            self._check_base(state)
             if not policy.load(path):
                 self.console.warn("random states start anew: another number of ranks wrote the checkpoint")
-            state = json.loads((path / STATE_FILE).read_text())
             self.console.note(f"Resuming from {path} (step {state['step']})")
         if self.is_first:
             self.directory.start_after(state["step"] if state else None)
@@ -126,6 +130,14 @@ class Run:
             self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
         return state
 
+    def _check_base(self, state: Mapping[str, Any]) -> None:
+        """A checkpoint of adapters is nothing without the weights it was trained beside."""
+        if self._base and state.get("base") != self._base["base"]:
+            raise UserError(
+                f"model.path: {self.config.model.path} holds other weights than when this run began, whose "
+                "checkpoints have adapters alone; restore them or choose another run.dir"
+            )
+
     def after_step(self, step: int, last_step: int, policy: Trained, state: Mapping[str, Any]) -> None:
         """Save when it is time; end the process here if a signal asked for it."""
         self.checkpoints.poll()
@@ -133,7 +145,7 @@ class Run:
         interval = self.config.checkpoint.interval
         due = step == last_step or (interval and step % interval == 0)
         if due or number is not None:
-            self.checkpoints.save(step, policy, state, self._values)
+            self.checkpoints.save(step, policy, {**state, **self._base}, self._values)
         if step == last_step or number is not None:
             self.checkpoints.wait()
         if self.is_first and (due or step % self.config.logging.report_interval == 0):

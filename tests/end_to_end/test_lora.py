@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.end_to_end.conftest import FinishedRun
 from tests.end_to_end.harness import (
@@ -72,12 +73,13 @@ def test_checkpoints_hold_adapters_and_runs_go_on(
         return sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
 
     assert size(sft_lora.dir) < 0.5 * size(sft_run.dir)
-    directory = tmp_path / "run"
+    directory, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(sft_run.dir / "hf", base)
     config = write_config(
         tmp_path / "sft.yaml",
         SFT,
         run_dir=directory,
-        model=sft_run.dir / "hf",
+        model=base,
         lora=LORA | {"export": "adapter"},
         optimizer=FASTER,
     )
@@ -95,6 +97,11 @@ def test_checkpoints_hold_adapters_and_runs_go_on(
     other = Command("sft", "--config", config, "lora.rank=4", output=tmp_path / "3.log")
     assert other.wait() == 2
     assert "lora.rank (was 8, now 4)" in other.output
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, base / "model.safetensors")
+    other = Command("sft", "--config", config, "training.num_steps=50", output=tmp_path / "4.log")
+    assert other.wait() == 2
+    assert f"model.path: {base} holds other weights than when this run began" in other.output
 
 
 @pytest.mark.parametrize(
