@@ -192,9 +192,9 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _check_layout(config: AnyConfig) -> None:
     """Refuse what cannot be trained, or not under this layout, before a process starts."""
-    from megarl.config.schema import EvalConfig, GrpoConfig
+    from megarl.config.schema import EvalConfig, GrpoConfig, OnlineConfig
     from megarl.models import load_architecture
-    from megarl.models.feasible import check_layout, check_router
+    from megarl.models.feasible import check_engine, check_layout, check_router
     from megarl.models.lora import check_lora
 
     if not isinstance(config, EvalConfig):
@@ -203,6 +203,8 @@ def _check_layout(config: AnyConfig) -> None:
         replay = isinstance(config, GrpoConfig) and config.rollout.router_replay
         check_router(architecture, config.router, replay=replay)
         check_lora(architecture, config.lora)
+        if isinstance(config, OnlineConfig):
+            check_engine(architecture, config.rollout.engine)
 
 
 def _call_loop(config: AnyConfig) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from megarl import platform
 from megarl.config.schema import EngineConfig, ModelConfig, WeightsConfig
 from megarl.errors import UserError
-from megarl.layout import ParallelLayout
-from megarl.models import load_architecture
+from megarl.models.feasible import check_engine, engine_layout
 from megarl.models.table import Architecture
 from megarl.rollout.engine import AttachReport
 from megarl.rollout.vllm_engine import VllmEngine
@@ -21,6 +20,7 @@ from megarl.weights.plan import Owner, Planner, Reader
 
 def start_engine(
     model: ModelConfig,
+    architecture: Architecture,
     engine: EngineConfig,
     weights: WeightsConfig | None = None,
     *,
@@ -31,9 +31,11 @@ def start_engine(
 ) -> VllmEngine:
     """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights.
 
-    Raises UserError for a model whose logprobs this platform's engine is known to get wrong.
+    Raises UserError for a model that the engine's ranks cannot share, or whose logprobs this platform's
+    engine is known to get wrong.
     """
-    if load_architecture(model.path).spec.mla and platform.chosen_name() == "cpu":
+    check_engine(architecture, engine)
+    if architecture.spec.mla and platform.chosen_name() == "cpu":
         # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
         raise UserError(
             f"model.path: {model.path} has latent attention, of which vLLM computes wrong logprobs on a CPU: "
@@ -70,7 +72,7 @@ def attach_weights(
     """
     engine.wait_ready()
     described, places = engine.describe_parameters(), engine.places()
-    layout = ParallelLayout(tensor=len(described), expert_tensor=len(described))
+    layout = engine_layout(engine.config)
     planner = Planner(owners, peers_only=transport == "peer")
     plans = []
     for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):

@@ -134,6 +134,7 @@ def run_eval(config: EvalConfig) -> None:
         problems = pick_problems(held_out, config.evaluation, console)
         engine = start_engine(
             config.model,
+            architecture,
             config.rollout.engine,
             max_model_len=longest,
             seed=config.run.seed,

@@ -99,6 +99,7 @@ def run_online(
                 problems = pick_problems(held_out, config.evaluation, run.console)
             engine = start_engine(
                 config.model,
+                architecture,
                 config.rollout.engine,
                 config.weights,
                 max_model_len=longest,

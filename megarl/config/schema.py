@@ -126,6 +126,8 @@ class EngineConfig(Section):
     """Compute the prompt of a group once."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each layer's matrices; independent of the trainer's."""
+    expert_parallel: bool = False
+    """Each of these ranks holds whole experts, not a part of all of them (vLLM's enable_expert_parallel)."""
     num_threads: PositiveInt | None = None
     """CPU threads of the engine, over all its ranks; null uses all cores."""
     start_timeout_seconds: PositiveFloat = 300.0

@@ -292,6 +292,12 @@ def _engine(config: OnlineConfig | EvalConfig) -> Violations:
             f" (got {engine.max_num_batched_tokens})",
             (("rollout", "engine", "max_num_seqs"),),
         )
+    if engine.expert_parallel and engine.tensor_parallel_size == 1:
+        yield Violation(
+            ("rollout", "engine", "expert_parallel"),
+            "needs rollout.engine.tensor_parallel_size > 1, whose ranks then share the experts (got true)",
+            (("rollout", "engine", "tensor_parallel_size"),),
+        )
 
 
 _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
+from megarl.config.schema import EngineConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models.splits import division_problems
@@ -29,6 +30,39 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     if not near:
         wrong.append(f"no layout of {parallel.num_processes} ranks would do; change parallel.num_processes")
     raise UserError("\n".join(wrong))
+
+
+def check_engine(architecture: Architecture, engine: EngineConfig) -> None:
+    """Raise UserError with every way in which the engine's ranks cannot share the model, and sizes that would."""
+    wrong = list(engine_problems(architecture, engine))
+    if not wrong:
+        return
+    first = 2 if engine.expert_parallel else 1
+    smaller = [engine.model_copy(update={"tensor_parallel_size": n}) for n in range(first, engine.tensor_parallel_size)]
+    sizes = [str(e.tensor_parallel_size) for e in smaller if not any(engine_problems(architecture, e))]
+    if sizes:
+        wrong.append(f"would do: rollout.engine.tensor_parallel_size={' or '.join(sizes)}")
+    raise UserError("\n".join(wrong))
+
+
+def engine_problems(architecture: Architecture, engine: EngineConfig) -> Iterator[str]:
+    """A line for each way in which an engine's ranks cannot share this model."""
+    moe, layout = architecture.spec.moe, engine_layout(engine)
+    yield from division_problems(architecture, "engine", layout, "rollout.engine")
+    if not engine.expert_parallel:
+        return
+    if moe is None:
+        yield f"rollout.engine.expert_parallel: {architecture.spec.family} has no experts"
+    elif moe.num_experts % layout.expert:
+        yield (
+            f"rollout.engine.expert_parallel: {moe.num_experts} experts do not divide by {layout.expert} tensor ranks"
+        )
+
+
+def engine_layout(engine: EngineConfig) -> ParallelLayout:
+    """How an engine's ranks share a model: each expert cut over all of them, or whole experts dealt to them."""
+    ranks, whole = engine.tensor_parallel_size, engine.expert_parallel
+    return ParallelLayout(tensor=ranks, expert=ranks if whole else 1, expert_tensor=1 if whole else ranks)
 
 
 def check_router(architecture: Architecture, router: RouterConfig, *, replay: bool = False) -> None:

@@ -65,6 +65,7 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
         async_scheduling=False,
         disable_log_stats=True,
         tensor_parallel_size=config.tensor_parallel_size,
+        enable_expert_parallel=config.expert_parallel,  # over the tensor ranks
         distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else None,
         enable_sleep_mode=settings.offload_kv_cache and platform.chosen_name() != "cpu",
         worker_extension_cls="megarl.rollout.vllm_extension.WeightReceiver",

@@ -101,6 +101,11 @@ class VllmEngine:
         return cls(settings, (log_dir or ray_temp_dir()).resolve() / "engine.log")
 
     @property
+    def config(self) -> EngineConfig:
+        """The engine's settings."""
+        return self._settings.config
+
+    @property
     def log_path(self) -> Path:
         """Everything the engine's process prints."""
         return self._log_path

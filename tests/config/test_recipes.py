@@ -13,7 +13,7 @@ from megarl.config.plan import PlanConfig
 from megarl.config.schema import GrpoConfig, TrainingRoot
 from megarl.config.suggest import ROOTS
 from megarl.models import load_architecture
-from megarl.models.feasible import layout_problems
+from megarl.models.feasible import engine_problems, layout_problems
 from megarl.simulate.run import simulate
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "recipes"
@@ -65,6 +65,8 @@ def test_plan_is_of_the_same_layout(file: Path, monkeypatch: pytest.MonkeyPatch)
     if isinstance(config, GrpoConfig):
         engine = config.rollout.engine
         assert plan.engine.tensor_parallel_size == engine.tensor_parallel_size
+        assert plan.engine.expert_parallel == engine.expert_parallel
+        assert list(engine_problems(load_architecture(config.model.path), engine)) == []
         assert plan.engine.kv_cache_gib == engine.kv_cache_gib
         assert plan.weights.offload == config.weights.offload
         assert plan.engine.data_parallel_size == 1 or "are not there yet" in file.read_text()

@@ -94,6 +94,12 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
         "optimizer.lr_warmup_steps: longer than the run's 40 optimizer steps (got 41)",
     ),
     (
+        GrpoConfig,
+        ["rollout.engine.expert_parallel=true"],
+        "rollout.engine.expert_parallel: needs rollout.engine.tensor_parallel_size > 1, whose ranks then "
+        "share the experts (got true)",
+    ),
+    (
         SftConfig,
         ["packing.max_sequence_length=4097"],
         "packing.max_sequence_length: a sequence of this length must fit into one microbatch, "

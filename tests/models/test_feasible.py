@@ -13,11 +13,11 @@ import yaml
 from megarl.cli import main
 from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
-from megarl.config.schema import SftConfig
+from megarl.config.schema import EngineConfig, SftConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models import load_architecture
-from megarl.models.feasible import check_layout, check_router, layout_problems, nearest_layouts
+from megarl.models.feasible import check_engine, check_layout, check_router, layout_problems, nearest_layouts
 from megarl.models.splits import division_problems
 from tests.models.test_families import EXPERTS, SIZES
 
@@ -85,6 +85,23 @@ def test_nearest_layouts_change_how_experts_are_split(tmp_path: Path) -> None:
     assert "parallel.expert_tensor_parallel_size: 7 units of 1 do not divide by 2 tensor ranks" in str(error.value)
     assert "would do on 4 ranks: parallel.expert_tensor_parallel_size=1\n" in str(error.value)
     assert {layout.expert_tensor_parallel_size for layout in nearest_layouts(table, asked)} == {1}
+
+
+def test_engine_that_cannot_share_the_model(tmp_path: Path) -> None:
+    sizes = SIZES | EXPERTS | {"num_experts": 6, "moe_intermediate_size": 30}
+    table = architecture(tmp_path, transformers.Qwen3MoeConfig(**sizes))
+    check_engine(table, EngineConfig(tensor_parallel_size=2, expert_parallel=True))
+    with pytest.raises(UserError) as error:
+        check_engine(table, EngineConfig(tensor_parallel_size=4, expert_parallel=True))
+    assert str(error.value).splitlines() == [
+        "rollout.engine.expert_parallel: 6 experts do not divide by 4 tensor ranks",
+        "would do: rollout.engine.tensor_parallel_size=2",
+    ]
+    with pytest.raises(UserError, match="30 units of 1 do not divide by 4 tensor ranks"):
+        check_engine(table, EngineConfig(tensor_parallel_size=4))
+    dense = architecture(tmp_path, transformers.Qwen3Config(**SIZES))
+    with pytest.raises(UserError, match=r"^rollout\.engine\.expert_parallel: qwen3 has no experts$"):
+        check_engine(dense, EngineConfig(tensor_parallel_size=2, expert_parallel=True))
 
 
 def test_experts_over_tensor_ranks_need_sequence_parallelism(tmp_path: Path) -> None:

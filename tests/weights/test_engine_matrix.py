@@ -83,7 +83,13 @@ class Bench:
     """One engine; trainers of several layouts attach to it in turn."""
 
     def __init__(
-        self, family: str, engine_ranks: int, directory: Path, dtype: Literal["auto", "bfloat16"] = "auto"
+        self,
+        family: str,
+        engine_ranks: int,
+        directory: Path,
+        dtype: Literal["auto", "bfloat16"] = "auto",
+        *,
+        expert_parallel: bool = False,
     ) -> None:
         self.family, self.engine_ranks, self.directory = family, engine_ranks, directory
         self.model_dir = directory / "model"
@@ -91,7 +97,12 @@ class Bench:
         torch.manual_seed(0)
         model_class(config_class(**(SIZES | options))).save_pretrained(self.model_dir)
         config = EngineConfig(
-            dtype=dtype, kv_cache_gib=0.02, max_num_seqs=8, num_threads=1, tensor_parallel_size=engine_ranks
+            dtype=dtype,
+            kv_cache_gib=0.02,
+            max_num_seqs=8,
+            num_threads=1,
+            tensor_parallel_size=engine_ranks,
+            expert_parallel=expert_parallel,
         )
         self.engine = VllmEngine.start(
             self.model_dir, config, dtype="float32", max_model_len=128, seed=1, log_dir=directory
@@ -106,7 +117,8 @@ class Bench:
             for query, checksum in zip(region_queries(plan, sums), sums, strict=True)
         ]
 
-    def check(self, layout: str, *, same_layout: bool, transport: Transport = "auto") -> None:
+    def check(self, layout: str, *, same_layout: bool, transport: Transport = "auto") -> int:
+        """Train a step under ``layout`` and compare; returns the bytes that the hand-over moved."""
         size, parallel, distributed = LAYOUTS[layout]
         if self.family in WITH_EXPERTS and "tensor_parallel_size" in parallel:
             parallel = parallel | {"sequence_parallel": True}  # experts need it
@@ -148,12 +160,14 @@ class Bench:
         assert worst < TOLERANCE, lines
         if same_layout and self.family not in WITH_EXPERTS:
             assert report.bytes_moved == 0, lines
+        return report.bytes_moved
 
 
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    family, engine_ranks = request.param
-    bench = Bench(family, engine_ranks, tmp_path_factory.mktemp(f"{family}-tp{engine_ranks}"))
+    family, engine_ranks, *whole_experts = request.param
+    directory = tmp_path_factory.mktemp(f"{family}-tp{engine_ranks}")
+    bench = Bench(family, engine_ranks, directory, expert_parallel=bool(whole_experts))
     yield bench
     bench.engine.shutdown()
     stop_ray()
@@ -182,6 +196,16 @@ CASES = [
 def test_the_engine_is_the_exported_model(bench: Bench, layout: str) -> None:
     same = (layout == "tp2") if bench.engine_ranks == 2 else layout in ("one", "dp2-distributed")
     bench.check(layout, same_layout=same)
+
+
+@pytest.mark.parametrize(
+    "bench", [("qwen3_moe", 2, "whole experts")], indirect=True, ids=["qwen3_moe-tp2-ep2"]
+)
+@pytest.mark.parametrize("layout", ["one", "ep2", "pp2", "tp2xep2"])
+def test_an_engine_of_whole_experts(bench: Bench, layout: str) -> None:
+    """Experts dealt to the engine's tensor ranks; where the trainer deals them alike, nothing moves."""
+    moved = bench.check(layout, same_layout=False)
+    assert (moved == 0) == (layout == "tp2xep2")
 
 
 @pytest.mark.parametrize(
