@@ -43,10 +43,9 @@ def install() -> Platform:
         torch.cuda.set_device(device)
         _installed = Platform("cuda", device, "nccl")
     else:
-        from megarl.platform import cpu, memory
+        from megarl.platform import cpu
 
         cpu.install()
-        memory.return_large_blocks()
         _installed = Platform("cpu", torch.device("cpu"), "gloo")
     return _installed
 

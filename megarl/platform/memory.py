@@ -9,20 +9,6 @@ from collections.abc import Iterable
 import torch
 
 _MADV_DONTNEED = 4
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-_LARGE_BLOCK = 2**20
-
-
-def return_large_blocks() -> None:
-    """Have malloc ask the system for every block of 1 MiB or more, and give it back when it is freed.
-
-    By default its bound grows to 32 MiB, and activations leave holes that optimizer state then fills: after
-    two steps of SmolLM2-135M 0.7 of 2.6 GiB were such free memory. The price is that every such block's
-    pages are fresh, some 0.2 s per GiB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def trim_heap() -> None:

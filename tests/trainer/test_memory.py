@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import psutil
@@ -47,22 +45,3 @@ def test_freed_blocks_of_a_thread_leave_its_arena() -> None:
     memory.trim_heap()
     assert before - held() > 60
     assert all((block == 1).all() for block in kept)
-
-
-def test_large_blocks_are_returned_when_they_are_freed() -> None:
-    """In a process of its own: malloc's settings are the whole process's."""
-    program = """
-import psutil, torch
-from megarl.platform import memory
-def held():
-    return psutil.Process().memory_full_info().uss / 2**20
-memory.return_large_blocks()
-torch.empty(24 * 2**18)
-before = held()
-blocks = [torch.ones(2 * 2**18) for _ in range(100)]
-kept = blocks[::10]
-assert held() - before > 190
-del blocks
-assert held() - before < 30, held() - before
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
