@@ -6,6 +6,7 @@
       config.yaml             resolved configuration
       metrics.jsonl           one JSON object per step
       samples/step_N.jsonl    samples of step N
+      evaluations/step_N.jsonl  every answer of the evaluation after step N (0: before the first)
       checkpoints/step_N/     complete by construction: renamed into place when all of it is on disk
       summary.json            headline figures, written at the end
       report.html             rewritten as the run goes
@@ -55,6 +56,7 @@ class RunDirectory:
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples"
+        self.evaluations_path = self.path / "evaluations"
         self.checkpoints_path = self.path / "checkpoints"
         self.summary_path = self.path / "summary.json"
         self.report_path = self.path / "report.html"
@@ -155,7 +157,7 @@ class RunDirectory:
 
     def _remove_leftovers(self) -> None:
         """Delete what an interrupted save, deletion or atomic write left behind (we hold the lock)."""
-        for folder in (self.path, self.samples_path, self.checkpoints_path):
+        for folder in (self.path, self.samples_path, self.evaluations_path, self.checkpoints_path):
             for pattern in (".*.tmp", ".step_*.partial", ".step_*.deleted"):
                 for leftover in folder.glob(pattern):
                     shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -166,7 +168,7 @@ class RunDirectory:
         """Forget what lies beyond ``step``, the last one the loaded checkpoint contains.
 
         metrics.jsonl loses, in one atomic replacement, every line with a larger step and a line that a
-        killed process wrote half; samples of later steps go too. None starts from the beginning and
+        killed process wrote half; samples and evaluations of later steps go too. None starts from the beginning and
         forgets all. Call it once, before the first ``append_metrics``, on a fresh run too.
 
         Raises:
@@ -176,7 +178,8 @@ class RunDirectory:
         last = -1 if step is None else step
         kept = [line for line in read_metrics(self.path) if line["step"] <= last]
         write_atomically(self.metrics_path, "".join(_to_json_line(line) for line in kept))
-        for path in self.samples_path.iterdir():
+        evaluations = self.evaluations_path.glob("*")  # only runs that evaluate have the folder
+        for path in [*self.samples_path.iterdir(), *evaluations]:
             match = _SAMPLES_NAME.fullmatch(path.name)
             if match and int(match[1]) > last:
                 path.unlink()
@@ -203,6 +206,13 @@ class RunDirectory:
         """
         path = self.samples_path / f"step_{step}.jsonl"
         write_atomically(path, "".join(_to_json_line(sample) for sample in samples))
+        return path
+
+    def write_evaluation(self, step: int, answers: Iterable[Mapping[str, Any]]) -> Path:
+        """Write evaluations/step_N.jsonl atomically."""
+        self.evaluations_path.mkdir(exist_ok=True)
+        path = self.evaluations_path / f"step_{step}.jsonl"
+        write_atomically(path, "".join(_to_json_line(answer) for answer in answers))
         return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -51,6 +51,8 @@ def train(path: Path, steps: range, after: int | None = None) -> None:
         for step in steps:
             run.append_metrics(step, {"loss": 1 / (step + 1)})
             run.write_samples(step, [{"step": step, "prompt": f"p{step}"}])
+            if step % 2 == 0:
+                run.write_evaluation(step, [{"step": step}])
         (run.begin_checkpoint(steps[-1]) / "weights").write_text(f"weights of {steps[-1]}")
         run.commit_checkpoint(steps[-1])
 
@@ -90,6 +92,7 @@ def test_resume_forgets_later_steps_and_a_half_written_line(tmp_path: Path) -> N
         assert sorted(path.name for path in run.samples_path.iterdir()) == [
             f"step_{n}.jsonl" for n in (1, 2, 3, 4)
         ]
+        assert sorted(path.name for path in run.evaluations_path.iterdir()) == ["step_2.jsonl", "step_4.jsonl"]
         run.append_metrics(5, {"loss": 9.0})
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)][3:] == [(4, 0.2), (5, 9.0)]
 

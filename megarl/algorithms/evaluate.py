@@ -41,6 +41,24 @@ class Evaluation:
         """For a line of metrics.jsonl."""
         return {"accuracy": self.total.accuracy, **self.total.values}
 
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Every answer, as it is saved."""
+        rows = []
+        for group in self.groups:
+            for number, sample in enumerate(group.samples):
+                vote = vote_of(sample)
+                rows.append(
+                    sample_row(step, group, sample)
+                    | {
+                        "sample": number,
+                        "correct": is_correct(sample),
+                        "vote": None if vote is None else vote[0],
+                        "category": group.prompt.metadata.get("category"),
+                        "info": sample.info,
+                    }
+                )
+        return rows
+
 
 def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, console: Console) -> list[Prompt]:
     """The first ``num_prompts`` held-out problems (null: all) that are not among the training problems."""
@@ -178,21 +196,7 @@ def run_eval(config: EvalConfig) -> None:
 
 
 def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: Console) -> None:
-    rows = []
-    for group in found.groups:
-        for number, sample in enumerate(group.samples):
-            vote = vote_of(sample)
-            rows.append(
-                sample_row(0, group, sample)
-                | {
-                    "sample": number,
-                    "correct": is_correct(sample),
-                    "vote": None if vote is None else vote[0],
-                    "category": group.prompt.metadata.get("category"),
-                    "info": sample.info,
-                }
-            )
-    directory.write_samples(0, rows)
+    directory.write_samples(0, found.rows(0))
     summary = found.total.summary() | {"wall_seconds": seconds}
     if found.categories:
         summary["categories"] = {name: scores.summary() for name, scores in found.categories.items()}

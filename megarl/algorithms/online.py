@@ -263,7 +263,7 @@ class OnlineLoop:
         result: dict[str, float] = {}
         if self.rollouts is not None:
             settings = self.config.evaluation
-            result = evaluate(
+            found = evaluate(
                 self.rollouts,
                 self.problems,
                 settings,
@@ -271,9 +271,11 @@ class OnlineLoop:
                 max_new_tokens=settings.max_new_tokens or self.config.rollout.max_new_tokens,
                 seed=self.config.run.seed,
                 console=self.run_.console,
-            ).metrics()
-        found: dict[str, float] = broadcast(result)
-        return found
+            )
+            self.run_.directory.write_evaluation(step, found.rows(step))
+            result = found.metrics()
+        values: dict[str, float] = broadcast(result)
+        return values
 
     def _decode(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id]))

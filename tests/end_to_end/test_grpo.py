@@ -107,6 +107,24 @@ def test_rewards_advantages_and_loss_follow_from_the_samples(grpo_run: FinishedR
     assert mixed, "no group had different rewards: the run shows nothing"
 
 
+def test_answers_of_evaluations_are_saved(grpo_run: FinishedRun) -> None:
+    """Before the first step and after the last: the accuracy follows from them."""
+    folder, count = grpo_run.dir / "evaluations", GRPO["evaluation"]["num_prompts"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_0.jsonl", f"step_{STEPS}.jsonl"]
+    source = GRPO["data"]["held_out"]
+    dataset = reasoning_gym.create_dataset(
+        TASK["task"], size=source["size"], seed=source["seed"], **TASK["arguments"]
+    )
+    summary = read_summary(grpo_run.dir)
+    for step, accuracy in ((0, summary["accuracy_before"]), (STEPS, summary["accuracy_after"])):
+        answers = read_lines(folder / f"step_{step}.jsonl")
+        assert len({answer["prompt_index"] for answer in answers}) == len(answers) == count
+        scores = [dataset.score_answer(a["response"].strip(), dataset[a["prompt_index"]]) for a in answers]
+        assert [answer["reward"] for answer in answers] == scores
+        assert [answer["correct"] for answer in answers] == [score == 1 for score in scores]
+        assert accuracy == sum(score == 1 for score in scores) / count
+
+
 def test_summary_report_and_console(grpo_run: FinishedRun) -> None:
     summary = read_summary(grpo_run.dir)
     assert summary.keys() >= SUMMARY_KEYS
