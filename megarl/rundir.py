@@ -168,8 +168,8 @@ class RunDirectory:
         """Forget what lies beyond ``step``, the last one the loaded checkpoint contains.
 
         metrics.jsonl loses, in one atomic replacement, every line with a larger step and a line that a
-        killed process wrote half; samples and evaluations of later steps go too. None starts from the beginning and
-        forgets all. Call it once, before the first ``append_metrics``, on a fresh run too.
+        killed process wrote half; samples and evaluations of later steps go too. None starts from the
+        beginning and forgets all. Call it once, before the first ``append_metrics``, on a fresh run too.
 
         Raises:
             UserError: metrics.jsonl has a line, other than its last, that is not a JSON object with a step.

@@ -92,7 +92,10 @@ def test_resume_forgets_later_steps_and_a_half_written_line(tmp_path: Path) -> N
         assert sorted(path.name for path in run.samples_path.iterdir()) == [
             f"step_{n}.jsonl" for n in (1, 2, 3, 4)
         ]
-        assert sorted(path.name for path in run.evaluations_path.iterdir()) == ["step_2.jsonl", "step_4.jsonl"]
+        assert sorted(path.name for path in run.evaluations_path.iterdir()) == [
+            "step_2.jsonl",
+            "step_4.jsonl",
+        ]
         run.append_metrics(5, {"loss": 9.0})
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)][3:] == [(4, 0.2), (5, 9.0)]
 

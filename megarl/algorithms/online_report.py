@@ -77,10 +77,6 @@ def sample_rows(
             **({"version_spans": sample.version_spans} if sample.version_spans else {}),
             "num_response_tokens": sample.num_sampled_tokens,
             "info": sample.info,
-            "turns": [
-                {"sampled": turn.num_sampled, "observed": turn.num_observed, "reward": turn.reward}
-                for turn in sample.turns
-            ],
             "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs],
             "response_tokens": [decode(i) for i in sample.response_ids],
         }

@@ -4,7 +4,7 @@ What follows the rollout in a step, in data order (every rank)::
 
     graded samples -> packing -> values, [old, reference logprobs] -> GAE -> critic and policy, alternating
 
-With r_t the token's reward (the episode's with the last token, less kl_reward_coef (old - ref) of each), V
+With r_t the token's reward (each turn's with its last token, less kl_reward_coef (old - ref) of each), V
 the critic and rho the ratio of the token's probability to what it was before the step::
 
     A_t = delta_t + gamma lambda A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t,  R_t = A_t + V_t
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megarl.advantages.token_level import token_advantages
+from megarl.advantages.token_level import token_advantages, token_rewards
 from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online import Learned, run_online
 from megarl.algorithms.run import Run
@@ -208,7 +208,7 @@ class PpoLearner:
         kls = self.gather(parts, _k1) if self.needs_reference else None
         values = self.gather(parts, lambda batch: batch.old_values)
         found = token_advantages(
-            [float(sample.reward or 0.0) for sample in samples],
+            [token_rewards(sample) for sample in samples],
             values,
             [s.loss_mask for s in sequences],
             gamma=algorithm.gamma,

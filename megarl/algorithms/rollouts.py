@@ -289,4 +289,8 @@ def sample_row(step: int, group: Group, sample: Sample) -> dict[str, Any]:
         "answer": group.prompt.metadata.get("answer"),
         "reward": sample.reward,
         "finish_reason": sample.finish_reason,
+        "turns": [
+            {"sampled": turn.num_sampled, "observed": turn.num_observed, "reward": turn.reward}
+            for turn in sample.turns
+        ],
     }

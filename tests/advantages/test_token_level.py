@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from megarl.advantages.token_level import token_advantages
+from megarl.advantages.token_level import token_advantages, token_rewards
+from megarl.records import Sample, Turn
 
 GAMMA, LAMBDA, KL = 0.97, 0.9, 0.3
 
@@ -29,6 +30,10 @@ def make(
     return rewards, values, masks, kls
 
 
+def at_the_end(rewards: list[float], masks: list[list[int]]) -> list[list[tuple[int, float]]]:
+    return [[(len(mask) - 1, reward)] for reward, mask in zip(rewards, masks, strict=True)]
+
+
 def by_definition(reward: float, values: np.ndarray, targets: list[int], kl: np.ndarray) -> np.ndarray:
     """A_t = sum_l (gamma lambda)^l delta_{t+l}, every term on its own."""
     r = [-KL * kl[t] for t in targets]
@@ -46,7 +51,14 @@ def by_definition(reward: float, values: np.ndarray, targets: list[int], kl: np.
 def test_against_the_definition() -> None:
     rewards, values, masks, kls = make(1)
     found = token_advantages(
-        rewards, values, masks, gamma=GAMMA, gae_lambda=LAMBDA, normalize=False, kls=kls, kl_coef=KL
+        at_the_end(rewards, masks),
+        values,
+        masks,
+        gamma=GAMMA,
+        gae_lambda=LAMBDA,
+        normalize=False,
+        kls=kls,
+        kl_coef=KL,
     )
     residuals, returns = [], []
     for s, mask in enumerate(masks):
@@ -63,6 +75,7 @@ def test_against_the_definition() -> None:
 
 def test_normalisation_is_over_all_targets_and_leaves_returns() -> None:
     rewards, values, masks, _ = make(2)
+    rewards, alone = at_the_end(rewards, masks), rewards
     plain = token_advantages(rewards, values, masks, gamma=1.0, gae_lambda=1.0, normalize=False)
     found = token_advantages(rewards, values, masks, gamma=1.0, gae_lambda=1.0, normalize=True)
     chosen = [np.array([0, *mask[1:]], dtype=bool) for mask in masks]
@@ -71,13 +84,13 @@ def test_normalisation_is_over_all_targets_and_leaves_returns() -> None:
     assert normal == pytest.approx((own - own.mean()) / (own.std() + 1e-8), abs=1e-12)
     assert all((a == b).all() for a, b in zip(plain.returns, found.returns, strict=True))
     # With gamma = lambda = 1 and no KL every return is the episode's reward.
-    for reward, got, mask in zip(rewards, plain.returns, chosen, strict=True):
+    for reward, got, mask in zip(alone, plain.returns, chosen, strict=True):
         assert got[mask] == pytest.approx(np.full(mask.sum(), reward), abs=1e-12)
 
 
 def test_equal_advantages_are_zero_and_variance_is_left_out() -> None:
     found = token_advantages(
-        [1.0, 1.0],
+        [[(2, 1.0)], [(3, 1.0)]],
         [np.zeros(3), np.zeros(4)],
         [[0, 1, 1], [0, 1, 1, 1]],
         gamma=1.0,
@@ -86,3 +99,26 @@ def test_equal_advantages_are_zero_and_variance_is_left_out() -> None:
     )
     assert not any(a.any() for a in found.advantages)
     assert found.explained_variance is None
+
+
+def test_a_turns_reward_comes_with_its_last_token() -> None:
+    """Prompt of 2; turns of 3 + 2 observed, 2 + 1 observed, and 2: what comes after a token is its return."""
+    turns = [Turn(3, 2, 0.5), Turn(2, 1, -0.25), Turn(2, 0, 1.0)]
+    sample = Sample(0, [7, 8], list(range(10)), [0.0] * 10, 0, "stop", reward=1.25, turns=turns)
+    assert token_rewards(sample) == [(4, 0.5), (8, -0.25), (11, 1.0)]
+    mask = [0, 0, *sample.response_mask]
+    found = token_advantages(
+        [token_rewards(sample)], [np.zeros(12)], [mask], gamma=1.0, gae_lambda=1.0, normalize=False
+    )
+    expected = [0, 0, 1.25, 1.25, 1.25, 0, 0, 0.75, 0.75, 0, 1.0, 1.0]
+    assert found.returns[0].tolist() == expected
+    sample.turns = []
+    assert token_rewards(sample) == [(11, 1.25)]
+
+
+def test_no_reward_is_lost_where_its_place_is_no_target() -> None:
+    rewards = [[(0, 1.0), (3, 2.0), (5, 4.0)]]
+    found = token_advantages(
+        rewards, [np.zeros(6)], [[0, 0, 1, 0, 1, 0]], gamma=1.0, gae_lambda=1.0, normalize=False
+    )
+    assert found.returns[0].tolist() == [0, 0, 7.0, 0, 4.0, 0]
