@@ -123,11 +123,16 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self, weight: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-        """``into`` becomes weight + B A * alpha / rank, added in fp32 and rounded once; returns it."""
-        into.copy_(weight)
+        """``into`` becomes weight + B A * alpha / rank, added in fp32 and rounded once; returns it.
+
+        Each element is written once: where nothing has changed a reader notices nothing.
+        """
+        stop = 0
         for p in self.projections:
-            rows = slice(*p.rows)
+            into[stop : p.rows[0]] = weight[stop : p.rows[0]]
+            rows, stop = slice(*p.rows), p.rows[1]
             into[rows] = merged(weight[rows], self.matrix(p, "A"), self.matrix(p, "B"), self.scale)
+        into[stop:] = weight[stop:]
         return into
 
     def sharded_state_dict(
