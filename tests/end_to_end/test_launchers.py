@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ def test_ray_sft_on_two_nodes(tmp_path: Path, model: Path, sft_run: FinishedRun,
     command = Command("sft", "--config", config, "launcher=ray", output=tmp_path / "log")
     try:
         command.wait_until(lambda: "Ray: waiting for 4 CPUs; 2 have joined" in command.output)
-        threading.Thread(target=cluster.add_node, kwargs={"num_cpus": 2}).start()
+        cluster.add_node(num_cpus=2)
         assert command.wait() == 0, command.output
     finally:
         command.kill()
