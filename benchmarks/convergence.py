@@ -8,8 +8,8 @@ the two evaluations around it; None where a run never gets there. The target is 
 of the accuracies that the runs ended with: then all of them reach it.
 
 ``--tune`` runs PPO on the first seed with each of TUNING and keeps the best (highest mean accuracy over the
-evaluations) for the comparison; without it the configuration's settings are used, which were chosen from TUNING
-(docs/benchmarks.md).
+evaluations) for the comparison; without it the configuration's settings are used, chosen from TUNING as
+docs/benchmarks.md tells.
 """
 
 from __future__ import annotations
