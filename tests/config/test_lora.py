@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import transformers
+import yaml
 
+from megarl.cli import main
 from megarl.config.lora import LoraConfig
 from megarl.config.preference import RmConfig
 from megarl.config.schema import SftConfig
@@ -88,6 +90,31 @@ def test_experts(tmp_path: Path, family: str) -> None:
         "have no adapters yet)"
     )
     check_lora(load_architecture(tmp_path), LoraConfig(target_modules=["q_proj", "o_proj"]))
+
+
+def test_the_command_line_says_it_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CONFIGS["qwen3_moe"].save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(tmp_path / "model")},
+        "optimizer": {"lr": 1e-3},
+        "data": {"train": GYM},
+        "training": {"num_steps": 10, "batch_size": 4},
+    }
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
+    asked = ["sft", "--config", str(tmp_path / "sft.yaml"), "--dry-run"]
+    assert main([*asked, "lora={rank: 4, target_modules: [q_proj, v_proj]}"]) == 0
+    assert "trained: adapters of rank 4 on q_proj, v_proj; exported: both" in capsys.readouterr().out
+    assert main([*asked, "lora={rank: 4}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: lora.target_modules: all-linear, but experts have no adapters yet")
+    assert main([*asked, "lora={dropout: 0.1}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "lora.dropout" in line
 
 
 def test_latent_attention(tmp_path: Path) -> None:
