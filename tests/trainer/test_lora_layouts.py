@@ -111,8 +111,10 @@ def test_gradients(
         (2, PP2, False),
         (2, {"context_parallel_size": 2}, False),
         (2, VPP2, False),
+        (2, {}, True),
+        (1, {}, True),
     ],
-    ids=["one", "tp2-sp", "pp2", "cp2", "vpp2"],
+    ids=["one", "tp2-sp", "pp2", "cp2", "vpp2", "dp2-distributed", "one-distributed"],
 )
 def test_resumed_elsewhere(
     model_dirs: dict[str, str], tmp_path: Path, size: int, parallel: dict[str, Any], distributed: bool
