@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl import __version__
-from megarl.errors import UserError
+from megarl.errors import ToldByRankZeroError, UserError
 
 if TYPE_CHECKING:
     from megarl.config.derived import AnyConfig
@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return doctor()
             case _:
                 return _run_job(options, arguments)
+    except ToldByRankZeroError:
+        return 2
     except UserError as error:
         _print_error(error)
         return 2

@@ -15,7 +15,7 @@ from megarl.config.schema import GrpoConfig
 from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset
 from megarl.records import Group
-from megarl.trainer.policy import broadcast
+from megarl.trainer.policy import from_first_rank
 
 Collected = tuple[list[Group], dict[str, float]]
 
@@ -107,15 +107,17 @@ class Collector:
 
     def _draw(self, step: int) -> Collected:
         """The next prompts' groups, while everything else waits."""
-        kept = None
-        if self._rollouts is not None:
+
+        def sample() -> Collected:
+            assert self._rollouts is not None
             settings = self._settings(step, self.position)
             with self._run.console.progress("rollout", total=self._total) as advance:
                 groups = self._rollouts.sample(**settings, advance=advance)
-            kept = usable(groups, self._rollouts.counts, self._run.console, smallest=self._smallest)
+            return usable(groups, self._rollouts.counts, self._run.console, smallest=self._smallest)
+
+        collected = from_first_rank(sample)
         self.position += self._config.rollout.num_prompts_per_step
-        shared: Collected = broadcast(kept)
-        return shared
+        return collected
 
     def _draw_ahead(self, step: int) -> Coroutine[Any, Any, Played]:
         assert self._rollouts is not None
@@ -128,8 +130,9 @@ class Collector:
 
     def _take(self, step: int) -> Collected:
         """The groups of a batch that was started up to max_staleness steps ago."""
-        kept = None
-        if self._ahead is not None:
+
+        def take() -> Collected:
+            assert self._ahead is not None
             console, shown = self._run.console, 0
             with self._run.timers("rollout"), console.progress("rollout", total=self._total) as advance:
 
@@ -139,9 +142,9 @@ class Collector:
                     shown = self._finished[step]
 
                 groups, counts, _ = self._ahead.take(step, show)
-            kept = usable(groups, counts, console, smallest=self._smallest)
-        shared: Collected = broadcast(kept)
-        return shared
+            return usable(groups, counts, console, smallest=self._smallest)
+
+        return from_first_rank(take)
 
     @property
     def _total(self) -> int:

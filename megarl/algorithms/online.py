@@ -41,7 +41,7 @@ from megarl.metrics.timers import PHASES
 from megarl.records import Group, Prompt
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import Policy, Trained, broadcast
+from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank
 
 
 @dataclass(slots=True)
@@ -260,8 +260,9 @@ class OnlineLoop:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Accuracy, and what else evaluation.k asks for, on the held-out problems (every rank gets it)."""
-        result: dict[str, float] = {}
-        if self.rollouts is not None:
+
+        def run() -> dict[str, float]:
+            assert self.rollouts is not None
             settings = self.config.evaluation
             found = evaluate(
                 self.rollouts,
@@ -273,9 +274,9 @@ class OnlineLoop:
                 console=self.run_.console,
             )
             self.run_.directory.write_evaluation(step, found.rows(step))
-            result = found.metrics()
-        values: dict[str, float] = broadcast(result)
-        return values
+            return found.metrics()
+
+        return from_first_rank(run)
 
     def _decode(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id]))

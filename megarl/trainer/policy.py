@@ -7,10 +7,11 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 
+from megarl.errors import ToldByRankZeroError, UserError
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import Aggregation, Loss
 from megarl.packing.token_values import Array
@@ -18,6 +19,7 @@ from megarl.records import PackedBatch, Sequence
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.plan import Owner
 
+Result = TypeVar("Result")
 Transport = Literal["auto", "shared_memory", "peer"]
 LogprobField = Literal["old_logprobs", "ref_logprobs"]
 
@@ -189,6 +191,30 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_first_rank(make: Callable[[], Result]) -> Result:
+    """What ``make`` returns on rank 0, on every rank (picklable); the others do not call it.
+
+    Raises:
+        UserError: ``make`` did. Every rank ends with it, instead of waiting for a rank that is gone.
+    """
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return make()
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = make()
+        except UserError as raised:
+            error = raised
+    result, message = broadcast((result, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    if message is not None:
+        raise ToldByRankZeroError(message)
+    return cast("Result", result)
 
 
 def broadcast(value: Any) -> Any:

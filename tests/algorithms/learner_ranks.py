@@ -158,3 +158,36 @@ def train(
         "advantages": [s.advantage for group in steps[-1] for s in group.samples],
         "weights": {name: np.array(p.detach()) for name, p in policy.params.items()},
     }
+
+
+def collect_and_fail(context: Any) -> list[str]:
+    """Two collections, the second of which fails on rank 0: what this rank is given, and what it meets."""
+    from megarl.algorithms.collect import Collector
+    from megarl.algorithms.rollouts import EnvironmentsFailedError, RolloutCounts
+    from megarl.errors import UserError
+
+    class Failing:
+        """Rollouts of rank 0."""
+
+        def __init__(self) -> None:
+            self.counts = RolloutCounts()
+
+        def sample(self, prompts: list[Prompt], *, step: int, **_: Any) -> list[Group]:
+            if step == 2:
+                raise EnvironmentsFailedError("the environment failed 3 of 4 episodes")
+            return make_groups(step)
+
+    class Problems(list[Prompt]):
+        is_mixture, parts = False, ()
+
+    config = make_config("unused", {}, {})
+    run, train = fake_run(), Problems(Prompt(i, "", [1]) for i in range(8))
+    rollouts: Any = Failing() if context.is_first else None
+    collector = Collector(config, run, rollouts, train, step=0, position=0)  # type: ignore[arg-type]
+    groups, _ = collector.collect(1)
+    told = [str([group.samples[0].response_ids for group in groups])]
+    try:
+        collector.collect(2)
+    except UserError as error:
+        told += [type(error).__name__, str(error)]
+    return told

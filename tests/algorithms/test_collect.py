@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
+from megarl import cli
 from megarl.algorithms import collect
 from megarl.algorithms.ahead import EventLoopThread
 from megarl.algorithms.collect import Collector
 from megarl.algorithms.rollouts import RolloutCounts
 from megarl.data.order import PromptOrder
-from megarl.errors import UserError
+from megarl.errors import ToldByRankZeroError, UserError
 from megarl.records import Group, Prompt, Sample
+from tests.algorithms import learner_ranks
 from tests.algorithms.learner_ranks import fake_run, make_config
+from tests.trainer.world import world
 
 COUNT, SIZE = 4, 10  # prompts per step, problems
 
@@ -56,7 +59,7 @@ class FakeRollouts:
 
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "broadcast", lambda value: value)
+    monkeypatch.setattr(collect, "from_first_rank", lambda make: make())
 
 
 def make(step: int = 0, position: int = 0, rollout: dict[str, Any] | None = None, **algorithm: Any) -> Any:
@@ -108,3 +111,23 @@ def test_dynamic_sampling_gives_up_at_its_bound() -> None:
     collector, _ = make(dynamic_sampling=True, max_generation_batches=1)
     with pytest.raises(UserError, match="algorithm.max_generation_batches: step 1 has"):
         collector.collect(1)
+
+
+def test_a_failure_on_rank_0_ends_the_others_with_it() -> None:
+    """No rank waits for one that is gone, and the reason is said once."""
+    first, other = world(2).run(learner_ranks.collect_and_fail, parallel={"num_processes": 2})
+    assert first[0] == other[0], "the groups of a step without a failure are every rank's"
+    assert first[1:] == ["EnvironmentsFailedError", "the environment failed 3 of 4 episodes"]
+    assert other[1:] == ["ToldByRankZeroError", "the environment failed 3 of 4 episodes"]
+
+
+def test_a_rank_that_rank_0_speaks_for_ends_without_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(*_: Any) -> int:
+        raise ToldByRankZeroError("said elsewhere")
+
+    monkeypatch.setattr(cli, "_run_job", end)
+    assert cli.main(["grpo", "--config", "unused.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
