@@ -7,12 +7,12 @@ import tempfile
 from typing import Any
 
 from benchmarks.trainers import (
-    MICROBATCH_TOKENS,
     Stopwatch,
     Trainer,
     arguments,
     bare_tokenizer,
     clock,
+    megarl_policy,
     peak_gib,
     run_trainer,
 )
@@ -20,25 +20,12 @@ from benchmarks.trainers import (
 
 def megarl(job: dict[str, Any]) -> dict[str, float]:
     """The parts of ``megarl dpo``: reference logprobs once, then packed steps."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
     from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
-    from megarl.models import load_architecture
     from megarl.records import Sequence
-    from megarl.trainer.megatron.initialize import finalize, initialize
+    from megarl.trainer.megatron.initialize import finalize
 
-    context = initialize(ParallelConfig(), seed=1)
-    from megarl.trainer.megatron.policy import MegatronPolicy
-
-    started_with = peak_gib()
     size = job["batch_size"]
-    policy = MegatronPolicy(
-        context,
-        load_architecture(job["model"]),
-        ModelConfig(path=job["model"]),
-        PackingConfig(max_tokens_per_microbatch=MICROBATCH_TOKENS),
-        OptimizerConfig(lr=1e-6),
-        len(job["pairs"]) // size,
-    )
+    policy, memory = megarl_policy(job, len(job["pairs"]) // size)
     sequences = [
         Sequence(prompt + response, [0] * len(prompt) + [1] * len(response))
         for prompt, *responses in job["pairs"]
@@ -56,10 +43,7 @@ def megarl(job: dict[str, Any]) -> dict[str, float]:
         losses.append(result.metrics["loss"])
     took = watch.read() | {f"reference_{name}": value for name, value in reference.items()}
     finalize()
-    return took | {
-        "started_with_gib": started_with,
-        "first_loss": losses[0],
-    }
+    return took | memory | {"first_loss": losses[0]}
 
 
 def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:

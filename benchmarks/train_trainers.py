@@ -8,12 +8,12 @@ import tempfile
 from typing import Any
 
 from benchmarks.trainers import (
-    MICROBATCH_TOKENS,
     Stopwatch,
     Trainer,
     arguments,
     bare_tokenizer,
     clock,
+    megarl_policy,
     peak_gib,
     run_trainer,
 )
@@ -24,25 +24,12 @@ PACK = 512
 
 def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
     """What ``megarl sft`` does between reading its data and writing its files."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
     from megarl.losses.sft import sft_loss
-    from megarl.models import load_architecture
     from megarl.records import Sequence
-    from megarl.trainer.megatron.initialize import finalize, initialize
+    from megarl.trainer.megatron.initialize import finalize
 
-    context = initialize(ParallelConfig(**parallel), seed=1)
-    from megarl.trainer.megatron.policy import MegatronPolicy
-
-    started_with = peak_gib()
     size = job["batch_size"]
-    policy = MegatronPolicy(
-        context,
-        load_architecture(job["model"]),
-        ModelConfig(path=job["model"]),
-        PackingConfig(max_tokens_per_microbatch=MICROBATCH_TOKENS),
-        OptimizerConfig(lr=1e-6),
-        len(job["sequences"]) // size,
-    )
+    policy, memory = megarl_policy(job, len(job["sequences"]) // size, **parallel)
     sequences = [Sequence(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in job["sequences"]]
     built_with = peak_gib()
     losses = []
@@ -53,11 +40,7 @@ def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
         losses.append(result.metrics["loss"])
     took = watch.read()
     finalize()
-    return took | {
-        "started_with_gib": started_with,
-        "built_with_gib": built_with,
-        "mean_loss": statistics.mean(losses),
-    }
+    return took | memory | {"built_with_gib": built_with, "mean_loss": statistics.mean(losses)}
 
 
 def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:

@@ -98,6 +98,27 @@ def clock(into: dict[str, float]) -> Any:
     return Clock()
 
 
+def megarl_policy(job: dict[str, Any], num_steps: int, **parallel: Any) -> tuple[Any, dict[str, float]]:
+    """MegaRL's trainer of ``job["model"]`` on this rank, and the memory before it was built."""
+    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.initialize import initialize
+
+    context = initialize(ParallelConfig(**parallel), seed=1)
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    started_with = peak_gib()
+    policy = MegatronPolicy(
+        context,
+        load_architecture(job["model"]),
+        ModelConfig(path=job["model"]),
+        PackingConfig(max_tokens_per_microbatch=MICROBATCH_TOKENS),
+        OptimizerConfig(lr=1e-6),
+        num_steps,
+    )
+    return policy, {"started_with_gib": started_with}
+
+
 def bare_tokenizer() -> Any:
     """What TRL wants to have, although the data are tokens already."""
     from tokenizers import Tokenizer, models

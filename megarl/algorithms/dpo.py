@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.algorithms.model import describe_layers, describe_lora, read_model
+from megarl.algorithms.pairs import HEADLINES, load_both, train_metrics, validates, validation_metrics
 from megarl.algorithms.reference import ReferenceLogprobs
 from megarl.algorithms.run import Run
 from megarl.config.derived import uses_reference
 from megarl.config.preference import DpoConfig
 from megarl.data.order import held_out_rows, order_of
-from megarl.data.preference import Pairs, load_pairs
+from megarl.data.preference import Pairs
 from megarl.losses.preference import PreferenceLoss, num_targets, options_of
 from megarl.records import Sequence
 from megarl.trainer.megatron.initialize import finalize, initialize
@@ -24,10 +25,7 @@ from megarl.trainer.policy import Policy
 def run_dpo(config: DpoConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
-    train = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="train")
-    held_out = None
-    if config.data.held_out is not None:
-        held_out = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="held_out")
+    train, held_out = load_both(config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     from megarl.trainer.megatron.policy import MegatronPolicy
 
@@ -94,13 +92,12 @@ class _DpoLoop:
             indices = self.order.batch(position, training.batch_size)
             position += training.batch_size
             values = self.learn(indices)
-            at_interval = training.validation_interval and step % training.validation_interval == 0
-            if self.validation and (at_interval or step == last):
+            if self.validation and validates(config, step):
                 held = self.evaluate()
                 values |= held
                 totals |= held
             run.log(step, values)
-            totals |= {name: values[name] for name in ("loss", "reward_accuracy", "reward_margin")}
+            totals |= {name: values[name] for name in HEADLINES}
             totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
             kept = {"position": position, "totals": totals}
             if reference is not None:
@@ -115,19 +112,15 @@ class _DpoLoop:
         batches = self.policy.prepare(sequences, "token", group_size=2)
         with self.run_.timers("train"):
             values = dict(self.policy.train_step(batches, loss, temperature=1.0).metrics)
-        tokens = sum(len(s.token_ids) for s in sequences)
-        values |= {"num_tokens": tokens, "num_microbatches": len(batches)}
-        values["tokens_per_second_train"] = tokens / self.run_.timers.seconds("train")
-        return values
+        return values | train_metrics(self.run_, sequences, batches)
 
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the held-out pairs."""
         assert self.held_out is not None
         sequences = self.held_out.sequences(self.validation)
         loss = self.loss(self.held_out, self.validation, sequences)
-        held = self.policy.evaluate_loss(self.policy.prepare(sequences, "token", group_size=2), loss)
-        names = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin"}
-        return {f"validation_{name}": held[key] for key, name in names.items()}
+        batches = self.policy.prepare(sequences, "token", group_size=2)
+        return validation_metrics(self.policy.evaluate_loss(batches, loss))
 
     def loss(self, pairs: Pairs, indices: list[int], sequences: list[Sequence]) -> PreferenceLoss:
         """The loss of these pairs, with their reference logprobs and, for KTO, the KL as it is now."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.algorithms.model import describe_layers, read_model
+from megarl.algorithms.pairs import HEADLINES, load_both, train_metrics, validates, validation_metrics
 from megarl.algorithms.run import Run
 from megarl.config.preference import RmConfig
 from megarl.data.order import held_out_rows, order_of
-from megarl.data.preference import Pairs, load_pairs
+from megarl.data.preference import Pairs
 from megarl.losses.reward import RewardLoss
 from megarl.trainer.megatron.initialize import finalize, initialize
 
@@ -21,10 +22,7 @@ from megarl.trainer.megatron.initialize import finalize, initialize
 def run_rm(config: RmConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
-    train = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="train")
-    held_out = None
-    if config.data.held_out is not None:
-        held_out = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="held_out")
+    train, held_out = load_both(config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     from megarl.trainer.megatron.scorer import MegatronScorer
 
@@ -67,22 +65,18 @@ def _train(
         batches = scorer.prepare(sequences, "token", group_size=2)
         with run.timers("train"):
             values = scorer.score_step(batches, loss)
-        tokens = sum(len(s.token_ids) for s in sequences)
-        values |= {"num_tokens": tokens, "num_microbatches": len(batches)}
-        values["tokens_per_second_train"] = tokens / run.timers.seconds("train")
-        at_interval = training.validation_interval and step % training.validation_interval == 0
-        if held_out is not None and (at_interval or step == last):
+        values |= train_metrics(run, sequences, batches)
+        if held_out is not None and validates(config, step):
             validation = held_out.sequences(held_out_rows(held_out, size))
             held = scorer.score_loss(
                 scorer.prepare(validation, "token", group_size=2),
                 RewardLoss(size, config.algorithm.center_coef),
             )
-            names = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin"}
-            found = {f"validation_{name}": held[key] for key, name in names.items()}
+            found = validation_metrics(held)
             values |= found
             totals |= found
         run.log(step, values)
-        totals |= {name: values[name] for name in ("loss", "reward_accuracy", "reward_margin")}
+        totals |= {name: values[name] for name in HEADLINES}
         totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
         run.after_step(step, last, scorer, {"position": position, "totals": totals})
     run.finish({"rm_steps": last, **totals})

@@ -27,6 +27,23 @@ def make_pairs(seed: int, count: int = 5, longest: int = 24, vocab: int = 250) -
     return sequences
 
 
+def pair_gradients(trainer: Any, sequences: list[Sequence], loss: Any) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient (by HF name) of several microbatches of pairs on one rank, without a step."""
+    from megarl.trainer.megatron.head import Sampler
+    from megarl.weights.hf import region_index
+
+    batches = trainer.prepare(sequences, "token", group_size=2)
+    assert len(batches) > 1
+    trainer.ddp[0].zero_grad_buffer()
+    results = trainer._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
+    grads = {n: torch.zeros(shape) for n, shape in trainer.architecture.hf_shapes().items()}
+    for region in trainer.regions:
+        box = tuple(slice(*span) for span in region.box)
+        grads[region.hf][box] = trainer.params[region.param].main_grad[region_index(region.index)]
+    total = sum(float(result.sums["loss"]) for result in results)
+    return total, {name: grad.numpy() for name, grad in grads.items()}
+
+
 def preference_steps(
     context: Any, model_dir: str, reference_dir: str, options: PreferenceOptions, steps: int
 ) -> dict[str, Any]:
@@ -61,22 +78,10 @@ def preference_gradients(
     kl: float,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient (by HF name) of one packed step on one rank."""
-    from megarl.trainer.megatron.head import Sampler
-    from megarl.weights.hf import region_index
-
     policy = build(context, model_dir)
     table = None if refs is None else torch.tensor(refs, dtype=torch.float64)
     loss = PreferenceLoss(options, num_targets(sequences), table, kl)
-    batches = policy.prepare(sequences, "token", group_size=2)
-    assert len(batches) > 1
-    policy.ddp[0].zero_grad_buffer()
-    results = policy._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
-    grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
-    for region in policy.regions:
-        box = tuple(slice(*span) for span in region.box)
-        grads[region.hf][box] = policy.params[region.param].main_grad[region_index(region.index)]
-    total = sum(float(result.sums["loss"]) for result in results)
-    return total, {name: grad.numpy() for name, grad in grads.items()}
+    return pair_gradients(policy, sequences, loss)
 
 
 def logps(context: Any, model_dir: str, sequences: list[Sequence], other_dir: str) -> dict[str, Any]:

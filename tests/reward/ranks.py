@@ -9,7 +9,7 @@ import torch
 
 from megarl.losses.reward import RewardLoss
 from megarl.records import Sequence
-from tests.dpo.ranks import NO_WARMUP, make_pairs
+from tests.dpo.ranks import NO_WARMUP, make_pairs, pair_gradients
 from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, export, weights
 
 
@@ -57,21 +57,9 @@ def reward_gradients(
     context: Any, model_dir: str, sequences: list[Sequence], center_coef: float
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient (by HF name) of one packed step on one rank."""
-    from megarl.trainer.megatron.head import Sampler
-    from megarl.weights.hf import region_index
-
     scorer = build_scorer(context, model_dir, "last")
     loss = RewardLoss(len(sequences) // 2, center_coef)
-    batches = scorer.prepare(sequences, "token", group_size=2)
-    assert len(batches) > 1
-    scorer.ddp[0].zero_grad_buffer()
-    results = scorer._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
-    grads = {n: torch.zeros(shape) for n, shape in scorer.architecture.hf_shapes().items()}
-    for region in scorer.regions:
-        box = tuple(slice(*span) for span in region.box)
-        grads[region.hf][box] = scorer.params[region.param].main_grad[region_index(region.index)]
-    total = sum(float(result.sums["loss"]) for result in results)
-    return total, {name: grad.numpy() for name, grad in grads.items()}
+    return pair_gradients(scorer, sequences, loss)
 
 
 def save_and_load(context: Any, model_dir: str, directory: str) -> tuple[list[float], list[float]]:

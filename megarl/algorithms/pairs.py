@@ -1,0 +1,46 @@
+"""What training on preference pairs has in common, whether a policy learns from them or a reward model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from megarl.algorithms.run import Run
+from megarl.config.preference import DpoConfig, RmConfig
+from megarl.data.preference import Pairs, load_pairs
+from megarl.records import PackedBatch, Sequence
+
+HEADLINES = ("loss", "reward_accuracy", "reward_margin")
+"""Of the last step, they stand in summary.json."""
+
+
+def load_both(
+    config: DpoConfig | RmConfig, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[Pairs, Pairs | None]:
+    """Training and, where there are any, held-out pairs of at most ``longest`` tokens a sequence."""
+    train = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="train")
+    if config.data.held_out is None:
+        return train, None
+    return train, load_pairs(config.data, tokenizer, max_sequence_length=longest, split="held_out")
+
+
+def validates(config: DpoConfig | RmConfig, step: int) -> bool:
+    """Whether held-out pairs, where there are any, are measured after ``step``."""
+    training = config.training
+    at_interval = bool(training.validation_interval) and step % training.validation_interval == 0
+    return at_interval or step == training.num_steps
+
+
+def validation_metrics(held: dict[str, float]) -> dict[str, float]:
+    """What the loss of held-out pairs told, as it is logged."""
+    names = {"loss": "loss", "reward_accuracy": "accuracy", "reward_margin": "margin"}
+    return {f"validation_{name}": held[key] for key, name in names.items()}
+
+
+def train_metrics(run: Run, sequences: list[Sequence], batches: list[PackedBatch]) -> dict[str, float]:
+    """Sizes and speed of the step whose ``train`` phase has ended; ``batches`` are this rank's."""
+    tokens = sum(len(s.token_ids) for s in sequences)
+    return {
+        "num_tokens": tokens,
+        "num_microbatches": len(batches),
+        "tokens_per_second_train": tokens / run.timers.seconds("train"),
+    }
