@@ -480,3 +480,37 @@ def unwritable(context: Any, model_dir: str, directory: str) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def train_and_watch_sends(context: Any, model_dir: str) -> tuple[list[float], int]:
+    """Losses of two steps, and how many of the pipeline's messages lost their memory under way."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    send, make_ops, lost = dist.isend, p2p_communication._p2p_ops, []
+
+    class Watched:
+        def __init__(self, work: Any, tensor: torch.Tensor) -> None:
+            self._work, self._tensor, self._memory = work, tensor, tensor.data_ptr()
+
+        def wait(self) -> None:
+            lost.append(self._tensor.data_ptr() != self._memory)
+            self._work.wait()
+
+    def watch(tensor: torch.Tensor, dst: int, group: Any) -> Watched:
+        return Watched(send(tensor, dst=dst, group=group), tensor)
+
+    def ops(**arguments: Any) -> Any:
+        with patch("torch.distributed.isend", watch):  # here only: batches of messages compare the function
+            return make_ops(**arguments)
+
+    policy = build(context, model_dir)
+    losses = []
+    with patch.object(p2p_communication, "_p2p_ops", ops):
+        for seed in range(2):
+            batches = policy.prepare(make_sequences(seed), "token")
+            losses.append(policy.train_step(batches, sft_loss, temperature=1.0).metrics["loss"])
+    assert bool(lost) == (context.parallel.pipeline_parallel_size > 1)
+    return losses, sum(lost)

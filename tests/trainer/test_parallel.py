@@ -137,3 +137,13 @@ def test_layout_equals_one_rank(model_dirs: dict[str, str], model: str, name: st
             assert two[key] == pytest.approx(value, rel=tolerance, abs=2e-6), (number, key)
     for key, value in expected["weights"].items():
         assert np.abs(results[0]["weights"][key] - value).max() < 1e-5, key
+
+
+def test_what_is_being_sent_is_kept(model_dirs: dict[str, str]) -> None:
+    """Interleaved stages go on while a message is under way: its memory must not be freed meanwhile."""
+    model = model_dirs["llama-deep-tied"]
+    [(alone, _)] = world(1).run(ranks.train_and_watch_sends, model)
+    parallel = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2, "num_processes": 2}
+    for losses, lost in world(2).run(ranks.train_and_watch_sends, model, parallel=parallel):
+        assert losses == pytest.approx(alone, rel=1e-5)
+        assert lost == 0

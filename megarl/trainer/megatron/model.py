@@ -154,7 +154,9 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        deallocate_pipeline_outputs=layout.pipeline > 1,
+        # Interleaved stages free an output while it is being sent. A CUDA stream keeps the memory until then,
+        # gloo does not: its thread would read what lies there by then.
+        deallocate_pipeline_outputs=layout.pipeline > 1 and (layout.virtual == 1 or device.type == "cuda"),
     )
     config.rope_inverse_frequencies = inverse_frequencies(spec.rope, spec.rope_dim).to(device)
     config.rope_attention_factor = spec.rope.attention_factor
