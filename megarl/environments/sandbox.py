@@ -92,6 +92,7 @@ def _run(program: Program, limits: Limits, isolation: Isolation, folder: str) ->
     if isolation == "bubblewrap":
         child, wrapper = f"/megarl/{_CHILD.name}", _bubblewrap(folder, visible, limits, uid)
     command = [*wrapper, python, "-I", "-S", "-B", child, *map(str, inherited)]
+    sandbox_system.adopt_orphans()
     try:
         process = subprocess.Popen(
             command,
@@ -129,8 +130,7 @@ def _bubblewrap(folder: str, visible: list[str], limits: Limits, uid: int) -> li
     command = [
         shutil.which("bwrap") or "bwrap",
         "--unshare-all",
-        "--die-with-parent",
-        "--new-session",
+        "--die-with-parent",  # and no --new-session: its group is what is ended and reaped
         "--cap-drop",
         "ALL",
     ]

@@ -147,6 +147,11 @@ class Streams:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        # Its children, which are ours now (adopt_orphans): until they are reaped they count as processes of
+        # their user, and process 1 may take its time.
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-self._process.pid, 0)
 
 
 def _exit_status(process: subprocess.Popen[bytes]) -> int:
