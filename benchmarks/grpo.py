@@ -114,9 +114,10 @@ def make_tiny_model() -> None:
         subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
 
 
-def measure(name: str, side: str, steps: int, folder: Path) -> Row:
+def measure(name: str, side: str, steps: int, seed: int, folder: Path) -> Row:
     """One run of one side."""
     config = configuration(CASES[name], steps, folder / "run")
+    config["run"]["seed"] = seed
     config_file, result_file = folder / "config.yaml", folder / "steps.json"
     config_file.write_text(yaml.safe_dump(config))
     environment = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -135,7 +136,14 @@ def measure(name: str, side: str, steps: int, folder: Path) -> Row:
     else:
         done = json.loads(result_file.read_text())
     assert len(done) == steps, f"{len(done)} of {steps} steps in {folder}"
-    row = {"op": "grpo", "case": name, "impl": side, "peak_gib": peak.gib, "peak_processes": peak.processes}
+    row = {
+        "op": "grpo",
+        "case": name,
+        "impl": side,
+        "seed": seed,
+        "peak_gib": peak.gib,
+        "peak_processes": peak.processes,
+    }
     row |= {**summary(done), "steps": done}
     phases = " ".join(f"{phase} {row[f'seconds_{phase}']:.2f}" for phase in PHASES)
     print(
@@ -196,24 +204,30 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """TRL's seconds over ours (per step, and per response token), our peak memory over TRL's."""
-    by_case: dict[str, dict[str, Row]] = {}
+    """TRL's seconds over ours (per step, and per response token), our peak memory over TRL's; reward apart.
+
+    Means over seeds, where a side has several.
+    """
+    by_case: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        by_case.setdefault(row["case"], {})[row["impl"]] = row
+        by_case.setdefault(row["case"], {}).setdefault(row["impl"], []).append(row)
     out: dict[str, float] = {}
     for case, sides in by_case.items():
         prefix = "" if case == "smollm2-135m" else f"{case}_"
-        ours = sides.get("megarl")
-        if ours is None:
-            continue
-        for peer in sides:
-            if peer != "megarl":
-                theirs = sides[peer]
-                out[f"{prefix}step_vs_{peer}"] = theirs["seconds_per_step"] / ours["seconds_per_step"]
-                speed = "response_tokens_per_second"
-                out[f"{prefix}response_token_vs_{peer}"] = ours[speed] / theirs[speed]
-                out[f"{prefix}peak_memory_vs_{peer}"] = ours["peak_gib"] / theirs["peak_gib"]
-                out[f"{prefix}reward_minus_{peer}"] = ours["reward_mean"] - theirs["reward_mean"]
+        means = {
+            side: {
+                name: statistics.mean(row[name] for row in found)
+                for name in ("seconds_per_step", "response_tokens_per_second", "peak_gib", "reward_mean")
+            }
+            for side, found in sides.items()
+        }
+        ours = means.pop("megarl", None)
+        for peer, theirs in means.items() if ours is not None else ():
+            speed = "response_tokens_per_second"
+            out[f"{prefix}step_vs_{peer}"] = theirs["seconds_per_step"] / ours["seconds_per_step"]
+            out[f"{prefix}response_token_vs_{peer}"] = ours[speed] / theirs[speed]
+            out[f"{prefix}peak_memory_vs_{peer}"] = ours["peak_gib"] / theirs["peak_gib"]
+            out[f"{prefix}reward_minus_{peer}"] = ours["reward_mean"] - theirs["reward_mean"]
     return out
 
 
@@ -224,6 +238,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--case", choices=list(CASES), help="one model only")
     parser.add_argument("--side", choices=["megarl", *TRL], help="one side only")
     parser.add_argument("--steps", type=int, help="steps of each run")
+    parser.add_argument("--seed", type=int, default=1, help="of the samples, on both sides")
     parser.add_argument("--append", action="store_true", help="add to the rows that are in FILE")
     args = parser.parse_args(argv)
     os.chdir(Path(__file__).resolve().parent.parent)
@@ -238,7 +253,7 @@ def main(argv: list[str]) -> None:
         steps = args.steps or (2 if args.quick else CASES[name]["steps"])
         for side in sides:
             with tempfile.TemporaryDirectory(prefix="megarl-bench-") as directory:
-                rows.append(measure(name, side, steps, Path(directory)))
+                rows.append(measure(name, side, steps, args.seed, Path(directory)))
     result = {"rows": rows, "ratios": ratios(rows), "num_threads": len(os.sched_getaffinity(0))}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=2) + "\n")
