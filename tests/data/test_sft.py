@@ -8,10 +8,10 @@ import json
 
 import pytest
 
+from megarl.config.data import PromptReasoningGymSource
 from megarl.config.schema import (
     PromptDataConfig,
     PromptFormat,
-    ReasoningGymSource,
     SftDataConfig,
     SftJsonlSource,
     SftReasoningGymSource,
@@ -61,7 +61,7 @@ def test_a_pair_is_the_rollout_s_prompt_then_the_answer_and_eos(tokenizer):
     fields = {"system_prompt": "Be brief.", "prompt_suffix": " Only the number."}
     demonstrations = load(tokenizer, gym(size=30), **fields)
     config = PromptDataConfig(
-        train=ReasoningGymSource(source="reasoning_gym", task="chain_sum", size=30),
+        train=PromptReasoningGymSource(source="reasoning_gym", task="chain_sum", size=30),
         format=PromptFormat(**fields),
     )
     prompts = load_prompts(config, tokenizer, max_prompt_tokens=400, split="train")
