@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.algorithms.model import describe_layers, describe_lora, read_model
+from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.pairs import HEADLINES, load_both, train_metrics, validates, validation_metrics
 from megarl.algorithms.reference import ReferenceLogprobs
 from megarl.algorithms.run import Run
@@ -42,8 +42,7 @@ def run_dpo(config: DpoConfig) -> None:
             router=config.router,
             lora=config.lora,
         )
-        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
-        for line in describe_lora(architecture, config.lora):
+        for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
         loop = _DpoLoop(config, run, policy, train, held_out)
         if uses_reference(config.algorithm):

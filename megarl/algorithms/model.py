@@ -11,7 +11,6 @@ from megarl.config.lora import LoraConfig
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer
 from megarl.models import load_architecture
 from megarl.models.lora import adapted_modules, num_adapter_parameters, targets_of
-from megarl.models.spec import ModelSpec
 from megarl.models.table import Architecture
 from megarl.platform.layers import layer_implementations
 
@@ -25,20 +24,18 @@ def read_model(config: AnyConfig) -> tuple[Architecture, PreTrainedTokenizerBase
     return architecture, tokenizer, max_sequence_length(config, read_model_config(path))
 
 
-def describe_layers(device: str, config: TrainingConfig, spec: ModelSpec) -> str:
-    """Which implementation each kind of the trainer's layers has, in one line for the log."""
-    ring = config.parallel.context_attention == "ring"
-    found = layer_implementations(device, config.model.dtype, experts=spec.moe is not None, ring=ring)
-    return "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
+def describe_model(device: str, config: TrainingConfig, architecture: Architecture) -> list[str]:
+    """Lines for the log: who computes each kind of the trainer's layers, and which adapters are trained."""
+    ring, experts = config.parallel.context_attention == "ring", architecture.spec.moe is not None
+    found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)
+    layers = "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
+    return [layers] if config.lora is None else [layers, _describe_lora(architecture, config.lora)]
 
 
-def describe_lora(architecture: Architecture, lora: LoraConfig | None) -> list[str]:
-    """What is trained instead of the weights, in a line for the log; none without adapters."""
-    if lora is None:
-        return []
+def _describe_lora(architecture: Architecture, lora: LoraConfig) -> str:
     trained = num_adapter_parameters(adapted_modules(architecture, lora), lora.rank)
     whole = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
-    return [
+    return (
         f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(targets_of(architecture, lora))}: "
         f"{trained:,} parameters are trained, {trained / whole:.2%} of the model's {whole:,}"
-    ]
+    )

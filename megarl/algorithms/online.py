@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megarl.algorithms.collect import Collector
 from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
 from megarl.algorithms.evaluate import evaluate, pick_problems
-from megarl.algorithms.model import describe_layers, describe_lora, read_model
+from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.online_report import (
     describe_overlap,
     disagreement,
@@ -119,8 +119,7 @@ def run_online(
             router=config.router,
             lora=config.lora,
         )
-        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
-        for line in describe_lora(architecture, config.lora):
+        for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
         if not isinstance(config, DistillConfig) and needs_reference(config.algorithm):
             policy.keep_reference()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.algorithms.model import describe_layers, read_model
+from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.pairs import HEADLINES, load_both, train_metrics, validates, validation_metrics
 from megarl.algorithms.run import Run
 from megarl.config.preference import RmConfig
@@ -40,7 +40,8 @@ def run_rm(config: RmConfig) -> None:
             check_numerics=config.debug.check_numerics,
             router=config.router,
         )
-        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
+        for line in describe_model(context.platform.name, config, architecture):
+            run.console.note(line)
         head = "a new one, drawn with run.seed" if scorer.has_new_head else f"that of {config.model.path}"
         run.console.note(f"score head: {head}")
         state = run.resume(scorer) or {"step": 0, "position": 0, "totals": {}}

@@ -6,7 +6,7 @@ demonstrations -> batch -> packing -> forward/backward -> optimizer. Each step c
 
 from __future__ import annotations
 
-from megarl.algorithms.model import describe_layers, describe_lora, read_model
+from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.run import Run
 from megarl.config.schema import SftConfig
 from megarl.data.order import held_out_rows, order_of
@@ -41,8 +41,7 @@ def run_sft(config: SftConfig) -> None:
             router=config.router,
             lora=config.lora,
         )
-        run.console.note(describe_layers(context.platform.name, config, architecture.spec))
-        for line in describe_lora(architecture, config.lora):
+        for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
         order = order_of(train, config.data.shuffle, config.run.seed)

@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,7 +71,8 @@ class Heartbeat:
         began, self._step = self._step == 0, step
         # The file is to name the step, but not at the pace of steps of milliseconds.
         if began or time.monotonic() - self._written > _STEP_SECONDS:
-            self._try_to_write()
+            with self._bearing_with_the_disk():
+                self._write()
 
     def start(self) -> None:
         """Begin; the folder exists and has been emptied by rank 0."""
@@ -107,16 +109,16 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            self._try_to_write()
-            try:
+            with self._bearing_with_the_disk():
+                self._write()
+            with self._bearing_with_the_disk():
                 if not self._watch_next():
                     self._watch_progress()
-            except OSError as error:  # the file system may be away for a moment
-                print(f"heartbeat of rank {self._rank}: {error}", file=sys.stderr)
 
-    def _try_to_write(self) -> None:
+    @contextmanager
+    def _bearing_with_the_disk(self) -> Iterator[None]:
         try:
-            self._write()
+            yield
         except OSError as error:  # the file system may be away for a moment
             print(f"heartbeat of rank {self._rank}: {error}", file=sys.stderr)
 

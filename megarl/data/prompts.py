@@ -165,14 +165,12 @@ class PromptDataset(ABC, Sequence[Prompt]):
         return messages
 
 
-class _ReasoningGymPrompts(PromptDataset):
-    def __init__(self, source: PromptReasoningGymSource, *args: Any) -> None:
+class SeededPrompts(PromptDataset):
+    """Problems that are made one by one, as many as the source says."""
+
+    def __init__(self, source: PromptReasoningGymSource | EnvironmentSource, *args: Any) -> None:
         super().__init__(*args)
         self._source = source
-        if source.curriculum is None:
-            self._dataset = make_dataset(source, self._field)
-        else:
-            self.curriculum = self._levels = Curriculum(source, source.curriculum, self._field)
 
     def check(self) -> None:
         """Make the first of them."""
@@ -183,7 +181,19 @@ class _ReasoningGymPrompts(PromptDataset):
         return self._source.size
 
     def questions(self) -> Iterator[str]:
+        """Their texts; of games, which may begin alike, what stands in for them."""
         return questions_of(self._source, self._field)
+
+
+class _ReasoningGymPrompts(SeededPrompts):
+    _source: PromptReasoningGymSource
+
+    def __init__(self, source: PromptReasoningGymSource, *args: Any) -> None:
+        super().__init__(source, *args)
+        if source.curriculum is None:
+            self._dataset = make_dataset(source, self._field)
+        else:
+            self.curriculum = self._levels = Curriculum(source, source.curriculum, self._field)
 
     def _prompt(self, index: int) -> Prompt:
         rises = self._source.curriculum is not None

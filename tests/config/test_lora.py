@@ -12,8 +12,6 @@ import yaml
 from megarl.cli import main
 from megarl.config.lora import LoraConfig
 from megarl.config.preference import RmConfig
-from megarl.config.schema import SftConfig
-from megarl.config.validate import find_violations
 from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.lora import (
@@ -23,9 +21,9 @@ from megarl.models.lora import (
     num_adapter_parameters,
     possible_targets,
 )
+from tests.config.rules import GYM, violations
 from tests.models.tiny import EXPERTS, LATENT, SIZES
 
-GYM = {"source": "reasoning_gym", "task": "chain_sum", "size": 64}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "llama": transformers.LlamaConfig(**SIZES),
@@ -33,20 +31,6 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4),
     "deepseek_v3": transformers.DeepseekV3Config(**(SIZES | LATENT), q_lora_rank=40),
 }
-
-
-def violations(root: Any = SftConfig, **sections: Any) -> list[str]:
-    config = root.model_validate(
-        {
-            "run": {"dir": "r"},
-            "model": {"path": "m"},
-            "optimizer": {"lr": 1e-3},
-            "data": {"train": GYM},
-            "training": {"num_steps": 10, "batch_size": 4},
-        }
-        | sections
-    )
-    return [f"{'.'.join(v.path)}: {v.message}" for v in find_violations(config)]
 
 
 def refusal(directory: Path, family: str, **lora: Any) -> str:

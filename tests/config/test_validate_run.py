@@ -6,24 +6,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.schema import SftConfig
-from megarl.config.validate import find_violations
-
-GYM = {"source": "reasoning_gym", "task": "chain_sum", "size": 64}
-
-
-def violations(**sections: Any) -> list[str]:
-    config = SftConfig.model_validate(
-        {
-            "run": {"dir": "r"},
-            "model": {"path": "m"},
-            "optimizer": {"lr": 1e-3},
-            "data": {"train": GYM},
-            "training": {"num_steps": 10, "batch_size": 4},
-        }
-        | sections
-    )
-    return [f"{'.'.join(v.path)}: {v.message}" for v in find_violations(config)]
+from tests.config.rules import violations
 
 
 @pytest.mark.parametrize(

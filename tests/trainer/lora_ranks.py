@@ -27,18 +27,9 @@ def build(
     budget: int = 96,
 ) -> Any:
     """A policy with adapters on this rank."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
-    from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
-
-    return MegatronPolicy(
-        context,
-        load_architecture(model_dir),
-        ModelConfig(path=model_dir, dtype=dtype),
-        PackingConfig(max_tokens_per_microbatch=budget),
-        OptimizerConfig(**(ranks.OPTIMIZER | OPTIMIZER | {"distributed": distributed})),
-        ranks.TOTAL_STEPS,
-        lora=LoraConfig(**lora),
+    optimizer = OPTIMIZER | {"distributed": distributed}
+    return ranks.build(
+        context, model_dir, optimizer=optimizer, budget=budget, dtype=dtype, lora=LoraConfig(**lora)
     )
 
 

@@ -59,8 +59,9 @@ def build(
     optimizer: dict[str, Any] | None = None,
     budget: int = 96,
     dtype: Any = "float32",
+    lora: Any = None,
 ) -> Any:
-    """A policy on this rank."""
+    """A policy on this rank, with adapters if ``lora`` is their configuration."""
     from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.policy import MegatronPolicy
@@ -72,6 +73,7 @@ def build(
         PackingConfig(max_tokens_per_microbatch=budget),
         OptimizerConfig(**(OPTIMIZER | (optimizer or {}))),
         TOTAL_STEPS,
+        lora=lora,
     )
 
 
@@ -514,3 +516,15 @@ def train_and_watch_sends(context: Any, model_dir: str) -> tuple[list[float], in
             losses.append(policy.train_step(batches, sft_loss, temperature=1.0).metrics["loss"])
     assert bool(lost) == (context.parallel.pipeline_parallel_size > 1)
     return losses, sum(lost)
+
+
+def assert_same_gradients(expected: dict[str, np.ndarray], parts: list[dict[str, np.ndarray]]) -> None:
+    """Every rank's part of every gradient (NaN elsewhere) equals one rank's; together they are all of it."""
+    for key, grad in expected.items():
+        bound = 1e-5 * max(np.abs(grad).max(), 1e-2)
+        seen = np.zeros(grad.shape, dtype=bool)
+        for part in parts:
+            there = ~np.isnan(part[key])
+            assert np.abs(part[key] - grad)[there].max(initial=0) < bound, key
+            seen |= there
+        assert seen.all(), key

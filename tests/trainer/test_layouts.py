@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.trainer import layout_ranks
+from tests.trainer import layout_ranks, ranks
 from tests.trainer.world import world
 
 DENSE, MOE = "llama-deep-tied", "qwen3-moe-mixed-tied"
@@ -93,16 +93,6 @@ def test_layout(model_dirs: dict[str, str], model: str, row: Row) -> None:
             for key, grad in gradients.items():
                 assert np.array_equal(grad, gradients_again[key], equal_nan=True), key
         if not distributed:
-            _compare(expected[f"{kind}-packed"][1], [result[f"{kind}-packed"][1] for result in results])
-
-
-def _compare(expected: dict[str, np.ndarray], parts: list[dict[str, np.ndarray]]) -> None:
-    """Every rank's part of every gradient equals one rank's, and together they are all of it."""
-    for key, grad in expected.items():
-        bound = 1e-5 * max(np.abs(grad).max(), 1e-2)
-        seen = np.zeros(grad.shape, dtype=bool)
-        for part in parts:
-            there = ~np.isnan(part[key])
-            assert np.abs(part[key] - grad)[there].max(initial=0) < bound, key
-            seen |= there
-        assert seen.all(), key
+            ranks.assert_same_gradients(
+                expected[f"{kind}-packed"][1], [result[f"{kind}-packed"][1] for result in results]
+            )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.trainer import lora_ranks
+from tests.trainer import lora_ranks, ranks
 from tests.trainer.test_lora import ALL, ATTENTION, random_values
 from tests.trainer.world import world
 
@@ -92,14 +92,7 @@ def test_gradients(
         5,
         parallel=parallel | {"num_processes": size},
     )
-    for key, grad in expected.items():
-        bound = 1e-5 * max(np.abs(grad).max(), 1e-2)
-        seen = np.zeros(grad.shape, dtype=bool)
-        for part in parts:
-            there = ~np.isnan(part[key])
-            assert np.abs(part[key] - grad)[there].max(initial=0) < bound, key
-            seen |= there
-        assert seen.all(), key
+    ranks.assert_same_gradients(expected, parts)
 
 
 @slow
