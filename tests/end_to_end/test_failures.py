@@ -19,6 +19,7 @@ from megarl.environments.math import MathEnvironment
 from megarl.records import Prompt
 from tests.end_to_end.conftest import FinishedRun
 from tests.end_to_end.harness import GRPO, ROOT, SFT, Command, read_lines, read_steps, write_config
+from tests.processes import command_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -134,10 +135,7 @@ def engine_processes(command: Command) -> list[psutil.Process]:
     """The engine's actor, and its workers where it has several ranks."""
     found = []
     for process in family(command):
-        try:
-            line = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
+        line = command_line(process)
         if "EngineActor" in line or "VLLM::Worker" in line or "multiprocessing.spawn" in line:
             found.append(process)
     return found
@@ -166,8 +164,8 @@ def test_a_killed_engine_process(tmp_path: Path, two_heads: Path, victim: str) -
             command.kill()
         else:
             kinds = ("EngineActor",) if victim == "actor" else ("VLLM::Worker", "multiprocessing.spawn")
-            found = [p for p in engine_processes(command) if any(k in " ".join(p.cmdline()) for k in kinds)]
-            assert found, [p.cmdline() for p in processes]
+            found = [p for p in engine_processes(command) if any(k in command_line(p) for k in kinds)]
+            assert found, [command_line(p) for p in processes]
             found[0].kill()
             code = command.wait(600)
             print(command.output)
@@ -213,7 +211,7 @@ def test_a_killed_verifier_is_replaced(tmp_path: Path, sft_run: FinishedRun) -> 
     try:
         command.wait_until(lambda: len(read_steps(tmp_path / "run")) >= 2)
         processes = family(command)
-        [worker] = [p for p in processes if "math_worker.py" in " ".join(p.cmdline())]
+        [worker] = [p for p in processes if "math_worker.py" in command_line(p)]
         worker.kill()
         assert command.wait() == 0, command.output
         steps = read_steps(tmp_path / "run")

@@ -24,6 +24,7 @@ from megarl.rollout.engine import (
     WeightPlanError,
 )
 from megarl.weights.handover import Alias, SourceView
+from tests.processes import command_line
 
 PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
 TOLERANCE = 1e-4
@@ -67,7 +68,7 @@ def test_a_sleeping_engine_gives_its_cache_back(trainer: Any) -> None:
 
 
 def test_no_daemon_of_ray_runs_that_serves_nobody(trainer: Any) -> None:
-    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    commands = [command_line(child) for child in psutil.Process().children()]
     assert any("gcs_server" in command for command in commands), "Ray's processes are this one's children"
     for word in ("dashboard/dashboard.py", "log_monitor.py", "autoscaler/_private/monitor.py"):
         assert not any(word in command for command in commands), word

@@ -22,6 +22,7 @@ from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.rollout.engine import GenerateRequest, SamplingConfig
 from megarl.weights.checksum import RegionQuery
+from tests.processes import command_line
 from tests.trainer import ranks
 from tests.trainer.world import world
 from tests.weights.test_engine_matrix import LAYOUTS, MODELS, TOLERANCE, Bench
@@ -146,7 +147,7 @@ def test_a_dead_tensor_parallel_worker_is_replaced(bench: Bench, transport: Any)
     sampling = SamplingConfig(1.0, (), True)
     before = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
     workers = psutil.Process(bench.engine.health().pid).children()
-    victims = [child for child in workers if "Worker" in " ".join(child.cmdline())]
+    victims = [child for child in workers if "Worker" in command_line(child)]
     assert len(victims) == 2
 
     def kill() -> None:
