@@ -38,10 +38,12 @@ from megarl.data.prompts import PromptDataset, load_prompts
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.losses.agreement import Agreement
 from megarl.metrics.timers import PHASES
+from megarl.models.table import Architecture
 from megarl.records import Group, Prompt
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank
+from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank, on_first_rank
+from megarl.weights.plan import Owner
 
 
 @dataclass(slots=True)
@@ -93,21 +95,7 @@ def run_online(
 
     with Run(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
-        engine, problems, workers = None, [], None
-        if context.is_first:
-            if held_out is not None and evaluates(config.evaluation):
-                problems = pick_problems(held_out, config.evaluation, run.console)
-            engine = start_engine(
-                config.model,
-                architecture,
-                config.rollout.engine,
-                config.weights,
-                max_model_len=longest,
-                seed=config.run.seed,
-                log_dir=run.directory.path,
-                record_routing=config.rollout.router_replay,
-            )
-            workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments)
+        rollout = on_first_rank(lambda: _start_rollout(config, run, architecture, longest, held_out))
         policy = MegatronPolicy(
             context,
             architecture,
@@ -126,21 +114,77 @@ def run_online(
         learner = make_learner(config, run, policy)
         state = run.resume(learner.trained) or {"step": 0, "position": 0, "totals": {}}
         owners = policy.weight_owners(config.weights.transport)
-        rollouts = None
-        if engine is not None and workers is not None:
-            with run.console.waiting("vLLM engine"):
-                for line in attach_weights(engine, architecture, owners, config.weights.transport):
-                    run.console.note(line)
-            rollouts = make_rollouts(config, engine, workers, tokenizer, run.timers)
-            if rollouts.note:
-                run.console.note(rollouts.note)
-            engine.sync(state["step"])
+        rollouts = on_first_rank(
+            lambda: (
+                None
+                if rollout is None
+                else rollout.connect(config, run, architecture, owners, tokenizer, state["step"])
+            )
+        )
+        engine, problems = (rollout.engine, rollout.problems) if rollout is not None else (None, [])
         OnlineLoop(config, run, policy, learner, rollouts, engine, train, problems, tokenizer).run(state)
         run.export(policy, architecture)
-        if engine is not None and workers is not None:
-            engine.shutdown()
-            workers.shutdown()
+        if rollout is not None:
+            rollout.shutdown()
     finalize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rollout:
+    """What rank 0 alone drives: the engine, the environments' workers, and the held-out problems."""
+
+    engine: VllmEngine
+    workers: EnvironmentWorkers
+    problems: list[Prompt]
+
+    def connect(
+        self,
+        config: OnlineRoot,
+        run: Run,
+        architecture: Architecture,
+        owners: list[Owner],
+        tokenizer: PreTrainedTokenizerBase,
+        policy_version: int,
+    ) -> Rollouts:
+        """Join the engine, give it the trainer's weights, and be ready to sample."""
+        with run.console.waiting("vLLM engine"):
+            for line in attach_weights(self.engine, architecture, owners, config.weights.transport):
+                run.console.note(line)
+        rollouts = make_rollouts(config, self.engine, self.workers, tokenizer, run.timers)
+        if rollouts.note:
+            run.console.note(rollouts.note)
+        self.engine.sync(policy_version)
+        return rollouts
+
+    def shutdown(self) -> None:
+        """End the engine and the workers."""
+        self.engine.shutdown()
+        self.workers.shutdown()
+
+
+def _start_rollout(
+    config: OnlineRoot,
+    run: Run,
+    architecture: Architecture,
+    max_model_len: int,
+    held_out: PromptDataset | None,
+) -> _Rollout:
+    """Start both in the background, while the trainer is built."""
+    problems = []
+    if held_out is not None and evaluates(config.evaluation):
+        problems = pick_problems(held_out, config.evaluation, run.console)
+    engine = start_engine(
+        config.model,
+        architecture,
+        config.rollout.engine,
+        config.weights,
+        max_model_len=max_model_len,
+        seed=config.run.seed,
+        log_dir=run.directory.path,
+        record_routing=config.rollout.router_replay,
+    )
+    workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments)
+    return _Rollout(engine, workers, problems)
 
 
 class OnlineLoop:

@@ -18,7 +18,7 @@ from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.table import Architecture
 from megarl.records import Sequence
-from megarl.trainer.policy import Policy, broadcast
+from megarl.trainer.policy import Policy, broadcast, from_first_rank
 
 _CHUNK = 64  # sequences per data-parallel rank between two looks at signals and the clock
 _SAVE_SECONDS = 60.0
@@ -42,7 +42,7 @@ class ReferenceLogprobs:
             raise UserError(
                 f"reference.path: {self._path} is of another architecture than {config.model.path}"
             )
-        self.model: str = broadcast(model_digest(self._path, config.model.dtype) if run.is_first else None)
+        self.model: str = from_first_rank(lambda: model_digest(self._path, config.model.dtype))
         directory = config.reference.cache_dir or run.directory.path / "reference"
         self._cache = ReferenceCache(Path(directory), self.model)
         self._chunk = _CHUNK * data_parallel_size(config.parallel)

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -30,7 +29,7 @@ from megarl.models.table import Architecture
 from megarl.platform import ranges
 from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory
-from megarl.trainer.policy import Policy, Trained, broadcast
+from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank, on_first_rank
 from megarl.weights.hf import export_hf, fingerprint
 from megarl.weights.peft import export_adapter
 
@@ -70,20 +69,16 @@ class Run:
 
     def __enter__(self) -> Self:
         """Open the run directory (rank 0); from here on SIGTERM and SIGINT end the run after a step."""
-        problem = None
-        if self.is_first:
-            try:
-                for line in self.directory.open(self._resolved):
-                    self.console.note(line)
-                heartbeat.clear(self.directory.ranks_path)
-            except UserError as error:
-                problem = str(error)
-        if problem := broadcast(problem):
-            raise UserError(problem)
+        on_first_rank(self._open)
         self._heartbeat.start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         return self
+
+    def _open(self) -> None:
+        for line in self.directory.open(self._resolved):
+            self.console.note(line)
+        heartbeat.clear(self.directory.ranks_path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -112,10 +107,9 @@ class Run:
 
     def resume(self, policy: Trained) -> dict[str, Any] | None:
         """Load the latest complete checkpoint into ``policy``; returns its state, None for a fresh run."""
-        found = self.directory.latest_checkpoint() if self.is_first else None
         if self.config.lora is not None:
-            self._base = {"base": broadcast(fingerprint(self.config.model.path) if self.is_first else None)}
-        path: Path | None = broadcast(found)
+            self._base = {"base": from_first_rank(lambda: fingerprint(self.config.model.path))}
+        path = from_first_rank(self.directory.latest_checkpoint)
         state = None
         if path is not None:
             state = json.loads((path / STATE_FILE).read_text())

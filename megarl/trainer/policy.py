@@ -217,6 +217,17 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
     return cast("Result", result)
 
 
+def on_first_rank(make: Callable[[], Result]) -> Result | None:
+    """What ``make`` returns, on rank 0 alone, which alone calls it; None elsewhere.
+
+    Raises:
+        UserError: ``make`` did, as in :func:`from_first_rank`.
+    """
+    kept: list[Result] = []
+    from_first_rank(lambda: kept.append(make()))
+    return kept[0] if kept else None
+
+
 def broadcast(value: Any) -> Any:
     """Rank 0's value on every rank (picklable; other ranks pass anything)."""
     import torch.distributed as dist

@@ -144,3 +144,21 @@ def test_the_command_itself_exits_with_2(tmp_path: Path, model: Path, processes:
     [line] = command.output.splitlines()
     assert "optimizer.lr" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_what_rank_0_finds_once_ranks_run_is_one_line(tmp_path: Path, model: Path) -> None:
+    """The other rank is building its model meanwhile, and must end without a line of its own."""
+    train = {**GRPO["data"]["train"], "size": 2048}  # nearly all the sums there are
+    config = write_config(
+        tmp_path / "grpo.yaml",
+        GRPO,
+        run_dir=tmp_path / "run",
+        model=model,
+        data={"train": train},
+        evaluation={"num_prompts": 64},
+    )
+    command = Command("grpo", "--config", config, "parallel.num_processes=2", output=tmp_path / "log")
+    assert command.wait() == 2
+    [line] = [line for line in command.output.splitlines() if "error" in line.lower()]
+    assert line.startswith("error: evaluation.num_prompts: 64 problems wanted")
+    assert "Traceback" not in command.output
