@@ -53,7 +53,7 @@ def test_checkpoint_moves_between_expert_layouts(model_dirs: dict[str, str], tmp
     for step in ("etp2", "ep2"):
         (tmp_path / step).mkdir()
     world(2).run(ranks.train, model, [1, 3], None, {3: str(tmp_path / "etp2")}, True, parallel=TP2_SP | ETP2)
-    [one] = world(1).run(ranks.train, model, [1, 3], str(tmp_path / "etp2"))
+    [one] = world(1).run(ranks.train, model, [1, 3], str(tmp_path / "etp2"), None, True)
     assert_close(whole["log"][2:], one["log"])
     two = world(2).run(
         ranks.train, model, [1], str(tmp_path / "etp2"), {1: str(tmp_path / "ep2")}, True, parallel=EP2
