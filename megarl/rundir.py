@@ -70,11 +70,13 @@ class RunDirectory:
 
     # --- opening and closing ---------------------------------------------------------------------
 
-    def open(self, resolved_config: Mapping[str, Any]) -> list[str]:
+    def open(self, resolved_config: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> list[str]:
         """Take the lock, check that the configuration continues the one on disk, and write it.
 
         Args:
             resolved_config: plain data (what pydantic's ``model_dump(mode="json")`` gives).
+            chosen: the part of it that is not at its default. A field that the directory's configuration
+                lacks, because MegaRL did not have it yet, is no change at its default; None: it always is.
 
         Returns:
             One line per field that a resumed run is free to change and did, for the log.
@@ -89,7 +91,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
         try:
-            changes = self._compare_with_disk(resolved_config)
+            changes = self._compare_with_disk(resolved_config, chosen)
         except UserError:
             self.close()
             raise
@@ -132,7 +134,9 @@ class RunDirectory:
         lock.flush()
         self._lock = lock
 
-    def _compare_with_disk(self, resolved_config: Mapping[str, Any]) -> list[str]:
+    def _compare_with_disk(
+        self, resolved_config: Mapping[str, Any], chosen: Mapping[str, Any] | None
+    ) -> list[str]:
         if not self.config_path.exists():
             if self.metrics_path.exists() or self.checkpoint_steps():
                 raise UserError(
@@ -144,6 +148,9 @@ class RunDirectory:
         if not isinstance(old, dict):
             raise UserError(f"{self.config_path}: not a configuration; choose another run.dir")
         differing = _differences(old, parse_yaml(dump_yaml(dict(resolved_config)), "config.yaml").value)
+        if chosen is not None:
+            unknown = {field for field in differing if field not in _flatten(old)} - _flatten(chosen).keys()
+            differing = {field: text for field, text in differing.items() if field not in unknown}
         free = [text for field, text in differing.items() if _is_free(field)]
         binding = [text for field, text in differing.items() if not _is_free(field)]
         # A run that has neither trained a step nor saved one has nothing that new values could spoil.

@@ -269,6 +269,19 @@ def test_a_run_that_has_not_begun_takes_new_values(tmp_path: Path) -> None:
         assert run.open(changed(optimizer__lr=3e-5)) == ["optimizer.lr (was 1e-05, now 3e-05)"]
 
 
+def test_a_field_that_came_later_is_no_change_at_its_default(tmp_path: Path) -> None:
+    train(tmp_path / "run", range(1, 4))
+    newer = changed(optimizer__momentum=0.0) | {"lora": None}
+    with RunDirectory(tmp_path / "run") as run:
+        assert run.open(newer, CONFIG) == []
+    train(tmp_path / "other", range(1, 4))
+    chosen = changed(optimizer__momentum=0.5)
+    with RunDirectory(tmp_path / "other") as run, pytest.raises(UserError) as error:
+        run.open(chosen | {"lora": None}, chosen)
+    assert "optimizer.momentum (was unset, now 0.5)" in str(error.value)
+    assert "lora" not in str(error.value)
+
+
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match=r"no config\.yaml"):

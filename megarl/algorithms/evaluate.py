@@ -140,7 +140,7 @@ def run_eval(config: EvalConfig) -> None:
     """Evaluate ``model.path`` with a vLLM engine; writes summary.json and samples/step_0.jsonl."""
     console, timers = Console("eval"), PhaseTimers()
     with RunDirectory(config.run.dir) as directory:
-        directory.open(config.model_dump(mode="json"))
+        directory.open(config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True))
         config = _with_hugging_face_model(config, directory.path, console)
         architecture, tokenizer, longest = read_model(config)
         max_new_tokens = config.evaluation.max_new_tokens or config.rollout.max_new_tokens

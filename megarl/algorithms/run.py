@@ -64,6 +64,7 @@ class Run:
         )
         self._profiler = StepProfiler(config.profile, self.directory.profile_path, dist.get_rank())
         self._resolved = config.model_dump(mode="json")
+        self._chosen = config.model_dump(mode="json", exclude_defaults=True)
 
     # --- beginning and end --------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ class Run:
         return self
 
     def _open(self) -> None:
-        for line in self.directory.open(self._resolved):
+        for line in self.directory.open(self._resolved, self._chosen):
             self.console.note(line)
         heartbeat.clear(self.directory.ranks_path)
 
