@@ -149,8 +149,8 @@ class RunDirectory:
             raise UserError(f"{self.config_path}: not a configuration; choose another run.dir")
         differing = _differences(old, parse_yaml(dump_yaml(dict(resolved_config)), "config.yaml").value)
         if chosen is not None:
-            unknown = {field for field in differing if field not in _flatten(old)} - _flatten(chosen).keys()
-            differing = {field: text for field, text in differing.items() if field not in unknown}
+            known = _flatten(old).keys() | _flatten(chosen).keys()
+            differing = {field: text for field, text in differing.items() if field in known}
         free = [text for field, text in differing.items() if _is_free(field)]
         binding = [text for field, text in differing.items() if not _is_free(field)]
         # A run that has neither trained a step nor saved one has nothing that new values could spoil.

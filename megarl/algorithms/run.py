@@ -64,7 +64,6 @@ class Run:
         )
         self._profiler = StepProfiler(config.profile, self.directory.profile_path, dist.get_rank())
         self._resolved = config.model_dump(mode="json")
-        self._chosen = config.model_dump(mode="json", exclude_defaults=True)
 
     # --- beginning and end --------------------------------------------------------------------
 
@@ -77,7 +76,8 @@ class Run:
         return self
 
     def _open(self) -> None:
-        for line in self.directory.open(self._resolved, self._chosen):
+        chosen = self.config.model_dump(mode="json", exclude_defaults=True)
+        for line in self.directory.open(self._resolved, chosen):
             self.console.note(line)
         heartbeat.clear(self.directory.ranks_path)
 

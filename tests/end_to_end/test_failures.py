@@ -133,12 +133,8 @@ def test_a_stopped_rank_ends_the_run(tmp_path: Path, model: Path) -> None:
 
 def engine_processes(command: Command) -> list[psutil.Process]:
     """The engine's actor, and its workers where it has several ranks."""
-    found = []
-    for process in family(command):
-        line = command_line(process)
-        if "EngineActor" in line or "VLLM::Worker" in line or "multiprocessing.spawn" in line:
-            found.append(process)
-    return found
+    kinds = ("EngineActor", "VLLM::Worker", "multiprocessing.spawn")
+    return [p for p in family(command) if any(kind in command_line(p) for kind in kinds)]
 
 
 @pytest.mark.parametrize("victim", ["actor", "worker", "rank"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.harness import GRPO, ROOT, column, run, write_config
+from tests.end_to_end.harness import GRPO, ROOT, Command, column, run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -54,7 +54,6 @@ def test_a_dense_model_has_no_choices_to_replay(workspace: Path, model: Path) ->
         model=model,
         rollout={"router_replay": True},
     )
-    command = [sys.executable, "-m", "megarl.cli", "grpo", "--config", str(config)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    assert "rollout.router_replay: qwen3 has no experts" in done.stdout + done.stderr
+    command = Command("grpo", "--config", config, output=workspace / "dense_replay.log")
+    assert command.wait(300) == 2
+    assert "rollout.router_replay: qwen3 has no experts" in command.output
