@@ -163,7 +163,7 @@ class PackedBatch:
         lengths       3  2
 
     Every per-token field is aligned with ``labels``: the value at t belongs to the prediction
-    that position t makes. Padding (to a multiple of 2 * context_parallel_size per sequence)
+    that position t makes. Padding (to a multiple of 2 * context_parallel_size per split sequence)
     carries loss_mask 0.
     """
 
@@ -186,6 +186,7 @@ class PackedBatch:
     prefixes: torch.Tensor | None = None  # [S] int64: the sequence of this batch that comes first, -1: none
     experts: torch.Tensor | None = None  # [T, layers, k] int16, to replay; of token t, -1: none given
     token_share: float = 1.0  # of the step's tokens, padding left out on both sides
+    split: bool = True  # over the context-parallel ranks; False: this rank's own, whole sequences
 
 
 @dataclass(slots=True)

@@ -21,6 +21,9 @@ class ParallelConfig(Section):
     context_attention: Literal["all_gather", "ring"] = "all_gather"
     """How context-parallel ranks see each other's keys: gathered a layer at a time, or passed around in
     Transformer Engine's ring (GPUs with that package; without shared prefixes or latent attention)."""
+    context_split_from: PositiveInt | None = None
+    """Split only sequences of at least this many tokens over the context-parallel ranks; one of them computes
+    a shorter one whole. Needs context_parallel_size > 1; null splits all."""
     sequence_parallel: bool = False
     """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
     virtual_pipeline_parallel_size: PositiveInt = 1

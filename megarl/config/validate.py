@@ -106,6 +106,29 @@ def _ring(config: TrainingConfig) -> Violations:
         )
 
 
+def _context_split(config: TrainingConfig) -> Violations:
+    parallel, split_from = config.parallel, config.parallel.context_split_from
+    if split_from is None:
+        return
+    field, ranks = ("parallel", "context_split_from"), parallel.context_parallel_size
+    if ranks == 1:
+        yield Violation(
+            field,
+            "needs parallel.context_parallel_size > 1 (got context_parallel_size 1)",
+            (("parallel", "context_parallel_size"),),
+        )
+        return
+    multiple = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    most = config.packing.max_tokens_per_microbatch // ranks // multiple * multiple
+    if split_from - 1 > most:
+        yield Violation(
+            field,
+            "a shorter sequence must fit one rank's share of a microbatch, packing.max_tokens_per_microbatch "
+            f"/ context_parallel_size: at most {most + 1} (got {split_from})",
+            (("packing", "max_tokens_per_microbatch"), ("parallel", "context_parallel_size")),
+        )
+
+
 def _sequence_parallel(config: TrainingConfig) -> Violations:
     if config.parallel.sequence_parallel and config.parallel.tensor_parallel_size == 1:
         yield Violation(
@@ -304,6 +327,7 @@ _TRAINING_RULES: list[Callable[[TrainingConfig], Violations]] = [
     *RUN_RULES,
     _parallel_sizes,
     _ring,
+    _context_split,
     _sequence_parallel,
     _virtual_pipeline,
     _uneven_stages,

@@ -9,7 +9,7 @@ import torch
 
 from megarl.records import PackedBatch
 
-_PER_SEQUENCE = frozenset({"cu_seqlens", "lengths", "prefixes", "token_share"})
+_NOT_PER_TOKEN = frozenset({"cu_seqlens", "lengths", "prefixes", "token_share", "split"})
 
 
 def zigzag_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
@@ -41,5 +41,5 @@ def context_parallel_slice(batch: PackedBatch, rank: int, size: int) -> PackedBa
     if size == 1:
         return batch
     index = zigzag_indices(batch.cu_seqlens, rank, size)
-    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in _PER_SEQUENCE}
+    values = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in _NOT_PER_TOKEN}
     return replace(batch, **{name: v[index] for name, v in values.items() if v is not None})

@@ -64,6 +64,18 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     ),
     (
         SftConfig,
+        ["parallel.context_split_from=64"],
+        "parallel.context_split_from: needs parallel.context_parallel_size > 1 (got context_parallel_size 1)",
+    ),
+    (
+        SftConfig,
+        [f"parallel.{n}=2" for n in ("context_parallel_size", "num_processes")]
+        + ["parallel.context_split_from=66", "packing.max_tokens_per_microbatch=128"],
+        "parallel.context_split_from: a shorter sequence must fit one rank's share of a microbatch, "
+        "packing.max_tokens_per_microbatch / context_parallel_size: at most 65 (got 66)",
+    ),
+    (
+        SftConfig,
         ["parallel.sequence_parallel=true"],
         "parallel.sequence_parallel: needs parallel.tensor_parallel_size > 1 (got tensor_parallel_size 1)",
     ),

@@ -12,6 +12,7 @@ import pytest
 from megarl.losses.preference import PreferenceOptions
 from tests.dpo import ranks
 from tests.models.tiny import hf_logprobs, make_model, save_model
+from tests.trainer.ranks import take_placed
 from tests.trainer.world import world
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -20,6 +21,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sequence-parallel": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
+    "cp2-whole": {"context_parallel_size": 2, "context_split_from": 24},
 }
 OPTIONS = {
     "dpo": PreferenceOptions("dpo", 0.3, label_smoothing=0.1, sft_coef=0.2),
@@ -30,7 +32,7 @@ OPTIONS = {
 }
 STEPS = 3
 CASES = [("dpo", layout) for layout in LAYOUTS] + [
-    *(("kto", layout) for layout in ("cp2", "pp2")),
+    *(("kto", layout) for layout in ("cp2", "cp2-whole", "pp2")),
     *(("ipo", layout) for layout in ("cp2", "dp2")),
     ("simpo", "cp2"),
     ("orpo", "cp2"),
@@ -67,6 +69,9 @@ def test_layout_equals_one_rank(models: dict[str, str], name: str, layout: str) 
     found = results[0]
     for ours, theirs in zip(found["refs"], expected["refs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
+    placed = [take_placed(values) for values in found["log"]]
+    mixed = [sum(counts) == 10 and min(counts) > 0 for counts in placed if counts]
+    assert bool(mixed) == layout.endswith("whole") and all(mixed)
     lines = [*zip(expected["log"], found["log"], strict=True), (expected["held_out"], found["held_out"])]
     for one, two in lines:
         assert one.keys() == two.keys()

@@ -36,6 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sequence-parallel": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
+    "cp2-whole": {"context_parallel_size": 2, "context_split_from": 12},
 }
 
 
@@ -179,6 +180,8 @@ def test_layout_equals_one_rank(models: dict[str, str], layout: str) -> None:
     found = results[0]
     assert results[1]["log"] == found["log"] and results[1]["advantages"] == found["advantages"]
     for one, two in zip(expected["log"], found["log"], strict=True):
+        for key in [key for key in two if key.endswith(("num_split_sequences", "num_whole_sequences"))]:
+            assert two.pop(key) > 0 and LAYOUTS[layout].get("context_split_from")
         assert one.keys() == two.keys()
         for key, value in one.items():
             if key not in ("num_microbatches", "num_computed_tokens"):

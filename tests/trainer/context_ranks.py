@@ -99,17 +99,29 @@ class Ring(torch.nn.Module):
         from torch.distributed.nn.functional import all_gather
 
         assert (mask, kind.name, packed_seq_params.qkv_format) == (None, "padding_causal", "thd")
+        if packed_seq_params.cp_group is not None:  # as the wrapper does, it keeps what it was last told
+            assert packed_seq_params.local_cp_size == packed_seq_params.cp_group.size()
+            self.group = packed_seq_params.cp_group
+        elif packed_seq_params.local_cp_size is not None:
+            assert packed_seq_params.local_cp_size == 1
+            self.group = None
         bounds = packed_seq_params.cu_seqlens_q_padded.tolist()
         assert packed_seq_params.max_seqlen_q == max(b - a for a, b in pairwise(bounds))
-        size, rank = self.group.size(), self.group.rank()
+        size, rank = (self.group.size(), self.group.rank()) if self.group is not None else (1, 0)
         where: list[list[int]] = [[] for _ in range(size)]
         for start, stop in pairwise(bounds):
+            if size == 1:
+                where[0] += range(start, stop)
+                continue
             chunk = (stop - start) // (2 * size)
             for r in range(size):
                 for number in (r, 2 * size - 1 - r):
                     where[r] += range(start + number * chunk, start + (number + 1) * chunk)
         order = torch.tensor([token for rows in where for token in rows])
-        keys, values = (torch.cat(all_gather(x.contiguous(), self.group))[order.argsort()] for x in (k, v))
+        keys, values = k, v
+        if self.group is not None:
+            keys, values = (torch.cat(all_gather(x.contiguous(), self.group)) for x in (k, v))
+        keys, values = (x[order.argsort()] for x in (keys, values))
         of = torch.bucketize(torch.arange(bounds[-1]), torch.tensor(bounds[1:]), right=True)
         rows = torch.tensor(where[rank])
         seen = (of[rows, None] == of) & (torch.arange(bounds[-1]) <= rows[:, None])
@@ -140,4 +152,34 @@ def train(context: Any, model_dir: str) -> list[list[float]]:
         batches = policy.prepare(ranks.make_sequences(step), "token")
         metrics = policy.train_step(batches, sft_loss, temperature=1.0).metrics
         found.append([metrics["loss"], metrics["grad_norm"]])
+    return found
+
+
+def gathered(context: Any, model_dir: str, shortest: int, longest: int) -> list[tuple[bool, int, int]]:
+    """Of each microbatch of a step: whether it is split, its real tokens, and the bytes of keys gathered."""
+    from unittest.mock import patch
+
+    from megarl.trainer.megatron import context_attention
+    from megarl.trainer.megatron.head import Sampler
+
+    policy = ranks.build(context, model_dir, optimizer={"lr_warmup_steps": 0})
+    draw = random.Random(3)
+    sequences = []
+    for _ in range(12):
+        n = draw.randint(shortest, longest)
+        sequences.append(Sequence([draw.randrange(250) for _ in range(n)], [0] + [1] * (n - 1)))
+    original, seen = context_attention._gather, [0]
+
+    def count(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, group: Any) -> list[torch.Tensor]:
+        whole = original(k, v, order, group)
+        seen[0] += sum(x.nbytes for x in whole)
+        return whole
+
+    found = []
+    with patch.object(context_attention, "_gather", count):
+        for batch in policy.prepare(sequences, "token"):
+            seen[0] = 0
+            policy._run([batch], lambda _b, _r, tokens: sft_loss(tokens), Sampler(), forward_only=False)
+            assert batch.lengths is not None
+            found.append((batch.split, int(batch.lengths.sum()), seen[0]))
     return found

@@ -33,6 +33,11 @@ KL_COEF = 0.3
 POLICY_LOSS = PolicyLoss(PolicyLossOptions(clip_low=0.02, clip_high=0.05, kl="k3", kl_coef=KL_COEF))
 
 
+def take_placed(metrics: dict[str, float]) -> list[float]:
+    """Remove and return how many sequences were split and whole; nothing without context_split_from."""
+    return [metrics.pop(k) for k in ("num_split_sequences", "num_whole_sequences") if k in metrics]
+
+
 def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 250) -> list[Sequence]:
     """Random sequences with rollout logprobs; the second has no target at all."""
     draw = random.Random(seed)

@@ -87,6 +87,27 @@ def test_a_ring_learns_what_gathering_learns(model_dirs: dict[str, str], size: i
     assert np.array(passed) == pytest.approx(np.array(gathered), rel=1e-5)
 
 
+def test_a_ring_stands_still_for_whole_sequences(model_dirs: dict[str, str]) -> None:
+    """Split and whole microbatches in turn: the stand-in keeps the group it was last given, as the wrapper."""
+    model, parallel = model_dirs["llama-deep-tied"], {"context_parallel_size": 2, "context_split_from": 20}
+    alone = world(1).run(context_ranks.train, model)
+    passed = world(2).run(context_ranks.train, model, parallel=parallel | {"context_attention": "ring"})
+    for rank in passed:
+        assert np.array(rank) == pytest.approx(np.array(alone[0]), rel=1e-5)
+
+
+def test_whole_sequences_gather_no_keys(model_dirs: dict[str, str]) -> None:
+    parallel = {"context_parallel_size": 2, "context_split_from": 20}
+    for shortest, longest, kinds in ((6, 19, {False}), (20, 40, {True}), (6, 40, {True, False})):
+        ranks = world(2).run(
+            context_ranks.gathered, model_dirs["qwen3-tied"], shortest, longest, parallel=parallel
+        )
+        assert {split for split, _, _ in ranks[0]} == kinds
+        for mine, theirs in zip(*ranks, strict=True):
+            assert mine[0] == theirs[0] and mine[2] == theirs[2]
+            assert (mine[2] > 0) == mine[0], "whole microbatches ask nobody for keys"
+
+
 def test_a_ring_is_refused_without_a_gpu(model_dirs: dict[str, str]) -> None:
     parallel = {"context_parallel_size": 2, "context_attention": "ring"}
     with pytest.raises(RankError, match="parallel.context_attention: ring is Transformer Engine's and needs"):

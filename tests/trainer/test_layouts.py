@@ -20,6 +20,7 @@ TP2 = {"tensor_parallel_size": 2}
 SP = TP2 | {"sequence_parallel": True}
 PP2, CP2, EP2 = ({f"{name}_parallel_size": 2} for name in ("pipeline", "context", "expert"))
 OVERLAP = {"overlap_grad_reduce": True}
+WHOLE = {"context_split_from": 20}  # of sequences of 6 to 40 tokens
 Row = tuple[str, int, dict[str, Any], bool]  # name, ranks, parallel, distributed optimizer
 BOTH: list[Row] = [
     ("one", 1, {}, False),
@@ -33,6 +34,11 @@ BOTH: list[Row] = [
     ("recompute-selective", 1, {"activation_recompute": "selective"}, False),
     ("tp2-pp2-sp-distributed", 4, SP | PP2, True),
     ("cp4", 4, {"context_parallel_size": 4}, False),
+    ("cp2-whole", 2, CP2 | WHOLE, False),
+    ("cp2-whole-overlap", 2, CP2 | WHOLE | OVERLAP, False),
+    ("cp4-whole", 4, {"context_parallel_size": 4} | WHOLE, False),
+    ("tp2-cp2-whole", 4, SP | CP2 | WHOLE, False),
+    ("pp2-cp2-whole", 4, PP2 | CP2 | WHOLE, False),
     ("tp2-pp2-cp2", 8, SP | PP2 | CP2, False),
 ]
 DENSE_ROWS: list[Row] = [
@@ -53,6 +59,8 @@ MOE_ROWS: list[Row] = [
     ("ep2-recompute-full", 2, EP2 | {"activation_recompute": "full"}, False),
     ("tp2-ep2-sp", 2, SP | EP2, False),
     ("cp2-ep2", 2, CP2 | EP2, False),
+    ("cp2-ep2-whole", 2, CP2 | EP2 | WHOLE, False),
+    ("dp2-cp2-ep4-whole", 4, CP2 | {"expert_parallel_size": 4} | WHOLE, False),
     ("ep2-pp2-distributed", 4, EP2 | PP2, True),
     ("tp2-ep2-pp2-sp", 4, SP | EP2 | PP2, False),
 ]

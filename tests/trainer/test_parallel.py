@@ -22,6 +22,20 @@ LAYOUTS: dict[str, tuple[dict[str, Any], bool]] = {
     "cp2": ({"context_parallel_size": 2}, False),
 }
 LAYOUTS |= {
+    f"{name}-whole": ({"context_parallel_size": 2, "context_split_from": 20} | others, distributed)
+    for name, others, distributed in (
+        ("cp2", {}, False),
+        ("cp2-distributed", {}, True),
+        ("cp2-ep2", {"expert_parallel_size": 2}, False),
+        ("cp2-tp2", TP2_SP, False),
+        ("cp2-pp2", PP2, False),
+        ("cp2-dp2", {}, False),
+        ("cp2-vpp2", PP2 | {"virtual_pipeline_parallel_size": 2}, False),
+        ("cp2-ep2-recompute-full", {"expert_parallel_size": 2, "activation_recompute": "full"}, False),
+        ("cp2-recompute-selective", {"activation_recompute": "selective"}, False),
+    )
+}
+LAYOUTS |= {
     "vpp2": (PP2 | {"virtual_pipeline_parallel_size": 2}, False),
     "ep2": ({"expert_parallel_size": 2}, False),
     "ep2-distributed-optimizer": ({"expert_parallel_size": 2}, True),
@@ -47,6 +61,7 @@ LAYOUTS |= {
 }
 ONE_RANK = ("one-recompute-full", "one-recompute-selective")
 FOUR_RANKS = ("tp2-ep2-dp2", "ep2-pp2", "pp4", "cp4", "tp2-ep2-pp2")
+FOUR_RANKS += ("cp2-tp2-whole", "cp2-pp2-whole", "cp2-dp2-whole", "cp2-vpp2-whole")
 EIGHT_RANKS = ("tp2-pp2-cp2",)
 LATENT = "deepseek-v3"
 MOE = "qwen3-moe-mixed-tied"
@@ -60,6 +75,8 @@ CASES = [
     *[("qwen3-tied", name) for name in ("one-recompute-selective", "dp2-overlap-both")],
     ("llama-biases", "pp2-recompute-full"),
     ("llama-deep-tied", "pp2-uneven"),
+    ("qwen3-tied", "cp2-whole"),
+    *[(name, "cp2-ep2-whole") for name in (MOE, LATENT)],
 ]
 SLOW_CASES = [
     *[(LATENT, name) for name in ("pp2", "cp2", "ep2-distributed-optimizer", "one-recompute-full")],
@@ -72,6 +89,10 @@ SLOW_CASES = [
     ("qwen3-tied", "cp4"),
     (MOE, "tp2-ep2-pp2"),
     ("llama-biases", "tp2-pp2-cp2"),
+    *[("llama-biases", f"cp2-{name}-whole") for name in ("distributed", "tp2", "dp2")],
+    ("llama-deep-tied", "cp2-vpp2-whole"),
+    ("qwen3-tied", "cp2-recompute-selective-whole"),
+    *[(MOE, f"cp2-{name}-whole") for name in ("pp2", "ep2-recompute-full", "dp2")],
 ]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES]  # type: ignore[misc]
 COORDINATES = {
@@ -98,6 +119,14 @@ COORDINATES = {
     "cp4": (0, 0, 3, 0),
     "tp2-ep2-pp2": (1, 1, 0, 0),
     "tp2-pp2-cp2": (1, 1, 1, 0),
+    "cp2-tp2-whole": (1, 0, 1, 0),
+    "cp2-pp2-whole": (0, 1, 1, 0),
+    "cp2-vpp2-whole": (0, 1, 1, 0),
+    "cp2-dp2-whole": (0, 0, 1, 1),
+    **{
+        f"cp2-{name}whole": (0, 0, 1, 0)
+        for name in ("", "distributed-", "ep2-", "ep2-recompute-full-", "recompute-selective-")
+    },
 }
 
 
@@ -129,6 +158,9 @@ def test_layout_equals_one_rank(model_dirs: dict[str, str], model: str, name: st
     assert results[0]["coordinates"] == (0, 0, 0, 0)
     assert results[-1]["coordinates"] == COORDINATES.get(name, (0, 0, 0, 0))
     assert all(result["weights"] == {} for result in results[1:])
+    placed = [ranks.take_placed(values) for values in results[0]["log"]]
+    mixed = [min(counts) > 0 and sum(counts) == 9 for counts in placed if sum(counts) > 1]
+    assert mixed == [True] * 4 if "context_split_from" in parallel else placed == [[]] * 5
     for number, (one, two) in enumerate(zip(expected["log"], results[0]["log"], strict=True)):
         assert one.keys() == two.keys()
         for key, value in one.items():

@@ -23,6 +23,7 @@ CASES: list[tuple[str, int, dict[str, Any], PolicyLoss]] = [
     ("llama-biases", 2, SP, TOKEN),
     ("qwen3-tied", 2, {"pipeline_parallel_size": 2}, TOKEN),
     ("qwen3-tied", 2, {"context_parallel_size": 2}, BY_SEQUENCE),
+    ("qwen3-tied", 2, {"context_parallel_size": 2, "context_split_from": 24}, BY_SEQUENCE),
     ("llama-deep-tied", 2, {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 2}, TOKEN),
     ("qwen3-moe-mixed-tied", 2, {"context_parallel_size": 2, "expert_parallel_size": 2}, TOKEN),
 ]
@@ -37,6 +38,8 @@ def test_sharing_changes_nothing(
     [flat] = world(1).run(ranks.train_groups, model_dirs[name], "off", 400, loss)
     shared = world(size).run(ranks.train_groups, model_dirs[name], "auto", budget, loss, parallel=parallel)
     for number, (one, two) in enumerate(zip(flat["log"], shared[0]["log"], strict=True)):
+        placed = ranks.take_placed(two)
+        assert not placed or (min(placed) > 0 and sum(placed) == 16)
         assert one.keys() == two.keys()
         for key, value in one.items():
             if key == "expert_load_max":  # a load counts tokens computed, of which sharing leaves fewer

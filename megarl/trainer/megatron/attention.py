@@ -36,7 +36,8 @@ class PackedMicrobatch(PackedSeqParams):
 
     ``lengths`` are the padded lengths of the sequences over all context-parallel ranks;
     ``position_ids`` [T local] are those of this rank's tokens. ``prefixes`` gives, for each sequence that
-    goes on from another one, that one's tokens [start, stop) in the packed row over all ranks.
+    goes on from another one, that one's tokens [start, stop) in the packed row over all ranks. Without
+    ``split`` the row is this rank's alone, and no other one has to be asked for keys.
     """
 
     lengths: list[int] = field(default_factory=list)
@@ -46,6 +47,21 @@ class PackedMicrobatch(PackedSeqParams):
     buckets: list[Bucket] | None = None
     unbucket: torch.Tensor | None = None  # [T] into the buckets' padded tokens
     routing: Routing | None = None
+    split: bool = True  # over the context-parallel ranks, if there are several
+
+    @classmethod
+    def of(cls, batch: PackedBatch, routing: Routing | None) -> PackedMicrobatch:
+        """What the layers need to know of ``batch``."""
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            lengths=batch.cu_seqlens.diff().tolist(),
+            position_ids=batch.position_ids,
+            prefixes=prefix_spans(batch),
+            routing=routing,
+            split=batch.split,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +177,14 @@ def attend(
     scale: float,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Causal attention within each sequence, over the context-parallel ranks of ``group`` together.
+    """Causal attention within each sequence, over the context-parallel ranks of ``group`` if they share it.
 
     q [T, heads, d], k [T, kv_heads, d] and v [T, kv_heads, w] with w <= d -> [T, heads, w].
     """
     width = v.shape[-1]
     if width < q.shape[-1]:  # the fast kernels want equal heads; zeros beside the values change nothing
         v = F.pad(v, (0, q.shape[-1] - width))
-    if group.size() > 1:
+    if packed.split and group.size() > 1:
         out = context_parallel_attention(q, k, v, packed.lengths, packed.prefixes, scale, group)
     else:
         out = packed_causal_attention(q, k, v, packed, scale)

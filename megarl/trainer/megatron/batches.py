@@ -12,12 +12,13 @@ from megatron.core import parallel_state
 from megarl.config.schema import PackingConfig
 from megarl.losses.base import per_token
 from megarl.packing.pack import pack
-from megarl.packing.plan import CostModel, plan_groups
+from megarl.packing.placement import Limits, Part, place
+from megarl.packing.plan import CostModel
 from megarl.packing.routing import pack_experts
-from megarl.packing.shared_prefix import plan_units, share_prefixes
 from megarl.packing.token_values import put
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron.initialize import RankContext
+from megarl.trainer.policy import gather
 
 
 def make_batches(
@@ -34,59 +35,70 @@ def make_batches(
     ``weights`` [S] are those of a sequence's targets in the loss (token_weights).
     ``sequence_ids`` of the batches count the caller's sequences. Prompts are shared unless ``group_size``
     neighbours must be packed whole (pairs) or packing.share_prefix is off. With ``only`` the others are not
-    packed.
+    packed. Which of them context-parallel ranks share is place()'s to say.
     """
     layout, at, device = context.layout, context.at, context.platform.device
-    multiple = (2 * layout.context if layout.context > 1 else 1) * (
-        layout.tensor if layout.sequence_parallel else 1
-    )
-    limits = {
-        "max_tokens": packing.max_tokens_per_microbatch,
-        "num_ranks": layout.data,
-        "pad_to_multiple": multiple,
-        "microbatch_group_size": layout.pipeline if layout.virtual > 1 else 1,
-    }
     stale = (
         [np.array(s.stale, dtype=np.float64) for s in sequences] if any(s.stale for s in sequences) else None
     )
-    chosen = list(range(len(sequences))) if only is None else only
-    sequences = [sequences[i] for i in chosen]
-    origins, prefix_of = chosen, None
-    if group_size == 1 and packing.share_prefix == "auto":
-        shared = share_prefixes(sequences, max_tokens=limits["max_tokens"], pad_to_multiple=multiple)
-        sequences, prefix_of = shared.sequences, shared.prefix_of
-        origins = [chosen[i] for i in shared.origins]
-        plan = plan_units(shared, costs=costs, **limits)
-    else:
-        lengths = [len(s.token_ids) for s in sequences]
-        plan = plan_groups(lengths, group_size=group_size, costs=costs, **limits)
-    _assert_shared(context, plan.microbatches[at.data])
-    num_tokens = sum(len(s.token_ids) for s in sequences)
-    origin_of = torch.tensor(origins, device=device)
+    limits = Limits(
+        max_tokens=packing.max_tokens_per_microbatch,
+        group_size=group_size,
+        share_prefixes=packing.share_prefix == "auto",
+        split_from=context.parallel.context_split_from,
+    )
+    numbers = list(range(len(sequences))) if only is None else only
+    parts = place(sequences, numbers, limits, costs, layout, at)
+    _assert_shared(context, parts)
+    num_tokens = sum(len(s.token_ids) for part in parts for s in part.sequences)
     batches = []
-    for indices in plan.microbatches[at.data]:
-        batch = pack(
-            sequences,
-            indices,
-            pad_to_multiple=multiple,
-            device=device,
-            cp_rank=at.context,
-            cp_size=layout.context,
-            prefix_of=prefix_of,
-        )
-        batch.sequence_ids = origin_of[batch.sequence_ids]
-        batch.experts = pack_experts(sequences, indices, batch, at.context, layout.context)
-        batch.token_share = sum(len(sequences[i].token_ids) for i in indices) / num_tokens
-        batch.loss_weights = per_token(batch, weights)
-        batch.stale = None if stale is None else put(stale, batch)
-        batches.append(batch)
-    return batches, plan.num_tokens
+    for part in parts:
+        origin_of = torch.tensor(part.origins, device=device)
+        for indices in part.microbatches:
+            batch = pack(
+                part.sequences,
+                indices,
+                pad_to_multiple=part.pad_to_multiple,
+                device=device,
+                cp_rank=part.cp_rank,
+                cp_size=part.cp_size,
+                prefix_of=part.prefix_of,
+            )
+            batch.split = part.split
+            batch.sequence_ids = origin_of[batch.sequence_ids]
+            batch.experts = pack_experts(part.sequences, indices, batch, part.cp_rank, part.cp_size)
+            batch.token_share = sum(len(part.sequences[i].token_ids) for i in indices) / num_tokens
+            batch.loss_weights = per_token(batch, weights)
+            batch.stale = None if stale is None else put(stale, batch)
+            batches.append(batch)
+    return batches, sum(part.plan.num_tokens for part in parts)
 
 
-def _assert_shared(context: RankContext, microbatches: list[list[int]]) -> None:
-    """Sums over a sequence's tokens are taken over context-parallel ranks, slot by slot."""
+def count_placed(context: RankContext, batches: list[PackedBatch], *, counts: bool) -> dict[str, float]:
+    """How many sequences of a step are split over context-parallel ranks, and how many are computed whole.
+
+    Every rank calls it; ranks that hold copies of others' microbatches say so with ``counts`` False. Empty
+    without parallel.context_split_from.
+    """
+    if context.parallel.context_split_from is None:
+        return {}
+    found = {True: 0, False: 0}
+    for batch in batches if counts else []:
+        dummy = batch.lengths is not None and not batch.lengths.any()
+        if not dummy and not (batch.split and context.at.context > 0):
+            found[batch.split] += len(batch.sequence_ids.unique())
+    ranks = gather(found)
+    return {
+        "num_split_sequences": float(sum(rank[True] for rank in ranks)),
+        "num_whole_sequences": float(sum(rank[False] for rank in ranks)),
+    }
+
+
+def _assert_shared(context: RankContext, parts: list[Part]) -> None:
+    """Sums over a split sequence's tokens are taken over context-parallel ranks, slot by slot."""
     if context.layout.context == 1:
         return
+    mine = [(part.split, part.microbatches if part.split else len(part.microbatches)) for part in parts]
     theirs: list[Any] = [None] * context.layout.context
-    dist.all_gather_object(theirs, microbatches, group=parallel_state.get_context_parallel_group())
-    assert all(other == microbatches for other in theirs), "context-parallel ranks hold other sequences"
+    dist.all_gather_object(theirs, mine, group=parallel_state.get_context_parallel_group())
+    assert all(other == mine for other in theirs), "context-parallel ranks hold other sequences"

@@ -117,6 +117,7 @@ def loss_tokens(
     # prefix, which has no targets, counts to the slot of its first branch.
     ids, slots = torch.unique_consecutive(batch.sequence_ids, return_inverse=True)
     is_dummy = batch.lengths is not None and not batch.lengths.any()
+    shared = batch.split and layout.context > 1
 
     def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[rows]
@@ -136,5 +137,5 @@ def loss_tokens(
         slots=slots[rows],
         num_slots=len(ids),
         slot_ids=torch.full_like(ids, -1) if is_dummy else ids,
-        cp_group=parallel_state.get_context_parallel_group() if layout.context > 1 else None,
+        cp_group=parallel_state.get_context_parallel_group() if shared else None,
     )

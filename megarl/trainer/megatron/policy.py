@@ -28,8 +28,8 @@ from megarl.packing.token_values import Array, assemble, take
 from megarl.platform import ranges
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
-from megarl.trainer.megatron.attention import PackedMicrobatch, prefix_spans
-from megarl.trainer.megatron.batches import make_batches
+from megarl.trainer.megatron.attention import PackedMicrobatch
+from megarl.trainer.megatron.batches import count_placed, make_batches
 from megarl.trainer.megatron.head import HeadShard, OnHidden, Sampler, label_logprobs, loss_tokens
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.lora import Lora
@@ -209,6 +209,7 @@ class MegatronPolicy:
         self.schedule.step(1)
         metrics = self._reduce(results)
         metrics |= self._routers.finish_step()
+        metrics |= count_placed(self.context, batches, counts=self._counts())
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(learning_rate)
         return metrics
@@ -240,15 +241,7 @@ class MegatronPolicy:
     ) -> tuple[torch.Tensor, Any]:
         batch = next(batches)
         ranges.tick()
-        packed = PackedMicrobatch(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            lengths=batch.cu_seqlens.diff().tolist(),
-            position_ids=batch.position_ids,
-            prefixes=prefix_spans(batch),
-            routing=self._routers.routing(batch),
-        )
+        packed = PackedMicrobatch.of(batch, self._routers.routing(batch))
         hidden = model(
             batch.token_ids[None], batch.position_ids[None], attention_mask=None, packed_seq_params=packed
         )

@@ -51,6 +51,7 @@ class RingAttention(PackedAttention):
         **options: Any,
     ) -> None:
         super().__init__(config, layer_number, attn_mask_type, attention_type, pg_collection=pg_collection)
+        self._left_ring = False
         # Only here: the module asks for Transformer Engine.
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -69,6 +70,10 @@ class RingAttention(PackedAttention):
     ) -> torch.Tensor:
         """query [T, heads, d], key and value [T, kv_heads, d], this rank's -> [T, heads, d]."""
         assert packed.prefixes is None, "packing.share_prefix is refused with a ring"
+        alone = {} if packed.split else {"local_cp_size": 1}  # no group: attention of this rank's own tokens
+        if packed.split and self._left_ring:  # the wrapper remembers the last microbatch's group
+            alone = {"cp_group": self.context_group, "local_cp_size": self.context_group.size()}
+        self._left_ring = not packed.split
         # Padding lies behind each sequence, where causal attention does not look: it counts as tokens.
         whole = PackedSeqParams(
             qkv_format="thd",
@@ -78,6 +83,7 @@ class RingAttention(PackedAttention):
             cu_seqlens_kv_padded=packed.cu_seqlens_kv,
             max_seqlen_q=max(packed.lengths),
             max_seqlen_kv=max(packed.lengths),
+            **alone,
         )
         out: torch.Tensor = self.ring(
             query.contiguous(),

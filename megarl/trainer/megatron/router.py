@@ -23,12 +23,14 @@ class Routing:
     """What the routers of all layers know of a microbatch; tokens are this context-parallel rank's.
 
     ``share`` is the microbatch's part of the step's tokens, padding left out on both sides. ``experts`` are
-    choices to replay, for all layers that have experts; -1 leaves the choice to the router.
+    choices to replay, for all layers that have experts; -1 leaves the choice to the router. Without ``split``
+    the microbatch is this context-parallel rank's alone.
     """
 
     real: torch.Tensor  # [T] bool: not padding
     share: float
     experts: torch.Tensor | None = None  # [T, layers, k] int16
+    split: bool = True
 
     def part(self, rank: int, size: int) -> Routing:
         """The tokens of one of ``size`` sequence-parallel ranks."""
@@ -36,7 +38,8 @@ class Routing:
             return self
         length = self.real.shape[0] // size
         rows = slice(rank * length, (rank + 1) * length)
-        return Routing(self.real[rows], self.share, None if self.experts is None else self.experts[rows])
+        experts = None if self.experts is None else self.experts[rows]
+        return Routing(self.real[rows], self.share, experts, self.split)
 
 
 @dataclass(slots=True)
@@ -135,7 +138,7 @@ class PolicyRouter(Router):
             scores = logits[real].sigmoid()
             scores = scores / scores.sum(-1, keepdim=True)
         load = load.to(torch.float32)
-        dist.all_reduce(load, group=self.tp_cp_group)
+        dist.all_reduce(load, group=self.tp_cp_group if routing.split else self.tp_group)
         loss = balance_loss(scores, load, self.moe.experts_per_token) * routing.share
         tally.aux_loss += loss.detach()
         coef = self.balance.aux_loss_coef / len(self.moe.layers)

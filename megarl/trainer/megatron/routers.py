@@ -42,8 +42,8 @@ class Routers:
         if self._moe is None:
             return None
         at, layout = self._context.at, self._context.layout
-        real = real_tokens(batch, at.context, layout.context)
-        return Routing(real, batch.token_share, batch.experts if self.replays else None)
+        real = real_tokens(batch, at.context, layout.context) if batch.split else real_tokens(batch)
+        return Routing(real, batch.token_share, batch.experts if self.replays else None, batch.split)
 
     def finish_step(self) -> dict[str, float]:
         """After the optimizer's step: move the bias, start counting anew, and say what was counted.

@@ -122,6 +122,8 @@ class MegatronScorer(MegatronPolicy):
         assert batch.loss_weights is not None
         assert batch.lengths is not None
 
+        shared = batch.split and self.context.layout.context > 1
+
         def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values[rows]
 
@@ -133,7 +135,7 @@ class MegatronScorer(MegatronPolicy):
             slots=slots[rows],
             num_slots=len(ids),
             slot_ids=ids if bool(batch.lengths.any()) else torch.full_like(ids, -1),
-            cp_group=parallel_state.get_context_parallel_group() if self.context.layout.context > 1 else None,
+            cp_group=parallel_state.get_context_parallel_group() if shared else None,
         )
         result: LossResult = use(batch, rows, tokens)
         return result.loss, no_tokens, result
