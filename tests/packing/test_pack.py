@@ -123,8 +123,8 @@ def test_context_parallel_slices_partition_the_batch(size: int) -> None:
     assert sorted(order.tolist()) == list(range(len(batch.token_ids)))
     for field in dataclasses.fields(PackedBatch):
         whole = getattr(batch, field.name)
-        if field.name == "token_share":
-            assert all(s.token_share == whole for s in slices)
+        if field.name in ("token_share", "split"):
+            assert all(getattr(s, field.name) == whole for s in slices)
         elif field.name in ("cu_seqlens", "lengths"):
             assert all(torch.equal(getattr(s, field.name), whole) for s in slices), "global on every rank"
         elif isinstance(whole, float):

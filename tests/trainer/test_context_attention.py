@@ -88,7 +88,7 @@ def test_a_ring_learns_what_gathering_learns(model_dirs: dict[str, str], size: i
 
 
 def test_a_ring_stands_still_for_whole_sequences(model_dirs: dict[str, str]) -> None:
-    """Split and whole microbatches in turn: the stand-in keeps the group it was last given, as the wrapper."""
+    """Split and whole microbatches in turn: the stand-in keeps the group it was last given."""
     model, parallel = model_dirs["llama-deep-tied"], {"context_parallel_size": 2, "context_split_from": 20}
     alone = world(1).run(context_ranks.train, model)
     passed = world(2).run(context_ranks.train, model, parallel=parallel | {"context_attention": "ring"})
