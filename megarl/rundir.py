@@ -41,7 +41,7 @@ from megarl.errors import UserError
 # is learned (up to rounding).
 _FREE_FIELDS = (
     *("run.dir", "run.hang_timeout_seconds", "logging", "checkpoint", "profile", "launcher", "parallel"),
-    *("training.num_steps", "reference.cache_dir", "lora.export"),
+    *("training.num_steps", "reference.cache_dir", "lora.export", "rollout.engine.data_parallel_size"),
 )
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megarl import platform
@@ -11,7 +11,8 @@ from megarl.errors import UserError
 from megarl.models.feasible import check_engine, engine_layout
 from megarl.models.table import Architecture
 from megarl.rollout.engine import AttachReport
-from megarl.rollout.vllm_engine import VllmEngine
+from megarl.rollout.engine_group import Engines, start_engines
+from megarl.rollout.placement import TrainerPlace, place_engines
 from megarl.trainer.policy import Policy, Transport, broadcast, gather
 from megarl.weights.checksum import RegionChecksum, RegionQuery
 from megarl.weights.handover import Alias, Copy, SourceView, Storage, WeightPlan
@@ -28,11 +29,14 @@ def start_engine(
     seed: int,
     log_dir: Path,
     record_routing: bool = False,
-) -> VllmEngine:
+    ranks: Sequence[TrainerPlace] = (),
+) -> Engines:
     """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights.
 
+    ``ranks`` are where the trainer's are, for several engines to be put beside them.
+
     Raises UserError for a model that the engine's ranks cannot share, or whose logprobs this platform's
-    engine is known to get wrong.
+    engine is known to get wrong, and where the engines cannot be dealt to the ranks' hosts.
     """
     check_engine(architecture, engine)
     if architecture.spec.mla and platform.chosen_name() == "cpu":
@@ -41,9 +45,10 @@ def start_engine(
             f"model.path: {model.path} has latent attention, of which vLLM computes wrong logprobs on a CPU: "
             "no rollouts or evaluation of it here (sft, dpo, rm and convert work)"
         )
-    return VllmEngine.start(
+    return start_engines(
         Path(model.path),
         engine,
+        place_engines(engine, ranks),
         dtype=model.dtype,
         max_model_len=max_model_len,
         seed=seed,
@@ -64,7 +69,7 @@ def check_offload(weights: WeightsConfig) -> None:
 
 
 def attach_weights(
-    engine: VllmEngine, architecture: Architecture, owners: list[Owner], transport: Transport = "auto"
+    engine: Engines, architecture: Architecture, owners: list[Owner], transport: Transport = "auto"
 ) -> list[str]:
     """Wait for the engine, plan and bind. Returns lines for the log: what is aliased, what copied and why.
 
@@ -74,10 +79,14 @@ def attach_weights(
     described, places = engine.describe_parameters(), engine.places()
     layout = engine_layout(engine.config)
     planner = Planner(owners, peers_only=transport == "peer")
+    coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    regions = [architecture.engine_regions(layout, place) for place in coordinates]
     plans = []
     for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):
-        regions = architecture.engine_regions(layout, layout.coordinates(rank))
-        plans.append(planner.plan(Reader(regions, params, host, device)))
+        coordinate = rank % layout.world_size  # engines lie end to end, each with all of them
+        if params == described[coordinate]:  # the very same objects are planned once
+            params = described[coordinate]
+        plans.append(planner.plan(Reader(regions[coordinate], params, host, device)))
     far = sorted({peer.rank for plan in plans for peer in plan.peers})
     if far and transport == "shared_memory":
         raise UserError(
@@ -112,7 +121,7 @@ def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
         )
 
 
-def verify_weights(engine: VllmEngine | None, policy: Policy) -> None:
+def verify_weights(engine: Engines | None, policy: Policy) -> None:
     """Compare checksums of every region on both sides; every trainer rank calls it, rank 0 has the engine.
 
     Raises UserError naming the first region that differs and the number of those that do.

@@ -22,6 +22,7 @@ from megarl.metrics.console import Console
 from megarl.metrics.scores import Scores, is_correct, score, score_by_category, table, vote_of
 from megarl.metrics.timers import PhaseTimers
 from megarl.records import Group, Prompt
+from megarl.rollout.placement import this_machine
 from megarl.rundir import RunDirectory
 from megarl.trainer.megatron.initialize import finalize, initialize
 
@@ -157,6 +158,7 @@ def run_eval(config: EvalConfig) -> None:
             max_model_len=longest,
             seed=config.run.seed,
             log_dir=directory.path,
+            ranks=[this_machine()],
         )
         workers = EnvironmentWorkers(config.data.held_out, "data.held_out", config.rollout.environments)
         context = initialize(ParallelConfig(), config.run.seed)

@@ -40,9 +40,10 @@ from megarl.losses.agreement import Agreement
 from megarl.metrics.timers import PHASES
 from megarl.models.table import Architecture
 from megarl.records import Group, Prompt
-from megarl.rollout.vllm_engine import VllmEngine
+from megarl.rollout.engine_group import Engines
+from megarl.rollout.placement import TrainerPlace, this_rank
 from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank, on_first_rank
+from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank, gather, on_first_rank
 from megarl.weights.plan import Owner
 
 
@@ -95,7 +96,8 @@ def run_online(
 
     with Run(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
-        rollout = on_first_rank(lambda: _start_rollout(config, run, architecture, longest, held_out))
+        ranks = gather(this_rank()) if config.rollout.engine.data_parallel_size > 1 else []
+        rollout = on_first_rank(lambda: _start_rollout(config, run, architecture, longest, held_out, ranks))
         policy = MegatronPolicy(
             context,
             architecture,
@@ -133,7 +135,7 @@ def run_online(
 class _Rollout:
     """What rank 0 alone drives: the engine, the environments' workers, and the held-out problems."""
 
-    engine: VllmEngine
+    engine: Engines
     workers: EnvironmentWorkers
     problems: list[Prompt]
 
@@ -168,6 +170,7 @@ def _start_rollout(
     architecture: Architecture,
     max_model_len: int,
     held_out: PromptDataset | None,
+    ranks: list[TrainerPlace],
 ) -> _Rollout:
     """Start both in the background, while the trainer is built."""
     problems = []
@@ -182,6 +185,7 @@ def _start_rollout(
         seed=config.run.seed,
         log_dir=run.directory.path,
         record_routing=config.rollout.router_replay,
+        ranks=ranks,
     )
     workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments)
     return _Rollout(engine, workers, problems)
@@ -197,7 +201,7 @@ class OnlineLoop:
         policy: Policy,
         learner: Learner,
         rollouts: Rollouts | None,
-        engine: VllmEngine | None,
+        engine: Engines | None,
         train: PromptDataset,
         problems: list[Prompt],
         tokenizer: PreTrainedTokenizerBase,

@@ -201,7 +201,8 @@ class Rollouts:
 
         async def ask(turn: int, ids: list[int], room: int) -> GeneratedResponse:
             seed = None if greedy else turn_seed(self._run_seed, step, prompt.index, number, turn)
-            return await client.generate(GenerateRequest(f"{step}-{number}-{turn}", ids, room, seed))
+            lineage = (prompt.index, number)
+            return await client.generate(GenerateRequest(f"{step}-{number}-{turn}", ids, room, seed, lineage))
 
         try:
             return await player.play(prompt, ask)

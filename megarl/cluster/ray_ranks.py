@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.cluster.processes import die_with_parent
-from megarl.cluster.ray_runtime import ADDRESS_VARIABLE, connect_ray, started_here, stop_ray
+from megarl.cluster.ray_runtime import ADDRESS_VARIABLE, NODE_VARIABLE, connect_ray, started_here, stop_ray
 
 _WAIT_LINE_SECONDS = 30.0
 _GONE_EXIT_CODE = -signal.SIGKILL  # an actor that died took its rank with it
@@ -173,6 +173,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], signalled: Sequence[in
             "MASTER_ADDR": places[0].address,
             "MASTER_PORT": str(port),
             ADDRESS_VARIABLE: address,
+            NODE_VARIABLE: place.node_id,
         }
         if on_gpu:  # all of the node's, so that LOCAL_RANK counts in them and engines see their neighbours'
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(d) for p in here for d in p.devices)

@@ -19,13 +19,19 @@ from typing import Any
 
 import psutil
 
+from megarl.cluster.processes import unlink_shared_memory
 from megarl.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # Records cross by value and weights not at all, so the object store only needs Ray's minimum comfort.
 OBJECT_STORE_BYTES = 128 * 2**20
 # Set for ranks that run on a Ray cluster (`launcher: ray`): where it listens.
 ADDRESS_VARIABLE = "MEGARL_RAY_ADDRESS"
+# The same: the cluster's name of the rank's own node.
+NODE_VARIABLE = "MEGARL_RAY_NODE"
 _DIR_PREFIX = "megarl-ray-"
+_UNLINK_SECONDS = 30.0
 # Unix socket paths end at 107 bytes, and Ray's session directory takes about 75 of them.
 _MAX_TEMP_ROOT = 30
 
@@ -46,25 +52,24 @@ def start_ray(num_cpus: int | None = None) -> None:
     """
     if _sessions:
         return
-    _remove_stale_dirs()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray's default of 15 leaves an engine a few percent of a core that anything else wants too.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
-    temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
+    temp_dir = make_temp_dir()
     if address := os.environ.get(ADDRESS_VARIABLE):
         _init(address=address)
-        _sessions.append(_Session(Path(temp_dir), None))
+        _sessions.append(_Session(temp_dir, None))
         return
     _init(
         address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
         num_cpus=num_cpus or os.cpu_count(),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        _temp_dir=temp_dir,
+        _temp_dir=str(temp_dir),
     )
     _end_unused_daemons()
-    _sessions.append(_Session(Path(temp_dir), _start_reaper(temp_dir)))
+    _sessions.append(_Session(temp_dir, _start_reaper(str(temp_dir))))
 
 
 def connect_ray(num_cpus: int) -> str:
@@ -89,8 +94,7 @@ def connect_ray(num_cpus: int) -> str:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"RAY_ADDRESS: no Ray cluster answers at {named} ({reason})") from error
-    temp_dir = tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root())
-    _sessions.append(_Session(Path(temp_dir), None))
+    _sessions.append(_Session(make_temp_dir(), None))
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -117,20 +121,46 @@ def _end_unused_daemons() -> None:
             end(check_alive=False)
 
 
-def beside_driver() -> dict[str, Any]:
-    """Options of an actor that shares memory with this process: the same node, the same GPUs in view."""
+def beside_ranks(node: str = "", devices: str = "") -> dict[str, Any]:
+    """Options of an actor that shares memory with trainer ranks: their node, their GPUs in view.
+
+    Args:
+        node: Ray's name of it; "" is this process's.
+        devices: as CUDA_VISIBLE_DEVICES lists them; "" are those that this process sees.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = ray.get_runtime_context().get_node_id()
+    node = node or ray.get_runtime_context().get_node_id()
     options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if (
-        devices is not None and ADDRESS_VARIABLE in os.environ
-    ):  # the cluster's workers have not inherited them
-        seen = {"CUDA_VISIBLE_DEVICES": devices, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-        options["runtime_env"] = {"env_vars": seen}
+    seen: str | None = devices
+    if not devices:  # a cluster's workers have not inherited them
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") if ADDRESS_VARIABLE in os.environ else None
+    if seen is not None:
+        variables = {"CUDA_VISIBLE_DEVICES": seen, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        options["runtime_env"] = {"env_vars": variables}
     return options
+
+
+def unlink_on_node(names: list[str], node: str) -> None:
+    """Remove shared memory that killed processes of ``node`` ("" is this one's) have left there."""
+    import ray
+    from ray.exceptions import RayError
+
+    if not node or node == ray.get_runtime_context().get_node_id():
+        unlink_shared_memory(names)
+    elif names:
+        task: Any = ray.remote(unlink_shared_memory)
+        try:
+            ray.get(task.options(num_cpus=0, **beside_ranks(node)).remote(names), timeout=_UNLINK_SECONDS)
+        except RayError as error:  # with the node its memory is gone
+            log.warning("Shared memory on node %s was not removed: %s", node, error)
+
+
+def make_temp_dir() -> Path:
+    """A folder of this process, short enough for Ray; what killed processes have left is removed."""
+    _remove_stale_dirs()
+    return Path(tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root()))
 
 
 def started_here() -> bool:

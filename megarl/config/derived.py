@@ -181,6 +181,11 @@ def describe(config: AnyConfig, model_config: dict[str, Any] | None) -> list[str
             lines.append(f"trained: adapters of rank {lora.rank} on {targets}; exported: {lora.export}")
     if isinstance(config, OnlineRoot):
         lines += _describe_online(config)
+    if isinstance(config, OnlineRoot | EvalConfig) and config.rollout.engine.data_parallel_size > 1:
+        engine = config.rollout.engine
+        lines.append(
+            f"engines: {engine.data_parallel_size}, tensor_parallel_size: {engine.tensor_parallel_size} each"
+        )
     return lines
 
 

@@ -112,24 +112,26 @@ class LoggingConfig(Section):
 
 
 class EngineConfig(Section):
-    """The colocated vLLM engine."""
+    """The colocated vLLM engine, or engines."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is the trainer's type, the one with which weights can be aliased."""
     kv_cache_gib: PositiveFloat = 0.5
-    """Memory for the KV cache."""
+    """Memory for the KV cache, on each rank of each engine."""
     max_num_seqs: PositiveInt = 256
-    """Sequences decoded side by side."""
+    """Sequences decoded side by side, by each engine."""
     max_num_batched_tokens: PositiveInt = 4096
     """Tokens per engine step (prefill and decode together), raised to hold one whole sequence."""
     enable_prefix_caching: bool = True
     """Compute the prompt of a group once."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each layer's matrices; independent of the trainer's."""
+    data_parallel_size: PositiveInt = 1
+    """Whole engines side by side, that share the requests; with several hosts as many on each of them."""
     expert_parallel: bool = False
     """Each of these ranks holds whole experts, not a part of all of them (vLLM's enable_expert_parallel)."""
     num_threads: PositiveInt | None = None
-    """CPU threads of the engine, over all its ranks; null uses all cores."""
+    """CPU threads of an engine, over all its ranks; null: the cores of its host, divided by its engines."""
     start_timeout_seconds: PositiveFloat = 300.0
     """How long the engine may take to start before the run ends with an error."""
 

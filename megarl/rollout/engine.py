@@ -33,12 +33,17 @@ class WeightPlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only."""
+    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only.
+
+    ``lineage`` tells what it begins with: requests of one (prompt, episode) continue each other, those of
+    one prompt begin alike. None is not known.
+    """
 
     request_id: str
     prompt_ids: list[int]  # [P]
     max_new_tokens: int
     seed: int | None
+    lineage: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

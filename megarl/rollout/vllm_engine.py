@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.cluster.processes import unlink_shared_memory
-from megarl.cluster.ray_runtime import beside_driver, ray_temp_dir, start_ray
+from megarl.cluster.ray_runtime import beside_ranks, ray_temp_dir, start_ray, unlink_on_node
 from megarl.config.schema import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout.engine import (
@@ -27,6 +26,7 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
+from megarl.rollout.placement import BESIDE_DRIVER, EnginePlace
 from megarl.rollout.vllm_build import EngineSettings
 from megarl.rollout.vllm_session import VllmSession, actor_died
 from megarl.rollout.vllm_worker import EngineActor
@@ -43,11 +43,12 @@ _ACTOR_THREADS = 16
 
 
 class VllmEngine:
-    """An :class:`megarl.rollout.engine.Engine` in a Ray actor on this machine. Make it with :meth:`start`."""
+    """An :class:`megarl.rollout.engine.Engine` in a Ray actor. Make it with :meth:`start`."""
 
-    def __init__(self, settings: EngineSettings, log_path: Path) -> None:
+    def __init__(self, settings: EngineSettings, log_path: Path, place: EnginePlace = BESIDE_DRIVER) -> None:
         self._settings = settings
         self._log_path = log_path
+        self._place = place
         self._plans: list[WeightPlan] = []
         self._policy_version: int | None = None
         self._deaths_in_a_row = 0
@@ -70,6 +71,8 @@ class VllmEngine:
         keep_kv_cache: bool = False,
         offload_kv_cache: bool = False,
         record_routing: bool = False,
+        place: EnginePlace = BESIDE_DRIVER,
+        log_name: str = "engine.log",
     ) -> VllmEngine:
         """Start the actor in the background; :meth:`wait_ready` joins it.
 
@@ -82,7 +85,9 @@ class VllmEngine:
             keep_kv_cache: whether cached keys and values outlive a sync (they are then stale).
             offload_kv_cache: whether sleep can free the KV cache (on a GPU).
             record_routing: whether responses bring the experts that their tokens chose.
-            log_dir: where engine.log goes; None keeps it among Ray's files, while Ray runs.
+            log_dir: where the log goes; None keeps it among Ray's files, while Ray runs.
+            place: the node and the devices.
+            log_name: the log's file name.
 
         Call it from the main thread (see :mod:`megarl.cluster.ray_runtime`).
         """
@@ -97,8 +102,9 @@ class VllmEngine:
             keep_kv_cache=keep_kv_cache,
             offload_kv_cache=offload_kv_cache,
             record_routing=record_routing,
+            engines_on_host=place.engines_on_host,
         )
-        return cls(settings, (log_dir or ray_temp_dir()).resolve() / "engine.log")
+        return cls(settings, (log_dir or ray_temp_dir()).resolve() / log_name, place)
 
     @property
     def config(self) -> EngineConfig:
@@ -160,7 +166,7 @@ class VllmEngine:
             ValueError: a prompt is empty or leaves no room in max_model_len, or an id occurs twice.
             EngineError: the engine failed, or died three times in a row.
         """
-        self._check_requests(requests)
+        self.check_requests(requests)
         return self._generate({request.request_id: request for request in requests}, sampling)
 
     def session(self, sampling: SamplingConfig) -> VllmSession:
@@ -209,7 +215,7 @@ class VllmEngine:
 
         ray.kill(self._actor, no_restart=True)
         # Its workers' message queues: killed processes do not remove them.
-        unlink_shared_memory(self._shared_memory)
+        unlink_on_node(self._shared_memory, self._place.node)
         self._shared_memory = []
 
     def _spawn(self) -> None:
@@ -218,7 +224,10 @@ class VllmEngine:
         self._asleep = False
         actor_class: Any = ray.remote(EngineActor)
         self._actor: Any = actor_class.options(
-            num_cpus=0, max_restarts=0, max_concurrency=_ACTOR_THREADS, **beside_driver()
+            num_cpus=0,
+            max_restarts=0,
+            max_concurrency=_ACTOR_THREADS,
+            **beside_ranks(self._place.node, self._place.devices),
         ).remote(self._settings, str(self._log_path))
         self._started: Any = self._actor.wait_started.remote()
 
@@ -317,7 +326,8 @@ class VllmEngine:
         tail = "\n".join(f"  | {line[:_LOG_LINE_WIDTH]}" for line in lines[-_LOG_TAIL_LINES:])
         return f"{message}\nEnd of {self._log_path}:\n{tail or '  | (empty)'}"
 
-    def _check_requests(self, requests: Sequence[GenerateRequest]) -> None:
+    def check_requests(self, requests: Sequence[GenerateRequest]) -> None:
+        """Raise ValueError as :meth:`generate` does."""
         limit = self._settings.max_model_len
         seen: set[str] = set()
         for request in requests:

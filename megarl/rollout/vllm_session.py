@@ -26,7 +26,7 @@ class VllmSession:
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
         """See EngineSession.submit. Raises ValueError as generate does."""
-        self._engine._check_requests(requests)
+        self._engine.check_requests(requests)
         with self._lock:
             self._unfinished.update((request.request_id, request) for request in requests)
             # To the actor of the stream: if it is dead, they go to its successor with all that is unfinished.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl.cluster.processes import own_shared_memory
+from megarl.cluster.ray_runtime import make_temp_dir
 from megarl.rollout.engine import (
     AttachReport,
     EngineHealth,
@@ -59,11 +60,12 @@ class EngineActor:
 
     def __init__(self, settings: EngineSettings, log_path: str) -> None:
         _redirect_output(log_path)
-        threads = settings.config.num_threads or len(os.sched_getaffinity(0))
-        threads = max(1, threads // settings.config.tensor_parallel_size)
+        threads = threads_per_rank(settings, len(os.sched_getaffinity(0)))
+        # The driver's folder, unless this is another host.
+        temp_dir = settings.temp_dir if os.path.isdir(settings.temp_dir) else str(make_temp_dir())
         # Libraries read these when they are first imported, which nothing did yet.
-        os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads), TMPDIR=settings.temp_dir)
-        tempfile.tempdir = settings.temp_dir
+        os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads), TMPDIR=temp_dir)
+        tempfile.tempdir = temp_dir
         self._settings = settings
         self._started: Future[None] = Future()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -323,6 +325,12 @@ class EngineActor:
         outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in states]
         self._engine.abort_request(sorted(wanted))
         self._deliver(outputs)
+
+
+def threads_per_rank(settings: EngineSettings, cores: int) -> int:
+    """CPU threads of each engine rank; without ``num_threads`` a host's engines share its ``cores``."""
+    threads = settings.config.num_threads or cores // settings.engines_on_host
+    return max(1, threads // settings.config.tensor_parallel_size)
 
 
 def _redirect_output(log_path: str) -> None:

@@ -1,0 +1,266 @@
+"""Several engines behave as one: against scripted members, and real ones against one of them alone."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from megarl.cluster.ray_runtime import stop_ray
+from megarl.config.schema import EngineConfig
+from megarl.rollout.engine import (
+    EngineError,
+    EngineHealth,
+    GeneratedResponse,
+    GenerateRequest,
+    SamplingConfig,
+    SyncReport,
+    WeightPlanError,
+)
+from megarl.rollout.engine_group import EngineGroup, start_engines
+from megarl.rollout.placement import EnginePlace
+from megarl.rollout.vllm_build import EngineSettings
+from megarl.rollout.vllm_worker import threads_per_rank
+from tests.rollout.conftest import MAX_MODEL_LEN, SharedWeights, _make_model
+
+PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
+
+
+class Scripted:
+    """A member with two ranks that answers by the seed, last request first."""
+
+    config = EngineConfig(tensor_parallel_size=2, data_parallel_size=2)
+
+    def __init__(self, number: int, meeting: threading.Barrier) -> None:
+        self.number, self.meeting = number, meeting
+        self.seen: list[str] = []
+        self.calls: list[str] = []
+        self.attached: list[Any] = []
+        self.fails_on = ""
+        self.closed = 0
+
+    def check_requests(self, requests: Sequence[GenerateRequest]) -> None:
+        for request in requests:
+            if not request.prompt_ids:
+                raise ValueError(f"request {request.request_id}: empty")
+
+    def session(self, sampling: SamplingConfig) -> ScriptedSession:
+        return ScriptedSession(self)
+
+    def attach(self, plans: list[Any]) -> list[Any]:
+        self.meeting.wait(10)
+        if "bad" in plans:
+            raise WeightPlanError([f"{plans.index('bad')} is bad"])
+        self.attached = plans
+        return [f"report of {plan}" for plan in plans]
+
+    def sync(self, policy_version: int) -> SyncReport:
+        self.meeting.wait(10)
+        return SyncReport(10 + self.number, 0.5 + self.number)
+
+    def health(self) -> EngineHealth:
+        return EngineHealth(100 + self.number, 7 - self.number, 3, paused=self.number == 0)
+
+    def places(self) -> list[tuple[str, str]]:
+        return [("host", f"{self.number}.{rank}") for rank in range(2)]
+
+    def wait_ready(self) -> None:
+        if self.number == 1:
+            raise EngineError("the second did not start")
+        time.sleep(60)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> None:
+            self.meeting.wait(10)  # both at once, or none comes through
+            self.calls.append(name)
+
+        return call
+
+
+class ScriptedSession:
+    def __init__(self, member: Scripted) -> None:
+        self.member = member
+        self.answers: queue.SimpleQueue[GeneratedResponse | None] = queue.SimpleQueue()
+
+    def submit(self, requests: Sequence[GenerateRequest]) -> None:
+        for request in reversed(requests):
+            self.member.seen.append(request.request_id)
+            self.answers.put(GeneratedResponse(request.request_id, [request.seed or 0], [-1.0], "length", 3))
+
+    def __iter__(self) -> Iterator[GeneratedResponse]:
+        while (answer := self.answers.get()) is not None:
+            if answer.request_id == self.member.fails_on:
+                raise EngineError("the member failed")
+            yield answer
+
+    def close(self) -> None:
+        self.member.closed += 1
+        self.answers.put(None)
+
+
+@pytest.fixture
+def members() -> list[Any]:
+    meeting = threading.Barrier(2)
+    return [Scripted(number, meeting) for number in range(2)]
+
+
+def requests_of(prompts: int, samples: int, length: int = 5) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(f"{p}-{s}", [p + 1, 2, 3], length, 100 * p + s, (p, p * samples + s))
+        for p in range(prompts)
+        for s in range(samples)
+    ]
+
+
+def test_every_request_is_answered_once_and_by_its_own_seed(members: list[Any]) -> None:
+    requests = requests_of(4, 3)
+    responses = list(EngineGroup(members).generate(requests, PLAIN))
+    assert {r.request_id: r.token_ids for r in responses} == {r.request_id: [r.seed] for r in requests}
+    assert len(responses) == 12
+    prompts = [{name.split("-")[0] for name in member.seen} for member in members]
+    assert prompts == [{"0", "2"}, {"1", "3"}], "groups are whole"
+    assert [member.closed for member in members] == [1, 1]
+
+
+def test_a_session_takes_requests_while_it_is_read(members: list[Any]) -> None:
+    session = EngineGroup(members).session(PLAIN)
+    session.submit(requests_of(2, 1))
+    found = []
+    for response in session:
+        found.append(response.request_id)
+        if len(found) == 2:
+            session.submit([GenerateRequest("more", [9], 5, 1)])
+        if len(found) == 3:
+            session.close()
+    assert sorted(found) == ["0-0", "1-0", "more"]
+
+
+def test_a_consumer_that_stops_ends_what_is_left(members: list[Any]) -> None:
+    responses = EngineGroup(members).generate(requests_of(2, 2), PLAIN)
+    next(responses)
+    responses.close()
+    assert [member.closed for member in members] == [1, 1]
+
+
+def test_a_bad_request_is_refused_before_any_is_sent(members: list[Any]) -> None:
+    group = EngineGroup(members)
+    with pytest.raises(ValueError, match="request empty"):
+        group.generate([*requests_of(2, 1), GenerateRequest("empty", [], 5, 1)], PLAIN)
+    assert list(group.generate([], PLAIN)) == []
+    assert [member.seen for member in members] == [[], []]
+
+
+def test_an_error_of_one_member_is_the_groups(members: list[Any]) -> None:
+    members[1].fails_on = "1-1"
+    with pytest.raises(EngineError, match="the member failed"):
+        list(EngineGroup(members).generate(requests_of(2, 2), PLAIN))
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="the second did not start"):
+        EngineGroup(members).wait_ready()
+    assert time.monotonic() - began < 30, "the first still starts"
+
+
+@pytest.mark.parametrize("name", ["pause", "resume", "sleep", "wake", "shutdown", "abort"])
+def test_calls_reach_all_members_at_once(members: list[Any], name: str) -> None:
+    getattr(EngineGroup(members), name)(*([["a"]] if name == "abort" else []))
+    assert [member.calls for member in members] == [[name], [name]]
+
+
+def test_ranks_lie_end_to_end(members: list[Any]) -> None:
+    group = EngineGroup(members)
+    plans: Any = ["a", "b", "c", "d"]
+    assert group.attach(plans) == ["report of a", "report of b", "report of c", "report of d"]
+    assert [member.attached for member in members] == [["a", "b"], ["c", "d"]]
+    assert [device for _, device in group.places()] == ["0.0", "0.1", "1.0", "1.1"]
+    assert group.sync(4) == SyncReport(10 + 11, 1.5)
+    assert group.health() == EngineHealth(100, 6, 6, paused=False)
+
+
+def test_violations_of_all_members_are_told(members: list[Any]) -> None:
+    plans: Any = ["bad", "b", "c", "bad"]
+    with pytest.raises(WeightPlanError) as error:
+        EngineGroup(members).attach(plans)
+    assert error.value.violations == ["engine 0: 0 is bad", "engine 1: 1 is bad"]
+    with pytest.raises(WeightPlanError, match="3 plans for 4 engine ranks"):
+        EngineGroup(members).attach(plans[:3])
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "ranks", "engines", "expected"),
+    [(None, 1, 1, 16), (None, 2, 1, 8), (None, 2, 2, 4), (6, 2, 4, 3), (None, 4, 8, 1)],
+)
+def test_engines_divide_the_cores_of_their_host(
+    num_threads: int | None, ranks: int, engines: int, expected: int
+) -> None:
+    config = EngineConfig(num_threads=num_threads, tensor_parallel_size=ranks, data_parallel_size=engines)
+    settings = EngineSettings("model", config, "float32", 64, 1, "/tmp", engines_on_host=engines)
+    assert threads_per_rank(settings, cores=16) == expected
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineGroup]:
+    """Two real engines that alias one block of shared memory."""
+    directory = tmp_path_factory.mktemp("group")
+    model = _make_model("llama", directory)
+    config = EngineConfig(kv_cache_gib=0.05, data_parallel_size=2)
+    places = [EnginePlace(engines_on_host=2)] * 2
+    options = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "seed": 1, "log_dir": directory / "logs"}
+    started = start_engines(directory, config, places, **options)
+    assert isinstance(started, EngineGroup)
+    started.wait_ready()
+    params = started.describe_parameters()
+    weights = SharedWeights(params[0], "float32")
+    weights.load(model)
+    started.attach([weights.alias_plan()] * 2)
+    started.sync(0)
+    yield started
+    started.shutdown()
+    stop_ray()
+
+
+def drawn(responses: Iterator[GeneratedResponse]) -> dict[str, list[int]]:
+    found = {response.request_id: response.token_ids for response in responses}
+    assert found
+    return found
+
+
+@pytest.mark.slow
+def test_two_engines_draw_what_one_draws(group: EngineGroup) -> None:
+    requests = requests_of(5, 4, length=40)
+    alone = {r.request_id: r for r in group.members[0].generate(requests, PLAIN)}
+    together = {r.request_id: r for r in group.generate(requests, PLAIN)}
+    assert {n: r.token_ids for n, r in together.items()} == {n: r.token_ids for n, r in alone.items()}
+    for name, response in alone.items():
+        assert together[name].logprobs == pytest.approx(response.logprobs, abs=1e-5)
+        assert together[name].policy_version == 0
+    assert group.sync(1).bytes_moved == 0
+    assert [member.log_path.name for member in group.members] == ["engine-0.log", "engine-1.log"]
+    assert all(member.log_path.stat().st_size for member in group.members)
+
+
+@pytest.mark.slow
+def test_a_killed_member_is_replaced_and_draws_the_same(group: EngineGroup) -> None:
+    group.sync(3)
+    requests = requests_of(6, 2, length=200)
+    before = drawn(group.generate(requests, PLAIN))
+    pids = [member.health().pid for member in group.members]
+
+    def kill() -> None:
+        time.sleep(0.3)
+        os.kill(pids[1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    during = drawn(group.generate(requests, PLAIN))
+    thread.join()
+    after = drawn(group.generate(requests, PLAIN))
+    assert before == during == after
+    now = [member.health().pid for member in group.members]
+    assert now[0] == pids[0] and now[1] != pids[1]
+    assert group.health().policy_version == 3
