@@ -30,6 +30,7 @@ from megarl.rollout.engine import (
     WeightPlanError,
 )
 from megarl.rollout.vllm_build import EngineSettings, build_engine
+from megarl.rollout.vllm_death import end_with_lost_worker
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
@@ -186,6 +187,7 @@ class EngineActor:
                 if self._requests and not self._paused:
                     self._deliver([output for output in self._engine.step() if output.finished])
         except BaseException as error:
+            end_with_lost_worker(self._engine.model_executor, error)
             self._refuse_all(error)
 
     def _refuse_all(self, error: BaseException) -> None:
@@ -210,6 +212,7 @@ class EngineActor:
             try:
                 done.set_result(command())
             except BaseException as error:
+                end_with_lost_worker(self._engine.model_executor, error)
                 done.set_exception(error)
 
     def _attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
