@@ -14,13 +14,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import transformers
 
 from megarl.algorithms import engines
 from megarl.algorithms.engines import attach_weights, verify_weights
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.errors import UserError
 from megarl.models import load_architecture
-from megarl.rollout.engine import GenerateRequest, SamplingConfig
+from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.weights.checksum import RegionQuery
 from tests.processes import command_line
 from tests.trainer import ranks
@@ -53,21 +54,32 @@ def wrong(bench: Bench, layout: str) -> list[Any]:
     return world(LAYOUTS[layout][0]).run(ranks.wrong_checksums, bench.checksums())
 
 
-def worst_difference(bench: Bench, export: Path, dtype: torch.dtype) -> float:
-    """Largest difference between the engine's logprobs and Hugging Face's on ``export``."""
+def answers(bench: Bench) -> list[tuple[list[int], GeneratedResponse]]:
+    """Six prompts and what the engine makes of them."""
     prompts = {str(n): [(7 * n + k) % 250 for k in range(5 + n)] for n in range(6)}
     requests = [GenerateRequest(name, ids, 12, seed=1) for name, ids in prompts.items()]
-    model = MODELS[bench.family][1].from_pretrained(export).to(dtype).eval()  # type: ignore[attr-defined]
-    worst = 0.0
-    for response in bench.engine.generate(requests, SamplingConfig(1.0, (), True)):
-        prompt = prompts[response.request_id]
+    responses = bench.engine.generate(requests, SamplingConfig(1.0, (), True))
+    return [(prompts[response.request_id], response) for response in responses]
+
+
+def differences(
+    model: transformers.PreTrainedModel, found: list[tuple[list[int], GeneratedResponse]]
+) -> torch.Tensor:
+    """Hugging Face's logprobs of all response tokens less the engine's [tokens]."""
+    parts = []
+    for prompt, response in found:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + response.token_ids])).logits[0]
         expected = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
-        found = torch.tensor(response.logprobs)
         index = torch.tensor(response.token_ids)[:, None]
-        worst = max(worst, float((expected.gather(1, index)[:, 0] - found).abs().max()))
-    return worst
+        parts.append(expected.gather(1, index)[:, 0] - torch.tensor(response.logprobs))
+    return torch.cat(parts)
+
+
+def exported(bench: Bench, place: Path) -> transformers.PreTrainedModel:
+    """The exported model in float32."""
+    model: transformers.PreTrainedModel = MODELS[bench.family][1].from_pretrained(place).eval()  # type: ignore[attr-defined]
+    return model
 
 
 @pytest.mark.parametrize(
@@ -99,7 +111,7 @@ def test_ten_syncs_in_a_row_stay_exact(bench: Bench, layout: str) -> None:
             before = after
         done.result()
     assert len(moved) == 1 and moved != {0}
-    assert worst_difference(bench, place / "last", torch.float32) < TOLERANCE
+    assert differences(exported(bench, place / "last"), answers(bench)).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("transport", ["auto", "peer"])
@@ -114,8 +126,17 @@ def test_a_bfloat16_engine_gets_converted_weights(bench: Bench, transport: Any) 
     regions = bench.checksums()
     assert {query.dtype for query, _ in regions} == {"bfloat16"}
     assert moved == sum(2 * torch.Size(query.source.shape).numel() for query, _ in regions)
-    # Two implementations of bfloat16: they round at different places.
-    assert worst_difference(bench, bench.directory / "first", torch.bfloat16) < 0.15
+    # Two implementations of bfloat16 round at different places, and how far apart they are depends on the
+    # CPU's kernels. So both are held against float32 with the same, rounded, weights: the engine was 0.72 to
+    # 0.87 times as far from it as Hugging Face (root mean square over 72 tokens, eight seeds), at worst 0.47
+    # to 1.04 times.
+    found, model = answers(bench), exported(bench, bench.directory / "first").to(torch.bfloat16)
+    apart = differences(model, found)
+    engine = differences(model.float(), found)
+    peer = engine - apart
+    assert 0.01 < peer.square().mean().sqrt() < 0.1, "rounding shows, and no more than that"
+    assert engine.square().mean() < 1.25**2 * peer.square().mean()
+    assert engine.abs().max() < 2 * peer.abs().max()
 
 
 @pytest.mark.parametrize("bench", [("llama", 1, {})], indirect=True)
