@@ -159,6 +159,16 @@ def test_replay_over_many_microbatches_equals_one(model_dirs: dict[str, str], la
     assert_same(expected, world(2).run(router_ranks.train_routed, *arguments, 96, parallel=parallel)[0])
 
 
+def test_whole_sequences_balance_as_on_data_ranks(model_dirs: dict[str, str]) -> None:
+    """Context ranks with packs of their own, and replay: the balance loss too is as on data ranks."""
+    model, results = "qwen3-moe", []
+    for parallel, budget in (({}, 96), ({"context_parallel_size": 2, "context_split_from": 41}, 192)):
+        arguments = (model_dirs[model], make_steps(model), ROUTER[model], "off", budget)
+        results.append(world(2).run(router_ranks.train_routed, *arguments, parallel=parallel)[0])
+    assert results[0]["log"][0]["router_aux_loss"] > 1
+    assert_same(*results)
+
+
 def test_replay_with_shared_prefixes_equals_flat_packing(model_dirs: dict[str, str]) -> None:
     """Counts of choices differ, a shared prompt being computed once; all else is the same."""
     results = []

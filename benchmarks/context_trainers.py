@@ -1,0 +1,86 @@
+"""The trainer of benchmarks/context.py; benchmarks/trainers.py says how it is run."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.trainers import Stopwatch, Trainer, megarl_policy, run_trainer
+
+
+def turns(job: dict[str, Any]) -> dict[str, Any]:
+    """Steps on one batch with two context-parallel ranks, split_from null and set, turn by turn."""
+    from megarl.losses.sft import sft_loss
+    from megarl.records import Sequence
+    from megarl.trainer.megatron import context_attention
+    from megarl.trainer.megatron.initialize import finalize
+
+    policy, _ = megarl_policy(job, 99, context_parallel_size=2)
+    policy.packing = policy.packing.model_copy(update={"max_tokens_per_microbatch": job["budget"]})
+    sequences = [Sequence(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in job["sequences"]]
+    context, gathered = policy.context, 0
+    original = context_attention._gather
+
+    def count(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, group: Any) -> list[torch.Tensor]:
+        nonlocal gathered
+        whole = original(k, v, order, group)
+        gathered += sum(x.nbytes for x in whole) - k.nbytes - v.nbytes
+        return whole
+
+    found: dict[str, Any] = {name: {"seconds": [], "cpu_seconds": []} for name in job["split_from"]}
+    for repeat in range(job["repeats"] + 2):  # one to warm up, the last for the memory
+        for name, split_from in job["split_from"].items():
+            own, gathered = found[name], 0
+            parallel = context.parallel.model_copy(update={"context_split_from": split_from})
+            policy.context = replace(context, parallel=parallel)
+            batches = policy.prepare(sequences, "token")
+
+            def step(batches: list[Any] = batches) -> dict[str, float]:
+                return dict(policy.train_step(batches, sft_loss, temperature=1.0).metrics)
+
+            with patch.object(context_attention, "_gather", count):
+                if repeat == job["repeats"] + 1:
+                    own["peak_bytes"] = _peak_bytes(step)
+                    continue
+                watch = Stopwatch()
+                metrics = step()
+            took = watch.read()
+            if repeat:
+                for key, value in took.items():
+                    own[key].append(value)
+            own |= {"gathered_bytes": gathered, "microbatches": len(batches), "loss": metrics["loss"]}
+            own["padding"] = policy.num_computed_tokens - sum(map(len, job["sequences"]))
+            own["split"] = metrics.get("num_split_sequences", len(sequences))
+    finalize()
+    for own in found.values():
+        own |= {key: statistics.median(own[key]) for key in ("seconds", "cpu_seconds")}
+    return found
+
+
+def _peak_bytes(call: Callable[[], Any]) -> int:
+    """The most that torch's allocator held at once during the call, beside what was there before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        call()
+    assert profile.profiler is not None
+    kineto = profile.profiler.kineto_results
+    assert kineto is not None
+    current = peak = 0
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+TRAINERS: dict[str, Trainer] = {"turns": turns}
+
+if __name__ == "__main__":
+    run_trainer(TRAINERS, sys.argv[1:])
