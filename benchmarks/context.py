@@ -67,7 +67,6 @@ def main(argv: list[str]) -> None:
         f"context_{key}_vs_splitting_all": some[key] / every[key]
         for key in ("seconds", "cpu_seconds", "padding", "gathered_bytes", "peak_bytes", "microbatches")
     }
-    ratios["context_loss_difference"] = abs(some["loss"] - every["loss"])
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=2) + "\n")
     print(json.dumps(ratios, indent=2))

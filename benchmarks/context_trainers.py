@@ -50,11 +50,11 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
                     continue
                 watch = Stopwatch()
                 metrics = step()
-            took = watch.read()
+                took = watch.read()
             if repeat:
                 for key, value in took.items():
                     own[key].append(value)
-            own |= {"gathered_bytes": gathered, "microbatches": len(batches), "loss": metrics["loss"]}
+            own |= {"gathered_bytes": gathered, "microbatches": len(batches)}
             own["padding"] = policy.num_computed_tokens - sum(map(len, job["sequences"]))
             own["split"] = metrics.get("num_split_sequences", len(sequences))
     finalize()
