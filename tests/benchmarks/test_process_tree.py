@@ -9,16 +9,24 @@ import pytest
 
 from benchmarks.process_tree import run_measured
 
-# 300 MiB, which a forked child shares, and a daemon in a session of its own with 200 more.
+# 300 MiB, which a forked child shares, and a daemon in a session of its own with 200 more. On a busy machine
+# a daemon takes seconds to start: all wait for it. The sampler reads one process after the other, so the
+# child begins and ends while the daemon is not there; pages it shares could else count twice.
 PROGRAM = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 held = bytearray(os.urandom(1)) * (300 * 2**20)
-code = "import os, time; held = bytearray(os.urandom(1)) * (200 * 2**20); time.sleep(3)"
-subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-if os.fork() == 0:
-    time.sleep(3)
+child = os.fork()
+if child == 0:
+    time.sleep(120)
     os._exit(0)
-time.sleep(3)
+code = "import os, time; held = b'x' * (200 * 2**20); print('held', flush=True); time.sleep(120)"
+daemon = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+daemon.stdout.readline()
+time.sleep(5)
+daemon.kill()
+daemon.wait()
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
 """
 
 
