@@ -18,7 +18,7 @@ from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.table import Architecture
 from megarl.records import Sequence
-from megarl.trainer.policy import Policy, broadcast, from_first_rank
+from megarl.trainer.policy import Policy, from_first_rank
 
 _CHUNK = 64  # sequences per data-parallel rank between two looks at signals and the clock
 _SAVE_SECONDS = 60.0
@@ -60,8 +60,13 @@ class ReferenceLogprobs:
         """
         started = time.perf_counter()
         wanted = {sequence_digest(s): s for s in sequences}
-        kept = self._read() if self._run.is_first else {}
-        self._logps = broadcast({digest: kept[digest] for digest in wanted if digest in kept})
+        kept: dict[bytes, float] = {}  # on rank 0 all that is in the cache, for other runs too
+
+        def read_wanted() -> dict[bytes, float]:
+            kept.update(self._read())
+            return {digest: kept[digest] for digest in wanted if digest in kept}
+
+        self._logps = from_first_rank(read_wanted)
         read, missing = len(self._logps), [d for d in wanted if d not in self._logps]
         if missing:
             own = nullcontext() if self._is_own else self._policy.weights_of(self._path)

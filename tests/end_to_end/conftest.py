@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.harness import GRPO, ROOT, SFT, run, write_config
+from tests.end_to_end.harness import GRPO, SFT, make_model, run, write_config
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(workspace: Path) -> Path:
     """Two layers, hidden 64, a real tokenizer."""
-    path = workspace / "model"
-    sizes = {"layers": 2, "hidden": 64, "heads": 2, "kv-heads": 1, "head-dim": 32, "intermediate": 128}
-    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
-    return path
+    return make_model(workspace / "model")
 
 
 @pytest.fixture(scope="session")

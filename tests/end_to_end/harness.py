@@ -55,6 +55,24 @@ GRPO: dict[str, Any] = {
 }
 
 
+def make_model(path: Path, *, kv_heads: int = 1, intermediate: int = 128, num_experts: int = 0) -> Path:
+    """A model of two layers with a real tokenizer, hidden size 64, written to ``path``."""
+    sizes = {
+        "layers": 2,
+        "hidden": 64,
+        "heads": 2,
+        "kv-heads": kv_heads,
+        "head-dim": 32,
+        "intermediate": intermediate,
+    }
+    if num_experts:
+        sizes["experts"] = num_experts
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
+    return path
+
+
 def write_config(
     path: Path, base: dict[str, Any], *, run_dir: Path, model: Path, **sections: dict[str, Any]
 ) -> Path:

@@ -6,8 +6,6 @@ import asyncio
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,15 @@ import pytest
 from megarl.environments.math import MathEnvironment
 from megarl.records import Prompt
 from tests.end_to_end.conftest import FinishedRun
-from tests.end_to_end.harness import GRPO, ROOT, SFT, Command, read_lines, read_steps, write_config
+from tests.end_to_end.harness import (
+    GRPO,
+    SFT,
+    Command,
+    make_model,
+    read_lines,
+    read_steps,
+    write_config,
+)
 from tests.processes import command_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -70,12 +76,7 @@ def check_nothing_is_left(processes: list[psutil.Process], before: set[str]) -> 
 @pytest.fixture(scope="module")
 def two_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that an engine of two tensor ranks can hold: two key/value heads."""
-    path = tmp_path_factory.mktemp("two_heads") / "model"
-    sizes = {"layers": 2, "hidden": 64, "heads": 2, "kv-heads": 2, "head-dim": 32, "intermediate": 128}
-    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
-    return path
+    return make_model(tmp_path_factory.mktemp("two_heads") / "model", kv_heads=2)
 
 
 def start_sft(folder: Path, model: Path, *options: str) -> Command:

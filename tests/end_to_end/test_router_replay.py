@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.harness import GRPO, ROOT, Command, column, run, write_config
+from tests.end_to_end.harness import GRPO, Command, column, make_model, run, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -16,12 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 @pytest.fixture(scope="module")
 def experts(workspace: Path) -> Path:
     """As the tests' other model, with four experts in every layer."""
-    path = workspace / "experts"
-    sizes = {"layers": 2, "hidden": 64, "heads": 2, "kv-heads": 1, "head-dim": 32, "intermediate": 64}
-    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "tools/make_tiny_model.py", "--output", str(path), "--seed", "1", *options]
-    subprocess.run([*command, "--experts", "4"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=900)
-    return path
+    return make_model(workspace / "experts", intermediate=64, num_experts=4)
 
 
 def test_grpo_trains_on_the_engines_choices(workspace: Path, experts: Path) -> None:
