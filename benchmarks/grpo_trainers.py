@@ -51,8 +51,11 @@ class Clock:
         self.start()
 
 
-def run(config: GrpoConfig, options: dict[str, Any]) -> list[dict[str, float]]:
-    """Train for ``training.num_steps`` on the same problems, in order, with the same verifier."""
+def run(config: GrpoConfig, options: dict[str, Any], save_to: str | None) -> list[dict[str, float]]:
+    """Train for ``training.num_steps`` on the same problems, in order, with the same verifier.
+
+    The trained model is written to ``save_to``, where that is given, after the last step's clock has stopped.
+    """
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOTrainer
 
@@ -102,6 +105,8 @@ def run(config: GrpoConfig, options: dict[str, Any]) -> list[dict[str, float]]:
             callbacks=[Steps()],
         )
         trainer.train()
+        if save_to is not None:
+            trainer.save_model(save_to)
     return clock.steps
 
 
@@ -157,7 +162,7 @@ def main(job_file: Path, result_file: Path) -> None:
     """Run and write the steps."""
     job = json.loads(job_file.read_text())
     config = load_config(GrpoConfig, Path(job["config"]), [])
-    result_file.write_text(json.dumps(run(config, job["options"])))
+    result_file.write_text(json.dumps(run(config, job["options"], job["save_to"])))
 
 
 if __name__ == "__main__":
