@@ -133,9 +133,11 @@ def _notes(config: PlanConfig, spec: ModelSpec) -> list[str]:
         notes.append(f"the trainer has no {', '.join(lacking)} yet")
     wanted = {
         "pipeline_parallel_size": config.engine.pipeline_parallel_size > 1,
-        "data_parallel_size": config.engine.data_parallel_size > 1,
         "expert_parallel": config.engine.expert_parallel,
     }
-    if lacking := [name for name, want in wanted.items() if want and name not in EngineConfig.model_fields]:
+    lacking = [name for name, want in wanted.items() if want and name not in EngineConfig.model_fields]
+    if config.engine.data_parallel_size > 1:  # the field of a run has another meaning: whole engines
+        lacking.append("data_parallel_size that shares experts (a run's repeats whole engines)")
+    if lacking:
         notes.append(f"MegaRL's engines have no {', '.join(lacking)} yet")
     return notes

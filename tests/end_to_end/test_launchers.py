@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.end_to_end.conftest import FinishedRun
 from tests.end_to_end.harness import GRPO, ROOT, SFT, Command, column, read_steps, run, write_config
+from tests.processes import command_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -158,11 +160,43 @@ def test_ray_sft_on_two_nodes(tmp_path: Path, model: Path, sft_run: FinishedRun,
 def test_ray_grpo_on_two_nodes(
     tmp_path: Path, sft_run: FinishedRun, grpo_alone: list[list[float]], cluster: Any
 ) -> None:
-    """A rank per node; the engine is on rank 0's, whose memory it aliases."""
+    """A rank per node; the one engine is on rank 0's, whose memory it aliases."""
     cluster.add_node(num_cpus=1)
     config = grpo_config(tmp_path, sft_run.dir / "hf", num_processes=2)
     output = run("grpo", "--config", config, "launcher=ray", output=tmp_path / "log")
     assert "Ray: 2 ranks on 2 nodes" in output
     assert "parameters are the trainer's memory" in output
+    assert learned(tmp_path) == grpo_alone
+    assert all(step["weights_bytes_moved"] == 0 for step in read_steps(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_ray_grpo_with_an_engine_per_node(
+    tmp_path: Path, sft_run: FinishedRun, grpo_alone: list[list[float]], cluster: Any
+) -> None:
+    """A rank and an engine per node; three engines are refused before any starts."""
+    cluster.add_node(num_cpus=1)
+    config = grpo_config(tmp_path, sft_run.dir / "hf", num_processes=2)
+    size = "rollout.engine.data_parallel_size"
+    refused = Command("grpo", "--config", config, "launcher=ray", f"{size}=3", output=tmp_path / "refused")
+    assert refused.wait(300) == 2
+    assert refused.output.count(f"{size}: 3 engines cannot be dealt evenly to the 2 hosts") == 1, (
+        refused.output
+    )
+    assert not list((tmp_path / "run").glob("engine*.log"))
+
+    def engines() -> set[int]:
+        """The raylets whose engines run."""
+        family = psutil.Process().children(recursive=True)
+        return {process.ppid() for process in family if "EngineActor" in command_line(process)}
+
+    command = Command("grpo", "--config", config, "launcher=ray", f"{size}=2", output=tmp_path / "log")
+    try:
+        command.wait_until(lambda: read_steps(tmp_path / "run"))
+        assert len(engines()) == 2, "on a node each"
+        assert command.wait() == 0, command.output
+    finally:
+        command.kill()
+    assert "Ray: 2 ranks on 2 nodes" in command.output
     assert learned(tmp_path) == grpo_alone
     assert all(step["weights_bytes_moved"] == 0 for step in read_steps(tmp_path / "run"))

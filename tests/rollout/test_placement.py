@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import uuid
+from pathlib import Path
 
 import pytest
 import ray
 
-from megarl.cluster.ray_runtime import NODE_VARIABLE, beside_ranks, start_ray, stop_ray
+from megarl.cluster.ray_runtime import (
+    NODE_VARIABLE,
+    beside_ranks,
+    connect_ray,
+    start_ray,
+    stop_ray,
+    unlink_on_node,
+)
 from megarl.config.schema import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout import placement
@@ -98,3 +107,31 @@ def test_an_actor_sees_the_devices_it_was_placed_on() -> None:
         assert ray.get(actor.devices.remote(), timeout=120) == "2,3,0,1"
     finally:
         stop_ray()
+
+
+@pytest.mark.slow
+def test_another_node_runs_an_actor_and_removes_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    class Asks:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    segment = Path("/dev/shm") / f"psm_{uuid.uuid4().hex}"
+    try:
+        cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        connect_ray(1)
+        here = ray.get_runtime_context().get_node_id()
+        [there] = [node["NodeID"] for node in ray.nodes() if node["NodeID"] != here]
+        for node, options in ((here, beside_ranks()), (there, beside_ranks(there))):
+            actor = ray.remote(Asks).options(num_cpus=0, **options).remote()
+            assert ray.get(actor.node.remote(), timeout=120) == node
+        segment.touch()
+        unlink_on_node([segment.name, "psm_gone_already"], there)
+        assert not segment.exists()
+    finally:
+        stop_ray()
+        cluster.shutdown()
+        segment.unlink(missing_ok=True)
