@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 
 Row = dict[str, Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,25 @@ def peak_extra_bytes(entry: Implementation) -> int:
     Counts torch's allocator, as the profiler records it, in every thread and inside native ops.
     """
     arguments = entry.prepare()
+    _, sizes = allocations(lambda: entry.call(*arguments))
+    held = list(accumulate(sizes, initial=0))
+    return max(held) - max(held[-1], 0)
+
+
+def allocations(call: Callable[[], Result]) -> tuple[Result, list[int]]:
+    """What the call returns, and what it took of torch's allocator: bytes in order (given back: negative).
+
+    What it returns counts as taken. ``max(accumulate(sizes, initial=0))`` is the most it held at once.
+    """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
-        result = entry.call(*arguments)  # alive until the profile ends, so that it counts as left behind
+        result = call()  # alive until the profile ends
     assert profile.profiler is not None
     kineto = profile.profiler.kineto_results
     assert kineto is not None
     events = [event for event in kineto.events() if event.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    del result
-    return peak - max(current, 0)
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def seconds_of(rows: list[Row], op: str, case: str, pass_name: str) -> dict[str, float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from benchmarks.common import allocations
 from benchmarks.trainers import Stopwatch, Trainer, megarl_policy, run_trainer
 
 
@@ -46,7 +47,7 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
 
             with patch.object(context_attention, "_gather", count):
                 if repeat == job["repeats"] + 1:
-                    own["peak_bytes"] = _peak_bytes(step)
+                    own["peak_bytes"] = max(accumulate(allocations(step)[1], initial=0))
                     continue
                 watch = Stopwatch()
                 metrics = step()
@@ -61,23 +62,6 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
     for own in found.values():
         own |= {key: statistics.median(own[key]) for key in ("seconds", "cpu_seconds")}
     return found
-
-
-def _peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that torch's allocator held at once during the call, beside what was there before it."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        call()
-    assert profile.profiler is not None
-    kineto = profile.profiler.kineto_results
-    assert kineto is not None
-    current = peak = 0
-    events = [event for event in kineto.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak
 
 
 TRAINERS: dict[str, Trainer] = {"turns": turns}

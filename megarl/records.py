@@ -188,6 +188,11 @@ class PackedBatch:
     token_share: float = 1.0  # of the step's tokens, padding left out on both sides
     split: bool = True  # over the context-parallel ranks; False: this rank's own, whole sequences
 
+    @property
+    def is_dummy(self) -> bool:
+        """Whether it has no sequence: it stands in where a rank has fewer microbatches than others."""
+        return self.lengths is not None and not bool(self.lengths.any())
+
 
 @dataclass(slots=True)
 class StepMetrics:

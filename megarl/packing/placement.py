@@ -111,27 +111,18 @@ def _part(
     elif layout.context > 1:
         multiple *= 2 * layout.context
     chosen, origins, prefix_of = [sequences[i] for i in numbers], numbers, None
-    microbatch_group_size = layout.pipeline if layout.virtual > 1 else 1
+    within: dict[str, int] = {
+        "max_tokens": max_tokens,
+        "num_ranks": num_ranks,
+        "pad_to_multiple": multiple,
+        "microbatch_group_size": layout.pipeline if layout.virtual > 1 else 1,
+    }
     if limits.group_size == 1 and limits.share_prefixes:
         shared = share_prefixes(chosen, max_tokens=max_tokens, pad_to_multiple=multiple)
         chosen, prefix_of = shared.sequences, shared.prefix_of
         origins = [numbers[i] for i in shared.origins]
-        plan = plan_units(
-            shared,
-            max_tokens=max_tokens,
-            num_ranks=num_ranks,
-            pad_to_multiple=multiple,
-            costs=costs,
-            microbatch_group_size=microbatch_group_size,
-        )
+        plan = plan_units(shared, costs=costs, **within)
     else:
-        plan = plan_groups(
-            [len(s.token_ids) for s in chosen],
-            group_size=limits.group_size,
-            max_tokens=max_tokens,
-            num_ranks=num_ranks,
-            pad_to_multiple=multiple,
-            costs=costs,
-            microbatch_group_size=microbatch_group_size,
-        )
+        lengths = [len(s.token_ids) for s in chosen]
+        plan = plan_groups(lengths, group_size=limits.group_size, costs=costs, **within)
     return Part(split, chosen, origins, prefix_of, plan, rank, multiple, cp_rank, cp_size)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.common import allocations
 from megarl.losses.sft import sft_loss
 from megarl.packing.context_parallel import zigzag_indices
 from megarl.records import Sequence
@@ -45,23 +46,12 @@ def long_step(context: Any, model_dir: str, longest: int) -> dict[str, Any]:
     policy.train_step(policy.prepare(small, "token"), sft_loss, temperature=1.0)  # the optimizer's state
     batches = policy.prepare(sequences, "token")
     assert len(batches) == 1
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        result = policy.train_step(batches, sft_loss, temperature=1.0)
-    assert profile.profiler is not None
-    kineto = profile.profiler.kineto_results
-    assert kineto is not None
-    events = [event for event in kineto.events() if event.name() == "[memory]"]
-    current = peak = largest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak, largest = max(peak, current), max(largest, event.nbytes())
+    result, sizes = allocations(lambda: policy.train_step(batches, sft_loss, temperature=1.0))
     return {
         "metrics": result.metrics,
         "tokens": batches[0].token_ids.shape[0],
-        "peak_bytes": peak,
-        "largest_tensor": largest,
+        "peak_bytes": max(accumulate(sizes, initial=0)),
+        "largest_tensor": max(sizes),
     }
 
 

@@ -15,7 +15,7 @@ from megarl.models import load_architecture
 from tests.trainer import lora_ranks, ranks
 from tests.trainer.world import world
 from tests.weights.test_engine_matrix import TOLERANCE, Bench
-from tests.weights.test_engine_sync import answers, differences, exported
+from tests.weights.test_engine_sync import worst_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -30,11 +30,6 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     yield bench
     bench.engine.shutdown()
     stop_ray()
-
-
-def worst_difference(bench: Bench, export: Path) -> float:
-    """Largest difference between the engine's logprobs and Hugging Face's on ``export``."""
-    return float(differences(exported(bench, export), answers(bench)).abs().max())
 
 
 @pytest.mark.parametrize(

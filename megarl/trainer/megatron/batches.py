@@ -84,8 +84,7 @@ def count_placed(context: RankContext, batches: list[PackedBatch], *, counts: bo
         return {}
     found = {True: 0, False: 0}
     for batch in batches if counts else []:
-        dummy = batch.lengths is not None and not batch.lengths.any()
-        if not dummy and not (batch.split and context.at.context > 0):
+        if not batch.is_dummy and not (batch.split and context.at.context > 0):
             found[batch.split] += len(batch.sequence_ids.unique())
     ranks = gather(found)
     return {

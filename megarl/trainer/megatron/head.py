@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -108,6 +109,11 @@ def label_logprobs(
     )
 
 
+def sharing_group(batch: PackedBatch, layout: ParallelLayout) -> dist.ProcessGroup | None:
+    """The ranks that have parts of this microbatch's sequences; None where this rank has them whole."""
+    return parallel_state.get_context_parallel_group() if batch.split and layout.context > 1 else None
+
+
 def loss_tokens(
     batch: PackedBatch, rows: torch.Tensor, out: TokenLogprobs, layout: ParallelLayout
 ) -> LossTokens:
@@ -116,8 +122,6 @@ def loss_tokens(
     # Of all tokens, not of those with a loss: then context-parallel ranks agree on the slots. A shared
     # prefix, which has no targets, counts to the slot of its first branch.
     ids, slots = torch.unique_consecutive(batch.sequence_ids, return_inverse=True)
-    is_dummy = batch.lengths is not None and not batch.lengths.any()
-    shared = batch.split and layout.context > 1
 
     def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[rows]
@@ -136,6 +140,6 @@ def loss_tokens(
         nll_weights=of_rows(batch.nll_weights),
         slots=slots[rows],
         num_slots=len(ids),
-        slot_ids=torch.full_like(ids, -1) if is_dummy else ids,
-        cp_group=parallel_state.get_context_parallel_group() if shared else None,
+        slot_ids=torch.full_like(ids, -1) if batch.is_dummy else ids,
+        cp_group=sharing_group(batch, layout),
     )

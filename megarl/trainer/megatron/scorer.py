@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megarl.config.router import RouterConfig
@@ -18,7 +17,7 @@ from megarl.losses.scores import ScoreLoss, ScoreTokens
 from megarl.models.score import SCORE, initial_score, score_architecture
 from megarl.models.table import Architecture
 from megarl.records import PackedBatch, Sequence
-from megarl.trainer.megatron.head import Sampler
+from megarl.trainer.megatron.head import Sampler, sharing_group
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.policy import MegatronPolicy
 from megarl.trainer.policy import gather
@@ -122,8 +121,6 @@ class MegatronScorer(MegatronPolicy):
         assert batch.loss_weights is not None
         assert batch.lengths is not None
 
-        shared = batch.split and self.context.layout.context > 1
-
         def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values[rows]
 
@@ -134,8 +131,8 @@ class MegatronScorer(MegatronPolicy):
             returns=of_rows(batch.returns),
             slots=slots[rows],
             num_slots=len(ids),
-            slot_ids=ids if bool(batch.lengths.any()) else torch.full_like(ids, -1),
-            cp_group=parallel_state.get_context_parallel_group() if shared else None,
+            slot_ids=torch.full_like(ids, -1) if batch.is_dummy else ids,
+            cp_group=sharing_group(batch, self.context.layout),
         )
         result: LossResult = use(batch, rows, tokens)
         return result.loss, no_tokens, result
