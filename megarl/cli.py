@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from megarl import __version__
 from megarl.errors import ToldByRankZeroError, UserError
+from megarl.jobs import JOBS, Job
 
 if TYPE_CHECKING:
     from megarl.config.derived import AnyConfig
@@ -22,12 +23,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = "Post-train language models on Megatron-Core and vLLM."
 _EXAMPLES = """\
 examples:
-  megarl sft --config configs/quickstart_sft.yaml
-  megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20
-  megarl grpo --config configs/quickstart_grpo.yaml --dry-run
-  megarl dpo --config configs/quickstart_dpo.yaml algorithm.loss=simpo
-  megarl rm --config configs/quickstart_rm.yaml
-  megarl eval --config configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf
+{jobs}
   megarl convert hf-to-megatron models/SmolLM2-135M-Instruct checkpoints/smollm2 --verify
   megarl plan --config configs/plan_qwen3_30b_a3b.yaml --gpus 32
   megarl data inspect configs/quickstart_sft.yaml -n 5
@@ -35,15 +31,6 @@ examples:
   megarl doctor
 
 Every setting is described in docs/configuration.md. Starting a command again resumes its run."""
-_JOB_HELP = {
-    "sft": "supervised fine-tuning on demonstrations",
-    "dpo": "training on preference pairs (DPO, IPO, KTO, SimPO, ORPO)",
-    "rm": "training of a reward model on preference pairs (Bradley-Terry)",
-    "grpo": "reinforcement learning with verifiable rewards (GRPO)",
-    "ppo": "the same with a critic (PPO)",
-    "distill": "on-policy distillation from a larger teacher",
-    "eval": "accuracy, pass@k and cons@k of a checkpoint on held-out problems or a benchmark",
-}
 _JOB_EPILOG = """\
 overrides:
   Any setting of the file can be set as section.key=value; lists and mappings are written as YAML:
@@ -93,18 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
+    examples = "\n".join(f"  megarl {job.name} --config {job.example}" for job in JOBS.values())
     parser = argparse.ArgumentParser(
-        prog="megarl", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw, allow_abbrev=False
+        prog="megarl",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES.format(jobs=examples),
+        formatter_class=raw,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"megarl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    jobs = {}
-    for job, text in _JOB_HELP.items():
-        jobs[job] = command = commands.add_parser(
-            job,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=_JOB_EPILOG.format(job=job),
+    with_overrides = {}
+    for job in JOBS.values():
+        with_overrides[job.name] = command = commands.add_parser(
+            job.name,
+            help=job.help,
+            description=job.help[0].upper() + job.help[1:] + ".",
+            epilog=_JOB_EPILOG.format(job=job.name),
             formatter_class=raw,
             allow_abbrev=False,
         )
@@ -126,21 +118,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     from megarl.simulate.cli import add_arguments as add_plan_arguments
 
     text = "memory and weight transfers of a model on GPUs that need not exist"
-    jobs["plan"] = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
-    add_plan_arguments(jobs["plan"])
+    with_overrides["plan"] = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
+    add_plan_arguments(with_overrides["plan"])
     text = "what the data of a run look like, as the run will see them"
-    jobs["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
-    _add_data_arguments(jobs["data"])
+    with_overrides["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
+    _add_data_arguments(with_overrides["data"])
     commands.add_parser(
         "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
     )
 
     options, rest = parser.parse_known_args(arguments)
     # argparse takes one block of positional arguments; overrides may stand on both sides of an option.
-    strangers = [text for text in rest if text.startswith("-")] if options.command in jobs else rest
+    strangers = [text for text in rest if text.startswith("-")] if options.command in with_overrides else rest
     if strangers:
-        jobs.get(options.command, parser).error(f"unrecognized arguments: {' '.join(strangers)}")
-    if options.command in jobs:
+        with_overrides.get(options.command, parser).error(f"unrecognized arguments: {' '.join(strangers)}")
+    if options.command in with_overrides:
         options.overrides += rest
     return options
 
@@ -153,27 +145,29 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument("-n", type=int, default=3, metavar="N", help="examples to show (default 3)")
     command.add_argument("--split", choices=["train", "held_out"], default="train", help="default: train")
     command.add_argument(
-        "--for", dest="job", choices=list(_JOB_HELP), help="command it is for; default: told by its sections"
+        "--for", dest="job", choices=list(JOBS), help="command it is for; default: told by its sections"
     )
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
 
 
 def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from megarl.config.load import load_config
-    from megarl.config.schema import EvalConfig
-    from megarl.config.suggest import COMMANDS
     from megarl.launch import adopt_slurm, run_ranks, run_ranks_on_ray, world_size
 
+    job = JOBS[options.command]
     adopt_slurm(os.environ)
     started = world_size(os.environ)
     try:
-        config: AnyConfig = load_config(
-            COMMANDS[options.command],
+        config = load_config(
+            job.root(),
             options.config,
             options.overrides,
-            num_processes=None if options.command == "eval" else started,
+            num_processes=started if job.trains else None,
         )
-        _check_layout(config)
+        if job.trains:
+            from megarl.models.feasible import check_training
+
+            check_training(config)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same; the first of each machine says it
@@ -182,68 +176,18 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if _rank() == 0:
             print(_resolved(config), end="")
         return 0
-    if not isinstance(config, EvalConfig) and started is None:
+    if job.trains and started is None:
         count, ranks_path = config.parallel.num_processes, Path(config.run.dir) / "ranks"
         if config.launcher == "ray":
             return run_ranks_on_ray(count, arguments, ranks_path)
         if count > 1:
             return run_ranks(count, arguments, ranks_path)
-    _call_loop(config)
+    _call_loop(job, config)
     return 0
 
 
-def _check_layout(config: AnyConfig) -> None:
-    """Refuse what cannot be trained, or not under this layout, before a process starts."""
-    from megarl.config.schema import EvalConfig, GrpoConfig, OnlineConfig
-    from megarl.models import load_architecture
-    from megarl.models.feasible import check_engine, check_layout, check_router
-    from megarl.models.lora import check_lora
-
-    if not isinstance(config, EvalConfig):
-        architecture = load_architecture(config.model.path)
-        check_layout(architecture, config.parallel)
-        replay = isinstance(config, GrpoConfig) and config.rollout.router_replay
-        check_router(architecture, config.router, replay=replay)
-        check_lora(architecture, config.lora)
-        if isinstance(config, OnlineConfig):
-            check_engine(architecture, config.rollout.engine)
-
-
-def _call_loop(config: AnyConfig) -> None:
-    from megarl.config.distill import DistillConfig
-    from megarl.config.ppo import PpoConfig
-    from megarl.config.preference import DpoConfig, RmConfig
-    from megarl.config.schema import GrpoConfig, SftConfig
-
-    match config:
-        case SftConfig():
-            from megarl.algorithms.sft import run_sft
-
-            run_sft(config)
-        case DpoConfig():
-            from megarl.algorithms.dpo import run_dpo
-
-            run_dpo(config)
-        case RmConfig():
-            from megarl.algorithms.rm import run_rm
-
-            run_rm(config)
-        case DistillConfig():
-            from megarl.algorithms.distill import run_distill
-
-            run_distill(config)
-        case PpoConfig():
-            from megarl.algorithms.ppo import run_ppo
-
-            run_ppo(config)
-        case GrpoConfig():
-            from megarl.algorithms.grpo import run_grpo
-
-            run_grpo(config)
-        case _:
-            from megarl.algorithms.evaluate import run_eval
-
-            run_eval(config)
+def _call_loop(job: Job, config: AnyConfig) -> None:
+    job.loop()(config)
 
 
 def _resolved(config: AnyConfig) -> str:

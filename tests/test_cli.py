@@ -149,16 +149,16 @@ def test_start_up_time(folder: Path, arguments: list[str]) -> None:
 
 def test_loop_gets_the_configuration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     got = []
-    monkeypatch.setattr(cli, "_call_loop", got.append)
+    monkeypatch.setattr(cli, "_call_loop", lambda job, config: got.append((job.name, config)))
     assert cli.main(["grpo", "--config", "c.yaml", "run.seed=5"]) == 0
-    assert got == [load_config(GrpoConfig, "c.yaml", ["run.seed=5"])]
+    assert got == [("grpo", load_config(GrpoConfig, "c.yaml", ["run.seed=5"]))]
 
 
 def test_exit_codes_of_the_loop(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def loop(error: BaseException) -> None:
-        def run(_config: object) -> None:
+        def run(_job: object, _config: object) -> None:
             raise error
 
         monkeypatch.setattr(cli, "_call_loop", run)
@@ -186,7 +186,7 @@ def test_several_processes_are_started_here_only_without_a_launcher(
 ) -> None:
     started, called = [], []
     monkeypatch.setattr("megarl.launch.run_ranks", lambda *arguments: started.append(arguments) or 7)
-    monkeypatch.setattr(cli, "_call_loop", called.append)
+    monkeypatch.setattr(cli, "_call_loop", lambda _, config: called.append(config))
     arguments = ["grpo", "--config", "c.yaml", "parallel.num_processes=2"]
     assert cli.main(arguments) == 7
     assert started == [(2, arguments, Path("runs/x/ranks"))]

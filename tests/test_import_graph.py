@@ -33,7 +33,7 @@ FORBIDDEN = {
 # From the bottom up: a module imports from its own layer or from a lower one.
 LAYERS = [
     ("megarl", "megarl.errors"),
-    ("megarl.records", "megarl.layout", "megarl.config", "megarl.rundir"),
+    ("megarl.records", "megarl.layout", "megarl.jobs", "megarl.config", "megarl.rundir"),
     ("megarl._C", "megarl.ops", "megarl.platform"),
     (
         *("megarl.advantages", "megarl.cluster", "megarl.data", "megarl.environments", "megarl.losses"),

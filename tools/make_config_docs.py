@@ -14,8 +14,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megarl.config.introspect import describe_field, sections_of, tag_field, tag_of
-from megarl.config.schema import Section
-from megarl.config.suggest import ROOTS
+from megarl.config.section import Section
+from megarl.jobs import roots
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -54,7 +54,7 @@ def render() -> str:
     """The whole page."""
     parts = [INTRODUCTION]
     described: dict[type[Section], str] = {}
-    for command, root in ROOTS.items():
+    for command, root in roots().items():
         parts.append(f"## megarl {command}\n\n{_sentence(root)}\n")
         parts += _render_sections(root, command, described)
     return "\n".join(parts)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megarl.algorithms.engines import attach_weights, start_engine
+from megarl.algorithms.examples import load_problems
 from megarl.algorithms.model import read_model
 from megarl.algorithms.rollouts import Rollouts, sample_row
 from megarl.config.derived import is_megatron_checkpoint
 from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.schema import EvalConfig, ParallelConfig
-from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset, load_prompts
+from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
 from megarl.data.tokenizer import stop_token_ids
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.errors import UserError
@@ -144,10 +145,7 @@ def run_eval(config: EvalConfig) -> None:
         directory.open(config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True))
         config = _with_hugging_face_model(config, directory.path, console)
         architecture, tokenizer, longest = read_model(config)
-        max_new_tokens = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
-        held_out = load_prompts(
-            config.data, tokenizer, max_prompt_tokens=longest - max_new_tokens, split="held_out"
-        )
+        held_out = load_problems(config, tokenizer, longest, "held_out")
         for line in (line for report in held_out.reports for line in report.lines()):
             console.note(line)
         problems = pick_problems(held_out, config.evaluation, console)
@@ -187,7 +185,7 @@ def run_eval(config: EvalConfig) -> None:
             problems,
             config.evaluation,
             step=0,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=config.longest_response,
             seed=config.run.seed,
             console=console,
         )

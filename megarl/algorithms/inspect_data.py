@@ -13,14 +13,9 @@ from rich.text import Text
 
 from megarl.algorithms.model import read_model
 from megarl.config.load import load_config
-from megarl.config.preference import DpoConfig, RmConfig
-from megarl.config.schema import EvalConfig, GrpoConfig, SftConfig
-from megarl.config.suggest import COMMANDS
 from megarl.data.order import order_of
-from megarl.data.preference import load_pairs
-from megarl.data.prompts import load_prompts
-from megarl.data.sft import load_demonstrations
 from megarl.errors import UserError
+from megarl.jobs import JOBS, Job
 from megarl.records import Pair, Prompt, Sequence
 
 if TYPE_CHECKING:
@@ -36,16 +31,17 @@ def run(options: argparse.Namespace) -> int:
     """Show what ``options`` ask for; the exit code."""
     if options.n < 0:
         raise UserError(f"-n: expected a whole number >= 0 (got {options.n})")
-    job, config = _read_config(options)
+    jobs, config = _read_config(options)
     _, tokenizer, longest = read_model(config)
     split = options.split
     if getattr(config.data, split) is None:
         raise UserError(f"data.{split}: missing, so there is nothing to show")
-    data = _load(config, tokenizer, longest, split)
+    data = jobs[0].data.loader()(config, tokenizer, longest, split)
     console = Console(highlight=False, soft_wrap=True)
     shuffle = split == "train" and bool(getattr(config.data, "shuffle", False))
     indices = order_of(data, shuffle, config.run.seed).batch(0, options.n)
-    console.print(f"megarl {job}, data.{split}: {len(data)} {_NOUNS[job]}; {_legend(console)}")
+    names = " or ".join(job.name for job in jobs)
+    console.print(f"megarl {names}, data.{split}: {len(data)} {jobs[0].data.noun}; {_legend(console)}")
     for index in indices:
         for title, sequence, note in _views(data[index], index):
             lengths = f"{len(sequence.token_ids)} tokens, {sum(sequence.loss_mask)} learned"
@@ -59,41 +55,31 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-_NOUNS = {"sft": "sequences", "dpo": "pairs", "rm": "pairs", "grpo": "problems", "eval": "problems"}
-
-
 def _legend(console: Console) -> Text | str:
     if console.color_system is None:
         return "what is learned stands between [[ and ]]"
     return Text.assemble("what is learned is ", ("green", _LEARNED))
 
 
-def _read_config(options: argparse.Namespace) -> tuple[str, AnyConfig]:
-    """The configuration, as that of the command it is for: the first under which nothing is wrong."""
-    if options.job is not None:
-        return options.job, load_config(COMMANDS[options.job], options.config, options.overrides)
-    failures = {}
-    for job, kind in COMMANDS.items():
+def _read_config(options: argparse.Namespace) -> tuple[list[Job], AnyConfig]:
+    """The configuration, and the jobs that accept it: they read the same data."""
+    candidates = list(JOBS.values()) if options.job is None else [JOBS[options.job]]
+    accepted, failures = {}, {}
+    for job in candidates:
         try:
-            return job, load_config(kind, options.config, options.overrides)
+            accepted[job.name] = load_config(
+                job.root(), options.config, options.overrides, check_weights=False
+            )
         except UserError as error:
-            failures[job] = error
-    nearest = min(failures, key=lambda job: len(str(failures[job]).splitlines()))
+            failures[job.name] = error
+    if accepted:
+        return [JOBS[name] for name in accepted], next(iter(accepted.values()))
+    nearest = min(failures, key=lambda name: len(str(failures[name]).splitlines()))
+    if options.job is not None:
+        raise failures[nearest]
     raise UserError(
         f"{failures[nearest]}\n(read as a configuration of megarl {nearest}; --for names another)"
     )
-
-
-def _load(config: AnyConfig, tokenizer: PreTrainedTokenizerBase, longest: int, split: Any) -> Any:
-    match config:
-        case SftConfig():
-            return load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split=split)
-        case DpoConfig() | RmConfig():
-            return load_pairs(config.data, tokenizer, max_sequence_length=longest, split=split)
-        case GrpoConfig() | EvalConfig():
-            room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
-            return load_prompts(config.data, tokenizer, max_prompt_tokens=room, split=split)
-    raise AssertionError(config)
 
 
 def _views(example: Sequence | Pair | Prompt, index: int) -> Iterator[tuple[str, Sequence, str]]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megarl.algorithms.collect import Collector
 from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
 from megarl.algorithms.evaluate import evaluate, pick_problems
+from megarl.algorithms.examples import load_problems, load_splits
 from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.online_report import (
     describe_overlap,
@@ -34,7 +35,7 @@ from megarl.algorithms.run import Run
 from megarl.config.derived import OnlineRoot, evaluates, needs_reference, num_optimizer_steps
 from megarl.config.distill import DistillConfig
 from megarl.config.schema import GrpoConfig
-from megarl.data.prompts import PromptDataset, load_prompts
+from megarl.data.prompts import PromptDataset
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.losses.agreement import Agreement
 from megarl.metrics.timers import PHASES
@@ -78,18 +79,10 @@ class Learner(Protocol):
 MakeLearner = Callable[[Any, Run, Policy], Learner]
 
 
-def run_online(
-    config: OnlineRoot, kind: Literal["grpo", "ppo", "distill"], make_learner: MakeLearner
-) -> None:
+def run_online(config: OnlineRoot, kind: str, make_learner: MakeLearner) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
-    room = longest - max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
-    train = load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="train")
-    held_out = (
-        load_prompts(config.data, tokenizer, max_prompt_tokens=room, split="held_out")
-        if config.data.held_out is not None
-        else None
-    )
+    train, held_out = load_splits(load_problems, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     check_offload(config.weights)
     from megarl.trainer.megatron.policy import MegatronPolicy

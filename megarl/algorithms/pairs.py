@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
-
 from megarl.algorithms.run import Run
 from megarl.config.preference import DpoConfig, RmConfig
-from megarl.data.preference import Pairs, load_pairs
 from megarl.records import PackedBatch, Sequence
 
 HEADLINES = ("loss", "reward_accuracy", "reward_margin")
 """Of the last step, they stand in summary.json."""
-
-
-def load_both(
-    config: DpoConfig | RmConfig, tokenizer: PreTrainedTokenizerBase, longest: int
-) -> tuple[Pairs, Pairs | None]:
-    """Training and, where there are any, held-out pairs of at most ``longest`` tokens a sequence."""
-    train = load_pairs(config.data, tokenizer, max_sequence_length=longest, split="train")
-    if config.data.held_out is None:
-        return train, None
-    return train, load_pairs(config.data, tokenizer, max_sequence_length=longest, split="held_out")
 
 
 def validates(config: DpoConfig | RmConfig, step: int) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megarl.algorithms.examples import load_preference_pairs, load_splits
 from megarl.algorithms.model import describe_model, read_model
-from megarl.algorithms.pairs import HEADLINES, load_both, train_metrics, validates, validation_metrics
+from megarl.algorithms.pairs import HEADLINES, train_metrics, validates, validation_metrics
 from megarl.algorithms.run import Run
 from megarl.config.preference import RmConfig
 from megarl.data.order import held_out_rows, order_of
@@ -22,7 +23,7 @@ from megarl.trainer.megatron.initialize import finalize, initialize
 def run_rm(config: RmConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
-    train, held_out = load_both(config, tokenizer, longest)
+    train, held_out = load_splits(load_preference_pairs, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     from megarl.trainer.megatron.scorer import MegatronScorer
 

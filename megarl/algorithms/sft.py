@@ -6,11 +6,11 @@ demonstrations -> batch -> packing -> forward/backward -> optimizer. Each step c
 
 from __future__ import annotations
 
+from megarl.algorithms.examples import load_sequences, load_splits
 from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.run import Run
 from megarl.config.schema import SftConfig
 from megarl.data.order import held_out_rows, order_of
-from megarl.data.sft import load_demonstrations
 from megarl.losses.sft import sft_loss
 from megarl.trainer.megatron.initialize import finalize, initialize
 
@@ -18,12 +18,7 @@ from megarl.trainer.megatron.initialize import finalize, initialize
 def run_sft(config: SftConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
-    train = load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="train")
-    held_out = (
-        load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split="held_out")
-        if config.data.held_out is not None
-        else None
-    )
+    train, held_out = load_splits(load_sequences, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     from megarl.trainer.megatron.policy import MegatronPolicy
 

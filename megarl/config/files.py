@@ -20,13 +20,16 @@ _MODEL_PATH = ("model", "path")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def find_file_violations(config: Section) -> list[Violation]:
-    """What is missing or does not fit on disk; sections that failed the schema are left out."""
+def find_file_violations(config: Section, *, weights: bool = True) -> list[Violation]:
+    """What is missing or does not fit on disk; sections that failed the schema are left out.
+
+    Without ``weights`` model.path needs config.json and a tokenizer alone, and no other model is looked for.
+    """
     return [
         *_run_directory(getattr(config, "run", None)),
         *_data_files(getattr(config, "data", None)),
-        *_model(config),
-        *_other_models(config),
+        *_model(config, weights),
+        *(_other_models(config) if weights else ()),
     ]
 
 
@@ -48,7 +51,7 @@ def _data_files(data: Any) -> Violations:
                 yield Violation((*path, "path"), f"the file is empty (got {file!r})")
 
 
-def _model(config: Section) -> Violations:
+def _model(config: Section, weights: bool) -> Violations:
     path = getattr(getattr(config, "model", None), "path", None)
     if path is None:
         return
@@ -61,7 +64,7 @@ def _model(config: Section) -> Violations:
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         missing.append("a tokenizer (tokenizer.json)")
-    missing += _missing_weights(directory)
+    missing += _missing_weights(directory) if weights else []
     if missing:
         yield Violation(_MODEL_PATH, f"the directory lacks {', '.join(missing)} (got {path!r})")
     if "config.json" in missing:

@@ -45,6 +45,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     check_files: bool = True,
+    check_weights: bool = True,
     num_processes: int | None = None,
 ) -> _Config:
     """Read ``path``, apply ``overrides`` ("optimizer.lr=1e-5"), and check everything.
@@ -55,13 +56,15 @@ def load_config(
         overrides: dotted key=value pairs, later ones win. Where the schema wants a string the value is
             taken as it stands (quotes allow YAML escapes), elsewhere it is YAML.
         check_files: also check what the configuration names on disk, relative to the current directory.
+        check_weights: among them the weights of its models, and models beside model.path.
         num_processes: trainer ranks when a launcher has already decided (WORLD_SIZE); replaces
             parallel.num_processes.
 
     Raises:
         UserError: one line per violation: "field.path: what is wrong (got value) [file:line]".
     """
-    return _Loading(kind, FilePath(path), check_files).load(overrides, num_processes)
+    loading = _Loading(kind, FilePath(path), check_files, check_weights)
+    return loading.load(overrides, num_processes)
 
 
 def dump_config(config: Section) -> str:
@@ -72,10 +75,10 @@ def dump_config(config: Section) -> str:
 class _Loading:
     """One call of load_config: the raw data as it grows, and what was found wrong."""
 
-    def __init__(self, kind: type[Any], path: FilePath, check_files: bool) -> None:
+    def __init__(self, kind: type[Any], path: FilePath, check_files: bool, check_weights: bool) -> None:
         self.kind = kind
         self.path = path
-        self.check_files = check_files
+        self.check_files, self.check_weights = check_files, check_weights
         self.data: dict[str, Any] = {}
         self.origins = Origins(str(path))
         self.violations: list[Violation] = []
@@ -175,7 +178,7 @@ class _Loading:
             config = _build_partial(self.kind, self.data, failed, ())
         self.violations += find_violations(config, partial=partial)
         if self.check_files:
-            self.violations += find_file_violations(config)
+            self.violations += find_file_violations(config, weights=self.check_weights)
         return config
 
     def translate(self, detail: ErrorDetails) -> Violation:

@@ -241,6 +241,11 @@ class OnlineConfig(TrainingRoot):
     weights: WeightsConfig = WeightsConfig()
     training: OnlineTrainingConfig
 
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response, of training or of an evaluation."""
+        return max(self.rollout.max_new_tokens, self.evaluation.max_new_tokens or 0)
+
 
 class GrpoConfig(OnlineConfig):
     """Root of `megarl grpo`."""
@@ -256,3 +261,8 @@ class EvalConfig(Section):
     data: EvalDataConfig
     rollout: GenerationConfig
     evaluation: EvaluationSizeConfig = EvaluationSizeConfig()
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response."""
+        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens

@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from megarl.config.distill import DistillConfig
 from megarl.config.introspect import Path, dotted, sections_of, tag_of, walk
-from megarl.config.plan import PlanConfig
-from megarl.config.ppo import PpoConfig
-from megarl.config.preference import DpoConfig, RmConfig
-from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
-
-COMMANDS: dict[
-    str, type[SftConfig | DpoConfig | RmConfig | GrpoConfig | PpoConfig | DistillConfig | EvalConfig]
-] = {
-    "sft": SftConfig,
-    "dpo": DpoConfig,
-    "rm": RmConfig,
-    "grpo": GrpoConfig,
-    "ppo": PpoConfig,
-    "distill": DistillConfig,
-    "eval": EvalConfig,
-}
-"""Commands that run something."""
-ROOTS: dict[str, type[Section]] = {**COMMANDS, "plan": PlanConfig}
-"""Every command with a configuration."""
+from megarl.config.section import Section
+from megarl.jobs import roots
 
 REPLACED = {
     "reasoning_gym_mixture": "use a mixture of reasoning_gym sources, each with its own curriculum",
@@ -75,5 +57,5 @@ def _other_source(root: type[Section], path: Path) -> str | None:
 def _other_commands(root: type[Section], path: Path) -> list[str]:
     """The commands whose configuration has exactly this key."""
     return [
-        name for name, kind in ROOTS.items() if kind is not root and any(p == path for p, _ in walk(kind))
+        name for name, kind in roots().items() if kind is not root and any(p == path for p, _ in walk(kind))
     ]

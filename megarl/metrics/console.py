@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, TextIO
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -26,6 +25,7 @@ from rich.progress import (
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
+from megarl.jobs import JOBS, Column
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.records import StepMetrics
 
@@ -36,85 +36,6 @@ _PLAIN_PROGRESS_SECONDS = 30.0  # in a log, a long phase reports this often
 _DIFFERENCE_LIMITS = (DIFFERENCE_LIMITS["float32"], DIFFERENCE_LIMITS["bfloat16"])
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One column of the step line: the first metric of ``sources`` (name -> title) that the step has."""
-
-    sources: Mapping[str, str]
-    form: Literal["count", "fixed", "percent", "scientific", "thousands", "seconds"]
-    width: int
-
-
-_STEP = _Column({"step": "step"}, "count", 6)
-_COMMON = (
-    _Column({"grad_norm": "grad norm"}, "fixed", 9),
-    _Column({"lr": "lr"}, "scientific", 7),
-)
-_SPEED = (
-    _Column({"tokens_per_second": "tok/s"}, "thousands", 9),
-    _Column({"seconds": "seconds"}, "seconds", 7),
-)
-COLUMNS: Mapping[str, tuple[_Column, ...]] = {
-    "grpo": (
-        _STEP,
-        _Column({"reward_mean": "reward"}, "fixed", 7),
-        _Column({"accuracy": "accuracy"}, "percent", 8),
-        _Column({"kl_ref": "kl ref", "kl_policy": "kl old"}, "scientific", 8),
-        _Column({"logprob_abs_diff_max": "logp diff"}, "scientific", 9),
-        *_COMMON,
-        _Column({"response_length_mean": "length"}, "fixed", 7),
-        *_SPEED,
-    ),
-    "ppo": (
-        _STEP,
-        _Column({"reward_mean": "reward"}, "fixed", 7),
-        _Column({"accuracy": "accuracy"}, "percent", 8),
-        _Column({"explained_variance": "expl. var"}, "fixed", 9),
-        _Column({"value_loss": "value loss"}, "scientific", 10),
-        _Column({"logprob_abs_diff_max": "logp diff"}, "scientific", 9),
-        *_COMMON,
-        _Column({"response_length_mean": "length"}, "fixed", 7),
-        *_SPEED,
-    ),
-    "distill": (
-        _STEP,
-        _Column({"loss": "divergence"}, "scientific", 10),
-        _Column({"reward_mean": "reward"}, "fixed", 7),
-        _Column({"accuracy": "accuracy"}, "percent", 8),
-        _Column({"logprob_abs_diff_max": "logp diff"}, "scientific", 9),
-        *_COMMON,
-        _Column({"response_length_mean": "length"}, "fixed", 7),
-        *_SPEED,
-    ),
-    "sft": (
-        _STEP,
-        _Column({"loss": "loss"}, "fixed", 8),
-        _Column({"validation_loss": "validation"}, "fixed", 10),
-        *_COMMON,
-        *_SPEED,
-    ),
-    "dpo": (
-        _STEP,
-        _Column({"loss": "loss"}, "fixed", 8),
-        _Column({"reward_accuracy": "accuracy"}, "percent", 8),
-        _Column({"reward_margin": "margin"}, "fixed", 8),
-        _Column({"validation_loss": "validation"}, "fixed", 10),
-        _Column({"validation_accuracy": "val. acc."}, "percent", 9),
-        *_COMMON,
-        *_SPEED,
-    ),
-    "rm": (
-        _STEP,
-        _Column({"loss": "loss"}, "fixed", 8),
-        _Column({"reward_accuracy": "accuracy"}, "percent", 8),
-        _Column({"reward_margin": "margin"}, "fixed", 8),
-        _Column({"validation_loss": "validation"}, "fixed", 10),
-        _Column({"validation_accuracy": "val. acc."}, "percent", 9),
-        *_COMMON,
-        *_SPEED,
-    ),
-    "eval": (_STEP, _Column({"accuracy": "accuracy"}, "percent", 8)),
-}
 _GAP = "  "
 
 
@@ -122,13 +43,13 @@ class Console:
     """Prints a run's progress. With ``enabled=False`` (all ranks but 0) every method is silent.
 
     Args:
-        kind: which columns a step has.
+        kind: the job, which says what columns a step has.
         enabled: whether this rank prints.
         stream: where to; None is standard output.
     """
 
     def __init__(self, kind: str, *, enabled: bool = True, stream: TextIO | None = None) -> None:
-        self._columns = COLUMNS[kind]
+        self._columns = JOBS[kind].columns
         self._enabled = enabled
         self._stream = sys.stdout if stream is None else stream
         self._rich: RichConsole | None = None
@@ -239,7 +160,7 @@ def _new_progress(console: RichConsole) -> Progress:
     )
 
 
-def _format(value: float, column: _Column) -> str:
+def _format(value: float, column: Column) -> str:
     if not math.isfinite(value):
         return str(value)
     match column.form:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megarl.config.yaml_text import parse_yaml
 from megarl.errors import UserError
+from megarl.jobs import job_with_sections
 from megarl.metrics.summary import merge_steps, summarize
 from megarl.rundir import read_metrics, to_json
 
@@ -33,15 +34,12 @@ class SampleSelection:
     num_steps: int
 
 
-_ONLINE_KINDS = {"critic": "ppo", "teacher": "distill"}
-
-
 @dataclass(frozen=True, slots=True)
 class RunData:
     """A run as the report shows it."""
 
     name: str
-    kind: str  # the command: grpo, dpo, ...
+    kind: str  # the job: grpo, dpo, ...; run where its configuration is missing
     is_online: bool  # whether it learns from its own samples
     steps: list[dict[str, Any]]  # merged metrics lines, ascending
     chart_steps: list[dict[str, Any]]  # those that are drawn
@@ -70,7 +68,7 @@ def read_run(run_dir: Path) -> RunData:
     planned = config.get("training", {}).get("num_steps", 0)
     return RunData(
         name=str(config.get("run", {}).get("dir") or run_dir.resolve().name).removeprefix("runs/"),
-        kind=_kind(config, is_online),
+        kind=job_with_sections(config).name if config else "run",
         is_online=is_online,
         steps=steps,
         chart_steps=_thin(steps),
@@ -81,15 +79,6 @@ def read_run(run_dir: Path) -> RunData:
         finished=bool(written) and bool(steps) and steps[-1]["step"] >= planned,
         samples=_select_samples(run_dir / "samples"),
     )
-
-
-def _kind(config: Mapping[str, Any], is_online: bool) -> str:
-    """The command, by a section or setting that only its configuration has."""
-    if is_online:
-        return next((kind for section, kind in _ONLINE_KINDS.items() if section in config), "grpo")
-    if "center_coef" in config.get("algorithm", {}):
-        return "rm"
-    return "dpo" if "reference" in config else "sft"
 
 
 def chart_columns(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

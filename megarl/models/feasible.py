@@ -8,13 +8,26 @@ from collections.abc import Iterator
 
 from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
-from megarl.config.schema import EngineConfig
+from megarl.config.schema import EngineConfig, OnlineConfig, TrainingRoot
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
+from megarl.models import load_architecture
+from megarl.models.lora import check_lora
 from megarl.models.splits import division_problems
 from megarl.models.table import Architecture
 
 _NUM_NEAREST = 3
+
+
+def check_training(config: TrainingRoot) -> None:
+    """Refuse, with a UserError, a model that cannot be trained as ``config`` asks."""
+    architecture = load_architecture(config.model.path)
+    check_layout(architecture, config.parallel)
+    replay = isinstance(config, OnlineConfig) and config.rollout.router_replay
+    check_router(architecture, config.router, replay=replay)
+    check_lora(architecture, config.lora)
+    if isinstance(config, OnlineConfig):
+        check_engine(architecture, config.rollout.engine)
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megarl.config.introspect import sections_of, walk
-from megarl.config.suggest import ROOTS
+from megarl.jobs import roots
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ def test_page_is_up_to_date() -> None:
 
 def test_page_names_every_setting() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
-    for root in ROOTS.values():
+    for root in roots().values():
         for path, field in walk(root):
             assert f"`{path[-1]}`" in page, path
             assert field.description or sections_of(field.annotation), path

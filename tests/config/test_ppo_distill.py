@@ -10,14 +10,14 @@ import pytest
 from megarl.config.derived import num_optimizer_steps
 from megarl.config.load import load_config
 from megarl.config.ppo import PpoConfig
-from megarl.config.suggest import COMMANDS
 from megarl.errors import UserError
+from megarl.jobs import JOBS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def load(kind: str, *overrides: str) -> Any:
-    return load_config(COMMANDS[kind], CONFIGS / f"quickstart_{kind}.yaml", overrides, check_files=False)
+    return load_config(JOBS[kind].root(), CONFIGS / f"quickstart_{kind}.yaml", overrides, check_files=False)
 
 
 BROKEN = [

@@ -11,7 +11,7 @@ import pytest
 from megarl.config.load import dump_config, load_config
 from megarl.config.plan import PlanConfig
 from megarl.config.schema import GrpoConfig, TrainingRoot
-from megarl.config.suggest import ROOTS
+from megarl.jobs import roots
 from megarl.models import load_architecture
 from megarl.models.feasible import engine_problems, layout_problems
 from megarl.simulate.run import _notes, simulate
@@ -23,7 +23,7 @@ QUICK = ("grpo_qwen3_8b_8xh100",)
 
 def load(file: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingRoot:
     monkeypatch.chdir(FOLDER.parents[1])  # their models are relative to the repository
-    config = load_config(ROOTS[file.stem.split("_")[0]], file, check_files=False)
+    config = load_config(roots()[file.stem.split("_")[0]], file, check_files=False)
     assert isinstance(config, TrainingRoot)
     return config
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.cli import main
+from megarl.jobs import JOBS
 from tests.end_to_end.harness import GRPO, SFT, write_config
 
 pytestmark = pytest.mark.timeout(1800)
@@ -33,7 +36,7 @@ def test_every_kind_of_data(tmp_path: Path, model: Path, capsys: pytest.CaptureF
 
     config = write_config(tmp_path / "grpo.yaml", GRPO, run_dir=tmp_path / "run", model=model)
     out = shown(capsys, config, "--split", "held_out", "-n", "2")
-    assert "megarl grpo, data.held_out: 64 problems" in out
+    assert "megarl grpo or ppo, data.held_out: 64 problems" in out
     assert out.count("reference answer: '") == 2
     assert "dropped: none; bad rows: none" in out
 
@@ -57,3 +60,54 @@ def test_colour_and_what_is_refused(
     assert "data.held_out: missing" in capsys.readouterr().err
     assert main(["data", "inspect", str(config), "optimizer.lr=x"]) == 2
     assert "(read as a configuration of megarl sft; --for names another)" in capsys.readouterr().err
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+ROWS = {  # the data that users bring themselves
+    "math_train": {"prompt": "1 + 1 =", "answer": "2"},
+    "math_test": {"prompt": "2 + 2 =", "answer": "4"},
+    "sft_train": {"prompt": "1 + 1 =", "response": " 2"},
+    "sft_test": {"prompt": "2 + 2 =", "response": " 4"},
+    "pairs": {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"},
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a user may stand: the shipped configurations, their data, and a tokenizer without weights."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "data").mkdir()
+    for name, row in ROWS.items():
+        (folder / "data" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    guide = (ROOT / "docs" / "guides" / "environments.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (folder / "word_count.py").write_text(code)
+    shutil.copytree(model, folder / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors*"))
+    sizes = json.loads((folder / "tokenizer" / "config.json").read_text())
+    (folder / "tokenizer" / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 65536}))
+    return folder
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_configuration(
+    file: Path, checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(checkout)
+    monkeypatch.syspath_prepend(checkout)
+    [kind] = {*JOBS, "plan"} & set(file.stem.split("_")) - ({"sft", "dpo"} if "plan" in file.stem else set())
+    arguments = [str(file.relative_to(ROOT)), "-n", "1", "model.path=tokenizer"]
+    if kind == "plan":
+        assert main(["data", "inspect", *arguments]) == 2
+        assert "it is a setting of megarl plan" in capsys.readouterr().err
+        return
+    if kind == "eval":
+        arguments += ["--split", "held_out"]
+    out = shown(capsys, *arguments)
+    [names, noun] = re.findall(r"^megarl ([a-z or]+), data\.\w+: \d+ (\w+);", out)[0]
+    assert kind in names.split(" or ")
+    assert noun == JOBS[kind].data.noun
+    examples = {"sequences": "sequence ", "pairs": "pair ", "problems": "problem "}
+    assert re.search(rf"^-* ?{examples[noun]}\d+", out, re.MULTILINE), out
+    assert "the run's longest sequence is" in out

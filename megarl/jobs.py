@@ -1,0 +1,206 @@
+"""The jobs of `megarl`: one record each, read by everything that must know which jobs there are.
+
+The command line, suggestions, the console, the report, `megarl data inspect` and docs/configuration.md read
+:data:`JOBS`. Roots and loops are named by import path and imported when they are asked for: the command line
+lists all jobs and loads the configuration of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the step line: the first metric of ``sources`` (name -> title) that the step has."""
+
+    sources: Mapping[str, str]
+    form: Literal["count", "fixed", "percent", "scientific", "thousands", "seconds"]
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a job reads.
+
+    ``noun`` names several of its examples. ``load`` is the import path of a function (config, tokenizer,
+    longest sequence in tokens, split) -> data set (:mod:`megarl.algorithms.examples`).
+    """
+
+    noun: str
+    load: str
+
+    def loader(self) -> Any:
+        """The function itself."""
+        return import_path(self.load)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What `megarl NAME --config FILE` runs.
+
+    ``config`` is the import path of the configuration's root, ``run`` that of the loop, which takes it.
+    ``help`` is a phrase for the command line, ``example`` what may follow --config there. Without ``trains``
+    it starts no trainer ranks, and its model need not be trainable.
+    """
+
+    name: str
+    help: str
+    config: str
+    run: str
+    data: Data
+    columns: tuple[Column, ...]
+    example: str
+    trains: bool = True
+
+    def root(self) -> Any:
+        """The class of its configuration."""
+        return import_path(self.config)
+
+    def loop(self) -> Any:
+        """The function that runs it."""
+        return import_path(self.run)
+
+
+def import_path(path: str) -> Any:
+    """The object called "package.module:name"."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+SEQUENCES = Data("sequences", "megarl.algorithms.examples:load_sequences")
+PAIRS = Data("pairs", "megarl.algorithms.examples:load_preference_pairs")
+PROBLEMS = Data("problems", "megarl.algorithms.examples:load_problems")
+
+_STEP = Column({"step": "step"}, "count", 6)
+_LOSS = Column({"loss": "loss"}, "fixed", 8)
+_REWARD = Column({"reward_mean": "reward"}, "fixed", 7)
+_ACCURACY = Column({"accuracy": "accuracy"}, "percent", 8)
+_MISMATCH = Column({"logprob_abs_diff_max": "logp diff"}, "scientific", 9)
+_LENGTH = Column({"response_length_mean": "length"}, "fixed", 7)
+_VALIDATION = Column({"validation_loss": "validation"}, "fixed", 10)
+_OPTIMIZER = (Column({"grad_norm": "grad norm"}, "fixed", 9), Column({"lr": "lr"}, "scientific", 7))
+_SPEED = (
+    Column({"tokens_per_second": "tok/s"}, "thousands", 9),
+    Column({"seconds": "seconds"}, "seconds", 7),
+)
+_ONLINE_TAIL = (_MISMATCH, *_OPTIMIZER, _LENGTH, *_SPEED)
+_PAIRS_TAIL = (
+    Column({"reward_accuracy": "accuracy"}, "percent", 8),
+    Column({"reward_margin": "margin"}, "fixed", 8),
+    _VALIDATION,
+    Column({"validation_accuracy": "val. acc."}, "percent", 9),
+    *_OPTIMIZER,
+    *_SPEED,
+)
+
+_ALL = (
+    Job(
+        "sft",
+        "supervised fine-tuning on demonstrations",
+        config="megarl.config.schema:SftConfig",
+        run="megarl.algorithms.sft:run_sft",
+        data=SEQUENCES,
+        columns=(_STEP, _LOSS, _VALIDATION, *_OPTIMIZER, *_SPEED),
+        example="configs/quickstart_sft.yaml",
+    ),
+    Job(
+        "dpo",
+        "training on preference pairs (DPO, IPO, KTO, SimPO, ORPO)",
+        config="megarl.config.preference:DpoConfig",
+        run="megarl.algorithms.dpo:run_dpo",
+        data=PAIRS,
+        columns=(_STEP, _LOSS, *_PAIRS_TAIL),
+        example="configs/quickstart_dpo.yaml algorithm.loss=simpo",
+    ),
+    Job(
+        "rm",
+        "training of a reward model on preference pairs (Bradley-Terry)",
+        config="megarl.config.preference:RmConfig",
+        run="megarl.algorithms.rm:run_rm",
+        data=PAIRS,
+        columns=(_STEP, _LOSS, *_PAIRS_TAIL),
+        example="configs/quickstart_rm.yaml",
+    ),
+    Job(
+        "grpo",
+        "reinforcement learning with verifiable rewards (GRPO)",
+        config="megarl.config.schema:GrpoConfig",
+        run="megarl.algorithms.grpo:run_grpo",
+        data=PROBLEMS,
+        columns=(
+            _STEP,
+            _REWARD,
+            _ACCURACY,
+            Column({"kl_ref": "kl ref", "kl_policy": "kl old"}, "scientific", 8),
+            *_ONLINE_TAIL,
+        ),
+        example="configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20",
+    ),
+    Job(
+        "ppo",
+        "the same with a critic (PPO)",
+        config="megarl.config.ppo:PpoConfig",
+        run="megarl.algorithms.ppo:run_ppo",
+        data=PROBLEMS,
+        columns=(
+            _STEP,
+            _REWARD,
+            _ACCURACY,
+            Column({"explained_variance": "expl. var"}, "fixed", 9),
+            Column({"value_loss": "value loss"}, "scientific", 10),
+            *_ONLINE_TAIL,
+        ),
+        example="configs/quickstart_ppo.yaml critic.warmup_steps=5",
+    ),
+    Job(
+        "distill",
+        "on-policy distillation from a larger teacher",
+        config="megarl.config.distill:DistillConfig",
+        run="megarl.algorithms.distill:run_distill",
+        data=PROBLEMS,
+        columns=(
+            _STEP,
+            Column({"loss": "divergence"}, "scientific", 10),
+            _REWARD,
+            _ACCURACY,
+            *_ONLINE_TAIL,
+        ),
+        example="configs/quickstart_distill.yaml --dry-run",
+    ),
+    Job(
+        "eval",
+        "accuracy, pass@k and cons@k of a checkpoint on held-out problems or a benchmark",
+        config="megarl.config.schema:EvalConfig",
+        run="megarl.algorithms.evaluate:run_eval",
+        data=PROBLEMS,
+        columns=(_STEP, _ACCURACY),
+        example="configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf",
+        trains=False,
+    ),
+)
+
+JOBS: dict[str, Job] = {job.name: job for job in _ALL}
+"""Every job by its name, in the order in which they are listed."""
+
+_OTHER_ROOTS = {"plan": "megarl.config.plan:PlanConfig"}
+
+
+def roots() -> dict[str, Any]:
+    """The root of every command that reads a configuration: the jobs' and `megarl plan`'s."""
+    return {job.name: job.root() for job in JOBS.values()} | {
+        name: import_path(path) for name, path in _OTHER_ROOTS.items()
+    }
+
+
+def job_with_sections(names: Collection[str]) -> Job:
+    """The job whose configuration has these sections: fewest unknown to it, then fewest missing."""
+
+    def strangeness(job: Job) -> tuple[int, int]:
+        fields = job.root().model_fields.keys()
+        return len(set(names) - fields), len(fields - set(names))
+
+    return min(JOBS.values(), key=strangeness)
