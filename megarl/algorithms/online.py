@@ -44,7 +44,15 @@ from megarl.records import Group, Prompt
 from megarl.rollout.engine_group import Engines
 from megarl.rollout.placement import TrainerPlace, this_rank
 from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank, gather, on_first_rank
+from megarl.trainer.policy import (
+    Policy,
+    Trained,
+    barrier,
+    broadcast,
+    from_first_rank,
+    gather,
+    on_first_rank,
+)
 from megarl.weights.plan import Owner
 
 
@@ -292,7 +300,7 @@ class OnlineLoop:
             self.learner.trained.sleep([part for part in parts if part != "kv_cache"])
         elif "kv_cache" in parts and self.engine is not None:
             self.engine.sleep()
-        broadcast(None)  # no rank takes memory that another has not given up yet
+        barrier()  # no rank takes memory that another has not given up yet
         if side == "trainer":
             self.learner.trained.wake()
         elif "kv_cache" in parts and self.engine is not None:

@@ -56,6 +56,12 @@ def current() -> Platform:
     return _installed
 
 
+def synchronize() -> None:
+    """Wait until what this process has launched on its device is done."""
+    if current().name == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process so far: device memory on CUDA, resident memory on a CPU."""
     if current().name == "cuda":

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 
+from megarl import platform
 from megarl.errors import ToldByRankZeroError, UserError
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import Aggregation, Loss
@@ -155,7 +156,7 @@ class Policy(Trained, Protocol):
         ...
 
     def weight_owners(self, transport: Transport = "auto") -> list[Owner]:
-        """What every rank offers to engines, on rank 0 (elsewhere empty).
+        """What every rank offers to engines, on rank 0 (elsewhere empty); complete on every rank's device.
 
         Until the process ends its parameters must stay where they are; ``transport`` is weights.transport.
         With LoRA what is offered is a copy of the adapted layers with the adapters merged in.
@@ -165,7 +166,8 @@ class Policy(Trained, Protocol):
     def publish_weights(self) -> None:
         """Bring what was offered to engines up to date, before every hand-over and while they rest.
 
-        With LoRA adapters are merged. Otherwise there is nothing to do: engines read the parameters.
+        When it returns, on any rank, the weights are complete on every rank's device: engines may read them.
+        With LoRA adapters are merged; without it nothing is written, since engines read the parameters.
         """
         ...
 
@@ -226,6 +228,21 @@ def on_first_rank(make: Callable[[], Result]) -> Result | None:
     kept: list[Result] = []
     from_first_rank(lambda: kept.append(make()))
     return kept[0] if kept else None
+
+
+def barrier() -> None:
+    """Return when every rank has called it. A broadcast's source need not wait for the others."""
+    gather(None)
+
+
+def wait_for_devices() -> None:
+    """Return when all that every rank has launched on its device is done.
+
+    Between ranks alone the order of their streams would do. An engine is another process: it sees device
+    memory as it is, and reads that of every rank.
+    """
+    platform.synchronize()
+    barrier()
 
 
 def broadcast(value: Any) -> Any:

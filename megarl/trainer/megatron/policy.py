@@ -40,7 +40,14 @@ from megarl.trainer.megatron.reference import FrozenCopy
 from megarl.trainer.megatron.routers import Routers
 from megarl.trainer.megatron.sleep import Sleeper
 from megarl.trainer.megatron.weights import TrainerWeights, gather_tensors
-from megarl.trainer.policy import LogprobField, PendingSave, TrainStepResult, Transport, gather
+from megarl.trainer.policy import (
+    LogprobField,
+    PendingSave,
+    TrainStepResult,
+    Transport,
+    gather,
+    wait_for_devices,
+)
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.hf import load_hf
 from megarl.weights.plan import Owner
@@ -331,13 +338,16 @@ class MegatronPolicy:
         self._finish_param_gather()
         if self.lora is not None:
             self.lora.publish()
-        return self.weights.owners(transport)
+        owners = self.weights.owners(transport)
+        wait_for_devices()
+        return owners
 
     def publish_weights(self) -> None:
         """See Policy."""
+        self._finish_param_gather()
         if self.lora is not None:
-            self._finish_param_gather()
             self.lora.refresh()
+        wait_for_devices()
 
     def weight_checksums(self, queries: list[RegionQuery]) -> dict[int, int]:
         """See Policy."""
@@ -346,7 +356,6 @@ class MegatronPolicy:
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Policy."""
-        self._finish_param_gather()
         self.publish_weights()
         return self.weights.hf_tensors()
 

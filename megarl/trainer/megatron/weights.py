@@ -35,10 +35,13 @@ class TrainerWeights:
         self._context, self._architecture = context, architecture
         self._params, self._regions = params, regions
         self._server: PieceServer | None = None
+        self._offered: Owner | None = None
 
     def owners(self, transport: Transport) -> list[Owner]:
         """See Policy.weight_owners. A server is started where an engine may have to ask for weights."""
-        mine = share_parameters(self._params, self._regions)
+        if self._offered is None:  # a GPU's memory has another handle each time it is asked for one
+            self._offered = share_parameters(self._params, self._regions)
+        mine = self._offered
         several_hosts = len(set(gather(mine.host))) > 1
         if self._server is None and (transport == "peer" or (transport == "auto" and several_hosts)):
             device = next(iter(self._params.values())).device
@@ -49,9 +52,9 @@ class TrainerWeights:
 
     def checksums(self, queries: Sequence[RegionQuery]) -> dict[int, int]:
         """See Policy.weight_checksums."""
-        owner = share_parameters(self._params, [])
+        assert self._offered is not None, "queries are about what was offered"
         storages = storages_of(self._params)
-        number_of = {storage: number for number, storage in enumerate(owner.storages)}
+        number_of = {storage: number for number, storage in enumerate(self._offered.storages)}
         sums = {}
         for place, query in enumerate(queries):
             number = query.source.storage if query.rank == self._context.rank else None
