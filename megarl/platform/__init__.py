@@ -1,12 +1,14 @@
 """Where the trainer runs: CUDA + NCCL, or a CPU + gloo. The only package that knows the difference.
 
 ``install()`` is called once per trainer process, before megatron.core is imported, and says which
-platform it chose. Importing this package changes nothing.
+platform it chose. Importing this package changes nothing. cuda.py has what only a GPU needs, cpu.py what
+only a CPU needs, megatron.py what both need of megatron-core.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,23 +33,27 @@ def chosen_name() -> Literal["cuda", "cpu"]:
 
 
 def install() -> Platform:
-    """Choose the platform and, on a CPU, map the torch.cuda entry points megatron-core uses.
+    """Choose the platform and fit torch and megatron-core to it; imports megatron.core.
 
     A second call returns the first one's answer.
     """
     global _installed
     if _installed is not None:
         return _installed
-    if chosen_name() == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        _installed = Platform("cuda", device, "nccl")
-    else:
-        from megarl.platform import cpu
+    assert "megatron.core" not in sys.modules, "platform.install() must come before importing megatron.core"
+    from megarl.platform import cpu, cuda, megatron
 
-        cpu.install()
-        _installed = Platform("cpu", torch.device("cpu"), "gloo")
-    return _installed
+    if chosen_name() == "cuda":
+        chosen = Platform("cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "nccl")
+        cuda.install(chosen.device)
+        megatron.install()
+    else:
+        chosen = Platform("cpu", torch.device("cpu"), "gloo")
+        cpu.map_torch()
+        megatron.install()
+        cpu.map_megatron()
+    _installed = chosen
+    return chosen
 
 
 def current() -> Platform:

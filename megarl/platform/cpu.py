@@ -1,26 +1,23 @@
 """megatron-core on a CPU: every mapping of a torch.cuda entry point, in this one file.
 
-megatron-core 0.16.1 asks torch.cuda for the current device, streams, events and RNG state, and
-creates a few tensors with ``device="cuda"``. On a CPU each of these has an exact equivalent (the CPU
-device, program order, the CPU generator) or is meaningless (pinning, stream waits). megatron-core
-itself stays as it is on disk.
+megatron-core asks torch.cuda for the current device, streams, events and RNG state, and creates a few
+tensors with ``device="cuda"``. On a CPU each of these has an exact equivalent (the CPU device, program
+order, the CPU generator) or is meaningless (pinning, stream waits). megatron-core itself stays as it is
+on disk. A GPU needs nothing of this file: what both platforms need is in megatron.py.
 
-``install()`` has two parts: what must stand before megatron.core is imported (its modules bind some
-names at import), and the names inside megatron.core that only exist for CUDA.
+:func:`map_torch` comes before megatron.core is imported (its modules bind some names at import),
+:func:`map_megatron` after: the names inside it that only exist for CUDA, and what gloo cannot do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import queue
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-
-from megarl.platform.checkpoint_writer import write_in_process
 
 _CPU = torch.device("cpu")
 
@@ -74,14 +71,14 @@ class _Event:
         return True
 
 
-def install() -> None:
+def map_torch() -> None:
     """Map torch.cuda for megatron-core. Called by :func:`megarl.platform.install`, once."""
-    assert "megatron.core" not in sys.modules, "platform.install() must come before importing megatron.core"
+    for package in ("transformer_engine", "apex"):  # where they are installed, megatron-core would take them
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     _map_torch_cuda()
     _map_tensor_methods()
     for name in _FACTORIES:
         setattr(torch, name, _without_cuda(getattr(torch, name)))
-    _map_megatron()
 
 
 def _map_torch_cuda() -> None:
@@ -152,9 +149,8 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     return create
 
 
-def _map_megatron() -> None:
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
-    import megatron.core.optimizer.distrib_optimizer as distributed
+def map_megatron() -> None:
+    """Have Megatron's random states be the CPU generator's, and gloo do what NCCL does."""
     import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -163,21 +159,13 @@ def _map_megatron() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random.CudaRNGStatesTracker.fork = _fork_rng
-    if not hasattr(moe_utils, "te_general_gemm"):  # read without Transformer Engine: a NameError in 0.16.1
-        moe_utils.te_general_gemm = None
     dispatcher.maybe_move_tensor_to_cpu = moe_utils.maybe_move_tensor_to_cpu = _to_numpy_if_asked
     mappings._gather_along_first_dim = _gather_uneven(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = _scatter_uneven(mappings._reduce_scatter_along_first_dim)
-    filesystem._get_write_results_queue = _results_queue
-    filesystem.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_in_process)
-    optimizer = distributed.DistributedOptimizer
-    optimizer._set_main_param_and_optimizer_states = _with_own_step(
-        optimizer._set_main_param_and_optimizer_states
-    )
 
 
 def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Gloo gathers equal parts only: where sizes are given, all are padded to the largest."""
+    """Gloo gathers equal parts only (NCCL any): where sizes are given, all are padded to the largest."""
 
     @functools.wraps(gather)
     def gather_along(
@@ -216,23 +204,6 @@ def _scatter_uneven(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch
     return scatter_along
 
 
-def _with_own_step(set_states: Callable[..., None]) -> Callable[..., None]:
-    """Torch's AdamW, which stands in for the fused one, counts steps in every parameter's state.
-
-    A checkpoint has the count once: the original misses it among a parameter's tensors, after having
-    given all parameters one tensor to count in, so that each step would count as many as there are.
-    """
-
-    @functools.wraps(set_states)
-    def set_with_step(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        state["step"] = state["step"].clone()
-        set_states(optimizer, model_param, tensors | {"step": state["step"]})
-
-    return set_with_step
-
-
 @contextlib.contextmanager
 def _fork_rng(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     """CudaRNGStatesTracker.fork on the CPU generator."""
@@ -255,11 +226,3 @@ def _fork_rng(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 def _to_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """The CUDA original leaves CPU tensors alone, but the dispatcher then wants numpy split sizes."""
     return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
-
-
-_results: queue.Queue[Any] = queue.Queue()
-
-
-def _results_queue() -> queue.Queue[Any]:
-    """Results of checkpoint writes; the original is a queue of a spawned manager process."""
-    return _results

@@ -20,6 +20,8 @@ def layer_implementations(
     found = {
         "attention": "Transformer Engine (ring over context-parallel ranks)"
         if ring
+        else "torch (variable-length FlashAttention)"
+        if device == "cuda" and dtype in ("bfloat16", "float16")
         else "torch (scaled_dot_product_attention per bucket of sequences)",
         "linear": "torch (Megatron-Core's parallel layers)",
         "norm": "torch",

@@ -195,6 +195,17 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def gather_to_first_rank(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on rank 0 (picklable); an empty list elsewhere."""
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
 def from_first_rank(make: Callable[[], Result]) -> Result:
     """What ``make`` returns on rank 0, on every rank (picklable); the others do not call it.
 

@@ -453,28 +453,26 @@ def train_while_saving(
 ) -> dict[str, Any]:
     """Save after step 1 in the background; the files are written only when step 3 is over."""
     import threading
+    from unittest.mock import patch
 
-    from megarl.trainer.megatron import checkpoint
+    from megarl.trainer.megatron.checkpoint_files import RankFiles
 
     policy = build(context, model_dir, optimizer={"distributed": distributed}, dtype=dtype)
     policy.keep_reference()
     _step(policy, 0)
     _step(policy, 1)
-    trained, original = threading.Event(), checkpoint.write_in_process
+    trained, original = threading.Event(), RankFiles.write
 
-    def write_later(*args: Any) -> None:
+    def write_later(files: Any) -> Any:
         trained.wait()
-        original(*args)
+        return original(files)
 
-    checkpoint.write_in_process = write_later
-    try:
+    with patch.object(RankFiles, "write", write_later):
         pending = policy.start_save(Path(directory), optimizer=True)
         log = _step(policy, 3) + _step(policy, 5)
         done_before = pending.done()
         trained.set()
         pending.finish()
-    finally:
-        checkpoint.write_in_process = original
     return {"log": log, "weights": weights(policy), "done_before": done_before, "done": pending.done()}
 
 

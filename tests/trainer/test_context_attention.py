@@ -57,6 +57,18 @@ def test_other_devices_kernel_takes_its_arguments() -> None:
     assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
 
 
+@pytest.mark.parametrize("length", [31, 32, 33, 64, 65])
+def test_other_devices_kernel_reads_rows_of_log_sum_exps(length: int) -> None:
+    """It wants each head's in a row that begins at a multiple of 32, also where nothing has to be padded."""
+    from megarl.trainer.megatron.context_attention import _cuda_lse
+
+    lse = torch.randn(length, 3)
+    rows = _cuda_lse(lse)
+    padded = (length + 31) // 32 * 32
+    assert rows.shape == (1, 3, padded) and rows.stride() == (3 * padded, padded, 1)
+    assert torch.equal(rows[0, :, :length], lse.T) and bool((rows[0, :, length:] == torch.inf).all())
+
+
 @pytest.mark.slow
 def test_long_context_memory_falls_with_the_ranks(model_dirs: dict[str, str]) -> None:
     """32,768 tokens beside short sequences: a rank of 4 keeps a quarter, and no masks.

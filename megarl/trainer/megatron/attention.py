@@ -25,6 +25,7 @@ from megarl.models.rope import cos_sin, rotate
 from megarl.records import PackedBatch
 from megarl.trainer.megatron.context_attention import context_parallel_attention
 from megarl.trainer.megatron.router import Routing
+from megarl.trainer.megatron.varlen import Spans, takes, varlen_attention
 
 _MAX_PADDED_RATIO = 1.3
 """A bucket of sequences is padded to its longest; more waste than this starts a new bucket."""
@@ -46,6 +47,7 @@ class PackedMicrobatch(PackedSeqParams):
     rope: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [T, 1, head_dim]
     buckets: list[Bucket] | None = None
     unbucket: torch.Tensor | None = None  # [T] into the buckets' padded tokens
+    spans: Spans | None = None
     routing: Routing | None = None
     split: bool = True  # over the context-parallel ranks, if there are several
 
@@ -134,7 +136,14 @@ def make_buckets(
 def packed_causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedMicrobatch, scale: float
 ) -> torch.Tensor:
-    """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d]."""
+    """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d].
+
+    One call where torch has a kernel for it, else one for each bucket of sequences of similar length.
+    """
+    if takes(q):
+        if packed.spans is None:
+            packed.spans = Spans.of(packed.lengths, q.device, packed.prefixes)
+        return varlen_attention(q, k, v, packed.spans, scale)
     if packed.buckets is None:
         packed.buckets, packed.unbucket = make_buckets(packed.lengths, q.device, packed.prefixes)
     outs = []
@@ -144,6 +153,10 @@ def packed_causal_attention(
             x.index_select(0, index.flatten()).view(*index.shape, x.shape[1], -1).transpose(1, 2)
             for x, index in ((q, bucket.index), (k, keys), (v, keys))
         )
+        if q.device.type != "cpu" and k_b.shape[1] < q_b.shape[1]:
+            # Elsewhere only FlashAttention takes fewer keys than queries, and it takes neither masks nor
+            # float32: torch would fall back on whole matrices of scores.
+            k_b, v_b = (x.repeat_interleave(q_b.shape[1] // x.shape[1], dim=1) for x in (k_b, v_b))
         out = F.scaled_dot_product_attention(
             q_b,
             k_b,
@@ -151,7 +164,7 @@ def packed_causal_attention(
             attn_mask=_mask_after(bucket.prefix, bucket.longest, q.device),
             is_causal=bucket.prefix is None,
             scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=q_b.shape[1] != k_b.shape[1],
         )
         outs.append(out.transpose(1, 2).reshape(rows * bucket.longest, q.shape[1], -1))
     assert packed.unbucket is not None

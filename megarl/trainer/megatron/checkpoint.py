@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,14 @@ import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
 
+from megarl import platform
 from megarl.errors import UserError
-from megarl.platform.checkpoint_writer import write_in_process
+from megarl.trainer.megatron.checkpoint_files import RankFiles, Report
 from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
+from megarl.trainer.policy import from_first_rank, gather_to_first_rank
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -30,15 +28,21 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 class PendingSave:
     """A checkpoint whose files a thread is writing from host memory; see trainer.policy.PendingSave."""
 
-    def __init__(self, directory: Path, request: Any, write: Callable[[], None] | None) -> None:
-        self._directory, self._request = directory, request
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True) if write else None
-        if self._thread is not None:
+    def __init__(self, files: RankFiles, *, background: bool) -> None:
+        self._files = files
+        self._report: Report | None = None
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        if background:
             self._thread.start()
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        self._report = self._files.write()
 
     def done(self) -> bool:
         """Whether this rank's files are on disk."""
-        return self._thread is None or not self._thread.is_alive()
+        return self._report is not None
 
     def finish(self) -> None:
         """Wait for every rank's files and write what makes them a checkpoint; all ranks call it.
@@ -46,16 +50,11 @@ class PendingSave:
         Raises:
             UserError: a rank could not write, e.g. the disk is full.
         """
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join()
-        try:
-            for finalize in self._request.finalize_fns:
-                finalize()
-        except CheckpointException as error:
-            rank, (cause, _) = next(iter(error.failures.items()), (0, ("another rank failed", None)))
-            raise UserError(
-                f"checkpoint {self._directory}: rank {rank} could not write it: {cause}"
-            ) from error
+        assert self._report is not None
+        reports = gather_to_first_rank(self._report)
+        from_first_rank(lambda: self._files.complete(reports))
 
 
 def save(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: Any) -> None:
@@ -73,61 +72,19 @@ def start_save(
     """
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
-    tensors = _tensors(state)
-    request = dist_checkpointing.save(state, str(directory), async_sharded_save=True)
-    with _rng_file(directory, dist.get_rank()).open("wb") as file:
-        torch.save(_rng_state(), file)
-        file.flush()
-        os.fsync(file.fileno())
-    if request.async_fn is None:  # other ranks hold the same
-        return PendingSave(directory, request, None)
-    buckets = request.preload_fn()
+    rank = dist.get_rank()
+    files = RankFiles(directory, state, rank, {_rng_file(directory, rank).name: _rng_state()})
+    del state
     if background:
-        buckets = _own_memory(buckets, tensors)
-    rank, _, results = request.async_fn_args
-    transforms, use_msc = request.async_fn.args
-    write = partial(write_in_process, transforms, use_msc, rank, buckets, results)
-    if not background:
-        write()
-        return PendingSave(directory, request, None)
-    return PendingSave(directory, request, write)
-
-
-def _tensors(state: Any) -> set[int]:
-    """Addresses of the memory behind every tensor of a sharded state dict."""
-    found = set()
-    for part in nested_values(state):
-        tensor = getattr(part, "data", part)
-        if isinstance(tensor, torch.Tensor):
-            found.add(tensor.untyped_storage().data_ptr())
-    return found
-
-
-def _own_memory(buckets: list[Any], tensors: set[int]) -> list[Any]:
-    """``buckets`` with copies of what still lies in the trainer's own memory, which the next step changes.
-
-    Megatron has copied what comes from a GPU and what is part of a larger buffer.
-    """
-    return [
-        (
-            path,
-            key,
-            (
-                data,
-                [
-                    (item, t.clone() if t.untyped_storage().data_ptr() in tensors else t)
-                    for item, t in written
-                ],
-            ),
-        )
-        for path, key, (data, written) in buckets
-    ]
+        files.detach()
+    return PendingSave(files, background=background)
 
 
 def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> bool:
     """Read weights, optimizer and schedule; the layout may differ from the writer's.
 
-    Returns whether the random state was restored too, which needs as many ranks as wrote it.
+    Returns whether the random state was restored too, which needs as many ranks as wrote it, and the same
+    kind of device.
     """
     if not (directory / "metadata.json").is_file():
         raise UserError(f"checkpoint {directory} has no metadata.json: it is not a complete checkpoint")
@@ -145,10 +102,7 @@ def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> b
     schedule.load_state_dict(state["schedule"])
     same_ranks = not _rng_file(directory, dist.get_world_size()).exists()
     file = _rng_file(directory, dist.get_rank())
-    if same_ranks and file.exists():
-        _set_rng_state(torch.load(file, weights_only=False))
-        return True
-    return False
+    return same_ranks and file.exists() and _set_rng_state(torch.load(file, weights_only=False))
 
 
 def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
@@ -206,16 +160,25 @@ def _rng_file(directory: Path, rank: int) -> Path:
 
 
 def _rng_state() -> dict[str, Any]:
-    return {
+    state = {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),  # noqa: NPY002  what libraries draw from
         "torch": torch.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
+    if platform.current().name == "cuda":  # elsewhere it is the CPU's
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
+def _set_rng_state(state: dict[str, Any]) -> bool:
+    """Go on with these random states; whether that is possible: a GPU's generators are not a CPU's."""
+    if ("cuda" in state) != (platform.current().name == "cuda"):
+        return False
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    return True

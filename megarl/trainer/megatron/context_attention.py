@@ -179,20 +179,17 @@ def _attend_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, ``out`` and ``lse`` being those over all keys and k, v a part of them."""
-    lse = lse.transpose(0, 1)[None]
     if q.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_batched(grad, q, k, v, out), lse, 0.0, causal, scale=scale
+            *_batched(grad, q, k, v, out), lse.transpose(0, 1)[None], 0.0, causal, scale=scale
         )
         return tuple(x[0].transpose(0, 1) for x in grads)
-    rest = -q.shape[0] % _CUDA_LSE_MULTIPLE
-    lse = F.pad(lse, (0, rest), value=float("inf"))
     no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
     grads = _aten._scaled_dot_product_efficient_attention_backward(
         *_batched(grad, q, *_repeated(q, k, v)),
         None,
         *_batched(out),
-        lse,
+        _cuda_lse(lse),
         no_dropout,
         no_dropout,
         0.0,
@@ -203,6 +200,13 @@ def _attend_backward(
     grad_q, grad_k, grad_v = (x[0].transpose(0, 1) for x in grads[:3])
     heads = (k.shape[1], -1)
     return grad_q, grad_k.unflatten(1, heads).sum(2), grad_v.unflatten(1, heads).sum(2)
+
+
+def _cuda_lse(lse: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exps [t, heads] as the CUDA kernel's backward reads them: rows [1, heads, t padded]."""
+    rest = -lse.shape[0] % _CUDA_LSE_MULTIPLE
+    # Padding by nothing would keep the transposed strides.
+    return F.pad(lse.transpose(0, 1)[None], (0, rest), value=float("inf")).contiguous()
 
 
 def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:

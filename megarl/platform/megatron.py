@@ -1,0 +1,41 @@
+"""What megatron-core needs on every platform where neither Transformer Engine nor Apex is installed.
+
+Their absence is a supported state, on a GPU as on a CPU. megatron-core itself stays as it is on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def install() -> None:
+    """Mend what megatron-core gets wrong without these packages; imports it. Called once."""
+    import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 reads it without having defined it
+        moe_utils.te_general_gemm = None
+    if not distributed.HAVE_APEX_OR_TE:  # then Adam is torch's
+        optimizer = distributed.DistributedOptimizer
+        optimizer._set_main_param_and_optimizer_states = _with_own_step(
+            optimizer._set_main_param_and_optimizer_states
+        )
+
+
+def _with_own_step(set_states: Callable[..., None]) -> Callable[..., None]:
+    """Torch's AdamW, which stands in for the fused one, counts steps in every parameter's state.
+
+    A checkpoint has the count once: the original misses it among a parameter's tensors, after having
+    given all parameters one tensor to count in, so that each step would count as many as there are.
+    """
+
+    @functools.wraps(set_states)
+    def set_with_step(optimizer: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        set_states(optimizer, model_param, tensors | {"step": state["step"]})
+
+    return set_with_step

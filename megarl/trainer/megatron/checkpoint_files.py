@@ -1,0 +1,160 @@
+"""A rank's part of a sharded state dict as files of torch's distributed checkpoint (DCP).
+
+Nothing is exchanged until every rank has written: a rank's files need no other rank's, and the first rank
+makes a checkpoint of them from what all report. Megatron's own background saves have a manager process on
+every rank, and another implementation in every version; the files are the same.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megarl.errors import UserError
+
+COMMON_FILE = "common.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one rank has written, or why it could not."""
+
+    items: list[WriteItem]
+    results: list[WriteResult]
+    error: str | None = None
+
+
+class RankFiles:
+    """What one rank writes: its own pieces of tensors, objects, and whole small files."""
+
+    def __init__(self, directory: Path, state: dict[str, Any], rank: int, small: Mapping[str, Any]) -> None:
+        """``state`` is a sharded state dict; its unsharded part goes into the first rank's common.pt.
+
+        ``small`` has further files by name. What is no tensor is serialised here, as it is now.
+        """
+        self._directory, self._rank = directory, rank
+        sharded, common = save_preprocess(state, validate_access_integrity=False)
+        files = dict(small) | ({COMMON_FILE: common} if rank == 0 else {})
+        self._small = {name: _serialised(value) for name, value in files.items()}
+        self._values: dict[MetadataIndex, torch.Tensor | io.BytesIO] = {}
+        self._items = [self._item(part) for part in _own_parts(nested_values(sharded))]
+        # Reads on the CPU as it writes: what is on a GPU still is copied tensor by tensor.
+        self._writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
+
+    def _item(self, part: ShardedTensor | ShardedObject) -> WriteItem:
+        if isinstance(part, ShardedObject):
+            index = MetadataIndex(part.unique_key)
+            self._values[index] = _serialised([part.data])
+            return WriteItem(index, WriteItemType.BYTE_IO)
+        offset = torch.Size(part.global_offset)
+        shape = torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))
+        index, data = MetadataIndex(part.key, offset), part.data.detach().reshape(shape)
+        self._values[index] = data
+        chunk, properties = ChunkStorageMetadata(offset, shape), TensorProperties(dtype=data.dtype)
+        whole = TensorWriteData(chunk, properties, torch.Size(part.global_shape))
+        return WriteItem(index, WriteItemType.SHARD, tensor_data=whole)
+
+    def detach(self) -> None:
+        """Copy every tensor to host memory of its own: what it came from may change from now on."""
+        device = None
+        for index, value in self._values.items():
+            if isinstance(value, torch.Tensor):
+                on_gpu = value.device.type == "cuda"
+                # Page-locked, so that the copies run at the full rate and the host waits once, for all.
+                copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=on_gpu)
+                self._values[index] = copy.copy_(value, non_blocking=on_gpu)
+                device = value.device if on_gpu else device
+        if device is not None:
+            torch.cuda.synchronize(device)
+
+    def write(self) -> Report:
+        """Write everything; it is on disk when the call returns. No other rank takes part."""
+        try:
+            for name, content in self._small.items():
+                with (self._directory / name).open("wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+            plan = SavePlan(self._items)
+            [*_, plan] = self._writer.prepare_global_plan([*([SavePlan([])] * self._rank), plan])
+            results = self._writer.write_data(plan, _Held(self._values)).wait()
+        except Exception as error:  # whatever it is, all ranks have to hear of it
+            return Report([], [], str(error) or type(error).__name__)
+        finally:
+            self._values.clear()
+        return Report(self._items, results)
+
+    def complete(self, reports: list[Report]) -> None:
+        """On the first rank, with every rank's report: write what makes a checkpoint of the files.
+
+        Raises:
+            UserError: a rank could not write, e.g. the disk is full.
+        """
+        for rank, report in enumerate(reports):
+            if report.error is not None:
+                raise self._unwritten(rank, report.error)
+        plans = [SavePlan(report.items) for report in reports]
+        _, metadata = create_default_global_save_plan(plans)
+        _check_whole(metadata.state_dict_metadata)
+        try:
+            self._writer.finish(metadata, [report.results for report in reports])
+            save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
+        except OSError as error:
+            raise self._unwritten(0, str(error)) from error
+
+    def _unwritten(self, rank: int, why: str) -> UserError:
+        return UserError(f"checkpoint {self._directory}: rank {rank} could not write it: {why}")
+
+
+class _Held(DefaultSavePlanner):
+    """Tells the writer the values of a plan's items."""
+
+    def __init__(self, values: Mapping[MetadataIndex, torch.Tensor | io.BytesIO]) -> None:
+        super().__init__()
+        self._held = values
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        return self._held[write_item.index]
+
+
+def _own_parts(parts: Iterable[Any]) -> list[ShardedTensor | ShardedObject]:
+    """Of what several ranks have, each takes what no one before it has."""
+    return [part for part in parts if is_main_replica(part.replica_id)]
+
+
+def _serialised(value: Any) -> io.BytesIO:
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content
+
+
+def _check_whole(state: Mapping[str, Any]) -> None:
+    """Every tensor's pieces are all of it, each once: what one rank's layout says fits the others'."""
+    for key, tensor in state.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            sizes = [chunk.sizes.numel() for chunk in tensor.chunks]
+            assert sum(sizes) == tensor.size.numel(), (
+                f"{key} {tuple(tensor.size)}: pieces of {sizes} elements"
+            )
+            starts = {tuple(chunk.offsets) for chunk, size in zip(tensor.chunks, sizes, strict=True) if size}
+            assert len(starts) == sum(size > 0 for size in sizes), f"{key}: two ranks have the same piece"
