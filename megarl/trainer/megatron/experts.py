@@ -30,7 +30,12 @@ class StackedExperts(MegatronModule):
     """
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, *, pg_collection: ProcessGroupCollection
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        **_: Any,  # its name, since Megatron-Core 0.19
     ) -> None:
         super().__init__(config)
         self.num_local_experts = num_local_experts

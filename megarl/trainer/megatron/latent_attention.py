@@ -63,6 +63,7 @@ class LatentAttention(MegatronModule):
         layer_number: int,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,  # its name, since Megatron-Core 0.19
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None

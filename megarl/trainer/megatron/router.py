@@ -74,9 +74,9 @@ class PolicyRouter(Router):
     """Top-k routing by softmax or sigmoid, with a bias and limited to groups where the model has them."""
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config=config, pg_collection=pg_collection, **options)
         moe: MoeSpec = config.moe_spec
         self.moe, self.balance = moe, Balance()
         self.microbatch: Routing | None = None
