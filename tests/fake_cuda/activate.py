@@ -1,6 +1,6 @@
 """The environment variables that give a process, and all it starts, fake GPUs.
 
-``environment(python)`` is for tests; ``python tests/fake_cuda/activate.py PYTHON`` prints lines for a shell's eval.
+``environment(python)`` is for tests; ``python tests/fake_cuda/activate.py PYTHON`` prints lines for eval.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tests.fake_cuda.build import HERE, build
 def environment(
     python: str, session: Path, *, devices: int = 2, memory_gb: float = 4.0, **settings: str
 ) -> dict[str, str]:
-    """Variables for a process of the environment that ``python`` belongs to; the libraries are built where missing.
+    """Variables for a process of ``python``'s environment; the libraries are built where missing.
 
-    ``session`` is a directory in /dev/shm that the processes of one run share. ``settings`` are further variables.
+    ``session`` is a directory in /dev/shm that the processes of one run share; ``settings`` go in as well.
     """
     libraries = build(python)
     inherited = os.environ.get("PYTHONPATH")

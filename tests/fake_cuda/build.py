@@ -1,7 +1,7 @@
 """Builds the fake CUDA libraries: ``python tests/fake_cuda/build.py PYTHON`` prints their directory.
 
-PYTHON is the interpreter of an environment with torch for CUDA; headers, and the names that the real libraries export,
-come from its wheels. Objects are kept in build/fake_cuda and compiled again when what they are made of has changed.
+PYTHON is the interpreter of an environment with torch for CUDA; headers, and the names that the real libraries
+export, come from its wheels. Objects are kept in build/fake_cuda and compiled again when their sources change.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Wheels:
 
 @dataclass(frozen=True)
 class Library:
-    """One fake library: its sources, and which functions of the real one are made up when no source has them."""
+    """One fake library: its sources, and the real one, whose remaining functions are made up."""
 
     name: str
     sources: list[str]
