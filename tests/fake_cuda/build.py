@@ -1,7 +1,7 @@
 """Builds the fake CUDA libraries: ``python tests/fake_cuda/build.py PYTHON`` prints their directory.
 
-PYTHON is the interpreter of an environment with torch for CUDA; headers, and the names that the real libraries
-export, come from its wheels. Objects are kept in build/fake_cuda and compiled again when their sources change.
+PYTHON is the interpreter of an environment with torch for CUDA; its wheels have the headers and the real
+libraries, whose names are filled in. Objects stay in build/fake_cuda and are compiled when sources change.
 """
 
 from __future__ import annotations
