@@ -32,7 +32,7 @@ def compare(function: Callable[..., Any], arguments: dict[str, Any], tolerance: 
     for device in ("cpu", DEVICE):
         inputs = on(device, arguments)
         outputs = function(**inputs)
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else [t for t in outputs if t is not None]
         leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor) and t.requires_grad]
         scored = [t for t in outputs if t.requires_grad]
         if leaves:

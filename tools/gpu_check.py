@@ -1,0 +1,354 @@
+"""Ten minutes on one GPU: builds the extension, runs the tests marked gpu, measures what only a GPU can show.
+
+Each step is a process of its own with a limit of its own; whatever one of them does, the next one runs. A
+verdict (passed, failed, timeout or skipped) and the figures of every step go into one results.json, rewritten
+with every figure, and into one table. docs/performance.md says what the figures mean.
+
+    python tools/gpu_check.py --prepare wheels               # where there is a network
+    python tools/gpu_check.py --wheels wheels --out results  # where the GPU, torch and nvcc are
+
+Exit code 0: nothing failed; 1: a step failed or ran out of time; 2: the arguments make no sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from gpu_checks.report import EXIT_SKIPPED, MARK
+
+ROOT = Path(__file__).resolve().parents[1]
+_SHORTEST = 5.0  # seconds; with less than this left no step is begun
+PYTHON, PLATFORMS = "3.12", ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
+# What the steps import beyond torch and numpy; with these no other package is needed.
+PACKAGES = (
+    *("megatron-core", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
+    *(
+        "typing-extensions",
+        "packaging",
+        "PyYAML",
+        "safetensors",
+        "rich",
+        "markdown-it-py",
+        "mdurl",
+        "Pygments",
+    ),
+    *("pytest", "pytest-timeout", "iniconfig", "pluggy"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One file of tools/gpu_checks. ``needs`` the extension: left out where there is none."""
+
+    name: str
+    limit: float  # seconds
+    needs: bool = True
+    command: tuple[str, ...] = ()  # instead of the file
+
+    def arguments(self, options: list[str]) -> list[str]:
+        """What to execute."""
+        return list(self.command) or [sys.executable, "-m", "gpu_checks", self.name, *options]
+
+
+# Together more than the nine minutes: no step is expected to take half of its limit.
+STEPS = (
+    Step("versions", 60, needs=False),
+    Step("build", 240, needs=False),
+    Step("gpu_tests", 120),
+    Step("sdpa", 60, needs=False),
+    Step("context_attention", 40),
+    Step("trainer", 100),
+    Step("cuda_ipc", 60),
+    Step("spinning", 40, needs=False),
+    Step("ops", 60),
+    Step("microbatch", 75),
+)
+
+
+@dataclass
+class Outcome:
+    """What is known of one step, from the moment it begins."""
+
+    verdict: str = "running"
+    seconds: float = 0.0
+    summary: str = ""
+    problems: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, message: dict[str, Any]) -> None:
+        """A message of gpu_checks/report.py."""
+        if "figure" in message:
+            self.figures[message["figure"]] = message["value"]
+        elif "problem" in message:
+            self.problems.append(message["problem"])
+        else:
+            self.summary = message["summary"]
+
+
+class Results:
+    """All outcomes; written whenever one changes, so that a killed run leaves what it had measured."""
+
+    def __init__(self, folder: Path, steps: list[Step]) -> None:
+        self.folder = folder
+        self.outcomes = {step.name: Outcome("not run") for step in steps}
+
+    def write(self) -> None:
+        """Replace results.json and table.txt."""
+        whole = {"steps": {name: vars(outcome) for name, outcome in self.outcomes.items()}}
+        for name, text in (("results.json", json.dumps(whole, indent=1)), ("table.txt", self.table())):
+            partial = self.folder / f".{name}"
+            partial.write_text(text + "\n")
+            partial.replace(self.folder / name)
+
+    def table(self) -> str:
+        """One line per step, and one for each thing that is wrong."""
+        lines = [f"{'step':18} {'verdict':8} {'seconds':>7}  "]
+        for name, outcome in self.outcomes.items():
+            lines.append(f"{name:18} {outcome.verdict:8} {outcome.seconds:7.1f}  {outcome.summary}".rstrip())
+            lines += [f"{'':18} - {problem}" for problem in outcome.problems]
+        return "\n".join(lines)
+
+    def failed(self) -> bool:
+        """Whether a step failed or ran out of time."""
+        return any(outcome.verdict in ("failed", "timeout") for outcome in self.outcomes.values())
+
+
+def run_step(
+    step: Step, limit: float, results: Results, options: list[str], env: dict[str, str], log: IO[str]
+) -> None:
+    """Run one step to its end or its limit, taking its messages as they come."""
+    outcome = results.outcomes[step.name] = Outcome()
+    results.write()
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        step.arguments(options),
+        cwd=ROOT,
+        env=env,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that what it has started ends with it
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    last = [""]
+
+    def read(pipe: IO[str]) -> None:
+        for line in pipe:
+            if line.startswith(MARK):
+                outcome.take(json.loads(line.removeprefix(MARK)))
+                outcome.seconds = round(time.monotonic() - begin, 1)
+                results.write()
+            else:
+                last[0] = line.strip() or last[0]
+                log.write(line)
+                log.flush()
+
+    reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
+    reader.start()
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        _end_group(process)
+    reader.join(5)
+    outcome.seconds = round(time.monotonic() - begin, 1)
+    if code is None:
+        outcome.verdict = "timeout"
+        outcome.problems.append(f"ended after its {limit:.0f} seconds; last line: {last[0][:200]}")
+    elif code == EXIT_SKIPPED:
+        outcome.verdict = "skipped"
+    elif code == 0 and not outcome.problems:
+        outcome.verdict = "passed"
+    else:
+        outcome.verdict = "failed"
+        if not outcome.problems:
+            outcome.problems.append(f"{_ending(code)}; last line: {last[0][:200]}")
+    results.write()
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End what is left of a step's processes."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _ending(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def run_steps(
+    steps: list[Step], results: Results, seconds: float, options: list[str], env: dict[str, str]
+) -> None:
+    """All steps within ``seconds``; what there is no time for is skipped."""
+    deadline = time.monotonic() + seconds
+    with (results.folder / "log.txt").open("w") as log:
+        for step in steps:
+            left = deadline - time.monotonic()
+            reason = f"{seconds:.0f} seconds are over" if left < _SHORTEST else ""
+            if step.needs and not built():
+                reason = "the extension is not built"
+            if reason:
+                results.outcomes[step.name] = Outcome("skipped", summary=reason)
+                results.write()
+                continue
+            print(f"== {step.name}", file=log, flush=True)
+            run_step(step, min(step.limit, left), results, options, env, log)
+            print(f"{step.name}: {results.outcomes[step.name].verdict}", flush=True)
+
+
+def built() -> bool:
+    """Whether megarl._C for this Python lies in its place."""
+    return any((ROOT / "megarl").glob(f"_C.cpython-{sys.version_info[0]}{sys.version_info[1]}-*.so"))
+
+
+# --- what travels to a machine without a network -----------------------------------------------------------
+
+
+def pinned(name: str) -> str | None:
+    """``name==version`` as the project pins it, where it does: for CUDA first, then for CPUs."""
+    spelled = re.compile(rf"(?<![\w.-]){'[-_.]'.join(name.split('-'))}\s*==\s*([\w.]+)", re.IGNORECASE)
+    for file in (
+        "requirements/cuda.lock",
+        "requirements/cuda.txt",
+        "requirements/cpu.lock",
+        "pyproject.toml",
+    ):
+        path = ROOT / file
+        found = spelled.search(path.read_text()) if path.is_file() else None
+        if found:
+            return f"{name}=={found[1]}"
+    return None
+
+
+def requirements() -> list[str]:
+    """What to bring: at the project's versions, and else the newest."""
+    if (ROOT / "uv.lock").is_file():
+        locked = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+        versions = {package["name"]: package.get("version") for package in locked}
+        return [f"{n}=={versions[n.lower()]}" if versions.get(n.lower()) else n for n in PACKAGES]
+    return [pinned(name) or name for name in PACKAGES]
+
+
+def prepare(folder: Path) -> int:
+    """Download the wheels for the other machine into ``folder``; returns an exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.whl"):
+        old.unlink()
+    platforms = [part for name in PLATFORMS for part in ("--platform", f"{name}_x86_64")]
+    command = ["download", "--no-deps", "--only-binary=:all:", "--python-version", PYTHON, *platforms]
+    command += ["--implementation", "cp", "--quiet", "--dest", str(folder), *requirements()]
+    pip = next(_pips(), None)
+    if pip is None:
+        print("gpu_check: --prepare needs pip or uv", file=sys.stderr)
+        return 2
+    if subprocess.run([*pip, *command]).returncode:
+        return 1
+    wheels = sorted(folder.glob("*.whl"))
+    print(f"{folder}: {len(wheels)} wheels, {sum(w.stat().st_size for w in wheels) / 2**20:.1f} MiB")
+    return 0
+
+
+def _pips() -> Iterator[list[str]]:
+    for python in (sys.executable, "python3"):
+        if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+            yield [python, "-m", "pip"]
+    if shutil.which("uv"):
+        yield ["uv", "tool", "run", "pip"]
+
+
+def unpack(wheels: Path, site: Path) -> None:
+    """Make the wheels importable from ``site``: pure unpacking, which needs no pip and no network."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+
+
+def environment(site: Path) -> dict[str, str]:
+    """Variables of every step: this tree, the wheels, and no looking for anything outside."""
+    paths = [str(site), str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    names = [step.name for step in STEPS]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for results.json, table.txt, log.txt and a trace")
+    parser.add_argument("--wheels", type=Path, help="what --prepare made; without it the packages are here")
+    parser.add_argument("--prepare", type=Path, metavar="DIR", help="download the wheels into DIR and end")
+    parser.add_argument("--only", default="", help=f"steps, with commas between them: {','.join(names)}")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together; default 9")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, for a dry run: figures mean nothing"
+    )
+    parser.add_argument(
+        "--stretch", type=float, default=1.0, help="multiplies every limit, for slow machines"
+    )
+    parsed = parser.parse_args(arguments)
+    if parsed.prepare is None and parsed.out is None:
+        parser.error("--out or --prepare is needed")
+    if parsed.wheels is not None and not any(parsed.wheels.glob("*.whl")):
+        parser.error(f"--wheels: {parsed.wheels} has no wheels; --prepare makes them")
+    parsed.only = [name for name in parsed.only.split(",") if name]
+    for name in parsed.only:
+        if name not in names:
+            parser.error(f"--only: there is no step {name!r}; there are {', '.join(names)}")
+    if parsed.minutes <= 0 or parsed.stretch <= 0:
+        parser.error("--minutes and --stretch must be positive")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepare, or run the steps; returns the exit code."""
+    parsed = parse_arguments(arguments)
+    if parsed.prepare is not None:
+        return prepare(parsed.prepare)
+    chosen = [step for step in STEPS if not parsed.only or step.name in parsed.only]
+    steps = [Step(step.name, step.limit * parsed.stretch, step.needs) for step in chosen]
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    results = Results(parsed.out, steps)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the finally below
+    with tempfile.TemporaryDirectory(prefix="gpu_check") as work:
+        if parsed.wheels is not None:
+            unpack(parsed.wheels, Path(work))
+        options = ["--out", str(parsed.out.resolve()), *(["--quick"] if parsed.quick else [])]
+        if parsed.wheels is not None:
+            options += ["--wheels", str(parsed.wheels.resolve())]
+        try:
+            run_steps(steps, results, parsed.minutes * 60, options, environment(Path(work)))
+        finally:
+            results.write()
+            print(results.table())
+    return int(results.failed())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

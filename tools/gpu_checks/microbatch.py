@@ -1,0 +1,201 @@
+"""What one microbatch asks of the host: kernels launched, waits for the device, and where these are.
+
+A step of SFT and one of GRPO (shared prompts, logprobs before the update) of a model of Qwen3-0.6B's width
+and vocabulary: once plain, for the time; once with torch's warnings at every wait; once under its profiler,
+whose trace goes to trace.json.gz.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_checks import checkpoints
+from gpu_checks.report import Report
+
+MOST_BYTES = 15 * 2**20  # of the trace
+
+
+def run(report: Report) -> None:
+    """Both kinds of step; the profiler comes last, since it is what most easily breaks."""
+    config = checkpoints.TINY if report.quick else checkpoints.SMALL
+    with tempfile.TemporaryDirectory() as work:
+        begin = time.perf_counter()
+        folder = checkpoints.write(config, Path(work) / "model", torch.bfloat16)
+        policy = build(folder, 512 if report.quick else 8192)
+        report.figure("model_ready_s", time.perf_counter() - begin)
+    report.figure("parameters_m", sum(p.numel() for p in policy.params.values()) / 1e6)
+    steps = dict(make_steps(policy, config, report.quick))
+    for name, (step, num_microbatches, num_tokens) in steps.items():
+        timed(report, policy, name, step, num_microbatches, num_tokens)
+    for name, (step, num_microbatches, _) in steps.items():
+        waits(report, name, step, num_microbatches)
+    for name, (step, num_microbatches, _) in steps.items():
+        profiled(report, name, step, num_microbatches)
+
+
+def build(folder: str, budget: int) -> Any:
+    """A trained policy on one rank."""
+    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.initialize import initialize
+
+    context = initialize(ParallelConfig(), seed=1)
+    from megarl.trainer.megatron.policy import MegatronPolicy
+
+    return MegatronPolicy(
+        context,
+        load_architecture(folder),
+        ModelConfig(path=folder, dtype="bfloat16"),
+        PackingConfig(max_tokens_per_microbatch=budget),
+        OptimizerConfig(lr=1e-5, lr_warmup_steps=0, distributed=True),
+        100,
+    )
+
+
+def make_steps(
+    policy: Any, config: dict[str, Any], quick: bool
+) -> Iterator[tuple[str, tuple[Callable[[], None], int, int]]]:
+    """Name -> (the step, packed already, its microbatches, its tokens)."""
+    from megarl.losses.policy import PolicyLoss
+    from megarl.losses.sft import sft_loss
+    from megarl.ops.policy_loss import PolicyLossOptions
+
+    count, shortest, longest, prompts = (16, 20, 60, 20) if quick else (64, 128, 640, 256)
+    for name, shared in (("sft", 0), ("grpo", prompts)):
+        drawn = checkpoints.sequences(7, count, shortest, longest, config["vocab_size"], prompts=shared)
+        batches = policy.prepare(drawn, "token")
+        loss = sft_loss if name == "sft" else PolicyLoss(PolicyLossOptions(correction="tis"))
+
+        def step(batches: Any = batches, loss: Any = loss, old: bool = name == "grpo") -> None:
+            if old:
+                policy.fill_logprobs(batches, "old_logprobs", temperature=1.0)
+            policy.train_step(batches, loss, temperature=1.0)
+
+        yield name, (step, len(batches), sum(batch.token_ids.shape[0] for batch in batches))
+
+
+def timed(
+    report: Report, policy: Any, name: str, step: Callable[[], None], num_microbatches: int, num_tokens: int
+) -> None:
+    """Seconds of a warm step, and the share of the card's matrix products it reaches (6 N T FLOPs)."""
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2 if report.quick else 5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    seconds = sorted(times[1:])[len(times[1:]) // 2]
+    parameters = sum(p.numel() for p in policy.params.values())
+    passes = 6 if name == "sft" else 8  # forward 2, backward 4, and the logprobs before: 2 more
+    report.figure(
+        f"{name}_step",
+        {
+            "first_s": times[0],
+            "warm_s": seconds,
+            "microbatches": num_microbatches,
+            "tokens": num_tokens,
+            "tokens_per_s": num_tokens / seconds,
+            "tflop_per_s": passes * parameters * num_tokens / seconds / 1e12,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        },
+    )
+
+
+@contextmanager
+def counting_waits(found: Counter[str]) -> Iterator[None]:
+    """Count torch's warnings at waits for the device by the innermost line of MegaRL or Megatron."""
+
+    def seen(message: Any, *rest: Any, **named: Any) -> None:
+        if "synchronizing CUDA operation" not in str(message):
+            return
+        frames = [
+            f for f in traceback.extract_stack() if "megarl/" in f.filename or "megatron/" in f.filename
+        ]
+        place = frames[-1] if frames else traceback.extract_stack()[-2]
+        file = re.sub(r".*/(?=(megarl|megatron)/)", "", place.filename)
+        found[f"{file}:{place.lineno} {place.line}"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = seen
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def waits(report: Report, name: str, step: Callable[[], None], num_microbatches: int) -> None:
+    """Waits per step and where; those of a forward pass alone count for GRPO's first pass as well."""
+    found: Counter[str] = Counter()
+    with counting_waits(found):
+        step()
+    total = sum(found.values())
+    report.figure(f"{name}_waits", {"step": total, "per_microbatch": total / num_microbatches})
+    report.figure(f"{name}_waits_where", dict(found.most_common(40)))
+    report.summary(f"{name}: {total / num_microbatches:.1f} waits per microbatch")
+
+
+def profiled(report: Report, name: str, step: Callable[[], None], num_microbatches: int) -> None:
+    """Kernels per microbatch, the longest of them, and the share of the time that the device is busy."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    events = profile.events()
+    on_host = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    ranges = set(on_host)  # the device shows them too, around their kernels
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in on_device if event.name not in ranges]
+    copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in on_device)
+    busy = sum(event.time_range.elapsed_us() for event in on_device)
+    calls = Counter(name for name in on_host if name.startswith("cu"))
+    num_kernels = (len(on_device) - copies) / num_microbatches
+    top = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)[:25]
+    report.figure(
+        f"{name}_profile",
+        {
+            "kernels_per_microbatch": num_kernels,
+            "copies_per_microbatch": copies / num_microbatches,
+            "device_busy": busy / 1e6 / seconds,
+            "step_s_under_profiler": seconds,
+            "runtime_calls": dict(calls.most_common(12)),
+        },
+    )
+    report.figure(f"{name}_longest_ms", {row.key[:120]: row.self_device_time_total / 1e3 for row in top})
+    report.check(bool(on_device), f"{name}: the profiler saw no kernel")
+    if name == "grpo":
+        keep_trace(report, profile)
+    report.summary(f"{name}: {num_kernels:.0f} kernels per microbatch")
+
+
+def keep_trace(report: Report, profile: Any) -> None:
+    """The trace, packed, if it is small enough to carry home."""
+    with tempfile.TemporaryDirectory() as work:
+        plain = Path(work) / "trace.json"
+        profile.export_chrome_trace(str(plain))
+        packed = Path(work) / "trace.json.gz"
+        with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
+            shutil.copyfileobj(source, target)
+        size = packed.stat().st_size
+        report.figure("trace_mib", size / 2**20)
+        if size <= MOST_BYTES:
+            shutil.copy(packed, report.out / "trace.json.gz")
