@@ -111,8 +111,8 @@ def held_out_accuracy(case: dict[str, Any], model_dir: str, folder: Path) -> flo
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from megarl.config.grpo import GrpoConfig
     from megarl.config.load import load_config
-    from megarl.config.schema import GrpoConfig
     from megarl.data.prompts import load_prompts
     from megarl.environments import grade, make
 
@@ -220,8 +220,8 @@ def prompt_tokens(config_file: Path) -> list[int]:
     """Tokens of each problem's prompt, in order."""
     from transformers import AutoTokenizer
 
+    from megarl.config.grpo import GrpoConfig
     from megarl.config.load import load_config
-    from megarl.config.schema import GrpoConfig
     from megarl.data.prompts import load_prompts
 
     config = load_config(GrpoConfig, config_file, [])

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
-from megarl.config.schema import GrpoConfig
 from megarl.data.prompts import load_prompts
 from megarl.environments import grade, make
 from megarl.records import Prompt

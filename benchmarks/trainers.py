@@ -100,7 +100,10 @@ def clock(into: dict[str, float]) -> Any:
 
 def megarl_policy(job: dict[str, Any], num_steps: int, **parallel: Any) -> tuple[Any, dict[str, float]]:
     """MegaRL's trainer of ``job["model"]`` on this rank, and the memory before it was built."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
+    from megarl.config.parallel import ParallelConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.initialize import initialize
 

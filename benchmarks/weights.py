@@ -178,7 +178,7 @@ def write_model(directory: Path, config: dict[str, Any]) -> None:
 
 def start_engine(model_dir: Path) -> Any:
     """vLLM in this process, set up as the engine of a run is."""
-    from megarl.config.schema import EngineConfig
+    from megarl.config.rollout import EngineConfig
     from megarl.rollout.vllm_build import EngineSettings, build_engine
     from megarl.rollout.vllm_worker import _ENVIRONMENT
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import Implementation, peak_extra_bytes
-from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.config.model import ModelConfig
+from megarl.config.parallel import ParallelConfig
 from megarl.models import load_architecture
 from megarl.models.table import Region
 from megarl.weights.hf import region_index

@@ -18,7 +18,9 @@ from megarl.errors import ToldByRankZeroError, UserError
 from megarl.jobs import JOBS, Job
 
 if TYPE_CHECKING:
-    from megarl.config.derived import AnyConfig
+    from megarl.config.evaluate import EvalConfig
+    from megarl.config.training import TrainingRoot
+
 
 _DESCRIPTION = "Post-train language models on Megatron-Core and vLLM."
 _EXAMPLES = """\
@@ -186,16 +188,16 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _call_loop(job: Job, config: AnyConfig) -> None:
+def _call_loop(job: Job, config: TrainingRoot | EvalConfig) -> None:
     job.loop()(config)
 
 
-def _resolved(config: AnyConfig) -> str:
-    from megarl.config.derived import describe, is_megatron_checkpoint, read_model_config
+def _resolved(config: TrainingRoot | EvalConfig) -> str:
     from megarl.config.load import dump_config
+    from megarl.config.model import is_megatron_checkpoint, read_model_config
 
     path = config.model.path
-    facts = describe(config, None if is_megatron_checkpoint(path) else read_model_config(path))
+    facts = config.describe(None if is_megatron_checkpoint(path) else read_model_config(path))
     return "".join(f"# {line}\n" for line in facts) + dump_config(config)
 
 

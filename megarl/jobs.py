@@ -101,7 +101,7 @@ _ALL = (
     Job(
         "sft",
         "supervised fine-tuning on demonstrations",
-        config="megarl.config.schema:SftConfig",
+        config="megarl.config.sft:SftConfig",
         run="megarl.algorithms.sft:run_sft",
         data=SEQUENCES,
         columns=(_STEP, _LOSS, _VALIDATION, *_OPTIMIZER, *_SPEED),
@@ -128,7 +128,7 @@ _ALL = (
     Job(
         "grpo",
         "reinforcement learning with verifiable rewards (GRPO)",
-        config="megarl.config.schema:GrpoConfig",
+        config="megarl.config.grpo:GrpoConfig",
         run="megarl.algorithms.grpo:run_grpo",
         data=PROBLEMS,
         columns=(
@@ -174,7 +174,7 @@ _ALL = (
     Job(
         "eval",
         "accuracy, pass@k and cons@k of a checkpoint on held-out problems or a benchmark",
-        config="megarl.config.schema:EvalConfig",
+        config="megarl.config.evaluate:EvalConfig",
         run="megarl.algorithms.evaluate:run_eval",
         data=PROBLEMS,
         columns=(_STEP, _ACCURACY),

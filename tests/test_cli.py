@@ -14,8 +14,8 @@ import pytest
 
 import megarl
 from megarl import cli
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
-from megarl.config.schema import GrpoConfig
 from megarl.errors import UserError
 
 ROOT = Path(megarl.__file__).resolve().parents[1]

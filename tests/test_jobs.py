@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megarl import cli, jobs
-from megarl.config.schema import SftConfig
+from megarl.config.sft import SftConfig
 from megarl.jobs import JOBS, Column, Job, job_with_sections
 from megarl.metrics.report_data import read_run
 from megarl.records import StepMetrics
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # All of a new job but its test: in the tree, config/count.py, algorithms/count.py and the record in jobs.py.
 COUNT = """
-from megarl.config.schema import SftConfig
+from megarl.config.sft import SftConfig
 from megarl.config.section import PositiveInt, Section
 
 class CountingConfig(Section):

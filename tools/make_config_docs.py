@@ -22,7 +22,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by tools/make_config_docs.py from megarl/config/schema.py; edit there. -->
+<!-- Written by tools/make_config_docs.py from the classes in megarl/config/; edit there. -->
 
 A run is described by one YAML file, and settings on the command line that replace the file's. `megarl plan`
 ([plan.md](plan.md)) reads its own file in the same way.

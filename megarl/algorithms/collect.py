@@ -10,8 +10,8 @@ from megarl.algorithms.ahead import Ahead, EventLoopThread
 from megarl.algorithms.dynamic_sampling import sample_unequal
 from megarl.algorithms.rollouts import Played, Rollouts, usable
 from megarl.algorithms.run import Run
-from megarl.config.derived import OnlineRoot
-from megarl.config.schema import GrpoConfig
+from megarl.config.grpo import GrpoConfig
+from megarl.config.online import OnlineConfig
 from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset
 from megarl.records import Group
@@ -34,7 +34,7 @@ class Collector:
 
     def __init__(
         self,
-        config: OnlineRoot,
+        config: OnlineConfig,
         run: Run,
         rollouts: Rollouts | None,
         train: PromptDataset,

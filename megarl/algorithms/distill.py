@@ -19,7 +19,7 @@ from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online import Learned, run_online
 from megarl.algorithms.run import Run
 from megarl.config.distill import DistillConfig
-from megarl.config.schema import ModelConfig
+from megarl.config.model import ModelConfig
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
 from megarl.models import load_architecture

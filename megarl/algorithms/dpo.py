@@ -13,7 +13,6 @@ from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.pairs import HEADLINES, train_metrics, validates, validation_metrics
 from megarl.algorithms.reference import ReferenceLogprobs
 from megarl.algorithms.run import Run
-from megarl.config.derived import uses_reference
 from megarl.config.preference import DpoConfig
 from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs
@@ -46,7 +45,7 @@ def run_dpo(config: DpoConfig) -> None:
         for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
         loop = _DpoLoop(config, run, policy, train, held_out)
-        if uses_reference(config.algorithm):
+        if config.algorithm.uses_reference:
             loop.prepare_reference(ReferenceLogprobs(config, run, policy, architecture))
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
         loop.run(state)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megarl import platform
-from megarl.config.schema import EngineConfig, ModelConfig, WeightsConfig
+from megarl.config.model import ModelConfig
+from megarl.config.online import WeightsConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.models.feasible import check_engine, engine_layout
 from megarl.models.table import Architecture

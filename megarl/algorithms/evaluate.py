@@ -12,9 +12,10 @@ from megarl.algorithms.engines import attach_weights, start_engine
 from megarl.algorithms.examples import load_problems
 from megarl.algorithms.model import read_model
 from megarl.algorithms.rollouts import Rollouts, sample_row
-from megarl.config.derived import is_megatron_checkpoint
+from megarl.config.evaluate import EvalConfig
 from megarl.config.evaluation import EvaluationSizeConfig
-from megarl.config.schema import EvalConfig, ParallelConfig
+from megarl.config.model import is_megatron_checkpoint
+from megarl.config.parallel import ParallelConfig
 from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
 from megarl.data.tokenizer import stop_token_ids
 from megarl.environments.remote import EnvironmentWorkers

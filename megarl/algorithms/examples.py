@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.config.derived import OnlineRoot
+from megarl.config.evaluate import EvalConfig
+from megarl.config.online import OnlineConfig
 from megarl.config.preference import DpoConfig, RmConfig
-from megarl.config.schema import EvalConfig, SftConfig
+from megarl.config.sft import SftConfig
 from megarl.data.preference import Pairs, load_pairs
 from megarl.data.prompts import PromptDataset, Split, load_prompts
 from megarl.data.sft import Demonstrations, load_demonstrations
@@ -32,7 +33,7 @@ def load_preference_pairs(
 
 
 def load_problems(
-    config: OnlineRoot | EvalConfig, tokenizer: PreTrainedTokenizerBase, longest: int, split: Split
+    config: OnlineConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, longest: int, split: Split
 ) -> PromptDataset:
     """Problems that leave room for the longest response within ``longest`` tokens."""
     room = longest - config.longest_response

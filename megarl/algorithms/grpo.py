@@ -20,13 +20,7 @@ from megarl.algorithms.rollouts import split_groups
 from megarl.algorithms.run import Run
 from megarl.algorithms.updates import policy_step, train_speed
 from megarl.algorithms.zero_advantages import computed_share, over_all_samples, with_gradient
-from megarl.config.derived import (
-    needs_old_logprobs,
-    needs_reference,
-    why_no_old_pass,
-    why_zero_advantages_train,
-)
-from megarl.config.schema import GrpoConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import per_token, token_weights
 from megarl.losses.policy import PolicyLoss, options_of
@@ -70,14 +64,14 @@ class GrpoLearner:
             is_mean=algorithm.loss_aggregation != "fixed_length",
         )
         self.fixed_length = algorithm.loss_length or config.rollout.max_new_tokens
-        self.needs_old = needs_old_logprobs(algorithm)
-        self.needs_reference = needs_reference(algorithm)
-        self.why_all = why_zero_advantages_train(config)
+        self.needs_old = algorithm.needs_old_logprobs
+        self.needs_reference = algorithm.needs_reference
+        self.why_all = config.why_zero_advantages_train
 
     def notes(self) -> list[str]:
         """See Learner."""
         old = (
-            "one forward pass per batch" if self.needs_old else f"skipped ({why_no_old_pass(self.algorithm)})"
+            "one forward pass per batch" if self.needs_old else f"skipped ({self.algorithm.why_no_old_pass})"
         )
         reference = "one forward pass per batch" if self.needs_reference else "skipped (kl_coef = 0)"
         zero = f"trained on ({self.why_all})" if self.why_all else "counted, and not computed"

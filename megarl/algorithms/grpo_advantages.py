@@ -6,7 +6,7 @@ import numpy as np
 
 from megarl.advantages.group import group_advantages
 from megarl.advantages.shaping import Array, add_kl_to_go, clip_advantages, overlong_penalty, standardize
-from megarl.config.schema import GrpoAlgorithmConfig
+from megarl.config.grpo import GrpoAlgorithmConfig
 from megarl.records import Group, Sample, Sequence
 
 

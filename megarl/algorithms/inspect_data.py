@@ -21,7 +21,9 @@ from megarl.records import Pair, Prompt, Sequence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megarl.config.derived import AnyConfig
+    from megarl.config.evaluate import EvalConfig
+    from megarl.config.training import TrainingRoot
+
 
 _NUM_MEASURED = 1000
 _LEARNED = "bold green"
@@ -61,7 +63,7 @@ def _legend(console: Console) -> Text | str:
     return Text.assemble("what is learned is ", ("green", _LEARNED))
 
 
-def _read_config(options: argparse.Namespace) -> tuple[list[Job], AnyConfig]:
+def _read_config(options: argparse.Namespace) -> tuple[list[Job], TrainingRoot | EvalConfig]:
     """The configuration, and the jobs that accept it: they read the same data."""
     candidates = list(JOBS.values()) if options.job is None else [JOBS[options.job]]
     accepted, failures = {}, {}

@@ -6,8 +6,10 @@ import math
 
 from transformers import PreTrainedTokenizerBase
 
-from megarl.config.derived import AnyConfig, TrainingConfig, max_sequence_length, read_model_config
+from megarl.config.evaluate import EvalConfig
 from megarl.config.lora import LoraConfig
+from megarl.config.model import read_model_config
+from megarl.config.training import TrainingRoot
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer
 from megarl.models import load_architecture
 from megarl.models.lora import adapted_modules, num_adapter_parameters, targets_of
@@ -15,16 +17,16 @@ from megarl.models.table import Architecture
 from megarl.platform.layers import layer_implementations
 
 
-def read_model(config: AnyConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
+def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
     """Architecture, a tokenizer that fits it, and the longest sequence in tokens."""
     path = config.model.path
     architecture = load_architecture(path)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
-    return architecture, tokenizer, max_sequence_length(config, read_model_config(path))
+    return architecture, tokenizer, config.max_sequence_length(read_model_config(path))
 
 
-def describe_model(device: str, config: TrainingConfig, architecture: Architecture) -> list[str]:
+def describe_model(device: str, config: TrainingRoot, architecture: Architecture) -> list[str]:
     """Lines for the log: who computes each kind of the trainer's layers, and which adapters are trained."""
     ring, experts = config.parallel.context_attention == "ring", architecture.spec.moe is not None
     found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)

@@ -32,9 +32,8 @@ from megarl.algorithms.online_report import (
 )
 from megarl.algorithms.rollouts import Rollouts, make_rollouts
 from megarl.algorithms.run import Run
-from megarl.config.derived import OnlineRoot, evaluates, needs_reference, num_optimizer_steps
-from megarl.config.distill import DistillConfig
-from megarl.config.schema import GrpoConfig
+from megarl.config.grpo import GrpoConfig
+from megarl.config.online import OnlineConfig
 from megarl.data.prompts import PromptDataset
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.losses.agreement import Agreement
@@ -87,7 +86,7 @@ class Learner(Protocol):
 MakeLearner = Callable[[Any, Run, Policy], Learner]
 
 
-def run_online(config: OnlineRoot, kind: str, make_learner: MakeLearner) -> None:
+def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
     train, held_out = load_splits(load_problems, config, tokenizer, longest)
@@ -105,14 +104,14 @@ def run_online(config: OnlineRoot, kind: str, make_learner: MakeLearner) -> None
             config.model,
             config.packing,
             config.optimizer,
-            num_optimizer_steps(config),
+            config.num_optimizer_steps,
             check_numerics=config.debug.check_numerics,
             router=config.router,
             lora=config.lora,
         )
         for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
-        if not isinstance(config, DistillConfig) and needs_reference(config.algorithm):
+        if config.algorithm.needs_reference:
             policy.keep_reference()
         learner = make_learner(config, run, policy)
         state = run.resume(learner.trained) or {"step": 0, "position": 0, "totals": {}}
@@ -142,7 +141,7 @@ class _Rollout:
 
     def connect(
         self,
-        config: OnlineRoot,
+        config: OnlineConfig,
         run: Run,
         architecture: Architecture,
         owners: list[Owner],
@@ -166,7 +165,7 @@ class _Rollout:
 
 
 def _start_rollout(
-    config: OnlineRoot,
+    config: OnlineConfig,
     run: Run,
     architecture: Architecture,
     max_model_len: int,
@@ -175,7 +174,7 @@ def _start_rollout(
 ) -> _Rollout:
     """Start both in the background, while the trainer is built."""
     problems = []
-    if held_out is not None and evaluates(config.evaluation):
+    if held_out is not None and config.evaluates:
         problems = pick_problems(held_out, config.evaluation, run.console)
     engine = start_engine(
         config.model,
@@ -197,7 +196,7 @@ class OnlineLoop:
 
     def __init__(
         self,
-        config: OnlineRoot,
+        config: OnlineConfig,
         run: Run,
         policy: Policy,
         learner: Learner,

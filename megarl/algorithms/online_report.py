@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megarl.advantages.group import zero_std_fraction
 from megarl.algorithms.rollouts import sample_row
-from megarl.config.schema import GrpoConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.losses.agreement import Agreement
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES

@@ -27,9 +27,8 @@ from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online import Learned, run_online
 from megarl.algorithms.run import Run
 from megarl.algorithms.updates import policy_step, train_speed
-from megarl.config.derived import needs_old_logprobs, needs_reference, optimizer_steps_per_batch
+from megarl.config.model import ModelConfig
 from megarl.config.ppo import PpoConfig
-from megarl.config.schema import ModelConfig
 from megarl.errors import UserError
 from megarl.losses.agreement import Agreement
 from megarl.losses.policy import PolicyLoss
@@ -65,7 +64,7 @@ def make_critic(config: PpoConfig, policy: Any) -> MegatronScorer:
         ModelConfig(path=path, dtype=config.model.dtype),
         config.packing,
         config.critic.optimizer or config.optimizer,
-        config.training.num_steps * optimizer_steps_per_batch(config.algorithm),
+        config.num_critic_steps,
         rows="targets",
         seed=config.run.seed,
         check_numerics=config.debug.check_numerics,
@@ -132,7 +131,7 @@ class PpoLearner:
         )
         self.loss = PolicyLoss(options, config.debug.check_numerics)
         self.value_loss = ValueLoss(config.critic.value_clip)
-        self.needs_reference, self.needs_old = needs_reference(algorithm), needs_old_logprobs(algorithm)
+        self.needs_reference, self.needs_old = algorithm.needs_reference, algorithm.needs_old_logprobs
 
     def notes(self) -> list[str]:
         """See Learner."""

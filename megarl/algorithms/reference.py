@@ -12,7 +12,6 @@ import torch
 
 from megarl.algorithms.reference_cache import CacheError, ReferenceCache, model_digest, sequence_digest
 from megarl.algorithms.run import Interrupted, Run
-from megarl.config.derived import data_parallel_size
 from megarl.config.preference import DpoConfig
 from megarl.errors import UserError
 from megarl.models import load_architecture
@@ -45,7 +44,7 @@ class ReferenceLogprobs:
         self.model: str = from_first_rank(lambda: model_digest(self._path, config.model.dtype))
         directory = config.reference.cache_dir or run.directory.path / "reference"
         self._cache = ReferenceCache(Path(directory), self.model)
-        self._chunk = _CHUNK * data_parallel_size(config.parallel)
+        self._chunk = _CHUNK * config.parallel.data_parallel_size
         self._logps: dict[bytes, float] = {}
 
     def __call__(self, sequences: list[Sequence]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megarl.algorithms.ahead import EventLoopThread
 from megarl.config.environments import EnvironmentRuntime
-from megarl.config.schema import OnlineConfig
+from megarl.config.online import OnlineConfig
 from megarl.data.tokenizer import stop_token_ids
 from megarl.environments.base import Environment
 from megarl.environments.remote import EnvironmentWorkers

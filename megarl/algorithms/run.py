@@ -18,7 +18,7 @@ from megarl import platform
 from megarl.algorithms.saving import STATE_FILE, Checkpoints
 from megarl.cluster import heartbeat
 from megarl.cluster.heartbeat import Heartbeat
-from megarl.config.derived import TrainingConfig
+from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.metrics.console import Console
 from megarl.metrics.profile import StepProfiler
@@ -43,7 +43,7 @@ class Interrupted(SystemExit):
 class Run:
     """One training run on one rank. Rank 0 writes; the others keep step."""
 
-    def __init__(self, config: TrainingConfig, kind: str, *, is_first: bool) -> None:
+    def __init__(self, config: TrainingRoot, kind: str, *, is_first: bool) -> None:
         self.config, self.kind, self.is_first = config, kind, is_first
         self.directory = RunDirectory(config.run.dir)
         self.console = Console(kind, enabled=is_first)

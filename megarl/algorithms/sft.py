@@ -9,7 +9,7 @@ from __future__ import annotations
 from megarl.algorithms.examples import load_sequences, load_splits
 from megarl.algorithms.model import describe_model, read_model
 from megarl.algorithms.run import Run
-from megarl.config.schema import SftConfig
+from megarl.config.sft import SftConfig
 from megarl.data.order import held_out_rows, order_of
 from megarl.losses.sft import sft_loss
 from megarl.trainer.megatron.initialize import finalize, initialize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megarl.algorithms.run import Run
-from megarl.config.schema import OnlineConfig
+from megarl.config.online import OnlineConfig
 from megarl.losses.base import Loss
 from megarl.records import PackedBatch
 from megarl.trainer.policy import Policy, TrainStepResult

@@ -1,8 +1,8 @@
 """Samples whose advantage is exactly 0 have no gradient: they are counted, and not computed.
 
 A group whose rewards are all equal gets advantages of exactly 0, and with them every term of the policy loss
-and its derivative is 0. :func:`megarl.config.derived.why_zero_advantages_train` says where something else
-makes such samples count.
+and its derivative is 0. :attr:`megarl.config.grpo.GrpoConfig.why_zero_advantages_train` says where something
+else makes such samples count.
 """
 
 from __future__ import annotations

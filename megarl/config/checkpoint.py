@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megarl.config.section import NonNegativeInt, PositiveInt, Section, Text
+from megarl.config.section import NonNegativeInt, PositiveInt, Problems, Section, Text, rule
 
 
 class CheckpointConfig(Section):
@@ -24,3 +24,9 @@ class CheckpointConfig(Section):
     """Without it a run cannot be resumed, only its weights used."""
     export_hf: bool = True
     """Write the final weights as a Hugging Face directory, <run.dir>/hf."""
+
+    @rule
+    def _best(self) -> Problems:
+        if self.keep_best_metric is None and self.keep_best_mode != "max":
+            reason = "has nothing to compare: checkpoint.keep_best_metric is not set (got 'min')"
+            yield "keep_best_mode", reason, "keep_best_metric"

@@ -7,14 +7,24 @@ be made by an ``environment``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
 from megarl.config.curriculum import CurriculumConfig
 from megarl.config.environments import EnvironmentConfig, EnvironmentSource, MathEnvironmentConfig
-from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from megarl.config.section import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Problems,
+    Section,
+    Text,
+    rule,
+)
 
 
 class ReasoningGymSource(Section):
@@ -35,6 +45,11 @@ class ReasoningGymSource(Section):
     partial_credit: bool = True
     """Keep the task's scores below 1 (chain_sum gives 0.5 to 13 where 3 is right); false makes them 0."""
 
+    @property
+    def problems(self) -> tuple[str, range]:
+        """What is made, and from which seeds."""
+        return self.task, range(self.seed, self.seed + self.size)
+
 
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 """Endings of the names of files that can be read."""
@@ -47,6 +62,12 @@ class FileLocation(Section):
     """jsonl reads a JSON object per line; file goes by the ending: .jsonl .json .parquet .csv .arrow."""
     path: Text
     """The file."""
+
+    @rule
+    def _kind(self) -> Problems:
+        if self.source == "file" and PurePath(self.path).suffix.lower() not in FILE_KINDS:
+            kinds = ", ".join(FILE_KINDS)
+            yield "path", f"its name must end in {kinds}: that says how it is read (got {self.path!r})"
 
 
 class HfLocation(Section):
@@ -62,6 +83,11 @@ class HfLocation(Section):
     """Split, slices included, e.g. train[:1000]."""
     revision: Text | None = None
     """Git revision on the hub; null is the newest."""
+
+    @property
+    def rows(self) -> tuple[str | None, ...]:
+        """Which rows of which dataset."""
+        return self.dataset, self.subset, self.split, self.revision
 
 
 class PromptReasoningGymSource(ReasoningGymSource):
@@ -103,6 +129,15 @@ class MixtureWeights(Section):
     weights: dict[str, PositiveFloat] | None = None
     """Share of each source in what is drawn, by its name; null draws every row once per epoch."""
 
+    if TYPE_CHECKING:
+        sources: Any
+
+    @rule
+    def _every_source_once(self) -> Problems:
+        if self.weights is not None and (differ := sorted(set(self.sources) ^ set(self.weights))):
+            reason = "must give each of the sources a weight, and nothing else (they differ in {})"
+            yield "weights", reason.format(", ".join(differ))
+
 
 class PromptMixtureSource(MixtureWeights):
     """Problems of several sources."""
@@ -132,6 +167,12 @@ class PromptFormat(Section):
     prompt_suffix: str = ""
     """Text appended to every problem, e.g. an instruction on the answer's form."""
 
+    @rule
+    def _system_prompt(self) -> Problems:
+        if self.system_prompt is not None and not self.chat_template:
+            reason = "only a chat template has a place for it, and data.format.chat_template is false"
+            yield "system_prompt", reason, "chat_template"
+
 
 class LengthFilter(Section):
     """Which lengths are kept; what is dropped is counted and shown when a run starts."""
@@ -143,6 +184,25 @@ class LengthFilter(Section):
     too_long: Literal["error", "drop"] = "error"
     """What to do with that which the run's longest sequence cannot hold."""
 
+    @rule
+    def _lengths(self) -> Problems:
+        low, high = self.min_tokens, self.max_tokens
+        if low is not None and high is not None and low > high:
+            reason = f"larger than data.filter.max_tokens = {high}: nothing would be left (got {low})"
+            yield "min_tokens", reason, "max_tokens"
+
+
+Split = Literal["train", "held_out"]
+
+
+def parts_of(source: Any, at: str) -> Iterator[tuple[str, Any]]:
+    """The plain sources of a source, each with its place in the configuration; itself where it is plain."""
+    if isinstance(source, MixtureWeights):
+        for name, part in getattr(source, "sources", {}).items():
+            yield f"{at}.sources.{name}", part
+    elif source is not None:
+        yield at, source
+
 
 class DataReading(Section):
     """What happens to rows that cannot be used."""
@@ -151,6 +211,70 @@ class DataReading(Section):
     """A malformed row ends the command with the first three; skip leaves it out and reports the same."""
     filter: LengthFilter = LengthFilter()
     """Which lengths are kept."""
+
+    measured: ClassVar[tuple[Split, ...]] = ("held_out",)
+    """The splits that nothing is learned from."""
+    if TYPE_CHECKING:  # every kind of data has them, each with sources of its own
+        train: Any
+        held_out: Any
+        format: PromptFormat
+
+    def curricula(self, split: Split) -> list[str]:
+        """Where the sources of a split ask for levels that rise."""
+        found = parts_of(getattr(self, split), split)
+        return [f"{at}.curriculum" for at, part in found if getattr(part, "curriculum", None) is not None]
+
+    @rule
+    def _separate_splits(self) -> Problems:
+        for train_at, train in parts_of(self.train, "train"):
+            for at, held_out in parts_of(self.held_out, "held_out"):
+                yield from _overlap(train_at, train, at, held_out)
+
+    @rule
+    def _measured_as_they_are(self) -> Problems:
+        for split in self.measured:
+            if getattr(getattr(self, split), "weights", None) is not None:
+                yield f"{split}.weights", "held-out data is measured as it is: leave the weights out"
+            for at in self.curricula(split):
+                yield at, "levels rise in training only: held-out problems stay the same"
+
+    @rule
+    def _curriculum_makes_problems_anew(self) -> Problems:
+        if "train" in self.measured or (self.on_bad_row == "error" and self.filter == LengthFilter()):
+            return
+        for at in self.curricula("train"):
+            yield (
+                at,
+                "data.filter and data.on_bad_row = skip choose among problems that are made once, at the"
+                " start; those of a curriculum change with its level",
+                "filter",
+                "on_bad_row",
+            )
+
+
+def _overlap(train_at: str, train: Any, at: str, held_out: Any) -> Problems:
+    """The one rule on what training and held-out data may not share; texts that happen to be the same are
+    found when problems are compared (:attr:`megarl.data.prompts.PromptDataset.unseen`)."""
+    match train, held_out:
+        case (ReasoningGymSource() | EnvironmentSource(), ReasoningGymSource() | EnvironmentSource()):
+            (task, seeds), (other_task, other) = train.problems, held_out.problems
+            shared = range(max(seeds.start, other.start), min(seeds.stop, other.stop))
+            if task == other_task and shared:
+                # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems,
+                # and with other arguments still random streams.
+                yield (
+                    f"{at}.seed",
+                    f"{len(shared)} problems would be in both data.{train_at} and data.held_out: problem i"
+                    f" depends on seed + i only; use a seed >= {seeds.stop} (got {other.start})",
+                    f"{train_at}.seed",
+                    f"{train_at}.size",
+                )
+        case (FileLocation(), FileLocation()) if train.path == held_out.path:
+            reason = f"is the same file as data.{train_at}.path (got {held_out.path!r})"
+            yield f"{at}.path", reason, f"{train_at}.path"
+        case (HfLocation(), HfLocation()) if train.rows == held_out.rows:
+            reason = f"is the same split of the same dataset as data.{train_at} (got {held_out.split!r})"
+            yield f"{at}.split", reason, f"{train_at}.split", f"{at}.dataset"
 
 
 class TrainingDataReading(DataReading):
@@ -175,6 +299,8 @@ class PromptDataConfig(DataReading):
 
 class EvalDataConfig(DataReading):
     """Problems to judge answers to."""
+
+    measured: ClassVar[tuple[Split, ...]] = ("train", "held_out")
 
     held_out: PromptSource
     """Problems."""

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.schema import OnlineConfig
-from megarl.config.section import PositiveInt, Section, Text
+from megarl.config.online import OnlineAlgorithm, OnlineConfig
+from megarl.config.section import PositiveInt, Problems, Section, Text, rule
 
 
-class DistillAlgorithmConfig(Section):
+class DistillAlgorithmConfig(OnlineAlgorithm):
     """What is learned of the teacher (on-policy distillation, arXiv:2306.13649)."""
 
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "reverse"
@@ -28,6 +28,18 @@ class DistillAlgorithmConfig(Section):
     num_epochs_per_batch: PositiveInt = 1
     """Passes over the rollout batch."""
 
+    @rule
+    def _divergence(self) -> Problems:
+        divergence = f"algorithm.divergence = {self.divergence}"
+        if self.beta is not None and self.divergence != "jensen_shannon":
+            yield "beta", f"{divergence} does not read it (got {self.beta})", "divergence"
+        if self.teacher_top_k is not None and self.divergence != "forward":
+            reason = f"{divergence} needs the teacher's whole distribution; use forward"
+            yield "teacher_top_k", f"{reason} (got {self.teacher_top_k})", "divergence"
+        if (scaled := self.renormalize_top_k) is not None and self.teacher_top_k is None:
+            reason = f"has no effect: algorithm.teacher_top_k is not set (got {str(scaled).lower()})"
+            yield "renormalize_top_k", reason, "teacher_top_k"
+
 
 class TeacherConfig(Section):
     """The frozen model whose distribution is learned."""
@@ -41,3 +53,16 @@ class DistillConfig(OnlineConfig):
 
     algorithm: DistillAlgorithmConfig = DistillAlgorithmConfig()
     teacher: TeacherConfig
+
+    def describe_algorithm(self) -> list[str]:
+        """Whom the student learns from."""
+        return [f"teacher: {self.teacher.path}"]
+
+    @rule
+    def _not_for_distill(self) -> Problems:
+        if staleness := self.rollout.max_staleness:
+            reason = f"not for distill: its samples are the student's as it is (got {staleness})"
+            yield "rollout.max_staleness", reason
+        if self.rollout.router_replay:
+            reason = "not for distill: the teacher would be given the experts that the student chose"
+            yield "rollout.router_replay", f"{reason} (got true)"

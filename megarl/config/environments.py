@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -11,8 +12,10 @@ from megarl.config.section import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Problems,
     Section,
     Text,
+    rule,
 )
 
 JUDGE_PROMPT = """\
@@ -49,7 +52,19 @@ class EnvironmentRuntime(Section):
     """Longest turn; null: what is left of rollout.max_new_tokens, which holds for the whole episode."""
 
 
-class MathEnvironmentConfig(Section):
+class Judging(Section):
+    """Base of all environments, and what the rest of a configuration asks of them."""
+
+    makes_problems: ClassVar[bool] = False
+    """Whether it may be a data source."""
+    needs_chat_template: ClassVar[bool] = False
+
+    def within(self, limit: float) -> Problems:
+        """Rule: one call ends by itself before ``limit``, rollout.environments.timeout_seconds."""
+        yield from ()
+
+
+class MathEnvironmentConfig(Judging):
     """Mathematical answers, compared as expressions by math-verify."""
 
     kind: Literal["math"] = "math"
@@ -58,7 +73,7 @@ class MathEnvironmentConfig(Section):
     """Where the answer stands: any form math-verify finds, the last boxed one, or the last number."""
 
 
-class MultipleChoiceConfig(Section):
+class MultipleChoiceConfig(Judging):
     """One letter out of several; the reference is the letter, or its position counted from 0."""
 
     kind: Literal["multiple_choice"]
@@ -68,8 +83,14 @@ class MultipleChoiceConfig(Section):
     choices_field: Text | None = None
     """Field of the source with the list of choices' texts, for numbers of choices that differ (null: all)."""
 
+    @rule
+    def _letters(self) -> Problems:
+        letters = self.choices
+        if not letters.isascii() or not letters.isalpha() or len(set(letters.upper())) < len(letters):
+            yield "choices", f"must be letters, each once (got {letters!r})"
 
-class RegexConfig(Section):
+
+class RegexConfig(Judging):
     """The form of a response, and what a part of it says."""
 
     kind: Literal["regex"]
@@ -83,8 +104,21 @@ class RegexConfig(Section):
     format_reward: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Reward of a response that has the form but another answer; 1 is always that of a right one."""
 
+    @rule
+    def _pattern(self) -> Problems:
+        found = _compiled(self.pattern)
+        if isinstance(found, str):
+            yield "pattern", found
+        elif "answer" not in found.groupindex and self.format_reward:
+            yield (
+                "format_reward",
+                "has no effect: environment.pattern has no group `answer`, so every match gets 1"
+                f" (got {self.format_reward})",
+                "pattern",
+            )
 
-class JudgeConfig(Section):
+
+class JudgeConfig(Judging):
     """A language model that grades, behind an OpenAI-compatible endpoint."""
 
     kind: Literal["judge"]
@@ -114,8 +148,32 @@ class JudgeConfig(Section):
     max_concurrency: PositiveInt = 32
     """Requests of one worker at a time."""
 
+    @rule
+    def _request(self) -> Problems:
+        if "{response}" not in self.prompt:
+            yield "prompt", "must hold {response}: the judge would not see what it grades"
+        if not re.match(r"https?://[^/]", self.base_url):
+            yield "base_url", f"must be an http or https address (got {self.base_url!r})"
+        found = _compiled(self.score_pattern)
+        if isinstance(found, str):
+            yield "score_pattern", found
+        elif not found.groups:
+            yield "score_pattern", f"needs a group, the score (got {self.score_pattern!r})"
 
-class CodeConfig(Section):
+    def within(self, limit: float) -> Problems:
+        """All attempts and the pauses between them."""
+        attempts, request = self.num_attempts, self.request_timeout_seconds
+        longest = attempts * request + self.retry_seconds * (2 ** (attempts - 1) - 1)
+        if longest >= limit:
+            yield (
+                "request_timeout_seconds",
+                f"{attempts} requests and the pauses between may take {longest:g} s, and"
+                f" rollout.environments.timeout_seconds = {limit:g} would end them (got {request:g})",
+                "num_attempts",
+            )
+
+
+class CodeConfig(Judging):
     """Programs judged by tests that run them in a sandbox."""
 
     kind: Literal["code"]
@@ -141,9 +199,20 @@ class CodeConfig(Section):
     max_concurrency: PositiveInt | None = None
     """Programs of one worker at a time; null: as many as there are cores."""
 
+    def within(self, limit: float) -> Problems:
+        """One program's run."""
+        if self.timeout_seconds >= limit:
+            yield (
+                "timeout_seconds",
+                f"must be below rollout.environments.timeout_seconds = {limit:g}, which would end the"
+                f" whole judging (got {self.timeout_seconds:g})",
+            )
 
-class NumberGuessingConfig(Section):
+
+class NumberGuessingConfig(Judging):
     """Number guessing, a game of several turns that makes its own problems (`source: environment`)."""
+
+    makes_problems = True
 
     kind: Literal["number_guessing"]
     """Selects this environment."""
@@ -156,9 +225,16 @@ class NumberGuessingConfig(Section):
     turn_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Taken off the reward of 1 for each guess that missed."""
 
+    @rule
+    def _numbers(self) -> Problems:
+        if self.low >= self.high:
+            yield "high", f"must be above low (got {self.high})", "low"
 
-class SlidingPuzzleConfig(Section):
+
+class SlidingPuzzleConfig(Judging):
     """The sliding puzzle, a game of several turns that makes its own problems (`source: environment`)."""
+
+    makes_problems = True
 
     kind: Literal["sliding_puzzle"]
     """Selects this environment."""
@@ -172,7 +248,7 @@ class SlidingPuzzleConfig(Section):
     """Taken off for a turn whose move cannot be made."""
 
 
-class RewardModelConfig(Section):
+class RewardModelConfig(Judging):
     """A reward model that scores responses, on the worker's CPU."""
 
     kind: Literal["reward_model"]
@@ -187,8 +263,10 @@ class RewardModelConfig(Section):
     """Rewards are scores times this."""
 
 
-class CustomEnvironmentConfig(Section):
+class CustomEnvironmentConfig(Judging):
     """An environment of your own, from a package that is installed or in the current directory."""
+
+    makes_problems = True
 
     kind: Literal["custom"] = "custom"
     """Selects this environment; may be left out where `path` is given."""
@@ -197,9 +275,16 @@ class CustomEnvironmentConfig(Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class."""
 
+    @rule
+    def _dotted(self) -> Problems:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", self.path):
+            yield "path", f'is written "package.module:Class" (got {self.path!r})'
 
-class ToolsConfig(Section):
+
+class ToolsConfig(Judging):
     """A loop of tool calls in the model's own form, and an answer that is judged."""
+
+    needs_chat_template = True
 
     kind: Literal["tools"]
     """Selects this environment."""
@@ -219,6 +304,21 @@ class ToolsConfig(Section):
         default=MathEnvironmentConfig(), discriminator="kind"
     )
     """How the answer, the first turn without a call, is judged."""
+
+    @rule
+    def _corpus(self) -> Problems:
+        if ("search" in self.tools) != (self.corpus is not None):
+            found = f"{self.corpus!r} with tools {self.tools}"
+            reason = f"is the documents of the tool search: set both or neither (got {found})"
+            yield "corpus", reason, "tools"
+
+
+def _compiled(pattern: str) -> re.Pattern[str] | str:
+    """The regular expression, or what is wrong with it."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        return f"is no regular expression: {error} (got {pattern!r})"
 
 
 def _kind(value: Any) -> str | None:
@@ -258,3 +358,14 @@ class EnvironmentSource(Section):
     """Number of problems."""
     seed: NonNegativeInt = 1
     """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
+
+    @property
+    def problems(self) -> tuple[str, range]:
+        """What is made, and from which seeds."""
+        return f"kind {self.environment.kind}", range(self.seed, self.seed + self.size)
+
+    @rule
+    def _makes_problems(self) -> Problems:
+        if not self.environment.makes_problems:
+            kind = self.environment.kind
+            yield "environment.kind", f"makes no problems of its own: use another data source (got {kind})"

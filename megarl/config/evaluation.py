@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Text
+from megarl.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Problems,
+    Section,
+    Text,
+    rule,
+)
 
 
 class EvaluationSizeConfig(Section):
@@ -33,6 +41,33 @@ class EvaluationSizeConfig(Section):
     category_field: Text | None = None
     """Field of the data set's rows to make a table by; null is the category a benchmark has, if any."""
 
+    @rule
+    def _greedy(self) -> Problems:
+        if self.temperature > 0:
+            return
+        if (n := self.num_samples_per_prompt) > 1:
+            reason = f"at evaluation.temperature = 0 all samples of a problem are the same (got {n})"
+            yield "num_samples_per_prompt", reason, "temperature"
+        for name, value in self.changed("top_p", "top_k"):
+            reason = f"has no effect at evaluation.temperature = 0, which takes the likeliest (got {value})"
+            yield name, reason, "temperature"
+
+    @rule
+    def _subsets(self) -> Problems:
+        n = self.num_samples_per_prompt
+        for k in self.k:
+            if k > n:
+                reason = f"k must be at most evaluation.num_samples_per_prompt = {n} (got {k})"
+                yield "k", reason, "num_samples_per_prompt"
+
+    @rule
+    def _consensus(self) -> Problems:
+        if self.consensus == "sampled" and not any(k > 1 for k in self.k):
+            reason = "needs a k above 1 in evaluation.k: cons@k is of k samples (got 'sampled')"
+            yield "consensus", reason, "k"
+        for name, value in self.changed("consensus_draws") if self.consensus == "closed" else ():
+            yield name, f"is only used with evaluation.consensus: sampled (got {value})", "consensus"
+
 
 class EvaluationConfig(EvaluationSizeConfig):
     """Accuracy on held-out problems before, during and after training; greedy unless told otherwise."""
@@ -43,3 +78,8 @@ class EvaluationConfig(EvaluationSizeConfig):
     """Evaluate before the first step."""
     at_end: bool = True
     """Evaluate after the last step."""
+
+    @property
+    def asked_by(self) -> list[str]:
+        """The fields by which a run evaluates at all."""
+        return [name for name in ("interval", "at_start", "at_end") if getattr(self, name)]

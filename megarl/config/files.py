@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megarl.config.derived import OnlineRoot, is_megatron_checkpoint, max_sequence_length, read_model_config
-from megarl.config.schema import EvalConfig, Section
-from megarl.config.validate_data import parts_of
+from megarl.config.data import parts_of
+from megarl.config.evaluate import EvalConfig
+from megarl.config.model import is_megatron_checkpoint, read_model_config
+from megarl.config.rollout import Sampling
+from megarl.config.section import Section
 from megarl.config.violation import Violation
 
 Violations = Iterator[Violation]
@@ -41,14 +43,15 @@ def _run_directory(run: Any) -> Violations:
 
 def _data_files(data: Any) -> Violations:
     for split in ("train", "held_out"):
-        for path, source in parts_of(getattr(data, split, None), ("data", split)):
+        for at, source in parts_of(getattr(data, split, None), f"data.{split}"):
             copy, file = getattr(source, "directory", None), getattr(source, "path", None)
             if copy is not None and not Path(copy).exists():
-                yield Violation((*path, "directory"), f"nothing there (got {copy!r}){_from_here(copy)}")
+                why = f"nothing there (got {copy!r}){_from_here(copy)}"
+                yield Violation((*at.split("."), "directory"), why)
             if file is not None and not Path(file).is_file():
-                yield Violation((*path, "path"), f"no such file (got {file!r}){_from_here(file)}")
+                yield Violation((*at.split("."), "path"), f"no such file (got {file!r}){_from_here(file)}")
             elif file is not None and Path(file).stat().st_size == 0:
-                yield Violation((*path, "path"), f"the file is empty (got {file!r})")
+                yield Violation((*at.split("."), "path"), f"the file is empty (got {file!r})")
 
 
 def _model(config: Section, weights: bool) -> Violations:
@@ -115,7 +118,7 @@ def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Violations:
         )
     for path in (("rollout", "max_new_tokens"), ("evaluation", "max_new_tokens")):
         length = getattr(getattr(config, path[0], None), path[1], None)
-        # With an explicit max_sequence_length, megarl.config.validate has compared the two already.
+        # With an explicit max_sequence_length, a rule of the root has compared the two already.
         if length is not None and length >= positions and (longest is None or isinstance(config, EvalConfig)):
             yield Violation(
                 path,
@@ -128,10 +131,10 @@ def _kv_cache_fits(config: Section, model_config: dict[str, Any]) -> Violations:
     """The engine refuses to start unless its cache holds one sequence of full length."""
     cache = getattr(getattr(getattr(config, "rollout", None), "engine", None), "kv_cache_gib", None)
     needed = {"num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings"}
-    if not isinstance(config, OnlineRoot | EvalConfig) or cache is None or not needed <= model_config.keys():
+    if not isinstance(config, Sampling) or cache is None or not needed <= model_config.keys():
         return
     try:
-        longest = max_sequence_length(config, model_config)
+        longest = config.max_sequence_length(model_config)
         engine_type = config.rollout.engine.dtype
         number_bytes = {"float32": 4, "bfloat16": 2}[
             config.model.dtype if engine_type == "auto" else engine_type

@@ -12,16 +12,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from megarl.config.schema import Section
-
-Path = tuple[str, ...]
+from megarl.config.section import Section
+from megarl.config.violation import Path
 
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
-
-
-def dotted(path: Path) -> str:
-    """("optimizer", "lr") as the user writes it: optimizer.lr."""
-    return ".".join(path)
 
 
 def leaf_types(annotation: Any) -> list[Any]:

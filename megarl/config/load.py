@@ -15,22 +15,19 @@ from pydantic_core import ErrorDetails
 
 from megarl.config.files import find_file_violations
 from megarl.config.introspect import (
-    Path,
     accepts_null,
     accepts_text,
     config_path,
     describe_field,
-    dotted,
     fields_at,
     sections_of,
     select_section,
     tag_field,
     tags_of,
 )
-from megarl.config.schema import Section
+from megarl.config.section import Section, find_violations
 from megarl.config.suggest import REPLACED, explain_unknown
-from megarl.config.validate import find_violations
-from megarl.config.violation import Origins, Violation, show
+from megarl.config.violation import Origins, Path, Violation, dotted, show
 from megarl.config.yaml_text import dump_yaml, expand_variables, parse_yaml
 from megarl.errors import UserError
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megarl.config.section import PositiveFloat, PositiveInt, Section, Text
+from megarl.config.section import PositiveFloat, PositiveInt, Problems, Section, Text, rule
 
 ALL_LINEAR = "all-linear"
 """PEFT's name for every linear layer but the head."""
@@ -19,6 +19,14 @@ class LoraLayers(Section):
     """Rows of A and columns of B."""
     target_modules: list[Text] = Field(default=[ALL_LINEAR], min_length=1)
     """Layers that get an adapter, by PEFT's names: q_proj, v_proj, gate_proj, ..., or [all-linear]."""
+
+    @rule
+    def _targets(self) -> Problems:
+        names = self.target_modules
+        if ALL_LINEAR in names and len(names) > 1:
+            yield "target_modules", f"{ALL_LINEAR} stands alone (got {', '.join(names)})"
+        for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+            yield "target_modules", f"{name} is named twice"
 
 
 class LoraConfig(LoraLayers):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megarl.config.section import PositiveInt, Section
+from megarl.config.section import PositiveInt, Problems, Section, rule
 
 
 class ParallelConfig(Section):
@@ -44,3 +44,64 @@ class ParallelConfig(Section):
     """Reduce gradients over data-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False
     """Gather updated parameters during the next forward pass; needs optimizer.distributed. Not for grpo."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that together hold one copy of the model and one sequence."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that see different sequences."""
+        return self.num_processes // self.model_parallel_size
+
+    @rule
+    def _sizes(self) -> Problems:
+        product = self.model_parallel_size
+        if self.num_processes % product:
+            yield (
+                "num_processes",
+                "must be a multiple of tensor_parallel_size * pipeline_parallel_size * context_parallel_size"
+                f" = {product} (got {self.num_processes})",
+                "tensor_parallel_size",
+                "pipeline_parallel_size",
+                "context_parallel_size",
+            )
+
+    @rule
+    def _of_several_ranks(self) -> Problems:
+        """What needs another dimension of more than one rank."""
+        for size, names in (
+            ("tensor_parallel_size", ["sequence_parallel"]),
+            ("pipeline_parallel_size", ["virtual_pipeline_parallel_size"]),
+            ("context_parallel_size", ["context_attention", "context_split_from"]),
+        ):
+            for name, value in self.changed(*names) if getattr(self, size, None) == 1 else ():
+                needs = "ring needs" if value == "ring" else "needs"
+                yield name, f"{needs} parallel.{size} > 1 (got {size} 1)", size
+
+    @rule
+    def _uneven_stages(self) -> Problems:
+        if self.pipeline_parallel_size == 1 or self.virtual_pipeline_parallel_size > 1:
+            needs = "pipeline_parallel_size", "virtual_pipeline_parallel_size"
+            for name, _ in self.changed("first_stage_layers", "last_stage_layers"):
+                yield name, f"needs parallel.{needs[0]} > 1 and {needs[1]} 1", *needs
+
+    @rule
+    def _overlap(self) -> Problems:
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            reason = "needs parallel.overlap_grad_reduce = true (Megatron's hooks are the same)"
+            yield "overlap_param_gather", reason, "overlap_grad_reduce"
+
+    @rule
+    def _expert_parallel(self) -> Problems:
+        stage, rest = divmod(self.num_processes, self.pipeline_parallel_size)
+        size, split = self.expert_parallel_size, self.expert_tensor_parallel_size
+        if not rest and stage % (size * split):
+            times = f"times expert_tensor_parallel_size = {split} " if split > 1 else ""
+            yield (
+                "expert_parallel_size",
+                f"{times}must divide the {stage} ranks of a pipeline stage (got {size})",
+                "num_processes",
+                "pipeline_parallel_size",
+            )

@@ -6,13 +6,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.schema import OnlineConfig, OptimizerConfig
-from megarl.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from megarl.config.online import OnlineAlgorithm, OnlineConfig
+from megarl.config.optimizer import OptimizerConfig
+from megarl.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Problems,
+    Section,
+    Text,
+    rule,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class PpoAlgorithmConfig(Section):
+class PpoAlgorithmConfig(OnlineAlgorithm):
     """PPO (Schulman et al. 2017, arXiv:1707.06347) on tokens."""
 
     gamma: Share = 1.0
@@ -38,6 +48,29 @@ class PpoAlgorithmConfig(Section):
     num_epochs_per_batch: PositiveInt = 1
     """Passes over the rollout batch."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether reference logprobs enter the reward."""
+        return self.kl_reward_coef > 0
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether old logprobs need a pass of their own: for the reward, or for ratios other than 1."""
+        return self.kl_reward_coef > 0 or self.optimizer_steps_per_batch > 1
+
+    @rule
+    def _clip(self) -> Problems:
+        if (low := self.clip_ratio_low) >= 1:
+            reason = "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
+            yield "clip_ratio_low", f"{reason} (got {low})"
+
+    @rule
+    def _ratio_of_one(self) -> Problems:
+        for name, value in self.changed("clip_ratio_c") if self.optimizer_steps_per_batch == 1 else ():
+            reason = "has no effect: with one optimizer step per rollout batch every ratio is 1"
+            steps = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
+            yield name, f"{reason} (got {value})", *steps
+
 
 class CriticConfig(Section):
     """The model that predicts each token's return; it shares the policy's parallel layout and packing."""
@@ -57,3 +90,64 @@ class PpoConfig(OnlineConfig):
 
     algorithm: PpoAlgorithmConfig = PpoAlgorithmConfig()
     critic: CriticConfig = CriticConfig()
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """The policy's: it has none in the critic's warm-up."""
+        steps = self.training.num_steps - self.critic.warmup_steps
+        return steps * self.algorithm.optimizer_steps_per_batch
+
+    @property
+    def num_critic_steps(self) -> int:
+        """The critic's optimizer steps of the whole run."""
+        return self.training.num_steps * self.algorithm.optimizer_steps_per_batch
+
+    def describe_algorithm(self) -> list[str]:
+        """Which passes are made and skipped, and the critic."""
+        algorithm, one = self.algorithm, "one forward pass per rollout batch"
+        old = "pass skipped (one optimizer step per rollout batch: old = current)"
+        reference = "pass skipped (algorithm.kl_reward_coef is 0)"
+        return [
+            f"old logprobs: {one if algorithm.needs_old_logprobs else old}",
+            f"reference logprobs: {one if algorithm.needs_reference else reference}",
+            f"critic: {self.critic.path or self.model.path}, {self.num_critic_steps} optimizer steps",
+        ]
+
+    @rule
+    def _critic_warmup(self) -> Problems:
+        warmup, steps = self.critic.warmup_steps, self.training.num_steps
+        if warmup >= steps:
+            reason = f"leaves the policy none of the run's {steps} steps (got {warmup})"
+            yield "critic.warmup_steps", reason, "training.num_steps"
+
+    @rule
+    def _critic_schedule(self) -> Problems:
+        optimizer, steps = self.critic.optimizer, self.num_critic_steps
+        if optimizer is not None and optimizer.lr_warmup_steps > steps:
+            reason = f"longer than the critic's {steps} optimizer steps (got {optimizer.lr_warmup_steps})"
+            yield "critic.optimizer.lr_warmup_steps", reason, "training.num_steps"
+
+    @rule
+    def _truncated_sampling(self) -> Problems:
+        algorithm = self.algorithm
+        for name, value in self.rollout.changed("top_p", "top_k") if algorithm.needs_old_logprobs else ():
+            yield (
+                f"rollout.{name}",
+                "logprobs are taken over the tokens that the sampling policy could draw, which its weights"
+                " tell only before the first of several optimizer steps, and the reference's never"
+                f" (got {value})",
+                "algorithm.num_epochs_per_batch",
+                "algorithm.kl_reward_coef",
+            )
+
+    @rule
+    def _not_for_ppo(self) -> Problems:
+        if staleness := self.rollout.max_staleness:
+            reason = "not for ppo: values and old logprobs are of the present weights"
+            yield "rollout.max_staleness", f"{reason} (got {staleness})"
+        if self.rollout.router_replay:
+            reason = "not for ppo: the critic would be given the experts that the policy chose (got true)"
+            yield "rollout.router_replay", reason
+        if self.checkpoint.async_save:
+            reason = "not for ppo: its two models are saved one after the other (got true)"
+            yield "checkpoint.async_save", reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,8 +14,17 @@ from megarl.config.data import (
     ReasoningGymSource,
     TrainingDataReading,
 )
-from megarl.config.schema import TrainingRoot
-from megarl.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from megarl.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Problems,
+    Section,
+    Text,
+    rule,
+)
+from megarl.config.training import OfflineRoot
 
 
 class PreferenceColumns(Section):
@@ -44,6 +53,16 @@ class PreferenceReasoningGymSource(ReasoningGymSource):
     """Forms of the chosen response, each with {answer}; pair i uses form i modulo their number."""
     rejected_templates: list[Text] = Field(default=["{other_answer}"], min_length=1)
     """Forms of the rejected one, with {answer} or {other_answer}, the next problem's that has another."""
+
+    @rule
+    def _templates(self) -> Problems:
+        for name, *fields in (
+            ("chosen_templates", "{answer}"),
+            ("rejected_templates", "{answer}", "{other_answer}"),
+        ):
+            for template in getattr(self, name):
+                if not any(field in template for field in fields):
+                    yield name, f"each form needs {' or '.join(fields)} (got {template!r})"
 
 
 PlainPreferenceSource = Annotated[
@@ -97,6 +116,28 @@ class PreferenceAlgorithmConfig(Section):
     undesirable_weight: PositiveFloat | None = None
     """Weight of the rejected responses (kto); null: 1."""
 
+    reads: ClassVar[dict[str, tuple[str, ...]]] = {
+        "dpo": ("label_smoothing", "length_normalization"),
+        "ipo": ("length_normalization",),
+        "kto": ("desirable_weight", "undesirable_weight"),
+        "simpo": ("label_smoothing", "simpo_gamma"),
+        "orpo": (),
+    }
+    """Which of the options that not every loss has each of them reads."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss compares with a reference's logprobs."""
+        return self.loss in ("dpo", "ipo", "kto")
+
+    @rule
+    def _options(self) -> Problems:
+        optional = dict.fromkeys(name for names in self.reads.values() for name in names)
+        for name, value in self.changed(*(name for name in optional if name not in self.reads[self.loss])):
+            always = name == "length_normalization" and self.loss in ("simpo", "orpo")
+            why = "always divides by the response's tokens" if always else "does not read it"
+            yield name, f"algorithm.loss = {self.loss} {why} (got {str(value).lower()})", "loss"
+
 
 class ReferenceConfig(Section):
     """The frozen model that dpo, ipo and kto compare with; its logprobs are computed once and kept."""
@@ -120,13 +161,46 @@ class PreferenceTrainingConfig(Section):
     """Pairs per validation."""
 
 
-class DpoConfig(TrainingRoot):
-    """Root of `megarl dpo`."""
+class PreferenceRoot(OfflineRoot):
+    """What runs that learn from pairs have in common."""
 
     data: PreferenceDataConfig
+
+    sequences_per_example: ClassVar[int] = 2
+    example: ClassVar[str] = "pairs"
+    a_step: ClassVar[str] = "a step"
+
+    @rule
+    def _pair_fits(self) -> Problems:
+        longest, budget = self.packing.max_sequence_length, self.packing.max_tokens_per_microbatch
+        if longest is not None and longest <= budget < 2 * longest:
+            yield (
+                "packing.max_sequence_length",
+                "both responses of a pair share a microbatch: at most half of"
+                f" packing.max_tokens_per_microbatch = {budget} (got {longest})",
+                "packing.max_tokens_per_microbatch",
+            )
+
+
+class DpoConfig(PreferenceRoot):
+    """Root of `megarl dpo`."""
+
     algorithm: PreferenceAlgorithmConfig = PreferenceAlgorithmConfig()
     reference: ReferenceConfig = ReferenceConfig()
     training: PreferenceTrainingConfig
+
+    def describe_batch(self) -> list[str]:
+        """Lines for --dry-run."""
+        needed = self.algorithm.uses_reference
+        reference = "once, before the first step" if needed else f"none ({self.algorithm.loss})"
+        return [*super().describe_batch(), f"reference logprobs: {reference}"]
+
+    @rule
+    def _reference(self) -> Problems:
+        unused = () if self.algorithm.uses_reference else ("path", "cache_dir")
+        for name, value in self.reference.changed(*unused):
+            reason = f"algorithm.loss = {self.algorithm.loss} needs no reference (got {value!r})"
+            yield f"reference.{name}", reason, "algorithm.loss"
 
 
 class RewardAlgorithmConfig(Section):
@@ -136,9 +210,13 @@ class RewardAlgorithmConfig(Section):
     """Weight of the squared sum of a pair's scores, which keeps scores around 0 (arXiv:2312.09244)."""
 
 
-class RmConfig(TrainingRoot):
+class RmConfig(PreferenceRoot):
     """Root of `megarl rm`."""
 
-    data: PreferenceDataConfig
     algorithm: RewardAlgorithmConfig = RewardAlgorithmConfig()
     training: PreferenceTrainingConfig
+
+    @rule
+    def _no_adapters(self) -> Problems:
+        if self.lora is not None:
+            yield "lora", "not for reward models: their new head is trained with all weights"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section, Text
+from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Problems, Section, Text, rule
 
 Launcher = Literal["auto", "ray"]
 StepRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
@@ -30,3 +30,19 @@ class ProfileConfig(Section):
     """Steps to trace with the torch profiler into <run.dir>/profile: numbers and ranges, e.g. [2, 5-7]."""
     ranks: list[NonNegativeInt] = Field(default=[0])
     """Trainer ranks that trace."""
+
+    @property
+    def traced(self) -> frozenset[int]:
+        """The steps themselves."""
+        return frozenset(step for item in self.steps for step in _steps_of(item))
+
+    @rule
+    def _ranges(self) -> Problems:
+        for item in self.steps:
+            if not _steps_of(item):
+                yield "steps", f"a range goes from its smaller to its larger step (got {item!r})"
+
+
+def _steps_of(item: int | str) -> range:
+    first, _, last = str(item).partition("-")
+    return range(int(first), int(last or first) + 1)

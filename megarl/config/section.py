@@ -1,10 +1,14 @@
-"""What every section of the configuration is made of."""
+"""What every section of the configuration is made of: fields, and the rules that join them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from megarl.config.violation import Path, Violation
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -13,6 +17,13 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
+Problems = Iterator[tuple[str, ...]]
+"""What a rule yields: a field, what is wrong with it, and other fields that take part; the fields with dots,
+counted from the rule's section."""
+HERE = "\0"
+"""In a message: the place of the rule's section, dot included, for sections that stand at several places."""
+_Method = TypeVar("_Method", bound=Callable[..., Problems])
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys rejected, no silent type coercion, numbers finite."""
@@ -20,3 +31,51 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    def changed(self, *names: str) -> Iterator[tuple[str, Any]]:
+        """Those of these fields that are not at their default, with their values."""
+        for name in names:
+            value, field = getattr(self, name), type(self).model_fields[name]
+            if value != field.get_default(call_default_factory=True, validated_data={}):
+                yield name, value
+
+
+def rule(method: _Method) -> _Method:
+    """Mark a method as a rule: it yields what cannot work in a section whose fields have valid types.
+
+    A rule never raises: all violations of a configuration are reported at once. It stands in the class of the
+    section that it speaks of, or of the root (or base of roots) that joins the sections it speaks of.
+    """
+    method.is_rule = True  # type: ignore[attr-defined]
+    return method
+
+
+@functools.cache
+def _rules_of(kind: type) -> list[str]:
+    """Names of the methods that are rules, those of bases first."""
+    members = ((name, each) for base in reversed(kind.__mro__) for name, each in vars(base).items())
+    return list(dict.fromkeys(name for name, each in members if hasattr(each, "is_rule")))
+
+
+def find_violations(section: Section, at: Path = (), *, partial: bool = False) -> list[Violation]:
+    """Every violated rule of ``section``, which stands at ``at``, and of the sections in it.
+
+    With ``partial`` they lack the fields that failed the schema; rules that ask for one of them are skipped.
+    """
+    found: list[Violation] = []
+    here = "".join(f"{name}." for name in at)
+    for name in _rules_of(type(section)):
+        try:
+            for field, message, *related in getattr(section, name)():
+                paths = [(*at, *each.split(".")) for each in (field, *related)]
+                found.append(Violation(paths[0], message.replace(HERE, here), tuple(paths[1:])))
+        except (AttributeError, TypeError, ValueError):
+            if not partial:
+                raise
+    for name in type(section).model_fields:
+        value = vars(section).get(name)
+        entries = value.items() if isinstance(value, dict) else ()
+        for path, each in ((name,), value), *(((name, key), each) for key, each in entries):
+            if isinstance(each, Section):
+                found += find_violations(each, (*at, *path), partial=partial)
+    return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from megarl.config.introspect import Path, dotted, sections_of, tag_of, walk
+from megarl.config.introspect import sections_of, tag_of, walk
 from megarl.config.section import Section
+from megarl.config.violation import Path, dotted
 from megarl.jobs import roots
 
 REPLACED = {

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megarl.config.introspect import Path, dotted
+Path = tuple[str, ...]
+"""A key by its names from the root, ("optimizer", "lr"); users read it with dots."""
+
+
+def dotted(path: Path) -> str:
+    """("optimizer", "lr") as the user writes it: optimizer.lr."""
+    return ".".join(path)
 
 
 @dataclass(frozen=True)
@@ -18,11 +24,6 @@ class Violation:
     path: Path
     message: str
     related: tuple[Path, ...] = ()
-
-    @property
-    def fields(self) -> tuple[Path, ...]:
-        """All fields that take part."""
-        return (self.path, *self.related)
 
 
 @dataclass
@@ -39,26 +40,19 @@ class Origins:
 
     def find(self, violation: Violation) -> str:
         """The place of the first field that was written, else of the nearest enclosing section."""
-        for path in violation.fields:
-            if path in self.places:
-                return self.places[path]
         path = violation.path
-        while path and path not in self.places:
-            path = path[:-1]
-        return self.places[path] if path else self.file
+        enclosing = (path[:depth] for depth in range(len(path) - 1, 0, -1))
+        written = (self.places[p] for p in (path, *violation.related, *enclosing) if p in self.places)
+        return next(written, self.file)
 
     def report(self, violations: list[Violation]) -> list[str]:
         """The lines the user reads: the file's from top to bottom, then the command line's."""
-        placed = [(self.find(violation), violation) for violation in violations]
-        placed.sort(key=lambda pair: self._order(pair[0]))
-        lines = [f"{dotted(violation.path)}: {violation.message} [{place}]" for place, violation in placed]
-        return list(dict.fromkeys(lines))
+        placed = sorted(((self.find(v), v) for v in violations), key=lambda pair: self._order(pair[0]))
+        return list(dict.fromkeys(f"{dotted(v.path)}: {v.message} [{place}]" for place, v in placed))
 
     def _order(self, place: str) -> float:
         line = place.removeprefix(f"{self.file}:")
-        if place == self.file:
-            return 0
-        return int(line) if line.isdigit() else float("inf")
+        return 0 if place == self.file else int(line) if line.isdigit() else float("inf")
 
 
 def show(value: Any) -> str:

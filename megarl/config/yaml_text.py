@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megarl.config.introspect import Path
+from megarl.config.violation import Path
 from megarl.errors import UserError
 
 _CORE_SCHEMA = [

@@ -32,7 +32,7 @@ from megarl.data.report import LoadReport
 from megarl.data.rows import read_rows
 from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
-from megarl.environments.tasks import check_disjoint, make_dataset
+from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
 from megarl.records import Pair, Sequence
 
@@ -300,8 +300,6 @@ def load_pairs(
             answer the same prompt.
     """
     train, held_out = config.train, config.held_out
-    if isinstance(train, PreferenceReasoningGymSource) and isinstance(held_out, PreferenceReasoningGymSource):
-        check_disjoint(train, held_out)
     source, field = train if split == "train" else held_out, f"data.{split}"
     assert source is not None, f"data.{split} is not set"
     transcripts = Transcripts(tokenizer, config.format, max_sequence_length, "response with its prompt")

@@ -32,7 +32,7 @@ from megarl.data.tokenizer import chat_ids
 from megarl.data.tool_prompts import PromptTools
 from megarl.environments import needs_answer, wrong_references
 from megarl.environments.curriculum import Curriculum, first_dataset
-from megarl.environments.tasks import check_disjoint, make_dataset
+from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
 from megarl.records import Prompt
 
@@ -318,11 +318,8 @@ def load_prompts(
 
     Raises:
         UserError: unknown task or argument, file errors with their line, a reference that cannot
-            be parsed, a prompt that is too long (its index or line, its length and the limit),
-            held-out problems drawn from the training problems' seeds.
+            be parsed, a prompt that is too long (its index or line, its length and the limit).
     """
-    if config.held_out is not None:
-        _check_apart(config.train, config.held_out)
     source = config.train if split == "train" else config.held_out
     if source is None:
         raise UserError(f"data.{split}: missing")
@@ -391,10 +388,3 @@ def questions_of(source: PromptSource, field: str) -> Iterator[str]:
             for _, record in read_rows(part, place):
                 if isinstance(record, dict) and part.prompt_field in record:  # others were reported at load
                     yield _question(record[part.prompt_field])
-
-
-def _check_apart(train: PromptSource | None, held_out: PromptSource) -> None:
-    if isinstance(train, ReasoningGymSource) and isinstance(held_out, ReasoningGymSource):
-        check_disjoint(train, held_out)
-    if isinstance(train, FileLocation) and isinstance(held_out, FileLocation) and train.path == held_out.path:
-        raise UserError(f"data.held_out.path: {held_out.path} is also data.train.path")

@@ -9,7 +9,6 @@ from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.data import (
-    FileLocation,
     PlainSftSource,
     SftColumns,
     SftDataConfig,
@@ -23,7 +22,7 @@ from megarl.data.report import LoadReport
 from megarl.data.rows import read_rows
 from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
-from megarl.environments.tasks import check_disjoint, make_dataset
+from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
 from megarl.records import Sequence
 
@@ -203,10 +202,6 @@ def load_demonstrations(
             only append (:class:`megarl.data.transcript.Transcripts`).
     """
     train, held_out = config.train, config.held_out
-    if isinstance(train, SftReasoningGymSource) and isinstance(held_out, SftReasoningGymSource):
-        check_disjoint(train, held_out)
-    if isinstance(train, FileLocation) and isinstance(held_out, FileLocation) and train.path == held_out.path:
-        raise UserError(f"data.held_out.path: {held_out.path} is also data.train.path")
     source = train if split == "train" else held_out
     if source is None:
         raise UserError("data.held_out: missing; the validation loss needs held-out demonstrations")

@@ -12,7 +12,7 @@ from megarl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megarl.config.schema import PromptFormat
+    from megarl.config.data import PromptFormat
 
 Message = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.schema import PromptFormat
+from megarl.config.data import PromptFormat
 from megarl.data.report import TooLongError
 from megarl.data.tokenizer import Message, chat_ids
 from megarl.errors import UserError

@@ -32,8 +32,8 @@ from megarl.errors import UserError
 
 if TYPE_CHECKING:
     from megarl.config.benchmarks import BenchmarkSource
+    from megarl.config.data import PromptSource
     from megarl.config.environments import EnvironmentConfig
-    from megarl.config.schema import PromptSource
 
 __all__ = [
     "Environment",

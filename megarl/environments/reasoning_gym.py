@@ -11,7 +11,7 @@ from megarl.environments.tasks import make_dataset
 from megarl.environments.text import last_number
 
 if TYPE_CHECKING:
-    from megarl.config.schema import ReasoningGymSource
+    from megarl.config.data import ReasoningGymSource
     from megarl.records import Prompt
 
 

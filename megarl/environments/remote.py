@@ -15,8 +15,8 @@ from megarl.environments.worker import EnvironmentActor, EnvironmentFacts
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
+    from megarl.config.data import PromptSource
     from megarl.config.environments import EnvironmentRuntime
-    from megarl.config.schema import PromptSource
     from megarl.records import Prompt
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 Problem i of a data set with seed s is drawn from the random stream ``s + i`` in nearly every
 reasoning-gym task. Two seeds closer than the data set's size therefore share problems, shifted: seed
-2 is seed 1 from its second problem on. :func:`check_disjoint` refuses that for held-out data.
+2 is seed 1 from its second problem on. A rule of the data's section refuses that for held-out data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megarl.errors import UserError
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
-    from megarl.config.schema import ReasoningGymSource
+    from megarl.config.data import ReasoningGymSource
 
 # Settings of the source itself; inside `arguments` they would contradict it.
 _RESERVED = ("seed", "size")
@@ -65,22 +65,6 @@ def make_dataset(source: ReasoningGymSource, field: str) -> ProceduralDataset:
             f"{_blame(source, field)}: task {source.task} cannot generate a problem: {_reason(error)}"
         ) from error
     return dataset
-
-
-def check_disjoint(train: ReasoningGymSource, held_out: ReasoningGymSource) -> None:
-    """Refuse held-out problems drawn from random streams that the training problems use too.
-
-    Raises:
-        UserError: same task and overlapping ``[seed, seed + size)``.
-    """
-    if train.task != held_out.task:
-        return
-    if train.seed < held_out.seed + held_out.size and held_out.seed < train.seed + train.size:
-        raise UserError(
-            f"data.held_out.seed: {held_out.seed} gives problems that are also in data.train (seed "
-            f"{train.seed}, size {train.size}): problem i of seed s is number s + i of the task; choose "
-            f"{train.seed + train.size} or more"
-        )
 
 
 def _blame(source: ReasoningGymSource, field: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from megarl.environments.base import Environment, Observation, StepResult, Verifier
 
 if TYPE_CHECKING:
-    from megarl.config.schema import PromptSource
+    from megarl.config.data import PromptSource
     from megarl.records import Prompt
 
 _Answer = TypeVar("_Answer")

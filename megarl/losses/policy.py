@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.schema import GrpoAlgorithmConfig
+from megarl.config.grpo import GrpoAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
 from megarl.ops.policy_loss import SUM_NAMES, PolicyLossOptions, policy_loss
 

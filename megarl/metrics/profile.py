@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from megarl.config.derived import profiled_steps
 from megarl.config.run import ProfileConfig
 
 
@@ -16,7 +15,7 @@ class StepProfiler:
 
     def __init__(self, config: ProfileConfig, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
-        self._steps = profiled_steps(config) if rank in config.ranks else frozenset()
+        self._steps = config.traced if rank in config.ranks else frozenset()
         self._running: tuple[int, Any] | None = None
 
     def begin(self, step: int) -> None:

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from megarl.config.schema import LoggingConfig, WandbConfig
+from megarl.config.logging import LoggingConfig, WandbConfig
 from megarl.errors import UserError
 from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory, write_atomically

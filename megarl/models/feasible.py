@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
-from megarl.config.schema import EngineConfig, OnlineConfig, TrainingRoot
+from megarl.config.online import OnlineConfig
+from megarl.config.rollout import EngineConfig
+from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models import load_architecture

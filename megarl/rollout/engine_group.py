@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.rollout.dealing import Dealer
 from megarl.rollout.engine import (
     AttachReport,

@@ -11,7 +11,7 @@ import torch
 
 from megarl import platform
 from megarl.cluster.ray_runtime import NODE_VARIABLE
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.weights.place import host_id
 

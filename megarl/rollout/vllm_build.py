@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megarl import platform
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 
 if TYPE_CHECKING:

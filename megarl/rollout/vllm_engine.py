@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.cluster.ray_runtime import beside_ranks, ray_temp_dir, start_ray, unlink_on_node
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout.engine import (
     AttachReport,

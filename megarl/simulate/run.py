@@ -6,8 +6,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megarl.config.parallel import ParallelConfig
 from megarl.config.plan import PlanConfig
-from megarl.config.schema import EngineConfig, ParallelConfig
+from megarl.config.rollout import EngineConfig
 from megarl.layout import RankCoordinates
 from megarl.models import load_architecture
 from megarl.models.lora import check_lora

@@ -52,7 +52,7 @@ def fake_run() -> Any:
 
 
 def make_config(model_dir: str, algorithm: dict[str, Any], parallel: dict[str, Any]) -> Any:
-    from megarl.config.schema import GrpoConfig
+    from megarl.config.grpo import GrpoConfig
 
     source = {"source": "reasoning_gym", "task": "chain_sum"}
     return GrpoConfig.model_validate(

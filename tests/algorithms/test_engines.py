@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megarl.algorithms.engines import start_engine
-from megarl.config.schema import EngineConfig, ModelConfig
+from megarl.config.model import ModelConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.models import load_architecture
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.config.schema import SftConfig
-from megarl.config.validate import find_violations
+from megarl.config.section import Section, find_violations
+from megarl.config.sft import SftConfig
 
 GYM = {"source": "reasoning_gym", "task": "chain_sum", "size": 64}
 
@@ -23,3 +23,8 @@ def violations(root: Any = SftConfig, **sections: Any) -> list[str]:
         | sections
     )
     return [f"{'.'.join(v.path)}: {v.message}" for v in find_violations(config)]
+
+
+def data_violations(data: Section) -> list[str]:
+    """The same of a configuration's data section alone."""
+    return [f"{'.'.join(v.path)}: {v.message}" for v in find_violations(data, ("data",))]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megarl.config.data import JsonlSource
 from megarl.config.environments import CustomEnvironmentConfig, MathEnvironmentConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import dump_config, load_config
-from megarl.config.schema import GrpoConfig, JsonlSource
 from megarl.errors import UserError
 
 TEXT = """

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from megarl.config.evaluate import EvalConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
-from megarl.config.schema import EvalConfig, GrpoConfig
 from megarl.errors import UserError
 
 GYM = {"source": "reasoning_gym", "task": "chain_sum", "size": 100}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
-from megarl.config.schema import GrpoConfig
 from megarl.errors import UserError
 
 SIZES = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megarl.config.schema import GrpoConfig
-from megarl.config.validate import find_violations
+from megarl.config.grpo import GrpoConfig
+from megarl.config.section import find_violations
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "grpo.md"
 

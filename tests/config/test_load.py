@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from megarl.config.data import ReasoningGymSource
+from megarl.config.evaluate import EvalConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import dump_config, load_config
-from megarl.config.schema import EvalConfig, GrpoConfig, ReasoningGymSource, Section, SftConfig
+from megarl.config.section import Section
+from megarl.config.sft import SftConfig
 from megarl.errors import UserError
 
 SOURCES = "'reasoning_gym' or 'jsonl' or 'file' or 'hf' or 'benchmark' or 'mixture' or 'environment'"

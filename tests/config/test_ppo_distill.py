@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from megarl.config.derived import num_optimizer_steps
 from megarl.config.load import load_config
 from megarl.config.ppo import PpoConfig
 from megarl.errors import UserError
@@ -78,4 +77,4 @@ def test_accepted(kind: str, overrides: list[str]) -> None:
 def test_the_policy_has_no_steps_in_the_warm_up() -> None:
     config = load("ppo", "critic.warmup_steps=10", "algorithm.num_epochs_per_batch=3")
     assert isinstance(config, PpoConfig)
-    assert num_optimizer_steps(config) == 40 * 3
+    assert config.num_optimizer_steps == 40 * 3

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from megarl.config.derived import describe, max_sequence_length
 from megarl.config.load import load_config
 from megarl.config.preference import DpoConfig, PreferenceAlgorithmConfig
 from megarl.errors import UserError
@@ -155,12 +154,12 @@ def test_defaults_follow_the_loss() -> None:
 def test_what_follows_from_a_configuration(tmp_path: Path) -> None:
     model = {"max_position_embeddings": 8192}
     config = load(tmp_path, [])
-    assert max_sequence_length(config, model) == 2048
-    assert max_sequence_length(config, {"max_position_embeddings": 512}) == 512
-    assert max_sequence_length(load(tmp_path, ["packing.max_sequence_length=100"]), model) == 100
-    assert "reference logprobs: once, before the first step" in describe(config, model)
-    assert "pairs per step: 8" in describe(config, model)
-    assert "reference logprobs: none (orpo)" in describe(load(tmp_path, ["algorithm.loss=orpo"]), model)
+    assert config.max_sequence_length(model) == 2048
+    assert config.max_sequence_length({"max_position_embeddings": 512}) == 512
+    assert load(tmp_path, ["packing.max_sequence_length=100"]).max_sequence_length(model) == 100
+    assert "reference logprobs: once, before the first step" in config.describe(model)
+    assert "pairs per step: 8" in config.describe(model)
+    assert "reference logprobs: none (orpo)" in load(tmp_path, ["algorithm.loss=orpo"]).describe(model)
 
 
 def test_reference_directories_are_looked_for(tmp_path: Path) -> None:

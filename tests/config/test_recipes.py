@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import dump_config, load_config
 from megarl.config.plan import PlanConfig
-from megarl.config.schema import GrpoConfig, TrainingRoot
+from megarl.config.training import TrainingRoot
 from megarl.jobs import roots
 from megarl.models import load_architecture
 from megarl.models.feasible import engine_problems, layout_problems

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megarl.config.data import ReasoningGymSource
+from megarl.config.evaluate import EvalConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import dump_config, load_config
-from megarl.config.schema import EvalConfig, GrpoConfig, ReasoningGymSource, SftConfig
+from megarl.config.sft import SftConfig
 from megarl.jobs import roots
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megarl.config.evaluate import EvalConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
-from megarl.config.schema import EvalConfig, GrpoConfig, Section, SftConfig
+from megarl.config.section import Section
+from megarl.config.sft import SftConfig
 from megarl.errors import UserError
 
 GYM = {"source": "reasoning_gym", "task": "chain_sum", "size": 100}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megarl.config.load import load_config
+from megarl.config.sft import SftConfig
+from megarl.errors import UserError
 from tests.config.rules import violations
 
 
@@ -39,3 +43,10 @@ from tests.config.rules import violations
 )
 def test_rules(sections: dict[str, Any], expected: list[str]) -> None:
     assert violations(**sections) == expected
+
+
+def test_ranks_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("profile: {steps: [1], ranks: [a]}\n")
+    with pytest.raises(UserError, match=r"profile\.ranks\.0: input should be a valid integer \(got 'a'\)"):
+        load_config(SftConfig, file)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megarl.config.benchmarks import BenchmarkSource
-from megarl.config.schema import EvalDataConfig
+from megarl.config.data import EvalDataConfig
 from megarl.data.benchmarks import Question, load_questions
 from megarl.data.prompts import load_prompts
 from megarl.environments import grade, make

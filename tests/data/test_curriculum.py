@@ -13,8 +13,10 @@ from reasoning_gym.arithmetic.chain_sum import ChainSumCurriculum
 
 from megarl.config.curriculum import CurriculumConfig
 from megarl.config.data import PromptDataConfig, PromptMixtureSource, PromptReasoningGymSource
+from megarl.config.evaluate import EvalConfig
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
-from megarl.config.schema import EvalConfig, GrpoConfig, Section
+from megarl.config.section import Section
 from megarl.data.prompts import PromptDataset, load_prompts
 from megarl.environments import grade, make
 from megarl.environments.curriculum import Curriculum

@@ -7,10 +7,10 @@ import json
 import pytest
 import reasoning_gym
 
-from megarl.config.data import PromptReasoningGymSource
-from megarl.config.schema import JsonlSource, PromptDataConfig, PromptFormat
+from megarl.config.data import JsonlSource, PromptDataConfig, PromptFormat, PromptReasoningGymSource
 from megarl.data.prompts import load_prompts
 from megarl.errors import UserError
+from tests.config.rules import data_violations
 
 CHAIN = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
@@ -174,13 +174,15 @@ def test_bad_tasks_and_arguments_are_named(tokenizer, source, words):
 
 
 def test_held_out_problems_must_come_from_other_streams(tokenizer):
-    message = error_of(tokenizer, gym(seed=1), gym(seed=1), split="held_out")
+    [message] = data_violations(PromptDataConfig(train=gym(seed=1), held_out=gym(seed=1)))
     assert "data.held_out.seed" in message
     assert "301" in message
     # Problem i + 1 of seed s is problem i of seed s + 1: seeds closer than the size are not apart.
     shifted = reasoning_gym.create_dataset("chain_sum", seed=2, size=10, **CHAIN)[0]["question"]
     assert reasoning_gym.create_dataset("chain_sum", seed=1, size=10, **CHAIN)[1]["question"] == shifted
-    assert "301" in error_of(tokenizer, gym(seed=1), gym(seed=300), split="train")
+    [message] = data_violations(PromptDataConfig(train=gym(seed=1), held_out=gym(seed=300)))
+    assert "301" in message
+    assert data_violations(PromptDataConfig(train=gym(seed=1), held_out=gym(seed=301))) == []
     held_out = load(tokenizer, gym(seed=1), gym(seed=301), split="held_out")
     assert (
         held_out[0].metadata["entry"]["question"]
@@ -204,7 +206,8 @@ def test_overlap_counts_held_out_texts_among_the_training_ones(tokenizer, jsonl)
     second = jsonl(*[json.dumps({"prompt": str(i), "answer": "1"}) for i in range(7, 20)], name="b.jsonl")
     sources = [JsonlSource(source="jsonl", path=path) for path in (first, second)]
     assert load(tokenizer, *sources, split="held_out").overlap == 3
-    assert "data.held_out.path" in error_of(tokenizer, sources[0], sources[0])
+    [message] = data_violations(PromptDataConfig(train=sources[0], held_out=sources[0]))
+    assert "data.held_out.path" in message
 
 
 def test_too_many_training_problems_are_not_compared(tokenizer, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reasoning_gym
 
-from megarl.config.schema import PromptFormat, SftDataConfig, SftReasoningGymSource
+from megarl.config.data import PromptFormat, SftDataConfig, SftReasoningGymSource
 from megarl.data.sft import load_demonstrations
 from megarl.errors import UserError
 

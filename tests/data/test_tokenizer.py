@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from megarl.config.schema import PromptFormat
+from megarl.config.data import PromptFormat
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer, stop_token_ids
 from megarl.errors import UserError
 

@@ -13,7 +13,9 @@ from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, make_sequences, weights
 
 
 def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any]) -> Any:
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.distill import Distiller, DistillOptions
     from megarl.trainer.megatron.policy import MegatronPolicy

@@ -14,7 +14,7 @@ import transformers
 import yaml
 
 from megarl.config.load import load_config
-from megarl.config.schema import SftConfig
+from megarl.config.sft import SftConfig
 from tests.end_to_end.conftest import FinishedRun
 from tests.end_to_end.harness import (
     SFT,

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import reasoning_gym
 
-from megarl.config.schema import ReasoningGymSource
+from megarl.config.data import ReasoningGymSource
 from megarl.environments import StepResult, Verifier, VerifierError, grade, make
 from megarl.errors import UserError
 from megarl.records import Prompt

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from megarl.config.environments import EnvironmentSource
+from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
-from megarl.config.schema import EnvironmentSource, GrpoConfig
 from megarl.environments import grade, make
 from megarl.records import Prompt
 

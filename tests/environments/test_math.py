@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from megarl.config.schema import JsonlSource
+from megarl.config.data import JsonlSource
 from megarl.environments import VerifierError, grade, make
 from megarl.environments import math as math_environment
 from megarl.environments.math import MathEnvironment, check_references

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from megarl.cluster.ray_runtime import stop_ray
+from megarl.config.data import JsonlSource
 from megarl.config.environments import CustomEnvironmentConfig, EnvironmentRuntime
-from megarl.config.schema import JsonlSource
 from megarl.environments.remote import EnvironmentFailureError, EnvironmentWorkers
 from megarl.errors import UserError
 from megarl.records import Prompt

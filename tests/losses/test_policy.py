@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megarl.config.schema import GrpoAlgorithmConfig
+from megarl.config.grpo import GrpoAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
 from megarl.losses.policy import PolicyLoss, options_of
 from megarl.ops import NumericsError

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megarl.config.derived import profiled_steps
 from megarl.config.run import ProfileConfig
 from megarl.metrics.profile import StepProfiler
 from megarl.metrics.timers import PhaseTimers
@@ -19,7 +18,7 @@ from megarl.platform import ranges
     ("steps", "expected"), [([], set()), ([2, 7], {2, 7}), (["3-5"], {3, 4, 5}), ([1, "4-4"], {1, 4})]
 )
 def test_steps(steps: list[int | str], expected: set[int]) -> None:
-    assert profiled_steps(ProfileConfig(steps=steps)) == expected
+    assert ProfileConfig(steps=steps).traced == expected
 
 
 def test_a_trace_has_the_phases_of_its_step_only(tmp_path: Path) -> None:

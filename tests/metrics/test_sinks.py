@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.schema import LoggingConfig, WandbConfig
+from megarl.config.logging import LoggingConfig, WandbConfig
 from megarl.errors import UserError
 from megarl.metrics.sinks import build_sinks
 from megarl.records import StepMetrics

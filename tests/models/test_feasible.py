@@ -13,7 +13,8 @@ import yaml
 from megarl.cli import main
 from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
-from megarl.config.schema import EngineConfig, SftConfig
+from megarl.config.rollout import EngineConfig
+from megarl.config.sft import SftConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models import load_architecture

@@ -14,7 +14,9 @@ from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, export, weights
 
 
 def build_scorer(context: Any, model_dir: str, rows: Any, budget: int = 96, **optimizer: Any) -> Any:
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.scorer import MegatronScorer
 

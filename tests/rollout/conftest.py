@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from megarl.cluster.ray_runtime import stop_ray
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.weights.handover import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megarl.cluster.ray_runtime import stop_ray
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.rollout.engine import (
     EngineError,
     EngineHealth,

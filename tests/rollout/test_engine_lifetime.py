@@ -18,7 +18,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 import psutil, torch
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout.engine import EngineError, GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine

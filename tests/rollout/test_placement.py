@@ -17,7 +17,7 @@ from megarl.cluster.ray_runtime import (
     stop_ray,
     unlink_on_node,
 )
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout import placement
 from megarl.rollout.placement import EnginePlace, TrainerPlace, place_engines, this_machine

@@ -13,7 +13,7 @@ import transformers
 
 from megarl.algorithms.engines import attach_weights
 from megarl.cluster.ray_runtime import stop_ray
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.models import load_architecture
 from megarl.packing.routing import experts_to_replay
 from megarl.records import Sample, Sequence

@@ -21,7 +21,7 @@ from megarl.rollout.vllm_death import lost_worker
 ACTOR = """
 import sys
 from types import SimpleNamespace
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.rollout import vllm_worker
 from megarl.rollout.vllm_build import EngineSettings
 

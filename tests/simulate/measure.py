@@ -12,7 +12,9 @@ from megarl.records import Sequence
 
 def build(context: Any, model_dir: str, *, distributed: bool = False, dtype: str = "float32") -> Any:
     """A policy on this rank, whose microbatches hold all that a test gives it."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.policy import MegatronPolicy
 

@@ -98,7 +98,9 @@ def truncated_sampling(context: Any, model_dir: str, sequences: list[Sequence]) 
 
 def numerics(context: Any, model_dir: str, where: str, check: bool) -> str:
     """The error of a step with one value that is no number, and '' where there is none."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.policy import MegatronPolicy
 

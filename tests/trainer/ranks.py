@@ -67,7 +67,9 @@ def build(
     lora: Any = None,
 ) -> Any:
     """A policy on this rank, with adapters if ``lora`` is their configuration."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.policy import MegatronPolicy
 
@@ -180,7 +182,7 @@ def logits_and_export(
     context: Any, model_dir: str, sequences: list[list[int]], export_dir: str, dtype: str
 ) -> np.ndarray | None:
     """Logits [T, V] of sequences packed into one microbatch (fp32 only), and the model written back."""
-    from megarl.config.schema import ModelConfig
+    from megarl.config.model import ModelConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.attention import PackedMicrobatch
     from megarl.trainer.megatron.policy import MegatronPolicy

@@ -16,8 +16,10 @@ from tests.trainer.ranks import OPTIMIZER, POLICY_LOSS, TEMPERATURE, TOTAL_STEPS
 
 def build(context: Any, model_dir: str, router: dict[str, Any] | None = None, budget: int = 96) -> Any:
     """A policy with router settings; learning at full rate from the first step."""
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
     from megarl.config.router import RouterConfig
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.policy import MegatronPolicy
 

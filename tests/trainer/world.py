@@ -113,7 +113,7 @@ def _serve(rank: int, size: int, connection: Connection) -> None:
 def _inside_groups(parallel: dict[str, Any], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     import torch
 
-    from megarl.config.schema import ParallelConfig
+    from megarl.config.parallel import ParallelConfig
     from megarl.trainer.megatron.initialize import finalize, initialize
 
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ import transformers
 
 from megarl.algorithms.engines import attach_weights, region_queries
 from megarl.cluster.ray_runtime import stop_ray
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.models import load_architecture
 from megarl.rollout.engine import GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine

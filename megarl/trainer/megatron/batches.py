@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megarl.config.schema import PackingConfig
+from megarl.config.packing import PackingConfig
 from megarl.losses.base import per_token
 from megarl.packing.pack import pack
 from megarl.packing.placement import Limits, Part, place

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megarl import platform
-from megarl.config.schema import ParallelConfig
+from megarl.config.parallel import ParallelConfig
 from megarl.layout import ParallelLayout, RankCoordinates
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megarl.config.schema import ParallelConfig
+from megarl.config.parallel import ParallelConfig
 from megarl.models.table import Architecture
 
 

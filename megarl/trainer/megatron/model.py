@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from megarl.config.schema import ParallelConfig
+from megarl.config.parallel import ParallelConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models.rope import inverse_frequencies

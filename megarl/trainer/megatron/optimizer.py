@@ -11,7 +11,8 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarl.config.schema import OptimizerConfig, ParallelConfig
+from megarl.config.optimizer import OptimizerConfig
+from megarl.config.parallel import ParallelConfig
 
 
 def wrap_chunks(chunks: list[Any], parallel: ParallelConfig, *, distributed: bool) -> list[Any]:

@@ -13,8 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megarl.config.lora import LoraConfig
+from megarl.config.model import ModelConfig
+from megarl.config.optimizer import OptimizerConfig
+from megarl.config.packing import PackingConfig
 from megarl.config.router import RouterConfig
-from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import Aggregation, Loss, LossResult, LossTokens, token_weights

@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from megarl.config.model import ModelConfig
+from megarl.config.optimizer import OptimizerConfig
+from megarl.config.packing import PackingConfig
 from megarl.config.router import RouterConfig
-from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig
 from megarl.errors import UserError
 from megarl.losses.base import LossResult
 from megarl.losses.reward import last_scores

@@ -1,0 +1,33 @@
+"""Settings of `megarl eval`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megarl.config.data import EvalDataConfig
+from megarl.config.evaluation import EvaluationSizeConfig
+from megarl.config.model import ModelConfig
+from megarl.config.rollout import GenerationConfig, Sampling
+from megarl.config.run import RunConfig
+from megarl.config.section import Section
+
+
+class EvalConfig(Section, Sampling):
+    """Root of `megarl eval`: accuracy, pass@k and cons@k of a checkpoint."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: EvalDataConfig
+    rollout: GenerationConfig
+    evaluation: EvaluationSizeConfig = EvaluationSizeConfig()
+
+    def max_sequence_length(self, model_config: dict[str, Any]) -> int:
+        """Longest prompt + response in tokens: what the model's positions allow."""
+        return int(model_config["max_position_embeddings"])
+
+    def describe(self, model_config: dict[str, Any] | None) -> list[str]:
+        """Lines for --dry-run: what the configuration amounts to."""
+        lines = []
+        if model_config is not None and "max_position_embeddings" in model_config:
+            lines.append(f"longest sequence: {self.max_sequence_length(model_config)} tokens")
+        return [*lines, *self.rollout.engine.describe()]

@@ -1,0 +1,338 @@
+"""Settings of `megarl grpo`; docs/algorithms.md has the formulas."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from megarl.config.online import OnlineAlgorithm, OnlineConfig
+from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Problems, rule
+
+_STEPS = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
+
+
+class GrpoAlgorithmConfig(OnlineAlgorithm):
+    """GRPO (Shao et al. 2024, arXiv:2402.03300) and its usual variations."""
+
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
+    """Group baseline subtracted from each reward (leave_one_out: RLOO, arXiv:2402.14740)."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation + 1e-6 where it is above 0 (Dr. GRPO: false)."""
+    normalize_batch: bool = False
+    """Then standardise them over all tokens of the rollout batch (Reinforce++, arXiv:2501.03262)."""
+    advantage_clip: PositiveFloat | None = None
+    """Bound on the size of an advantage, applied last (null: none)."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal by fresh prompts' (DAPO, arXiv:2503.14476)."""
+    max_generation_batches: PositiveInt = 10
+    """Batches dynamic_sampling may draw for one step; the run ends with an error when they do not do."""
+    filter_overlong: bool = False
+    """Leave responses cut at rollout.max_new_tokens out of the loss (DAPO's overlong filtering)."""
+    overlong_buffer: PositiveInt | None = None
+    """Tokens before rollout.max_new_tokens over which a penalty grows from 0 (DAPO's soft overlong one)."""
+    overlong_penalty: PositiveFloat = 1.0
+    """What that penalty takes off the reward at rollout.max_new_tokens."""
+    objective: Literal["clip", "cispo"] = "clip"
+    """clip: PPO's clipped ratio; cispo: a clipped, detached ratio times the logprob (arXiv:2506.13585)."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or of the whole sequence (GSPO, arXiv:2507.18071)."""
+    clip_ratio_low: NonNegativeFloat = 0.2
+    """Lower clip: ratios below 1 - clip_ratio_low get no gradient (cispo: are raised to it; 1: no clip)."""
+    clip_ratio_high: NonNegativeFloat = 0.2
+    """Upper clip (DAPO's clip-higher, arXiv:2503.14476, is 0.28)."""
+    clip_ratio_c: Annotated[float, Field(gt=1)] | None = None
+    """Dual clip (arXiv:1912.09729): the loss of an advantage A < 0 is at most -A c (null: off; often 3)."""
+    off_policy_correction: Literal["none", "tis", "icepop", "sequence_mask", "sequence_tis"] = "none"
+    """Weight for tokens the engine drew with other logprobs than the trainer's (docs/algorithms.md)."""
+    off_policy_low: NonNegativeFloat | None = None
+    """Least old / rollout probability ratio that is kept (icepop, sequence_mask)."""
+    off_policy_high: PositiveFloat | None = None
+    """Greatest such ratio: where tis and sequence_tis truncate it, and the two masks drop tokens."""
+    max_logprob_error: PositiveFloat | None = None
+    """Drop sequences whose mean |rollout - old logprob| is above it from the loss (null: none)."""
+    old_logprobs: Literal["trainer", "rollout"] = "trainer"
+    """What ratios are relative to: the trainer's logprobs before the update, or the engine's at sampling."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight beta of the KL to the reference in the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL (Schulman 2020; docs/algorithms.md)."""
+    kl_gradient: Literal["plain", "score"] = "plain"
+    """plain: the estimate's own derivative; score: logprob - reference, that of the KL in expectation."""
+    kl_reward_coef: NonNegativeFloat = 0.0
+    """Weight of the KL (k1: old - reference logprob) taken off the reward."""
+    kl_reward_level: Literal["token", "sequence"] = "token"
+    """token: off each token's reward-to-go; sequence: off the sequence's reward, before the baseline."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    positive_nll_coef: NonNegativeFloat = 0.0
+    """Weight of -logprob, a mean over the tokens of samples with full marks (VAPO, arXiv:2504.05118)."""
+    skip_zero_advantages: Literal["auto", "off"] = "auto"
+    """auto: samples with advantage 0 count in the loss but are not computed, where their gradient is 0."""
+    loss_aggregation: Literal["token", "sequence", "fixed_length"] = "token"
+    """token: sum over tokens / T; sequence: mean over each sequence's, then / S; fixed_length: / (S L)."""
+    loss_length: PositiveInt | None = None
+    """That length L (Dr. GRPO, arXiv:2503.20783); null is rollout.max_new_tokens."""
+    num_optimizer_steps_per_batch: PositiveInt = 1
+    """Optimizer steps per rollout batch, each on its own share of the prompts' groups."""
+    num_epochs_per_batch: PositiveInt = 1
+    """Passes over the rollout batch."""
+
+    thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
+        "none": (),
+        "tis": ("off_policy_high",),
+        "sequence_tis": ("off_policy_high",),
+        "icepop": ("off_policy_low", "off_policy_high"),
+        "sequence_mask": ("off_policy_low", "off_policy_high"),
+    }
+    """Which of them each off_policy_correction reads."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether reference logprobs enter the loss or the reward."""
+        return self.kl_coef > 0 or self.kl_reward_coef > 0
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether old logprobs need a pass of their own.
+
+        With one optimizer step per batch the trainer's logprobs before it are the current ones, detached: a
+        pass is made only for what must know them before the step. The engine's are there already.
+        """
+        if self.old_logprobs == "rollout":
+            return False
+        asked = self.kl_reward_coef > 0 or self.max_logprob_error is not None
+        return asked or self.optimizer_steps_per_batch > 1
+
+    @property
+    def why_no_old_pass(self) -> str:
+        """For a log line, where needs_old_logprobs is false."""
+        if self.old_logprobs == "rollout":
+            return "they are the engine's"
+        return "one optimizer step per rollout batch: old = current"
+
+    @property
+    def has_ratios(self) -> bool:
+        """Whether the ratio to the old policy is ever another number than 1."""
+        return self.old_logprobs == "rollout" or self.optimizer_steps_per_batch > 1
+
+    @rule
+    def _clip(self) -> Problems:
+        # CISPO as published has no lower bound; saying so takes the value 1, and nothing above it.
+        low = self.clip_ratio_low
+        if low > 1 or (low == 1 and self.objective != "cispo"):
+            reason = "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
+            yield "clip_ratio_low", f"{reason} (got {low})"
+        if self.clip_ratio_c is not None and self.objective == "cispo":
+            reason = "dual clip bounds the clipped objective; algorithm.objective = cispo has no place for it"
+            yield "clip_ratio_c", f"{reason} (got {self.clip_ratio_c})", "objective"
+
+    @rule
+    def _ratio_of_one(self) -> Problems:
+        names = () if self.has_ratios else ("objective", "ratio_level", "clip_ratio_c")
+        for name, value in self.changed(*names):
+            yield (
+                name,
+                "has no effect: with one optimizer step per rollout batch every ratio is 1, unless"
+                f" algorithm.old_logprobs = rollout (got {value})",
+                *_STEPS,
+                "old_logprobs",
+            )
+
+    @rule
+    def _parts_of_nothing(self) -> Problems:
+        for owner, off, names in (
+            ("dynamic_sampling", "false", ["max_generation_batches"]),
+            ("overlong_buffer", "null", ["overlong_penalty"]),
+            ("kl_reward_coef", "0", ["kl_reward_level"]),
+        ):
+            for name, value in () if getattr(self, owner) else self.changed(*names):
+                yield name, f"has no effect: algorithm.{owner} is {off} (got {value})", owner
+
+    @rule
+    def _loss_length(self) -> Problems:
+        how = self.loss_aggregation
+        if self.loss_length is not None and how != "fixed_length":
+            reason = f"has no effect: algorithm.loss_aggregation is {how}, not fixed_length"
+            yield "loss_length", f"{reason} (got {self.loss_length})", "loss_aggregation"
+
+    @rule
+    def _filtered(self) -> Problems:
+        if self.filter_overlong and self.kl_reward_coef > 0 and self.kl_reward_level == "sequence":
+            yield (
+                "filter_overlong",
+                "responses that are left out have no KL for algorithm.kl_reward_level = sequence to take off"
+                " their reward, and their group's baseline counts it (got true)",
+                "kl_reward_level",
+            )
+
+    @rule
+    def _old_of_the_engine(self) -> Problems:
+        same = self.old_logprobs == "rollout"
+        for name, value in self.changed("off_policy_correction", "max_logprob_error") if same else ():
+            reason = "compares old with rollout logprobs, which algorithm.old_logprobs = rollout makes"
+            yield name, f"{reason} the same (got {value})", "old_logprobs"
+
+    @rule
+    def _off_policy(self) -> Problems:
+        owner, read = "off_policy_correction", self.thresholds[self.off_policy_correction]
+        correction = f"algorithm.{owner} = {self.off_policy_correction}"
+        for name in ("off_policy_low", "off_policy_high"):
+            value = getattr(self, name)
+            if value is not None and name not in read:
+                yield name, f"{correction} does not read it (got {value})", owner
+            elif value is None and name in read:
+                yield name, f"missing, {correction} needs it", owner
+        low, high = self.off_policy_low, self.off_policy_high
+        if len(read) == 2 and low is not None and high is not None and not low < 1 < high:
+            yield (
+                "off_policy_low",
+                "off_policy_low < 1 < off_policy_high must hold, or tokens on which engine and trainer agree"
+                f" are dropped (got {low} and {high})",
+                "off_policy_high",
+            )
+        if len(read) == 1 and high is not None and high < 1:
+            reason = "must be at least 1, or tokens on which engine and trainer agree are truncated"
+            yield "off_policy_high", f"{reason} (got {high})"
+
+    @rule
+    def _kl(self) -> Problems:
+        if self.kl_coef == 0:
+            for name, value in self.changed("kl_estimator", "kl_gradient"):
+                yield name, f"has no effect: algorithm.kl_coef is 0 (got {value})", "kl_coef"
+        elif self.kl_estimator == "k1" and self.kl_gradient == "plain":
+            yield (
+                "kl_gradient",
+                "the plain gradient of k1 is 1 whatever the reference says, and 0 in expectation: the KL"
+                " would not hold the policy back; use score, or kl_estimator k2 or k3 (got plain)",
+                "kl_estimator",
+            )
+
+
+class GrpoConfig(OnlineConfig):
+    """Root of `megarl grpo`."""
+
+    algorithm: GrpoAlgorithmConfig = GrpoAlgorithmConfig()
+
+    @property
+    def why_zero_advantages_train(self) -> str:
+        """For a log line, why samples whose advantage is 0 are computed all the same; "" where they are not.
+
+        With that advantage the policy loss and its gradient are 0 whatever the ratio; these settings add a
+        term that is not, or make the advantages wait for a pass over all samples.
+        """
+        algorithm, router = self.algorithm, self.router
+        if algorithm.skip_zero_advantages == "off":
+            return "algorithm.skip_zero_advantages is off"
+        for name in ("kl_coef", "kl_reward_coef", "entropy_coef", "positive_nll_coef", "max_logprob_error"):
+            if getattr(algorithm, name):
+                return f"algorithm.{name} needs them"
+        for name in ("aux_loss_coef", "bias_update_rate"):
+            if getattr(router, name) != 0:  # null: config.json's, which is above 0
+                return f"router.{name} needs them"
+        return ""
+
+    def describe_algorithm(self) -> list[str]:
+        """Which passes are made and skipped."""
+        algorithm, why = self.algorithm, self.why_zero_advantages_train
+        one = "one forward pass per rollout batch"
+        old = one if algorithm.needs_old_logprobs else f"pass skipped ({algorithm.why_no_old_pass})"
+        reference = one if algorithm.needs_reference else "pass skipped (algorithm.kl_coef is 0)"
+        return [
+            f"old logprobs: {old}",
+            f"reference logprobs: {reference}",
+            f"samples whose advantage is 0: {f'trained on ({why})' if why else 'not computed'}",
+        ]
+
+    @rule
+    def _group_size(self) -> Problems:
+        algorithm, size = self.algorithm, self.rollout.num_generations_per_prompt
+        if size >= 2:
+            return
+        alone = "a group needs at least 2 samples: alone, a sample has no baseline and its advantage is"
+        deviation = "a group of one has no standard deviation for algorithm.normalize_std to divide by"
+        unequal = "algorithm.dynamic_sampling wants groups with unequal rewards, one sample has none"
+        for name, wrong, reason in (
+            ("baseline", algorithm.baseline != "none", f"{alone} always 0"),
+            ("normalize_std", algorithm.baseline == "none" and algorithm.normalize_std, deviation),
+            ("dynamic_sampling", algorithm.dynamic_sampling, unequal),
+        ):
+            if wrong:
+                yield "rollout.num_generations_per_prompt", f"{reason} (got {size})", f"algorithm.{name}"
+
+    @rule
+    def _overlong_buffer(self) -> Problems:
+        buffer, longest = self.algorithm.overlong_buffer, self.rollout.max_new_tokens
+        if buffer is not None and buffer > longest:
+            reason = f"must not exceed rollout.max_new_tokens = {longest} (got {buffer})"
+            yield "algorithm.overlong_buffer", reason, "rollout.max_new_tokens"
+
+    @rule
+    def _truncated_sampling(self) -> Problems:
+        # The support is a set of tokens per position; the trainer has it from the weights that sampled, and
+        # those are at hand only before the first optimizer step on a batch.
+        algorithm, steps = self.algorithm, self.algorithm.optimizer_steps_per_batch
+        for name, value in self.rollout.changed("top_p", "top_k"):
+            if steps > 1:
+                yield (
+                    f"rollout.{name}",
+                    "logprobs are taken over the tokens that the sampling policy could draw, which the"
+                    " weights tell only until they change: needs one optimizer step per rollout batch, not"
+                    f" {steps} (got {value})",
+                    *(f"algorithm.{each}" for each in _STEPS),
+                )
+            if algorithm.kl_coef > 0:
+                yield (
+                    f"rollout.{name}",
+                    "the reference does not know which tokens the sampling policy could draw, so its logprobs"
+                    f" would mean something else: needs algorithm.kl_coef = 0, not {algorithm.kl_coef}"
+                    f" (got {value})",
+                    "algorithm.kl_coef",
+                )
+            for other, _ in algorithm.changed("kl_reward_coef", "max_logprob_error"):
+                yield (
+                    f"rollout.{name}",
+                    f"algorithm.{other} takes a pass for logprobs over the whole vocabulary, the engine's are"
+                    f" of a part of it (got {value})",
+                    f"algorithm.{other}",
+                )
+
+    @rule
+    def _curriculum(self) -> Problems:
+        for at in self.data.curricula("train") if self.algorithm.dynamic_sampling else ():
+            yield (
+                f"data.{at}",
+                "goes by the accuracy over all samples, and algorithm.dynamic_sampling replaces groups that"
+                " are all right",
+                "algorithm.dynamic_sampling",
+            )
+
+    @rule
+    def _asynchronous(self) -> Problems:
+        staleness = self.rollout.max_staleness
+        if staleness == 0:
+            return
+        against = {
+            f"rollout.{name}": f"rollout.{name} makes the trainer's logprobs depend on which weights sampled,"
+            " and those of older versions are gone"
+            for name, _ in self.rollout.changed("top_p", "top_k")
+        }
+        if self.rollout.router_replay:
+            against["rollout.router_replay"] = (
+                "rollout.router_replay: a change of weights chooses the experts of earlier tokens anew"
+            )
+        if self.algorithm.dynamic_sampling:
+            against["algorithm.dynamic_sampling"] = (
+                "algorithm.dynamic_sampling decides after a step's rollout which prompts the next one begins"
+                " with"
+            )
+        for at in self.data.curricula("train"):
+            against[f"data.{at}"] = (
+                f"data.{at} makes a step's problems by what came of the step before, which is not there yet"
+            )
+        if self.weights.offload:
+            against["weights.offload"] = (
+                "weights.offload lets engine and trainer sleep in turns; here both work"
+            )
+        for name, reason in against.items():
+            yield "rollout.max_staleness", f"{reason} (got {staleness})", name

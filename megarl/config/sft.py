@@ -1,0 +1,27 @@
+"""Settings of `megarl sft`."""
+
+from __future__ import annotations
+
+from megarl.config.data import SftDataConfig
+from megarl.config.section import NonNegativeInt, PositiveInt, Section
+from megarl.config.training import OfflineRoot
+
+
+class SftTrainingConfig(Section):
+    """Length and batch of an SFT run."""
+
+    num_steps: PositiveInt
+    """Optimizer steps."""
+    batch_size: PositiveInt
+    """Sequences per step, over all ranks."""
+    validation_interval: NonNegativeInt = 0
+    """Validation loss every so many steps (0: only at the end); needs data.held_out."""
+    validation_size: PositiveInt = 128
+    """Sequences per validation."""
+
+
+class SftConfig(OfflineRoot):
+    """Root of `megarl sft`."""
+
+    data: SftDataConfig
+    training: SftTrainingConfig

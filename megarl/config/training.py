@@ -1,0 +1,187 @@
+"""What every training run is made of, and the rules that hold for all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megarl.config.checkpoint import CheckpointConfig
+from megarl.config.logging import LoggingConfig
+from megarl.config.lora import LoraConfig
+from megarl.config.model import ModelConfig
+from megarl.config.optimizer import OptimizerConfig
+from megarl.config.packing import PackingConfig
+from megarl.config.parallel import ParallelConfig
+from megarl.config.router import RouterConfig
+from megarl.config.run import Launcher, ProfileConfig, RunConfig
+from megarl.config.section import Problems, Section, rule
+
+
+class DebugConfig(Section):
+    """Checks that cost time, for finding out what went wrong."""
+
+    check_numerics: bool = False
+    """Stop at the first NaN or infinity in logits, logprobs or the loss's inputs, naming its token."""
+
+
+class TrainingRoot(Section):
+    """What every training run is made of."""
+
+    run: RunConfig
+    launcher: Launcher = "auto"
+    """How trainer ranks start: auto is this machine, or torchrun or srun where they called; ray a cluster."""
+    model: ModelConfig
+    lora: LoraConfig | None = None
+    """Train adapters of low rank; null trains all weights."""
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    packing: PackingConfig = PackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    debug: DebugConfig = DebugConfig()
+    profile: ProfileConfig = ProfileConfig()
+    router: RouterConfig = RouterConfig()
+
+    sequences_per_example: ClassVar[int] = 1
+    """Sequences that must share a microbatch."""
+    example: ClassVar[str] = "sequences"
+    """What a step is counted in."""
+    if TYPE_CHECKING:  # every root has them, each of its own kind
+        data: Any
+        training: Any
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """The (policy's) optimizer steps of the whole run: the length of the learning-rate schedule."""
+        return int(self.training.num_steps)
+
+    def max_sequence_length(self, model_config: dict[str, Any]) -> int:
+        """Longest prompt + response in tokens.
+
+        packing.max_sequence_length where it is set; else what the model's positions and the token budget of
+        a microbatch both allow, divided among the sequences that share one.
+        """
+        budget = self.packing.max_tokens_per_microbatch // self.sequences_per_example
+        return self.packing.max_sequence_length or min(int(model_config["max_position_embeddings"]), budget)
+
+    def measures(self, metric: str) -> bool:
+        """Whether a metric comes from data.held_out."""
+        return metric.startswith("validation_")
+
+    def describe(self, model_config: dict[str, Any] | None) -> list[str]:
+        """Lines for --dry-run: what the configuration amounts to. The loops ask the same properties."""
+        parallel = self.parallel
+        lines = [
+            f"trainer processes: {parallel.num_processes}, data_parallel_size: {parallel.data_parallel_size}"
+        ]
+        if model_config is not None and "max_position_embeddings" in model_config:
+            lines.append(f"longest sequence: {self.max_sequence_length(model_config)} tokens")
+        lines += [*self.describe_batch(), f"optimizer steps in all: {self.num_optimizer_steps}"]
+        if (lora := self.lora) is not None:
+            targets = ", ".join(lora.target_modules)
+            lines.append(f"trained: adapters of rank {lora.rank} on {targets}; exported: {lora.export}")
+        return lines
+
+    def describe_batch(self) -> list[str]:
+        """Of them, what one step consumes."""
+        return []
+
+    def empty_ranks(self, field: str, step: str, size: int) -> Problems:
+        """Rule: a step of ``size`` examples, told by ``field``, has some for every data-parallel rank."""
+        if size < (ranks := self.parallel.data_parallel_size):
+            reason = f"{step} of {size} {self.example} leaves some of {ranks} data-parallel ranks empty"
+            yield field, reason, "parallel.num_processes"
+
+    @rule
+    def _ring_shares_no_prefixes(self) -> Problems:
+        if self.parallel.context_attention == "ring" and self.packing.share_prefix != "off":
+            reason = "ring has no shared prefixes: set packing.share_prefix: off, or use all_gather"
+            yield "parallel.context_attention", reason, "packing.share_prefix"
+
+    @rule
+    def _whole_sequences_fit_one_rank(self) -> Problems:
+        parallel, split_from = self.parallel, self.parallel.context_split_from
+        if split_from is None or (ranks := parallel.context_parallel_size) == 1:
+            return
+        multiple = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+        most = self.packing.max_tokens_per_microbatch // ranks // multiple * multiple
+        if split_from - 1 > most:
+            yield (
+                "parallel.context_split_from",
+                "a shorter sequence must fit one rank's share of a microbatch,"
+                " packing.max_tokens_per_microbatch / context_parallel_size: at most"
+                f" {most + 1} (got {split_from})",
+                "packing.max_tokens_per_microbatch",
+                "parallel.context_parallel_size",
+            )
+
+    @rule
+    def _param_gather(self) -> Problems:
+        if self.parallel.overlap_param_gather and not self.optimizer.distributed:
+            reason = "needs optimizer.distributed = true"
+            yield "parallel.overlap_param_gather", reason, "optimizer.distributed"
+
+    @rule
+    def _warmup(self) -> Problems:
+        steps, warmup = self.num_optimizer_steps, self.optimizer.lr_warmup_steps
+        if warmup > steps:
+            reason = f"longer than the run's {steps} optimizer steps (got {warmup})"
+            yield "optimizer.lr_warmup_steps", reason, "training.num_steps"
+
+    @rule
+    def _best_checkpoint(self) -> Problems:
+        metric = self.checkpoint.keep_best_metric
+        if metric is not None and self.measures(metric) and self.data.held_out is None:
+            reason = f"{metric} is measured on data.held_out, which is not set"
+            yield "checkpoint.keep_best_metric", reason, "data.held_out"
+
+    @rule
+    def _traced_steps(self) -> Problems:
+        last = self.training.num_steps
+        if late := sorted(step for step in self.profile.traced if step > last):
+            got = ", ".join(map(str, late[:5]))
+            yield "profile.steps", f"the run ends with step {last} (got {got})", "training.num_steps"
+
+    @rule
+    def _tracing_ranks(self) -> Problems:
+        ranks = self.parallel.num_processes
+        if self.profile.traced and (absent := [rank for rank in self.profile.ranks if rank >= ranks]):
+            got = ", ".join(map(str, absent))
+            yield "profile.ranks", f"there are ranks 0 to {ranks - 1} (got {got})", "parallel.num_processes"
+
+    @rule
+    def _frozen_router(self) -> Problems:
+        if self.lora is not None and (rate := self.router.bias_update_rate):
+            reason = f"not with lora, which leaves the model's own weights as they are (got {rate})"
+            yield "router.bias_update_rate", reason, "lora"
+
+
+class OfflineRoot(TrainingRoot):
+    """What runs that learn from given examples have in common."""
+
+    a_step: ClassVar[str] = "an optimizer step"
+
+    def describe_batch(self) -> list[str]:
+        """Lines for --dry-run."""
+        return [f"{self.example} per step: {self.training.batch_size}"]
+
+    @rule
+    def _batch(self) -> Problems:
+        batch, size = self.training.batch_size, getattr(self.data.train, "size", None)
+        if size is not None and batch > size:
+            reason = f"larger than the training set, data.train.size = {size} (got {batch})"
+            yield "training.batch_size", reason, "data.train.size"
+
+    @rule
+    def _ranks(self) -> Problems:
+        yield from self.empty_ranks("training.batch_size", self.a_step, self.training.batch_size)
+
+    @rule
+    def _validation(self) -> Problems:
+        interval, held_out = self.training.validation_interval, self.data.held_out
+        if interval and held_out is None:
+            reason = f"needs data.held_out, which is not set (got {interval})"
+            yield "training.validation_interval", reason, "data.held_out"
+        size, wanted = getattr(held_out, "size", None), self.training.validation_size
+        if size is not None and wanted > size:
+            reason = f"larger than the held-out set, data.held_out.size = {size} (got {wanted})"
+            yield "training.validation_size", reason, "data.held_out.size"
