@@ -170,6 +170,11 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from megarl.models.feasible import check_training
 
             check_training(config)
+            # Ray's ranks may lie on other machines: they see for themselves.
+            if not options.dry_run and (started is not None or config.launcher != "ray"):
+                from megarl.platform.packages import check_packages
+
+                check_packages(config.parallel)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same; the first of each machine says it

@@ -210,3 +210,32 @@ def test_report_of_something_else(folder: Path) -> None:
         2,
         "error: model: not a run directory (no metrics.jsonl in it)\n",
     )
+
+
+RING = [
+    *("parallel.context_attention=ring", "parallel.context_parallel_size=2", "parallel.num_processes=2"),
+    "packing.share_prefix=off",
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cpu", "is Transformer Engine's and needs a GPU; all_gather works on any device"),
+        ("cuda", "needs the package transformer-engine; all_gather does without"),
+    ],
+)
+def test_an_option_of_transformer_engine_is_refused_before_ranks_start(
+    folder: Path,
+    device: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not by a dry run: that may be made on another machine than the run."""
+    monkeypatch.setattr("megarl.platform.packages.chosen_name", lambda: device)
+    monkeypatch.setattr("megarl.platform.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("megarl.launch.run_ranks", lambda *_: pytest.fail("ranks were started"))
+    assert cli.main(["grpo", "--config", "c.yaml", *RING]) == 2
+    assert capsys.readouterr().err == f"error: parallel.context_attention: ring {message}\n"
+    assert cli.main(["grpo", "--config", "c.yaml", "--dry-run", *RING]) == 0

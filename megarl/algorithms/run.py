@@ -116,7 +116,10 @@ class Run:
             state = json.loads((path / STATE_FILE).read_text())
             self._check_base(state)
             if not policy.load(path):
-                self.console.warn("random states start anew: another number of ranks wrote the checkpoint")
+                self.console.warn(
+                    "random states start anew: another number of ranks, or another kind of device, wrote the "
+                    "checkpoint"
+                )
             self.console.note(f"Resuming from {path} (step {state['step']})")
         if self.is_first:
             self.directory.start_after(state["step"] if state else None)

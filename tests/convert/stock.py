@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+
+@contextmanager
+def may_have_children() -> Iterator[None]:
+    """Megatron's own saves start processes, which the tests' daemonic ranks may not."""
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    daemon, config["daemon"] = config["daemon"], False
+    try:
+        yield
+    finally:
+        config["daemon"] = daemon
 
 
 def logits_and_save(
@@ -17,7 +31,8 @@ def logits_and_save(
     model = _build(model_dir)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, checkpoint)
     model.load_state_dict(state["model"])
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, save_dir, async_sharded_save=False)
+    with may_have_children():
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, save_dir, async_sharded_save=False)
     n = len(token_ids)
     mask = torch.ones(n, n, dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():

@@ -133,7 +133,7 @@ def train(context: Any, model_dir: str) -> list[list[float]]:
     from unittest.mock import patch
 
     module = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
-    with patch(module, Ring), patch("megarl.trainer.megatron.model.check_ring"):
+    with patch(module, Ring), patch("megarl.trainer.megatron.policy.check_packages"):
         policy = build(context, model_dir)
     rings = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, Ring)]
     assert bool(rings) == (context.parallel.context_attention == "ring")

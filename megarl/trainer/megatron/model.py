@@ -261,7 +261,7 @@ def build_model(
         raise UserError(f"model.path: training {spec.family} is not supported: {spec.not_trainable}")
     core_attention: type = PackedAttention
     if context_attention == "ring":
-        check_ring(spec, device)
+        check_ring(spec)
         core_attention = RingAttention
     config = transformer_config(spec, layout, dtype, device, recompute, dispatcher)
     stage = parallel_state.get_pipeline_model_parallel_rank()

@@ -28,6 +28,7 @@ from megarl.ops import NumericsError
 from megarl.packing.plan import CostModel
 from megarl.packing.token_values import Array, assemble, take
 from megarl.platform import ranges
+from megarl.platform.packages import check_packages
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
@@ -80,6 +81,7 @@ class MegatronPolicy:
         """
         router = router or RouterConfig()
         check_layout(architecture, context.parallel)
+        check_packages(context.parallel)
         check_router(architecture, router)
         check_lora(architecture, lora)
         self._check_numerics = check_numerics

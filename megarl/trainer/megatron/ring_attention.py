@@ -9,7 +9,6 @@ replacement in for that wrapper, on the GPU it has not been run.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,21 +20,14 @@ from megarl.errors import UserError
 from megarl.models.spec import ModelSpec
 from megarl.trainer.megatron.attention import PackedAttention, PackedMicrobatch
 
-_FIELD = "parallel.context_attention: ring"
 
-
-def check_ring(spec: ModelSpec, device: torch.device) -> None:
-    """Whether this model can have its context-parallel attention in a ring here.
-
-    Raises:
-        UserError: no GPU, no Transformer Engine, or latent attention.
-    """
-    if device.type != "cuda":
-        raise UserError(f"{_FIELD} is Transformer Engine's and needs a GPU; all_gather works on any device")
-    if find_spec("transformer_engine") is None:
-        raise UserError(f"{_FIELD} needs the package transformer-engine; all_gather does without")
+def check_ring(spec: ModelSpec) -> None:
+    """Raise UserError for a model that cannot have its context-parallel attention in a ring."""
     if spec.mla is not None:
-        raise UserError(f"{_FIELD}: {spec.family} has latent attention, for which there is only all_gather")
+        raise UserError(
+            f"parallel.context_attention: ring: {spec.family} has latent attention, for which there is only "
+            "all_gather"
+        )
 
 
 class RingAttention(PackedAttention):
