@@ -152,8 +152,9 @@ def run_step(
 
     def read(pipe: IO[str]) -> None:
         for line in pipe:
-            if line.startswith(MARK):
-                outcome.take(json.loads(line.removeprefix(MARK)))
+            message = _message(line)
+            if message is not None:
+                outcome.take(message)
                 outcome.seconds = round(time.monotonic() - begin, 1)
                 results.write()
             else:
@@ -183,6 +184,17 @@ def run_step(
         if not outcome.problems:
             outcome.problems.append(f"{_ending(code)}; last line: {last[0][:200]}")
     results.write()
+
+
+def _message(line: str) -> dict[str, Any] | None:
+    """A line of gpu_checks/report.py; None for any other, and for one that two processes wrote at once."""
+    if not line.startswith(MARK):
+        return None
+    try:
+        found = json.loads(line.removeprefix(MARK))
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:

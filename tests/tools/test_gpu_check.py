@@ -48,7 +48,7 @@ def test_every_step_has_its_verdict_and_none_stops_the_next(tool: Any, tmp_path:
     found = run(
         tool,
         tmp_path,
-        good=TELL + "r.figure('speed_tb_per_s', 3.0); r.summary('fast')",
+        good=TELL + f"print({'@gpu_check {'!r}); r.figure('speed_tb_per_s', 3.0); r.summary('fast')",
         wrong=TELL + "r.check(1 == 2, 'one is not two'); r.figure('after', 1)",
         raises="raise ValueError('no such thing')",
         crashes="import os; os.kill(os.getpid(), 11)",

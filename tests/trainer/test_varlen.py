@@ -103,6 +103,40 @@ def test_the_kernel_is_asked_for_what_it_takes() -> None:
             assert not takes(head(64, torch.float32)) and not takes(head(64, device="cpu"))
 
 
+def test_an_older_torch_is_not_told_of_fewer_heads() -> None:
+    """In torch 2.11 the kernel takes them too, and its Python face has no word for it."""
+    from megarl.trainer.megatron import varlen
+
+    def older(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: torch.Tensor,
+        cu_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        return_aux: Any = None,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> torch.Tensor:
+        assert scale is not None
+        bounds = (cu_q, cu_k, max_q, max_k)
+        return stand_in(q, k, v, *bounds, scale=scale, window_size=window_size, enable_gqa=True)
+
+    inputs = tensors(torch.float64, "cpu")
+    varlen._parameters.cache_clear()
+    try:
+        with (
+            patch("megarl.trainer.megatron.attention.takes", lambda q: True),
+            patch("torch.nn.attention.varlen.varlen_attn", older),
+        ):
+            found = packed(inputs, PREFIXES)
+    finally:
+        varlen._parameters.cache_clear()
+    for value, expected in zip(found, dense(inputs, PREFIXES), strict=True):
+        assert (value - expected).abs().max() < 1e-12
+
+
 def test_elsewhere_keys_are_as_many_as_queries() -> None:
     """Only the CPU's kernel takes fewer of them together with a mask or float32."""
     from megarl.trainer.megatron.attention import PackedMicrobatch, packed_causal_attention

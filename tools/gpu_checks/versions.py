@@ -75,5 +75,7 @@ def _first_line(tool: str) -> str | None:
 def _output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
-    result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    return result.stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except subprocess.TimeoutExpired:
+        return "no answer"

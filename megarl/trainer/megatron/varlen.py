@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -54,7 +55,9 @@ class Spans:
 
 def takes(q: torch.Tensor) -> bool:
     """Whether the kernel takes heads like those of ``q`` [T, heads, d], forward and backward."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or not _in_torch():
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if not {"window_size", "scale"} <= _parameters():
         return False
     capability, head = torch.cuda.get_device_capability(q.device), q.shape[-1]
     largest = _LARGEST_HEAD if capability in _LARGE_HEADS else _LARGEST_HEAD_ELSEWHERE
@@ -62,12 +65,13 @@ def takes(q: torch.Tensor) -> bool:
 
 
 @cache
-def _in_torch() -> bool:
+def _parameters() -> frozenset[str]:
+    """Of the kernel's Python face in this torch; none where there is none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"window_size", "scale", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_attention(
@@ -78,6 +82,10 @@ def varlen_attention(
 
     if spans.keys is not None:
         k, v = k.index_select(0, spans.keys), v.index_select(0, spans.keys)
+    # Fewer heads of keys than of queries are the kernel's own doing; torch 2.11 has no word for it.
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in _parameters():
+        grouped["enable_gqa"] = True
     out = varlen_attn(
         q,
         k,
@@ -88,7 +96,7 @@ def varlen_attention(
         spans.longest_keys,
         scale=scale,
         window_size=(-1, 0),  # all before, nothing behind: causal
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)
     return out
