@@ -256,8 +256,10 @@ def test_waits_are_counted_where_megarl_or_megatron_asks(
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     # As torch's own code between MegaRL's and the wait.
-    inner = compile("def item(warn): warn('called a synchronizing CUDA operation')", "/t/torch/t.py", "exec")
-    outer = compile("def loss(warn):\n    item(warn)\n    item(warn)", "/home/x/megarl/losses/a.py", "exec")
+    where = f"{ROOT}/.venv/lib/megarl/torch/t.py"
+    inner = compile("def item(warn): warn('called a synchronizing CUDA operation')", where, "exec")
+    where = f"{ROOT}/megarl/trainer/megatron/a.py"
+    outer = compile("def loss(warn):\n    item(warn)\n    item(warn)", where, "exec")
     names: dict[str, Any] = {}
     exec(inner, names)
     exec(outer, names)
@@ -266,7 +268,7 @@ def test_waits_are_counted_where_megarl_or_megatron_asks(
         names["loss"](warnings.warn)
         warnings.warn("something else", stacklevel=1)
     assert {place.split()[0]: count for place, count in found.items()} == {
-        "megarl/losses/a.py:2": 1,
-        "megarl/losses/a.py:3": 1,
+        "megarl/trainer/megatron/a.py:2": 1,
+        "megarl/trainer/megatron/a.py:3": 1,
     }
     assert modes == ["warn", "default"]

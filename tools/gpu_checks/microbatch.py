@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +120,14 @@ def timed(
 @contextmanager
 def counting_waits(found: Counter[str]) -> Iterator[None]:
     """Count torch's warnings at waits for the device by the innermost line of MegaRL or Megatron."""
+    packages = _packages()
 
     def seen(message: Any, *rest: Any, **named: Any) -> None:
         if "synchronizing CUDA operation" not in str(message):
             return
-        frames = [
-            f for f in traceback.extract_stack() if "megarl/" in f.filename or "megatron/" in f.filename
-        ]
-        place = frames[-1] if frames else traceback.extract_stack()[-2]
-        file = re.sub(r".*/(?=(megarl|megatron)/)", "", place.filename)
+        stack = traceback.extract_stack()[:-1]
+        place = next((f for f in reversed(stack) if f.filename.startswith(packages)), stack[-1])
+        file = re.sub(r".*/(?=megarl/|megatron/core/)", "", place.filename)
         found[f"{file}:{place.lineno} {place.line}"] += 1
 
     with warnings.catch_warnings():
@@ -138,6 +138,13 @@ def counting_waits(found: Counter[str]) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def _packages() -> tuple[str, ...]:
+    """Folders of MegaRL and Megatron-Core, with a slash at their ends."""
+    places = [find_spec(name) for name in ("megarl", "megatron.core") if find_spec(name.split(".")[0])]
+    folders = [f for place in places if place is not None for f in place.submodule_search_locations or ()]
+    return tuple(f"{folder}/" for folder in folders)
 
 
 def waits(report: Report, name: str, step: Callable[[], None], num_microbatches: int) -> None:
