@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -256,10 +255,6 @@ def pinned(name: str) -> str | None:
 
 def requirements() -> list[str]:
     """What to bring: at the project's versions, and else the newest."""
-    if (ROOT / "uv.lock").is_file():
-        locked = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
-        versions = {package["name"]: package.get("version") for package in locked}
-        return [f"{n}=={versions[n.lower()]}" if versions.get(n.lower()) else n for n in PACKAGES]
     return [pinned(name) or name for name in PACKAGES]
 
 

@@ -49,7 +49,10 @@ def run(report: Report) -> None:
 
 def build(folder: str, budget: int) -> Any:
     """A trained policy on one rank."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
+    from megarl.config.parallel import ParallelConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.initialize import initialize
 

@@ -110,7 +110,10 @@ def steps_of(
     case: tuple[str, str, bool], folders: dict[str, str], *, save: bool
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Metrics of four steps, and with ``save`` whether a fifth is the same after loading a checkpoint."""
-    from megarl.config.schema import ModelConfig, OptimizerConfig, PackingConfig, ParallelConfig
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
+    from megarl.config.parallel import ParallelConfig
     from megarl.losses.policy import PolicyLoss
     from megarl.losses.sft import sft_loss
     from megarl.models import load_architecture
