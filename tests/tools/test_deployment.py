@@ -102,7 +102,7 @@ def test_kubernetes_rayjob() -> None:
     gpus = int(workers["rayStartParams"]["num-gpus"])
     assert f"parallel.num_processes={workers['replicas'] * gpus}" in words
     pins = (ROOT / "requirements" / "cpu.lock").read_text()
-    assert f"ray=={cluster['rayVersion']}\n" in pins
+    assert f"ray=={cluster['rayVersion']} \\\n" in pins
     for group in (cluster["headGroupSpec"], workers):
         pod = group["template"]["spec"]
         for container in pod["containers"]:
