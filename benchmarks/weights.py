@@ -178,11 +178,11 @@ def write_model(directory: Path, config: dict[str, Any]) -> None:
 
 def start_engine(model_dir: Path) -> Any:
     """vLLM in this process, set up as the engine of a run is."""
+    from megarl.cluster.variables import engine_variables
     from megarl.config.rollout import EngineConfig
     from megarl.rollout.vllm_build import EngineSettings, build_engine
-    from megarl.rollout.vllm_worker import _ENVIRONMENT
 
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(engine_variables(torch.get_num_threads()))
     config = EngineConfig(kv_cache_gib=0.05, max_num_seqs=4)
     return build_engine(EngineSettings(str(model_dir), config, "float32", 256, 1, tempfile.gettempdir()))
 

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from megarl.cluster import heartbeat
 from megarl.cluster.processes import die_with_parent
+from megarl.cluster.variables import cores, rank_threads
 from megarl.errors import UserError
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -91,6 +92,16 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
     environ["WORLD_SIZE"] = str(size)
+    environ.update(rank_threads(environ, _tasks_sharing_cores(environ)))
+
+
+def _tasks_sharing_cores(environ: Mapping[str, str]) -> int:
+    """How many tasks use the cores that this one may use. '8(x3),2': 8 on three nodes, 2 on a fourth."""
+    on_node = environ.get("SLURM_CPUS_ON_NODE", "")
+    if on_node.isdigit() and cores() < int(on_node):
+        return 1  # srun has bound each task to cores of its own
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
+    return max((int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)), default=1)
 
 
 def first_host(nodes: str) -> str:
@@ -167,9 +178,7 @@ def _start_rank(rank: int, size: int, port: str, arguments: Sequence[str]) -> su
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    # As torchrun does: as many threads per rank as there are cores would only get in each other's way.
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // size)))
+    environment |= rank_threads(environment, size)
     return subprocess.Popen(
         [sys.executable, "-m", "megarl.cli", *arguments],
         env=environment,

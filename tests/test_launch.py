@@ -45,6 +45,7 @@ STEP = {
 def test_srun_step() -> None:
     environ = dict(STEP)
     adopt_slurm(environ)
+    assert int(environ.pop("OMP_NUM_THREADS")) >= 1  # see tests/cluster/test_variables.py
     assert {name: environ[name] for name in environ.keys() - STEP.keys()} == {
         "RANK": "5",
         "LOCAL_RANK": "1",

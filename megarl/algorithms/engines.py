@@ -32,10 +32,12 @@ def start_engine(
     log_dir: Path,
     record_routing: bool = False,
     ranks: Sequence[TrainerPlace] = (),
+    while_training: bool = False,
 ) -> Engines:
     """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights.
 
-    ``ranks`` are where the trainer's are, for several engines to be put beside them.
+    ``ranks`` are where the trainer's are, for several engines to be put beside them. With
+    ``while_training`` it shares the cores with a trainer at work.
 
     Raises UserError for a model that the engine's ranks cannot share, or whose logprobs this platform's
     engine is known to get wrong, and where the engines cannot be dealt to the ranks' hosts.
@@ -50,7 +52,7 @@ def start_engine(
     return start_engines(
         Path(model.path),
         engine,
-        place_engines(engine, ranks),
+        place_engines(engine, ranks, while_training=while_training),
         dtype=model.dtype,
         max_model_len=max_model_len,
         seed=seed,

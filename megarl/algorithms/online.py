@@ -186,6 +186,7 @@ def _start_rollout(
         log_dir=run.directory.path,
         record_routing=config.rollout.router_replay,
         ranks=ranks,
+        while_training=config.rollout.max_staleness > 0,
     )
     workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments)
     return _Rollout(engine, workers, problems)

@@ -22,6 +22,7 @@ from typing import Any
 
 from megarl.cluster.processes import die_with_parent
 from megarl.cluster.ray_runtime import ADDRESS_VARIABLE, NODE_VARIABLE, connect_ray, started_here, stop_ray
+from megarl.cluster.variables import forwarded, rank_threads
 
 _WAIT_LINE_SECONDS = 30.0
 _GONE_EXIT_CODE = -signal.SIGKILL  # an actor that died took its rank with it
@@ -58,11 +59,11 @@ class RankActor:
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
         """Start the rank in ``folder``; its process id."""
-        # What Ray tells its own workers is not meant for a program that may start a Ray of its own.
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        inherited = {name: value for name, value in os.environ.items() if not _is_rays_own(name)}
+        threads = rank_threads(environment, int(environment["LOCAL_WORLD_SIZE"]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megarl.cli", *arguments],
-            env={**inherited, **environment},
+            env={**inherited, **threads, **environment},
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -165,7 +166,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], signalled: Sequence[in
         local = nodes[:rank].count(place.node_id)
         here = [p for p in places if p.node_id == place.node_id]
         environment = {
-            **_forwarded(),
+            **forwarded(os.environ),
             "RANK": str(rank),
             "LOCAL_RANK": str(local),
             "WORLD_SIZE": str(num_ranks),
@@ -235,21 +236,13 @@ def _node_order(places: Sequence[RankPlace]) -> dict[str, tuple[int, str]]:
     return {place.node_id: (place.node_id != here, place.node_id) for place in places}
 
 
-def _forwarded() -> dict[str, str]:
-    """Of the driver's environment, what ranks on other nodes should see too."""
-    prefixes = (
-        "MEGARL_",
-        "HF_",
-        "NCCL_",
-        "GLOO_",
-        "OMP_",
-        "TORCH_",
-        "VLLM_",
-        "WANDB_",
-        "PYTHON",
-        "TOKENIZERS_",
-    )
-    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+def _is_rays_own(name: str) -> bool:
+    """Whether a variable of a Ray worker is not meant for a rank, which may start a Ray of its own.
+
+    The credentials are: a rank joins the cluster, and one that is given an address does not look for them.
+    OMP_NUM_THREADS is what Ray found right for an actor that computes nothing.
+    """
+    return name == "OMP_NUM_THREADS" or (name.startswith("RAY_") and not name.startswith("RAY_AUTH_"))
 
 
 __all__ = ["RankActor", "RankPlace", "RayRank", "start_ranks", "stop_ray"]

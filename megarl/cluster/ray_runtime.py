@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import psutil
 
 from megarl.cluster.processes import unlink_shared_memory
+from megarl.cluster.variables import forwarded
 from megarl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -121,25 +123,37 @@ def _end_unused_daemons() -> None:
             end(check_alive=False)
 
 
-def beside_ranks(node: str = "", devices: str = "") -> dict[str, Any]:
+def with_variables(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Options of an actor whose process starts with these environment variables.
+
+    On a cluster, whose workers inherit nothing from here, also with those that a person has set for the run.
+    """
+    inherited = forwarded(os.environ) if ADDRESS_VARIABLE in os.environ else {}
+    return {"runtime_env": {"env_vars": {**inherited, **variables}}}
+
+
+def beside_ranks(
+    node: str = "", devices: str = "", variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Options of an actor that shares memory with trainer ranks: their node, their GPUs in view.
 
     Args:
         node: Ray's name of it; "" is this process's.
         devices: as CUDA_VISIBLE_DEVICES lists them; "" are those that this process sees.
+        variables: what else its environment starts with.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = node or ray.get_runtime_context().get_node_id()
-    options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    environment = dict(variables or {})
     seen: str | None = devices
     if not devices:  # a cluster's workers have not inherited them
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") if ADDRESS_VARIABLE in os.environ else None
     if seen is not None:
-        variables = {"CUDA_VISIBLE_DEVICES": seen, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-        options["runtime_env"] = {"env_vars": variables}
-    return options
+        environment |= {"CUDA_VISIBLE_DEVICES": seen, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return {"scheduling_strategy": strategy, **with_variables(environment)}
 
 
 def unlink_on_node(names: list[str], node: str) -> None:

@@ -33,7 +33,7 @@ class EngineConfig(Section):
     expert_parallel: bool = False
     """Each of these ranks holds whole experts, not a part of all of them (vLLM's enable_expert_parallel)."""
     num_threads: PositiveInt | None = None
-    """CPU threads of an engine, over all its ranks; null: the cores of its host, divided by its engines."""
+    """CPU threads of an engine, over all its ranks; null: its host's cores, shared with what runs beside."""
     start_timeout_seconds: PositiveFloat = 300.0
     """How long the engine may take to start before the run ends with an error."""
 

@@ -9,7 +9,8 @@ import sys
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from megarl.cluster.ray_runtime import start_ray
+from megarl.cluster.ray_runtime import start_ray, with_variables
+from megarl.cluster.variables import environment_worker_variables
 from megarl.environments.base import Observation, StepResult
 from megarl.environments.worker import EnvironmentActor, EnvironmentFacts
 from megarl.errors import UserError
@@ -49,7 +50,10 @@ class _Worker:
     def spawn(self) -> None:
         self.generation += 1
         self.facts = None
-        self.actor: Any = self._actor_class.options(num_cpus=0, max_restarts=0).remote(*self._arguments)
+        options = with_variables(environment_worker_variables())
+        self.actor: Any = self._actor_class.options(num_cpus=0, max_restarts=0, **options).remote(
+            *self._arguments
+        )
 
     def replace(self, generation: int) -> None:
         """End this process and start another, unless somebody has done so already."""

@@ -11,6 +11,7 @@ import torch
 
 from megarl import platform
 from megarl.cluster.ray_runtime import NODE_VARIABLE
+from megarl.cluster.variables import cores
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.weights.place import host_id
@@ -25,6 +26,7 @@ class TrainerPlace:
     host: str  # as megarl.weights.place names it
     node: str  # Ray's name of it, "" where Ray has not started the ranks
     devices: tuple[str, ...]  # GPUs, as CUDA_VISIBLE_DEVICES names them; empty on a CPU
+    cores: int  # CPU cores, as many as one rank may use
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class EnginePlace:
 
     node: str = ""  # Ray's name of it; "" is the driver's
     devices: str = ""  # as CUDA_VISIBLE_DEVICES lists them; "" are those that the driver sees
-    engines_on_host: int = 1
+    cores: int = 0  # CPU cores for it alone while it generates; 0 are all that the driver may use
 
 
 BESIDE_DRIVER = EnginePlace()
@@ -43,19 +45,22 @@ def this_rank() -> TrainerPlace:
     """This trainer rank's place, with the GPU it trains on; ``platform.install`` has been called."""
     device = platform.current().device
     devices = () if device.type == "cpu" else (_visible_devices()[device.index],)
-    return TrainerPlace(host_id(), os.environ.get(NODE_VARIABLE, ""), devices)
+    return TrainerPlace(host_id(), os.environ.get(NODE_VARIABLE, ""), devices, cores())
 
 
 def this_machine() -> TrainerPlace:
     """The same with every GPU that this process sees, where it alone is the trainer."""
     devices = () if platform.chosen_name() == "cpu" else _visible_devices()
-    return TrainerPlace(host_id(), os.environ.get(NODE_VARIABLE, ""), devices)
+    return TrainerPlace(host_id(), os.environ.get(NODE_VARIABLE, ""), devices, cores())
 
 
-def place_engines(engine: EngineConfig, ranks: Sequence[TrainerPlace]) -> list[EnginePlace]:
+def place_engines(
+    engine: EngineConfig, ranks: Sequence[TrainerPlace], *, while_training: bool = False
+) -> list[EnginePlace]:
     """A place for each engine: hosts in rank order, on each as many engines beside its first ranks.
 
-    A single engine stays beside the driver, whatever ``ranks`` are.
+    A single engine stays beside the driver, whatever ``ranks`` are. Engines that generate
+    ``while_training`` leave half of the cores to the trainer.
 
     Raises:
         UserError: the engines do not divide by the hosts, a host has too few GPUs, or Ray does not know the
@@ -63,7 +68,7 @@ def place_engines(engine: EngineConfig, ranks: Sequence[TrainerPlace]) -> list[E
     """
     count, size = engine.data_parallel_size, engine.tensor_parallel_size
     if count == 1:
-        return [BESIDE_DRIVER]
+        return [EnginePlace(cores=max(1, cores() // 2))] if while_training else [BESIDE_DRIVER]
     hosts = _hosts(ranks)
     if count % len(hosts):
         raise UserError(
@@ -87,16 +92,29 @@ def place_engines(engine: EngineConfig, ranks: Sequence[TrainerPlace]) -> list[E
         for number in range(each):
             own = host.devices[number * size : (number + 1) * size]
             others = [device for device in host.devices if device not in own]
-            places.append(EnginePlace(host.node, ",".join([*own, *others]), each * machines[host.host]))
+            sharers = each * machines[host.host] * (2 if while_training else 1)
+            places.append(EnginePlace(host.node, ",".join([*own, *others]), max(1, host.cores // sharers)))
     return places
 
 
+def threads_per_rank(config: EngineConfig, place: EnginePlace) -> int:
+    """CPU threads of each rank of an engine at ``place``."""
+    return max(1, (config.num_threads or place.cores or cores()) // config.tensor_parallel_size)
+
+
 def _hosts(ranks: Sequence[TrainerPlace]) -> list[TrainerPlace]:
-    """The hosts in the order of their first ranks, each with the devices of all its ranks."""
-    devices: dict[tuple[str, str], list[str]] = {}
+    """The hosts in the order of their first ranks, each with what all its ranks have."""
+    hosts: dict[tuple[str, str], list[TrainerPlace]] = {}
     for rank in ranks:
-        devices.setdefault((rank.host, rank.node), []).extend(rank.devices)
-    return [TrainerPlace(*name, tuple(dict.fromkeys(found))) for name, found in devices.items()]
+        hosts.setdefault((rank.host, rank.node), []).append(rank)
+    return [
+        TrainerPlace(
+            *name,
+            devices=tuple(dict.fromkeys(device for rank in found for device in rank.devices)),
+            cores=max(rank.cores for rank in found),
+        )
+        for name, found in hosts.items()
+    ]
 
 
 def _visible_devices() -> tuple[str, ...]:

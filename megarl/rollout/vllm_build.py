@@ -32,7 +32,6 @@ class EngineSettings:
     keep_kv_cache: bool = False  # over a sync
     offload_kv_cache: bool = False  # sleep can free it
     record_routing: bool = False  # responses bring the experts their tokens chose
-    engines_on_host: int = 1  # that share its cores
 
 
 def build_engine(settings: EngineSettings) -> LLMEngine:

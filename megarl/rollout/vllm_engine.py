@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.cluster.ray_runtime import beside_ranks, ray_temp_dir, start_ray, unlink_on_node
+from megarl.cluster.variables import engine_variables
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout.engine import (
@@ -26,7 +27,7 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
-from megarl.rollout.placement import BESIDE_DRIVER, EnginePlace
+from megarl.rollout.placement import BESIDE_DRIVER, EnginePlace, threads_per_rank
 from megarl.rollout.vllm_build import EngineSettings
 from megarl.rollout.vllm_session import VllmSession, actor_died
 from megarl.rollout.vllm_worker import EngineActor
@@ -86,7 +87,7 @@ class VllmEngine:
             offload_kv_cache: whether sleep can free the KV cache (on a GPU).
             record_routing: whether responses bring the experts that their tokens chose.
             log_dir: where the log goes; None keeps it among Ray's files, while Ray runs.
-            place: the node and the devices.
+            place: the node, the devices and the cores.
             log_name: the log's file name.
 
         Call it from the main thread (see :mod:`megarl.cluster.ray_runtime`).
@@ -102,7 +103,6 @@ class VllmEngine:
             keep_kv_cache=keep_kv_cache,
             offload_kv_cache=offload_kv_cache,
             record_routing=record_routing,
-            engines_on_host=place.engines_on_host,
         )
         return cls(settings, (log_dir or ray_temp_dir()).resolve() / log_name, place)
 
@@ -222,12 +222,13 @@ class VllmEngine:
         import ray
 
         self._asleep = False
+        threads = threads_per_rank(self._settings.config, self._place)
         actor_class: Any = ray.remote(EngineActor)
         self._actor: Any = actor_class.options(
             num_cpus=0,
             max_restarts=0,
             max_concurrency=_ACTOR_THREADS,
-            **beside_ranks(self._place.node, self._place.devices),
+            **beside_ranks(self._place.node, self._place.devices, engine_variables(threads)),
         ).remote(self._settings, str(self._log_path))
         self._started: Any = self._actor.wait_started.remote()
 

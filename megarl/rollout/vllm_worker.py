@@ -41,18 +41,6 @@ if TYPE_CHECKING:
 
 ResponseQueue = queue.SimpleQueue["list[GeneratedResponse] | BaseException | None"]
 
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor-parallel workers: the actor has threads
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same cores, in turns
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_COLOR": "0",
-    "TORCH_COMPILE_DISABLE": "1",  # the sampler compiles one comparison otherwise: 7 s at the first request
-    "OMP_WAIT_POLICY": "passive",  # spinning workers would take the trainer's cores
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
 
 class EngineActor:
     """Body of the Ray actor. Ray calls its methods on several threads; all but the waiting is done
@@ -61,12 +49,10 @@ class EngineActor:
 
     def __init__(self, settings: EngineSettings, log_path: str) -> None:
         _redirect_output(log_path)
-        threads = threads_per_rank(settings, len(os.sched_getaffinity(0)))
         # The driver's folder, unless this is another host.
         temp_dir = settings.temp_dir if os.path.isdir(settings.temp_dir) else str(make_temp_dir())
-        # Libraries read these when they are first imported, which nothing did yet.
-        os.environ.update(_ENVIRONMENT, OMP_NUM_THREADS=str(threads), TMPDIR=temp_dir)
-        tempfile.tempdir = temp_dir
+        # Variables that are read once are set before this process starts (megarl.cluster.variables).
+        os.environ["TMPDIR"] = tempfile.tempdir = temp_dir
         self._settings = settings
         self._started: Future[None] = Future()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -328,12 +314,6 @@ class EngineActor:
         outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in states]
         self._engine.abort_request(sorted(wanted))
         self._deliver(outputs)
-
-
-def threads_per_rank(settings: EngineSettings, cores: int) -> int:
-    """CPU threads of each engine rank; without ``num_threads`` a host's engines share its ``cores``."""
-    threads = settings.config.num_threads or cores // settings.engines_on_host
-    return max(1, threads // settings.config.tensor_parallel_size)
 
 
 def _redirect_output(log_path: str) -> None:

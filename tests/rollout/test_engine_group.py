@@ -25,8 +25,6 @@ from megarl.rollout.engine import (
 )
 from megarl.rollout.engine_group import EngineGroup, start_engines
 from megarl.rollout.placement import EnginePlace
-from megarl.rollout.vllm_build import EngineSettings
-from megarl.rollout.vllm_worker import threads_per_rank
 from tests.rollout.conftest import MAX_MODEL_LEN, SharedWeights, _make_model
 
 PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
@@ -191,25 +189,13 @@ def test_violations_of_all_members_are_told(members: list[Any]) -> None:
         EngineGroup(members).attach(plans[:3])
 
 
-@pytest.mark.parametrize(
-    ("num_threads", "ranks", "engines", "expected"),
-    [(None, 1, 1, 16), (None, 2, 1, 8), (None, 2, 2, 4), (6, 2, 4, 3), (None, 4, 8, 1)],
-)
-def test_engines_divide_the_cores_of_their_host(
-    num_threads: int | None, ranks: int, engines: int, expected: int
-) -> None:
-    config = EngineConfig(num_threads=num_threads, tensor_parallel_size=ranks, data_parallel_size=engines)
-    settings = EngineSettings("model", config, "float32", 64, 1, "/tmp", engines_on_host=engines)
-    assert threads_per_rank(settings, cores=16) == expected
-
-
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineGroup]:
     """Two real engines that alias one block of shared memory."""
     directory = tmp_path_factory.mktemp("group")
     model = _make_model("llama", directory)
     config = EngineConfig(kv_cache_gib=0.05, data_parallel_size=2)
-    places = [EnginePlace(engines_on_host=2)] * 2
+    places = [EnginePlace(cores=1)] * 2
     options = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "seed": 1, "log_dir": directory / "logs"}
     started = start_engines(directory, config, places, **options)
     assert isinstance(started, EngineGroup)

@@ -20,7 +20,7 @@ from megarl.cluster.ray_runtime import (
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout import placement
-from megarl.rollout.placement import EnginePlace, TrainerPlace, place_engines, this_machine
+from megarl.rollout.placement import EnginePlace, TrainerPlace, place_engines, this_machine, threads_per_rank
 
 
 def engines(count: int, size: int = 1) -> EngineConfig:
@@ -30,7 +30,7 @@ def engines(count: int, size: int = 1) -> EngineConfig:
 def ranks(hosts: int, devices: int, *, by_ray: bool = True, on_gpu: bool = True) -> list[TrainerPlace]:
     """A rank per GPU, hosts one after the other."""
     return [
-        TrainerPlace(f"host{h}", f"node{h}" if by_ray else "", (str(d),) if on_gpu else ())
+        TrainerPlace(f"host{h}", f"node{h}" if by_ray else "", (str(d),) if on_gpu else (), 16)
         for h in range(hosts)
         for d in range(devices)
     ]
@@ -43,28 +43,55 @@ def test_one_engine_is_beside_the_driver_whatever_there_is() -> None:
 
 def test_an_engine_per_host() -> None:
     places = place_engines(engines(4, 8), ranks(4, 8))
-    assert places == [EnginePlace(f"node{h}", "0,1,2,3,4,5,6,7", 1) for h in range(4)]
+    assert places == [EnginePlace(f"node{h}", "0,1,2,3,4,5,6,7", 16) for h in range(4)]
 
 
 def test_engines_of_a_host_have_their_own_devices_first_and_see_the_others() -> None:
     places = place_engines(engines(4, 2), ranks(2, 4))
     assert places == [
-        EnginePlace("node0", "0,1,2,3", 2),
-        EnginePlace("node0", "2,3,0,1", 2),
-        EnginePlace("node1", "0,1,2,3", 2),
-        EnginePlace("node1", "2,3,0,1", 2),
+        EnginePlace("node0", "0,1,2,3", 8),
+        EnginePlace("node0", "2,3,0,1", 8),
+        EnginePlace("node1", "0,1,2,3", 8),
+        EnginePlace("node1", "2,3,0,1", 8),
     ]
 
 
 def test_one_host_needs_no_ray_cluster() -> None:
     places = place_engines(engines(2, 2), ranks(1, 4, by_ray=False))
-    assert places == [EnginePlace("", "0,1,2,3", 2), EnginePlace("", "2,3,0,1", 2)]
-    assert place_engines(engines(2), ranks(1, 1, by_ray=False, on_gpu=False)) == [EnginePlace("", "", 2)] * 2
+    assert places == [EnginePlace("", "0,1,2,3", 8), EnginePlace("", "2,3,0,1", 8)]
+    assert place_engines(engines(2), ranks(1, 1, by_ray=False, on_gpu=False)) == [EnginePlace("", "", 8)] * 2
 
 
 def test_two_nodes_of_one_machine_share_its_cores() -> None:
-    there = [TrainerPlace("host", "left", ()), TrainerPlace("host", "right", ())]
-    assert place_engines(engines(2), there) == [EnginePlace("left", "", 2), EnginePlace("right", "", 2)]
+    there = [TrainerPlace("host", "left", (), 16), TrainerPlace("host", "right", (), 16)]
+    assert place_engines(engines(2), there) == [EnginePlace("left", "", 8), EnginePlace("right", "", 8)]
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "size", "on_host", "while_training", "expected"),
+    [
+        (None, 1, 1, False, 16),
+        (None, 2, 1, False, 8),
+        (None, 2, 2, False, 4),
+        (6, 2, 4, False, 3),  # as it is told
+        (None, 4, 8, False, 1),  # at least one
+        (None, 1, 1, True, 8),  # the trainer is at work too
+        (None, 2, 2, True, 2),
+        (None, 4, 8, True, 1),
+    ],
+)
+def test_engines_share_the_cores_of_their_host(
+    monkeypatch: pytest.MonkeyPatch,
+    num_threads: int | None,
+    size: int,
+    on_host: int,
+    while_training: bool,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(placement, "cores", lambda: 16)  # of the driver, for a single engine
+    config = EngineConfig(num_threads=num_threads, tensor_parallel_size=size, data_parallel_size=on_host)
+    places = place_engines(config, ranks(1, 1, on_gpu=False), while_training=while_training)
+    assert [threads_per_rank(config, place) for place in places] == [expected] * on_host
 
 
 @pytest.mark.parametrize(
