@@ -42,7 +42,9 @@ def environment(
         "PYTHONPATH": os.pathsep.join([str(HERE / "site"), *([inherited] if inherited else [])]),
         "TRITON_INTERPRET": "1",  # its compiler needs a card to ask for its capability
         "TRITON_LIBCUDA_PATH": str(libraries),
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # kernels that are compiled when first used
+        # FlashInfer's kernels are compiled when first used.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
         **settings,
     }
 

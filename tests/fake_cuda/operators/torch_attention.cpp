@@ -82,68 +82,83 @@ std::tuple<Tensor, Tensor, Tensor> cudnn_backward(const Tensor& grad, const Tens
   return {dq, dk, dv};
 }
 
-// Packed sequences: q [tokens, heads, width], their bounds in cum_seq; causal counts from the last key.
-struct Packed {
-  Tensor q_bounds, k_bounds;
-  int64_t count;
+// The operators below scaled_dot_product_attention: [batch, tokens, heads, width], or with cum_seq packed sequences
+// [tokens, heads, width]. One sequence's rows, heads first, as attention_math.h takes them.
+class Sequences {
+ public:
+  Sequences(const MaybeTensor& q_bounds, const MaybeTensor& k_bounds) {
+    packed_ = q_bounds && q_bounds->defined();
+    if (packed_) q_bounds_ = q_bounds->to(at::kLong), k_bounds_ = k_bounds->to(at::kLong);
+  }
+  int64_t count(const Tensor& q) const { return packed_ ? q_bounds_.numel() - 1 : q.size(0); }
+  Tensor queries(const Tensor& tensor, int64_t i) const { return rows(tensor, q_bounds_, i); }
+  Tensor keys(const Tensor& tensor, int64_t i) const { return rows(tensor, k_bounds_, i); }
+  // Log-sum-exp is [batch, heads, tokens], packed [heads, tokens].
+  Tensor sums(const Tensor& lse, int64_t i) const {
+    return packed_ ? lse.narrow(1, first(q_bounds_, i), length(q_bounds_, i)) : lse[i];
+  }
+  Tensor no_sums(const Tensor& q) const {
+    if (packed_) return at::zeros({q.size(1), q.size(0)}, at::kFloat);
+    return at::zeros({q.size(0), q.size(2), q.size(1)}, at::kFloat);
+  }
 
-  Packed(const MaybeTensor& q, const MaybeTensor& k) {
-    TORCH_CHECK(q && q->defined() && k && k->defined(), "fakecuda: _flash_attention_forward without cum_seq");
-    q_bounds = q->to(at::kLong), k_bounds = k->to(at::kLong), count = q->numel() - 1;
+ private:
+  static int64_t first(const Tensor& bounds, int64_t i) { return bounds[i].item<int64_t>(); }
+  static int64_t length(const Tensor& bounds, int64_t i) { return first(bounds, i + 1) - first(bounds, i); }
+  Tensor rows(const Tensor& tensor, const Tensor& bounds, int64_t i) const {
+    auto sequence = packed_ ? tensor.narrow(0, first(bounds, i), length(bounds, i)) : tensor[i];
+    return sequence.transpose(0, 1);
   }
-  static Tensor rows(const Tensor& tensor, const Tensor& bounds, int64_t i) {
-    const int64_t from = bounds[i].item<int64_t>();
-    return tensor.narrow(0, from, bounds[i + 1].item<int64_t>() - from);
-  }
-  Tensor queries(const Tensor& tensor, int64_t i) const { return rows(tensor, q_bounds, i); }
-  Tensor keys(const Tensor& tensor, int64_t i) const { return rows(tensor, k_bounds, i); }
-  Tensor queries_by_head(const Tensor& tensor, int64_t i) const { return queries(tensor, i).transpose(0, 1); }
-  Tensor keys_by_head(const Tensor& tensor, int64_t i) const { return keys(tensor, i).transpose(0, 1); }
-  Sight sight(bool causal, const optional<SymInt>& left, const optional<SymInt>& right, int64_t i) const {
-    auto length = [&](const Tensor& bounds) { return (bounds[i + 1] - bounds[i]).item<int64_t>(); };
-    Sight sight = Sight::causal(causal, length(k_bounds) - length(q_bounds));
-    if (left) sight.left = left->expect_int();
-    if (right && !causal) sight.right = right->expect_int();
-    return sight;
-  }
+
+  bool packed_;
+  Tensor q_bounds_, k_bounds_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_flash(
+// Causal counts from the last key.
+Sight sight_of(const Tensor& q, const Tensor& k, bool causal, const optional<SymInt>& left,
+               const optional<SymInt>& right) {
+  Sight sight = Sight::causal(causal, k.size(1) - q.size(1));
+  if (left) sight.left = left->expect_int();
+  if (right && !causal) sight.right = right->expect_int();
+  return sight;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& cum_q, const MaybeTensor& cum_k, SymInt,
     SymInt, double dropout, bool causal, bool, optional<double> scale, optional<SymInt> left, optional<SymInt> right,
     const MaybeTensor& used, const MaybeTensor& slopes, const MaybeTensor& pages, optional<int64_t>) {
   refuse_dropout(dropout);
   TORCH_CHECK(!used && !slopes && !pages, "fakecuda: _flash_attention_forward with pages or slopes");
-  const Packed packed(cum_q, cum_k);
+  const Sequences all(cum_q, cum_k);
   auto out = at::zeros_like(q);
-  auto lse = at::zeros({q.size(1), q.size(0)}, at::kFloat);
-  for (int64_t i = 0; i < packed.count; i++) {
-    auto [part, part_lse] = fake::attention(
-        packed.queries_by_head(q, i), packed.keys_by_head(k, i), packed.keys_by_head(v, i), {},
-        fake::scale_or_default(scale, q), packed.sight(causal, left, right, i));
-    packed.queries_by_head(out, i).copy_(part);
-    packed.queries(lse.t(), i).copy_(part_lse.t());
+  auto lse = all.no_sums(q);
+  for (int64_t i = 0; i < all.count(q); i++) {
+    auto qi = all.queries(q, i), ki = all.keys(k, i);
+    auto [part, part_lse] = fake::attention(qi, ki, all.keys(v, i), {}, fake::scale_or_default(scale, q),
+                                            sight_of(qi, ki, causal, left, right));
+    all.queries(out, i).copy_(part);
+    all.sums(lse, i).copy_(part_lse);
   }
   return {out, lse, at::zeros({2}, at::kUInt64), at::zeros({}, at::kUInt64), at::empty({0}, q.options())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> packed_flash_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
-                                                         const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                         const Tensor& cum_q, const Tensor& cum_k, SymInt, SymInt,
-                                                         double dropout, bool causal, const Tensor&, const Tensor&,
-                                                         optional<double> scale, optional<SymInt> left,
-                                                         optional<SymInt> right) {
+std::tuple<Tensor, Tensor, Tensor> flash_gradients(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                   const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                   const Tensor& cum_q, const Tensor& cum_k, SymInt, SymInt,
+                                                   double dropout, bool causal, const Tensor&, const Tensor&,
+                                                   optional<double> scale, optional<SymInt> left,
+                                                   optional<SymInt> right) {
   refuse_dropout(dropout);
-  const Packed packed(cum_q, cum_k);
+  const Sequences all(maybe(cum_q), maybe(cum_k));
   auto dq = at::zeros_like(q), dk = at::zeros_like(k), dv = at::zeros_like(v);
-  for (int64_t i = 0; i < packed.count; i++) {
+  for (int64_t i = 0; i < all.count(q); i++) {
+    auto qi = all.queries(q, i), ki = all.keys(k, i);
     auto [gq, gk, gv, _] = fake::attention_backward(
-        packed.queries_by_head(grad, i), packed.queries_by_head(q, i), packed.keys_by_head(k, i),
-        packed.keys_by_head(v, i), {}, packed.queries_by_head(out, i), packed.queries(lse.t(), i).t(),
-        fake::scale_or_default(scale, q), packed.sight(causal, left, right, i));
-    packed.queries_by_head(dq, i).copy_(gq);
-    packed.keys_by_head(dk, i).copy_(gk);
-    packed.keys_by_head(dv, i).copy_(gv);
+        all.queries(grad, i), qi, ki, all.keys(v, i), {}, all.queries(out, i), all.sums(lse, i),
+        fake::scale_or_default(scale, q), sight_of(qi, ki, causal, left, right));
+    all.queries(dq, i).copy_(gq);
+    all.keys(dk, i).copy_(gk);
+    all.keys(dv, i).copy_(gv);
   }
   return {dq, dk, dv};
 }
@@ -155,7 +170,7 @@ TORCH_LIBRARY_IMPL(aten, CPU, m) {
   m.impl("_scaled_dot_product_efficient_attention_backward", efficient_backward);
   m.impl("_scaled_dot_product_cudnn_attention", cudnn);
   m.impl("_scaled_dot_product_cudnn_attention_backward", cudnn_backward);
-  m.impl("_flash_attention_forward", packed_flash);
-  m.impl("_flash_attention_backward", packed_flash_backward);
+  m.impl("_flash_attention_forward", flash_forward);
+  m.impl("_flash_attention_backward", flash_gradients);
 }
 }  // namespace

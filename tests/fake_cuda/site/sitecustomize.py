@@ -49,6 +49,11 @@ def find_the_fake_runtime(module: Any) -> None:
     )
 
 
+def reduce_by_nccl(module: Any) -> None:
+    """The kernel of vLLM's own all-reduce waits for flags that other ranks' kernels set."""
+    module.CustomAllreduce.should_custom_ar = lambda self, tensor: False
+
+
 # What is done after a module has been imported.
 AFTER: dict[str, Callable[[ModuleType], None]] = {
     "torch": replace_operators,
@@ -60,6 +65,7 @@ AFTER: dict[str, Callable[[ModuleType], None]] = {
     "triton.runtime.interpreter": run_triton_on_the_host,
     "vllm.v1.sample.ops.topk_topp_sampler": sample_by_torch,
     "vllm.utils.system_utils": find_the_fake_runtime,
+    "vllm.distributed.device_communicators.custom_all_reduce": reduce_by_nccl,
 }
 
 
