@@ -56,7 +56,7 @@ cuda-env-check:  ## Install the CUDA lock apart, build megarl in it, import all 
 	@UV_COMPILE_BYTECODE=0 bash tools/setup_env.sh packages .setup/cuda-env cuda
 	@.setup/cuda-env/bin/python tools/cuda_env_check.py
 
-nightly: test-all cuda-check cuda-env-check guides quickstart  ## Everything there is to check, in hours
+nightly: lint test-all cuda-check cuda-env-check guides quickstart  ## Everything there is to check, in hours
 
 bench-setup: setup  ## Check that the peer that the dpo and grpo benchmarks compare with is there
 	@$(VENV_PYTHON) -c "import trl; print('trl', trl.__version__)"

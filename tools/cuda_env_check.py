@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import ctypes
 import importlib
+import importlib.util
 import os
 import pkgutil
 import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +32,9 @@ GPU_MODULES = (
     "megatron.core.optimizer.distrib_optimizer",
     "peft",
     "triton",
+    "vllm._C_stable_libtorch",
+    "vllm._moe_C_stable_libtorch",
+    "vllm.cumem_allocator",
     "vllm.entrypoints.llm",
     "vllm.model_executor.models.qwen3",
     "vllm.model_executor.models.qwen3_moe",
@@ -38,6 +44,8 @@ GPU_MODULES = (
     "vllm.v1.worker.gpu.model_runner",
     "vllm.v1.worker.gpu_model_runner",
     "vllm.v1.worker.gpu_worker",
+    "vllm.vllm_flash_attn._vllm_fa2_C",
+    "vllm.vllm_flash_attn._vllm_fa3_C",
 )
 # Optional: what is imported from them is imported when a run asks for it.
 TRANSFORMER_ENGINE = ("transformer_engine", "megatron.core.extensions.transformer_engine")
@@ -55,6 +63,31 @@ def build_extension(arch: str) -> None:
     if status != 0:
         end = "\n".join(log.read_text().splitlines()[-12:])
         sys.exit(f"cuda-env-check: megarl._C does not build (.setup/{log.name}):\n{end}")
+
+
+def provide_driver() -> str:
+    """Loads libcuda.so.1; where there is none, one whose functions say that there is no device.
+
+    vLLM's compiled libraries link to it; with it they load, and torch must have all their other symbols.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return "the machine's"
+    except OSError:
+        pass
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    command = ["nm", "-D", "--undefined-only", *Path(spec.origin).parent.rglob("*.so")]
+    symbols = set(re.findall(r" U (cu[A-Z]\w+)", subprocess.check_output(command, text=True)))
+    source, library = BUILD / "driver.cpp", BUILD / "libcuda.so.1"
+    no_device = 100  # CUDA_ERROR_NO_DEVICE
+    functions = (f'extern "C" int {name}() {{ return {no_device}; }}\n' for name in sorted(symbols))
+    source.write_text("".join(functions))
+    flags = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    subprocess.run(["g++", *flags, source, "-o", library], check=True)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return f"none, {len(symbols)} functions of it stand in"
 
 
 def declared_ops() -> list[str]:
@@ -141,6 +174,7 @@ def main() -> int:
     parser.add_argument("--arch", default="9.0", help="what to build for, as TORCH_CUDA_ARCH_LIST has it")
     parser.add_argument("--no-build", action="store_true", help="take the extension that was built last time")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # of absent GPUs
     begin = time.monotonic()
     if not arguments.no_build:
         build_extension(arguments.arch)
@@ -154,6 +188,7 @@ def main() -> int:
     from megarl.ops._load import load_native
 
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    print(f"driver: {provide_driver()}")
     load_native()
     names = declared_ops()
     problems = [f"op {name} has no kernel for CUDA" for name in ops_without_cuda(names)]
