@@ -62,7 +62,7 @@ PYTHON
 }
 
 sync() { # sync DIR KIND: exactly what the lock says, byte code included
-  UV_COMPILE_BYTECODE=1 run packages "$uv" pip sync --python "$1" --no-build-isolation "requirements/$2.lock"
+  UV_COMPILE_BYTECODE=${UV_COMPILE_BYTECODE-1} run packages "$uv" pip sync --python "$1" --no-build-isolation "requirements/$2.lock"
 }
 
 start_build() { # in the background, in a process group that can be ended with all its compilers
@@ -81,13 +81,21 @@ check_imports() { # the one proof that the versions fit this machine
   for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
 }
 
+stamp() { [[ -f $1 && $(<"$1") = "$2" ]]; } # stamp FILE KEY: whether that was finished for this key
+
+packages_key() { echo "$1 $PWD $(sha256sum "requirements/$1.lock")"; }
+
 [[ $(uname -sm) = "Linux x86_64" ]] || fail "the locks are for Linux on x86_64, this is $(uname -sm)"
 mkdir -p .setup
 exec 9>.setup/lock # children hold it too: were this process killed, the next one waits for them
 flock -n 9 || { echo "  another set-up is at work in this clone; waiting for it ..."; flock 9; }
 case ${1-} in
   uv) bring_uv; exec "$uv" "${@:2}" ;;
-  packages) bring_uv; create "$2" "$3"; sync "$2" "$3"; exit ;;
+  packages)
+    stamp "$2/.megarl-packages" "$(packages_key "$3")" && exit
+    bring_uv; create "$2" "$3"; sync "$2" "$3"
+    packages_key "$3" >"$2/.megarl-packages"
+    exit ;;
   ?*) sed -n '2,/^set/{/^#/p}' "$0"; exit 2 ;;
 esac
 
@@ -97,14 +105,13 @@ if [[ ${MEGARL_CUDA-} = 1 || -z ${MEGARL_CUDA-} && $(cat .venv/pyvenv.cfg 2>/dev
   kind=cuda abi=312
 fi
 # What packages and extension are made from: lock and place; sources, flags and this CPU's vector units.
-packages="$kind $PWD $(sha256sum "requirements/$kind.lock")"
+packages=$(packages_key $kind)
 extension=$(sha256sum < <(
   echo "$packages ${FORCE_CUDA-} ${TORCH_CUDA_ARCH_LIST-}"
   grep -m 1 '^flags' /proc/cpuinfo | tr ' ' '\n' | grep -E '^avx(2|512(f|bw|vl|dq))$' | sort
   find csrc pyproject.toml setup.py -type f -print0 | sort -z | xargs -0 sha256sum
 ))
 checks=("torch, megarl._C")
-stamp() { [[ -f $1 && $(<"$1") = "$2" ]]; }
 if [[ -x .venv/bin/python ]] && { [[ -L .venv ]] || stamp .venv/.megarl-packages "$packages"; }; then
   if compgen -G "megarl/_C.cpython-$abi-*.so" >/dev/null && stamp .setup/extension.stamp "$extension"; then
     echo "environment: .venv is up to date"

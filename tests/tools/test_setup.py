@@ -72,7 +72,7 @@ def repacked_wheel(folder: Path, name: str) -> None:
     files = {
         str(file): Path(str(file.locate())) for file in distribution.files or [] if ".." not in file.parts
     }
-    left_out = ("RECORD", "INSTALLER", "REQUESTED", ".pyc")
+    left_out = ("RECORD", "INSTALLER", "REQUESTED", "uv_cache.json", ".pyc")
     kept = {name: path.read_bytes() for name, path in files.items() if not name.endswith(left_out)}
     write_wheel(folder, name, distribution.version, kept)
 
