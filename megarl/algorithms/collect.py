@@ -15,7 +15,7 @@ from megarl.config.online import OnlineConfig
 from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset
 from megarl.records import Group
-from megarl.trainer.policy import from_first_rank
+from megarl.trainer.control import from_first_rank
 
 Collected = tuple[list[Group], dict[str, float]]
 

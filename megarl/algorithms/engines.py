@@ -15,7 +15,8 @@ from megarl.models.table import Architecture
 from megarl.rollout.engine import AttachReport
 from megarl.rollout.engine_group import Engines, start_engines
 from megarl.rollout.placement import TrainerPlace, place_engines
-from megarl.trainer.policy import Policy, Transport, broadcast, gather
+from megarl.trainer.control import broadcast, gather
+from megarl.trainer.policy import Policy, Transport
 from megarl.weights.checksum import RegionChecksum, RegionQuery
 from megarl.weights.handover import Alias, Copy, SourceView, Storage, WeightPlan
 from megarl.weights.plan import Owner, Planner, Reader

@@ -42,16 +42,9 @@ from megarl.models.table import Architecture
 from megarl.records import Group, Prompt
 from megarl.rollout.engine_group import Engines
 from megarl.rollout.placement import TrainerPlace, this_rank
+from megarl.trainer.control import barrier, broadcast, from_first_rank, gather, on_first_rank
 from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import (
-    Policy,
-    Trained,
-    barrier,
-    broadcast,
-    from_first_rank,
-    gather,
-    on_first_rank,
-)
+from megarl.trainer.policy import Policy, Trained
 from megarl.weights.plan import Owner
 
 

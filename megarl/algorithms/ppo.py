@@ -37,7 +37,8 @@ from megarl.models import load_architecture
 from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.packing.token_values import put
 from megarl.records import Group, PackedBatch, Sample, Sequence
-from megarl.trainer.policy import PendingSave, Policy, Trained, broadcast
+from megarl.trainer.control import broadcast
+from megarl.trainer.policy import PendingSave, Policy, Trained
 
 if TYPE_CHECKING:
     from megarl.trainer.megatron.scorer import MegatronScorer

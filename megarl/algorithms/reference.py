@@ -17,7 +17,8 @@ from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.table import Architecture
 from megarl.records import Sequence
-from megarl.trainer.policy import Policy, from_first_rank
+from megarl.trainer.control import from_first_rank
+from megarl.trainer.policy import Policy
 
 _CHUNK = 64  # sequences per data-parallel rank between two looks at signals and the clock
 _SAVE_SECONDS = 60.0

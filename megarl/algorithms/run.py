@@ -29,7 +29,8 @@ from megarl.models.table import Architecture
 from megarl.platform import ranges
 from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory
-from megarl.trainer.policy import Policy, Trained, broadcast, from_first_rank, on_first_rank
+from megarl.trainer.control import broadcast, from_first_rank, on_first_rank
+from megarl.trainer.policy import Policy, Trained
 from megarl.weights.hf import export_hf, fingerprint
 from megarl.weights.peft import export_adapter
 

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from megarl.config.checkpoint import CheckpointConfig
 from megarl.metrics.console import Console
 from megarl.platform import ranges
 from megarl.rundir import RunDirectory
-from megarl.trainer.policy import PendingSave, Trained, gather
+from megarl.trainer.control import barrier, gather
+from megarl.trainer.policy import PendingSave, Trained
 
 STATE_FILE = "run_state.json"
 
@@ -64,10 +63,10 @@ class Checkpoints:
         partial = self._directory.partial_checkpoint_path(step)
         if self._is_first:
             self._directory.begin_checkpoint(step)
-        _barrier()
+        barrier()
         if not config.async_save:
             policy.save(partial, optimizer=config.save_optimizer)
-            _barrier()
+            barrier()
             self._commit(step, text)
             return
         pending = policy.start_save(partial, optimizer=config.save_optimizer)
@@ -141,8 +140,3 @@ class Checkpoints:
             if best.get("metric") == name:
                 found[step] = best["value"] * (1 if self._config.keep_best_mode == "max" else -1)
         return max(found, key=lambda step: (found[step], -step)) if found else None
-
-
-def _barrier() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier()

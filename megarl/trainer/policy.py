@@ -7,12 +7,10 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Literal, Protocol
 
 import torch
 
-from megarl import platform
-from megarl.errors import ToldByRankZeroError, UserError
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import Aggregation, Loss
 from megarl.packing.token_values import Array
@@ -20,7 +18,6 @@ from megarl.records import PackedBatch, Sequence
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.plan import Owner
 
-Result = TypeVar("Result")
 Transport = Literal["auto", "shared_memory", "peer"]
 LogprobField = Literal["old_logprobs", "ref_logprobs"]
 
@@ -182,86 +179,3 @@ class Policy(Trained, Protocol):
     def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """With LoRA: every A and B by its name in PEFT's format, on rank 0 (elsewhere none)."""
         ...
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank (picklable)."""
-    import torch.distributed as dist
-
-    if dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def gather_to_first_rank(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on rank 0 (picklable); an empty list elsewhere."""
-    import torch.distributed as dist
-
-    if dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values or []
-
-
-def from_first_rank(make: Callable[[], Result]) -> Result:
-    """What ``make`` returns on rank 0, on every rank (picklable); the others do not call it.
-
-    Raises:
-        UserError: ``make`` did. Every rank ends with it, instead of waiting for a rank that is gone.
-    """
-    import torch.distributed as dist
-
-    if dist.get_world_size() == 1:
-        return make()
-    result, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = make()
-        except UserError as raised:
-            error = raised
-    result, message = broadcast((result, None if error is None else str(error)))
-    if error is not None:
-        raise error
-    if message is not None:
-        raise ToldByRankZeroError(message)
-    return cast("Result", result)
-
-
-def on_first_rank(make: Callable[[], Result]) -> Result | None:
-    """What ``make`` returns, on rank 0 alone, which alone calls it; None elsewhere.
-
-    Raises:
-        UserError: ``make`` did, as in :func:`from_first_rank`.
-    """
-    kept: list[Result] = []
-    from_first_rank(lambda: kept.append(make()))
-    return kept[0] if kept else None
-
-
-def barrier() -> None:
-    """Return when every rank has called it. A broadcast's source need not wait for the others."""
-    gather(None)
-
-
-def wait_for_devices() -> None:
-    """Return when all that every rank has launched on its device is done.
-
-    Between ranks alone the order of their streams would do. An engine is another process: it sees device
-    memory as it is, and reads that of every rank.
-    """
-    platform.synchronize()
-    barrier()
-
-
-def broadcast(value: Any) -> Any:
-    """Rank 0's value on every rank (picklable; other ranks pass anything)."""
-    import torch.distributed as dist
-
-    if dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

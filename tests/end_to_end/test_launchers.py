@@ -126,6 +126,17 @@ def test_ray_sft_on_this_machine(tmp_path: Path, model: Path, sft_alone: list[li
     assert learned(tmp_path) == sft_alone
 
 
+def test_ray_grpo_on_this_machine(
+    tmp_path: Path, sft_run: FinishedRun, grpo_alone: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 joins the Ray that was started for the ranks, which wants a token; its engine is there."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = grpo_config(tmp_path, sft_run.dir / "hf", num_processes=2)
+    output = run("grpo", "--config", config, "launcher=ray", output=tmp_path / "log")
+    assert "Ray: 2 ranks on 1 node" in output
+    assert learned(tmp_path) == grpo_alone
+
+
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray node with ``request.param`` cores; more can be added."""

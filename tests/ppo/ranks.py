@@ -77,7 +77,7 @@ def save_and_load(
     context: Any, model_dir: str, algorithm: dict[str, Any], directory: str
 ) -> list[dict[str, np.ndarray]]:
     """Both models one step after a checkpoint: of the learner that wrote it and of one that read it."""
-    from megarl.trainer.policy import broadcast
+    from megarl.trainer.control import broadcast
 
     first = make_learner(context, model_dir, {}, algorithm)
     first.learn(1, make_groups(1))

@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megarl import platform
 from megarl.errors import UserError
+from megarl.trainer.control import from_first_rank, gather_to_first_rank
 from megarl.trainer.megatron.checkpoint_files import RankFiles, Report
 from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
-from megarl.trainer.policy import from_first_rank, gather_to_first_rank
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megarl import platform
 from megarl.config.parallel import ParallelConfig
 from megarl.layout import ParallelLayout, RankCoordinates
+from megarl.trainer import control
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         first_stage_layers=parallel.first_stage_layers,
         last_stage_layers=parallel.last_stage_layers,
     )
-    timeout = timedelta(minutes=60)  # rank 0 may spend a long rollout before the others hear of it
+    timeout = timedelta(minutes=60)  # of a step's collectives; rollouts are waited for by control's group
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(chosen.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(chosen.backend, rank=rank, world_size=world_size, timeout=timeout)
+    control.join()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -81,5 +83,6 @@ def finalize() -> None:
     """Leave the process groups."""
     from megatron.core import parallel_state
 
+    control.leave()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -30,6 +30,7 @@ from megarl.packing.token_values import Array, assemble, take
 from megarl.platform import ranges
 from megarl.platform.packages import check_packages
 from megarl.records import PackedBatch, Sequence
+from megarl.trainer.control import gather, wait_for_devices
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
 from megarl.trainer.megatron.batches import count_placed, make_batches
@@ -43,14 +44,7 @@ from megarl.trainer.megatron.reference import FrozenCopy
 from megarl.trainer.megatron.routers import Routers
 from megarl.trainer.megatron.sleep import Sleeper
 from megarl.trainer.megatron.weights import TrainerWeights, gather_tensors
-from megarl.trainer.policy import (
-    LogprobField,
-    PendingSave,
-    TrainStepResult,
-    Transport,
-    gather,
-    wait_for_devices,
-)
+from megarl.trainer.policy import LogprobField, PendingSave, TrainStepResult, Transport
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.hf import load_hf
 from megarl.weights.plan import Owner

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import LossResult, LossTokens
-from megarl.trainer.policy import gather
+from megarl.trainer.control import gather
 
 
 def reduce_results(results: list[LossResult]) -> dict[str, float]:

@@ -12,9 +12,9 @@ from megarl.config.router import RouterConfig
 from megarl.models.spec import MoeSpec
 from megarl.packing.routing import real_tokens
 from megarl.records import PackedBatch
+from megarl.trainer.control import gather
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.router import Balance, PolicyRouter, Routing, Tally
-from megarl.trainer.policy import gather
 
 
 class Routers:

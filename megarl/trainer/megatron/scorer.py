@@ -19,10 +19,10 @@ from megarl.losses.scores import ScoreLoss, ScoreTokens
 from megarl.models.score import SCORE, initial_score, score_architecture
 from megarl.models.table import Architecture
 from megarl.records import PackedBatch, Sequence
+from megarl.trainer.control import gather
 from megarl.trainer.megatron.head import Sampler, sharing_group
 from megarl.trainer.megatron.initialize import RankContext
 from megarl.trainer.megatron.policy import MegatronPolicy
-from megarl.trainer.policy import gather
 from megarl.weights.hf import load_hf, safetensors_files
 
 

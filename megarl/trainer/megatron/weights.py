@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megarl.layout import RankCoordinates
 from megarl.models.table import Architecture, Region
+from megarl.trainer.control import gather, gather_to_first_rank, receive, send_to_first_rank
 from megarl.trainer.megatron.initialize import RankContext
-from megarl.trainer.policy import Transport, gather
+from megarl.trainer.policy import Transport
 from megarl.weights.checksum import RegionQuery, region_checksum
 from megarl.weights.hf import region_index
 from megarl.weights.peer import PieceServer
@@ -78,27 +77,36 @@ def gather_tensors(
     regions: list[Region],
     params: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of ``shapes`` on rank 0 (elsewhere none), from the ``regions`` of it that ranks hold."""
-    by_name: dict[str, list[Any]] = {}
+    """Every tensor of ``shapes`` on rank 0 (elsewhere none), from the ``regions`` of it that ranks hold.
+
+    Rank 0 holds one whole tensor at a time and one piece of it, other ranks one piece.
+    """
+    mine: dict[str, list[Region]] = {}
     for region in regions:
         if is_first_replica(region.param, context.at):
-            by_name.setdefault(region.hf, []).append(region)
+            mine.setdefault(region.hf, []).append(region)
+    outline = {
+        name: [(region.box, params[region.param].dtype) for region in held] for name, held in mine.items()
+    }
+    outlines = gather_to_first_rank(outline)
+
+    def pieces(name: str) -> Iterator[torch.Tensor]:
+        for region in mine.get(name, []):
+            yield params[region.param].detach()[region_index(region.index)].cpu()
+
     for name, shape in shapes.items():
-        parts = [
-            (region.box, params[region.param].detach()[region_index(region.index)].cpu().clone())
-            for region in by_name.get(name, [])
-        ]
-        gathered = [parts]
-        if dist.get_world_size() > 1:
-            everything: list[Any] = [None] * dist.get_world_size()
-            dist.gather_object(parts, everything if context.is_first else None)
-            gathered = everything
-        if context.is_first:
-            pieces = [piece for rank in gathered for piece in rank]
-            whole = torch.empty(shape, dtype=pieces[0][1].dtype)
-            for box, part in pieces:
-                whole[tuple(slice(*span) for span in box)] = part
-            yield name, whole
+        if not context.is_first:
+            for piece in pieces(name):
+                send_to_first_rank(piece)
+            continue
+        held = [(rank, box, dtype) for rank, of in enumerate(outlines) for box, dtype in of.get(name, [])]
+        whole = torch.empty(shape, dtype=held[0][2])
+        own = pieces(name)
+        for rank, box, dtype in held:
+            size = tuple(stop - start for start, stop in box)
+            piece = next(own) if rank == context.rank else receive(rank, size, dtype)
+            whole[tuple(slice(*span) for span in box)] = piece.reshape(size)
+        yield name, whole
 
 
 def is_first_replica(param: str, at: RankCoordinates) -> bool:
