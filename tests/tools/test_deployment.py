@@ -64,6 +64,9 @@ def test_slurm_scripts_start_megarl(script: Path, tmp_path: Path) -> None:
         "MEGARL": str(tmp_path),
         "SLURM_NNODES": "2",
         "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_CPUS_ON_NODE": "96",
+        "SLURM_NTASKS_PER_NODE": "1" if "ray" in script.name else "8",
+        "SLURM_GPUS_PER_NODE": "8",
     }
     command = ["bash", str(script), "grpo", "--config", "my run.yaml", "training.num_steps=3"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
@@ -75,6 +78,12 @@ def test_slurm_scripts_start_megarl(script: Path, tmp_path: Path) -> None:
         starts = [call for call in calls if "ray start" in call]
         assert any("--head --node-ip-address=10.0.0.7 --port=6379 --num-gpus=8" in call for call in starts)
         assert any("--nodes=1 --ntasks-per-node=1 --exclude=gpu07" in call for call in starts)
+        computing, cores = starts, "96"
+    else:
+        computing, cores = calls, "12"
+    # What Slurm gives a step that asks for nothing: one core per task, and GPUs as the site has set it.
+    for option in (f"--cpus-per-task={cores}", "--cpu-bind=none", "--gpus-per-node=8", "--gpu-bind=none"):
+        assert computing and all(f" {option} " in call for call in computing), option
 
 
 def test_kubernetes_job() -> None:
