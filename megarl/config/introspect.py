@@ -6,7 +6,7 @@ A path is a tuple of key names from the root, ("optimizer", "lr"); users read it
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -16,6 +16,13 @@ from megarl.config.section import Section
 from megarl.config.violation import Path
 
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+_BOUNDS = {
+    annotated_types.Ge: ">= {0.ge}",
+    annotated_types.Gt: "> {0.gt}",
+    annotated_types.Le: "<= {0.le}",
+    annotated_types.Lt: "< {0.lt}",
+    annotated_types.MinLen: "that is not empty",
+}
 
 
 def leaf_types(annotation: Any) -> list[Any]:
@@ -83,46 +90,42 @@ def accepts_null(annotation: Any) -> bool:
 
 def fields_at(root: type[Section], path: Path) -> list[FieldInfo]:
     """The fields a path may mean (several in a tagged union); empty for unknown or free-form keys."""
-    sections, found = [root], list[FieldInfo]()
+    fields = [FieldInfo.from_annotation(root)]
     for name in path:
-        entries = [entry for field in found if (entry := entries_of(field.annotation)) is not None]
-        if entries:  # a name of the user's own
-            found = [FieldInfo.from_annotation(entry) for entry in entries]
-        else:
-            found = [s.model_fields[name] for s in sections if name in s.model_fields]
-        sections = [section for field in found for section in sections_of(field.annotation)]
-    return found
+        fields = _inside(fields, name)
+    return fields
 
 
 def config_path(root: type[Section], location: tuple[int | str, ...]) -> Path:
     """A pydantic error location as a path: pydantic inserts the tag of a union, users do not write it."""
-    sections: list[type[Section]] = [root]
-    fields: list[FieldInfo] = []
-    path: list[str] = []
+    fields, path = [FieldInfo.from_annotation(root)], list[str]()
     for part in location:
-        if len(sections) > 1:
-            sections = [section for section in sections if part in tags_of(section)]
-            continue
-        path.append(str(part))
-        entries = [entry for field in fields if (entry := entries_of(field.annotation)) is not None]
-        if entries:
-            sections, fields = [section for entry in entries for section in sections_of(entry)], []
-            continue
-        fields = [s.model_fields[part] for s in sections if isinstance(part, str) and part in s.model_fields]
-        sections = [section for field in fields for section in sections_of(field.annotation)]
+        members = [section for field in fields for section in sections_of(field.annotation)]
+        if len(members) > 1:
+            fields = [FieldInfo.from_annotation(member) for member in members if part in tags_of(member)]
+        else:
+            path.append(str(part))
+            fields = _inside(fields, str(part))
     return tuple(path)
 
 
-def walk(root: type[Section], prefix: Path = ()) -> Iterator[tuple[Path, FieldInfo]]:
-    """Every key under ``root``, sections before what they hold, each path once."""
-    seen: set[Path] = set()
+def _inside(fields: list[FieldInfo], name: str) -> list[FieldInfo]:
+    """What ``name`` may mean in what these fields hold: a field of a section, or a name of the user's own."""
+    annotations = [field.annotation for field in fields]
+    entries = [FieldInfo.from_annotation(entry) for a in annotations if (entry := entries_of(a)) is not None]
+    sections = [section for annotation in annotations for section in sections_of(annotation)]
+    return entries or [s.model_fields[name] for s in sections if name in s.model_fields]
+
+
+def walk(root: type[Section], prefix: Path = ()) -> dict[Path, FieldInfo]:
+    """Every key under ``root``, sections before what they hold; of a tagged union the first that has it."""
+    found: dict[Path, FieldInfo] = {}
     for name, field in root.model_fields.items():
-        yield (*prefix, name), field
+        found[(*prefix, name)] = field
         for section in sections_of(field.annotation):
-            for path, inner in walk(section, (*prefix, name)):
-                if path not in seen:
-                    seen.add(path)
-                    yield path, inner
+            for path, inner in walk(section, (*prefix, name)).items():
+                found.setdefault(path, inner)
+    return found
 
 
 def describe_field(field: FieldInfo) -> str:
@@ -130,47 +133,24 @@ def describe_field(field: FieldInfo) -> str:
     return _describe(field.annotation, field.metadata)
 
 
-def _describe(annotation: Any, metadata: list[Any]) -> str:
-    if get_origin(annotation) is Annotated:
-        inner, *extra = get_args(annotation)
-        unpacked = [item for e in extra for item in (e.metadata if isinstance(e, FieldInfo) else [e])]
-        return _describe(inner, unpacked)
-    if get_origin(annotation) in (Union, types.UnionType):
-        parts = get_args(annotation)
-        if sections_of(annotation):
-            null = " or null" if accepts_null(annotation) else ""
-            return _describe_sections(sections_of(annotation)) + null
-        return " or ".join(_describe(part, []) for part in parts)
-    if get_origin(annotation) is Literal:
-        return " or ".join(repr(value) for value in get_args(annotation))
-    if get_origin(annotation) is list:
-        return f"a list, each {_describe(get_args(annotation)[0], [])}"
-    if entries_of(annotation) is not None:
-        return f"a mapping of names, each to {_describe(entries_of(annotation), [])}"
-    if get_origin(annotation) is dict:
+def _describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        extra = [item for e in arguments[1:] for item in (e.metadata if isinstance(e, FieldInfo) else [e])]
+        return _describe(arguments[0], extra)
+    if sections := sections_of(annotation):
+        tags = " or ".join(repr(tag) for section in sections for tag in tags_of(section))
+        source = f" with source {tags}" if len(sections) > 1 else ""
+        return f"a section{source}" + (" or null" if accepts_null(annotation) else "")
+    if (entry := entries_of(annotation)) is not None:
+        return f"a mapping of names, each to {_describe(entry)}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(part) for part in arguments)
+    if origin is Literal:
+        return " or ".join(repr(value) for value in arguments)
+    if origin is list:
+        return f"a list, each {_describe(arguments[0])}"
+    if origin is dict:
         return "a mapping"
-    if sections_of(annotation):
-        return _describe_sections(sections_of(annotation))
-    return _PLAIN[annotation] + _describe_bounds(metadata)
-
-
-def _describe_sections(sections: list[type[Section]]) -> str:
-    names = " or ".join(f"'{tag}'" for s in sections for tag in tags_of(s)) if len(sections) > 1 else ""
-    return f"a section with source {names}" if names else "a section"
-
-
-def _describe_bounds(metadata: list[Any]) -> str:
-    words = []
-    for bound in metadata:
-        match bound:
-            case annotated_types.Ge(ge):
-                words.append(f">= {ge}")
-            case annotated_types.Gt(gt):
-                words.append(f"> {gt}")
-            case annotated_types.Le(le):
-                words.append(f"<= {le}")
-            case annotated_types.Lt(lt):
-                words.append(f"< {lt}")
-            case annotated_types.MinLen(_):
-                words.append("that is not empty")
-    return (" " + " and ".join(words)) if words else ""
+    bounds = [_BOUNDS[type(bound)].format(bound) for bound in metadata if type(bound) in _BOUNDS]
+    return _PLAIN[annotation] + (" " + " and ".join(bounds) if bounds else "")

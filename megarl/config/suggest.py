@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from megarl.config.introspect import sections_of, tag_of, walk
+from megarl.config.introspect import fields_at, sections_of, tag_of, walk
 from megarl.config.section import Section
 from megarl.config.violation import Path, dotted
 from megarl.jobs import roots
@@ -24,15 +24,15 @@ def explain_unknown(root: type[Section], path: Path, sections: list[type[Section
     """
     key = path[-1].replace("-", "_").lower()
     beside = [name for section in sections for name in section.model_fields]
-    elsewhere = {p: p[-1] for p, _ in walk(root)}
-
+    elsewhere = {p: p[-1] for p in walk(root)}
     if near := get_close_matches(key, beside, n=1, cutoff=0.8):
         return _meant((*path[:-1], near[0]))
-    if source := _other_source(root, path):
-        return f"unknown key here; it belongs to source {source}"
+    members = [section for field in fields_at(root, path[:-1]) for section in sections_of(field.annotation)]
+    if sources := [tag_of(section) for section in members if path[-1] in section.model_fields]:
+        return f"unknown key here; it belongs to source {sources[0]}"
     if same := [p for p, name in elsewhere.items() if name == key]:
         return _meant(*same[:3])
-    if commands := _other_commands(root, path):
+    if commands := [name for name, kind in roots().items() if kind is not root and fields_at(kind, path)]:
         return f"unknown key here; it is a setting of megarl {', '.join(commands)}"
     if near := get_close_matches(key, beside, n=1, cutoff=0.6):
         return _meant((*path[:-1], near[0]))
@@ -43,20 +43,3 @@ def explain_unknown(root: type[Section], path: Path, sections: list[type[Section
 
 def _meant(*paths: Path) -> str:
     return f"unknown key; did you mean {' or '.join(dotted(p) for p in paths)}?"
-
-
-def _other_source(root: type[Section], path: Path) -> str | None:
-    """The member of the tagged union around ``path`` that has its key."""
-    for p, field in walk(root):
-        if p == path[:-1]:
-            for section in sections_of(field.annotation):
-                if path[-1] in section.model_fields and tag_of(section) is not None:
-                    return tag_of(section)
-    return None
-
-
-def _other_commands(root: type[Section], path: Path) -> list[str]:
-    """The commands whose configuration has exactly this key."""
-    return [
-        name for name, kind in roots().items() if kind is not root and any(p == path for p, _ in walk(kind))
-    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +18,16 @@ import yaml
 from megarl.config.violation import Path
 from megarl.errors import UserError
 
-_CORE_SCHEMA = [
-    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$")),
-    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")),
-    ("tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")),
-    (
-        "tag:yaml.org,2002:float",
-        re.compile(
-            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-        ),
+_CORE_SCHEMA: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[1:2] in "ox" else 10)),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
     ),
-]
+}
+_TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?")
 
 
@@ -41,13 +39,11 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
 
-for _tag, _pattern in _CORE_SCHEMA:
-    _Loader.add_implicit_resolver(_tag, _pattern, [None])
-    _Dumper.add_implicit_resolver(_tag, _pattern, [None])
+for _name, (_pattern, _) in _CORE_SCHEMA.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [None])
 # Other programs may read what is written here as YAML 1.1: quote what they would take for a boolean.
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:y|n|yes|no|on|off)$", re.IGNORECASE), [None]
-)
+_Dumper.add_implicit_resolver(_TAG + "bool", re.compile("^(?:y|n|yes|no|on|off)$", re.IGNORECASE), [None])
 
 
 @dataclass
@@ -108,12 +104,13 @@ def expand_variables(text: str) -> str:
 
 
 def _escape(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("${", "$${")
-    if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escape(item) for item in value]
+    match value:
+        case str():
+            return value.replace("${", "$${")
+        case dict():
+            return {key: _escape(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_escape(item) for item in value]
     return value
 
 
@@ -177,18 +174,7 @@ class _Reader:
                 return self.fail(path, line, str(error))
             if node.style is None:  # unquoted: the type is that of the text as if written in place
                 tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))
-        return self.construct(tag, text, path, line)
-
-    def construct(self, tag: Hashable, text: str, path: Path, line: int) -> Any:
-        match str(tag).removeprefix("tag:yaml.org,2002:"):
-            case "str":
-                return text
-            case "null":
-                return None
-            case "bool":
-                return text.lower() == "true"
-            case "int":
-                return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-            case "float":
-                return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
-        return self.fail(path, line, f"unknown YAML tag {tag}")
+        name = str(tag).removeprefix(_TAG)
+        if name in _CORE_SCHEMA:
+            return _CORE_SCHEMA[name][1](text)
+        return text if name == "str" else self.fail(path, line, f"unknown YAML tag {tag}")

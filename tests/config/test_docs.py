@@ -21,6 +21,6 @@ def test_page_is_up_to_date() -> None:
 def test_page_names_every_setting() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     for root in roots().values():
-        for path, field in walk(root):
+        for path, field in walk(root).items():
             assert f"`{path[-1]}`" in page, path
             assert field.description or sections_of(field.annotation), path
