@@ -64,7 +64,7 @@ def measure(root: Path, package: str = "megarl") -> dict[str, Any]:
 
 
 def _lines(node: ast.AST) -> int:
-    return node.end_lineno - node.lineno + 1  # type: ignore[attr-defined, no-any-return]
+    return int(node.end_lineno - node.lineno + 1)  # type: ignore[attr-defined]
 
 
 def _parameters(node: Function) -> int:
@@ -168,8 +168,8 @@ def config_lines(folder: Path) -> dict[str, float]:
         sections = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
         if path.stem not in _READING | _CHECKING:
             fields += sum(_is_field(each) for node in sections for each in node.body)
-    checked = count["check"] + count["read"]
-    return {**count, "fields": fields, "checking_lines_per_declaring": round(checked / count["declare"], 2)}
+    ratio = (count["check"] + count["read"]) / max(1, count["declare"])
+    return {**count, "fields": fields, "checking_lines_per_declaring": round(ratio, 2)}
 
 
 def _outermost_functions(tree: ast.Module) -> Iterator[Function]:

@@ -242,14 +242,11 @@ class DataReading(Section):
     def _curriculum_makes_problems_anew(self) -> Problems:
         if "train" in self.measured or (self.on_bad_row == "error" and self.filter == LengthFilter()):
             return
+        once = "choose among problems that are made once, at the start"
+        level = "those of a curriculum change with its level"
         for at in self.curricula("train"):
-            yield (
-                at,
-                "data.filter and data.on_bad_row = skip choose among problems that are made once, at the"
-                " start; those of a curriculum change with its level",
-                "filter",
-                "on_bad_row",
-            )
+            reason = f"data.filter and data.on_bad_row = skip {once}; {level}"
+            yield at, reason, "filter", "on_bad_row"
 
 
 def _overlap(train_at: str, train: Any, at: str, held_out: Any) -> Problems:
@@ -262,13 +259,9 @@ def _overlap(train_at: str, train: Any, at: str, held_out: Any) -> Problems:
             if task == other_task and shared:
                 # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems,
                 # and with other arguments still random streams.
-                yield (
-                    f"{at}.seed",
-                    f"{len(shared)} problems would be in both data.{train_at} and data.held_out: problem i"
-                    f" depends on seed + i only; use a seed >= {seeds.stop} (got {other.start})",
-                    f"{train_at}.seed",
-                    f"{train_at}.size",
-                )
+                both = f"{len(shared)} problems would be in both data.{train_at} and data.held_out"
+                use = f"problem i depends on seed + i only; use a seed >= {seeds.stop} (got {other.start})"
+                yield f"{at}.seed", f"{both}: {use}", f"{train_at}.seed", f"{train_at}.size"
         case (FileLocation(), FileLocation()) if train.path == held_out.path:
             reason = f"is the same file as data.{train_at}.path (got {held_out.path!r})"
             yield f"{at}.path", reason, f"{train_at}.path"

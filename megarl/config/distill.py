@@ -31,14 +31,14 @@ class DistillAlgorithmConfig(OnlineAlgorithm):
     @rule
     def _divergence(self) -> Problems:
         divergence = f"algorithm.divergence = {self.divergence}"
-        if self.beta is not None and self.divergence != "jensen_shannon":
-            yield "beta", f"{divergence} does not read it (got {self.beta})", "divergence"
-        if self.teacher_top_k is not None and self.divergence != "forward":
-            reason = f"{divergence} needs the teacher's whole distribution; use forward"
-            yield "teacher_top_k", f"{reason} (got {self.teacher_top_k})", "divergence"
-        if (scaled := self.renormalize_top_k) is not None and self.teacher_top_k is None:
-            reason = f"has no effect: algorithm.teacher_top_k is not set (got {str(scaled).lower()})"
-            yield "renormalize_top_k", reason, "teacher_top_k"
+        if self.divergence != "jensen_shannon":
+            yield from self.unused("beta", f"{divergence} does not read it", "divergence")
+        if self.divergence != "forward":
+            why = f"{divergence} needs the teacher's whole distribution; use forward"
+            yield from self.unused("teacher_top_k", why, "divergence")
+        if self.teacher_top_k is None:
+            why = "has no effect: algorithm.teacher_top_k is not set"
+            yield from self.unused("renormalize_top_k", why, "teacher_top_k")
 
 
 class TeacherConfig(Section):
@@ -60,9 +60,9 @@ class DistillConfig(OnlineConfig):
 
     @rule
     def _not_for_distill(self) -> Problems:
-        if staleness := self.rollout.max_staleness:
-            reason = f"not for distill: its samples are the student's as it is (got {staleness})"
-            yield "rollout.max_staleness", reason
-        if self.rollout.router_replay:
-            reason = "not for distill: the teacher would be given the experts that the student chose"
-            yield "rollout.router_replay", f"{reason} (got true)"
+        for name, why in (
+            ("max_staleness", "its samples are the student's as it is"),
+            ("router_replay", "the teacher would be given the experts that the student chose"),
+        ):
+            for _, reason, *_ in self.rollout.unused(name, f"not for distill: {why}"):
+                yield f"rollout.{name}", reason

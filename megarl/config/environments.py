@@ -109,13 +109,9 @@ class RegexConfig(Judging):
         found = _compiled(self.pattern)
         if isinstance(found, str):
             yield "pattern", found
-        elif "answer" not in found.groupindex and self.format_reward:
-            yield (
-                "format_reward",
-                "has no effect: environment.pattern has no group `answer`, so every match gets 1"
-                f" (got {self.format_reward})",
-                "pattern",
-            )
+        elif "answer" not in found.groupindex:
+            why = "has no effect: environment.pattern has no group `answer`, so every match gets 1"
+            yield from self.unused("format_reward", why, "pattern")
 
 
 class JudgeConfig(Judging):
@@ -165,12 +161,9 @@ class JudgeConfig(Judging):
         attempts, request = self.num_attempts, self.request_timeout_seconds
         longest = attempts * request + self.retry_seconds * (2 ** (attempts - 1) - 1)
         if longest >= limit:
-            yield (
-                "request_timeout_seconds",
-                f"{attempts} requests and the pauses between may take {longest:g} s, and"
-                f" rollout.environments.timeout_seconds = {limit:g} would end them (got {request:g})",
-                "num_attempts",
-            )
+            takes = f"{attempts} requests and the pauses between may take {longest:g} s"
+            ends = f"rollout.environments.timeout_seconds = {limit:g} would end them"
+            yield "request_timeout_seconds", f"{takes}, and {ends} (got {request:g})", "num_attempts"
 
 
 class CodeConfig(Judging):
@@ -201,12 +194,9 @@ class CodeConfig(Judging):
 
     def within(self, limit: float) -> Problems:
         """One program's run."""
-        if self.timeout_seconds >= limit:
-            yield (
-                "timeout_seconds",
-                f"must be below rollout.environments.timeout_seconds = {limit:g}, which would end the"
-                f" whole judging (got {self.timeout_seconds:g})",
-            )
+        if (longest := self.timeout_seconds) >= limit:
+            below = f"must be below rollout.environments.timeout_seconds = {limit:g}"
+            yield "timeout_seconds", f"{below}, which would end the whole judging (got {longest:g})"
 
 
 class NumberGuessingConfig(Judging):

@@ -48,25 +48,24 @@ class EvaluationSizeConfig(Section):
         if (n := self.num_samples_per_prompt) > 1:
             reason = f"at evaluation.temperature = 0 all samples of a problem are the same (got {n})"
             yield "num_samples_per_prompt", reason, "temperature"
-        for name, value in self.changed("top_p", "top_k"):
-            reason = f"has no effect at evaluation.temperature = 0, which takes the likeliest (got {value})"
-            yield name, reason, "temperature"
+        why = "has no effect at evaluation.temperature = 0, which takes the likeliest"
+        yield from self.unused("top_p top_k", why, "temperature")
 
     @rule
     def _subsets(self) -> Problems:
         n = self.num_samples_per_prompt
-        for k in self.k:
-            if k > n:
-                reason = f"k must be at most evaluation.num_samples_per_prompt = {n} (got {k})"
-                yield "k", reason, "num_samples_per_prompt"
+        for k in (k for k in self.k if k > n):
+            reason = f"k must be at most evaluation.num_samples_per_prompt = {n} (got {k})"
+            yield "k", reason, "num_samples_per_prompt"
 
     @rule
     def _consensus(self) -> Problems:
-        if self.consensus == "sampled" and not any(k > 1 for k in self.k):
+        if self.consensus == "closed":
+            why = "is only used with evaluation.consensus: sampled"
+            yield from self.unused("consensus_draws", why, "consensus")
+        elif not any(k > 1 for k in self.k):
             reason = "needs a k above 1 in evaluation.k: cons@k is of k samples (got 'sampled')"
             yield "consensus", reason, "k"
-        for name, value in self.changed("consensus_draws") if self.consensus == "closed" else ():
-            yield name, f"is only used with evaluation.consensus: sampled (got {value})", "consensus"
 
 
 class EvaluationConfig(EvaluationSizeConfig):

@@ -119,94 +119,74 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     @rule
     def _clip(self) -> Problems:
         # CISPO as published has no lower bound; saying so takes the value 1, and nothing above it.
-        low = self.clip_ratio_low
-        if low > 1 or (low == 1 and self.objective != "cispo"):
-            reason = "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
-            yield "clip_ratio_low", f"{reason} (got {low})"
+        if self.clip_ratio_low != 1 or self.objective != "cispo":
+            yield from self.lower_clip(self.clip_ratio_low)
         if self.clip_ratio_c is not None and self.objective == "cispo":
             reason = "dual clip bounds the clipped objective; algorithm.objective = cispo has no place for it"
             yield "clip_ratio_c", f"{reason} (got {self.clip_ratio_c})", "objective"
 
     @rule
     def _ratio_of_one(self) -> Problems:
-        names = () if self.has_ratios else ("objective", "ratio_level", "clip_ratio_c")
-        for name, value in self.changed(*names):
-            yield (
-                name,
-                "has no effect: with one optimizer step per rollout batch every ratio is 1, unless"
-                f" algorithm.old_logprobs = rollout (got {value})",
-                *_STEPS,
-                "old_logprobs",
-            )
+        if not self.has_ratios:
+            one = "with one optimizer step per rollout batch every ratio is 1"
+            why = f"has no effect: {one}, unless algorithm.old_logprobs = rollout"
+            yield from self.unused("objective ratio_level clip_ratio_c", why, *_STEPS, "old_logprobs")
 
     @rule
     def _parts_of_nothing(self) -> Problems:
-        for owner, off, names in (
-            ("dynamic_sampling", "false", ["max_generation_batches"]),
-            ("overlong_buffer", "null", ["overlong_penalty"]),
-            ("kl_reward_coef", "0", ["kl_reward_level"]),
+        for owner, off, part in (
+            ("dynamic_sampling", "false", "max_generation_batches"),
+            ("overlong_buffer", "null", "overlong_penalty"),
+            ("kl_reward_coef", "0", "kl_reward_level"),
         ):
-            for name, value in () if getattr(self, owner) else self.changed(*names):
-                yield name, f"has no effect: algorithm.{owner} is {off} (got {value})", owner
+            if not getattr(self, owner):
+                yield from self.unused(part, f"has no effect: algorithm.{owner} is {off}", owner)
 
     @rule
     def _loss_length(self) -> Problems:
-        how = self.loss_aggregation
-        if self.loss_length is not None and how != "fixed_length":
-            reason = f"has no effect: algorithm.loss_aggregation is {how}, not fixed_length"
-            yield "loss_length", f"{reason} (got {self.loss_length})", "loss_aggregation"
+        if (how := self.loss_aggregation) != "fixed_length":
+            why = f"has no effect: algorithm.loss_aggregation is {how}, not fixed_length"
+            yield from self.unused("loss_length", why, "loss_aggregation")
 
     @rule
     def _filtered(self) -> Problems:
         if self.filter_overlong and self.kl_reward_coef > 0 and self.kl_reward_level == "sequence":
-            yield (
-                "filter_overlong",
-                "responses that are left out have no KL for algorithm.kl_reward_level = sequence to take off"
-                " their reward, and their group's baseline counts it (got true)",
-                "kl_reward_level",
-            )
+            kl = "have no KL for algorithm.kl_reward_level = sequence to take off their reward"
+            reason = f"responses that are left out {kl}, and their group's baseline counts it (got true)"
+            yield "filter_overlong", reason, "kl_reward_level"
 
     @rule
     def _old_of_the_engine(self) -> Problems:
-        same = self.old_logprobs == "rollout"
-        for name, value in self.changed("off_policy_correction", "max_logprob_error") if same else ():
-            reason = "compares old with rollout logprobs, which algorithm.old_logprobs = rollout makes"
-            yield name, f"{reason} the same (got {value})", "old_logprobs"
+        if self.old_logprobs == "rollout":
+            why = "compares old with rollout logprobs, which algorithm.old_logprobs = rollout makes the same"
+            yield from self.unused("off_policy_correction max_logprob_error", why, "old_logprobs")
 
     @rule
     def _off_policy(self) -> Problems:
         owner, read = "off_policy_correction", self.thresholds[self.off_policy_correction]
         correction = f"algorithm.{owner} = {self.off_policy_correction}"
         for name in ("off_policy_low", "off_policy_high"):
-            value = getattr(self, name)
-            if value is not None and name not in read:
-                yield name, f"{correction} does not read it (got {value})", owner
-            elif value is None and name in read:
+            if name not in read:
+                yield from self.unused(name, f"{correction} does not read it", owner)
+            elif getattr(self, name) is None:
                 yield name, f"missing, {correction} needs it", owner
         low, high = self.off_policy_low, self.off_policy_high
+        agree = "or tokens on which engine and trainer agree are"
         if len(read) == 2 and low is not None and high is not None and not low < 1 < high:
-            yield (
-                "off_policy_low",
-                "off_policy_low < 1 < off_policy_high must hold, or tokens on which engine and trainer agree"
-                f" are dropped (got {low} and {high})",
-                "off_policy_high",
-            )
+            reason = f"off_policy_low < 1 < off_policy_high must hold, {agree} dropped (got {low} and {high})"
+            yield "off_policy_low", reason, "off_policy_high"
         if len(read) == 1 and high is not None and high < 1:
-            reason = "must be at least 1, or tokens on which engine and trainer agree are truncated"
-            yield "off_policy_high", f"{reason} (got {high})"
+            yield "off_policy_high", f"must be at least 1, {agree} truncated (got {high})"
 
     @rule
     def _kl(self) -> Problems:
         if self.kl_coef == 0:
-            for name, value in self.changed("kl_estimator", "kl_gradient"):
-                yield name, f"has no effect: algorithm.kl_coef is 0 (got {value})", "kl_coef"
+            why = "has no effect: algorithm.kl_coef is 0"
+            yield from self.unused("kl_estimator kl_gradient", why, "kl_coef")
         elif self.kl_estimator == "k1" and self.kl_gradient == "plain":
-            yield (
-                "kl_gradient",
-                "the plain gradient of k1 is 1 whatever the reference says, and 0 in expectation: the KL"
-                " would not hold the policy back; use score, or kl_estimator k2 or k3 (got plain)",
-                "kl_estimator",
-            )
+            plain = "the plain gradient of k1 is 1 whatever the reference says, and 0 in expectation"
+            use = "the KL would not hold the policy back; use score, or kl_estimator k2 or k3 (got plain)"
+            yield "kl_gradient", f"{plain}: {use}", "kl_estimator"
 
 
 class GrpoConfig(OnlineConfig):
@@ -246,19 +226,18 @@ class GrpoConfig(OnlineConfig):
 
     @rule
     def _group_size(self) -> Problems:
-        algorithm, size = self.algorithm, self.rollout.num_generations_per_prompt
-        if size >= 2:
-            return
-        alone = "a group needs at least 2 samples: alone, a sample has no baseline and its advantage is"
-        deviation = "a group of one has no standard deviation for algorithm.normalize_std to divide by"
-        unequal = "algorithm.dynamic_sampling wants groups with unequal rewards, one sample has none"
-        for name, wrong, reason in (
-            ("baseline", algorithm.baseline != "none", f"{alone} always 0"),
-            ("normalize_std", algorithm.baseline == "none" and algorithm.normalize_std, deviation),
-            ("dynamic_sampling", algorithm.dynamic_sampling, unequal),
-        ):
-            if wrong:
-                yield "rollout.num_generations_per_prompt", f"{reason} (got {size})", f"algorithm.{name}"
+        algorithm, size, against = self.algorithm, self.rollout.num_generations_per_prompt, {}
+        if algorithm.baseline != "none":
+            alone = "alone, a sample has no baseline and its advantage is always 0"
+            against["baseline"] = f"a group needs at least 2 samples: {alone}"
+        elif algorithm.normalize_std:
+            divide = "has no standard deviation for algorithm.normalize_std to divide by"
+            against["normalize_std"] = f"a group of one {divide}"
+        if algorithm.dynamic_sampling:
+            wants = "algorithm.dynamic_sampling wants groups with unequal rewards"
+            against["dynamic_sampling"] = f"{wants}, one sample has none"
+        for name, reason in against.items() if size < 2 else ():
+            yield "rollout.num_generations_per_prompt", f"{reason} (got {size})", f"algorithm.{name}"
 
     @rule
     def _overlong_buffer(self) -> Problems:
@@ -272,67 +251,49 @@ class GrpoConfig(OnlineConfig):
         # The support is a set of tokens per position; the trainer has it from the weights that sampled, and
         # those are at hand only before the first optimizer step on a batch.
         algorithm, steps = self.algorithm, self.algorithm.optimizer_steps_per_batch
-        for name, value in self.rollout.changed("top_p", "top_k"):
-            if steps > 1:
-                yield (
-                    f"rollout.{name}",
-                    "logprobs are taken over the tokens that the sampling policy could draw, which the"
-                    " weights tell only until they change: needs one optimizer step per rollout batch, not"
-                    f" {steps} (got {value})",
-                    *(f"algorithm.{each}" for each in _STEPS),
-                )
-            if algorithm.kl_coef > 0:
-                yield (
-                    f"rollout.{name}",
-                    "the reference does not know which tokens the sampling policy could draw, so its logprobs"
-                    f" would mean something else: needs algorithm.kl_coef = 0, not {algorithm.kl_coef}"
-                    f" (got {value})",
-                    "algorithm.kl_coef",
-                )
-            for other, _ in algorithm.changed("kl_reward_coef", "max_logprob_error"):
-                yield (
-                    f"rollout.{name}",
-                    f"algorithm.{other} takes a pass for logprobs over the whole vocabulary, the engine's are"
-                    f" of a part of it (got {value})",
-                    f"algorithm.{other}",
-                )
+        against: list[tuple[str, tuple[str, ...]]] = []
+        if steps > 1:
+            reason = (
+                "logprobs are taken over the tokens that the sampling policy could draw, which the weights"
+                f" tell only until they change: needs one optimizer step per rollout batch, not {steps}"
+            )
+            against.append((reason, _STEPS))
+        if algorithm.kl_coef > 0:
+            reason = (
+                "the reference does not know which tokens the sampling policy could draw, so its logprobs"
+                f" would mean something else: needs algorithm.kl_coef = 0, not {algorithm.kl_coef}"
+            )
+            against.append((reason, ("kl_coef",)))
+        for name, _ in algorithm.changed("kl_reward_coef", "max_logprob_error"):
+            what = "takes a pass for logprobs over the whole vocabulary, the engine's are of a part of it"
+            against.append((f"algorithm.{name} {what}", (name,)))
+        for reason, fields in against:
+            for name, why, *_ in self.rollout.unused("top_p top_k", reason):
+                yield f"rollout.{name}", why, *(f"algorithm.{field}" for field in fields)
 
     @rule
     def _curriculum(self) -> Problems:
         for at in self.data.curricula("train") if self.algorithm.dynamic_sampling else ():
-            yield (
-                f"data.{at}",
-                "goes by the accuracy over all samples, and algorithm.dynamic_sampling replaces groups that"
-                " are all right",
-                "algorithm.dynamic_sampling",
-            )
+            owner = "algorithm.dynamic_sampling"
+            reason = f"goes by the accuracy over all samples, and {owner} replaces groups that are all right"
+            yield f"data.{at}", reason, owner
 
     @rule
     def _asynchronous(self) -> Problems:
-        staleness = self.rollout.max_staleness
-        if staleness == 0:
-            return
-        against = {
-            f"rollout.{name}": f"rollout.{name} makes the trainer's logprobs depend on which weights sampled,"
-            " and those of older versions are gone"
-            for name, _ in self.rollout.changed("top_p", "top_k")
-        }
+        older = "those of older versions are gone"
+        gone = f" makes the trainer's logprobs depend on which weights sampled, and {older}"
+        against = [(f"rollout.{name}", gone) for name, _ in self.rollout.changed("top_p", "top_k")]
         if self.rollout.router_replay:
-            against["rollout.router_replay"] = (
-                "rollout.router_replay: a change of weights chooses the experts of earlier tokens anew"
-            )
+            reason = ": a change of weights chooses the experts of earlier tokens anew"
+            against.append(("rollout.router_replay", reason))
         if self.algorithm.dynamic_sampling:
-            against["algorithm.dynamic_sampling"] = (
-                "algorithm.dynamic_sampling decides after a step's rollout which prompts the next one begins"
-                " with"
-            )
+            reason = " decides after a step's rollout which prompts the next one begins with"
+            against.append(("algorithm.dynamic_sampling", reason))
         for at in self.data.curricula("train"):
-            against[f"data.{at}"] = (
-                f"data.{at} makes a step's problems by what came of the step before, which is not there yet"
-            )
+            reason = " makes a step's problems by what came of the step before, which is not there yet"
+            against.append((f"data.{at}", reason))
         if self.weights.offload:
-            against["weights.offload"] = (
-                "weights.offload lets engine and trainer sleep in turns; here both work"
-            )
-        for name, reason in against.items():
-            yield "rollout.max_staleness", f"{reason} (got {staleness})", name
+            against.append(("weights.offload", " lets engine and trainer sleep in turns; here both work"))
+        staleness = self.rollout.max_staleness
+        for name, reason in against if staleness else ():
+            yield "rollout.max_staleness", f"{name}{reason} (got {staleness})", name

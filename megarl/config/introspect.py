@@ -46,8 +46,7 @@ def tag_field(section: type[Section]) -> str | None:
 
 def tag_of(section: type[Section]) -> str | None:
     """The value of its tag field that selects this member of a tagged union."""
-    name = tag_field(section)
-    return None if name is None else str(get_args(section.model_fields[name].annotation)[0])
+    return next(map(str, tags_of(section)), None)
 
 
 def tags_of(section: type[Section]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ user wrote it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from megarl.config.introspect import (
 from megarl.config.section import Section, find_violations
 from megarl.config.suggest import REPLACED, explain_unknown
 from megarl.config.violation import Origins, Path, Violation, dotted, show
-from megarl.config.yaml_text import dump_yaml, expand_variables, parse_yaml
+from megarl.config.yaml_text import YamlText, dump_yaml, expand_variables, parse_yaml
 from megarl.errors import UserError
 
 _Config = TypeVar("_Config", bound=Section)
@@ -73,8 +74,7 @@ class _Loading:
     """One call of load_config: the raw data as it grows, and what was found wrong."""
 
     def __init__(self, kind: type[Any], path: FilePath, check_files: bool, check_weights: bool) -> None:
-        self.kind = kind
-        self.path = path
+        self.kind, self.path = kind, path
         self.check_files, self.check_weights = check_files, check_weights
         self.data: dict[str, Any] = {}
         self.origins = Origins(str(path))
@@ -104,40 +104,33 @@ class _Loading:
             self.violations.append(Violation(path, problem))
             self.origins.places[path] = f"{self.path}:{line}"
         if parsed.value is not None and not isinstance(parsed.value, dict):
-            raise UserError(
-                f"{self.path}: a configuration is a mapping of sections (got {show(parsed.value)})"
-            )
+            got = show(parsed.value)
+            raise UserError(f"{self.path}: a configuration is a mapping of sections (got {got})")
         self.data = parsed.value or {}
 
     def apply_override(self, override: str) -> None:
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            message = f"an override is written as section.key=value (got {show(override)})"
-            self.origins.places[(override,)] = _COMMAND_LINE
-            self.violations.append(Violation((override,), message))
-            return
-        value = self.read_override(path, text)
-        if value is not _NO_VALUE:
-            self.set_value(path, value, _COMMAND_LINE)
-
-    def read_override(self, path: Path, text: str) -> Any:
-        annotations = [field.annotation for field in fields_at(self.kind, path)]
-        wants_text = any(accepts_text(annotation) for annotation in annotations)
-        is_null = text in ("null", "~") and any(accepts_null(annotation) for annotation in annotations)
+            wrong = f"an override is written as section.key=value (got {show(override)})"
+            return self.fail_override((override,), wrong)
         try:
-            if wants_text and not is_null and not text.startswith(('"', "'")):
-                return expand_variables(text)
-            parsed = parse_yaml(text, _COMMAND_LINE)
-        except ValueError as error:
-            self.fail_override(path, f"{error} (got {show(text)})")
-            return _NO_VALUE
-        except UserError as error:
-            self.fail_override(path, f"{str(error).partition(': ')[2]} (got {show(text)})")
-            return _NO_VALUE
+            parsed = self.read_override(path, text)
+        except (ValueError, UserError) as error:
+            why = re.sub(f"^{_COMMAND_LINE}(:\\d+)?: ", "", str(error))
+            return self.fail_override(path, f"{why} (got {show(text)})")
         for inner, _, problem in parsed.problems:
             self.fail_override((*path, *inner), problem)
-        return _NO_VALUE if parsed.problems else parsed.value
+        if not parsed.problems:
+            self.set_value(path, parsed.value, _COMMAND_LINE)
+        return None
+
+    def read_override(self, path: Path, text: str) -> YamlText:
+        annotations = [field.annotation for field in fields_at(self.kind, path)]
+        is_null = text in ("null", "~") and any(map(accepts_null, annotations))
+        if any(map(accepts_text, annotations)) and not is_null and not text.startswith(('"', "'")):
+            return YamlText(expand_variables(text))
+        return parse_yaml(text, _COMMAND_LINE)
 
     def fail_override(self, path: Path, message: str) -> None:
         self.origins.overwrite(path, _COMMAND_LINE)
@@ -151,29 +144,27 @@ class _Loading:
                 inner = section[name] = {}
             if not isinstance(inner, dict):
                 what = f"{dotted(path[:depth])} is a value, not a section"
-                self.fail_override(path, f"{what} (got {show(inner)})")
-                return
+                return self.fail_override(path, f"{what} (got {show(inner)})")
             section = inner
         section[path[-1]] = value
         # Whatever the file had here no longer matters, its mistakes included.
         self.violations = [v for v in self.violations if v.path[: len(path)] != path]
         self.origins.overwrite(path, place)
+        return None
 
     def check(self) -> Any:
         failed = {v.path for v in self.violations}
-        config: Section | None = None
         try:
-            config = self.kind.model_validate(self.data)
+            config: Section = self.kind.model_validate(self.data)
         except ValidationError as error:
             for detail in error.errors(include_url=False, include_context=False):
                 violation = self.translate(detail)
                 if violation.path not in failed:
                     self.violations.append(violation)
                 failed.add(violation.path)
-        partial = bool(failed)
-        if config is None or partial:
+        if failed:
             config = _build_partial(self.kind, self.data, failed, ())
-        self.violations += find_violations(config, partial=partial)
+        self.violations += find_violations(config, partial=bool(failed))
         if self.check_files:
             self.violations += find_file_violations(config, weights=self.check_weights)
         return config
@@ -181,7 +172,7 @@ class _Loading:
     def translate(self, detail: ErrorDetails) -> Violation:
         path = config_path(self.kind, detail["loc"])
         if detail["type"] == "extra_forbidden":
-            return Violation(path, explain_unknown(self.kind, path, self.parent_sections(path)))
+            return Violation(path, explain_unknown(self.kind, path, self.value_at(path[:-1])))
         fields = fields_at(self.kind, path)
         expected = describe_field(fields[0]) if fields else "a mapping of sections"
         if detail["type"] == "missing":
@@ -200,15 +191,6 @@ class _Loading:
         if detail["loc"] and not fields:  # inside a free mapping
             return Violation(path, f"{detail['msg'].lower()} (got {show(detail['input'])})")
         return Violation(path, f"expected {expected} (got {show(detail['input'])})")
-
-    def parent_sections(self, path: Path) -> list[type[Section]]:
-        """The classes the section around ``path`` may be, narrowed by its ``source``."""
-        if len(path) == 1:
-            return [self.kind]
-        annotations = [field.annotation for field in fields_at(self.kind, path[:-1])]
-        sections = [section for annotation in annotations for section in sections_of(annotation)]
-        chosen = select_section(sections, self.value_at(path[:-1]))
-        return sections if chosen is None else [chosen]
 
     def value_at(self, path: Path) -> Any:
         value: Any = self.data

@@ -50,6 +50,12 @@ class OnlineAlgorithm(Section):
         """Whether reference logprobs enter the loss or the reward."""
         return False
 
+    def lower_clip(self, low: float) -> Problems:
+        """Rule: ratios below 1 - ``low``, clip_ratio_low, can occur."""
+        if low >= 1:
+            reason = "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
+            yield "clip_ratio_low", f"{reason} (got {low})"
+
 
 class OnlineConfig(TrainingRoot, Sampling):
     """What runs that learn from their own samples have in common."""
@@ -137,9 +143,7 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @rule
     def _room_for_a_prompt(self) -> Problems:
-        name = "max_sequence_length"
-        if self.packing.max_sequence_length is None:
-            name = "max_tokens_per_microbatch"
+        name = "max_sequence_length" if self.packing.max_sequence_length else "max_tokens_per_microbatch"
         limit = getattr(self.packing, name)
         for section in ("rollout", "evaluation"):
             length = getattr(self, section).max_new_tokens

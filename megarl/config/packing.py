@@ -21,9 +21,6 @@ class PackingConfig(Section):
     def _token_budget(self) -> Problems:
         longest, budget = self.max_sequence_length, self.max_tokens_per_microbatch
         if longest is not None and longest > budget:
-            yield (
-                "max_sequence_length",
-                "a sequence of this length must fit into one microbatch, packing.max_tokens_per_microbatch ="
-                f" {budget} (got {longest})",
-                "max_tokens_per_microbatch",
-            )
+            fits = "a sequence of this length must fit into one microbatch"
+            reason = f"{fits}, packing.max_tokens_per_microbatch = {budget} (got {longest})"
+            yield "max_sequence_length", reason, "max_tokens_per_microbatch"

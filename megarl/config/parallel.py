@@ -59,14 +59,9 @@ class ParallelConfig(Section):
     def _sizes(self) -> Problems:
         product = self.model_parallel_size
         if self.num_processes % product:
-            yield (
-                "num_processes",
-                "must be a multiple of tensor_parallel_size * pipeline_parallel_size * context_parallel_size"
-                f" = {product} (got {self.num_processes})",
-                "tensor_parallel_size",
-                "pipeline_parallel_size",
-                "context_parallel_size",
-            )
+            sizes = "tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"
+            reason = f"must be a multiple of {' * '.join(sizes)} = {product} (got {self.num_processes})"
+            yield "num_processes", reason, *sizes
 
     @rule
     def _of_several_ranks(self) -> Problems:
@@ -99,9 +94,5 @@ class ParallelConfig(Section):
         size, split = self.expert_parallel_size, self.expert_tensor_parallel_size
         if not rest and stage % (size * split):
             times = f"times expert_tensor_parallel_size = {split} " if split > 1 else ""
-            yield (
-                "expert_parallel_size",
-                f"{times}must divide the {stage} ranks of a pipeline stage (got {size})",
-                "num_processes",
-                "pipeline_parallel_size",
-            )
+            reason = f"{times}must divide the {stage} ranks of a pipeline stage (got {size})"
+            yield "expert_parallel_size", reason, "num_processes", "pipeline_parallel_size"

@@ -59,17 +59,12 @@ class PpoAlgorithmConfig(OnlineAlgorithm):
         return self.kl_reward_coef > 0 or self.optimizer_steps_per_batch > 1
 
     @rule
-    def _clip(self) -> Problems:
-        if (low := self.clip_ratio_low) >= 1:
-            reason = "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
-            yield "clip_ratio_low", f"{reason} (got {low})"
-
-    @rule
-    def _ratio_of_one(self) -> Problems:
-        for name, value in self.changed("clip_ratio_c") if self.optimizer_steps_per_batch == 1 else ():
-            reason = "has no effect: with one optimizer step per rollout batch every ratio is 1"
+    def _ratios(self) -> Problems:
+        if self.optimizer_steps_per_batch == 1:
+            why = "has no effect: with one optimizer step per rollout batch every ratio is 1"
             steps = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
-            yield name, f"{reason} (got {value})", *steps
+            yield from self.unused("clip_ratio_c", why, *steps)
+        yield from self.lower_clip(self.clip_ratio_low)
 
 
 class CriticConfig(Section):
@@ -114,40 +109,32 @@ class PpoConfig(OnlineConfig):
         ]
 
     @rule
-    def _critic_warmup(self) -> Problems:
-        warmup, steps = self.critic.warmup_steps, self.training.num_steps
-        if warmup >= steps:
-            reason = f"leaves the policy none of the run's {steps} steps (got {warmup})"
+    def _critic_steps(self) -> Problems:
+        critic, steps, last = self.critic, self.num_critic_steps, self.training.num_steps
+        if (warmup := critic.warmup_steps) >= last:
+            reason = f"leaves the policy none of the run's {last} steps (got {warmup})"
             yield "critic.warmup_steps", reason, "training.num_steps"
-
-    @rule
-    def _critic_schedule(self) -> Problems:
-        optimizer, steps = self.critic.optimizer, self.num_critic_steps
-        if optimizer is not None and optimizer.lr_warmup_steps > steps:
-            reason = f"longer than the critic's {steps} optimizer steps (got {optimizer.lr_warmup_steps})"
+        if critic.optimizer is not None and (warmup := critic.optimizer.lr_warmup_steps) > steps:
+            reason = f"longer than the critic's {steps} optimizer steps (got {warmup})"
             yield "critic.optimizer.lr_warmup_steps", reason, "training.num_steps"
 
     @rule
     def _truncated_sampling(self) -> Problems:
-        algorithm = self.algorithm
-        for name, value in self.rollout.changed("top_p", "top_k") if algorithm.needs_old_logprobs else ():
-            yield (
-                f"rollout.{name}",
-                "logprobs are taken over the tokens that the sampling policy could draw, which its weights"
-                " tell only before the first of several optimizer steps, and the reference's never"
-                f" (got {value})",
-                "algorithm.num_epochs_per_batch",
-                "algorithm.kl_reward_coef",
-            )
+        asked = self.algorithm.needs_old_logprobs
+        why = (
+            "logprobs are taken over the tokens that the sampling policy could draw, which its weights tell"
+            " only before the first of several optimizer steps, and the reference's never"
+        )
+        related = "algorithm.num_epochs_per_batch", "algorithm.kl_reward_coef"
+        for name, reason, *_ in self.rollout.unused("top_p top_k", why) if asked else ():
+            yield f"rollout.{name}", reason, *related
 
     @rule
     def _not_for_ppo(self) -> Problems:
-        if staleness := self.rollout.max_staleness:
-            reason = "not for ppo: values and old logprobs are of the present weights"
-            yield "rollout.max_staleness", f"{reason} (got {staleness})"
-        if self.rollout.router_replay:
-            reason = "not for ppo: the critic would be given the experts that the policy chose (got true)"
-            yield "rollout.router_replay", reason
-        if self.checkpoint.async_save:
-            reason = "not for ppo: its two models are saved one after the other (got true)"
-            yield "checkpoint.async_save", reason
+        for section, name, why in (
+            ("rollout", "max_staleness", "values and old logprobs are of the present weights"),
+            ("rollout", "router_replay", "the critic would be given the experts that the policy chose"),
+            ("checkpoint", "async_save", "its two models are saved one after the other"),
+        ):
+            for _, reason, *_ in getattr(self, section).unused(name, f"not for ppo: {why}"):
+                yield f"{section}.{name}", reason

@@ -133,10 +133,10 @@ class PreferenceAlgorithmConfig(Section):
     @rule
     def _options(self) -> Problems:
         optional = dict.fromkeys(name for names in self.reads.values() for name in names)
-        for name, value in self.changed(*(name for name in optional if name not in self.reads[self.loss])):
+        for name in optional.keys() - set(self.reads[self.loss]):
             always = name == "length_normalization" and self.loss in ("simpo", "orpo")
             why = "always divides by the response's tokens" if always else "does not read it"
-            yield name, f"algorithm.loss = {self.loss} {why} (got {str(value).lower()})", "loss"
+            yield from self.unused(name, f"algorithm.loss = {self.loss} {why}", "loss")
 
 
 class ReferenceConfig(Section):
@@ -174,12 +174,9 @@ class PreferenceRoot(OfflineRoot):
     def _pair_fits(self) -> Problems:
         longest, budget = self.packing.max_sequence_length, self.packing.max_tokens_per_microbatch
         if longest is not None and longest <= budget < 2 * longest:
-            yield (
-                "packing.max_sequence_length",
-                "both responses of a pair share a microbatch: at most half of"
-                f" packing.max_tokens_per_microbatch = {budget} (got {longest})",
-                "packing.max_tokens_per_microbatch",
-            )
+            name, both = "packing.max_tokens_per_microbatch", "both responses of a pair share a microbatch"
+            reason = f"{both}: at most half of {name} = {budget} (got {longest})"
+            yield "packing.max_sequence_length", reason, name
 
 
 class DpoConfig(PreferenceRoot):

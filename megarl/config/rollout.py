@@ -105,6 +105,15 @@ class Sampling:
         """Longest prompt + response in tokens."""
         raise NotImplementedError
 
+    def sequence_gib(self, model_config: dict[str, Any]) -> float:
+        """The engine's cache of the longest sequence; KeyError for a size that config.json lacks."""
+        heads, engine_type = model_config["num_attention_heads"], self.rollout.engine.dtype
+        head_size = model_config.get("head_dim") or model_config["hidden_size"] // heads
+        numbers = 2 * model_config["num_hidden_layers"] * (model_config.get("num_key_value_heads") or heads)
+        dtype = self.model.dtype if engine_type == "auto" else engine_type
+        size = {"float32": 4, "bfloat16": 2}[dtype] * self.max_sequence_length(model_config)
+        return float(numbers * head_size * size / 2**30)
+
     @property
     def evaluates(self) -> bool:
         """Whether there is ever an evaluation."""
@@ -123,21 +132,20 @@ class Sampling:
             yield "evaluation.num_prompts", reason, "data.held_out.size"
 
     def _environments(self) -> list[tuple[str, Judging]]:
-        data: Any = self.data
-        parts = [part for split in ("train", "held_out") for part in parts_of(getattr(data, split), split)]
-        found = [(f"data.{at}.environment", getattr(part, "environment", None)) for at, part in parts]
+        parts = [*parts_of(self.data.train, "data.train"), *parts_of(self.data.held_out, "data.held_out")]
+        found = [(f"{at}.environment", getattr(part, "environment", None)) for at, part in parts]
         return [(at, environment) for at, environment in found if isinstance(environment, Judging)]
 
     @rule
     def _judged_in_time(self) -> Problems:
+        limit = self.rollout.environments.timeout_seconds
         for at, environment in self._environments():
-            for name, reason, *others in environment.within(self.rollout.environments.timeout_seconds):
-                related = [f"{at}.{other}" for other in others]
-                yield f"{at}.{name}", reason, "rollout.environments.timeout_seconds", *related
+            for name, why, *others in environment.within(limit):
+                related = "rollout.environments.timeout_seconds", *(f"{at}.{other}" for other in others)
+                yield f"{at}.{name}", why, *related
 
     @rule
     def _tools(self) -> Problems:
-        for at, environment in self._environments():
-            if environment.needs_chat_template and not self.data.format.chat_template:
-                reason = "tools need data.format.chat_template: true"
-                yield f"{at}.kind", reason, "data.format.chat_template"
+        where, missing = "data.format.chat_template", not self.data.format.chat_template
+        for at in (at for at, each in self._environments() if each.needs_chat_template and missing):
+            yield f"{at}.kind", f"tools need {where}: true", where

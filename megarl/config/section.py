@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megarl.config.violation import Path, Violation
+from megarl.config.violation import Path, Violation, show
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -35,9 +35,14 @@ class Section(BaseModel):
     def changed(self, *names: str) -> Iterator[tuple[str, Any]]:
         """Those of these fields that are not at their default, with their values."""
         for name in names:
-            value, field = getattr(self, name), type(self).model_fields[name]
-            if value != field.get_default(call_default_factory=True, validated_data={}):
+            default = type(self).model_fields[name].get_default(call_default_factory=True, validated_data={})
+            if (value := vars(self).get(name, default)) != default:  # it may have failed the schema
                 yield name, value
+
+    def unused(self, names: str, why: str, *related: str) -> Problems:
+        """Rule: these fields are at their default, as ``why`` nothing reads them."""
+        for name, value in self.changed(*names.split()):
+            yield name, f"{why} (got {value if isinstance(value, str) else show(value)})", *related
 
 
 def rule(method: _Method) -> _Method:
@@ -48,6 +53,13 @@ def rule(method: _Method) -> _Method:
     """
     method.is_rule = True  # type: ignore[attr-defined]
     return method
+
+
+def as_violation(problem: tuple[str, ...], at: Path = ()) -> Violation:
+    """What a rule of the section at ``at`` yielded."""
+    field, message, *others = problem
+    path, *related = [(*at, *each.split(".")) for each in (field, *others)]
+    return Violation(path, message.replace(HERE, "".join(f"{name}." for name in at)), tuple(related))
 
 
 @functools.cache
@@ -63,12 +75,10 @@ def find_violations(section: Section, at: Path = (), *, partial: bool = False) -
     With ``partial`` they lack the fields that failed the schema; rules that ask for one of them are skipped.
     """
     found: list[Violation] = []
-    here = "".join(f"{name}." for name in at)
     for name in _rules_of(type(section)):
         try:
-            for field, message, *related in getattr(section, name)():
-                paths = [(*at, *each.split(".")) for each in (field, *related)]
-                found.append(Violation(paths[0], message.replace(HERE, here), tuple(paths[1:])))
+            for problem in getattr(section, name)():
+                found.append(as_violation(problem, at))
         except (AttributeError, TypeError, ValueError):
             if not partial:
                 raise

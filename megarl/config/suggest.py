@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from typing import Any
 
-from megarl.config.introspect import fields_at, sections_of, tag_of, walk
+from megarl.config.introspect import fields_at, sections_of, select_section, tag_of, walk
 from megarl.config.section import Section
 from megarl.config.violation import Path, dotted
 from megarl.jobs import roots
@@ -15,19 +16,20 @@ REPLACED = {
 """What took the place of kinds that there were."""
 
 
-def explain_unknown(root: type[Section], path: Path, sections: list[type[Section]]) -> str:
+def explain_unknown(root: type[Section], path: Path, around: Any) -> str:
     """Why ``path`` is refused and what comes nearest.
 
-    ``sections`` are the classes its parent may be (one, unless a tagged union is undecided). Looked
-    for in this order: a near name beside it, another ``source`` that has it, the same name elsewhere,
-    another command that has it, a less near name beside it, a near name elsewhere.
+    ``around`` is what stands around it, which tells the member of a tagged union. Looked for in this order: a
+    near name beside it, another ``source`` that has it, the same name elsewhere, another command that has it,
+    a less near name beside it, a near name elsewhere.
     """
     key = path[-1].replace("-", "_").lower()
-    beside = [name for section in sections for name in section.model_fields]
+    members = [section for field in fields_at(root, path[:-1]) for section in sections_of(field.annotation)]
+    chosen = select_section(members, around)
+    beside = [name for section in ([chosen] if chosen else members) for name in section.model_fields]
     elsewhere = {p: p[-1] for p in walk(root)}
     if near := get_close_matches(key, beside, n=1, cutoff=0.8):
         return _meant((*path[:-1], near[0]))
-    members = [section for field in fields_at(root, path[:-1]) for section in sections_of(field.annotation)]
     if sources := [tag_of(section) for section in members if path[-1] in section.model_fields]:
         return f"unknown key here; it belongs to source {sources[0]}"
     if same := [p for p, name in elsewhere.items() if name == key]:

@@ -105,14 +105,10 @@ class TrainingRoot(Section):
         multiple = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
         most = self.packing.max_tokens_per_microbatch // ranks // multiple * multiple
         if split_from - 1 > most:
-            yield (
-                "parallel.context_split_from",
-                "a shorter sequence must fit one rank's share of a microbatch,"
-                " packing.max_tokens_per_microbatch / context_parallel_size: at most"
-                f" {most + 1} (got {split_from})",
-                "packing.max_tokens_per_microbatch",
-                "parallel.context_parallel_size",
-            )
+            budget, size = "packing.max_tokens_per_microbatch", "context_parallel_size"
+            share = f"a shorter sequence must fit one rank's share of a microbatch, {budget} / {size}"
+            reason = f"{share}: at most {most + 1} (got {split_from})"
+            yield "parallel.context_split_from", reason, budget, f"parallel.{size}"
 
     @rule
     def _param_gather(self) -> Problems:
@@ -144,8 +140,8 @@ class TrainingRoot(Section):
     @rule
     def _tracing_ranks(self) -> Problems:
         ranks = self.parallel.num_processes
-        if self.profile.traced and (absent := [rank for rank in self.profile.ranks if rank >= ranks]):
-            got = ", ".join(map(str, absent))
+        got = ", ".join(str(rank) for rank in self.profile.ranks if rank >= ranks)
+        if self.profile.traced and got:
             yield "profile.ranks", f"there are ranks 0 to {ranks - 1} (got {got})", "parallel.num_processes"
 
     @rule

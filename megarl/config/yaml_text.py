@@ -46,6 +46,9 @@ for _name, (_pattern, _) in _CORE_SCHEMA.items():
 _Dumper.add_implicit_resolver(_TAG + "bool", re.compile("^(?:y|n|yes|no|on|off)$", re.IGNORECASE), [None])
 
 
+_FAILED = object()  # what a key with a problem reads as; its parent leaves it out
+
+
 @dataclass
 class YamlText:
     """A parsed text: its value, the line of every key, and what is wrong with single keys.
@@ -56,22 +59,71 @@ class YamlText:
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[tuple[Path, int, str]] = field(default_factory=list)
+    _open: set[int] = field(default_factory=set)
+
+    def _fail(self, path: Path, line: int, problem: str) -> object:
+        self.problems.append((path, line, problem))
+        return _FAILED
+
+    def _read(self, node: yaml.Node, path: Path, line: int) -> Any:
+        """The value of a node; lines and problems are noted on the way."""
+        self.lines.setdefault(path, line)
+        if isinstance(node, yaml.ScalarNode):
+            return self._read_scalar(node, path, line)
+        if id(node) in self._open:
+            return self._fail(path, line, "an alias (*) inside its own anchor (&)")
+        self._open.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            value: Any = self._read_mapping(node, path)
+        else:
+            lines = [item.start_mark.line + 1 for item in node.value]
+            items = [self._read(item, (*path, str(i)), lines[i]) for i, item in enumerate(node.value)]
+            value = [item for item in items if item is not _FAILED]
+        self._open.discard(id(node))
+        return value
+
+    def _read_mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        first_line: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line, key = key_node.start_mark.line + 1, key_node.value
+            if key_node.tag != _TAG + "str":
+                shown = key if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                self._fail((*path, shown), line, "keys must be strings; put it in quotes")
+            elif key in first_line:
+                self._fail((*path, key), line, f"given twice, first on line {first_line[key]}")
+            else:
+                first_line[key] = line
+                value[key] = self._read(value_node, (*path, key), line)
+        return {key: item for key, item in value.items() if item is not _FAILED}
+
+    def _read_scalar(self, node: yaml.ScalarNode, path: Path, line: int) -> Any:
+        text, tag = node.value, str(node.tag)
+        try:
+            if "${" in text:
+                text = expand_variables(text)
+                if node.style is None:  # unquoted: the type is that of the text as if written in place
+                    tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
+            if (name := tag.removeprefix(_TAG)) in _CORE_SCHEMA:
+                return _CORE_SCHEMA[name][1](text)
+            return text if name == "str" else self._fail(path, line, f"unknown YAML tag {tag}")
+        except ValueError as error:
+            return self._fail(path, line, str(error))
 
 
 def parse_yaml(text: str, name: str) -> YamlText:
     """Parse one YAML document; ``name`` is the file's, for syntax errors (UserError, with the line)."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f":{mark.line + 1}" if mark is not None else ""
-        why = " ".join(part for part in (error.context, error.problem) if part)
-        raise UserError(f"{name}{where}: not valid YAML: {why}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+        why = " ".join(filter(None, parts)) or " ".join(str(error).split())
+        where = f":{mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{name}{where}: not valid YAML: {why}") from None
     parsed = YamlText()
     if node is not None:
-        parsed.value = _Reader(parsed).read(node, (), node.start_mark.line + 1)
+        parsed.value = parsed._read(node, (), node.start_mark.line + 1)
     return parsed
 
 
@@ -112,69 +164,3 @@ def _escape(value: Any) -> Any:
         case list() | tuple():
             return [_escape(item) for item in value]
     return value
-
-
-_FAILED = object()  # what a key with a problem reads as; its parent leaves it out
-
-
-class _Reader:
-    """Turns nodes into values, noting lines and problems on the way."""
-
-    def __init__(self, parsed: YamlText) -> None:
-        self.parsed = parsed
-        self.open_nodes: set[int] = set()
-        self.loader = _Loader("")
-
-    def fail(self, path: Path, line: int, problem: str) -> object:
-        self.parsed.problems.append((path, line, problem))
-        return _FAILED
-
-    def read(self, node: yaml.Node, path: Path, line: int) -> Any:
-        self.parsed.lines.setdefault(path, line)
-        if isinstance(node, yaml.ScalarNode):
-            return self.read_scalar(node, path, line)
-        if id(node) in self.open_nodes:
-            return self.fail(path, line, "an alias (*) inside its own anchor (&)")
-        self.open_nodes.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            value: Any = self.read_mapping(node, path)
-        else:
-            items = [
-                self.read(item, (*path, str(index)), item.start_mark.line + 1)
-                for index, item in enumerate(node.value)
-            ]
-            value = [item for item in items if item is not _FAILED]
-        self.open_nodes.discard(id(node))
-        return value
-
-    def read_mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        value: dict[str, Any] = {}
-        first_line: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
-            key = self.loader.construct_object(key_node, deep=True) if key_node.tag.endswith(":str") else None
-            if not isinstance(key, str):
-                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-                self.fail((*path, str(shown)), line, "keys must be strings; put it in quotes")
-            elif key in first_line:
-                self.fail((*path, key), line, f"given twice, first on line {first_line[key]}")
-            else:
-                first_line[key] = line
-                item = self.read(value_node, (*path, key), line)
-                if item is not _FAILED:
-                    value[key] = item
-        return value
-
-    def read_scalar(self, node: yaml.ScalarNode, path: Path, line: int) -> Any:
-        text, tag = node.value, node.tag
-        if "${" in text:
-            try:
-                text = expand_variables(text)
-            except ValueError as error:
-                return self.fail(path, line, str(error))
-            if node.style is None:  # unquoted: the type is that of the text as if written in place
-                tag = self.loader.resolve(yaml.ScalarNode, text, (True, False))
-        name = str(tag).removeprefix(_TAG)
-        if name in _CORE_SCHEMA:
-            return _CORE_SCHEMA[name][1](text)
-        return text if name == "str" else self.fail(path, line, f"unknown YAML tag {tag}")

@@ -360,3 +360,8 @@ def test_world_size_replaces_num_processes(folder: Path) -> None:
             GrpoConfig, "c.yaml", ["parallel.tensor_parallel_size=3"], check_files=False, num_processes=4
         )
     assert str(caught.value).endswith("= 3 (got 4) [WORLD_SIZE]")
+
+
+def test_a_tag_that_its_text_does_not_fit(folder: Path) -> None:
+    (line,) = errors(folder, text=GRPO.replace("lr: 1e-5", "lr: !!float fast"))
+    assert line == "optimizer.lr: could not convert string to float: 'fast' [c.yaml:6]"
