@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -29,8 +30,20 @@ def run(report: Report) -> None:
             raise SkipStep(f"{name} is not installed")
     counts = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "-W", "ignore", *(["-x"] if report.quick else []), *files()]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # Of the plugins that happen to be installed only the one that the configuration asks for.
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command += [
+        "-p",
+        "pytest_timeout",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        *(["-x"] if report.quick else []),
+        *files(),
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
     assert process.stdout is not None
     for line in process.stdout:
         sys.stdout.write(line)

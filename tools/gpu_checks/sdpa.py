@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
+import traceback
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -23,10 +24,14 @@ MOST_SECONDS = 20.0
 
 
 def run(report: Report) -> None:
-    """The cuDNN part comes last: it is the slow one."""
+    """Each part by itself; the cuDNN one comes last, since it is the slow one."""
     lengths = [64 + 8 * n for n in range(4)] if report.quick else [129 + 23 * n for n in range(50)]
-    masked(report)
-    packed(report, lengths)
+    for part in (lambda: masked(report), lambda: packed(report, lengths)):
+        try:
+            part()
+        except Exception as error:
+            traceback.print_exc()
+            report.problem(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     cost = {}
     for name, cudnn in (("cudnn_off", False), ("cudnn_on", True)):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
