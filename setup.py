@@ -93,6 +93,6 @@ def native_extension() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # tools/setup_env.py builds the extension in place, where ninja keeps the objects between builds;
+    # tools/setup_env.sh builds the extension in place, where ninja keeps the objects between builds;
     # its editable install then needs the metadata alone.
     setup(**({} if os.environ.get("MEGARL_METADATA_ONLY") == "1" else native_extension()))

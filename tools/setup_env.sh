@@ -111,7 +111,6 @@ extension=$(sha256sum < <(
   grep -m 1 '^flags' /proc/cpuinfo | tr ' ' '\n' | grep -E '^avx(2|512(f|bw|vl|dq))$' | sort
   find csrc pyproject.toml setup.py -type f -print0 | sort -z | xargs -0 sha256sum
 ))
-checks=("torch, megarl._C")
 if [[ -x .venv/bin/python ]] && { [[ -L .venv ]] || stamp .venv/.megarl-packages "$packages"; }; then
   if compgen -G "megarl/_C.cpython-$abi-*.so" >/dev/null && stamp .setup/extension.stamp "$extension"; then
     echo "environment: .venv is up to date"
@@ -119,20 +118,23 @@ if [[ -x .venv/bin/python ]] && { [[ -L .venv ]] || stamp .venv/.megarl-packages
   fi
   fresh=
 else
-  fresh=1 checks+=("ray, transformers, megatron.core, datasets" "vllm.v1.engine.async_llm")
+  fresh=1
 fi
 
 command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler here: apt-get install g++"
 echo "environment: making .venv of requirements/$kind.lock (details in .setup/*.log)"
 begin=$SECONDS
-bring_uv
+[[ -L .venv ]] || bring_uv
 [[ -z $fresh ]] || create .venv $kind
 start_build
-[[ -z $fresh ]] || sync .venv $kind
+if [[ -n $fresh ]]; then
+  sync .venv $kind
+  check_imports "ray, transformers, megatron.core, datasets" "vllm.v1.engine.async_llm"
+  echo "$packages" >.venv/.megarl-packages
+fi
 wait $build || exit 1
 trap - EXIT
 [[ -L .venv ]] || MEGARL_METADATA_ONLY=1 run megarl "$uv" pip install --python .venv --no-deps --no-build-isolation -e .
-check_imports "${checks[@]}"
-[[ -L .venv ]] || echo "$packages" >.venv/.megarl-packages
+check_imports "torch, megarl._C"
 echo "$extension" >.setup/extension.stamp
 echo "environment: ready in $((SECONDS - begin)) s"

@@ -289,3 +289,16 @@ def test_an_environment_stays_of_its_kind(clone: Clone) -> None:
     (clone.place / "requirements" / "cuda.lock").touch()
     assert "requirements/cuda.lock" in clone.setup(PYTHON="python3.99")[1]
     assert "requirements/cpu.lock" in clone.setup(PYTHON="python3.99", MEGARL_CUDA="0")[1]
+
+
+def test_a_source_that_does_not_compile_costs_no_second_installation(clone: Clone) -> None:
+    source = clone.place / "csrc" / "op.cpp"
+    whole = source.read_text()
+    source.write_text("int broken")
+    status, output = clone.setup()
+    assert status == 1
+    assert "make setup: extension failed" in output
+    source.write_text(whole)
+    status, output = clone.setup()
+    assert status == 0, output
+    assert "packages:" not in output
