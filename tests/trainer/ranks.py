@@ -478,6 +478,32 @@ def train_while_saving(
     return {"log": log, "weights": weights(policy), "done_before": done_before, "done": pending.done()}
 
 
+def save_twice(
+    context: Any, model_dir: str, ours: str, megatrons: str, distributed: bool
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Two steps, then checkpoints by MegaRL's writer and by Megatron's own; all tensors of both."""
+    from megatron.core import dist_checkpointing
+
+    from megarl.trainer.megatron import checkpoint
+    from tests.convert.stock import may_have_children
+
+    policy = build(context, model_dir, optimizer={"distributed": distributed})
+    policy.keep_reference()
+    _step(policy, 0)
+    _step(policy, 1)
+    policy.save(Path(ours), optimizer=True)
+    state = checkpoint._sharded_state(policy.chunks, policy.optimizer, is_loading=False)
+    state["schedule"] = policy.schedule.state_dict()
+    with may_have_children():
+        dist_checkpointing.save(state, megatrons)
+    torch.save(checkpoint._rng_state(), checkpoint._rng_file(Path(megatrons), context.rank))
+    one, two = (
+        {name: t.float().numpy() for name, t in state.items() if isinstance(t, torch.Tensor)}
+        for state in map(dist_checkpointing.load_plain_tensors, (ours, megatrons))
+    )
+    return one, two
+
+
 def unwritable(context: Any, model_dir: str, directory: str) -> str:
     """What the user reads when a background save cannot write its files."""
     policy = build(context, model_dir)

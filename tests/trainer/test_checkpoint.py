@@ -141,6 +141,33 @@ def test_data_parallel_ranks_go_on(model_dirs: dict[str, str], distributed: bool
 
 
 @pytest.mark.parametrize(
+    ("name", "size", "parallel", "distributed"),
+    [("qwen3-moe-mixed-tied", 2, EP2, True), ("llama-biases", 2, TP2, False)],
+)
+def test_files_are_those_that_megatron_writes(
+    model_dirs: dict[str, str],
+    name: str,
+    size: int,
+    parallel: dict[str, Any],
+    distributed: bool,
+    tmp_path: Path,
+) -> None:
+    """Tensor by tensor; and what Megatron wrote itself goes on, as runs of older versions have it."""
+    for folder in ("ours", "megatrons"):
+        (tmp_path / folder).mkdir()
+    arguments = (model_dirs[name], str(tmp_path / "ours"), str(tmp_path / "megatrons"), distributed)
+    for ours, megatrons in world(size).run(ranks.save_twice, *arguments, parallel=parallel):
+        assert ours.keys() == megatrons.keys() and len(ours) > 20
+        for tensor, value in megatrons.items():
+            assert np.array_equal(ours[tensor], value), tensor
+    logs = []
+    for folder in ("ours", "megatrons"):
+        arguments = (model_dirs[name], [2, 3], str(tmp_path / folder), None, distributed)
+        logs.append(world(size).run(ranks.train, *arguments, parallel=parallel)[0]["log"])
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
     ("size", "distributed", "dtype"),
     [(1, False, "bfloat16"), (2, True, "float32"), (2, False, "float32")],
 )
