@@ -478,6 +478,18 @@ def train_while_saving(
     return {"log": log, "weights": weights(policy), "done_before": done_before, "done": pending.done()}
 
 
+def train_in_buckets(context: Any, model_dir: str, *args: Any) -> dict[str, Any]:
+    """:func:`train` with the distributed optimizer, in gradient buffers of several buckets with padding."""
+    from functools import partial
+    from unittest.mock import patch
+
+    from megarl.trainer.megatron import optimizer
+
+    small = partial(optimizer.DistributedDataParallelConfig, bucket_size=5000)
+    with patch.object(optimizer, "DistributedDataParallelConfig", small):
+        return train(context, model_dir, *args, True)
+
+
 def save_twice(
     context: Any, model_dir: str, ours: str, megatrons: str, distributed: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

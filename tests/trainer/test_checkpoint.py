@@ -140,6 +140,19 @@ def test_data_parallel_ranks_go_on(model_dirs: dict[str, str], distributed: bool
     assert resumed["log"] == whole["log"][2:]
 
 
+def test_several_buckets_go_on(model_dirs: dict[str, str], tmp_path: Path) -> None:
+    """Large models have them where gradients are reduced as they come; padding between them is nobody's."""
+    model, parallel, directory = model_dirs["llama-biases"], {"overlap_grad_reduce": True}, tmp_path / "step"
+    directory.mkdir()
+    arguments: tuple[Any, ...] = (model, [0, 1, 2, 3], None, {1: str(directory)})
+    whole = world(2).run(ranks.train_in_buckets, *arguments, parallel=parallel)[0]
+    resumed = world(2).run(ranks.train_in_buckets, model, [2, 3], str(directory), None, parallel=parallel)[0]
+    assert resumed["log"] == whole["log"][2:]
+    [alone] = world(1).run(ranks.train, model, [3], str(directory), None, True)
+    for name, value in resumed["started_with"].items():
+        assert np.array_equal(alone["started_with"][name], value), name
+
+
 @pytest.mark.parametrize(
     ("name", "size", "parallel", "distributed"),
     [("qwen3-moe-mixed-tied", 2, EP2, True), ("llama-biases", 2, TP2, False)],

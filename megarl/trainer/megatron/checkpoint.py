@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megarl.errors import UserError
 from megarl.trainer.control import from_first_rank, gather_to_first_rank
 from megarl.trainer.megatron.checkpoint_files import RankFiles, Report
 from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
+from megarl.trainer.megatron.optimizer_shards import OptimizerShards, read_whole
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -70,11 +71,12 @@ def start_save(
     With ``background`` the call returns when this rank's part has been copied to host memory, and
     training may go on; otherwise its files are written when the call returns. One save at a time.
     """
-    state = _sharded_state(chunks, optimizer, is_loading=False)
+    shards = OptimizerShards(optimizer) if optimizer is not None else None
+    with shards.described() if shards is not None else nullcontext():
+        state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
     rank = dist.get_rank()
-    files = RankFiles(directory, state, rank, {_rng_file(directory, rank).name: _rng_state()})
-    del state
+    files = RankFiles(directory, state, rank, {_rng_file(directory, rank).name: _rng_state()}, shards)
     if background:
         files.detach()
     return PendingSave(files, background=background)
@@ -91,7 +93,9 @@ def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> b
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
-    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(directory))
+    with read_whole(optimizer):
+        wanted = _sharded_state(chunks, optimizer, is_loading=True)
+    state = dist_checkpointing.load(wanted, str(directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
         if any(_of_adapter(name) for name in state[key]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megarl.errors import UserError
+from megarl.trainer.megatron.optimizer_shards import OptimizerShards
 
 COMMON_FILE = "common.pt"
 
@@ -47,32 +48,49 @@ class Report:
 class RankFiles:
     """What one rank writes: its own pieces of tensors, objects, and whole small files."""
 
-    def __init__(self, directory: Path, state: dict[str, Any], rank: int, small: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        state: dict[str, Any],
+        rank: int,
+        small: Mapping[str, Any],
+        shards: OptimizerShards | None = None,
+    ) -> None:
         """``state`` is a sharded state dict; its unsharded part goes into the first rank's common.pt.
 
-        ``small`` has further files by name. What is no tensor is serialised here, as it is now.
+        ``small`` has further files by name, ``shards`` the values of tensors that were described without.
+        What is no tensor is serialised here, as it is now.
         """
         self._directory, self._rank = directory, rank
         sharded, common = save_preprocess(state, validate_access_integrity=False)
         files = dict(small) | ({COMMON_FILE: common} if rank == 0 else {})
         self._small = {name: _serialised(value) for name, value in files.items()}
         self._values: dict[MetadataIndex, torch.Tensor | io.BytesIO] = {}
-        self._items = [self._item(part) for part in _own_parts(nested_values(sharded))]
+        self._items: list[WriteItem] = []
+        for part in nested_values(sharded):
+            if shards is not None and isinstance(part, ShardedTensor) and shards.holds(part):
+                for offset, values in shards.pieces(part):
+                    self._add_piece(part, offset, values)
+            elif is_main_replica(part.replica_id):  # one of several that have it
+                self._add(part)
         # Reads on the CPU as it writes: what is on a GPU still is copied tensor by tensor.
         self._writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
 
-    def _item(self, part: ShardedTensor | ShardedObject) -> WriteItem:
-        if isinstance(part, ShardedObject):
-            index = MetadataIndex(part.unique_key)
-            self._values[index] = _serialised([part.data])
-            return WriteItem(index, WriteItemType.BYTE_IO)
-        offset = torch.Size(part.global_offset)
-        shape = torch.Size((1,) * part.prepend_axis_num + tuple(part.local_shape))
-        index, data = MetadataIndex(part.key, offset), part.data.detach().reshape(shape)
-        self._values[index] = data
-        chunk, properties = ChunkStorageMetadata(offset, shape), TensorProperties(dtype=data.dtype)
-        whole = TensorWriteData(chunk, properties, torch.Size(part.global_shape))
-        return WriteItem(index, WriteItemType.SHARD, tensor_data=whole)
+    def _add(self, part: ShardedTensor | ShardedObject) -> None:
+        if isinstance(part, ShardedTensor):
+            shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+            self._add_piece(part, part.global_offset, part.data.detach().reshape(shape))
+            return
+        index = MetadataIndex(part.unique_key)
+        self._values[index] = _serialised([part.data])
+        self._items.append(WriteItem(index, WriteItemType.BYTE_IO))
+
+    def _add_piece(self, part: ShardedTensor, offset: tuple[int, ...], values: torch.Tensor) -> None:
+        index = MetadataIndex(part.key, torch.Size(offset))
+        self._values[index] = values
+        chunk = ChunkStorageMetadata(torch.Size(offset), values.shape)
+        whole = TensorWriteData(chunk, TensorProperties(dtype=part.dtype), torch.Size(part.global_shape))
+        self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=whole))
 
     def detach(self) -> None:
         """Copy every tensor to host memory of its own: what it came from may change from now on."""
@@ -135,11 +153,6 @@ class _Held(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         return self._held[write_item.index]
-
-
-def _own_parts(parts: Iterable[Any]) -> list[ShardedTensor | ShardedObject]:
-    """Of what several ranks have, each takes what no one before it has."""
-    return [part for part in parts if is_main_replica(part.replica_id)]
 
 
 def _serialised(value: Any) -> io.BytesIO:
