@@ -282,3 +282,10 @@ def test_waits_are_counted_where_megarl_or_megatron_asks(
         "megarl/trainer/megatron/a.py:3": 1,
     }
     assert modes == ["warn", "default"]
+
+
+def test_the_guide_lists_the_steps_in_their_order_with_their_limits(tool: Any) -> None:
+    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines if line.count("|") == 4]
+    listed = [(name, limit) for name, limit in rows if limit.endswith(" s") and limit[:-2].isdigit()]
+    assert listed == [(step.name, f"{step.limit:.0f} s") for step in tool.STEPS]
