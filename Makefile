@@ -12,7 +12,7 @@ ARGS ?=
 BENCH ?= $(filter-out common loss_ops peers process_tree trainers %_trainer %_trainers,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check nightly \
+.PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check gpu-check nightly \
   bench-setup bench guides clean distclean
 
 help:  ## List the targets
@@ -55,6 +55,9 @@ cuda-check: setup  ## Compile every CUDA kernel with nvcc (no GPU needed)
 cuda-env-check:  ## Install the CUDA lock apart, build megarl in it, import all that a GPU run imports (no GPU needed)
 	@UV_COMPILE_BYTECODE=0 bash tools/setup_env.sh packages .setup/cuda-env cuda
 	@.setup/cuda-env/bin/python tools/cuda_env_check.py
+
+gpu-check: setup  ## Where there is a GPU: build, test and measure on it in ten minutes, results into runs/gpu_check/
+	@$(VENV_PYTHON) tools/gpu_check.py --out runs/gpu_check $(ARGS)
 
 nightly: lint test-all cuda-check cuda-env-check guides quickstart  ## Everything there is to check, in hours
 
