@@ -516,6 +516,33 @@ def save_twice(
     return one, two
 
 
+def random_states(context: Any) -> dict[str, Any]:
+    """A GPU's random states taken and given back, on both devices; a tensor stands for its generator."""
+    from dataclasses import replace
+    from unittest.mock import patch
+
+    from megarl import platform
+    from megarl.trainer.megatron import checkpoint
+
+    generator, facts = torch.tensor([1, 2], dtype=torch.uint8), {}
+    with (
+        patch.object(platform, "_installed", replace(platform.current(), name="cuda")),
+        patch("torch.cuda.get_rng_state", generator.clone),
+        patch("torch.cuda.set_rng_state", generator.copy_),
+    ):
+        of_cpu = {name: part for name, part in checkpoint._rng_state().items() if name != "cuda"}
+        of_gpu = checkpoint._rng_state()
+        generator += 5  # something is drawn
+        facts["cpu to gpu"] = checkpoint._set_rng_state(of_cpu), generator.tolist()
+        facts["gpu to gpu"] = checkpoint._set_rng_state(of_gpu), generator.tolist()
+    before = torch.get_rng_state()
+    torch.rand(3)
+    drawn = torch.get_rng_state()
+    facts["gpu to cpu"] = checkpoint._set_rng_state(of_gpu), torch.equal(drawn, torch.get_rng_state())
+    facts["cpu to cpu"] = checkpoint._set_rng_state(of_cpu), torch.equal(before, torch.get_rng_state())
+    return facts
+
+
 def unwritable(context: Any, model_dir: str, directory: str) -> str:
     """What the user reads when a background save cannot write its files."""
     policy = build(context, model_dir)

@@ -209,6 +209,16 @@ def test_a_background_save_that_cannot_write_is_an_error(model_dirs: dict[str, s
     assert "Is a directory" in message
 
 
+def test_a_gpus_generator_goes_on_on_gpus_alone() -> None:
+    [facts] = world(1).run(ranks.random_states)
+    assert facts == {
+        "cpu to gpu": (False, [6, 7]),
+        "gpu to gpu": (True, [1, 2]),
+        "gpu to cpu": (False, True),
+        "cpu to cpu": (True, True),
+    }
+
+
 def test_an_incomplete_directory_is_refused(model_dirs: dict[str, str], tmp_path: Path) -> None:
     [message] = world(1).run(ranks.load_error, model_dirs["qwen3-tied"], str(tmp_path))
     assert message == f"checkpoint {tmp_path} has no metadata.json: it is not a complete checkpoint"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -95,7 +96,9 @@ def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> b
             part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
     with read_whole(optimizer):
         wanted = _sharded_state(chunks, optimizer, is_loading=True)
-    state = dist_checkpointing.load(wanted, str(directory))
+    with warnings.catch_warnings():  # Megatron calls torch by names that torch is giving up
+        warnings.simplefilter("ignore")
+        state = dist_checkpointing.load(wanted, str(directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
         if any(_of_adapter(name) for name in state[key]):

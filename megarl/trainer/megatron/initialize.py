@@ -39,7 +39,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
     """Install the platform, join the process group (RANK, WORLD_SIZE, MASTER_ADDR from the
     launcher; alone without one) and build Megatron's groups."""
     # megatron-core warns at import of each optional package it does without; `megarl doctor` lists them.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|full scope is deprecated).*")
+    known = ("Transformer Engine", "Apex", "full scope is deprecated", "is experimental and still under")
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(known)}).*")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one
     chosen = platform.install()
     from megatron.core import parallel_state, tensor_parallel
 
