@@ -13,13 +13,19 @@ import torch
 
 @contextmanager
 def may_have_children() -> Iterator[None]:
-    """Megatron's own saves start processes, which the tests' daemonic ranks may not."""
+    """Megatron's own saves start processes, which the tests' daemonic ranks may not; they end here."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     daemon, config["daemon"] = config["daemon"], False
     try:
         yield
     finally:
         config["daemon"] = daemon
+        for child in multiprocessing.active_children():
+            child.terminate()
+            child.join()
+        filesystem_async._results_queue = None  # its process is gone
 
 
 def logits_and_save(
