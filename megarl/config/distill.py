@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -54,15 +54,12 @@ class DistillConfig(OnlineConfig):
     algorithm: DistillAlgorithmConfig = DistillAlgorithmConfig()
     teacher: TeacherConfig
 
+    refused: ClassVar[dict[str, str]] = {
+        "rollout.max_staleness": "not for distill: its samples are the student's as it is",
+        "rollout.router_replay": "not for distill: the teacher would be given the experts that the student"
+        " chose",
+    }
+
     def describe_algorithm(self) -> list[str]:
         """Whom the student learns from."""
         return [f"teacher: {self.teacher.path}"]
-
-    @rule
-    def _not_for_distill(self) -> Problems:
-        for name, why in (
-            ("max_staleness", "its samples are the student's as it is"),
-            ("router_replay", "the teacher would be given the experts that the student chose"),
-        ):
-            for _, reason, *_ in self.rollout.unused(name, f"not for distill: {why}"):
-                yield f"rollout.{name}", reason

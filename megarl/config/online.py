@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,8 @@ class OnlineConfig(TrainingRoot, Sampling):
     weights: WeightsConfig = WeightsConfig()
     training: OnlineTrainingConfig
 
+    refused: ClassVar[dict[str, str]] = {}
+    """Settings of the shared sections that an algorithm cannot have, and why."""
     if TYPE_CHECKING:  # every algorithm has its own
         algorithm: Any
 
@@ -105,6 +107,13 @@ class OnlineConfig(TrainingRoot, Sampling):
     def describe_algorithm(self) -> list[str]:
         """Of them, which passes the algorithm makes and skips."""
         return []
+
+    @rule
+    def _refused(self) -> Problems:
+        for path, why in self.refused.items():
+            section, name = path.split(".")
+            for _, reason, *_ in getattr(self, section).unused(name, why):
+                yield path, reason
 
     @rule
     def _something_to_evaluate(self) -> Problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -86,6 +86,12 @@ class PpoConfig(OnlineConfig):
     algorithm: PpoAlgorithmConfig = PpoAlgorithmConfig()
     critic: CriticConfig = CriticConfig()
 
+    refused: ClassVar[dict[str, str]] = {
+        "rollout.max_staleness": "not for ppo: values and old logprobs are of the present weights",
+        "rollout.router_replay": "not for ppo: the critic would be given the experts that the policy chose",
+        "checkpoint.async_save": "not for ppo: its two models are saved one after the other",
+    }
+
     @property
     def num_optimizer_steps(self) -> int:
         """The policy's: it has none in the critic's warm-up."""
@@ -128,13 +134,3 @@ class PpoConfig(OnlineConfig):
         related = "algorithm.num_epochs_per_batch", "algorithm.kl_reward_coef"
         for name, reason, *_ in self.rollout.unused("top_p top_k", why) if asked else ():
             yield f"rollout.{name}", reason, *related
-
-    @rule
-    def _not_for_ppo(self) -> Problems:
-        for section, name, why in (
-            ("rollout", "max_staleness", "values and old logprobs are of the present weights"),
-            ("rollout", "router_replay", "the critic would be given the experts that the policy chose"),
-            ("checkpoint", "async_save", "its two models are saved one after the other"),
-        ):
-            for _, reason, *_ in getattr(self, section).unused(name, f"not for ppo: {why}"):
-                yield f"{section}.{name}", reason

@@ -61,7 +61,7 @@ class Saver:
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "gather", lambda value: [value])
-    monkeypatch.setattr(saving, "_barrier", lambda: None)
+    monkeypatch.setattr(saving, "barrier", lambda: None)
 
 
 def test_the_best_outlives_newer_ones(tmp_path: Path) -> None:
