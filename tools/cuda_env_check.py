@@ -12,6 +12,7 @@ import ast
 import ctypes
 import importlib
 import importlib.util
+import logging
 import os
 import pkgutil
 import re
@@ -175,6 +176,7 @@ def main() -> int:
     parser.add_argument("--no-build", action="store_true", help="take the extension that was built last time")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of absent GPUs
+    logging.disable(logging.WARNING)
     begin = time.monotonic()
     if not arguments.no_build:
         build_extension(arguments.arch)
