@@ -65,7 +65,7 @@ def current() -> Platform:
 def synchronize() -> None:
     """Wait until what this process has launched on its device is done."""
     if current().name == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(current().device)
 
 
 def peak_memory_gib() -> float:

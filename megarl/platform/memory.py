@@ -1,8 +1,9 @@
-"""Giving host memory back to the system, where an allocator or an idle buffer would keep it."""
+"""Giving memory back, where an allocator or an idle buffer would keep it: a host's, and a GPU's."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 from collections.abc import Iterable
 
@@ -20,6 +21,20 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def release_unused() -> None:
+    """Give back what this process has freed and its allocators keep, on the host and on its GPU."""
+    gc.collect()
+    trim_heap()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when what this process has launched on ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def discard(tensors: Iterable[torch.Tensor]) -> int:

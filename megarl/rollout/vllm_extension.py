@@ -25,7 +25,8 @@ from megarl.platform import memory
 from megarl.rollout.attach import AttachedWeights, check_plan, dtype_name
 from megarl.rollout.cpu_linear import cpu_linear
 from megarl.rollout.engine import AttachReport
-from megarl.rollout.vllm_routing import RoutingRecorder, read_routing, record_routing
+from megarl.rollout.vllm_layout import foreign_layouts
+from megarl.rollout.vllm_routing import RoutingRecorder, expert_layers, read_routing, record_routing
 from megarl.weights.checksum import RegionChecksum, region_checksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 from megarl.weights.place import device_id, host_id
@@ -53,13 +54,14 @@ class WeightReceiver:
 
     def megarl_check(self, plans: list[WeightPlan]) -> list[str]:
         """Violations of this rank's plan; changes nothing."""
-        violations = check_plan(plans[self.rank], self._parameters())
+        violations = foreign_layouts(self.model_runner.model)
+        violations += check_plan(plans[self.rank], self._parameters())
         return [f"engine rank {self.rank}: {v}" for v in violations] if len(plans) > 1 else violations
 
     def megarl_attach(self, plans: list[WeightPlan]) -> AttachReport:
         """Bind a plan that megarl_check found good."""
         self._attached = AttachedWeights(plans[self.rank], self._parameters(), self._attached)
-        memory.trim_heap()  # of the weights that the engine was built with
+        memory.release_unused()  # the weights that the engine was built with
         return self._attached.report()
 
     def megarl_copy(self) -> int:
@@ -68,6 +70,7 @@ class WeightReceiver:
         num_bytes = self._attached.copy_()
         for layer in self._latent_layers().values():  # kv_b_proj is also kept cut in two and transposed
             layer.process_weights_after_loading(self.model_runner.dtype)
+        memory.wait_for(self.model_runner.device)  # the trainer may write once this returns
         return num_bytes
 
     def megarl_discard_cache(self) -> None:
@@ -85,6 +88,10 @@ class WeightReceiver:
     def megarl_record_routing(self) -> None:
         """From now on keep the experts that every token chose."""
         self._routing = record_routing(self.model_runner)
+
+    def megarl_expert_layers(self) -> list[int]:
+        """Numbers of the layers that have experts."""
+        return expert_layers(self.model_runner.model)
 
     def megarl_routing(self, requests: list[tuple[str, int]]) -> list[np.ndarray]:
         """See :func:`megarl.rollout.vllm_routing.read_routing`."""

@@ -1,8 +1,9 @@
-"""The experts vLLM chose, kept beside the keys and values of the token that chose them.
+"""The experts vLLM chose for each token.
 
-vLLM's own way of returning them (enable_return_routed_experts) needs its second model runner, which a CPU
-does not have. Here they lie in the slots of the key-value cache, so that prompts found in the prefix cache
-bring theirs along, and a preempted request has those of its last computation.
+On a GPU vLLM returns them itself (enable_return_routed_experts), by its second model runner. A CPU has the
+first one alone: there they are kept beside the keys and values of the token that chose them, in the slots of
+the key-value cache, so that prompts found in the prefix cache bring theirs along, and a preempted request has
+those of its last computation.
 """
 
 from __future__ import annotations
@@ -23,12 +24,7 @@ class RoutingRecorder:
     """Experts [slots, layers with experts, k] int16 of every token in the key-value cache of one worker."""
 
     def __init__(self, model: torch.nn.Module, num_slots: int, device: torch.device) -> None:
-        runners = sorted(
-            (m for m in model.modules() if isinstance(m, MoERunner)), key=lambda runner: runner.layer_id
-        )
-        routers = [runner.router for runner in runners]
-        if not routers:
-            raise UserError("rollout.router_replay: the model has no experts in vLLM")
+        routers = [runner.router for runner in _runners(model)]
         for router in routers:
             if not isinstance(router, BaseRouter):
                 raise UserError(f"rollout.router_replay: vLLM's {type(router).__name__} tells no choices")
@@ -58,6 +54,23 @@ class RoutingRecorder:
         slots = (torch.tensor(blocks)[:, None] * block_size + steps).flatten()[:num_tokens]
         assert slots.shape[0] == num_tokens, f"{len(blocks)} blocks for {num_tokens} tokens"
         return self._experts[slots.to(self._experts.device)].cpu().numpy()
+
+
+def expert_layers(model: torch.nn.Module) -> list[int]:
+    """Numbers of the layers that have experts, ascending."""
+    return [int(runner.layer_id) for runner in _runners(model)]
+
+
+def returned_routing(returned: np.ndarray, layers: list[int]) -> np.ndarray:
+    """vLLM's experts [tokens, all layers, k] as [tokens, layers with experts, k] int16."""
+    return np.asarray(returned[:, layers], dtype=np.int16)
+
+
+def _runners(model: torch.nn.Module) -> list[MoERunner]:
+    found = [module for module in model.modules() if isinstance(module, MoERunner)]
+    if not found:
+        raise UserError("rollout.router_replay: the model has no experts in vLLM")
+    return sorted(found, key=lambda runner: runner.layer_id)
 
 
 def record_routing(model_runner: Any) -> RoutingRecorder:

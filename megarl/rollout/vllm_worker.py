@@ -29,7 +29,7 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
-from megarl.rollout.vllm_build import EngineSettings, build_engine
+from megarl.rollout.vllm_build import EngineSettings, build_engine, returns_routing
 from megarl.rollout.vllm_death import end_with_lost_worker
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
@@ -61,6 +61,7 @@ class EngineActor:
         self._internal_ids: dict[str, str] = {}  # vLLM's own, by id
         self._policy_version: int | None = None
         self._paused = False
+        self._expert_layers: list[int] = []  # where vLLM returns the experts that tokens chose, all layers'
         self._engine: LLMEngine
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
@@ -161,6 +162,8 @@ class EngineActor:
     def _run(self) -> None:
         try:
             self._engine = build_engine(self._settings)
+            if self._settings.record_routing and returns_routing(self._engine):
+                self._expert_layers = self._engine.collective_rpc("megarl_expert_layers")[0]
         except BaseException as error:
             traceback.print_exc()
             self._started.set_exception(error)
@@ -277,6 +280,13 @@ class EngineActor:
     def _experts(self, outputs: Sequence[Any]) -> dict[str, np.ndarray]:
         """Of the responses that are whole, by request id; tensor ranks choose alike."""
         whole = [output for output in outputs if output.outputs[0].finish_reason != "abort"]
+        if whole and self._expert_layers:
+            from megarl.rollout.vllm_routing import returned_routing
+
+            rows = [
+                returned_routing(output.outputs[0].routed_experts, self._expert_layers) for output in whole
+            ]
+            return {output.request_id: experts for output, experts in zip(whole, rows, strict=True)}
         wanted = [
             (
                 self._internal_ids[output.request_id],

@@ -1,7 +1,7 @@
 """Weights between hosts: point to point from the shard that owns them into the engine's parameter.
 
 Every trainer rank runs a :class:`PieceServer`; an engine rank whose plan has pieces of it opens a
-:class:`PieceReader` there. The two form a process group of their own (gloo; NCCL where both are GPUs),
+:class:`PieceReader` there. The two form a process group of their own (gloo; NCCL between two GPUs),
 apart from the trainer's: an engine that is started again opens a new one and the trainer's ranks need
 not notice. The server reads the live parameters in a thread, so that it must not be asked while the
 optimizer writes; the algorithms sync between training and rollout.
@@ -26,7 +26,7 @@ from torch import distributed
 
 from megarl.errors import UserError
 from megarl.weights.handover import SourceView
-from megarl.weights.place import address_towards
+from megarl.weights.place import address_towards, device_id, host_id
 
 dist: Any = distributed  # its type hints do not know the stores and groups it exports
 log = logging.getLogger(__name__)
@@ -71,14 +71,18 @@ class PieceServer:
             threading.Thread(target=self._serve, args=(request,), name=name, daemon=True).start()
 
     def _serve(self, request: dict[str, Any]) -> None:
+        if self._device.type == "cuda":  # a new thread's device is GPU 0, whatever the process trains on
+            torch.cuda.set_device(self._device)
         store = _connect(self.address)
         pieces = [_decode(entry) for entry in request["pieces"]]
         problems = [problem for piece in pieces if (problem := self._problem(piece)) is not None]
-        store.set(f"answer/{request['id']}", json.dumps(problems))
+        place = _place(self._device)
+        store.set(f"answer/{request['id']}", json.dumps({"problems": problems, "place": place}))
         if problems:
             return
         try:
-            pair = _Pair(store, request["id"], _SERVER, self._device, self._host)
+            nccl = _takes_nccl(place, request["place"])
+            pair = _Pair(store, request["id"], _SERVER, self._host, nccl=nccl)
             while pair.wait_for_start():
                 for piece in pieces:
                     pair.send(self._view(piece.source), getattr(torch, piece.dtype))
@@ -96,8 +100,9 @@ class PieceServer:
         return None
 
     def _view(self, view: SourceView) -> torch.Tensor:
-        empty = torch.empty(0, dtype=getattr(torch, view.dtype), device=self._device)
-        return empty.set_(self._storages[view.storage], view.offset, view.shape, view.stride)
+        storage = self._storages[view.storage]
+        empty = torch.empty(0, dtype=getattr(torch, view.dtype), device=storage.device)
+        return empty.set_(storage, view.offset, view.shape, view.stride)
 
 
 class PieceReader:
@@ -111,12 +116,13 @@ class PieceReader:
         store = _connect(address)
         name = uuid.uuid4().hex
         wanted = [_encode(WantedPiece(view, _wire_dtype(tensor, view))) for tensor, view in pieces]
-        store.queue_push("requests", json.dumps({"id": name, "pieces": wanted}))
-        problems = json.loads(store.get(f"answer/{name}"))
-        if problems:
-            raise UserError("\n".join(f"weights: trainer rank at {address}: {p}" for p in problems))
+        place = _place(pieces[0][0].device)
+        store.queue_push("requests", json.dumps({"id": name, "pieces": wanted, "place": place}))
+        answer = json.loads(store.get(f"answer/{name}"))
+        if answer["problems"]:
+            raise UserError("\n".join(f"weights: trainer rank at {address}: {p}" for p in answer["problems"]))
         host = address_towards(address.rsplit(":", 1)[0])
-        self._pair = _Pair(store, name, _READER, pieces[0][0].device, host)
+        self._pair = _Pair(store, name, _READER, host, nccl=_takes_nccl(place, answer["place"]))
 
     @property
     def num_bytes(self) -> int:
@@ -135,13 +141,13 @@ class PieceReader:
 
 
 class _Pair:
-    """The two ends of one connection: a word of control by gloo, tensors by the device's backend."""
+    """The two ends of one connection: a word of control by gloo, tensors by NCCL or gloo (on the host)."""
 
-    def __init__(self, store: Any, name: str, rank: int, device: torch.device, host: str) -> None:
+    def __init__(self, store: Any, name: str, rank: int, host: str, *, nccl: bool) -> None:
         self._other = 1 - rank
         self._control = _gloo(dist.PrefixStore(f"control/{name}", store), rank, host)
-        self._data = self._control
-        if device.type == "cuda":
+        self._data, self._nccl = self._control, nccl
+        if nccl:
             options = dist.ProcessGroupNCCL.Options()
             self._data = dist.ProcessGroupNCCL(dist.PrefixStore(f"data/{name}", store), rank, 2, options)
 
@@ -154,15 +160,27 @@ class _Pair:
 
     def send(self, source: torch.Tensor, dtype: torch.dtype) -> None:
         for part in _messages(source, dtype):
-            self._data.send([part.detach().to(dtype).contiguous()], self._other, 1).wait(_TRANSFER)
+            message = part.detach().to(dtype).contiguous()
+            self._data.send([message if self._nccl else message.cpu()], self._other, 1).wait(_TRANSFER)
 
     def receive(self, target: torch.Tensor, dtype: torch.dtype) -> None:
         for part in _messages(target, dtype):
-            direct = part.dtype == dtype and part.is_contiguous()
-            buffer = part if direct else torch.empty(part.shape, dtype=dtype, device=part.device)
+            device = part.device if self._nccl else torch.device("cpu")
+            direct = part.dtype == dtype and part.is_contiguous() and part.device == device
+            buffer = part if direct else torch.empty(part.shape, dtype=dtype, device=device)
             self._data.recv([buffer], self._other, 1).wait(_TRANSFER)
             if not direct:
                 part.copy_(buffer)
+
+
+def _place(device: torch.device) -> str:
+    """The device, among those of all hosts."""
+    return "cpu" if device.type == "cpu" else f"{host_id()} {device_id(device)}"
+
+
+def _takes_nccl(one: str, other: str) -> bool:
+    """Whether two places are two GPUs; NCCL refuses two ranks on one ("Duplicate GPU detected")."""
+    return "cpu" not in (one, other) and one != other
 
 
 def _gloo(store: Any, rank: int, host: str) -> Any:

@@ -73,3 +73,34 @@ def test_what_the_server_does_not_have_is_refused(server: PieceServer) -> None:
         PieceReader(server.address, pieces)
     first, second = str(error.value).splitlines()
     assert "storage 0 ends before" in first and "storage 3 of 1" in second
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "nccl"),
+    [
+        ("cpu", "cpu", False),
+        ("cpu", "a GPU-1", False),
+        ("a GPU-1", "a GPU-1", False),
+        ("a GPU-1", "a GPU-2", True),
+        ("a GPU-1", "b GPU-1", True),
+    ],
+)
+def test_nccl_joins_two_gpus_only(mine: str, theirs: str, nccl: bool) -> None:
+    assert peer._takes_nccl(mine, theirs) == peer._takes_nccl(theirs, mine) == nccl
+
+
+def test_trainer_and_engine_on_one_gpu_go_through_the_host(
+    memory: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU in name alone: NCCL would refuse its two ranks, and is not here at all."""
+    set_to = []
+    monkeypatch.setattr(peer, "_place", lambda device: "host GPU-1")
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    monkeypatch.setattr(peer.dist, "ProcessGroupNCCL", None, raising=False)
+    server = PieceServer([memory.untyped_storage()], torch.device("cuda", 3), "127.0.0.1")
+    target = torch.zeros(64, 48)
+    reader = PieceReader(server.address, [(target, view(0, (64, 48), (48, 1)))])
+    reader.start()
+    reader.receive()
+    assert torch.equal(target, memory)
+    assert set_to == [torch.device("cuda", 3)], "in the thread that serves"

@@ -7,13 +7,14 @@ parameters themselves, which engines alias.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 PARTS = ("gradients", "optimizer")
+Put = Callable[[torch.Tensor], None]
 
 
 class Sleeper:
@@ -21,52 +22,60 @@ class Sleeper:
 
     def __init__(self, ddp: list[Any], optimizer: Any, device: torch.device) -> None:
         self._ddp, self._optimizer, self._device = ddp, optimizer, device
+        self._on_gpu = device.type == "cuda"
         self._asleep: frozenset[str] = frozenset()
-        self._moved: list[Callable[[], None]] = []  # each brings one tensor back
+        self._host: dict[tuple[int, str], torch.Tensor] = {}  # pinned; kept, since pinning is slow
+        self._moved: list[tuple[Put, torch.Tensor]] = []  # where each tensor goes back to, and what is in it
 
     def sleep(self, parts: Iterable[str]) -> None:
         """Give up the memory of ``parts``; those asleep already stay so."""
         parts = frozenset(parts) - self._asleep
         assert parts <= set(PARTS), parts
-        on_gpu = self._device.type == "cuda"
         if "gradients" in parts:
             for chunk in self._ddp:
-                chunk.offload_grad_buffers(synchronize=on_gpu, empty_cache=False)
+                chunk.offload_grad_buffers(synchronize=self._on_gpu, empty_cache=False)
         if "optimizer" in parts:
             self._move_optimizer()
-        if on_gpu and parts:
+        if self._on_gpu and parts:
             torch.cuda.empty_cache()  # the engine's allocator is another process's
         self._asleep |= parts
 
     def wake(self) -> None:
         """Bring back what sleeps. Gradients are zero then."""
-        for bring_back in self._moved:
-            bring_back()
+        for put, on_host in self._moved:  # in stream order: what reads them waits, this does not
+            put(on_host.to(self._device, non_blocking=True, copy=True))
         self._moved.clear()
         if "gradients" in self._asleep:
             for chunk in self._ddp:
-                chunk.restore_grad_buffers(synchronize=self._device.type == "cuda")
+                chunk.restore_grad_buffers(synchronize=self._on_gpu)
         self._asleep = frozenset()
 
     def _move_optimizer(self) -> None:
+        """Put copies in host memory in the place of all tensors, the copies under way at the same time."""
+        for key, tensor, put in self._tensors():
+            if tensor.device.type != self._device.type:  # a step counter on the host
+                continue
+            on_host = self._host.get(key)
+            if on_host is None or (on_host.shape, on_host.dtype) != (tensor.shape, tensor.dtype):
+                on_host = torch.empty_like(tensor, device="cpu", pin_memory=self._on_gpu)
+                self._host[key] = on_host
+            on_host.copy_(tensor, non_blocking=True)
+            self._moved.append((put, on_host))
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+        for put, on_host in self._moved:
+            put(on_host)
+
+    def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor, Put]]:
+        """Master parameters and optimizer state: a lasting name, the tensor, and what replaces it."""
         params = {id(param) for chunk in self._ddp for param in chunk.parameters()}
         for megatron in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             inner = megatron.optimizer
             for group in inner.param_groups:
                 for master in group["params"]:
                     if id(master) not in params:
-                        self._move(master.data, partial(setattr, master, "data"))
-            for state in inner.state.values():
+                        yield (id(master), "master"), master.data, partial(setattr, master, "data")
+            for owner, state in inner.state.items():
                 for name, value in state.items():
                     if isinstance(value, torch.Tensor):
-                        self._move(value, partial(state.__setitem__, name))
-
-    def _move(self, tensor: torch.Tensor, put: Callable[[torch.Tensor], None]) -> None:
-        """Put a copy in pinned host memory in its place; what lies on the host stays where it is."""
-        device = tensor.device
-        if device.type == "cpu":
-            return
-        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        on_host.copy_(tensor)
-        put(on_host)
-        self._moved.append(lambda: put(on_host.to(device, non_blocking=True)))
+                        yield (id(owner), name), value, partial(state.__setitem__, name)
