@@ -175,6 +175,8 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 from megarl.platform.packages import check_packages
 
                 check_packages(config.parallel)
+        if not options.dry_run:
+            _check_memory_can_be_mapped(config)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same; the first of each machine says it
@@ -191,6 +193,18 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return run_ranks(count, arguments, ranks_path)
     _call_loop(job, config)
     return 0
+
+
+def _check_memory_can_be_mapped(config: TrainingRoot | EvalConfig) -> None:
+    """Whether an engine could have the trainer's weights, where there is one and it shares a GPU."""
+    weights = getattr(config, "weights", None)
+    if not hasattr(config, "rollout") or (weights is not None and weights.transport == "peer"):
+        return
+    from megarl.platform import chosen_name
+    from megarl.weights.cuda_ipc import check_allocator
+
+    if chosen_name() == "cuda":
+        check_allocator()
 
 
 def _call_loop(job: Job, config: TrainingRoot | EvalConfig) -> None:

@@ -218,6 +218,26 @@ RING = [
 ]
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_that_no_engine_can_map_is_refused_before_ranks_start(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megarl.platform.chosen_name", lambda: "cuda")
+    started = []
+    monkeypatch.setattr("megarl.launch.run_ranks", lambda *_: (started.append(1), 0)[1])
+    command = ["grpo", "--config", "c.yaml", "parallel.num_processes=2"]
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    assert cli.main(command) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {name}: expandable_segments: no engine can map such memory")
+    assert not started
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert cli.main([*command, "weights.transport=peer"]) == 0
+    monkeypatch.setattr("megarl.platform.chosen_name", lambda: "cpu")
+    assert cli.main(command) == 0
+    assert len(started) == 2
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [

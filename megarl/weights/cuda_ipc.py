@@ -27,14 +27,19 @@ from megarl.weights.handover import CudaStorage
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def share_storage(storage: Any, device_uuid: str) -> CudaStorage:
-    """The handle of a storage on a GPU; raises UserError where its memory cannot have one."""
+def check_allocator() -> None:
+    """Raise UserError where this environment gives torch memory on GPUs that has no handles."""
     for name in _ALLOCATOR_SETTINGS:
         if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
             raise UserError(
-                f"{name}: expandable_segments cannot be shared with the engine; "
-                "take it out, or set weights.transport=peer"
+                f"{name}: expandable_segments: no engine can map such memory; take it out (runs that train "
+                "can set weights.transport=peer instead, and copy all weights at every step)"
             )
+
+
+def share_storage(storage: Any, device_uuid: str) -> CudaStorage:
+    """The handle of a storage on a GPU; raises UserError where its memory cannot have one."""
+    check_allocator()
     _, *rest = storage._share_cuda_()
     return CudaStorage(device_uuid, tuple(rest), storage.nbytes())
 

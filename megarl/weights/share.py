@@ -39,10 +39,13 @@ def pool_parameters(params: Mapping[str, torch.Tensor]) -> dict[torch.dtype, tor
     return buffers
 
 
-def share_parameters(params: Mapping[str, torch.Tensor], regions: list[Region]) -> Owner:
+def share_parameters(
+    params: Mapping[str, torch.Tensor], regions: list[Region], *, mapped: bool = True
+) -> Owner:
     """Make the parameters' storages mappable (in place: all views stay valid) and describe them.
 
-    On a CPU they move into shared memory; on a GPU they stay where they are.
+    On a CPU they move into shared memory; on a GPU they stay where they are, and without ``mapped`` have no
+    handles: engines then ask this rank for what they need.
     """
     storages: list[Storage] = []
     numbers: dict[int, int] = {}
@@ -54,7 +57,7 @@ def share_parameters(params: Mapping[str, torch.Tensor], regions: list[Region]) 
         key = storage.data_ptr()
         if key not in numbers:
             numbers[key] = len(storages)
-            storages.append(_share(storage, param.device))
+            storages.append(_share(storage, param.device, mapped))
         views[name] = SourceView(
             numbers[key],
             str(param.dtype).removeprefix("torch."),
@@ -80,7 +83,9 @@ def open_storage(shared: Storage) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared_filename_cpu(*shared.handle)
 
 
-def _share(storage: torch.UntypedStorage, device: torch.device) -> Storage:
+def _share(storage: torch.UntypedStorage, device: torch.device, mapped: bool) -> Storage:
     if device.type == "cpu":
         return SharedStorage(tuple(storage._share_filename_cpu_()))
+    if not mapped:
+        return CudaStorage(device_id(device), (), storage.nbytes())
     return cuda_ipc.share_storage(storage, device_id(device))

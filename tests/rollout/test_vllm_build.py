@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from megarl.config.schema import EngineConfig
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.rollout import vllm_build
 from megarl.rollout.vllm_build import EngineSettings, engine_arguments

@@ -97,7 +97,7 @@ def checksums_by_other_handles(context: Any, model_dir: str) -> dict[str, Any]:
 
     made = []
 
-    def share_anew(storage: Any, _device: Any) -> SharedStorage:
+    def share_anew(storage: Any, *_: Any) -> SharedStorage:
         made.append(storage)
         return SharedStorage((b"counter %d" % len(made), b"", storage.nbytes()))
 

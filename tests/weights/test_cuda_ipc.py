@@ -12,7 +12,7 @@ import torch
 from megarl.errors import UserError
 from megarl.weights import cuda_ipc
 from megarl.weights.handover import CudaStorage
-from megarl.weights.share import open_storage, share_parameters
+from megarl.weights.share import _share, open_storage, share_parameters
 
 UUIDS = ["GPU-a", "GPU-b", "GPU-c"]
 
@@ -56,6 +56,17 @@ def test_virtual_memory_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments: True")
     with pytest.raises(UserError, match=f"{name}: expandable_segments"):
         cuda_ipc.share_storage(Storage(), "GPU-a")
+
+
+def test_what_is_asked_for_point_to_point_needs_no_handle(
+    three_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that weights.transport=peer does where memory has none."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    storage: Any = Storage()
+    assert _share(storage, torch.device("cuda", 1), mapped=False) == CudaStorage("GPU-b", (), 3584)
+    with pytest.raises(UserError):
+        _share(storage, torch.device("cuda", 1), mapped=True)
 
 
 def _add_one(shared: CudaStorage, done: Any) -> None:

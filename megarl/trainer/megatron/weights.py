@@ -39,7 +39,7 @@ class TrainerWeights:
     def owners(self, transport: Transport) -> list[Owner]:
         """See Policy.weight_owners. A server is started where an engine may have to ask for weights."""
         if self._offered is None:  # a GPU's memory has another handle each time it is asked for one
-            self._offered = share_parameters(self._params, self._regions)
+            self._offered = share_parameters(self._params, self._regions, mapped=transport != "peer")
         mine = self._offered
         several_hosts = len(set(gather(mine.host))) > 1
         if self._server is None and (transport == "peer" or (transport == "auto" and several_hosts)):
