@@ -44,6 +44,7 @@ def start_engine(
     engine is known to get wrong, and where the engines cannot be dealt to the ranks' hosts.
     """
     check_engine(architecture, engine)
+    check_batch_invariance(engine)
     if architecture.spec.mla and platform.chosen_name() == "cpu":
         # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
         raise UserError(
@@ -62,6 +63,30 @@ def start_engine(
         offload_kv_cache=weights is not None and "kv_cache" in weights.offload,
         record_routing=record_routing,
     )
+
+
+def check_batch_invariance(engine: EngineConfig) -> None:
+    """Raise UserError where vLLM has no batch-invariant kernels for this machine's GPUs."""
+    if engine.batch_invariant and platform.chosen_name() == "cuda":
+        import torch
+
+        capability = torch.cuda.get_device_capability()
+        if capability < (9, 0):
+            found = ".".join(map(str, capability))
+            raise UserError(
+                "rollout.engine.batch_invariant: needs GPUs of compute capability 9.0 or later, such as an "
+                f"H100 (here: {found})"
+            )
+
+
+def rounding_note(engine: EngineConfig) -> list[str]:
+    """A line for the log where seeds alone do not fix what several engines draw."""
+    if platform.chosen_name() == "cpu" or engine.batch_invariant or engine.data_parallel_size == 1:
+        return []
+    return [
+        "on a GPU rounding depends on what is decoded side by side: which engine draws a response may change "
+        "it (not with rollout.engine.batch_invariant)"
+    ]
 
 
 def check_offload(weights: WeightsConfig) -> None:
@@ -100,7 +125,7 @@ def attach_weights(
     lines = []
     for rank, (plan, report) in enumerate(zip(plans, engine.attach(plans), strict=True)):
         lines += [f"engine rank {rank}: {line}" for line in _describe(plan, report)]
-    return lines
+    return lines + rounding_note(engine.config)
 
 
 def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:

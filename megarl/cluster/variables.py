@@ -59,9 +59,10 @@ def rank_threads(environ: Mapping[str, str], num_ranks: int) -> dict[str, str]:
     return {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(max(1, cores() // num_ranks))}
 
 
-def engine_variables(num_threads: int) -> dict[str, str]:
+def engine_variables(num_threads: int, *, batch_invariant: bool = False) -> dict[str, str]:
     """Of an engine's process and its workers, with ``num_threads`` threads each."""
-    return {**_ENGINE, **threads(num_threads)}
+    invariant = {"VLLM_BATCH_INVARIANT": "1"} if batch_invariant else {}
+    return {**_ENGINE, **invariant, **threads(num_threads)}
 
 
 def environment_worker_variables() -> dict[str, str]:

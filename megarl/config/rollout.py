@@ -34,8 +34,11 @@ class EngineConfig(Section):
     """Each of these ranks holds whole experts, not a part of all of them (vLLM's enable_expert_parallel)."""
     num_threads: PositiveInt | None = None
     """CPU threads of an engine, over all its ranks; null: its host's cores, shared with what runs beside."""
+    batch_invariant: bool = False
+    """On a GPU, draw the same tokens whatever is decoded beside them, with slower kernels (compute capability
+    9.0 or later). On a CPU it changes nothing."""
     start_timeout_seconds: PositiveFloat = 300.0
-    """How long the engine may take to start before the run ends with an error."""
+    """How long an engine that starts may show no progress before the run ends with an error."""
 
     def describe(self) -> list[str]:
         """Lines for --dry-run, where there are several."""

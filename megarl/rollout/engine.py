@@ -33,7 +33,8 @@ class WeightPlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only.
+    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only; on a GPU that
+    takes rollout.engine.batch_invariant, else rounding depends on what is decoded in the same step.
 
     ``lineage`` tells what it begins with: requests of one (prompt, episode) continue each other, those of
     one prompt begin alike. None is not known.

@@ -1,6 +1,7 @@
 """Several whole engines behind the interface of one (rollout.engine.data_parallel_size).
 
-Requests carry their seeds, so that a response does not depend on which engine draws it. Each engine replaces
+Requests carry their seeds, so that a response does not depend on which engine draws it (on a GPU with
+rollout.engine.batch_invariant: see GenerateRequest). Each engine replaces
 its own dead actor; nothing here knows of deaths.
 """
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megarl import platform
 from megarl.cluster.ray_runtime import beside_ranks, ray_temp_dir, start_ray, unlink_on_node
 from megarl.cluster.variables import engine_variables
 from megarl.config.rollout import EngineConfig
@@ -27,6 +28,7 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
+from megarl.rollout.patience import wait_while_progressing
 from megarl.rollout.placement import BESIDE_DRIVER, EnginePlace, threads_per_rank
 from megarl.rollout.vllm_build import EngineSettings
 from megarl.rollout.vllm_session import VllmSession, actor_died
@@ -125,7 +127,8 @@ class VllmEngine:
         """Wait until the engine takes calls.
 
         Raises:
-            EngineError: it crashed (at once, with the cause) or start_timeout_seconds passed.
+            EngineError: it crashed (at once, with the cause), or start_timeout_seconds passed without a sign
+                of progress.
         """
         try:
             self._wait_started()
@@ -222,25 +225,42 @@ class VllmEngine:
         import ray
 
         self._asleep = False
-        threads = threads_per_rank(self._settings.config, self._place)
+        config = self._settings.config
+        threads = threads_per_rank(config, self._place)
+        invariant = config.batch_invariant and platform.chosen_name() == "cuda"
+        variables = engine_variables(threads, batch_invariant=invariant)
         actor_class: Any = ray.remote(EngineActor)
         self._actor: Any = actor_class.options(
             num_cpus=0,
             max_restarts=0,
             max_concurrency=_ACTOR_THREADS,
-            **beside_ranks(self._place.node, self._place.devices, engine_variables(threads)),
+            **beside_ranks(self._place.node, self._place.devices, variables),
         ).remote(self._settings, str(self._log_path))
         self._started: Any = self._actor.wait_started.remote()
 
     def _wait_started(self) -> None:
-        timeout = self._settings.config.start_timeout_seconds
-        try:
-            self._shared_memory = self._get(self._started, timeout=timeout)
-        except TimeoutError:
+        """Join the actor's start, which on a cold host, with others beside it, takes minutes."""
+        patience = self._settings.config.start_timeout_seconds
+
+        def started(seconds: float) -> bool:
+            try:
+                self._shared_memory = self._get(self._started, timeout=seconds)
+            except TimeoutError:
+                return False
+            return True
+
+        def progress(seconds: float) -> Any:
+            try:
+                return self._get(self._actor.progress.remote(), timeout=seconds)
+            except TimeoutError:
+                return None
+
+        if not wait_while_progressing(started, progress, patience):
             message = (
-                f"the vLLM engine was not ready after {timeout:g} s (rollout.engine.start_timeout_seconds)"
+                f"the vLLM engine was not ready and made no progress for {patience:g} s "
+                "(rollout.engine.start_timeout_seconds)"
             )
-            raise EngineError(self._explain(message)) from None
+            raise EngineError(self._explain(message))
 
     def _generate(
         self, unfinished: dict[str, GenerateRequest], sampling: SamplingConfig

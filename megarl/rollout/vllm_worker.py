@@ -29,6 +29,7 @@ from megarl.rollout.engine import (
     SyncReport,
     WeightPlanError,
 )
+from megarl.rollout.patience import kinds_of_lines
 from megarl.rollout.vllm_build import EngineSettings, build_engine, returns_routing
 from megarl.rollout.vllm_death import end_with_lost_worker
 from megarl.weights.checksum import RegionChecksum
@@ -53,7 +54,7 @@ class EngineActor:
         temp_dir = settings.temp_dir if os.path.isdir(settings.temp_dir) else str(make_temp_dir())
         # Variables that are read once are set before this process starts (megarl.cluster.variables).
         os.environ["TMPDIR"] = tempfile.tempdir = temp_dir
-        self._settings = settings
+        self._settings, self._log_path = settings, Path(log_path)
         self._started: Future[None] = Future()
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._requests: dict[str, ResponseQueue] = {}  # unfinished, by id
@@ -72,6 +73,10 @@ class EngineActor:
         self._started.result()
         workers = self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_shared_memory"))
         return sorted({*own_shared_memory(), *(name for names in workers for name in names)})
+
+    def progress(self) -> tuple[int, int]:
+        """What grows while the engine starts: modules that are imported, and what the log says."""
+        return len(sys.modules), kinds_of_lines(self._log_path)
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """See Engine.describe_parameters."""
