@@ -58,10 +58,9 @@ def test_virtual_memory_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -
         cuda_ipc.share_storage(Storage(), "GPU-a")
 
 
-def test_what_is_asked_for_point_to_point_needs_no_handle(
-    three_gpus: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_asked_for_point_to_point_needs_no_handle(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that weights.transport=peer does where memory has none."""
+    monkeypatch.setattr("megarl.weights.share.device_id", lambda device: UUIDS[device.index])
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     storage: Any = Storage()
     assert _share(storage, torch.device("cuda", 1), mapped=False) == CudaStorage("GPU-b", (), 3584)
