@@ -1,4 +1,5 @@
-// vLLM's own kernels that a dense decoder runs, for the CPU key: norms, rotary embedding, gated activation, cache writes.
+// vLLM's own kernels that a dense decoder runs, for the CPU key: embedding, norms, rotary embedding,
+// gated activation, cache writes.
 // Intermediate values are float32, rounded where vLLM's kernels round.
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -62,7 +63,20 @@ void reshape_and_cache_flash(const Tensor& key, const Tensor& value, Tensor key_
   value_cache.index_put_({page, within}, value.index_select(0, kept).to(value_cache.scalar_type()));
 }
 
+// A tensor rank's part of the embedding: rows of its own vocabulary, and after some padding of its added tokens;
+// zeros for tokens of other ranks.
+void vocab_parallel_embedding(Tensor out, const Tensor& ids, const Tensor& weight, int64_t first, int64_t end,
+                              int64_t padding, int64_t added_first, int64_t added_end) {
+  auto own = ids.ge(first) & ids.lt(end);
+  auto added = ids.ge(added_first) & ids.lt(added_end);
+  auto row = at::where(added, ids - added_first + (end - first + padding), ids - first);
+  auto here = own | added;
+  auto rows = weight.index_select(0, row.masked_fill(~here, 0).to(at::kLong));
+  out.copy_(rows.masked_fill(~here.unsqueeze(-1), 0));
+}
+
 TORCH_LIBRARY_IMPL(_C, CPU, m) {
+  m.impl("vocab_parallel_embedding", vocab_parallel_embedding);
   m.impl("rms_norm", rms_norm);
   m.impl("fused_add_rms_norm", fused_add_rms_norm);
   m.impl("silu_and_mul", silu_and_mul);

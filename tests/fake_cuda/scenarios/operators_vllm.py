@@ -58,6 +58,16 @@ def check_elementwise() -> dict[str, float]:
     return found
 
 
+def check_embedding() -> dict[str, float]:
+    """Rank 1 of two: tokens 8 to 15 of 16, and 18 to 19 of four added ones, after 2 rows of padding."""
+    weight = torch.randn(12, 8)
+    ids = torch.tensor([0, 8, 15, 7, 18, 19, 17, 11])
+    rows = [None, 0, 7, None, 10, 11, None, 3]
+    expected = torch.stack([torch.zeros(8) if row is None else weight[row] for row in rows])
+    out = ops.vocab_parallel_embedding(ids.cuda(), weight.cuda(), 8, 16, 2, 18, 20)
+    return {"vocab_parallel_embedding": difference(out, expected.double())}
+
+
 def check_paged_attention() -> dict[str, float]:
     """Three sequences, one of them decoding, whose keys and values lie in scattered pages of 16."""
     torch.manual_seed(0)
@@ -127,7 +137,16 @@ def check_experts() -> dict[str, float]:
 
 
 def main() -> None:
-    print(json.dumps({"differences": check_elementwise() | check_paged_attention() | check_experts()}))
+    print(
+        json.dumps(
+            {
+                "differences": check_elementwise()
+                | check_embedding()
+                | check_paged_attention()
+                | check_experts()
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ def test_an_engine_that_dies_is_started_again(bench: Workbench) -> None:
     for engine in engines:
         engine.send_signal(signal.SIGKILL)
     assert process.wait(TIMEOUT) == 0, log.read_text()[-6000:]
+    bench.check_nothing_was_skipped()
     run = Finished(bench.folder / "grpo-killed", log.read_text())
     assert len(run.column("grad_norm")) == 4
     assert max(run.column("logprob_abs_diff_max")) < LOGPROBS_AGREE["float32"]

@@ -24,6 +24,7 @@ def run(bench: Workbench, program: str, **settings: str) -> dict[str, Any]:
         timeout=TIMEOUT,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    bench.check_nothing_was_skipped()
     result: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
     return result
 

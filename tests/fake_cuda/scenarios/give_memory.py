@@ -1,0 +1,31 @@
+"""Two trainer ranks on fake GPUs hand memory to the engine and take it back, over NCCL itself.
+
+Rank 1 takes a second to give its memory up, and so does the engine. Every rank prints a JSON line with the
+moments of its own give and take (time.monotonic: one clock for the machine).
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch.distributed as dist
+
+from megarl.config.parallel import ParallelConfig
+from megarl.trainer.megatron.initialize import finalize, initialize
+from megarl.trainer.policy import broadcast, gather
+from tests.weights import hand_over_ranks
+
+
+def main() -> None:
+    context = initialize(ParallelConfig(num_processes=2), seed=1)
+    hand_over_ranks.broadcast_as_nccl = dist.broadcast_object_list
+    broadcast(None)  # the first collective makes the communicator: for that all ranks wait
+    gather(None)
+    parts = ["gradients", "optimizer", "kv_cache"]
+    times = {side: hand_over_ranks.give_memory(context, side, parts) for side in ("engine", "trainer")}
+    print(json.dumps(times), flush=True)
+    finalize()
+
+
+if __name__ == "__main__":
+    main()
