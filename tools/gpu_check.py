@@ -76,7 +76,7 @@ STEPS = (
     Step("cuda_ipc", 60),
     Step("spinning", 40, needs=False),
     Step("ops", 60),
-    Step("microbatch", 75),
+    Step("microbatch", 90),
 )
 
 
