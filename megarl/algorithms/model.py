@@ -9,12 +9,17 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config.evaluate import EvalConfig
 from megarl.config.lora import LoraConfig
 from megarl.config.model import read_model_config
+from megarl.config.online import OnlineConfig
 from megarl.config.training import TrainingRoot
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer
+from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.lora import adapted_modules, num_adapter_parameters, targets_of
 from megarl.models.table import Architecture
 from megarl.platform.layers import layer_implementations
+from megarl.simulate.fit import free_bytes, least_memory, too_small
+from megarl.trainer.control import from_first_rank, gather
+from megarl.trainer.megatron.initialize import RankContext
 
 
 def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
@@ -24,6 +29,27 @@ def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrai
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
     return architecture, tokenizer, config.max_sequence_length(read_model_config(path))
+
+
+def check_fits(config: TrainingRoot, architecture: Architecture, context: RankContext) -> None:
+    """Refuse GPUs that are too small, before anything is built; every rank calls it.
+
+    Raises:
+        UserError: what does not fit, of the first rank where it does not.
+    """
+    device = context.platform.device
+    if device.type == "cpu":
+        return
+    memory = least_memory(config, architecture, context.layout, context.at, context.rank)
+    offload = config.weights.offload if isinstance(config, OnlineConfig) else []
+    problem = too_small(memory, offload, free_bytes(device), f"rank {context.rank}'s GPU {device.index}")
+    problems = [each for each in gather(problem) if each is not None]
+
+    def refuse() -> None:
+        if problems:
+            raise UserError(problems[0])
+
+    from_first_rank(refuse)
 
 
 def describe_model(device: str, config: TrainingRoot, architecture: Architecture) -> list[str]:

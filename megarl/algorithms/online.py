@@ -21,7 +21,7 @@ from megarl.algorithms.collect import Collector
 from megarl.algorithms.engines import attach_weights, check_offload, start_engine, verify_weights
 from megarl.algorithms.evaluate import evaluate, pick_problems
 from megarl.algorithms.examples import load_problems, load_splits
-from megarl.algorithms.model import describe_model, read_model
+from megarl.algorithms.model import check_fits, describe_model, read_model
 from megarl.algorithms.online_report import (
     describe_overlap,
     disagreement,
@@ -84,6 +84,7 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
     architecture, tokenizer, longest = read_model(config)
     train, held_out = load_splits(load_problems, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
+    check_fits(config, architecture, context)
     check_offload(config.weights)
     from megarl.trainer.megatron.policy import MegatronPolicy
 

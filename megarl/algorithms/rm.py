@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from megarl.algorithms.examples import load_preference_pairs, load_splits
-from megarl.algorithms.model import describe_model, read_model
+from megarl.algorithms.model import check_fits, describe_model, read_model
 from megarl.algorithms.pairs import HEADLINES, train_metrics, validates, validation_metrics
 from megarl.algorithms.run import Run
 from megarl.config.preference import RmConfig
@@ -25,6 +25,7 @@ def run_rm(config: RmConfig) -> None:
     architecture, tokenizer, longest = read_model(config)
     train, held_out = load_splits(load_preference_pairs, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
+    check_fits(config, architecture, context)
     from megarl.trainer.megatron.scorer import MegatronScorer
 
     with Run(config, "rm", is_first=context.is_first) as run:

@@ -7,7 +7,7 @@ demonstrations -> batch -> packing -> forward/backward -> optimizer. Each step c
 from __future__ import annotations
 
 from megarl.algorithms.examples import load_sequences, load_splits
-from megarl.algorithms.model import describe_model, read_model
+from megarl.algorithms.model import check_fits, describe_model, read_model
 from megarl.algorithms.run import Run
 from megarl.config.sft import SftConfig
 from megarl.data.order import held_out_rows, order_of
@@ -20,6 +20,7 @@ def run_sft(config: SftConfig) -> None:
     architecture, tokenizer, longest = read_model(config)
     train, held_out = load_splits(load_sequences, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
+    check_fits(config, architecture, context)
     from megarl.trainer.megatron.policy import MegatronPolicy
 
     training, last = config.training, config.training.num_steps

@@ -1,0 +1,81 @@
+"""Whether a run fits its GPUs: the plan's figures against what is free, before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields, replace
+
+import torch
+
+from megarl.config.lora import LoraLayers
+from megarl.config.online import OnlineConfig
+from megarl.config.plan import (
+    PlanConfig,
+    PlanDtypesConfig,
+    PlanEngineConfig,
+    PlanModelConfig,
+    PlanTrainerConfig,
+    PlanWorkloadConfig,
+)
+from megarl.config.training import TrainingRoot
+from megarl.layout import ParallelLayout, RankCoordinates
+from megarl.models.table import Architecture
+from megarl.simulate.layouts import Layouts
+from megarl.simulate.memory import GIB, GpuMemory, trainer_memory, while_generating, while_training
+from megarl.simulate.shapes import stage_shapes
+
+
+def least_memory(
+    config: TrainingRoot, architecture: Architecture, layout: ParallelLayout, at: RankCoordinates, rank: int
+) -> GpuMemory:
+    """Of what `megarl plan` counts on a trainer rank's GPU, that which is there whatever the data are.
+
+    So without activations. Nor is a critic or a teacher in it, nor engine parameters: the engine decides how
+    many of them are the trainer's memory.
+    """
+    layouts = Layouts(layout, layout, 1, colocated=True)
+    shapes = stage_shapes(architecture, "trainer", layout, at)
+    memory = trainer_memory(_plan_of(config), architecture, layouts, at.pipeline, shapes)
+    cache = 0
+    if isinstance(config, OnlineConfig) and rank < config.rollout.engine.tensor_parallel_size:
+        cache = int(config.rollout.engine.kv_cache_gib * GIB)
+    return replace(memory, activations=0, kv_cache=cache)
+
+
+def too_small(memory: GpuMemory, offload: Collection[str], free: int, device: str) -> str | None:
+    """The line that says what does not fit ``free`` bytes, or None."""
+    phases = while_training(memory, offload), while_generating(memory, offload)
+    fullest = max(phases, key=lambda phase: phase.total)
+    if fullest.total <= free:
+        return None
+    sizes = {field.name.replace("_", " "): getattr(fullest, field.name) for field in fields(fullest)}
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+    return (
+        f"parallel: {device} has {free / GIB:.2f} GiB free, and this run needs {fullest.total / GIB:.2f} "
+        f"there before activations ({parts}); split it over more ranks, or use optimizer.distributed or lora"
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU, as its driver says."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def _plan_of(config: TrainingRoot) -> PlanConfig:
+    """The part of a plan that the trainer's memory is counted by."""
+    reference = getattr(getattr(config, "algorithm", None), "needs_reference", False)
+    lora = config.lora and LoraLayers(rank=config.lora.rank, target_modules=config.lora.target_modules)
+    return PlanConfig(
+        model=PlanModelConfig(path=config.model.path),
+        trainer=PlanTrainerConfig(
+            distributed_optimizer=config.optimizer.distributed,
+            keep_reference=bool(reference),
+            lora=lora,
+        ),
+        engine=PlanEngineConfig(kv_cache_gib=1.0),
+        workload=PlanWorkloadConfig(
+            sequence_length=1, tokens_per_microbatch=1
+        ),  # activations are not asked for
+        dtypes=PlanDtypesConfig(parameters=config.model.dtype, engine=config.model.dtype),
+    )
