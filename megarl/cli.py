@@ -177,6 +177,11 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 check_packages(config.parallel)
         if not options.dry_run:
             _check_memory_can_be_mapped(config)
+        if not options.dry_run and (started is not None or not job.trains or config.launcher != "ray"):
+            from megarl.cluster.devices import check_devices
+
+            alone = config.parallel.num_processes if job.trains and started is None else 1
+            check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", alone)))
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same; the first of each machine says it

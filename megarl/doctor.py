@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from megarl.cluster.devices import Driver, find_driver
+
 Level = Literal["ok", "note", "problem"]
 
 GIB = 2**30
@@ -279,6 +281,8 @@ def check_native_ops() -> list[Finding]:
     ]
     if kernels["CUDA"]:
         findings.append(Finding("", f"{len(kernels['CUDA'])} for CUDA: {_short(kernels['CUDA'])}"))
+    elif torch.version.cuda is None:
+        findings.append(Finding("", "none for CUDA", "ok", "nor has this torch any"))
     else:
         needed = torch.cuda.is_available()
         meaning = "build them: FORCE_CUDA=1 make setup" if needed else "of no use without a GPU"
@@ -298,16 +302,23 @@ def check_cuda() -> list[Finding]:
         return []
     import torch
 
-    findings = []
+    driver, built_for = find_driver(), torch.version.cuda
+    findings = [
+        Finding(
+            "CUDA", "torch is built for the CPU" if built_for is None else f"torch is built for {built_for}"
+        ),
+        driver_finding(driver, built_for, available=torch.cuda.is_available()),
+    ]
+    if built_for is not None:
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        findings.append(Finding("CUDA libraries", f"cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"))
+        findings.append(transformer_engine_finding())
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             size = f"{properties.total_memory / GIB:.0f} GiB"
             found = f"{properties.name}, {size}, sm_{properties.major}{properties.minor}"
             findings.append(Finding(f"GPU {index}", found))
-    elif shutil.which("nvidia-smi"):
-        meaning = "training runs on the CPU; for CUDA: docker/Dockerfile, or MEGARL_CUDA=1 make setup"
-        findings.append(Finding("GPU", "nvidia-smi is there, torch sees no GPU", "note", meaning))
     else:
         findings.append(Finding("GPU", "none", "ok", "the trainer runs on the CPU with gloo, the engine too"))
     nvcc = shutil.which("nvcc")
@@ -318,6 +329,36 @@ def check_cuda() -> list[Finding]:
         release = re.search(r"release ([\d.]+)", said)
         findings.append(Finding("nvcc", release.group(1) if release else "there, but gives no version"))
     return findings
+
+
+def driver_finding(driver: Driver | None, built_for: str | None, *, available: bool) -> Finding:
+    """Whether NVIDIA's driver runs what torch was built for (a version of CUDA, None for the CPU alone)."""
+    if driver is None:
+        return Finding("NVIDIA driver", "none")
+    found = f"{driver}, {driver.num_devices} GPUs"
+    if built_for is None:
+        meaning = "training runs on the CPU; for CUDA: MEGARL_CUDA=1 make setup, or docker/Dockerfile"
+        return Finding("NVIDIA driver", found, "note" if driver.num_devices else "ok", meaning)
+    if available or driver.num_devices == 0:
+        return Finding("NVIDIA driver", found)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    reason = driver.problem(built_for) or (
+        "torch sees none of them" + ("" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden})")
+    )
+    return Finding("NVIDIA driver", found, "problem", reason)
+
+
+def transformer_engine_finding() -> Finding:
+    """Transformer Engine is optional: MegaRL's own layers compute where it is absent."""
+    subject = "Transformer Engine"
+    if find_spec("transformer_engine") is None:
+        return Finding(subject, "none", "ok", "optional: only parallel.context_attention=ring needs it")
+    command = [sys.executable, "-c", "import transformer_engine.pytorch"]
+    tried = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if tried.returncode == 0:
+        return Finding(subject, metadata.version("transformer-engine"))
+    reason = (tried.stderr.strip().splitlines() or ["no message"])[-1]
+    return Finding(subject, "`import transformer_engine.pytorch` fails", "note", reason)
 
 
 def check_layers() -> list[Finding]:

@@ -92,16 +92,22 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
     environ["WORLD_SIZE"] = str(size)
-    environ.update(rank_threads(environ, _tasks_sharing_cores(environ)))
-
-
-def _tasks_sharing_cores(environ: Mapping[str, str]) -> int:
-    """How many tasks use the cores that this one may use. '8(x3),2': 8 on three nodes, 2 on a fourth."""
+    tasks_here = _tasks_on_node(environ)
+    environ.setdefault("LOCAL_WORLD_SIZE", str(tasks_here))
     on_node = environ.get("SLURM_CPUS_ON_NODE", "")
-    if on_node.isdigit() and cores() < int(on_node):
-        return 1  # srun has bound each task to cores of its own
-    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
-    return max((int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)), default=1)
+    bound = on_node.isdigit() and cores() < int(on_node)  # each task to cores of its own
+    environ.update(rank_threads(environ, 1 if bound else tasks_here))
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> int:
+    """Tasks of this job step on this node; '8(x3),2' are 8 on each of three nodes and 2 on a fourth."""
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
+    tasks = [
+        int(count)
+        for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?(?:,|$)", text)
+        for _ in range(int(nodes or 1))
+    ]
+    return (tasks or [1])[min(int(environ.get("SLURM_NODEID", "0")), len(tasks or [1]) - 1)]
 
 
 def first_host(nodes: str) -> str:

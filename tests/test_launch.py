@@ -46,6 +46,7 @@ def test_srun_step() -> None:
     environ = dict(STEP)
     adopt_slurm(environ)
     assert int(environ.pop("OMP_NUM_THREADS")) >= 1  # see tests/cluster/test_variables.py
+    assert environ.pop("LOCAL_WORLD_SIZE") == "1"
     assert {name: environ[name] for name in environ.keys() - STEP.keys()} == {
         "RANK": "5",
         "LOCAL_RANK": "1",
@@ -54,6 +55,23 @@ def test_srun_step() -> None:
         "MASTER_PORT": str(20000 + (12345 + 97 * 2) % 12000),
     }
     assert world_size(environ) == 8
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "here"),
+    [
+        ("8", 0, 8),
+        ("8(x3),2", 0, 8),
+        ("8(x3),2", 2, 8),
+        ("8(x3),2", 3, 2),
+        ("4,2(x2),1", 1, 2),
+        ("4,2(x2),1", 3, 1),
+    ],
+)
+def test_tasks_of_each_node(tasks: str, node: int, here: int) -> None:
+    environ = STEP | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)}
+    adopt_slurm(environ)
+    assert environ["LOCAL_WORLD_SIZE"] == str(here)
 
 
 def test_all_tasks_agree_on_the_rendezvous() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from megarl.cluster.processes import die_with_parent
 from megarl.cluster.ray_runtime import ADDRESS_VARIABLE, NODE_VARIABLE, connect_ray, started_here, stop_ray
 from megarl.cluster.variables import forwarded, rank_threads
+from megarl.errors import UserError
 
 _WAIT_LINE_SECONDS = 30.0
 _GONE_EXIT_CODE = -signal.SIGKILL  # an actor that died took its rank with it
@@ -144,12 +145,18 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], signalled: Sequence[in
     or with none when a signal comes (``signalled`` is no longer empty) while nodes are waited for.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer.
+        UserError: RAY_ADDRESS names a cluster that does not answer, or this machine has too few GPUs.
     """
     import ray
 
     address = connect_ray(num_ranks)
     on_gpu = _wants_gpus()
+    found = int(ray.cluster_resources().get("GPU", 0))
+    if on_gpu and started_here() and found < num_ranks:  # nobody joins this one
+        raise UserError(
+            f"parallel.num_processes: {num_ranks} ranks, but this machine's Ray has {found} GPUs; name a "
+            "cluster in RAY_ADDRESS, or place ranks on cores with MEGARL_PLATFORM=cpu"
+        )
     actors = _place(num_ranks, "GPU" if on_gpu else "CPU", signalled)
     if not actors:
         return []
