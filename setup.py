@@ -49,8 +49,13 @@ def cudart_directory() -> str:
 
 
 def decide_cuda(cuda_version: str | None, nvcc: str) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and the reason to print."""
+    """Whether to build the CUDA kernels, and the reason to print; ends where they are wanted without nvcc."""
     if os.environ.get("FORCE_CUDA") == "1":
+        if not Path(nvcc).is_file():
+            where = f"no {nvcc}" if nvcc else "neither on PATH nor in CUDA_HOME"
+            raise SystemExit(
+                f"error: FORCE_CUDA=1 needs nvcc ({where}): install CUDA's toolkit, or set CUDA_HOME"
+            )
         return True, "FORCE_CUDA=1"
     if cuda_version is None:
         return False, "torch is a CPU build"

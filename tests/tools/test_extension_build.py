@@ -46,12 +46,20 @@ def test_the_machines_toolkit_comes_before_the_wheels(build: ModuleType, tmp_pat
     assert build.find_toolkit() == str(tmp_path / "cuda" / "bin" / "nvcc")
 
 
-def test_when_the_cuda_kernels_are_built(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_the_cuda_kernels_are_built(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert build.decide_cuda("13.0", "/bin/nvcc") == (True, "torch for CUDA 13.0, /bin/nvcc")
     assert build.decide_cuda("13.0", "") == (False, "nvcc not found")
     assert build.decide_cuda(None, "/bin/nvcc") == (False, "torch is a CPU build")
     monkeypatch.setenv("FORCE_CUDA", "1")
-    assert build.decide_cuda(None, "") == (True, "FORCE_CUDA=1")
+    assert build.decide_cuda(None, str(program(tmp_path / "nvcc"))) == (True, "FORCE_CUDA=1")
+    for nvcc, said in (("", "neither on PATH nor in CUDA_HOME"), ("/none/bin/nvcc", "no /none/bin/nvcc")):
+        with pytest.raises(SystemExit) as ended:
+            build.decide_cuda("13.0", nvcc)
+        assert ended.value.code == (
+            f"error: FORCE_CUDA=1 needs nvcc ({said}): install CUDA's toolkit, or set CUDA_HOME"
+        )
 
 
 def test_the_linker_finds_the_runtime_of_the_wheels(build: ModuleType) -> None:
