@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megarl.cluster import variables
+from megarl.cluster.ray_runtime import ADDRESS_VARIABLE, with_variables
 from megarl.cluster.variables import cores, forwarded
 from megarl.launch import adopt_slurm
 from tests.processes import command_line
@@ -203,3 +204,14 @@ def test_what_a_person_sets_reaches_other_nodes() -> None:
         "MKL_X": "1",
     }
     assert forwarded({**set_here, "RANK": "0", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1"}) == set_here
+
+
+def test_actors_on_a_cluster_start_with_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a worker inherits from its node, not from the rank that asks for it; its own settings win."""
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
+    assert with_variables({"A": "1"}) == {"runtime_env": {"env_vars": {"A": "1"}}}
+    monkeypatch.setenv(ADDRESS_VARIABLE, "10.0.0.1:6379")
+    found = with_variables(variables.engine_variables(5))["runtime_env"]["env_vars"]
+    assert (found["NCCL_DEBUG"], found["OMP_NUM_THREADS"]) == ("INFO", "5")
