@@ -172,8 +172,10 @@ def test_the_driver_is_asked_through_nvml(tmp_path: Path, loaded: bool, found: D
 
 def test_a_command_ends_with_the_line_and_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):  # looked for, and read by what does not start
+        (tmp_path / "model" / name).touch()
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "vocab_size": 64, "head_dim": 32, "max_position_embeddings": 64}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 64, "head_dim": 32, "max_position_embeddings": 512}
     config = {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
