@@ -12,8 +12,8 @@ ARGS ?=
 BENCH ?= $(filter-out common loss_ops peers process_tree trainers %_trainer %_trainers,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check gpu-check nightly \
-  bench-setup bench guides clean distclean
+.PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check gpu-check \
+  fake-cuda-test nightly bench-setup bench guides clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,8 @@ setup:  ## Make .venv: locked packages, native extension, the megarl command (PY
 quickstart: setup  ## Run the main job, small: SFT, then GRPO on arithmetic; ends with a report to open
 	@$(VENV_PYTHON) tools/quickstart.py
 
-test: setup  ## Run the tests, without those marked slow (ARGS=... goes to pytest)
-	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
+test: setup  ## Run the tests, without those marked slow, gpu or fake_cuda (ARGS=... goes to pytest)
+	@$(PYTEST) -m "not slow and not gpu and not fake_cuda" $(ARGS)
 
 test-all: setup  ## Run all tests; those for a GPU are skipped where there is none
 	@$(PYTEST) $(ARGS)
@@ -59,7 +59,10 @@ cuda-env-check:  ## Install the CUDA lock apart, build megarl in it, import all 
 gpu-check: setup  ## Where there is a GPU: build, test and measure on it in ten minutes, results into runs/gpu_check/
 	@$(VENV_PYTHON) tools/gpu_check.py --out runs/gpu_check $(ARGS)
 
-nightly: lint test-all cuda-check cuda-env-check guides quickstart  ## Everything there is to check, in hours
+fake-cuda-test: setup  ## Run the CUDA path on a fake GPU (MEGARL_CUDA_ENV=... names another environment's python)
+	@$(PYTEST) tests/fake_cuda -m fake_cuda $(ARGS)
+
+nightly: lint test-all cuda-check cuda-env-check fake-cuda-test guides quickstart  ## Everything there is to check, in hours
 
 bench-setup: setup  ## Check that the peer that the dpo and grpo benchmarks compare with is there
 	@$(VENV_PYTHON) -c "import trl; print('trl', trl.__version__)"

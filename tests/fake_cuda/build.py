@@ -7,6 +7,7 @@ libraries, whose names are filled in. Objects stay in build/fake_cuda and are co
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -237,6 +238,7 @@ def fingerprint(wheels: Wheels) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def build(python: str) -> Path:
     """The directory of the libraries for this interpreter's environment, built where it is missing."""
     wheels = probe(python)

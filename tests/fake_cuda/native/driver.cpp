@@ -144,6 +144,12 @@ CUresult cuGetProcAddress_v2(const char* name, void** function, int, cuuint64_t,
   return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 
+// The private tables that a statically linked libcudart (cuda-python's) starts from: it then reports an error.
+CUresult cuGetExportTable(const void** table, const CUuuid*) {
+  *table = nullptr;
+  return CUDA_ERROR_NOT_FOUND;
+}
+
 // ---- memory ------------------------------------------------------------------------------------------------------------
 CUresult cuPointerGetAttribute(void* out, CUpointer_attribute attribute, CUdeviceptr p) {
   Block block;

@@ -40,6 +40,8 @@ struct fakecuda_work {
 // A host implementation of the kernel of that mangled name: bind copies the parameters into work.
 typedef void (*fakecuda_bind)(const struct fakecuda_launch*, struct fakecuda_work*);
 void fakecuda_register_kernel(const char* mangled, fakecuda_bind bind);
+// Calls visit with the mangled name of every host implementation.
+void fakecuda_visit_implementations(void (*visit)(void* context, const char* mangled), void* context);
 // Checks, counts and enqueues a launch. Returns a cudaError_t; 0 is success.
 int fakecuda_launch_kernel(const char* mangled, const struct fakecuda_launch* launch, size_t max_shared_bytes, void* stream);
 // A kernel found a mistake: printed, and returned as cudaErrorAssert by every later call that can fail.

@@ -26,7 +26,9 @@ void load_implementations() {
       const size_t colon = rest.find(':');
       const std::string path = rest.substr(0, colon);
       rest = colon == std::string::npos ? "" : rest.substr(colon + 1);
-      if (!path.empty() && !dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) fprintf(stderr, "fakecuda: %s\n", dlerror());
+      if (path.empty() || dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) continue;
+      fprintf(stderr, "fakecuda: FAKECUDA_KERNELS: %s\n", dlerror());
+      abort();
     }
   });
 }
@@ -75,6 +77,11 @@ void fakecuda_end_op() { operators--; }
 void fakecuda_register_kernel(const char* mangled, fakecuda_bind bind) {
   std::lock_guard<std::mutex> guard(lock);
   implementations[mangled] = bind;
+}
+
+void fakecuda_visit_implementations(void (*visit)(void*, const char*), void* context) {
+  std::lock_guard<std::mutex> guard(lock);
+  for (auto& [name, bind] : implementations) visit(context, name.c_str());
 }
 
 int fakecuda_launch_kernel(const char* mangled, const fakecuda_launch* launch, size_t max_shared_bytes, void* stream) {

@@ -1,6 +1,7 @@
 // Device memory: memfds mapped shared, so that cudaIpc handles can name them. Pinned memory is the same without a
 // device that it counts for.
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -25,6 +26,17 @@ std::map<uintptr_t, Block>::iterator block_at(const void* address) {
   return uintptr_t(address) < after->first + after->second.size ? after : blocks.end();
 }
 
+// Each block keeps a file open; 1024 of them, the usual limit, would look like memory that is full.
+void raise_file_limit() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    rlimit limit;
+    getrlimit(RLIMIT_NOFILE, &limit);
+    limit.rlim_cur = limit.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &limit);
+  });
+}
+
 // FAKECUDA_POISON=1: new device memory holds NaNs, as a card's memory may, not the zeros of a fresh file.
 bool poison() {
   static const bool setting = number_setting("FAKECUDA_POISON", 0) != 0;
@@ -42,6 +54,7 @@ cudaError_t allocate(void** out, size_t size, Kind kind) {
   const bool on_device = kind != Kind::kPinned;
   const int physical = visible()[current_device()];
   if (on_device && !fakecuda_charge(physical, long(rounded))) return fail(cudaErrorMemoryAllocation);
+  raise_file_limit();
   const int file = memfd_create("fakecuda", MFD_CLOEXEC);
   void* memory = MAP_FAILED;
   if (file >= 0 && ftruncate(file, off_t(rounded)) == 0)

@@ -33,6 +33,9 @@ struct ncclComm {
   Stream* last_stream = nullptr;
 };
 
+const char* const kCallNames[] = {"ncclAllReduce", "ncclReduce",  "ncclBroadcast", "ncclAllGather", "ncclReduceScatter",
+                                  "ncclAlltoAll",  "ncclGather",  "ncclScatter",   "ncclSend",      "ncclRecv"};
+
 namespace {
 
 using namespace fakenccl;
@@ -41,9 +44,8 @@ thread_local char error_text[512] = "no error";
 std::mutex& lock = *new std::mutex;  // of the communicators and their queues
 std::vector<ncclComm*>& communicators = *new std::vector<ncclComm*>;
 
+// In the order of kCallNames.
 enum class Kind { kAllReduce, kReduce, kBroadcast, kAllGather, kReduceScatter, kAllToAll, kGather, kScatter, kSend, kRecv };
-constexpr const char* kNames[] = {"ncclAllReduce", "ncclReduce",  "ncclBroadcast", "ncclAllGather", "ncclReduceScatter",
-                                  "ncclAlltoAll",  "ncclGather",  "ncclScatter",   "ncclSend",      "ncclRecv"};
 
 struct Call {
   Kind kind;
@@ -209,7 +211,7 @@ void end_group() {
 
 ncclResult_t submit(Call call, cudaStream_t handle) {
   if (!call.comm || call.root < 0 || call.root >= call.size()) return ncclInvalidArgument;
-  fakecuda_count(kNames[int(call.kind)]);
+  fakecuda_count(kCallNames[int(call.kind)]);
   Stream* stream = fakecuda::stream_of(handle);
   if (depth)
     grouped.push_back({stream, call});

@@ -42,7 +42,7 @@ void write_all(int file, const void* data, size_t bytes) {
 
 std::string text(const Signature& s, size_t bytes) {
   char buffer[160];
-  snprintf(buffer, sizeof buffer, "call %d, %llu elements of type %d, reduction %d, root %d, %zu bytes", s.call,
+  snprintf(buffer, sizeof buffer, "%s of %llu elements of type %d, reduction %d, root %d, %zu bytes", kCallNames[s.call],
            (unsigned long long)s.count, s.type, s.reduction, s.root, bytes);
   return buffer;
 }

@@ -9,6 +9,9 @@
 #include <string>
 #include <vector>
 
+// Names of the calls, by Signature::call.
+extern const char* const kCallNames[];
+
 // What a message belongs to. Sender and receiver must mean the same call: else the run ends here, with both in words,
 // where real NCCL hangs or writes past the end.
 struct Signature {

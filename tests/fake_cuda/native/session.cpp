@@ -96,9 +96,12 @@ long used_locked(Usage* table, int physical) {
 }
 
 Usage::Row* own_row(Usage* table) {
+  static Usage::Row* row_of_this = nullptr;
+  static int owner = 0;  // not this process any more after a fork
+  if (owner == getpid()) return row_of_this;
   Usage::Row* unused = nullptr;
   for (auto& row : table->rows) {
-    if (row.pid == getpid()) return &row;
+    if (row.pid == getpid()) memset(&row, 0, sizeof row);  // of a process that had this number before
     if (!unused && (row.pid == 0 || is_gone(row.pid))) unused = &row;
   }
   if (!unused) {
@@ -106,8 +109,8 @@ Usage::Row* own_row(Usage* table) {
     abort();
   }
   memset(unused, 0, sizeof *unused);
-  unused->pid = getpid();
-  return unused;
+  unused->pid = owner = getpid();
+  return row_of_this = unused;
 }
 
 FILE* session_file(const char* what, const char* mode) {

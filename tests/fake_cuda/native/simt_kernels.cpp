@@ -3,6 +3,7 @@
 //
 // A kernel is found by its mangled name, which nvcc and g++ form alike. One that is missing below is skipped and
 // reported like any other; test_kernels.py asks for each that megarl._C registers.
+#include <cxxabi.h>
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -89,8 +90,10 @@ struct Host<kernel> {
     simt_forget_buffers();
     fakecuda_visit_memory([](void*, void* base, size_t bytes) { simt_register("device memory", base, bytes, 1); }, nullptr);
     const auto parameters = launch.parameters;
-    if (simt::launch(name(), launch.grid, launch.block, launch.shared_bytes, [parameters] { call(kernel, parameters); }))
+    char* readable = abi::__cxa_demangle(name(), nullptr, nullptr, nullptr);
+    if (simt::launch(readable, launch.grid, launch.block, launch.shared_bytes, [parameters] { call(kernel, parameters); }))
       fakecuda_device_assert(simt_error());
+    free(readable);
   }
 
   static void drop(void* context) {

@@ -30,6 +30,7 @@ std::atomic<int> captures{0};
 std::atomic<unsigned long long> capture_ids{1};
 bool stopping = false;
 int working = 0;
+thread_local Stream* serving = nullptr;  // whose work this thread runs
 
 using Guard = std::unique_lock<std::mutex>;
 
@@ -60,6 +61,7 @@ void run(Work& work) {
 }
 
 void serve(Stream* stream) {
+  serving = stream;
   Guard guard(lock);
   for (;;) {
     if (stopping) return;
@@ -184,7 +186,7 @@ void demand(Position position) {
 }
 
 void wait(Position position) {
-  if (!position.stream) return;
+  if (!position.stream || position.stream == serving) return;  // all before this thread's work is done
   Guard guard(lock);
   allow(position.stream, position.sequence);
   changed.wait(guard, [&] { return stopping || position.stream->done >= position.sequence; });
@@ -261,7 +263,7 @@ cudaError_t stream_wait_event(Stream* stream, Event* event) {
   if (!record) return cudaSuccess;
   if (record->capture) {
     const auto& capture = record->capture;
-    if (!capture->origin->capture) return fail(cudaErrorStreamCaptureInvalidated);
+    if (!capture->origin->capture) return cudaSuccess;  // that capture has ended
     if (stream->capture) return stream->capture == capture ? cudaSuccess : fail(cudaErrorStreamCaptureMerge);
     stream->capture = capture;  // drawn into the capture
     capture->members.push_back(stream);

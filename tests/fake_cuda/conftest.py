@@ -1,0 +1,155 @@
+"""Runs programs on the fake GPUs, in the CUDA environment; its tests are skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fake_cuda.activate import Session, environment, session
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DEFAULT_PYTHON = ROOT / ".setup" / "cuda-env" / "bin" / "python"
+
+
+def cuda_python() -> Path:
+    """The python of the environment with torch for CUDA: MEGARL_CUDA_ENV, or where the set-up puts it."""
+    return Path(os.environ.get("MEGARL_CUDA_ENV", DEFAULT_PYTHON))
+
+
+def megarl_extension() -> Path | None:
+    """megarl._C for that python: the tree's, or a copy of what `make cuda-env-check` has built."""
+    if not cuda_python().exists():
+        return None
+    command = [str(cuda_python()), "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"]
+    name = "_C" + subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    in_tree = ROOT / "megarl" / name
+    built = [*(ROOT / ".setup").glob(f"*/megarl/{name}")]
+    if built and not (in_tree.exists() and in_tree.stat().st_mtime >= built[0].stat().st_mtime):
+        shutil.copy2(built[0], in_tree)
+    return in_tree if in_tree.exists() else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark this folder's tests, and skip them where the CUDA environment is missing."""
+    here = [item for item in items if HERE in item.path.parents]
+    reason = f"no CUDA environment: {cuda_python()} is missing (MEGARL_CUDA_ENV names its python)"
+    for item in here:
+        item.add_marker(pytest.mark.fake_cuda)
+        if not cuda_python().exists():
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@dataclass
+class Finished:
+    """One process that has ended."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def result(self) -> Any:
+        """What it printed last, as JSON."""
+        return json.loads(self.output.strip().splitlines()[-1])
+
+
+def describe(ended: list[Finished]) -> str:
+    """How processes ended and what they said last, to be read where a test fails."""
+    return "\n".join(f"exit code {p.code}:\n{p.output[-2000:]}{p.errors[-4000:]}" for p in ended)
+
+
+@dataclass
+class FakeGpu:
+    """Starts processes of one session on the fake GPUs."""
+
+    session: Session
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(
+        self, program: str, *arguments: str, lazy: bool = False, **settings: Any
+    ) -> subprocess.Popen[str]:
+        """Starts one process; ``settings`` go to :func:`tests.fake_cuda.activate.environment`."""
+        options = {name: settings.pop(name) for name in ("devices", "memory_gb") if name in settings}
+        variables = {name: str(value) for name, value in settings.items()}
+        if lazy:
+            variables["FAKECUDA_STREAM_ORDER"] = "lazy"
+        python = str(cuda_python())
+        active = environment(python, self.session.path, **options, **variables)
+        active["PYTHONPATH"] = os.pathsep.join([active["PYTHONPATH"], str(ROOT)])
+        command = [python, str(HERE / program), *arguments]
+        number = len(self.started)
+        with (
+            self._file(number, "output").open("w") as output,
+            self._file(number, "errors").open("w") as errors,
+        ):
+            process = subprocess.Popen(
+                command, stdout=output, stderr=errors, text=True, env={**os.environ, **active}, cwd=ROOT
+            )
+        self.started.append(process)
+        return process
+
+    def _file(self, number: int, kind: str) -> Path:
+        return self.session.path / f"process-{number}.{kind}"
+
+    def finish(self, processes: list[subprocess.Popen[str]], timeout: float = 270) -> list[Finished]:
+        """Waits for all of them. Where one fails, the others have 5 seconds left: they may wait for it."""
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            if any(process.poll() for process in processes):
+                end = min(end, time.monotonic() + 5)
+            time.sleep(0.02)
+        ended = []
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            code = process.wait()
+            number = self.started.index(process)
+            texts = [self._file(number, kind).read_text() for kind in ("output", "errors")]
+            ended.append(Finished(code, *texts))
+        return ended
+
+    def run(
+        self, program: str, *arguments: str, ranks: int = 1, skips: bool = False, **settings: Any
+    ) -> list[Any]:
+        """What each of ``ranks`` processes printed last. None may fail or, unless ``skips``, skip work."""
+        store = (
+            self.session.path / f"store-{program.replace('/', '_')}-{len(list(self.session.path.iterdir()))}"
+        )
+        processes = [
+            self.start(
+                program,
+                *arguments,
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE=ranks,
+                STORE=store,
+                **settings,
+            )
+            for rank in range(ranks)
+        ]
+        ended = self.finish(processes)
+        assert all(process.code == 0 for process in ended), describe(ended)
+        assert skips or not self.session.skipped(), self.session.skipped()
+        return [process.result for process in ended]
+
+
+@pytest.fixture
+def fake_gpu() -> Any:
+    """A session of its own; what it left in shared memory goes with the test."""
+    with session() as opened:
+        gpu = FakeGpu(opened)
+        yield gpu
+        for process in gpu.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
