@@ -335,7 +335,7 @@ def driver_finding(driver: Driver | None, built_for: str | None, *, available: b
     """Whether NVIDIA's driver runs what torch was built for (a version of CUDA, None for the CPU alone)."""
     if driver is None:
         return Finding("NVIDIA driver", "none")
-    found = f"{driver}, {driver.num_devices} GPUs"
+    found = f"{driver}, {driver.num_devices} GPUs".removeprefix("driver ")
     if built_for is None:
         meaning = "training runs on the CPU; for CUDA: MEGARL_CUDA=1 make setup, or docker/Dockerfile"
         return Finding("NVIDIA driver", found, "note" if driver.num_devices else "ok", meaning)
