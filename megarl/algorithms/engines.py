@@ -45,6 +45,11 @@ def start_engine(
     """
     check_engine(architecture, engine)
     check_batch_invariance(engine)
+    if record_routing and not engine.enable_prefix_caching and platform.chosen_name() == "cuda":
+        raise UserError(
+            "rollout.router_replay: needs rollout.engine.enable_prefix_caching = true on a GPU, where vLLM "
+            "keeps the experts of a prompt with its cached blocks"
+        )
     if architecture.spec.mla and platform.chosen_name() == "cpu":
         # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
         raise UserError(

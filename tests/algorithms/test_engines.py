@@ -59,3 +59,17 @@ def test_seeds_alone_fix_no_tokens_on_a_gpu_and_the_log_says_so(
     on_gpu, on_cpu = (variables.get("VLLM_BATCH_INVARIANT") for variables in asked)
     assert on_gpu == ("1" if invariant else None) and on_cpu is None
     assert not rounding_note(EngineConfig()), "one engine"
+
+
+def test_router_replay_on_a_gpu_needs_the_prefix_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own way of returning experts does; the one on a CPU does not."""
+    monkeypatch.setattr(platform, "chosen_name", lambda: "cuda")
+    model, engine = (
+        ModelConfig(path="configs/models/qwen3_30b_a3b"),
+        EngineConfig(enable_prefix_caching=False),
+    )
+    options = {"max_model_len": 64, "seed": 1, "log_dir": tmp_path, "record_routing": True}
+    with pytest.raises(UserError, match=r"rollout\.router_replay: needs rollout\.engine\.enable_prefix"):
+        start_engine(model, load_architecture(model.path), engine, **options)
