@@ -61,8 +61,8 @@ PYTHON
   run torch "$uv" pip install --python "$1" --constraint $lock torch ninja setuptools wheel
 }
 
-sync() { # sync DIR KIND: exactly what the lock says, byte code included
-  UV_COMPILE_BYTECODE=${UV_COMPILE_BYTECODE-1} run packages "$uv" pip sync --python "$1" --no-build-isolation "requirements/$2.lock"
+sync() { # sync DIR KIND: exactly what the lock says, byte code included, however long a busy machine takes for a file
+  UV_COMPILE_BYTECODE_TIMEOUT=0 UV_COMPILE_BYTECODE=${UV_COMPILE_BYTECODE-1} run packages "$uv" pip sync --python "$1" --no-build-isolation "requirements/$2.lock"
 }
 
 start_build() { # in the background, in a process group that can be ended with all its compilers
