@@ -237,6 +237,12 @@ void run_on_host(const OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
           if (alias_info && alias_info->isWrite() && *alias_info == *result.alias_info()) stack->push_back(given[i]);
         }
       }
+      for (size_t i = 0; i < count; i++) {  // a launch takes host values with it, unless they are pinned
+        arguments[i] = map_tensors(arguments[i], [&](const Tensor& tensor) {
+          const bool by_value = tensor.defined() && !aliases.original(tensor).defined() && !tensor.is_pinned();
+          return by_value ? tensor.clone() : tensor;
+        });
+      }
       auto* call = new DelayedCall{op, std::move(arguments), {}};
       fakecuda_enqueue(stream, DelayedCall::run, call, DelayedCall::drop);
       return;

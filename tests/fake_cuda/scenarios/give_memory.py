@@ -11,8 +11,8 @@ import json
 import torch.distributed as dist
 
 from megarl.config.parallel import ParallelConfig
+from megarl.trainer.control import broadcast, gather
 from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import broadcast, gather
 from tests.weights import hand_over_ranks
 
 

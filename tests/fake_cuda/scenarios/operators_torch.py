@@ -165,9 +165,21 @@ def check_graph() -> dict[str, bool]:
     }
 
 
+def check_order() -> dict[str, bool]:
+    """A launch takes the values of host tensors with it; so does a copy, unless they are pinned."""
+    x, host = torch.zeros(3, device="cuda"), torch.tensor(2.0)
+    x.add_(host)
+    host.fill_(7)
+    added = x.tolist()
+    pageable = torch.ones(3)
+    x.copy_(pageable, non_blocking=True)
+    pageable.fill_(9)
+    return {"host value": added == [2] * 3, "pageable copy": x.tolist() == [1] * 3}
+
+
 def main() -> None:
     differences = check_attention() | check_norm() | check_training()
-    print(json.dumps({"differences": differences, "true": check_random() | check_graph()}))
+    print(json.dumps({"differences": differences, "true": check_random() | check_graph() | check_order()}))
 
 
 if __name__ == "__main__":
