@@ -37,7 +37,7 @@ def test_quickstart(bench: Workbench, agree: Callable[..., None]) -> None:
     for where in ("cuda", "cpu"):
         name = f"quickstart-sft-{where}"
         sft = ["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml"]
-        options = [f"run.dir={bench.folder / name}", f"model.path={model}", "training.num_steps=12"]
+        options = [f"run.dir={bench.folder / name}", f"model.path={model}", "training.num_steps=16"]
         runs[where] = command(bench, where, name, *sft, *options)
     agree("quickstart, SFT", runs["cuda"], runs["cpu"], FP32)
 
@@ -50,7 +50,7 @@ def test_quickstart(bench: Workbench, agree: Callable[..., None]) -> None:
         "configs/quickstart_grpo.yaml",
         f"run.dir={bench.folder / name}",
     ]
-    options = ["training.num_steps=2", "rollout.num_prompts_per_step=4", "evaluation.num_prompts=8"]
+    options = ["training.num_steps=4", "rollout.num_prompts_per_step=4", "evaluation.num_prompts=8"]
     small = ["rollout.engine.max_num_batched_tokens=256", "rollout.engine.kv_cache_gib=0.02"]
     options += [f"model.path={runs['cuda'].directory / 'hf'}", "rollout.engine.max_num_seqs=32", *small]
     run = command(bench, "cuda", name, *grpo, *options)
