@@ -6,10 +6,10 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from megarl.config.parallel import ParallelConfig
-from megarl.config.router import RouterConfig
 from megarl.config.online import OnlineConfig
+from megarl.config.parallel import ParallelConfig
 from megarl.config.rollout import EngineConfig
+from megarl.config.router import RouterConfig
 from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
@@ -48,12 +48,15 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
 
 
 def check_engine(architecture: Architecture, engine: EngineConfig) -> None:
-    """Raise UserError with every way in which the engine's ranks cannot share the model, and sizes that would."""
+    """Raise UserError with each way in which the engine's ranks cannot share the model, and what would do."""
     wrong = list(engine_problems(architecture, engine))
     if not wrong:
         return
     first = 2 if engine.expert_parallel else 1
-    smaller = [engine.model_copy(update={"tensor_parallel_size": n}) for n in range(first, engine.tensor_parallel_size)]
+    smaller = [
+        engine.model_copy(update={"tensor_parallel_size": n})
+        for n in range(first, engine.tensor_parallel_size)
+    ]
     sizes = [str(e.tensor_parallel_size) for e in smaller if not any(engine_problems(architecture, e))]
     if sizes:
         wrong.append(f"would do: rollout.engine.tensor_parallel_size={' or '.join(sizes)}")
@@ -70,12 +73,13 @@ def engine_problems(architecture: Architecture, engine: EngineConfig) -> Iterato
         yield f"rollout.engine.expert_parallel: {architecture.spec.family} has no experts"
     elif moe.num_experts % layout.expert:
         yield (
-            f"rollout.engine.expert_parallel: {moe.num_experts} experts do not divide by {layout.expert} tensor ranks"
+            f"rollout.engine.expert_parallel: {moe.num_experts} experts do not divide "
+            f"by {layout.expert} tensor ranks"
         )
 
 
 def engine_layout(engine: EngineConfig) -> ParallelLayout:
-    """How an engine's ranks share a model: each expert cut over all of them, or whole experts dealt to them."""
+    """How an engine's ranks share a model: each expert cut over all ranks, or whole experts dealt to them."""
     ranks, whole = engine.tensor_parallel_size, engine.expert_parallel
     return ParallelLayout(tensor=ranks, expert=ranks if whole else 1, expert_tensor=1 if whole else ranks)
 

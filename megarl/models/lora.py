@@ -18,12 +18,14 @@ _SUFFIX = "_proj.weight"
 
 
 def check_lora(architecture: Architecture, lora: LoraLayers | None, section: str = "lora") -> None:
-    """Raise UserError for a model or layers that cannot have adapters; ``section`` is where they were asked for."""
+    """Raise UserError for a model or layers that cannot have adapters; ``section`` is what asked for them."""
     if lora is None:
         return
     spec, field = architecture.spec, f"{section}.target_modules"
     if spec.mla is not None:
-        raise UserError(f"{section}: {spec.family} has latent attention, whose projections have no adapters yet")
+        raise UserError(
+            f"{section}: {spec.family} has latent attention, whose projections have no adapters yet"
+        )
     names, asked = possible_targets(architecture), lora.target_modules
     listed = ", ".join(names)
     if spec.moe is not None and asked == [ALL_LINEAR]:
@@ -72,7 +74,9 @@ def num_adapter_parameters(modules: Mapping[str, tuple[int, int]], rank: int) ->
     return sum(rank * (outputs + inputs) for outputs, inputs in modules.values())
 
 
-def local_elements(architecture: Architecture, lora: LoraLayers, regions: Iterable[Region]) -> tuple[int, int]:
+def local_elements(
+    architecture: Architecture, lora: LoraLayers, regions: Iterable[Region]
+) -> tuple[int, int]:
     """Of the rank that holds ``regions``: elements of its adapters, and of the weights they stand beside."""
     targets = targets_of(architecture, lora)
     adapters = weights = 0

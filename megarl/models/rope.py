@@ -54,7 +54,7 @@ def _yarn(inv_freq: torch.Tensor, rope: RopeSpec, head_dim: int) -> torch.Tensor
 def cos_sin(
     inv_freq: torch.Tensor, position_ids: torch.Tensor, factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine for each token, times ``factor`` (RopeSpec.attention_factor): [T, 1, head_dim], fp32."""
+    """Each token's cosine and sine, times ``factor`` (RopeSpec.attention_factor): [T, 1, head_dim], fp32."""
     angles = position_ids.to(torch.float32)[:, None] * inv_freq[None, :]
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos() * factor, angles.sin() * factor

@@ -44,6 +44,9 @@ def _span_problem(slot: Slot, ranks: int, side: Side) -> str | None:
         return str(error).removeprefix(f"{_AT}: ")
     units = slot.size // slot.unit
     if side == "trainer" and units < ranks:
-        # An engine repeats them. The trainer's copies would each get a part of the gradient, which nothing adds up.
-        return f"{ranks} tensor ranks need {ranks} units of {slot.unit} (got {units}): the trainer repeats none"
+        # An engine repeats them. The trainer's copies would each get a part of the gradient, which nothing
+        # adds up.
+        return (
+            f"{ranks} tensor ranks need {ranks} units of {slot.unit} (got {units}): the trainer repeats none"
+        )
     return None

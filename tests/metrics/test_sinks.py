@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             position += 32768 - position % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # not written to its end so far
+            return
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or its last part
@@ -67,9 +70,20 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
-def test_wandb_offline_writes_the_values_and_keeps_its_run_on_resume(tmp_path: Path) -> None:
+def finished_wandb_records(path: Path) -> list[Any]:
+    """Every record, the run's exit among them: W&B's service goes on writing after finish() has returned."""
     from wandb.proto import wandb_internal_pb2
 
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(path)]
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has no exit record after 60 s")
+
+
+def test_wandb_offline_writes_the_values_and_keeps_its_run_on_resume(tmp_path: Path) -> None:
     logging = LoggingConfig(wandb=WandbConfig(project="megarl-test", mode="offline"))
     log_run(tmp_path, logging, range(1, 3), after=None)
     log_run(tmp_path, logging, range(3, 5), after=2)
@@ -77,9 +91,7 @@ def test_wandb_offline_writes_the_values_and_keeps_its_run_on_resume(tmp_path: P
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {file.name for file in files} == {f"run-{run_id}.wandb"}
     losses: dict[int, float] = {}
-    for data in (data for file in files for data in wandb_records(file)):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in (record for file in files for record in finished_wandb_records(file)):
         items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         if "loss" in items:
             losses[items["step"]] = items["loss"]

@@ -12,8 +12,8 @@ import yaml
 
 from megarl.cli import main
 from megarl.config.parallel import ParallelConfig
-from megarl.config.router import RouterConfig
 from megarl.config.rollout import EngineConfig
+from megarl.config.router import RouterConfig
 from megarl.config.sft import SftConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
@@ -31,7 +31,9 @@ def architecture(directory: Path, config: transformers.PretrainedConfig) -> Any:
 
 
 def parallel(ranks: int, **sizes: Any) -> ParallelConfig:
-    names = {f"{key}_parallel_size" if key not in ("sequence_parallel",) else key: v for key, v in sizes.items()}
+    names = {
+        f"{key}_parallel_size" if key not in ("sequence_parallel",) else key: v for key, v in sizes.items()
+    }
     return ParallelConfig(num_processes=ranks, **names)
 
 
@@ -50,7 +52,9 @@ def test_all_violations_and_what_would_do(tmp_path: Path) -> None:
 
 
 def test_nearest_layouts_really_work(tmp_path: Path) -> None:
-    table = architecture(tmp_path, transformers.Qwen3MoeConfig(**(SIZES | EXPERTS | {"num_hidden_layers": 6})))
+    table = architecture(
+        tmp_path, transformers.Qwen3MoeConfig(**(SIZES | EXPERTS | {"num_hidden_layers": 6}))
+    )
     asked = parallel(24, tensor=8, pipeline=1, expert=3)
     assert list(layout_problems(table, asked))
     near = nearest_layouts(table, asked)
@@ -83,7 +87,9 @@ def test_nearest_layouts_change_how_experts_are_split(tmp_path: Path) -> None:
     asked = parallel(4, expert_tensor=2)
     with pytest.raises(UserError) as error:
         check_layout(table, asked)
-    assert "parallel.expert_tensor_parallel_size: 7 units of 1 do not divide by 2 tensor ranks" in str(error.value)
+    assert "parallel.expert_tensor_parallel_size: 7 units of 1 do not divide by 2 tensor ranks" in str(
+        error.value
+    )
     assert "would do on 4 ranks: parallel.expert_tensor_parallel_size=1\n" in str(error.value)
     assert {layout.expert_tensor_parallel_size for layout in nearest_layouts(table, asked)} == {1}
 
