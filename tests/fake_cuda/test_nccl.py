@@ -66,3 +66,9 @@ def test_broadcast_is_no_barrier(fake_gpu: FakeGpu) -> None:
     source, other = fake_gpu.run(PROGRAM, "returns_early", ranks=2)
     assert source[0] < 2 < 3 <= other[0]
     assert source[1] >= 3
+
+
+@pytest.mark.parametrize("waits", ["stream", "no"])
+def test_reduction_of_what_is_not_written_yet(fake_gpu: FakeGpu, waits: str) -> None:
+    results = fake_gpu.run(PROGRAM, "ordered_by_streams", waits, ranks=2, lazy=True, FAKECUDA_STREAM_DELAY=30)
+    assert (results == [[3], [3]]) == (waits == "stream")

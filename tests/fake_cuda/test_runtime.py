@@ -21,9 +21,9 @@ def test_memory_has_a_limit(fake_gpu: FakeGpu) -> None:
     assert result["other"] == 100  # another device has its own
 
 
-@pytest.mark.parametrize("backend", ["backend:native", "backend:cudaMallocAsync"])
+@pytest.mark.parametrize("backend", ["backend:native", "expandable_segments:True", "backend:cudaMallocAsync"])
 def test_allocators_of_torch(fake_gpu: FakeGpu, backend: str) -> None:
-    """Of blocks, and of the runtime's memory pools."""
+    """Of blocks, of virtual memory, and of the runtime's memory pools."""
     (result,) = fake_gpu.run(
         PROGRAM, "allocator", PYTORCH_CUDA_ALLOC_CONF=backend, PYTORCH_ALLOC_CONF=backend
     )

@@ -129,7 +129,18 @@ Result nvmlDeviceGetNvLinkState(Device, unsigned, int* state) {
 }
 Result nvmlDeviceGetNvLinkRemoteDeviceType(Device, unsigned, int*) { return kNotSupported; }
 Result nvmlDeviceGetNvLinkRemotePciInfo_v2(Device, unsigned, void*) { return kNotSupported; }
-Result nvmlDeviceGetGpuFabricInfoV(Device, void*) { return kNotSupported; }
+// torch asks for it when it reserves expandable segments. All versions begin alike.
+struct FabricInfo {
+  unsigned version;
+  unsigned char cluster_uuid[16];
+  int status;
+  unsigned clique_id;
+  unsigned char state;
+};
+Result nvmlDeviceGetGpuFabricInfoV(Device, FabricInfo* info) {
+  *info = {info->version, {}, kSuccess, 0, 0};  // 0: there is no fabric
+  return kSuccess;
+}
 Result nvmlDeviceGetUtilizationRates(Device, unsigned* percent) {
   percent[0] = percent[1] = 0;
   return kSuccess;

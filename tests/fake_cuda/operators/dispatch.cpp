@@ -222,6 +222,7 @@ void run_on_host(const OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
 
   DeviceAliases aliases;
   std::vector<IValue> arguments = to_host(op.schema(), given, &aliases);
+  const c10::cuda::CUDAGuard guard(*aliases.device);  // a default stream is the current device's
   c10::cuda::CUDAStream current = c10::cuda::getCurrentCUDAStream(aliases.device->index());
   void* stream = current.stream();
   if (fakecuda_any_capture() && fakecuda_is_capturing(stream)) {
