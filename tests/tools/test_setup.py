@@ -276,6 +276,12 @@ def test_one_line_says_what_is_missing(clone: Clone, tmp_path: Path) -> None:
     (programs / "uname").chmod(0o755)
     status, output = clone.setup(PATH=f"{programs}:{os.environ['PATH']}")
     assert (status, output) == (1, "\nmake setup: the locks are for Linux on x86_64, this is Darwin arm64\n")
+    (programs / "libnuma.so.1").write_text("not a library, and found first")
+    status, output = clone.setup(LD_LIBRARY_PATH=str(programs))
+    assert (status, output.splitlines()[-1]) == (
+        1,
+        "make setup: no libnuma here, which vLLM's CPU engine links to: apt-get install libnuma1",
+    )
     status, output = clone.setup(CXX="no-such-compiler")
     assert (status, output) == (1, "\nmake setup: no C++ compiler here: apt-get install g++\n")
     status, output = clone.setup(PYTHON="python3.99")
