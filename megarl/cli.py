@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megarl import __version__
 from megarl.errors import ToldByRankZeroError, UserError
@@ -170,18 +170,8 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from megarl.models.feasible import check_training
 
             check_training(config)
-            # Ray's ranks may lie on other machines: they see for themselves.
-            if not options.dry_run and (started is not None or config.launcher != "ray"):
-                from megarl.platform.packages import check_packages
-
-                check_packages(config.parallel)
-        if not options.dry_run:
-            _check_memory_can_be_mapped(config)
-        if not options.dry_run and (started is not None or not job.trains or config.launcher != "ray"):
-            from megarl.cluster.devices import check_devices
-
-            alone = config.parallel.num_processes if job.trains and started is None else 1
-            check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", alone)))
+        if not options.dry_run:  # that may be made on another machine than the run
+            _check_machine(job, config, started)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same; the first of each machine says it
@@ -200,10 +190,31 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_machine(job: Job, config: Any, started: int | None) -> None:
+    """Refuse what cannot run here, before anything starts: with ``started`` ranks of a launcher, or alone.
+
+    Ray's ranks may lie on other machines: they see for themselves.
+    """
+    here = not job.trains or started is not None or config.launcher != "ray"
+    if here and job.trains:
+        from megarl.platform.packages import check_packages
+
+        check_packages(config.parallel)
+    _check_memory_can_be_mapped(config)
+    if here:
+        from megarl.cluster.devices import check_devices
+
+        alone = config.parallel.num_processes if job.trains and started is None else 1
+        check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", alone)))
+
+
 def _check_memory_can_be_mapped(config: TrainingRoot | EvalConfig) -> None:
     """Whether an engine could have the trainer's weights, where there is one and it shares a GPU."""
+    from megarl.cluster.variables import expandable_segments
+
     weights = getattr(config, "weights", None)
-    if not hasattr(config, "rollout") or (weights is not None and weights.transport == "peer"):
+    asked = hasattr(config, "rollout") and (weights is None or weights.transport != "peer")
+    if not asked or expandable_segments(os.environ) is None:  # else torch is loaded, to know the platform
         return
     from megarl.platform import chosen_name
     from megarl.weights.cuda_ipc import check_allocator

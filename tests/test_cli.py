@@ -136,6 +136,19 @@ def test_nothing_heavy_before_the_configuration_is_good(folder: Path) -> None:
         assert done.stdout.splitlines()[-1] == f"{code} []"
 
 
+def test_who_only_starts_ranks_loads_nothing_heavy(folder: Path) -> None:
+    """With torch it would take seconds more before the ranks start, and 200 MiB beside them."""
+    script = (
+        "import sys, megarl.launch; from megarl.cli import main; megarl.launch.run_ranks = lambda *_: 7; "
+        "code = main(sys.argv[1:]); "
+        "print(code, [m for m in ('torch', 'vllm', 'ray', 'transformers') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", script, "grpo", "--config", "c.yaml", "parallel.num_processes=2"]
+    environment = {**CLEAN, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "7 []", done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["grpo", "--config", "c.yaml", "x=1"]])
 def test_start_up_time(folder: Path, arguments: list[str]) -> None:
     times = []

@@ -46,6 +46,14 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(_FORWARDED)}
 
 
+def expandable_segments(environ: Mapping[str, str]) -> str | None:
+    """The variable that has torch allocate a GPU's memory in expandable segments; None without one."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in environ.get(name, "").replace(" ", "").lower():
+            return name
+    return None
+
+
 def threads(count: int) -> dict[str, str]:
     """Threads of OpenMP and of MKL, which would prefer its own variable."""
     return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}

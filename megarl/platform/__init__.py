@@ -1,8 +1,9 @@
 """Where the trainer runs: CUDA + NCCL, or a CPU + gloo. The only package that knows the difference.
 
 ``install()`` is called once per trainer process, before megatron.core is imported, and says which
-platform it chose. Importing this package changes nothing. cuda.py has what only a GPU needs, cpu.py what
-only a CPU needs, megatron.py what both need of megatron-core.
+platform it chose. Importing this package changes nothing, and does not import torch: a launcher asks
+before it starts ranks. cuda.py has what only a GPU needs, cpu.py what only a CPU needs, megatron.py what
+both need of megatron-core.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,11 @@ _installed: Platform | None = None
 
 def chosen_name() -> Literal["cuda", "cpu"]:
     """The platform that ``install()`` takes; changes nothing. MEGARL_PLATFORM=cpu forces the CPU."""
-    return "cuda" if torch.cuda.is_available() and os.environ.get("MEGARL_PLATFORM") != "cpu" else "cpu"
+    if os.environ.get("MEGARL_PLATFORM") == "cpu":
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def install() -> Platform:
@@ -41,6 +47,8 @@ def install() -> Platform:
     if _installed is not None:
         return _installed
     assert "megatron.core" not in sys.modules, "platform.install() must come before importing megatron.core"
+    import torch
+
     from megarl.platform import cpu, cuda, megatron
 
     if chosen_name() == "cuda":
@@ -64,13 +72,16 @@ def current() -> Platform:
 
 def synchronize() -> None:
     """Wait until what this process has launched on its device is done."""
-    if current().name == "cuda":
-        torch.cuda.synchronize(current().device)
+    from megarl.platform.memory import wait_for
+
+    wait_for(current().device)
 
 
 def peak_memory_gib() -> float:
     """Peak memory of this process so far: device memory on CUDA, resident memory on a CPU."""
     if current().name == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
 

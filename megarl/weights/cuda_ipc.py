@@ -21,20 +21,18 @@ from typing import Any
 
 import torch
 
+from megarl.cluster.variables import expandable_segments
 from megarl.errors import UserError
 from megarl.weights.handover import CudaStorage
-
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def check_allocator() -> None:
     """Raise UserError where this environment gives torch memory on GPUs that has no handles."""
-    for name in _ALLOCATOR_SETTINGS:
-        if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
-            raise UserError(
-                f"{name}: expandable_segments: no engine can map such memory; take it out (runs that train "
-                "can set weights.transport=peer instead, and copy all weights at every step)"
-            )
+    if (name := expandable_segments(os.environ)) is not None:
+        raise UserError(
+            f"{name}: expandable_segments: no engine can map such memory; take it out (runs that train "
+            "can set weights.transport=peer instead, and copy all weights at every step)"
+        )
 
 
 def share_storage(storage: Any, device_uuid: str) -> CudaStorage:
