@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from megarl.errors import UserError
+from megarl.platform import memory
 
 
 class GpuWorker(Worker):
@@ -17,8 +17,7 @@ class GpuWorker(Worker):
     def determine_available_memory(self) -> int:
         """Bytes of the KV cache, as configured; UserError where they are not free."""
         wanted = int(super().determine_available_memory())
-        gc.collect()
-        torch.cuda.empty_cache()  # of the pass that measured
+        memory.release_unused()  # of the pass that measured
         free, total = torch.cuda.mem_get_info(self.device)
         check_cache_fits(wanted, free, total, self.device.index)
         return wanted

@@ -6,7 +6,7 @@ import random
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megarl import platform
@@ -22,7 +21,7 @@ from megarl.errors import UserError
 from megarl.trainer.control import from_first_rank, gather_to_first_rank
 from megarl.trainer.megatron.checkpoint_files import RankFiles, Report
 from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
-from megarl.trainer.megatron.optimizer_shards import OptimizerShards, read_whole
+from megarl.trainer.megatron.optimizer_shards import OptimizerShards, distributed_parts, read_whole
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -72,8 +71,8 @@ def start_save(
     With ``background`` the call returns when this rank's part has been copied to host memory, and
     training may go on; otherwise its files are written when the call returns. One save at a time.
     """
-    shards = OptimizerShards(optimizer) if optimizer is not None else None
-    with shards.described() if shards is not None else nullcontext():
+    shards = OptimizerShards(optimizer)
+    with shards.described():
         state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
     rank = dist.get_rank()
@@ -91,8 +90,8 @@ def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> b
     """
     if not (directory / "metadata.json").is_file():
         raise UserError(f"checkpoint {directory} has no metadata.json: it is not a complete checkpoint")
-    for part in optimizer.chained_optimizers:
-        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+    for part in distributed_parts(optimizer):
+        if not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
     with read_whole(optimizer):
         wanted = _sharded_state(chunks, optimizer, is_loading=True)

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megarl.errors import UserError
+from megarl.platform.memory import wait_for
 from megarl.trainer.megatron.optimizer_shards import OptimizerShards
 
 COMMON_FILE = "common.pt"
@@ -54,7 +55,7 @@ class RankFiles:
         state: dict[str, Any],
         rank: int,
         small: Mapping[str, Any],
-        shards: OptimizerShards | None = None,
+        shards: OptimizerShards,
     ) -> None:
         """``state`` is a sharded state dict; its unsharded part goes into the first rank's common.pt.
 
@@ -68,7 +69,7 @@ class RankFiles:
         self._values: dict[MetadataIndex, torch.Tensor | io.BytesIO] = {}
         self._items: list[WriteItem] = []
         for part in nested_values(sharded):
-            if shards is not None and isinstance(part, ShardedTensor) and shards.holds(part):
+            if isinstance(part, ShardedTensor) and shards.holds(part):
                 for offset, values in shards.pieces(part):
                     self._add_piece(part, offset, values)
             elif is_main_replica(part.replica_id):  # one of several that have it
@@ -94,16 +95,16 @@ class RankFiles:
 
     def detach(self) -> None:
         """Copy every tensor to host memory of its own: what it came from may change from now on."""
-        device = None
+        devices = set()
         for index, value in self._values.items():
             if isinstance(value, torch.Tensor):
                 on_gpu = value.device.type == "cuda"
                 # Page-locked, so that the copies run at the full rate and the host waits once, for all.
                 copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=on_gpu)
                 self._values[index] = copy.copy_(value, non_blocking=on_gpu)
-                device = value.device if on_gpu else device
-        if device is not None:
-            torch.cuda.synchronize(device)
+                devices.add(value.device)
+        for device in devices:
+            wait_for(device)
 
     def write(self) -> Report:
         """Write everything; it is on disk when the call returns. No other rank takes part."""

@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
@@ -36,13 +35,17 @@ class _Held:
     values: list[torch.Tensor] = field(default_factory=list)
 
 
-class OptimizerShards:
-    """The state that this rank holds of the distributed optimizers of one model."""
+def distributed_parts(optimizer: Any | None) -> list[DistributedOptimizer]:
+    """The distributed optimizers among those that one consists of; none without one."""
+    chained = [] if optimizer is None else optimizer.chained_optimizers
+    return [part for part in chained if isinstance(part, DistributedOptimizer)]
 
-    def __init__(self, optimizer: Any) -> None:
-        self._parts = [
-            part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)
-        ]
+
+class OptimizerShards:
+    """The state that this rank holds of the distributed optimizers of one model, if there are any."""
+
+    def __init__(self, optimizer: Any | None) -> None:
+        self._parts = distributed_parts(optimizer)
         self._wholes: list[torch.Tensor] = []  # without values, each for a flat buffer of one kind of state
         self._held: dict[int, _Held] = {}  # by the storage of that tensor
 
@@ -99,12 +102,11 @@ class OptimizerShards:
 @contextmanager
 def read_whole(optimizer: Any) -> Iterator[None]:
     """Inside, Megatron describes the optimizers' state with empty host memory, to be read into."""
-    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
 
     def zeros(part: DistributedOptimizer, key: str, index: int) -> torch.Tensor:
         return torch.zeros(part.buffers[index].numel, dtype=torch.float32, device="cpu")
 
-    with _buffers_by(parts, zeros):
+    with _buffers_by(distributed_parts(optimizer), zeros):
         yield
 
 
@@ -121,10 +123,13 @@ def _buffers_by(parts: list[Any], make: Any) -> Iterator[None]:
 
         return state
 
-    with ExitStack() as stack:
-        for part in parts:
-            stack.enter_context(patch.object(part, "get_parameter_state_dp_zero", state_of(part)))
+    for part in parts:
+        part.get_parameter_state_dp_zero = state_of(part)  # before that of its class
+    try:
         yield
+    finally:
+        for part in parts:
+            del part.get_parameter_state_dp_zero
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megarl.platform.memory import wait_for
+
 PARTS = ("gradients", "optimizer")
 Put = Callable[[torch.Tensor], None]
 
@@ -61,8 +63,7 @@ class Sleeper:
                 self._host[key] = on_host
             on_host.copy_(tensor, non_blocking=True)
             self._moved.append((put, on_host))
-        if self._on_gpu:
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         for put, on_host in self._moved:
             put(on_host)
 
