@@ -240,12 +240,7 @@ def built() -> bool:
 def pinned(name: str) -> str | None:
     """``name==version`` as the project pins it, where it does: for CUDA first, then for CPUs."""
     spelled = re.compile(rf"(?<![\w.-]){'[-_.]'.join(name.split('-'))}\s*==\s*([\w.]+)", re.IGNORECASE)
-    for file in (
-        "requirements/cuda.lock",
-        "requirements/cuda.txt",
-        "requirements/cpu.lock",
-        "pyproject.toml",
-    ):
+    for file in ("requirements/cuda.lock", "requirements/cpu.lock", "pyproject.toml"):
         path = ROOT / file
         found = spelled.search(path.read_text()) if path.is_file() else None
         if found:

@@ -268,8 +268,8 @@ class GrpoConfig(OnlineConfig):
             what = "takes a pass for logprobs over the whole vocabulary, the engine's are of a part of it"
             against.append((f"algorithm.{name} {what}", (name,)))
         for reason, fields in against:
-            for name, why, *_ in self.rollout.unused("top_p top_k", reason):
-                yield f"rollout.{name}", why, *(f"algorithm.{field}" for field in fields)
+            related = (f"algorithm.{field}" for field in fields)
+            yield from self.unused("rollout.top_p rollout.top_k", reason, *related)
 
     @rule
     def _curriculum(self) -> Problems:
@@ -282,7 +282,7 @@ class GrpoConfig(OnlineConfig):
     def _asynchronous(self) -> Problems:
         older = "those of older versions are gone"
         gone = f" makes the trainer's logprobs depend on which weights sampled, and {older}"
-        against = [(f"rollout.{name}", gone) for name, _ in self.rollout.changed("top_p", "top_k")]
+        against = [(name, gone) for name, _ in self.changed("rollout.top_p", "rollout.top_k")]
         if self.rollout.router_replay:
             reason = ": a change of weights chooses the experts of earlier tokens anew"
             against.append(("rollout.router_replay", reason))

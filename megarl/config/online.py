@@ -111,9 +111,7 @@ class OnlineConfig(TrainingRoot, Sampling):
     @rule
     def _refused(self) -> Problems:
         for path, why in self.refused.items():
-            section, name = path.split(".")
-            for _, reason, *_ in getattr(self, section).unused(name, why):
-                yield path, reason
+            yield from self.unused(path, why)
 
     @rule
     def _something_to_evaluate(self) -> Problems:

@@ -132,5 +132,5 @@ class PpoConfig(OnlineConfig):
             " only before the first of several optimizer steps, and the reference's never"
         )
         related = "algorithm.num_epochs_per_batch", "algorithm.kl_reward_coef"
-        for name, reason, *_ in self.rollout.unused("top_p top_k", why) if asked else ():
-            yield f"rollout.{name}", reason, *related
+        if asked:
+            yield from self.unused("rollout.top_p rollout.top_k", why, *related)

@@ -194,10 +194,10 @@ class DpoConfig(PreferenceRoot):
 
     @rule
     def _reference(self) -> Problems:
-        unused = () if self.algorithm.uses_reference else ("path", "cache_dir")
-        for name, value in self.reference.changed(*unused):
+        unused = () if self.algorithm.uses_reference else ("reference.path", "reference.cache_dir")
+        for name, value in self.changed(*unused):
             reason = f"algorithm.loss = {self.algorithm.loss} needs no reference (got {value!r})"
-            yield f"reference.{name}", reason, "algorithm.loss"
+            yield name, reason, "algorithm.loss"
 
 
 class RewardAlgorithmConfig(Section):

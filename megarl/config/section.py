@@ -33,10 +33,13 @@ class Section(BaseModel):
     )
 
     def changed(self, *names: str) -> Iterator[tuple[str, Any]]:
-        """Those of these fields that are not at their default, with their values."""
+        """Those of these fields, which may lie in sections of this one, that are not at their default."""
         for name in names:
-            default = type(self).model_fields[name].get_default(call_default_factory=True, validated_data={})
-            if (value := vars(self).get(name, default)) != default:  # it may have failed the schema
+            *inner, last = name.split(".")
+            section: Section = functools.reduce(getattr, inner, self)
+            of = type(section).model_fields[last]
+            default = of.get_default(call_default_factory=True, validated_data={})
+            if (value := vars(section).get(last, default)) != default:  # it may have failed the schema
                 yield name, value
 
     def unused(self, names: str, why: str, *related: str) -> Problems:

@@ -64,13 +64,13 @@ def free_bytes(device: torch.device) -> int:
 
 def _plan_of(config: TrainingRoot) -> PlanConfig:
     """The part of a plan that the trainer's memory is counted by."""
-    reference = getattr(getattr(config, "algorithm", None), "needs_reference", False)
+    reference = isinstance(config, OnlineConfig) and config.algorithm.needs_reference
     lora = config.lora and LoraLayers(rank=config.lora.rank, target_modules=config.lora.target_modules)
     return PlanConfig(
         model=PlanModelConfig(path=config.model.path),
         trainer=PlanTrainerConfig(
             distributed_optimizer=config.optimizer.distributed,
-            keep_reference=bool(reference),
+            keep_reference=reference,
             lora=lora,
         ),
         engine=PlanEngineConfig(kv_cache_gib=1.0),
