@@ -18,7 +18,12 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.fake_cuda.build import HERE, build
+from tests.fake_cuda.build import HERE, ROOT, build
+
+
+def cuda_python() -> Path:
+    """The python of the environment with torch for CUDA: MEGARL_CUDA_ENV, or where the set-up puts it."""
+    return Path(os.environ.get("MEGARL_CUDA_ENV", ROOT / ".setup" / "cuda-env" / "bin" / "python"))
 
 
 def environment(

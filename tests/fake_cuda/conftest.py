@@ -13,16 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.fake_cuda.activate import Session, environment, session
+from tests.fake_cuda.activate import Session, cuda_python, environment, session
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-DEFAULT_PYTHON = ROOT / ".setup" / "cuda-env" / "bin" / "python"
-
-
-def cuda_python() -> Path:
-    """The python of the environment with torch for CUDA: MEGARL_CUDA_ENV, or where the set-up puts it."""
-    return Path(os.environ.get("MEGARL_CUDA_ENV", DEFAULT_PYTHON))
 
 
 def megarl_extension() -> Path | None:

@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 
 from tests.end_to_end.harness import GRPO, ROOT, SFT, TASK, read_lines
-from tests.fake_cuda.activate import Session, environment
+from tests.fake_cuda.activate import Session, cuda_python, environment
 
 SITE = ROOT / "tests" / "fake_cuda" / "site"
-PYTHON = os.environ.get("MEGARL_CUDA_ENV", str(ROOT / ".setup" / "cuda-env" / "bin" / "python"))
+PYTHON = str(cuda_python())
 TIMEOUT = 900.0  # seconds for a run; generous, for a machine that does other things as well
 
 PAIRS: dict[str, Any] = {"chosen_templates": ["{answer}"], "rejected_templates": ["{other_answer}"]}
@@ -97,6 +97,30 @@ class Workbench:
         fake = environment(PYTHON, self.session.path, devices=2, memory_gb=4.0, **settings)
         return {**common, **fake, "PYTHONPATH": common["PYTHONPATH"]}
 
+    def python(
+        self,
+        where: str,
+        *arguments: str,
+        variables: Mapping[str, str] | None = None,
+        expect: int = 0,
+        log: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """The environment's Python, run to its end; no process so far may have skipped a kernel."""
+        ended = subprocess.run(
+            [PYTHON, *arguments],
+            cwd=ROOT,
+            env=self.variables(where, **(variables or {})),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        if log is not None:
+            log.write_text(ended.stdout + ended.stderr)
+        said = f"{ended.stdout[-6000:]}\n{ended.stderr[-6000:]}"
+        assert ended.returncode == expect, f"{arguments}: exit code {ended.returncode}\n{said}"
+        self.check_nothing_was_skipped()
+        return ended
+
     def run(
         self,
         where: str,
@@ -111,19 +135,9 @@ class Workbench:
     ) -> Finished:
         """Run a job to its end; ``options`` are fields by their dotted names."""
         command = self.command(job, name, model=model, options=options, launch=launch)
-        ended = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=self.variables(where, **(variables or {})),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT,
-        )
-        (self.folder / f"{name}.log").write_text(ended.stdout)
-        assert ended.returncode == expect, f"{name}: exit code {ended.returncode}\n{ended.stdout[-6000:]}"
-        self.check_nothing_was_skipped()
-        return Finished(self.folder / name, ended.stdout)
+        log = self.folder / f"{name}.log"
+        ended = self.python(where, *command[1:], variables=variables, expect=expect, log=log)
+        return Finished(self.folder / name, ended.stdout + ended.stderr)
 
     def check_nothing_was_skipped(self) -> None:
         """No process of any run so far has skipped a kernel whose result nothing computed."""
@@ -159,10 +173,7 @@ class Workbench:
             sizes += ["--intermediate", "128", "--seed", "1", "--output", str(path)]
             if num_experts:
                 sizes += ["--experts", str(num_experts)]
-            command = [PYTHON, "tools/make_tiny_model.py", *sizes]
-            subprocess.run(
-                command, cwd=ROOT, env=self.variables("cpu"), check=True, capture_output=True, timeout=TIMEOUT
-            )
+            self.python("cpu", "tools/make_tiny_model.py", *sizes)
             self.models[name] = path
         return self.models[name]
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.harness import ROOT
-from tests.fake_cuda.scenarios.harness import PYTHON, TIMEOUT, Workbench
+from tests.fake_cuda.scenarios.harness import Workbench
 
 pytestmark = pytest.mark.timeout(1800)
 
 
 def run(bench: Workbench, program: str, **settings: str) -> dict[str, Any]:
-    ended = subprocess.run(
-        [PYTHON, "-m", f"tests.fake_cuda.scenarios.{program}"],
-        cwd=ROOT,
-        env=bench.variables("cuda", **settings),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    bench.check_nothing_was_skipped()
+    ended = bench.python("cuda", "-m", f"tests.fake_cuda.scenarios.{program}", variables=settings)
     result: dict[str, Any] = json.loads(ended.stdout.strip().splitlines()[-1])
     return result
 

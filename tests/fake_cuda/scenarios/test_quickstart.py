@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 
 import pytest
 
-from tests.end_to_end.harness import ROOT
-from tests.fake_cuda.scenarios.harness import PYTHON, TIMEOUT, Finished, Workbench
+from tests.fake_cuda.scenarios.harness import Finished, Workbench
 from tests.fake_cuda.scenarios.test_online import LOGPROBS_AGREE
 from tests.fake_cuda.scenarios.test_training import FP32
 
@@ -16,18 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def command(bench: Workbench, where: str, name: str, *arguments: str) -> Finished:
-    ended = subprocess.run(
-        [PYTHON, *arguments],
-        cwd=ROOT,
-        env=bench.variables(where),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert ended.returncode == 0, ended.stdout[-6000:]
-    bench.check_nothing_was_skipped()
-    return Finished(bench.folder / name, ended.stdout)
+    ended = bench.python(where, *arguments)
+    return Finished(bench.folder / name, ended.stdout + ended.stderr)
 
 
 def test_quickstart(bench: Workbench, agree: Callable[..., None]) -> None:

@@ -7,13 +7,11 @@ FAKECUDA_STREAM_ORDER=lazy nothing runs until something waits for it, or for a t
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 
 import pytest
 
-from tests.end_to_end.harness import ROOT
-from tests.fake_cuda.scenarios.harness import PYTHON, TIMEOUT, Workbench
+from tests.fake_cuda.scenarios.harness import Workbench
 from tests.fake_cuda.scenarios.test_training import FP32, two
 
 pytestmark = pytest.mark.timeout(3600)
@@ -50,16 +48,8 @@ def test_an_engine_reads_merged_adapters_when_they_are_complete(bench: Workbench
 @pytest.mark.slow
 def test_memory_is_free_on_all_ranks_before_an_engine_wakes(bench: Workbench) -> None:
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"]
-    ended = subprocess.run(
-        [PYTHON, *launch, "-m", "tests.fake_cuda.scenarios.give_memory"],
-        cwd=ROOT,
-        env=bench.variables("cuda", **LAZY),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    bench.check_nothing_was_skipped()
+    program = "tests.fake_cuda.scenarios.give_memory"
+    ended = bench.python("cuda", *launch, "-m", program, variables=LAZY)
     ranks = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     assert len(ranks) == 2
     [engine_took] = [rank["engine"]["engine took"] for rank in ranks if "engine took" in rank["engine"]]
