@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import string
 from typing import Literal
 
+from megarl.config.environments import CodeConfig, MathEnvironmentConfig, MultipleChoiceConfig
 from megarl.config.section import Section, Text
 
 BenchmarkName = Literal["gsm8k", "math500", "aime", "gpqa", "mmlu", "mmlu_pro", "humaneval", "mbpp"]
+
+_MATH = MathEnvironmentConfig()
+_CHOICE = MultipleChoiceConfig(
+    kind="multiple_choice", choices=string.ascii_uppercase, choices_field="choices"
+)
+_CODE = CodeConfig(kind="code")
+_JUDGED_BY: dict[BenchmarkName, MathEnvironmentConfig | MultipleChoiceConfig | CodeConfig] = {
+    "gsm8k": _MATH,
+    "math500": _MATH,
+    "aime": _MATH,
+    "gpqa": _CHOICE,
+    "mmlu": _CHOICE,
+    "mmlu_pro": _CHOICE,
+    "humaneval": _CODE,
+    "mbpp": _CODE,
+}
 
 
 class BenchmarkSource(Section):
@@ -24,3 +42,8 @@ class BenchmarkSource(Section):
     """Configuration of the data set; null is the benchmark's usual one, e.g. gpqa_diamond."""
     split: Text | None = None
     """Split; null is the benchmark's usual one."""
+
+    @property
+    def environment(self) -> MathEnvironmentConfig | MultipleChoiceConfig | CodeConfig:
+        """The verifier that judges its answers."""
+        return _JUDGED_BY[self.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,21 +26,19 @@ from megarl.config.data import (
 from megarl.config.environments import EnvironmentSource, MathEnvironmentConfig, ToolsConfig
 from megarl.data import benchmarks
 from megarl.data.fields import get_field, get_messages, get_text
-from megarl.data.load import Converted, collect, reads_everything
+from megarl.data.load import Converted, collect, locate, reads_everything
 from megarl.data.report import LoadReport, TooLongError
 from megarl.data.rows import read_rows
 from megarl.data.tokenizer import chat_ids
 from megarl.data.tool_prompts import PromptTools
-from megarl.environments import needs_answer, wrong_references
-from megarl.environments.curriculum import Curriculum, first_dataset
+from megarl.environments import make_environment, needs_answer, wrong_references
+from megarl.environments.curriculum import Curricula, Curriculum, first_dataset
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
 from megarl.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from megarl.environments.curriculum import Curricula
 
 Split = Literal["train", "held_out"]
 
@@ -165,7 +164,7 @@ class PromptDataset(ABC, Sequence[Prompt]):
         return messages
 
 
-class SeededPrompts(PromptDataset):
+class _SeededPrompts(PromptDataset):
     """Problems that are made one by one, as many as the source says."""
 
     def __init__(self, source: PromptReasoningGymSource | EnvironmentSource, *args: Any) -> None:
@@ -185,7 +184,7 @@ class SeededPrompts(PromptDataset):
         return questions_of(self._source, self._field)
 
 
-class _ReasoningGymPrompts(SeededPrompts):
+class _ReasoningGymPrompts(_SeededPrompts):
     _source: PromptReasoningGymSource
 
     def __init__(self, source: PromptReasoningGymSource, *args: Any) -> None:
@@ -202,6 +201,26 @@ class _ReasoningGymPrompts(SeededPrompts):
         if rises:
             metadata["level"] = self._levels.level
         return self._make(index, f"{self._field}: problem {index}", entry["question"], metadata)
+
+
+class _EnvironmentPrompts(_SeededPrompts):
+    """Problems that the environment makes, told apart by their seeds alone."""
+
+    _source: EnvironmentSource
+
+    def __init__(self, source: EnvironmentSource, *args: Any) -> None:
+        super().__init__(source, *args)
+        self._maker: Any = make_environment(source.environment, f"{self._field}.environment")
+        if not callable(getattr(self._maker, "problem", None)):
+            raise UserError(
+                f"{self._field}.environment: {type(self._maker).__name__} has no method problem(seed):"
+                " it makes no problems of its own"
+            )
+
+    def _prompt(self, index: int) -> Prompt:
+        made = self._maker.problem(self._source.seed + index)
+        metadata = {"question": made.text, "answer": made.answer, **made.metadata}
+        return self._make(index, f"{self._field}: problem {index}", made.text, metadata)
 
 
 class _RowPrompts(PromptDataset):
@@ -272,10 +291,10 @@ class _BenchmarkPrompts(PromptDataset):
     def __init__(self, source: BenchmarkSource, *args: Any) -> None:
         super().__init__(*args)
         self._questions = benchmarks.load_questions(source, self._field)
-        if benchmarks.find(source).verifier == "math":
+        if isinstance(source.environment, MathEnvironmentConfig):
             where = f"{self._field}: row"
             lines = ((f"{where} {i}", q.answer, q.metadata) for i, q in enumerate(self._questions))
-            for _, message in wrong_references(MathEnvironmentConfig(), where, lines):
+            for _, message in wrong_references(source.environment, where, lines):
                 raise UserError(message)
 
     def check(self) -> None:
@@ -304,6 +323,67 @@ def _reference(record: dict[str, Any], name: str, where: str) -> str:
     return get_text(record, name, where)
 
 
+class _KeptPrompts(PromptDataset):
+    """Those of another set's problems that filters and bad rows left."""
+
+    def __init__(self, base: PromptDataset, reading: PromptDataConfig | EvalDataConfig, *args: Any) -> None:
+        super().__init__(*args)
+        report = LoadReport(self._field)
+        self.reports = [report]
+
+        def convert(_where: str, row: dict[str, Any]) -> Converted[int]:
+            length = len(base._prompt(row["index"]).token_ids)
+            return Converted([row["index"]], length, length)
+
+        rows = ((f"{self._field}: problem {i}", {"index": i}) for i in range(len(base)))
+        self._base, self._indices = base, list(collect(rows, convert, reading, report))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def questions(self) -> Iterator[str]:
+        """Those of the problems that are left."""
+        kept = set(self._indices)
+        return (question for i, question in enumerate(self._base.questions()) if i in kept)
+
+    def _prompt(self, index: int) -> Prompt:
+        return replace(self._base._prompt(self._indices[index]), index=index)
+
+
+class _MixedPrompts(PromptDataset):
+    """Several sets, end to end."""
+
+    is_mixture = True
+
+    def __init__(self, sets: dict[str, PromptDataset], weights: dict[str, float] | None, *args: Any) -> None:
+        super().__init__(*args)
+        self._names, self._sets = list(sets), list(sets.values())
+        self._sizes = [len(each) for each in self._sets]
+        self._starts = [sum(self._sizes[:k]) for k in range(len(self._sizes))]
+        self.reports = [report for each in self._sets for report in each.reports]
+        levels = {
+            name: each.curriculum for name, each in sets.items() if isinstance(each.curriculum, Curriculum)
+        }
+        self.curriculum = Curricula(levels) if levels else None
+        if weights is not None:
+            self.parts = [(len(each), weights[name]) for name, each in sets.items()]
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def questions(self) -> Iterator[str]:
+        """Those of one set after the other."""
+        return itertools.chain.from_iterable(each.questions() for each in self._sets)
+
+    def _prompt(self, index: int) -> Prompt:
+        part, row = locate(index, self._sizes)
+        prompt = self._sets[part]._prompt(row)
+        metadata = {**prompt.metadata, "source": self._names[part]}
+        if metadata.get("category") is None:  # an evaluation then tells the sources apart
+            metadata["category"] = self._names[part]
+        return replace(prompt, index=index, metadata=metadata)
+
+
 def load_prompts(
     config: PromptDataConfig | EvalDataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -329,9 +409,7 @@ def load_prompts(
             name: _load_plain(part, config, tokenizer, max_prompt_tokens, f"{field}.sources.{name}")
             for name, part in source.sources.items()
         }
-        from megarl.data.joined_prompts import MixedPrompts
-
-        dataset: PromptDataset = MixedPrompts(
+        dataset: PromptDataset = _MixedPrompts(
             sets, source.weights, tokenizer, config.format, max_prompt_tokens, field
         )
     else:
@@ -355,15 +433,11 @@ def _load_plain(
     elif isinstance(source, BenchmarkSource):
         dataset = _BenchmarkPrompts(source, *arguments)
     elif isinstance(source, EnvironmentSource):
-        from megarl.data.made_prompts import EnvironmentPrompts
-
-        dataset = EnvironmentPrompts(source, *arguments)
+        dataset = _EnvironmentPrompts(source, *arguments)
     else:
         return _RowPrompts(source, source, config, *arguments)
     if reads_everything(config):
-        from megarl.data.joined_prompts import KeptPrompts
-
-        return KeptPrompts(dataset, config, *arguments)
+        return _KeptPrompts(dataset, config, *arguments)
     dataset.check()
     return dataset
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,6 @@ from megarl.environments.base import (
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
-    from megarl.config.benchmarks import BenchmarkSource
     from megarl.config.data import PromptSource
     from megarl.config.environments import EnvironmentConfig
 
@@ -70,22 +68,9 @@ def make(source: PromptSource, field: str = "data.train") -> Environment:
 
         parts = source.sources.items()
         return MixtureEnvironment({name: make(part, f"{field}.sources.{name}") for name, part in parts})
-    if source.source == "benchmark":
-        return make_environment(_benchmark_environment(source, field), field)
+    if source.source == "benchmark":  # its verifier is no field of its own
+        return make_environment(source.environment, field)
     return make_environment(source.environment, f"{field}.environment")
-
-
-def _benchmark_environment(source: BenchmarkSource, field: str) -> EnvironmentConfig:
-    from megarl.data.benchmarks import find
-
-    verifier = find(source).verifier
-    if verifier == "math":
-        return MathEnvironmentConfig()
-    if verifier == "multiple_choice":
-        return MultipleChoiceConfig(
-            kind="multiple_choice", choices=string.ascii_uppercase, choices_field="choices"
-        )
-    return CodeConfig(kind="code")
 
 
 def make_environment(config: EnvironmentConfig, field: str) -> Environment:
@@ -131,7 +116,7 @@ def _make_of_turns(
     if isinstance(config, ToolsConfig):
         from megarl.environments.tool_use import ToolUseEnvironment
 
-        return ToolUseEnvironment(config, field)
+        return ToolUseEnvironment(config, make_environment(config.answer, f"{field}.answer"), field)
     from megarl.environments.custom import make_custom
 
     return make_custom(config, field)

@@ -6,8 +6,7 @@ import asyncio
 import copy
 from typing import TYPE_CHECKING, Any
 
-from megarl.environments import make_environment
-from megarl.environments.base import Observation, StepResult
+from megarl.environments.base import Environment, Observation, StepResult
 from megarl.environments.tool_format import ToolFormat
 from megarl.environments.tools import ToolError, make_tools
 
@@ -23,18 +22,18 @@ class ToolUseEnvironment:
 
     Calls are read in the model's own form (``metadata["tool_format"]``, as the prompts' template has it). A
     call that cannot be read, of an unknown tool, or with wrong arguments is answered with what is wrong. The
-    answer's reward is the inner environment's (``answer``); a turn with a call gives 0, or ``-error_penalty``
+    answer's reward is the inner environment's (``judge``); a turn with a call gives 0, or ``-error_penalty``
     where the call was wrong. ``info`` adds ``tool_calls`` and ``tool_errors``.
     """
 
     raw_actions = True  # some models mark calls with special tokens
     max_concurrency = 8
 
-    def __init__(self, config: ToolsConfig, field: str = "environment") -> None:
+    def __init__(self, config: ToolsConfig, judge: Environment, field: str = "environment") -> None:
         self._config = config
         self._tools = {tool.name: tool for tool in make_tools(config, field)}
         self.note = "; ".join(tool.note for tool in self._tools.values() if tool.note)
-        self._judge = make_environment(config.answer, f"{field}.answer")
+        self._judge = judge
         self._prompt: Prompt | None = None
         self._format = ToolFormat()
         self._calls = self._errors = 0

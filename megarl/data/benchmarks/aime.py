@@ -12,4 +12,4 @@ def _question(row: Row, index: int) -> Question:
     return math_question(text_of(row, "problem", "question"), str(int(answer)))
 
 
-BENCHMARK = Benchmark("HuggingFaceH4/aime_2024", None, "train", "math", _question)
+BENCHMARK = Benchmark("HuggingFaceH4/aime_2024", None, "train", _question)

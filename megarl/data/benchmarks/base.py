@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from megarl.errors import UserError
 
@@ -36,7 +36,6 @@ class Benchmark:
     hub: str
     subset: str | None
     split: str
-    verifier: Literal["math", "multiple_choice", "code"]
     question: Callable[[Row, int], Question]
 
 

@@ -16,4 +16,4 @@ def _question(row: Row, index: int) -> Question:
     return choice_question(text_of(row, "Question"), [options[i] for i in order], order.index(0), category)
 
 
-BENCHMARK = Benchmark("Idavidrein/gpqa", "gpqa_diamond", "train", "multiple_choice", _question)
+BENCHMARK = Benchmark("Idavidrein/gpqa", "gpqa_diamond", "train", _question)

@@ -12,4 +12,4 @@ def _question(row: Row, index: int) -> Question:
     return math_question(text_of(row, "question"), answer.strip().replace(",", ""))
 
 
-BENCHMARK = Benchmark("openai/gsm8k", "main", "test", "math", _question)
+BENCHMARK = Benchmark("openai/gsm8k", "main", "test", _question)

@@ -16,4 +16,4 @@ def _question(row: Row, index: int) -> Question:
     )
 
 
-BENCHMARK = Benchmark("openai/openai_humaneval", None, "test", "code", _question)
+BENCHMARK = Benchmark("openai/openai_humaneval", None, "test", _question)

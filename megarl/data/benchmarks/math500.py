@@ -9,4 +9,4 @@ def _question(row: Row, index: int) -> Question:
     return math_question(text_of(row, "problem"), text_of(row, "answer"), text_of(row, "subject"))
 
 
-BENCHMARK = Benchmark("HuggingFaceH4/MATH-500", None, "test", "math", _question)
+BENCHMARK = Benchmark("HuggingFaceH4/MATH-500", None, "test", _question)

@@ -16,4 +16,4 @@ def _question(row: Row, index: int) -> Question:
     return code_question(text, "\n".join([setup, *cases]).strip() + "\n", row.get("code"))
 
 
-BENCHMARK = Benchmark("google-research-datasets/mbpp", "full", "test", "code", _question)
+BENCHMARK = Benchmark("google-research-datasets/mbpp", "full", "test", _question)

@@ -12,4 +12,4 @@ def _question(row: Row, index: int) -> Question:
     return choice_question(text_of(row, "question"), choices, answer, text_of(row, "subject"))
 
 
-BENCHMARK = Benchmark("cais/mmlu", "all", "test", "multiple_choice", _question)
+BENCHMARK = Benchmark("cais/mmlu", "all", "test", _question)

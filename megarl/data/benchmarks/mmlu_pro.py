@@ -15,4 +15,4 @@ def _question(row: Row, index: int) -> Question:
     return choice_question(text_of(row, "question"), options, right, text_of(row, "category"))
 
 
-BENCHMARK = Benchmark("TIGER-Lab/MMLU-Pro", None, "test", "multiple_choice", _question)
+BENCHMARK = Benchmark("TIGER-Lab/MMLU-Pro", None, "test", _question)
