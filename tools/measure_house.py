@@ -27,9 +27,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.test_import_graph import modules_of
-
-Function = ast.FunctionDef | ast.AsyncFunctionDef
+from tools.import_graph import KINDS, Function, all_imports, cycles
 
 _READING = {"load", "yaml_text", "introspect", "suggest", "violation"}
 _CHECKING = {"files"}
@@ -44,6 +42,7 @@ def measure(root: Path, package: str = "megarl") -> dict[str, Any]:
     lengths = sorted(_lines(node) for node in functions)
     many = {f"{node.name}": count for node in functions if (count := _parameters(node)) > 6}
     classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    imports = all_imports(root, package)
     methods = {node.name: sum(isinstance(each, Function) for each in node.body) for node in classes}
     return {
         "files": len(files),
@@ -58,7 +57,7 @@ def measure(root: Path, package: str = "megarl") -> dict[str, Any]:
         "over_6_parameters": sum(_parameters(node) > 6 for node in functions),
         "over_9_parameters": sorted(name for name, count in many.items() if count > 9),
         "over_12_methods": {name: count for name, count in sorted(methods.items()) if count > 12},
-        "cycles": cycles(root, package),
+        "cycles": {kind: cycles(imports, KINDS[: i + 1]) for i, kind in enumerate(KINDS)},
         "config": config_lines(root / package / "config"),
     }
 
@@ -71,70 +70,6 @@ def _parameters(node: Function) -> int:
     arguments = node.args
     names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     return len([name for name in names if name not in ("self", "cls")])
-
-
-# --- cycles ----------------------------------------------------------------------------------------
-
-
-def cycles(root: Path, package: str) -> dict[str, list[list[str]]]:
-    """Groups of modules that reach one another, by which imports count."""
-    ours = modules_of(root, package)
-    edges = [edge for name, path in ours.items() for edge in _imports(name, path, ours)]
-    found = {}
-    kinds: set[str] = set()
-    for label in ("load", "late", "typing"):
-        kinds.add(label)
-        graph: dict[str, set[str]] = {name: set() for name in ours}
-        for source, target, kind in edges:
-            if kind in kinds and target in graph and target != source:
-                graph[source].add(target)
-        found[label] = [sorted(group) for group in _components(graph) if len(group) > 1]
-    return found
-
-
-def _imports(name: str, path: Path, ours: dict[str, Path]) -> Iterator[tuple[str, str, str]]:
-    for node, kind in _statements(ast.parse(path.read_text()), "load"):
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        else:
-            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            for _ in range(node.level - 1):
-                package = package.rpartition(".")[0]
-            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
-            targets = [f"{base}.{a.name}" if f"{base}.{a.name}" in ours else base for a in node.names]
-        for target in targets:
-            yield name, target, kind
-
-
-def _statements(node: ast.AST, kind: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, str]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child, kind
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            for each in child.body:
-                yield from _statements(ast.Module([each], []), "typing")
-            for each in child.orelse:
-                yield from _statements(ast.Module([each], []), kind)
-        else:
-            late = isinstance(child, Function | ast.Lambda) and kind == "load"
-            yield from _statements(child, "late" if late else kind)
-
-
-def _components(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Strongly connected ones: modules with the same set of modules that they reach and are reached by."""
-    reach: dict[str, set[str]] = {}
-    for start in graph:
-        seen, todo = set[str](), [start]
-        while todo:
-            for target in graph[todo.pop()] - seen:
-                seen.add(target)
-                todo.append(target)
-        reach[start] = seen
-    groups: list[set[str]] = []
-    for name in graph:
-        if not any(name in group for group in groups):
-            groups.append({name} | {other for other in reach[name] if name in reach[other]})
-    return groups
 
 
 # --- configuration ---------------------------------------------------------------------------------
