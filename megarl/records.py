@@ -1,25 +1,60 @@
 """The typed records in which the stages of a step meet (docs/architecture.md, "The step").
 
 Shapes: T packed tokens, S sequences, G samples per group, N response tokens of one sample, P prompt
-tokens. Lists are plain Python so that records cross process boundaries (Ray, gloo) unchanged;
-tensors appear first in :class:`PackedBatch`, which never leaves a rank.
+tokens. What there is one of per token is a numpy array, which crosses process boundaries (Ray, gloo) as one
+buffer; tensors appear first in :class:`PackedBatch`, which never leaves a rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 FinishReason = Literal["stop", "length", "abort"]
+TokenIds = npt.NDArray[np.int32]
+Logprobs = npt.NDArray[np.float32]
+NO_LOGPROBS: Logprobs = np.empty(0, np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+def token_ids(values: npt.ArrayLike) -> TokenIds:
+    """Token ids of any kind as an int32 array; without a copy where they are one."""
+    return np.asarray(values, dtype=np.int32)
+
+
+class ArrayRecord:
+    """Base of dataclasses with array fields, made with ``eq=False``: equal where all compared fields are.
+
+    The comparison that dataclasses write themselves asks an array whether it is true.
+    """
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _same(getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)  # type: ignore[arg-type]
+            if f.compare
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return bool(one == other)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt(ArrayRecord):
     """One problem, ready for the engine: text is tokenised once and never again.
 
     ``index`` is the position in its dataset: (dataset seed, index) names a problem for ever.
@@ -29,7 +64,7 @@ class Prompt:
 
     index: int
     text: str
-    token_ids: list[int]  # [P]
+    token_ids: TokenIds  # [P] int32
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -42,13 +77,14 @@ class Turn:
     reward: float  # what the environment gave for this turn
 
 
-@dataclass(slots=True)
-class Sample:
+@dataclass(slots=True, eq=False)
+class Sample(ArrayRecord):
     """One sequence drawn from the policy: a prompt and the response the engine gave.
 
-    ``rollout_logprobs`` are the engine's own, after temperature, of exactly the tokens in
-    ``response_ids`` (the stop token included when the engine emitted it). ``reward`` and
-    ``advantage`` are None until their stage has run.
+    ``prompt_ids`` is the prompt's own array, one for a group. ``rollout_logprobs`` are the engine's own,
+    after temperature, of exactly the tokens in ``response_ids`` (the stop token included when the engine
+    emitted it); empty where none were asked for. ``reward`` and ``advantage`` are None until their stage has
+    run.
 
     An episode of several turns has everything after the prompt in ``response_ids``, in order: what was
     sampled, exactly as it was sampled, and the observations between, whose rollout_logprobs are 0 and which
@@ -59,9 +95,9 @@ class Sample:
     """
 
     prompt_index: int
-    prompt_ids: list[int]  # [P]
-    response_ids: list[int]  # [N]
-    rollout_logprobs: list[float]  # [N]
+    prompt_ids: TokenIds  # [P] int32
+    response_ids: TokenIds  # [N] int32
+    rollout_logprobs: Logprobs  # [N] float32, or [0]
     policy_version: int
     finish_reason: FinishReason
     text: str = ""  # the response, decoded for verifiers and people; never re-tokenised

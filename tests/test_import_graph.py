@@ -136,6 +136,8 @@ def test_light_modules_load_nothing_heavy(module: str):
     code = f"import sys, {module}; print(*sorted(m.partition('.')[0] for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     heavy = {"torch", "vllm", "ray", "megatron", "transformers", "numpy", "datasets"}
+    if module == "megarl.records":  # of arrays
+        heavy.remove("numpy")
     assert heavy & set(done.stdout.split()) == set()
 
 

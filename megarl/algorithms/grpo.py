@@ -274,9 +274,9 @@ def to_sequence(sample: Sample, version: int | None = None) -> Sequence:
     """
     prompt = len(sample.prompt_ids)
     return Sequence(
-        token_ids=sample.prompt_ids + sample.response_ids,
+        token_ids=[*sample.prompt_ids.tolist(), *sample.response_ids.tolist()],
         loss_mask=[0] * prompt + sample.response_mask,
-        rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs,
+        rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs.tolist(),
         num_prompt_tokens=prompt,
         experts=experts_to_replay(sample),
         stale=[] if version is None else [0] * prompt + [int(v < version) for v in sample.token_versions],

@@ -93,7 +93,7 @@ def _views(example: Sequence | Pair | Prompt, index: int) -> Iterator[tuple[str,
         case Prompt():
             source = example.metadata.get("source")
             title = f"problem {index}" + (f" ({source})" if source else "")
-            sequence = Sequence(example.token_ids, [0] * len(example.token_ids))
+            sequence = Sequence(example.token_ids.tolist(), [0] * len(example.token_ids))
             yield title, sequence, f"reference answer: {example.metadata.get('answer')!r}"
         case Sequence():
             yield f"sequence {index}", example, ""

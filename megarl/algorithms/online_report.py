@@ -38,7 +38,12 @@ def staleness_metrics(groups: list[Group], version: int) -> dict[str, float]:
     """How old the samples are that a policy of ``version`` updates learns from."""
     samples = [sample for group in groups for sample in group.samples]
     ages = [version - sample.policy_version for sample in samples]
-    stale = sum(v < version for sample in samples for v in sample.token_versions)
+    spans = [
+        span
+        for sample in samples
+        for span in sample.version_spans or [(sample.policy_version, len(sample.response_ids))]
+    ]
+    stale = sum(count for drawn, count in spans if drawn < version)
     return {
         "staleness_mean": sum(ages) / len(ages),
         "staleness_max": max(ages),
@@ -77,8 +82,8 @@ def sample_rows(
             **({"version_spans": sample.version_spans} if sample.version_spans else {}),
             "num_response_tokens": sample.num_sampled_tokens,
             "info": sample.info,
-            "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs],
-            "response_tokens": [decode(i) for i in sample.response_ids],
+            "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs.tolist()],
+            "response_tokens": [decode(i) for i in sample.response_ids.tolist()],
         }
         for group, sample in chosen
     ]

@@ -24,7 +24,7 @@ from megarl.errors import UserError
 from megarl.metrics.console import Console
 from megarl.metrics.timers import Phase, PhaseTimers
 from megarl.platform import ranges
-from megarl.records import Group, Prompt, Sample
+from megarl.records import Group, Prompt, Sample, TokenIds
 from megarl.rollout.client import SessionClient
 from megarl.rollout.engine import Engine, GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.rollout.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
@@ -199,7 +199,7 @@ class Rollouts:
     ) -> Sample | None:
         """One sample; None where it was dropped. ``number`` tells the step's episodes apart."""
 
-        async def ask(turn: int, ids: list[int], room: int) -> GeneratedResponse:
+        async def ask(turn: int, ids: TokenIds, room: int) -> GeneratedResponse:
             seed = None if greedy else turn_seed(self._run_seed, step, prompt.index, number, turn)
             lineage = (prompt.index, number)
             return await client.generate(GenerateRequest(f"{step}-{number}-{turn}", ids, room, seed, lineage))

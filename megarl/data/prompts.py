@@ -35,7 +35,7 @@ from megarl.environments import make_environment, needs_answer, wrong_references
 from megarl.environments.curriculum import Curricula, Curriculum, first_dataset
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
-from megarl.records import Prompt
+from megarl.records import Prompt, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ class PromptDataset(ABC, Sequence[Prompt]):
                 f"{where}: the prompt has {len(ids)} tokens, but at most {self._max_prompt_tokens} are "
                 "allowed (longest sequence minus rollout.max_new_tokens)"
             )
-        return Prompt(index=index, text=text, token_ids=ids, metadata=metadata)
+        return Prompt(index=index, text=text, token_ids=token_ids(ids), metadata=metadata)
 
     def _messages(self, where: str, problem: str | list[dict[str, str]]) -> list[dict[str, str]]:
         messages = (

@@ -61,7 +61,7 @@ class RewardModelEnvironment(Verifier):
         read = self._tokenizer.decode(prompt.token_ids)
         if not read.endswith(prompt.text):
             raise ValueError(f"the reward model's tokenizer reads the prompt's token ids as {read[-80:]!r}")
-        ids = list(prompt.token_ids)
+        ids = prompt.token_ids.tolist()
         ids += self._tokenizer(response_text, add_special_tokens=False)["input_ids"]
         if self._tokenizer.eos_token_id is not None:
             ids.append(self._tokenizer.eos_token_id)

@@ -63,4 +63,4 @@ class Dealer:
 
 
 def _prompt(request: GenerateRequest) -> Hashable:
-    return ("prompt", tuple(request.prompt_ids) if request.lineage is None else request.lineage[0])
+    return ("prompt", request.prompt_ids.tobytes() if request.lineage is None else request.lineage[0])

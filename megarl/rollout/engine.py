@@ -1,7 +1,7 @@
 """What a rollout engine is, seen from the trainer: token ids in, token ids and logprobs out.
 
-Text never crosses this interface, so nothing is re-tokenised on the way back. The records hold
-plain Python values and cross process boundaries unchanged.
+Text never crosses this interface, so nothing is re-tokenised on the way back. What there is one of per token
+is a numpy array, made in the engine's process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megarl.records import FinishReason
+from megarl.records import ArrayRecord, FinishReason, Logprobs, TokenIds
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
@@ -31,8 +31,8 @@ class WeightPlanError(ValueError):
         self.violations = list(violations)
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest(ArrayRecord):
     """One sequence to sample. With a seed, its tokens depend on the weights and the seed only; on a GPU that
     takes rollout.engine.batch_invariant, else rounding depends on what is decoded in the same step.
 
@@ -41,7 +41,7 @@ class GenerateRequest:
     """
 
     request_id: str
-    prompt_ids: list[int]  # [P]
+    prompt_ids: TokenIds  # [P] int32
     max_new_tokens: int
     seed: int | None
     lineage: tuple[int, int] | None = None
@@ -64,8 +64,8 @@ class SamplingConfig:
     top_p: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedResponse:
+@dataclass(frozen=True, slots=True, eq=False)
+class GeneratedResponse(ArrayRecord):
     """What was sampled for one request. ``finish_reason`` is "length" at max_new_tokens and at the
     engine's max_model_len; "abort" keeps the tokens there were.
 
@@ -75,8 +75,8 @@ class GeneratedResponse:
     """
 
     request_id: str
-    token_ids: list[int]  # [N]
-    logprobs: list[float]  # [N], empty when not asked for
+    token_ids: TokenIds  # [N] int32
+    logprobs: Logprobs  # [N] float32, or [0] when not asked for
     finish_reason: FinishReason
     policy_version: int  # the weights that drew the first token
     experts: np.ndarray | None = field(

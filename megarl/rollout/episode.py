@@ -14,7 +14,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megarl.records import FinishReason, Prompt, Sample, Turn, merge_spans
+import numpy as np
+
+from megarl.records import NO_LOGPROBS, FinishReason, Prompt, Sample, TokenIds, Turn, merge_spans, token_ids
 from megarl.rollout.engine import GeneratedResponse
 from megarl.rollout.turns import TurnTokens
 
@@ -46,7 +48,7 @@ class _Played:
     response: GeneratedResponse
     action: str
     observation: Observation | None = None
-    observed_ids: list[int] = field(default_factory=list)
+    observed_ids: TokenIds = field(default_factory=lambda: token_ids([]))
 
 
 class _EnvironmentError(Exception):
@@ -74,7 +76,7 @@ class EpisodePlayer:
     async def play(
         self,
         prompt: Prompt,
-        sample: Callable[[int, list[int], int], Awaitable[GeneratedResponse]],
+        sample: Callable[[int, TokenIds, int], Awaitable[GeneratedResponse]],
     ) -> Sample:
         """One episode on ``prompt``; ``sample(turn, token_ids, max_new_tokens)`` asks the engine.
 
@@ -98,7 +100,7 @@ class EpisodePlayer:
     async def _attempt(
         self,
         prompt: Prompt,
-        sample: Callable[[int, list[int], int], Awaitable[GeneratedResponse]],
+        sample: Callable[[int, TokenIds, int], Awaitable[GeneratedResponse]],
         played: list[_Played],
     ) -> Sample:
         episode: Any = copy.copy(self._environment)
@@ -108,22 +110,25 @@ class EpisodePlayer:
                 raise _EnvironmentError("reset() must show the prompt's own text: the policy reads that")
             rewards: list[float] = []
             info: dict[str, Any] = {}
-            ids = list(prompt.token_ids)
+            parts = [prompt.token_ids]
+            used = 0
             while True:
                 turn = len(rewards)
                 if turn == len(played):
-                    room = self._room(len(ids) - len(prompt.token_ids))
-                    response = await sample(turn, ids, room)
+                    ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+                    response = await sample(turn, ids, self._room(used))
                     action = self._turns.action(response.token_ids, raw=self._raw)
                     played.append(_Played(response, action))
-                ids += played[turn].response.token_ids
+                parts.append(played[turn].response.token_ids)
+                used += len(parts[-1])
                 result = _checked(await _ask(episode.step(played[turn].action)))
                 rewards.append(float(result.reward))
                 info.update(result.info)
-                if result.done or not self._goes_on(prompt, ids, result, played, turn):
+                if result.done or not self._goes_on(used, result, played, turn):
                     ended = None if result.done else self._why_ended(turn)
                     return self._sample(prompt, played[: turn + 1], rewards, info, ended)
-                ids += played[turn].observed_ids
+                parts.append(played[turn].observed_ids)
+                used += len(parts[-1])
         finally:
             end = getattr(episode, "end", None)
             if end is not None:
@@ -134,10 +139,8 @@ class EpisodePlayer:
         per_turn = self._limits.max_new_tokens_per_turn
         return room if per_turn is None else min(room, per_turn)
 
-    def _goes_on(
-        self, prompt: Prompt, ids: list[int], result: StepResult, played: list[_Played], turn: int
-    ) -> bool:
-        """Whether there is a budget for another turn; notes what the policy reads before it."""
+    def _goes_on(self, used: int, result: StepResult, played: list[_Played], turn: int) -> bool:
+        """Whether ``used`` tokens leave a budget for another turn; notes what the policy reads before it."""
         now, seen = played[turn], result.observation
         assert seen is not None
         if turn + 1 == self._limits.max_turns:
@@ -146,8 +149,7 @@ class EpisodePlayer:
             del played[turn + 1 :]
             now.observation = seen
             now.observed_ids = self._turns.observation(now.response.token_ids, seen.role, seen.text)
-        used = len(ids) - len(prompt.token_ids) + len(now.observed_ids)
-        return used < self._limits.max_new_tokens
+        return used + len(now.observed_ids) < self._limits.max_new_tokens
 
     def _why_ended(self, turn: int) -> str:
         return "max_turns" if turn + 1 == self._limits.max_turns else "max_new_tokens"
@@ -168,26 +170,28 @@ class EpisodePlayer:
         turns: list[Turn] = []
         spans: list[tuple[int, int]] = []
         if len(played) == 1:
-            token_ids, logprobs, spans = last.token_ids, last.logprobs, last.version_spans
+            response_ids, logprobs, spans = last.token_ids, last.logprobs, last.version_spans
             text = played[0].action
         else:
-            token_ids, logprobs = [], []
+            ids, values = [], []
             for index, (turn, reward) in enumerate(zip(played, rewards, strict=True)):
-                observed = turn.observed_ids if index + 1 < len(played) else []
-                token_ids += turn.response.token_ids + observed
-                if turn.response.logprobs:
-                    logprobs += turn.response.logprobs + [0.0] * len(observed)
+                observed = turn.observed_ids if index + 1 < len(played) else turn.observed_ids[:0]
+                ids += [turn.response.token_ids, observed]
+                if len(turn.response.logprobs):
+                    values += [turn.response.logprobs, np.zeros(len(observed), np.float32)]
                 turns.append(Turn(len(turn.response.token_ids), len(observed), reward))
                 spans += turn.response.version_spans or [
                     (turn.response.policy_version, len(turn.response.token_ids))
                 ]
                 spans.append((spans[-1][0], len(observed)))
             spans = merge_spans(spans)
-            text = self._turns.action(token_ids, raw=True)
+            response_ids = np.concatenate(ids)
+            logprobs = np.concatenate(values) if values else NO_LOGPROBS
+            text = self._turns.action(response_ids, raw=True)
         return Sample(
             prompt.index,
             prompt.token_ids,
-            token_ids,
+            response_ids,
             logprobs,
             played[0].response.policy_version,
             reason,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megarl.errors import UserError
+from megarl.records import TokenIds, token_ids
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -39,23 +40,24 @@ class TurnTokens:
         if self._chat:
             self._after(role, "x")
 
-    def action(self, token_ids: list[int], *, raw: bool = False) -> str:
+    def action(self, sampled: TokenIds, *, raw: bool = False) -> str:
         """The policy's turn as text: without special tokens, or (raw) only without the one that ended it."""
-        if raw and token_ids and token_ids[-1] in self._stops:
-            token_ids = token_ids[:-1]
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=not raw))
+        ids: list[int] = sampled.tolist()
+        if raw and ids and ids[-1] in self._stops:
+            del ids[-1]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not raw))
 
-    def observation(self, sampled: list[int], role: str, text: str) -> list[int]:
+    def observation(self, sampled: TokenIds, role: str, text: str) -> TokenIds:
         """Token ids to go on with after ``sampled``, the policy's turn, ending where it speaks again.
 
         A turn that was cut off is ended first, as the template ends a message.
         """
         if self._chat:
             text = self._after(role, text)
-            if sampled and sampled[-1] in self._stops:
-                end = str(self._tokenizer.decode([sampled[-1]], skip_special_tokens=False))
+            if len(sampled) and (last := int(sampled[-1])) in self._stops:
+                end = str(self._tokenizer.decode([last], skip_special_tokens=False))
                 text = text.removeprefix(end)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return token_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _after(self, role: str, text: str) -> str:
         """What the template writes from the end of the policy's message on."""

@@ -18,8 +18,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megarl.cluster.processes import own_shared_memory
 from megarl.cluster.ray_runtime import make_temp_dir
+from megarl.records import NO_LOGPROBS, Logprobs, token_ids
 from megarl.rollout.engine import (
     AttachReport,
     EngineHealth,
@@ -36,7 +39,6 @@ from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
 if TYPE_CHECKING:
-    import numpy as np
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -266,7 +268,7 @@ class EngineActor:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            prompts = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_ids}])
+            prompts = self._engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt_ids.tolist()}])
             internal = self._engine.add_request(request.request_id, prompts[0], params)
             self._internal_ids[request.request_id] = internal
             self._requests[request.request_id] = responses
@@ -311,8 +313,8 @@ class EngineActor:
         spans = [(int(s.version), s.end - s.start) for s in completion.weight_versions or []]
         return GeneratedResponse(
             request_id=output.request_id,
-            token_ids=list(completion.token_ids),
-            logprobs=[] if logprobs is None else [logprobs.logprobs[i] for i in logprobs.start_indices],
+            token_ids=token_ids(completion.token_ids),
+            logprobs=NO_LOGPROBS if logprobs is None else sampled_logprobs(logprobs),
             finish_reason=completion.finish_reason,
             policy_version=spans[0][0] if spans else self._policy_version,
             version_spans=spans if len(spans) > 1 else [],
@@ -329,6 +331,11 @@ class EngineActor:
         outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in states]
         self._engine.abort_request(sorted(wanted))
         self._deliver(outputs)
+
+
+def sampled_logprobs(flat: Any) -> Logprobs:
+    """[N] float32 of the sampled tokens: the first entry of each position of vLLM's FlatLogprobs."""
+    return np.array(flat.logprobs, np.float32)[np.array(flat.start_indices, np.intp)]
 
 
 def _redirect_output(log_path: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megarl.records import Group, Prompt, Sample
+from megarl.records import Group, Prompt, Sample, token_ids
 
 MAX_NEW_TOKENS = 12
 
@@ -26,15 +26,15 @@ def make_groups(seed: int = 0, prompts: int = 4, generations: int = 4) -> list[G
             samples.append(
                 Sample(
                     prompt_index=p,
-                    prompt_ids=ids,
-                    response_ids=[draw.randrange(250) for _ in range(length)],
-                    rollout_logprobs=[draw.uniform(-6.5, -4.5) for _ in range(length)],
+                    prompt_ids=token_ids(ids),
+                    response_ids=token_ids([draw.randrange(250) for _ in range(length)]),
+                    rollout_logprobs=np.float32([draw.uniform(-6.5, -4.5) for _ in range(length)]),
                     policy_version=0,
                     finish_reason="length" if length == MAX_NEW_TOKENS else "stop",
                     reward=float(g % 2 or p == 1),
                 )
             )
-        groups.append(Group(Prompt(p, "", ids), samples))
+        groups.append(Group(Prompt(p, "", token_ids(ids)), samples))
     return groups
 
 
@@ -185,7 +185,7 @@ def collect_and_fail(context: Any) -> list[str]:
     rollouts: Any = Failing() if context.is_first else None
     collector = Collector(config, run, rollouts, train, step=0, position=0)  # type: ignore[arg-type]
     groups, _ = collector.collect(1)
-    told = [str([group.samples[0].response_ids for group in groups])]
+    told = [str([group.samples[0].response_ids.tolist() for group in groups])]
     try:
         collector.collect(2)
     except UserError as error:

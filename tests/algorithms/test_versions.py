@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online_report import staleness_metrics
-from megarl.records import Group, Prompt, Sample, Turn, merge_spans
+from megarl.records import Group, Prompt, Sample, Turn, merge_spans, token_ids
 
 
 def sample(version: int, spans: list[tuple[int, int]], length: int = 5, **fields: object) -> Sample:
-    return Sample(0, [1, 2], [9] * length, [-1.0] * length, version, "stop", version_spans=spans, **fields)  # type: ignore[arg-type]
+    ids, logprobs = token_ids([9] * length), np.full(length, -1.0, np.float32)
+    return Sample(0, token_ids([1, 2]), ids, logprobs, version, "stop", version_spans=spans, **fields)  # type: ignore[arg-type]
 
 
 def test_tokens_of_older_versions_are_marked() -> None:

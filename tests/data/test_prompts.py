@@ -49,7 +49,7 @@ def test_generated_prompts_are_hf_s_chat_tokens_of_the_task_s_question(tokenizer
             return_dict=False,
         )
         prompt = dataset[index]
-        assert prompt.token_ids == expected
+        assert prompt.token_ids.tolist() == expected
         assert prompt.index == index
         assert prompt.metadata["answer"] == reference[index]["answer"]
         assert prompt.metadata["entry"]["question"] == question
@@ -86,7 +86,7 @@ def test_messages_and_numbers_in_jsonl(tokenizer, jsonl):
     assert [p.metadata["answer"] for p in dataset] == ["1", "$\\frac{8}{2}$"]
     expected = [dict(m) for m in messages]
     expected[-1]["content"] += " Think."
-    assert dataset[1].token_ids == tokenizer.apply_chat_template(
+    assert dataset[1].token_ids.tolist() == tokenizer.apply_chat_template(
         expected, add_generation_prompt=True, return_dict=False
     )
     assert messages[-1]["content"] == "And 2 + 2?"

@@ -16,7 +16,7 @@ from megarl.config.data import JsonlSource
 from megarl.config.environments import CustomEnvironmentConfig, EnvironmentRuntime
 from megarl.environments.remote import EnvironmentFailureError, EnvironmentWorkers
 from megarl.errors import UserError
-from megarl.records import Prompt
+from megarl.records import NO_LOGPROBS, Prompt, token_ids
 from megarl.rollout.engine import GeneratedResponse
 from megarl.rollout.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
 from megarl.rollout.turns import TurnTokens
@@ -52,7 +52,7 @@ def ready() -> Iterator[dict[str, Any]]:
 async def judge(environment: Any, response: str, index: int = 0) -> tuple[float, dict[str, Any]]:
     episode = copy.copy(environment)
     try:
-        await episode.reset(Prompt(index, "p", [1]))
+        await episode.reset(Prompt(index, "p", token_ids([1])))
         result = await episode.step(response)
     finally:
         episode.end()
@@ -95,10 +95,12 @@ def test_episodes_keep_to_their_worker_and_survive_the_death_of_a_neighbour(read
 
         async def sample(index: int, turn: int, ids: list[int], room: int) -> GeneratedResponse:
             text = "die" if index == 3 and turn == 1 else f"{index}"
-            return GeneratedResponse("", [ord(c) + 100 for c in text] + [1], [], "stop", 0)
+            return GeneratedResponse(
+                "", token_ids([ord(c) + 100 for c in text] + [1]), NO_LOGPROBS, "stop", 0
+            )
 
         def episode(index: int) -> Any:
-            return player.play(Prompt(index, "p", [1]), lambda *a: sample(index, *a))
+            return player.play(Prompt(index, "p", token_ids([1])), lambda *a: sample(index, *a))
 
         return await asyncio.gather(*map(episode, range(12)), return_exceptions=True)
 

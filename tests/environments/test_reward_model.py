@@ -13,7 +13,7 @@ from megarl.config.environments import RewardModelConfig
 from megarl.environments import grade, make_environment, needs_answer
 from megarl.environments.base import VerifierError
 from megarl.errors import UserError
-from megarl.records import Prompt
+from megarl.records import Prompt, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_scores_are_those_of_transformers(directory: Path) -> None:
     config = RewardModelConfig(kind="reward_model", path=str(directory), scale=2.0)
     environment = make_environment(config, "data.train.environment")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
-    prompt = Prompt(0, "what is good", [1, 2, 5])
+    prompt = Prompt(0, "what is good", token_ids([1, 2, 5]))
     scores = []
     for text, ids in (("three", [3]), ("four bad", [4, 6]), ("", [])):
         reward, info = asyncio.run(grade(environment, prompt, text))
@@ -61,7 +61,7 @@ def test_another_tokenizer_is_an_error_and_no_reward(directory: Path) -> None:
     config = RewardModelConfig(kind="reward_model", path=str(directory))
     environment = make_environment(config, "data.train.environment")
     with pytest.raises(VerifierError, match="reads the prompt's token ids as"):
-        asyncio.run(grade(environment, Prompt(0, "what is good", [1, 2, 6]), "three"))
+        asyncio.run(grade(environment, Prompt(0, "what is good", token_ids([1, 2, 6])), "three"))
 
 
 def test_what_is_no_reward_model_is_refused(directory: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from megarl.packing.context_parallel import context_parallel_slice
 from megarl.packing.pack import pack
 from megarl.packing.routing import experts_to_replay, pack_experts, real_tokens
 from megarl.packing.shared_prefix import share_prefixes
-from megarl.records import Sample, Sequence
+from megarl.records import Sample, Sequence, token_ids
 
 
 def marked(token_ids: list[int]) -> Sequence:
@@ -59,7 +59,15 @@ def test_shared_prefixes_take_theirs_along() -> None:
 
 
 def test_the_last_token_of_a_sample_is_left_to_the_trainer() -> None:
-    sample = Sample(0, [1, 2], [3], [0.0], 0, "stop", experts=np.ones((2, 2, 2), dtype=np.int16))
+    sample = Sample(
+        0,
+        token_ids([1, 2]),
+        token_ids([3]),
+        np.zeros(1, np.float32),
+        0,
+        "stop",
+        experts=np.ones((2, 2, 2), dtype=np.int16),
+    )
     replayed = experts_to_replay(sample)
     assert replayed is not None
     assert replayed.tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[-1, -1], [-1, -1]]]

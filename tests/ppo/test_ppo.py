@@ -67,14 +67,14 @@ def one_rank(model_dir: str, critic_dir: str) -> dict[str, Any]:
 
 
 def logprobs_of(model: Any, sample: Sample) -> torch.Tensor:
-    ids = sample.prompt_ids + sample.response_ids
+    ids = [*sample.prompt_ids, *sample.response_ids]
     logits = model(torch.tensor([ids])).logits[0] / TEMPERATURE
     rows = torch.arange(len(sample.prompt_ids) - 1, len(ids) - 1)
-    return logits[rows].log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+    return logits[rows].log_softmax(-1).gather(1, torch.tensor(sample.response_ids).long()[:, None])[:, 0]
 
 
 def values_of(model: Any, sample: Sample) -> torch.Tensor:
-    ids = sample.prompt_ids + sample.response_ids
+    ids = [*sample.prompt_ids, *sample.response_ids]
     hidden = model.model(torch.tensor([ids])).last_hidden_state[0]
     return model.score(hidden)[len(sample.prompt_ids) - 1 : len(ids) - 1, 0]
 

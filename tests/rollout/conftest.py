@@ -11,6 +11,7 @@ import transformers
 
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
+from megarl.records import token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.weights.handover import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan
@@ -97,7 +98,7 @@ class MiniTrainer:
         return [
             GenerateRequest(
                 f"r{i}",
-                torch.randint(250, (prompt_length + i % 3,), generator=generator).tolist(),
+                token_ids(torch.randint(250, (prompt_length + i % 3,), generator=generator)),
                 max_new_tokens,
                 seed=100 + i,
             )
@@ -114,9 +115,11 @@ class MiniTrainer:
         errors = []
         for response in responses:
             prompt = prompts[response.request_id]
-            logits = self.model(torch.tensor([prompt + response.token_ids])).logits[0, len(prompt) - 1 : -1]
+            logits = self.model(torch.tensor([[*prompt, *response.token_ids]])).logits[
+                0, len(prompt) - 1 : -1
+            ]
             expected = (logits / temperature).log_softmax(-1)
-            expected = expected.gather(-1, torch.tensor(response.token_ids)[:, None])[:, 0]
+            expected = expected.gather(-1, torch.tensor(response.token_ids).long()[:, None])[:, 0]
             errors.append((expected - torch.tensor(response.logprobs)).abs().max().item())
         return max(errors)
 

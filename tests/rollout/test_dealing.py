@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from megarl.records import token_ids
 from megarl.rollout.dealing import Dealer
 from megarl.rollout.engine import GenerateRequest
 
 
 def request(name: str, prompt: int, episode: int | None = None) -> GenerateRequest:
     """Without an episode nothing but the prompt's tokens tells what belongs together."""
-    return GenerateRequest(name, [prompt, 7], 5, 1, None if episode is None else (prompt, episode))
+    return GenerateRequest(name, token_ids([prompt, 7]), 5, 1, None if episode is None else (prompt, episode))
 
 
 def names(shares: list[list[GenerateRequest]]) -> list[list[str]]:

@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
+from megarl.records import token_ids
 from megarl.rollout.engine import (
     EngineError,
     EngineHealth,
@@ -45,7 +47,7 @@ class Scripted:
 
     def check_requests(self, requests: Sequence[GenerateRequest]) -> None:
         for request in requests:
-            if not request.prompt_ids:
+            if not len(request.prompt_ids):
                 raise ValueError(f"request {request.request_id}: empty")
 
     def session(self, sampling: SamplingConfig) -> ScriptedSession:
@@ -89,7 +91,11 @@ class ScriptedSession:
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
         for request in reversed(requests):
             self.member.seen.append(request.request_id)
-            self.answers.put(GeneratedResponse(request.request_id, [request.seed or 0], [-1.0], "length", 3))
+            self.answers.put(
+                GeneratedResponse(
+                    request.request_id, token_ids([request.seed or 0]), np.float32([-1.0]), "length", 3
+                )
+            )
 
     def __iter__(self) -> Iterator[GeneratedResponse]:
         while (answer := self.answers.get()) is not None:
@@ -110,7 +116,7 @@ def members() -> list[Any]:
 
 def requests_of(prompts: int, samples: int, length: int = 5) -> list[GenerateRequest]:
     return [
-        GenerateRequest(f"{p}-{s}", [p + 1, 2, 3], length, 100 * p + s, (p, p * samples + s))
+        GenerateRequest(f"{p}-{s}", token_ids([p + 1, 2, 3]), length, 100 * p + s, (p, p * samples + s))
         for p in range(prompts)
         for s in range(samples)
     ]
@@ -119,7 +125,9 @@ def requests_of(prompts: int, samples: int, length: int = 5) -> list[GenerateReq
 def test_every_request_is_answered_once_and_by_its_own_seed(members: list[Any]) -> None:
     requests = requests_of(4, 3)
     responses = list(EngineGroup(members).generate(requests, PLAIN))
-    assert {r.request_id: r.token_ids for r in responses} == {r.request_id: [r.seed] for r in requests}
+    assert {r.request_id: r.token_ids.tolist() for r in responses} == {
+        r.request_id: [r.seed] for r in requests
+    }
     assert len(responses) == 12
     prompts = [{name.split("-")[0] for name in member.seen} for member in members]
     assert prompts == [{"0", "2"}, {"1", "3"}], "groups are whole"
@@ -133,7 +141,7 @@ def test_a_session_takes_requests_while_it_is_read(members: list[Any]) -> None:
     for response in session:
         found.append(response.request_id)
         if len(found) == 2:
-            session.submit([GenerateRequest("more", [9], 5, 1)])
+            session.submit([GenerateRequest("more", token_ids([9]), 5, 1)])
         if len(found) == 3:
             session.close()
     assert sorted(found) == ["0-0", "1-0", "more"]
@@ -149,7 +157,7 @@ def test_a_consumer_that_stops_ends_what_is_left(members: list[Any]) -> None:
 def test_a_bad_request_is_refused_before_any_is_sent(members: list[Any]) -> None:
     group = EngineGroup(members)
     with pytest.raises(ValueError, match="request empty"):
-        group.generate([*requests_of(2, 1), GenerateRequest("empty", [], 5, 1)], PLAIN)
+        group.generate([*requests_of(2, 1), GenerateRequest("empty", token_ids([]), 5, 1)], PLAIN)
     assert list(group.generate([], PLAIN)) == []
     assert [member.seen for member in members] == [[], []]
 
@@ -211,7 +219,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineGroup]:
 
 
 def drawn(responses: Iterator[GeneratedResponse]) -> dict[str, list[int]]:
-    found = {response.request_id: response.token_ids for response in responses}
+    found = {response.request_id: response.token_ids.tolist() for response in responses}
     assert found
     return found
 
@@ -221,7 +229,9 @@ def test_two_engines_draw_what_one_draws(group: EngineGroup) -> None:
     requests = requests_of(5, 4, length=40)
     alone = {r.request_id: r for r in group.members[0].generate(requests, PLAIN)}
     together = {r.request_id: r for r in group.generate(requests, PLAIN)}
-    assert {n: r.token_ids for n, r in together.items()} == {n: r.token_ids for n, r in alone.items()}
+    assert {n: r.token_ids.tolist() for n, r in together.items()} == {
+        n: r.token_ids.tolist() for n, r in alone.items()
+    }
     for name, response in alone.items():
         assert together[name].logprobs == pytest.approx(response.logprobs, abs=1e-5)
         assert together[name].policy_version == 0

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil, torch
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
+from megarl.records import token_ids
 from megarl.rollout.engine import EngineError, GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.weights.handover import Alias, SharedStorage, SourceView, WeightPlan
@@ -43,7 +44,7 @@ for index, (name, info) in enumerate(params.items()):
     aliases.append(Alias(name, view))
 engine.attach([WeightPlan(storages, aliases, [])])
 engine.sync(0)
-requests = [GenerateRequest(str(i), [1, 2, i], 400, i) for i in range(64)]
+requests = [GenerateRequest(str(i), token_ids([1, 2, i]), 400, i) for i in range(64)]
 responses = engine.generate(requests, SamplingConfig(1.0, (), True))
 print("GENERATING", *(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
 for _ in range(1000):

@@ -7,6 +7,7 @@ import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megarl.algorithms.rollouts import EnvironmentsFailedError, Rollouts, split_groups, usable
@@ -14,7 +15,7 @@ from megarl.config.environments import EnvironmentRuntime
 from megarl.environments.base import Observation, StepResult, Verifier
 from megarl.metrics.console import Console
 from megarl.metrics.timers import PhaseTimers
-from megarl.records import Group, Prompt, Sample
+from megarl.records import Group, Prompt, Sample, TokenIds, token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 
 STOP = 1
@@ -51,7 +52,9 @@ class Scripted:
             cut = ids[: request.max_new_tokens]
             logprobs = [-0.5 - 0.01 * i for i in range(len(cut))]
             reason = "stop" if cut[-1] == STOP else "length"
-            self.queue.put(GeneratedResponse(request.request_id, cut, logprobs, reason, 3))
+            self.queue.put(
+                GeneratedResponse(request.request_id, token_ids(cut), np.float32(logprobs), reason, 3)
+            )
 
     def __iter__(self) -> Iterator[GeneratedResponse]:
         while (response := self.queue.get()) is not None:
@@ -62,7 +65,7 @@ class Scripted:
 
 
 def prompt(index: int = 0) -> Prompt:
-    return Prompt(index, f"p{index}", [50 + index])
+    return Prompt(index, f"p{index}", token_ids([50 + index]))
 
 
 def rollouts(
@@ -104,7 +107,7 @@ def talk(request: GenerateRequest) -> str:
     return ["go", "on", "stop"][int(request.request_id.split("-")[-1])]
 
 
-def text(ids: list[int]) -> str:
+def text(ids: TokenIds) -> str:
     return "".join("#" if i == STOP else chr(i - 100) for i in ids)
 
 
@@ -121,8 +124,8 @@ def test_tokens_are_kept_as_sampled_and_observations_are_no_targets():
         assert (value != 0.0) == bool(target), token
     # Each request is the whole sequence so far, which is what training will see.
     for request in made.engine.requests:  # type: ignore[attr-defined]
-        whole = one.prompt_ids + one.response_ids
-        assert request.prompt_ids == whole[: len(request.prompt_ids)]
+        whole = [*one.prompt_ids, *one.response_ids]
+        assert request.prompt_ids.tolist() == whole[: len(request.prompt_ids)]
     seeds = [request.seed for request in made.engine.requests]  # type: ignore[attr-defined]
     assert len(set(seeds)) == 3
 
@@ -261,7 +264,10 @@ def test_an_engine_that_fails_ends_the_rollout():
 
 def test_groups_are_dealt_evenly_when_some_are_missing():
     def group(i: int) -> Group:
-        return Group(prompt(i), [Sample(i, [1], [2], [0.0], 0, "stop") for _ in range(2)])
+        return Group(
+            prompt(i),
+            [Sample(i, token_ids([1]), token_ids([2]), np.zeros(1, np.float32), 0, "stop") for _ in range(2)],
+        )
 
     def dealt(count: int, parts: int) -> list[list[int]]:
         return [

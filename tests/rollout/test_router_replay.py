@@ -16,7 +16,7 @@ from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
 from megarl.models import load_architecture
 from megarl.packing.routing import experts_to_replay
-from megarl.records import Sample, Sequence
+from megarl.records import Sample, Sequence, token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_build import KV_BLOCK_SIZE
 from megarl.rollout.vllm_engine import VllmEngine
@@ -46,9 +46,16 @@ class Rollout:
             sample.experts = response.experts
             mask = [0] * len(prompt) + [1] * len(response.token_ids)
             experts = experts_to_replay(sample)
-            logprobs = [0.0] * len(prompt) + response.logprobs
+            logprobs = [0.0] * len(prompt) + response.logprobs.tolist()
             found.append(
-                Sequence(prompt + response.token_ids, mask, 0.0, logprobs, len(prompt), experts=experts)
+                Sequence(
+                    [*prompt.tolist(), *response.token_ids.tolist()],
+                    mask,
+                    0.0,
+                    logprobs,
+                    len(prompt),
+                    experts=experts,
+                )
             )
         return found
 
@@ -81,8 +88,10 @@ def roll_out(directory: Path, dtype: str) -> Rollout:
         [owners] = world(1).run(router_ranks.offer, str(model_dir))
         attach_weights(engine, load_architecture(model_dir), owners)
         engine.sync(1)
-        requests = [GenerateRequest(f"s{n}", [*SHARED, n], 20, seed=n) for n in range(8)]
-        requests += [GenerateRequest(f"r{n}", ranks.make_sequences(n)[0].token_ids, 20, n) for n in range(4)]
+        requests = [GenerateRequest(f"s{n}", token_ids([*SHARED, n]), 20, seed=n) for n in range(8)]
+        requests += [
+            GenerateRequest(f"r{n}", token_ids(ranks.make_sequences(n)[0].token_ids), 20, n) for n in range(4)
+        ]
         responses = list(engine.generate(requests, SamplingConfig(ranks.TEMPERATURE, (), True)))
     finally:
         engine.shutdown()
@@ -112,7 +121,7 @@ def test_every_token_brings_the_experts_hugging_face_would_choose(rollout: Rollo
     same = total = 0
     for response in rollout.responses:
         prompt = rollout.requests[response.request_id].prompt_ids
-        ids = prompt + response.token_ids
+        ids = [*prompt.tolist(), *response.token_ids.tolist()]
         assert response.experts is not None
         assert response.experts.shape == (len(ids) - 1, LAYERS, TOP_K)
         mine, theirs = np.sort(response.experts, axis=-1), hf_choices(rollout.model, ids)[:-1]

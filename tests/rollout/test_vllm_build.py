@@ -149,3 +149,16 @@ def test_experts_are_returned_by_vllm_on_a_gpu_and_recorded_on_a_cpu() -> None:
     kept = returned_routing(every_layer, [1, 3])
     assert kept.dtype == np.int16
     assert kept.tolist() == [[[3, 4, 5], [9, 10, 11]], [[15, 16, 17], [21, 22, 23]]]
+
+
+def test_logprobs_of_the_sampled_tokens_are_the_first_of_each_position() -> None:
+    from vllm.logprobs import FlatLogprobs, Logprob
+
+    from megarl.rollout.vllm_worker import sampled_logprobs
+
+    flat = FlatLogprobs()
+    for position, value in enumerate((-0.1, -2.5, -7.0)):
+        flat.append({5 + position: Logprob(value, rank=1), 99: Logprob(-9.0, rank=2)})
+    found = sampled_logprobs(flat)
+    assert found.dtype == np.float32
+    assert found.tolist() == np.float32([-0.1, -2.5, -7.0]).tolist()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from megarl.records import TokenIds, token_ids
 from megarl.rollout import vllm_engine
 from megarl.rollout.engine import (
     EngineError,
@@ -50,8 +51,8 @@ def test_greedy_follows_the_argmax_of_hf(trainer: Any) -> None:
     with torch.no_grad():
         for _ in range(12):
             ids.append(int(trainer.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert response.token_ids == ids[len(request.prompt_ids) :]
-    assert response.logprobs == []
+    assert response.token_ids.tolist() == ids[len(request.prompt_ids) :]
+    assert len(response.logprobs) == 0
 
 
 def test_a_sleeping_engine_gives_its_cache_back(trainer: Any) -> None:
@@ -63,7 +64,9 @@ def test_a_sleeping_engine_gives_its_cache_back(trainer: Any) -> None:
     assert held - process.memory_full_info().uss > 0.8 * 0.05 * 2**30, "of kv_cache_gib"
     trainer.engine.wake()
     after = by_id(list(trainer.engine.generate(requests, PLAIN)))
-    assert {name: r.token_ids for name, r in after.items()} == {n: r.token_ids for n, r in before.items()}
+    assert {name: r.token_ids.tolist() for name, r in after.items()} == {
+        name: r.token_ids.tolist() for name, r in before.items()
+    }
     assert trainer.logprob_error(requests, list(after.values()), 1.0) < TOLERANCE
 
 
@@ -77,14 +80,14 @@ def test_no_daemon_of_ray_runs_that_serves_nobody(trainer: Any) -> None:
 def test_sampling_ends_with_the_first_stop_token_only(trainer: Any) -> None:
     requests = trainer.requests(6, max_new_tokens=30)
     free = by_id(list(trainer.engine.generate(requests, PLAIN)))
-    stop = free["r0"].token_ids[10]
+    stop = int(free["r0"].token_ids[10])
     stopped = by_id(list(trainer.engine.generate(requests, replace(PLAIN, stop_token_ids=(stop,)))))
     for request_id, response in stopped.items():
-        expected = free[request_id].token_ids
+        expected = free[request_id].token_ids.tolist()
         if stop in expected:
             expected = expected[: expected.index(stop) + 1]
             assert response.finish_reason == "stop"
-        assert response.token_ids == expected
+        assert response.token_ids.tolist() == expected
     assert trainer.logprob_error(requests, list(stopped.values()), 1.0) < TOLERANCE
 
 
@@ -94,7 +97,7 @@ def test_a_seed_fixes_the_tokens(trainer: Any) -> None:
     assert first == second
     reseeded = [replace(request, seed=request.seed + 1) for request in requests]
     others = by_id(list(trainer.engine.generate(reseeded, PLAIN)))
-    assert all(others[i].token_ids != first[i].token_ids for i in first)
+    assert all(others[i].token_ids.tolist() != first[i].token_ids.tolist() for i in first)
 
 
 def test_the_engine_reads_the_owners_memory(trainer: Any) -> None:
@@ -151,10 +154,10 @@ def test_a_wrong_plan_is_refused_with_every_violation(trainer: Any) -> None:
 
 
 def test_nothing_is_sampled_past_max_model_len(trainer: Any) -> None:
-    [response] = trainer.engine.generate([GenerateRequest("long", [5] * 250, 50, 1)], PLAIN)
+    [response] = trainer.engine.generate([GenerateRequest("long", token_ids([5] * 250), 50, 1)], PLAIN)
     assert (len(response.token_ids), response.finish_reason) == (6, "length")
     with pytest.raises(ValueError, match="request full: a prompt of 256 tokens does not fit"):
-        trainer.engine.generate([GenerateRequest("full", [5] * 256, 50, 1)], PLAIN)
+        trainer.engine.generate([GenerateRequest("full", token_ids([5] * 256), 50, 1)], PLAIN)
 
 
 def test_abort_gives_back_what_there_was(trainer: Any) -> None:
@@ -171,12 +174,12 @@ def test_abort_gives_back_what_there_was(trainer: Any) -> None:
     for request_id in ("r1", "r2"):
         count = len(ended[request_id].token_ids)
         assert 19 <= count < 200 and count == len(ended[request_id].logprobs)
-        assert ended[request_id].token_ids == whole[request_id].token_ids[:count]
+        assert ended[request_id].token_ids.tolist() == whole[request_id].token_ids[:count].tolist()
 
 
 def test_a_consumer_that_leaves_aborts_the_rest(trainer: Any) -> None:
     responses = trainer.engine.generate(
-        [GenerateRequest("a", [1], 3, 1), GenerateRequest("b", [1], 250, 1)], PLAIN
+        [GenerateRequest("a", token_ids([1]), 3, 1), GenerateRequest("b", token_ids([1]), 250, 1)], PLAIN
     )
     assert next(responses).request_id == "a"
     responses.close()
@@ -235,9 +238,9 @@ def test_weights_change_in_the_middle_of_samples(trainer: Any) -> None:
 
 
 @torch.no_grad()
-def hf_logprobs(model: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+def hf_logprobs(model: Any, prompt: TokenIds, response: TokenIds) -> torch.Tensor:
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(response).long()[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("trainer", ["qwen3"], indirect=True)
@@ -256,8 +259,8 @@ def test_a_killed_engine_takes_up_where_it_stopped(trainer: Any, caplog: pytest.
                 os.kill(pid, signal.SIGKILL)
             responses.append(response)
     assert len(responses) == len(requests)
-    assert {i: (r.token_ids, r.policy_version) for i, r in by_id(responses).items()} == {
-        i: (r.token_ids, 3) for i, r in undisturbed.items()
+    assert {i: (r.token_ids.tolist(), r.policy_version) for i, r in by_id(responses).items()} == {
+        i: (r.token_ids.tolist(), 3) for i, r in undisturbed.items()
     }
     assert trainer.logprob_error(requests, responses, 1.0) < TOLERANCE
     assert trainer.engine.health().pid != pid

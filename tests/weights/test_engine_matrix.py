@@ -19,6 +19,7 @@ from megarl.algorithms.engines import attach_weights, region_queries
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
 from megarl.models import load_architecture
+from megarl.records import token_ids
 from megarl.rollout.engine import GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.trainer.policy import Transport
@@ -141,7 +142,7 @@ class Bench:
             sizes = sum(math.prod(query.source.shape) * 4 for query, _ in checksums)
             assert report.bytes_moved == sizes, "all of it, once"
         requests = [
-            GenerateRequest(f"{layout}-{n}", [(7 * n + k) % 250 for k in range(5 + n)], 12, seed=n)
+            GenerateRequest(f"{layout}-{n}", token_ids([(7 * n + k) % 250 for k in range(5 + n)]), 12, seed=n)
             for n in range(6)
         ]
         responses = list(self.engine.generate(requests, SamplingConfig(1.0, (), True)))
@@ -150,7 +151,7 @@ class Bench:
         worst = 0.0
         with torch.no_grad():
             for response in responses:
-                ids = prompts[response.request_id] + response.token_ids
+                ids = [*prompts[response.request_id].tolist(), *response.token_ids.tolist()]
                 logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
                 for place, (token, value) in enumerate(
                     zip(response.token_ids, response.logprobs, strict=True)

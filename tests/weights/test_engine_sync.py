@@ -21,6 +21,7 @@ from megarl.algorithms.engines import attach_weights, verify_weights
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.errors import UserError
 from megarl.models import load_architecture
+from megarl.records import token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.weights.checksum import RegionQuery
 from tests.processes import command_line
@@ -57,7 +58,7 @@ def wrong(bench: Bench, layout: str) -> list[Any]:
 def answers(bench: Bench) -> list[tuple[list[int], GeneratedResponse]]:
     """Six prompts and what the engine makes of them."""
     prompts = {str(n): [(7 * n + k) % 250 for k in range(5 + n)] for n in range(6)}
-    requests = [GenerateRequest(name, ids, 12, seed=1) for name, ids in prompts.items()]
+    requests = [GenerateRequest(name, token_ids(ids), 12, seed=1) for name, ids in prompts.items()]
     responses = bench.engine.generate(requests, SamplingConfig(1.0, (), True))
     return [(prompts[response.request_id], response) for response in responses]
 
@@ -69,9 +70,9 @@ def differences(
     parts = []
     for prompt, response in found:
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + response.token_ids])).logits[0]
+            logits = model(torch.tensor([[*prompt, *response.token_ids]])).logits[0]
         expected = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
-        index = torch.tensor(response.token_ids)[:, None]
+        index = torch.tensor(response.token_ids).long()[:, None]
         parts.append(expected.gather(1, index)[:, 0] - torch.tensor(response.logprobs))
     return torch.cat(parts)
 
@@ -169,7 +170,7 @@ def test_the_first_region_that_differs_is_named(bench: Bench, monkeypatch: pytes
 def test_a_dead_tensor_parallel_worker_is_replaced(bench: Bench, transport: Any) -> None:
     """Ranks that were given back their weights answer as those before: the same seeds, the same tokens."""
     offer(bench, "pp2", transport)
-    requests = [GenerateRequest(str(n), [n + 1, 2, 3], 60, seed=n) for n in range(6)]
+    requests = [GenerateRequest(str(n), token_ids([n + 1, 2, 3]), 60, seed=n) for n in range(6)]
     sampling = SamplingConfig(1.0, (), True)
     before = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
     workers = psutil.Process(bench.engine.health().pid).children()
@@ -186,7 +187,7 @@ def test_a_dead_tensor_parallel_worker_is_replaced(bench: Bench, transport: Any)
     thread.join()
     again = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
     for name, response in before.items():
-        assert response.token_ids == after[name].token_ids == again[name].token_ids
+        assert response.token_ids.tolist() == after[name].token_ids.tolist() == again[name].token_ids.tolist()
     assert bench.engine.health().policy_version == 1
     assert not any(wrong(bench, "pp2"))
     psutil.wait_procs(victims, timeout=20)

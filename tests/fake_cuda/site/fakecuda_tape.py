@@ -53,7 +53,8 @@ def leave_out_the_engine(module: Any) -> None:
 
 
 def _key(prompts: list[Any], settings: dict[str, Any]) -> tuple[Any, ...]:
-    return settings["step"], settings["generations"], settings["temperature"], [p.token_ids for p in prompts]
+    ids = [prompt.token_ids.tolist() for prompt in prompts]
+    return settings["step"], settings["generations"], settings["temperature"], ids
 
 
 def _read(path: Path) -> Iterator[Any]:
