@@ -21,6 +21,7 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
     from megarl.records import Sequence
     from megarl.trainer.megatron import context_attention
     from megarl.trainer.megatron.initialize import finalize
+    from megarl.trainer.passes import train_step
 
     policy, _ = megarl_policy(job, 99, context_parallel_size=2)
     policy.packing = policy.packing.model_copy(update={"max_tokens_per_microbatch": job["budget"]})
@@ -43,7 +44,7 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
             batches = policy.prepare(sequences, "token")
 
             def step(batches: list[Any] = batches) -> dict[str, float]:
-                return dict(policy.train_step(batches, sft_loss, temperature=1.0).metrics)
+                return dict(train_step(policy, batches, sft_loss, temperature=1.0).metrics)
 
             with patch.object(context_attention, "_gather", count):
                 if repeat == job["repeats"] + 1:

@@ -23,6 +23,7 @@ def megarl(job: dict[str, Any]) -> dict[str, float]:
     from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
     from megarl.records import Sequence
     from megarl.trainer.megatron.initialize import finalize
+    from megarl.trainer.passes import sequence_logprobs, train_step
 
     size = job["batch_size"]
     policy, memory = megarl_policy(job, len(job["pairs"]) // size)
@@ -32,14 +33,14 @@ def megarl(job: dict[str, Any]) -> dict[str, float]:
         for response in responses
     ]
     watch = Stopwatch()
-    refs = policy.sequence_logps(sequences)
+    refs = sequence_logprobs(policy, sequences)
     reference = watch.read()
     watch.start()
     losses = []
     for start in range(0, len(sequences), 2 * size):
         part = sequences[start : start + 2 * size]
         loss = PreferenceLoss(PreferenceOptions(), num_targets(part), refs[start : start + 2 * size])
-        result = policy.train_step(policy.prepare(part, "token", group_size=2), loss, temperature=1.0)
+        result = train_step(policy, policy.prepare(part, "token", group_size=2), loss, temperature=1.0)
         losses.append(result.metrics["loss"])
     took = watch.read() | {f"reference_{name}": value for name, value in reference.items()}
     finalize()

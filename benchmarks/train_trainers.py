@@ -27,6 +27,7 @@ def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
     from megarl.losses.sft import sft_loss
     from megarl.records import Sequence
     from megarl.trainer.megatron.initialize import finalize
+    from megarl.trainer.passes import train_step
 
     size = job["batch_size"]
     policy, memory = megarl_policy(job, len(job["sequences"]) // size, **parallel)
@@ -36,7 +37,7 @@ def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
     watch = Stopwatch()
     for start in range(0, len(sequences), size):
         batches = policy.prepare(sequences[start : start + size], "token")
-        result = policy.train_step(batches, sft_loss, temperature=1.0)
+        result = train_step(policy, batches, sft_loss, temperature=1.0)
         losses.append(result.metrics["loss"])
     took = watch.read()
     finalize()

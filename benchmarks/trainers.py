@@ -108,10 +108,10 @@ def megarl_policy(job: dict[str, Any], num_steps: int, **parallel: Any) -> tuple
     from megarl.trainer.megatron.initialize import initialize
 
     context = initialize(ParallelConfig(**parallel), seed=1)
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
     started_with = peak_gib()
-    policy = MegatronPolicy(
+    policy = MegatronTrainer(
         context,
         load_architecture(job["model"]),
         ModelConfig(path=job["model"]),

@@ -91,9 +91,9 @@ def serve(address: str, model_dir: str, rank: int, layout: dict[str, Any]) -> No
     from megarl.trainer.megatron.initialize import finalize, initialize
 
     context = initialize(ParallelConfig(**layout), seed=1)
-    from megarl.trainer.megatron.policy import MegatronPolicy  # imports megatron.core
+    from megarl.trainer.megatron.trainer import MegatronTrainer  # imports megatron.core
 
-    policy = MegatronPolicy(context, load_architecture(model_dir), ModelConfig(path=model_dir))
+    policy = MegatronTrainer(context, load_architecture(model_dir), ModelConfig(path=model_dir))
     with Client(address) as connection:
         connection.send(rank)
         gather = GatherAll(policy, connection if rank == 0 else None)
@@ -102,7 +102,7 @@ def serve(address: str, model_dir: str, rank: int, layout: dict[str, Any]) -> No
             if command == "stop":
                 break
             if command == "offer":
-                connection.send(("answer", policy.weight_owners()))
+                connection.send(("answer", policy.weights.owners()))
             elif command == "gather":
                 gather()
                 connection.send(("answer", None))

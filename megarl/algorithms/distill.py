@@ -13,7 +13,7 @@ the paper no gradient goes through the drawing. Rewards are only logged.
 
 from __future__ import annotations
 
-from typing import Any
+import torch
 
 from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online import Learned, run_online
@@ -22,8 +22,17 @@ from megarl.config.distill import DistillConfig
 from megarl.config.model import ModelConfig
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
+from megarl.losses.agreement import Agreement
+from megarl.losses.base import LossResult
+from megarl.losses.distill import DistillOptions, distill_loss
+from megarl.losses.hidden import HiddenTokens
 from megarl.models import load_architecture
-from megarl.records import Group
+from megarl.records import Group, PackedBatch
+from megarl.trainer.build import build_frozen
+from megarl.trainer.interface import Trainer
+from megarl.trainer.outputs import Output, Sampler
+from megarl.trainer.passes import TrainStepResult
+from megarl.trainer.reduce import agreement_of, reduce_agreement
 
 
 def run_distill(config: DistillConfig) -> None:
@@ -52,18 +61,11 @@ def check_vocabularies(config: DistillConfig) -> None:
 class DistillLearner:
     """Implements :class:`megarl.algorithms.online.Learner`."""
 
-    def __init__(self, config: DistillConfig, run: Run, policy: Any) -> None:
-        from megarl.trainer.megatron.distill import Distiller, DistillOptions
-        from megarl.trainer.megatron.policy import MegatronPolicy
-
+    def __init__(self, config: DistillConfig, run: Run, policy: Trainer) -> None:
         self.config, self.run, self.policy, self.trained = config, run, policy, policy
         algorithm, path = config.algorithm, config.teacher.path
-        teacher = MegatronPolicy(
-            policy.context,
-            load_architecture(path),
-            ModelConfig(path=path, dtype=config.model.dtype),
-            config.packing,
-        )
+        model = ModelConfig(path=path, dtype=config.model.dtype)
+        teacher = build_frozen(policy.context, load_architecture(path), model, config.packing)
         self.distiller = Distiller(
             policy,
             teacher,
@@ -116,3 +118,38 @@ class DistillLearner:
         values["tokens_per_second_train"] = tokens * algorithm.num_epochs_per_batch / seconds
         # The first step's logprobs are those of the weights that drew the samples.
         return Learned(values, results[0].agreement)
+
+
+class Distiller:
+    """Moves ``student`` towards ``teacher``, under the same layout. Every rank calls every method."""
+
+    def __init__(self, student: Trainer, teacher: Trainer, options: DistillOptions) -> None:
+        self.student, self.teacher, self.options = student, teacher, options
+        self._teacher_at: dict[int, HiddenTokens] = {}  # by the microbatch's id, until forget()
+
+    def read_teacher(self, batches: list[PackedBatch]) -> None:
+        """Forward pass of the teacher; its hidden states [N, H] at the targets stay until :meth:`forget`."""
+
+        def keep(output: Output) -> None:
+            self._teacher_at[id(output.batch)] = output.at_targets()
+
+        self.teacher.run(batches, keep)
+
+    def forget(self) -> None:
+        """Give the teacher's hidden states up."""
+        self._teacher_at.clear()
+
+    def step(self, batches: list[PackedBatch]) -> TrainStepResult:
+        """One optimizer step of the student on the divergence from what :meth:`read_teacher` read."""
+        agreement, sampler = Agreement(), Sampler(self.options.temperature)
+
+        def learn(output: Output) -> LossResult:
+            nonlocal agreement
+            with torch.no_grad():
+                tokens = output.logprobs(sampler)
+            agreement = agreement + agreement_of(tokens)
+            teacher = self._teacher_at[id(output.batch)]
+            return distill_loss(self.options, output.at_targets(), teacher, tokens)
+
+        metrics = self.student.optimizer_step(batches, learn)
+        return TrainStepResult(metrics, reduce_agreement(self.student.context, agreement))

@@ -18,8 +18,9 @@ from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs
 from megarl.losses.preference import PreferenceLoss, num_targets, options_of
 from megarl.records import Sequence
-from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import Policy
+from megarl.trainer.build import build_trainer, finalize, initialize
+from megarl.trainer.interface import Trainer
+from megarl.trainer.passes import evaluate_loss, sequence_logprobs, train_step
 
 
 def run_dpo(config: DpoConfig) -> None:
@@ -28,21 +29,9 @@ def run_dpo(config: DpoConfig) -> None:
     train, held_out = load_splits(load_preference_pairs, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     check_fits(config, architecture, context)
-    from megarl.trainer.megatron.policy import MegatronPolicy
-
     with Run(config, "dpo", is_first=context.is_first) as run:
         run.tell(train, held_out)
-        policy = MegatronPolicy(
-            context,
-            architecture,
-            config.model,
-            config.packing,
-            config.optimizer,
-            config.training.num_steps,
-            check_numerics=config.debug.check_numerics,
-            router=config.router,
-            lora=config.lora,
-        )
+        policy = build_trainer(config, context, architecture, config.training.num_steps)
         for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
         loop = _DpoLoop(config, run, policy, train, held_out)
@@ -58,7 +47,7 @@ class _DpoLoop:
     """The loop with all it drives."""
 
     def __init__(
-        self, config: DpoConfig, run: Run, policy: Policy, train: Pairs, held_out: Pairs | None
+        self, config: DpoConfig, run: Run, policy: Trainer, train: Pairs, held_out: Pairs | None
     ) -> None:
         self.config, self.run_, self.policy, self.train = config, run, policy, train
         self.options = options_of(config.algorithm)
@@ -111,7 +100,7 @@ class _DpoLoop:
         loss = self.loss(self.train, indices, sequences)
         batches = self.policy.prepare(sequences, "token", group_size=2)
         with self.run_.timers("train"):
-            values = dict(self.policy.train_step(batches, loss, temperature=1.0).metrics)
+            values = dict(train_step(self.policy, batches, loss, temperature=1.0).metrics)
         return values | train_metrics(self.run_, sequences, batches)
 
     def evaluate(self) -> dict[str, float]:
@@ -120,7 +109,7 @@ class _DpoLoop:
         sequences = self.held_out.sequences(self.validation)
         loss = self.loss(self.held_out, self.validation, sequences)
         batches = self.policy.prepare(sequences, "token", group_size=2)
-        return validation_metrics(self.policy.evaluate_loss(batches, loss))
+        return validation_metrics(evaluate_loss(self.policy, batches, loss))
 
     def loss(self, pairs: Pairs, indices: list[int], sequences: list[Sequence]) -> PreferenceLoss:
         """The loss of these pairs, with their reference logprobs and, for KTO, the KL as it is now."""
@@ -131,7 +120,7 @@ class _DpoLoop:
             assert self.reference is not None
             with self.run_.timers("logprobs"):
                 others = self.mismatched(pairs, indices)
-                ratios = self.policy.sequence_logps(others) - self.reference(others)
+                ratios = sequence_logprobs(self.policy, others) - self.reference(others)
             kl = max(0.0, float(ratios.mean()))
         return PreferenceLoss(self.options, num_targets(sequences), refs, kl)
 

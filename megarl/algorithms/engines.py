@@ -16,7 +16,7 @@ from megarl.rollout.engine import AttachReport
 from megarl.rollout.engine_group import Engines, start_engines
 from megarl.rollout.placement import TrainerPlace, place_engines
 from megarl.trainer.control import broadcast, gather
-from megarl.trainer.policy import Policy, Transport
+from megarl.trainer.interface import Trainer, Transport
 from megarl.weights.checksum import RegionChecksum, RegionQuery
 from megarl.weights.handover import Alias, Copy, SourceView, Storage, WeightPlan
 from megarl.weights.plan import Owner, Planner, Reader
@@ -156,7 +156,7 @@ def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
         )
 
 
-def verify_weights(engine: Engines | None, policy: Policy) -> None:
+def verify_weights(engine: Engines | None, policy: Trainer) -> None:
     """Compare checksums of every region on both sides; every trainer rank calls it, rank 0 has the engine.
 
     Raises UserError naming the first region that differs and the number of those that do.
@@ -167,7 +167,7 @@ def verify_weights(engine: Engines | None, policy: Policy) -> None:
         for rank, (plan, sums) in enumerate(zip(engine.plans, engine.checksums(), strict=True)):
             theirs += [(rank, checksum) for checksum in sums]
             queries += region_queries(plan, sums)
-    answers = gather(policy.weight_checksums(broadcast(queries)))
+    answers = gather(policy.weights.checksums(broadcast(queries)))
     ours = {number: value for answer in answers for number, value in answer.items()}
     differ = [number for number, (_, checksum) in enumerate(theirs) if ours[number] != checksum.value]
     if differ:

@@ -26,7 +26,7 @@ from megarl.metrics.timers import PhaseTimers
 from megarl.records import Group, Prompt
 from megarl.rollout.placement import this_machine
 from megarl.rundir import RunDirectory
-from megarl.trainer.megatron.initialize import finalize, initialize
+from megarl.trainer.build import build_frozen, finalize, initialize
 
 _CONVERTED = "model"  # in the run directory: the Hugging Face form of a Megatron checkpoint
 _ORIGIN = "converted_from.json"
@@ -161,10 +161,7 @@ def run_eval(config: EvalConfig) -> None:
         )
         workers = EnvironmentWorkers(config.data.held_out, "data.held_out", config.rollout.environments)
         context = initialize(ParallelConfig(), config.run.seed)
-        from megarl.trainer.megatron.policy import MegatronPolicy
-
-        policy = MegatronPolicy(context, architecture, config.model)
-        owners = policy.weight_owners()
+        owners = build_frozen(context, architecture, config.model).weights.owners()
         with console.waiting("vLLM engine"):
             attach_weights(engine, architecture, owners)
         engine.sync(0)

@@ -27,7 +27,8 @@ from megarl.losses.policy import PolicyLoss, options_of
 from megarl.packing.routing import experts_to_replay
 from megarl.packing.token_values import Array, put
 from megarl.records import Group, PackedBatch, Sample, Sequence
-from megarl.trainer.policy import Policy, TrainStepResult
+from megarl.trainer.interface import Trainer
+from megarl.trainer.passes import TrainStepResult, fill_logprobs, token_values
 
 
 def run_grpo(config: GrpoConfig) -> None:
@@ -53,7 +54,7 @@ class Part:
 class GrpoLearner:
     """Implements :class:`megarl.algorithms.online.Learner`."""
 
-    def __init__(self, config: GrpoConfig, run: Run, policy: Policy) -> None:
+    def __init__(self, config: GrpoConfig, run: Run, policy: Trainer) -> None:
         self.config, self.run, self.policy = config, run, policy
         self.trained = policy
         self.algorithm = algorithm = config.algorithm
@@ -153,8 +154,8 @@ class GrpoLearner:
         with self.run.timers("logprobs"):
             for part in parts:
                 if self.needs_old:
-                    agreement = agreement + self.policy.fill_logprobs(
-                        part.batches, "old_logprobs", temperature=temperature
+                    agreement = agreement + fill_logprobs(
+                        self.policy, part.batches, "old_logprobs", temperature=temperature
                     )
                 elif self.algorithm.old_logprobs == "rollout":
                     for batch in part.batches:
@@ -162,7 +163,7 @@ class GrpoLearner:
             if self.needs_reference:
                 with self.policy.reference():
                     for part in parts:
-                        self.policy.fill_logprobs(part.batches, "ref_logprobs", temperature=temperature)
+                        fill_logprobs(self.policy, part.batches, "ref_logprobs", temperature=temperature)
         return agreement
 
     def drop_by_error(self, part: Part) -> int:
@@ -175,7 +176,7 @@ class GrpoLearner:
             assert batch.rollout_logprobs is not None
             return (batch.old_logprobs - batch.rollout_logprobs).abs()
 
-        for i, errors in enumerate(self.policy.token_values(part.batches, error, part.sequences)):
+        for i, errors in enumerate(token_values(self.policy, part.batches, error, part.sequences)):
             sequence = part.sequences[i]
             if errors.sum() > bound * sum(sequence.loss_mask[1:]):
                 part.sequences[i] = replace(sequence, loss_mask=[0] * len(sequence.loss_mask))
@@ -195,7 +196,7 @@ class GrpoLearner:
             assert batch.ref_logprobs is not None
             return batch.old_logprobs - batch.ref_logprobs
 
-        return [kl for part in parts for kl in self.policy.token_values(part.batches, k1, part.sequences)]
+        return [kl for part in parts for kl in token_values(self.policy, part.batches, k1, part.sequences)]
 
     def advantages(self, groups: list[Group], parts: list[Part], values: dict[str, float]) -> list[Array]:
         """Advantages [n] of every sequence of the parts; what is logged about them goes to ``values``."""

@@ -19,7 +19,7 @@ from megarl.models.table import Architecture
 from megarl.platform.layers import layer_implementations
 from megarl.simulate.fit import free_bytes, least_memory, too_small
 from megarl.trainer.control import from_first_rank, gather
-from megarl.trainer.megatron.initialize import RankContext
+from megarl.trainer.interface import RankContext
 
 
 def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:

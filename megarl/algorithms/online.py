@@ -42,9 +42,9 @@ from megarl.models.table import Architecture
 from megarl.records import Group, Prompt
 from megarl.rollout.engine_group import Engines
 from megarl.rollout.placement import TrainerPlace, this_rank
+from megarl.trainer.build import build_trainer, finalize, initialize
 from megarl.trainer.control import barrier, broadcast, from_first_rank, gather, on_first_rank
-from megarl.trainer.megatron.initialize import finalize, initialize
-from megarl.trainer.policy import Policy, Trained
+from megarl.trainer.interface import Trained, Trainer
 from megarl.weights.plan import Owner
 
 
@@ -76,7 +76,7 @@ class Learner(Protocol):
         ...
 
 
-MakeLearner = Callable[[Any, Run, Policy], Learner]
+MakeLearner = Callable[[Any, Run, Trainer], Learner]
 
 
 def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> None:
@@ -86,30 +86,18 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
     context = initialize(config.parallel, config.run.seed)
     check_fits(config, architecture, context)
     check_offload(config.weights)
-    from megarl.trainer.megatron.policy import MegatronPolicy
-
     with Run(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
         ranks = gather(this_rank()) if config.rollout.engine.data_parallel_size > 1 else []
         rollout = on_first_rank(lambda: _start_rollout(config, run, architecture, longest, held_out, ranks))
-        policy = MegatronPolicy(
-            context,
-            architecture,
-            config.model,
-            config.packing,
-            config.optimizer,
-            config.num_optimizer_steps,
-            check_numerics=config.debug.check_numerics,
-            router=config.router,
-            lora=config.lora,
-        )
+        policy = build_trainer(config, context, architecture, config.num_optimizer_steps)
         for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
         if config.algorithm.needs_reference:
             policy.keep_reference()
         learner = make_learner(config, run, policy)
         state = run.resume(learner.trained) or {"step": 0, "position": 0, "totals": {}}
-        owners = policy.weight_owners(config.weights.transport)
+        owners = policy.weights.owners(config.weights.transport)
         rollouts = on_first_rank(
             lambda: (
                 None
@@ -193,7 +181,7 @@ class OnlineLoop:
         self,
         config: OnlineConfig,
         run: Run,
-        policy: Policy,
+        policy: Trainer,
         learner: Learner,
         rollouts: Rollouts | None,
         engine: Engines | None,
@@ -272,7 +260,7 @@ class OnlineLoop:
 
     def hand_over(self, step: int) -> dict[str, float]:
         """The engine gets policy version ``step``; counts the bytes that had to move."""
-        self.policy.publish_weights()
+        self.policy.weights.publish()
         self.give_memory_to("engine")
         moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
         if self.config.weights.verify == "checksum":

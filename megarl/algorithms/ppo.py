@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -37,11 +37,11 @@ from megarl.models import load_architecture
 from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.packing.token_values import put
 from megarl.records import Group, PackedBatch, Sample, Sequence
+from megarl.trainer.build import build_scorer
 from megarl.trainer.control import broadcast
-from megarl.trainer.policy import PendingSave, Policy, Trained
-
-if TYPE_CHECKING:
-    from megarl.trainer.megatron.scorer import MegatronScorer
+from megarl.trainer.interface import PendingSave, Trained, Trainer
+from megarl.trainer.passes import fill_logprobs, fill_values, score_step, token_values
+from megarl.weights.hf import has_score
 
 
 def run_ppo(config: PpoConfig) -> None:
@@ -51,25 +51,19 @@ def run_ppo(config: PpoConfig) -> None:
     )
 
 
-def make_critic(config: PpoConfig, policy: Any) -> MegatronScorer:
-    """The critic, beside ``policy`` (a MegatronPolicy) and under its layout."""
-    from megarl.trainer.megatron.scorer import MegatronScorer
-
+def make_critic(config: PpoConfig, policy: Trainer) -> Trainer:
+    """The critic, beside ``policy`` and under its layout."""
     path = config.critic.path or config.model.path
     architecture = load_architecture(path)
     if architecture.spec.vocab_size != policy.architecture.spec.vocab_size:
         raise UserError(f"critic.path: {path} has another vocabulary than {config.model.path}")
-    return MegatronScorer(
+    return build_scorer(
+        config,
         policy.context,
         architecture,
         ModelConfig(path=path, dtype=config.model.dtype),
-        config.packing,
         config.critic.optimizer or config.optimizer,
         config.num_critic_steps,
-        rows="targets",
-        seed=config.run.seed,
-        check_numerics=config.debug.check_numerics,
-        router=config.router,
     )
 
 
@@ -77,8 +71,8 @@ def make_critic(config: PpoConfig, policy: Any) -> MegatronScorer:
 class ActorCritic(Trained):
     """Both models as one to checkpoints and to the memory they take turns in."""
 
-    policy: Policy
-    critic: MegatronScorer
+    policy: Trainer
+    critic: Trainer
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
         """The critic's checkpoint lies in ``critic`` of the policy's."""
@@ -93,17 +87,17 @@ class ActorCritic(Trained):
         raise NotImplementedError
 
     def sleep(self, parts: AnySequence[str]) -> None:
-        """See Policy."""
+        """See Trained."""
         self.policy.sleep(parts)
         self.critic.sleep(parts)
 
     def wake(self) -> None:
-        """See Policy."""
+        """See Trained."""
         self.policy.wake()
         self.critic.wake()
 
     def load(self, directory: Path) -> bool:
-        """See Policy. The policy comes last: both files of random states hold the same."""
+        """See Trained. The policy comes last: both files of random states hold the same."""
         critic, policy = self.critic.load(directory / "critic"), self.policy.load(directory)
         return critic and policy
 
@@ -120,7 +114,7 @@ class Part:
 class PpoLearner:
     """Implements :class:`megarl.algorithms.online.Learner`."""
 
-    def __init__(self, config: PpoConfig, run: Run, policy: Policy, critic: MegatronScorer) -> None:
+    def __init__(self, config: PpoConfig, run: Run, policy: Trainer, critic: Trainer) -> None:
         self.config, self.run, self.policy, self.critic = config, run, policy, critic
         self.algorithm = algorithm = config.algorithm
         self.trained = ActorCritic(policy, critic)
@@ -137,7 +131,7 @@ class PpoLearner:
     def notes(self) -> list[str]:
         """See Learner."""
         path = self.config.critic.path or self.config.model.path
-        head = "a new value head" if self.critic.has_new_head else "its own score head"
+        head = "its own score head" if has_score(path) else "a new value head"
         old = (
             "one forward pass per batch" if self.needs_old else "skipped (one optimizer step: old = current)"
         )
@@ -190,15 +184,15 @@ class PpoLearner:
         temperature, agreement = self.config.rollout.temperature, Agreement()
         with self.run.timers("logprobs"):
             for part in parts:
-                self.critic.fill_values(part.batches)
+                fill_values(self.critic, part.batches)
                 if old:
-                    agreement = agreement + self.policy.fill_logprobs(
-                        part.batches, "old_logprobs", temperature=temperature
+                    agreement = agreement + fill_logprobs(
+                        self.policy, part.batches, "old_logprobs", temperature=temperature
                     )
             if self.needs_reference:
                 with self.policy.reference():
                     for part in parts:
-                        self.policy.fill_logprobs(part.batches, "ref_logprobs", temperature=temperature)
+                        fill_logprobs(self.policy, part.batches, "ref_logprobs", temperature=temperature)
         return agreement
 
     def give_advantages(self, parts: list[Part]) -> dict[str, float]:
@@ -237,7 +231,7 @@ class PpoLearner:
     def gather(self, parts: list[Part], of: Any) -> list[Any]:
         """What ``of`` says of each target, for every sequence of the parts, on every rank."""
         return [
-            values for part in parts for values in self.policy.token_values(part.batches, of, part.sequences)
+            values for part in parts for values in token_values(self.policy, part.batches, of, part.sequences)
         ]
 
     def train(self, parts: list[Part], trains_policy: bool) -> tuple[list[Any], list[dict[str, float]]]:
@@ -249,7 +243,7 @@ class PpoLearner:
             self.run.console.progress("train", total=epochs * len(parts)) as advance,
         ):
             for part in parts * epochs:
-                found = self.critic.score_step(part.batches, self.value_loss)
+                found = score_step(self.critic, part.batches, self.value_loss, "targets")
                 renamed = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
                 critic_results.append({renamed.get(name, name): value for name, value in found.items()})
                 if trains_policy:

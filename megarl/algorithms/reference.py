@@ -18,7 +18,8 @@ from megarl.models import load_architecture
 from megarl.models.table import Architecture
 from megarl.records import Sequence
 from megarl.trainer.control import from_first_rank
-from megarl.trainer.policy import Policy
+from megarl.trainer.interface import Trainer
+from megarl.trainer.passes import sequence_logprobs
 
 _CHUNK = 64  # sequences per data-parallel rank between two looks at signals and the clock
 _SAVE_SECONDS = 60.0
@@ -30,7 +31,7 @@ class ReferenceLogprobs:
     Every rank calls every method, with the same sequences; rank 0 alone looks at the disk.
     """
 
-    def __init__(self, config: DpoConfig, run: Run, policy: Policy, architecture: Architecture) -> None:
+    def __init__(self, config: DpoConfig, run: Run, policy: Trainer, architecture: Architecture) -> None:
         """Hash the reference model; ``policy`` must still hold the weights of ``model.path``.
 
         Raises UserError where the two models' architectures differ.
@@ -100,7 +101,7 @@ class ReferenceLogprobs:
             )
 
     def _compute(self, digests: list[bytes], sequences: list[Sequence]) -> None:
-        values = self._policy.sequence_logps(sequences).tolist()
+        values = sequence_logprobs(self._policy, sequences).tolist()
         for digest, value, sequence in zip(digests, values, sequences, strict=True):
             if not math.isfinite(value):
                 raise UserError(

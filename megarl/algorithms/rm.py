@@ -17,7 +17,10 @@ from megarl.config.preference import RmConfig
 from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs
 from megarl.losses.reward import RewardLoss
-from megarl.trainer.megatron.initialize import finalize, initialize
+from megarl.trainer.build import build_scorer, finalize, initialize
+from megarl.trainer.interface import Trainer
+from megarl.trainer.passes import evaluate_score_loss, score_step
+from megarl.weights.hf import has_score
 
 
 def run_rm(config: RmConfig) -> None:
@@ -26,25 +29,18 @@ def run_rm(config: RmConfig) -> None:
     train, held_out = load_splits(load_preference_pairs, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     check_fits(config, architecture, context)
-    from megarl.trainer.megatron.scorer import MegatronScorer
-
     with Run(config, "rm", is_first=context.is_first) as run:
         run.tell(train, held_out)
-        scorer = MegatronScorer(
-            context,
-            architecture,
-            config.model,
-            config.packing,
-            config.optimizer,
-            config.training.num_steps,
-            rows="last",
-            seed=config.run.seed,
-            check_numerics=config.debug.check_numerics,
-            router=config.router,
+        scorer = build_scorer(
+            config, context, architecture, config.model, config.optimizer, config.training.num_steps
         )
         for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
-        head = "a new one, drawn with run.seed" if scorer.has_new_head else f"that of {config.model.path}"
+        head = (
+            f"that of {config.model.path}"
+            if has_score(config.model.path)
+            else "a new one, drawn with run.seed"
+        )
         run.console.note(f"score head: {head}")
         state = run.resume(scorer) or {"step": 0, "position": 0, "totals": {}}
         _train(config, run, scorer, train, held_out, state)
@@ -53,7 +49,7 @@ def run_rm(config: RmConfig) -> None:
 
 
 def _train(
-    config: RmConfig, run: Run, scorer: Any, train: Pairs, held_out: Pairs | None, state: dict[str, Any]
+    config: RmConfig, run: Run, scorer: Trainer, train: Pairs, held_out: Pairs | None, state: dict[str, Any]
 ) -> None:
     """From the state of the last finished step to the last step."""
     training, last = config.training, config.training.num_steps
@@ -67,13 +63,15 @@ def _train(
         loss = RewardLoss(training.batch_size, config.algorithm.center_coef)
         batches = scorer.prepare(sequences, "token", group_size=2)
         with run.timers("train"):
-            values = scorer.score_step(batches, loss)
+            values = score_step(scorer, batches, loss, "last")
         values |= train_metrics(run, sequences, batches)
         if held_out is not None and validates(config, step):
             validation = held_out.sequences(held_out_rows(held_out, size))
-            held = scorer.score_loss(
+            held = evaluate_score_loss(
+                scorer,
                 scorer.prepare(validation, "token", group_size=2),
                 RewardLoss(size, config.algorithm.center_coef),
+                "last",
             )
             found = validation_metrics(held)
             values |= found

@@ -30,7 +30,7 @@ from megarl.platform import ranges
 from megarl.records import StepMetrics
 from megarl.rundir import RunDirectory
 from megarl.trainer.control import broadcast, from_first_rank, on_first_rank
-from megarl.trainer.policy import Policy, Trained
+from megarl.trainer.interface import Trained, Trainer
 from megarl.weights.hf import export_hf, fingerprint
 from megarl.weights.peft import export_adapter
 
@@ -160,7 +160,7 @@ class Run:
         number: int | None = broadcast(self._signal)
         return number
 
-    def export(self, policy: Policy, architecture: Architecture) -> None:
+    def export(self, policy: Trainer, architecture: Architecture) -> None:
         """Write the weights as a Hugging Face directory, <run.dir>/hf, unless switched off.
 
         With LoRA: those weights with adapters merged, the adapters as <run.dir>/adapter, or both.
@@ -170,10 +170,10 @@ class Run:
         lora, base = self.config.lora, self.config.model.path
         with ranges.phase("export"):
             if lora is None or lora.export != "adapter":
-                tensors, target = policy.hf_tensors(), self.directory.path / "hf"
+                tensors, target = policy.weights.hf_tensors(), self.directory.path / "hf"
                 self._write(tensors, partial(export_hf, target, base, architecture))
             if lora is not None and lora.export != "merged":
-                tensors, target = policy.adapter_tensors(), self.directory.path / "adapter"
+                tensors, target = policy.weights.adapter_tensors(), self.directory.path / "adapter"
                 self._write(tensors, partial(export_adapter, target, base, architecture, lora))
 
     def _write(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:

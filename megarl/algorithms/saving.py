@@ -13,7 +13,7 @@ from megarl.metrics.console import Console
 from megarl.platform import ranges
 from megarl.rundir import RunDirectory
 from megarl.trainer.control import barrier, gather
-from megarl.trainer.policy import PendingSave, Trained
+from megarl.trainer.interface import PendingSave, Trained
 
 STATE_FILE = "run_state.json"
 

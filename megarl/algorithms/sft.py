@@ -12,7 +12,8 @@ from megarl.algorithms.run import Run
 from megarl.config.sft import SftConfig
 from megarl.data.order import held_out_rows, order_of
 from megarl.losses.sft import sft_loss
-from megarl.trainer.megatron.initialize import finalize, initialize
+from megarl.trainer.build import build_trainer, finalize, initialize
+from megarl.trainer.passes import evaluate_loss, train_step
 
 
 def run_sft(config: SftConfig) -> None:
@@ -21,22 +22,10 @@ def run_sft(config: SftConfig) -> None:
     train, held_out = load_splits(load_sequences, config, tokenizer, longest)
     context = initialize(config.parallel, config.run.seed)
     check_fits(config, architecture, context)
-    from megarl.trainer.megatron.policy import MegatronPolicy
-
     training, last = config.training, config.training.num_steps
     with Run(config, "sft", is_first=context.is_first) as run:
         run.tell(train, held_out)
-        policy = MegatronPolicy(
-            context,
-            architecture,
-            config.model,
-            config.packing,
-            config.optimizer,
-            last,
-            check_numerics=config.debug.check_numerics,
-            router=config.router,
-            lora=config.lora,
-        )
+        policy = build_trainer(config, context, architecture, last)
         for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
@@ -52,11 +41,11 @@ def run_sft(config: SftConfig) -> None:
             position += training.batch_size
             batches = policy.prepare(sequences, "token")
             with run.timers("train"):
-                result = policy.train_step(batches, sft_loss, temperature=1.0)
+                result = train_step(policy, batches, sft_loss, temperature=1.0)
             values = dict(result.metrics)
             at_interval = training.validation_interval and step % training.validation_interval == 0
             if validation and (at_interval or step == last):
-                held = policy.evaluate_loss(policy.prepare(validation, "token"), sft_loss)
+                held = evaluate_loss(policy, policy.prepare(validation, "token"), sft_loss)
                 values["validation_loss"] = totals["validation_loss"] = held["loss"]
             tokens = sum(len(s.token_ids) for s in sequences)
             values |= {"num_tokens": tokens, "num_microbatches": len(batches)}

@@ -6,16 +6,22 @@ from megarl.algorithms.run import Run
 from megarl.config.online import OnlineConfig
 from megarl.losses.base import Loss
 from megarl.records import PackedBatch
-from megarl.trainer.policy import Policy, TrainStepResult
+from megarl.trainer.interface import Trainer
+from megarl.trainer.passes import TrainStepResult, train_step
 
 
 def policy_step(
-    policy: Policy, batches: list[PackedBatch], loss: Loss, config: OnlineConfig
+    policy: Trainer, batches: list[PackedBatch], loss: Loss, config: OnlineConfig
 ) -> TrainStepResult:
     """One optimizer step on the distribution that the engine draws from."""
     rollout = config.rollout
-    return policy.train_step(
-        batches, loss, temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p
+    return train_step(
+        policy,
+        batches,
+        loss,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
     )
 
 

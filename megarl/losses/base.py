@@ -40,6 +40,7 @@ class LossTokens:
     num_slots: int = 0
     slot_ids: torch.Tensor | None = None  # [num_slots] int64: sequence_ids of the slots, -1 for the dummy's
     cp_group: dist.ProcessGroup | None = None  # None: no rank shares these sequences
+    rows: torch.Tensor | None = None  # int64, ascending: where in the microbatch they are
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ class ScoreTokens:
     num_slots: int
     slot_ids: torch.Tensor
     cp_group: dist.ProcessGroup | None
+    rows: torch.Tensor | None = None
 
 
 class ScoreLoss(Protocol):

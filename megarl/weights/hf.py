@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
-from megarl.models.score import score_config
+from megarl.models.score import SCORE, score_config
 from megarl.models.table import Architecture, Region, name_problems
 
 _MAX_SHARD_BYTES = 5 * 2**30
@@ -43,6 +43,11 @@ CARRIED_OVER = (
 def region_index(index: tuple[int | tuple[int, int], ...]) -> tuple[int | slice, ...]:
     """A region's index as Python indexing of a tensor."""
     return tuple(i if isinstance(i, int) else slice(*i) for i in index)
+
+
+def has_score(model_dir: str | Path) -> bool:
+    """Whether a Hugging Face directory has a score head of its own."""
+    return SCORE in safetensors_files(Path(model_dir))
 
 
 def safetensors_files(model_dir: Path) -> dict[str, Path]:

@@ -80,10 +80,10 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
 
     from megarl.algorithms.grpo import GrpoLearner
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
     config = make_config(model_dir, algorithm, parallel)
-    policy = MegatronPolicy(
+    policy = MegatronTrainer(
         context, load_architecture(model_dir), config.model, config.packing, config.optimizer, 8
     )
     policy.keep_reference()
@@ -131,10 +131,10 @@ def train(
     """One step per batch of groups: the metrics of each, what was packed of the last, and the weights."""
     from megarl.algorithms.grpo import GrpoLearner
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
     config = make_config(model_dir, algorithm, parallel)
-    policy = MegatronPolicy(
+    policy = MegatronTrainer(
         context, load_architecture(model_dir), config.model, config.packing, config.optimizer, 8
     )
     policy.keep_reference()

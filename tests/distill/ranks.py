@@ -13,15 +13,16 @@ from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, make_sequences, weights
 
 
 def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any]) -> Any:
+    from megarl.algorithms.distill import Distiller
     from megarl.config.model import ModelConfig
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
+    from megarl.losses.distill import DistillOptions
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.distill import Distiller, DistillOptions
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
     packing = PackingConfig(max_tokens_per_microbatch=96)
-    student = MegatronPolicy(
+    student = MegatronTrainer(
         context,
         load_architecture(student_dir),
         ModelConfig(path=student_dir),
@@ -29,7 +30,7 @@ def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, A
         OptimizerConfig(**(OPTIMIZER | NO_WARMUP)),
         TOTAL_STEPS,
     )
-    teacher = MegatronPolicy(context, load_architecture(teacher_dir), ModelConfig(path=teacher_dir), packing)
+    teacher = MegatronTrainer(context, load_architecture(teacher_dir), ModelConfig(path=teacher_dir), packing)
     return Distiller(student, teacher, DistillOptions(**options))
 
 
@@ -75,14 +76,14 @@ def teacher_top_k(
     context: Any, teacher_dir: str, sequences: list[Sequence], k: int, temperature: float
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
     """Ids and logprobs of the teacher's likeliest tokens at every target, microbatch by microbatch."""
-    from megarl.trainer.megatron.distill import top_k_logprobs
+    from megarl.losses.distill import top_k_logprobs
 
     distiller = build(context, teacher_dir, teacher_dir, {})
     batches = distiller.student.prepare(sequences, "token")
     distiller.read_teacher(batches)
     found = []
     for batch in batches:
-        head = distiller.teacher.head_shard()
-        ids, logprobs = top_k_logprobs(distiller._hidden[id(batch)], head, k, temperature)
+        at = distiller._teacher_at[id(batch)]
+        ids, logprobs = top_k_logprobs(at.hidden, at.head, k, temperature)
         found.append((ids.tolist(), logprobs.tolist()))
     return found

@@ -10,6 +10,7 @@ import torch
 
 from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
 from megarl.records import Sequence
+from megarl.trainer.passes import evaluate_loss, sequence_logprobs, train_step
 from tests.trainer.ranks import build, weights
 
 NO_WARMUP = {"lr_warmup_steps": 0, "lr": 1e-2, "adam_eps": 1e-4}
@@ -27,15 +28,14 @@ def make_pairs(seed: int, count: int = 5, longest: int = 24, vocab: int = 250) -
     return sequences
 
 
-def pair_gradients(trainer: Any, sequences: list[Sequence], loss: Any) -> tuple[float, dict[str, np.ndarray]]:
+def pair_gradients(trainer: Any, sequences: list[Sequence], read: Any) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient (by HF name) of several microbatches of pairs on one rank, without a step."""
-    from megarl.trainer.megatron.head import Sampler
     from megarl.weights.hf import region_index
 
     batches = trainer.prepare(sequences, "token", group_size=2)
     assert len(batches) > 1
     trainer.ddp[0].zero_grad_buffer()
-    results = trainer._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
+    results = trainer.run(batches, read, grad=True)
     grads = {n: torch.zeros(shape) for n, shape in trainer.architecture.hf_shapes().items()}
     for region in trainer.regions:
         box = tuple(slice(*span) for span in region.box)
@@ -51,18 +51,20 @@ def preference_steps(
     policy = build(context, model_dir, optimizer=NO_WARMUP, budget=96)
     data = [make_pairs(step) for step in range(steps)]
     with policy.weights_of(reference_dir):
-        refs = [policy.sequence_logps(pairs) for pairs in data]
+        refs = [sequence_logprobs(policy, pairs) for pairs in data]
     needs_reference = options.loss not in ("simpo", "orpo")
     log, kl = [], 0.0
     for pairs, ref in zip(data, refs, strict=True):
         if options.loss == "kto":
-            kl = max(0.0, float((ref - policy.sequence_logps(pairs)).mean()))  # any statistic of the policy
+            kl = max(
+                0.0, float((ref - sequence_logprobs(policy, pairs)).mean())
+            )  # any statistic of the policy
         loss = PreferenceLoss(options, num_targets(pairs), ref if needs_reference else None, kl)
         batches = policy.prepare(pairs, "token", group_size=2)
-        log.append(policy.train_step(batches, loss, temperature=1.0).metrics)
+        log.append(train_step(policy, batches, loss, temperature=1.0).metrics)
     return {
         "log": log,
-        "held_out": policy.evaluate_loss(batches, loss),
+        "held_out": evaluate_loss(policy, batches, loss),
         "refs": [ref.tolist() for ref in refs],
         "weights": weights(policy),
         "microbatches": len(batches),
@@ -81,17 +83,17 @@ def preference_gradients(
     policy = build(context, model_dir)
     table = None if refs is None else torch.tensor(refs, dtype=torch.float64)
     loss = PreferenceLoss(options, num_targets(sequences), table, kl)
-    return pair_gradients(policy, sequences, loss)
+    return pair_gradients(policy, sequences, lambda output: loss(output.logprobs()))
 
 
 def logps(context: Any, model_dir: str, sequences: list[Sequence], other_dir: str) -> dict[str, Any]:
     """Summed logprobs with the policy's weights, with another directory's, and again with the policy's."""
     policy = build(context, model_dir)
-    before = policy.sequence_logps(sequences)
+    before = sequence_logprobs(policy, sequences)
     with policy.weights_of(other_dir):
-        other = policy.sequence_logps(sequences)
+        other = sequence_logprobs(policy, sequences)
     return {
         "before": before.tolist(),
         "other": other.tolist(),
-        "after": policy.sequence_logps(sequences).tolist(),
+        "after": sequence_logprobs(policy, sequences).tolist(),
     }

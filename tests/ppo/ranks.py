@@ -42,10 +42,10 @@ def make_config(model_dir: str, critic: dict[str, Any], algorithm: dict[str, Any
 def make_learner(context: Any, model_dir: str, critic: dict[str, Any], algorithm: dict[str, Any]) -> Any:
     from megarl.algorithms.ppo import PpoLearner, make_critic
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
     config = make_config(model_dir, critic, algorithm, context.layout.world_size)
-    policy = MegatronPolicy(
+    policy = MegatronTrainer(
         context, load_architecture(model_dir), config.model, config.packing, config.optimizer, 8
     )
     policy.keep_reference()

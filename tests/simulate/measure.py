@@ -8,6 +8,7 @@ import torch
 
 from megarl.losses.sft import sft_loss
 from megarl.records import Sequence
+from megarl.trainer.passes import train_step
 
 
 def build(context: Any, model_dir: str, *, distributed: bool = False, dtype: str = "float32") -> Any:
@@ -16,9 +17,9 @@ def build(context: Any, model_dir: str, *, distributed: bool = False, dtype: str
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
-    return MegatronPolicy(
+    return MegatronTrainer(
         context,
         load_architecture(model_dir),
         ModelConfig(path=model_dir, dtype=dtype),
@@ -37,7 +38,7 @@ def sequences(count: int, length: int) -> list[Sequence]:
 def state_bytes(context: Any, model_dir: str, distributed: bool, dtype: str) -> dict[str, Any]:
     """Shapes of all parameters; bytes of parameters, of gradients, and of master copies and moments."""
     policy = build(context, model_dir, distributed=distributed, dtype=dtype)
-    policy.train_step(policy.prepare(sequences(4, 16), "token"), sft_loss, temperature=1.0)
+    train_step(policy, policy.prepare(sequences(4, 16), "token"), sft_loss, temperature=1.0)
     params = list(policy.params.values())
     optimizer = 0
     own = {param.data_ptr() for param in params}
@@ -82,5 +83,5 @@ def kept_bytes(context: Any, model_dir: str, count: int, length: int) -> int:
     batches = policy.prepare(sequences(count, length), "token")
     assert len(batches) == 1
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        policy.train_step(batches, sft_loss, temperature=1.0)
+        train_step(policy, batches, sft_loss, temperature=1.0)
     return sum(storage.nbytes() for storage in kept.values())

@@ -13,6 +13,7 @@ from benchmarks.common import allocations
 from megarl.losses.sft import sft_loss
 from megarl.packing.context_parallel import zigzag_indices
 from megarl.records import Sequence
+from megarl.trainer.passes import train_step
 from tests.trainer import ranks
 
 
@@ -43,10 +44,10 @@ def long_step(context: Any, model_dir: str, longest: int) -> dict[str, Any]:
     total = sum(len(s.token_ids) for s in sequences)
     policy = ranks.build(context, model_dir, optimizer={"lr_warmup_steps": 0}, budget=total + 64)
     small = [Sequence(list(range(16)), [0] + [1] * 15)]
-    policy.train_step(policy.prepare(small, "token"), sft_loss, temperature=1.0)  # the optimizer's state
+    train_step(policy, policy.prepare(small, "token"), sft_loss, temperature=1.0)  # the optimizer's state
     batches = policy.prepare(sequences, "token")
     assert len(batches) == 1
-    result, sizes = allocations(lambda: policy.train_step(batches, sft_loss, temperature=1.0))
+    result, sizes = allocations(lambda: train_step(policy, batches, sft_loss, temperature=1.0))
     return {
         "metrics": result.metrics,
         "tokens": batches[0].token_ids.shape[0],
@@ -133,14 +134,14 @@ def train(context: Any, model_dir: str) -> list[list[float]]:
     from unittest.mock import patch
 
     module = "megatron.core.extensions.transformer_engine.TEDotProductAttention"
-    with patch(module, Ring), patch("megarl.trainer.megatron.policy.check_packages"):
+    with patch(module, Ring), patch("megarl.trainer.megatron.trainer.check_packages"):
         policy = build(context, model_dir)
     rings = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, Ring)]
     assert bool(rings) == (context.parallel.context_attention == "ring")
     found = []
     for step in range(3):
         batches = policy.prepare(ranks.make_sequences(step), "token")
-        metrics = policy.train_step(batches, sft_loss, temperature=1.0).metrics
+        metrics = train_step(policy, batches, sft_loss, temperature=1.0).metrics
         found.append([metrics["loss"], metrics["grad_norm"]])
     return found
 
@@ -150,7 +151,6 @@ def gathered(context: Any, model_dir: str, shortest: int, longest: int) -> list[
     from unittest.mock import patch
 
     from megarl.trainer.megatron import context_attention
-    from megarl.trainer.megatron.head import Sampler
 
     policy = ranks.build(context, model_dir, optimizer={"lr_warmup_steps": 0})
     draw = random.Random(3)
@@ -169,7 +169,7 @@ def gathered(context: Any, model_dir: str, shortest: int, longest: int) -> list[
     with patch.object(context_attention, "_gather", count):
         for batch in policy.prepare(sequences, "token"):
             seen[0] = 0
-            policy._run([batch], lambda _b, _r, tokens: sft_loss(tokens), Sampler(), forward_only=False)
+            policy.run([batch], lambda output: sft_loss(output.logprobs()), grad=True)
             assert batch.lengths is not None
             found.append((batch.split, int(batch.lengths.sum()), seen[0]))
     return found

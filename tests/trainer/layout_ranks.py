@@ -10,6 +10,7 @@ import torch
 
 from megarl.losses.sft import sft_loss
 from megarl.records import Sequence
+from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer import ranks
 
 LONGEST = 40
@@ -65,10 +66,10 @@ def _run(
         loss: Any = sft_loss
         if kind == "grpo":
             loss = ranks.POLICY_LOSS
-            policy.fill_logprobs(batches, "old_logprobs", temperature=ranks.TEMPERATURE)
+            fill_logprobs(policy, batches, "old_logprobs", temperature=ranks.TEMPERATURE)
             with policy.reference():
-                policy.fill_logprobs(batches, "ref_logprobs", temperature=ranks.TEMPERATURE)
-        metrics = policy.train_step(batches, loss, temperature=ranks.TEMPERATURE).metrics
+                fill_logprobs(policy, batches, "ref_logprobs", temperature=ranks.TEMPERATURE)
+        metrics = train_step(policy, batches, loss, temperature=ranks.TEMPERATURE).metrics
         log.append([metrics["loss"], metrics["grad_norm"]])
         if number == 0 and not distributed:
             gradients = _gradients(policy)

@@ -11,6 +11,7 @@ import torch
 
 from megarl.config.lora import LoraConfig
 from megarl.losses.sft import sft_loss
+from megarl.trainer.passes import fill_logprobs, token_values, train_step
 from tests.trainer import ranks
 
 Tensors = dict[str, np.ndarray]
@@ -46,26 +47,25 @@ def set_adapters(policy: Any, tensors: Tensors) -> None:
 
 def adapters(policy: Any) -> Tensors:
     """All A and B, on rank 0."""
-    return {name: tensor.float().numpy().copy() for name, tensor in policy.adapter_tensors()}
+    return {name: tensor.float().numpy().copy() for name, tensor in policy.weights.adapter_tensors()}
 
 
 def logprobs(policy: Any, sequences: list[Any], into: Any = "old_logprobs") -> list[np.ndarray]:
     """Logprobs of every sequence's targets, on every rank."""
     batches = policy.prepare(sequences, "token")
-    policy.fill_logprobs(batches, into, temperature=1.0)
-    return [np.asarray(v) for v in policy.token_values(batches, lambda b: getattr(b, into), sequences)]
+    fill_logprobs(policy, batches, into, temperature=1.0)
+    return [np.asarray(v) for v in token_values(policy, batches, lambda b: getattr(b, into), sequences)]
 
 
 def gradients(context: Any, model_dir: str, lora: dict[str, Any], values: Tensors, seed: int) -> Tensors:
     """Gradients of one SFT step's loss by PEFT name, NaN where another rank's part is; and what has none."""
-    from megarl.trainer.megatron.head import Sampler
 
     policy = build(context, model_dir, lora)
     set_adapters(policy, values)
     policy.ddp[0].zero_grad_buffer()
     batches = policy.prepare(ranks.make_sequences(seed), "token")
     assert len(batches) > 1
-    policy._run(batches, lambda _b, _r, tokens: sft_loss(tokens), Sampler(), forward_only=False)
+    policy.run(batches, lambda output: sft_loss(output.logprobs()), grad=True)
     assert all(p.grad is None and not hasattr(p, "main_grad") for p in policy.params.values())
     params, regions = policy.lora.adapter_tensors()
     whole = {name: torch.full(shape, float("nan")) for name, shape in policy.lora.shapes.items()}
@@ -103,10 +103,10 @@ def train(
         loss: Any = sft_loss
         if kinds == "both" and number % 2:
             loss = ranks.POLICY_LOSS
-            policy.fill_logprobs(batches, "old_logprobs", temperature=ranks.TEMPERATURE)
+            fill_logprobs(policy, batches, "old_logprobs", temperature=ranks.TEMPERATURE)
             with policy.reference():
-                policy.fill_logprobs(batches, "ref_logprobs", temperature=ranks.TEMPERATURE)
-        metrics = policy.train_step(batches, loss, temperature=1.0).metrics
+                fill_logprobs(policy, batches, "ref_logprobs", temperature=ranks.TEMPERATURE)
+        metrics = train_step(policy, batches, loss, temperature=1.0).metrics
         log.append([metrics["loss"], metrics["grad_norm"], metrics.get("ref_kl", 0.0)])
     if save is not None:
         policy.save(Path(save), optimizer=True)
@@ -130,7 +130,11 @@ def export_both(
     set_adapters(policy, values)
     ranks.export(policy, model_dir, f"{directory}/hf")
     export_adapter(
-        f"{directory}/adapter", model_dir, policy.architecture, LoraConfig(**lora), policy.adapter_tensors()
+        f"{directory}/adapter",
+        model_dir,
+        policy.architecture,
+        LoraConfig(**lora),
+        policy.weights.adapter_tensors(),
     )
     lengths = [len(s) for s in ids]
     packed = PackedMicrobatch(
@@ -162,14 +166,14 @@ def publish_facts(context: Any, model_dir: str, lora: dict[str, Any], dtype: str
     """Train and publish in turn: are frozen weights ever touched, and are published ones fresh each time?"""
     policy = build(context, model_dir, lora, dtype=dtype)
     before = {name: param.detach().clone() for name, param in policy.params.items()}
-    policy.weight_owners()  # on a CPU this moves storages
+    policy.weights.owners()  # on a CPU this moves storages
     addresses = {name: param.data_ptr() for name, param in policy.params.items()}
     offered = {name: tensor.data_ptr() for name, tensor in policy.weights._params.items()}
     fresh = []
     for number in range(5):
-        policy.train_step(policy.prepare(ranks.make_sequences(number), "token"), sft_loss, temperature=1.0)
-        policy.publish_weights()
-        policy.publish_weights()
+        train_step(policy, policy.prepare(ranks.make_sequences(number), "token"), sft_loss, temperature=1.0)
+        policy.weights.publish()
+        policy.weights.publish()
         published = {name: tensor.clone() for name, tensor in policy.weights._params.items()}
         # From the frozen weights as they were at the start, and A and B as they are exported.
         matrices = adapters(policy)
@@ -198,7 +202,7 @@ def publish_facts(context: Any, model_dir: str, lora: dict[str, Any], dtype: str
 def memory(context: Any, model_dir: str, lora: dict[str, Any] | None) -> dict[str, int]:
     """Elements of gradients and optimizer state after a step, and of what engines get a copy of."""
     policy = ranks.build(context, model_dir) if lora is None else build(context, model_dir, lora)
-    policy.train_step(policy.prepare(ranks.make_sequences(1), "token"), sft_loss, temperature=1.0)
+    train_step(policy, policy.prepare(ranks.make_sequences(1), "token"), sft_loss, temperature=1.0)
     buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
     states = [
         value
@@ -207,7 +211,7 @@ def memory(context: Any, model_dir: str, lora: dict[str, Any] | None) -> dict[st
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.numel() > 1
     ]
-    policy.weight_owners()
+    policy.weights.owners()
     apart = [
         t for name, t in policy.weights._params.items() if t.data_ptr() != policy.params[name].data_ptr()
     ]
@@ -228,20 +232,20 @@ def train_and_wait(
     """
     place = Path(directory)
     policy = build(context, model_dir, lora)
-    owners = policy.weight_owners(transport)
+    owners = policy.weights.owners(transport)
     if context.is_first:
         ranks.put(place / "owners", owners)
     ranks.take(place / "attached")
     for step in range(1, steps + 1):
         for number in range(3):  # in the very first B is 0 and A has no gradient
             batches = policy.prepare(ranks.make_sequences(number), "token")
-            policy.train_step(batches, sft_loss, temperature=1.0)
-        policy.publish_weights()
+            train_step(policy, batches, sft_loss, temperature=1.0)
+        policy.weights.publish()
         ranks.export(policy, model_dir, str(place / f"export-{step}"))
         torch.distributed.barrier()
         if context.is_first:
             ranks.put(place / f"trained-{step}", None)
         regions = ranks.take(place / f"checksums-{step}")
-        mine = policy.weight_checksums([query for query, _ in regions])
+        mine = policy.weights.checksums([query for query, _ in regions])
         wrong = [number for number, value in mine.items() if value != regions[number][1]]
         ranks.put(place / f"wrong-{step}-{context.rank}", wrong)

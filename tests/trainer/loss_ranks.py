@@ -13,6 +13,7 @@ from megarl.errors import UserError
 from megarl.losses.policy import PolicyLoss
 from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.records import Sequence
+from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer.ranks import build, make_sequences, weights
 
 NO_WARMUP = {"lr_warmup_steps": 0, "lr": 1e-2, "adam_eps": 1e-3}
@@ -28,9 +29,9 @@ def sequence_level(context: Any, model_dir: str) -> dict[str, Any]:
     lone = Sequence(list(range(1, 9)), [0] * 7 + [1], 1.5, [-5.4] * 8)
     for sequences in (make_sequences(3), [lone]):
         batches = policy.prepare(sequences, "sequence")
-        policy.fill_logprobs(batches, "old_logprobs", temperature=1.0)
+        fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
         for _ in range(3):
-            log.append(policy.train_step(batches, PolicyLoss(options), temperature=1.0).metrics)
+            log.append(train_step(policy, batches, PolicyLoss(options), temperature=1.0).metrics)
     return {"log": log, "weights": weights(policy)}
 
 
@@ -84,10 +85,10 @@ def truncated_sampling(context: Any, model_dir: str, sequences: list[Sequence]) 
     policy = build(context, model_dir, optimizer=NO_WARMUP)
     loss = PolicyLoss(PolicyLossOptions(entropy_coef=0.01))
     batches = policy.prepare(sequences, "token")
-    plain = policy.fill_logprobs(batches, "old_logprobs", temperature=SAMPLER["temperature"])
+    plain = fill_logprobs(policy, batches, "old_logprobs", temperature=SAMPLER["temperature"])
     for batch in batches:
         batch.old_logprobs = None
-    result = policy.train_step(batches, loss, **SAMPLER)
+    result = train_step(policy, batches, loss, **SAMPLER)
     return {
         "plain": plain.metrics(),
         "agreement": result.agreement.metrics(),
@@ -102,9 +103,9 @@ def numerics(context: Any, model_dir: str, where: str, check: bool) -> str:
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
-    policy = MegatronPolicy(
+    policy = MegatronTrainer(
         context,
         load_architecture(model_dir),
         ModelConfig(path=model_dir),
@@ -122,12 +123,12 @@ def numerics(context: Any, model_dir: str, where: str, check: bool) -> str:
         with torch.no_grad():  # the model sees a NaN from token 4 of sequence 1 on
             policy.params["embedding.word_embeddings.weight"][24] = math.nan
     else:
-        policy.fill_logprobs(batches, "old_logprobs", temperature=1.0)
+        fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
         [batch] = batches
         assert batch.old_logprobs is not None
         batch.old_logprobs[batch.labels == 13] = math.inf
     try:
-        policy.train_step(batches, PolicyLoss(PolicyLossOptions(), check), temperature=1.0)
+        train_step(policy, batches, PolicyLoss(PolicyLossOptions(), check), temperature=1.0)
     except UserError as error:
         return str(error)
     return ""
@@ -148,8 +149,8 @@ def ops_of_a_step(context: Any, model_dir: str) -> set[str]:
     policy = build(context, model_dir)
     with Record():
         batches = policy.prepare(make_sequences(3), "token")
-        policy.fill_logprobs(batches, "old_logprobs", temperature=1.0)
-        policy.train_step(batches, PolicyLoss(PolicyLossOptions()), temperature=1.0)
+        fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
+        train_step(policy, batches, PolicyLoss(PolicyLossOptions()), temperature=1.0)
     return called
 
 

@@ -17,6 +17,7 @@ from megarl.losses.policy import PolicyLoss
 from megarl.losses.sft import sft_loss
 from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.records import PackedBatch, Sequence
+from megarl.trainer.passes import evaluate_loss, fill_logprobs, train_step
 
 TOTAL_STEPS = 8
 TEMPERATURE = 0.9
@@ -71,9 +72,9 @@ def build(
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
-    return MegatronPolicy(
+    return MegatronTrainer(
         context,
         load_architecture(model_dir),
         ModelConfig(path=model_dir, dtype=dtype),
@@ -87,7 +88,7 @@ def build(
 def export(policy: Any, model_dir: str, directory: str) -> None:
     from megarl.weights.hf import export_hf
 
-    tensors = policy.hf_tensors()
+    tensors = policy.weights.hf_tensors()
     if policy.context.is_first:
         export_hf(directory, model_dir, policy.architecture, tensors)
     else:
@@ -102,9 +103,9 @@ def train_export_and_offer(
 ) -> Any:
     """One training step, its weights exported, and what rank 0 tells an engine; the weights stay alive."""
     policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
-    policy.train_step(policy.prepare(make_sequences(5), "token"), sft_loss, temperature=1.0)
+    train_step(policy, policy.prepare(make_sequences(5), "token"), sft_loss, temperature=1.0)
     export(policy, model_dir, export_dir)
-    owners = policy.weight_owners(transport)
+    owners = policy.weights.owners(transport)
     _offered[:] = [policy]
     return owners
 
@@ -117,18 +118,18 @@ def train_and_wait(context: Any, model_dir: str, directory: str, steps: int, dis
     """
     place = Path(directory)
     policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
-    owners = policy.weight_owners()
+    owners = policy.weights.owners()
     if context.is_first:
         put(place / "owners", owners)
     take(place / "attached")
     for step in range(1, steps + 1):
-        policy.train_step(policy.prepare(make_sequences(step), "token"), sft_loss, temperature=1.0)
+        train_step(policy, policy.prepare(make_sequences(step), "token"), sft_loss, temperature=1.0)
         if step == steps:
             export(policy, model_dir, str(place / "last"))
         if context.is_first:
             put(place / f"trained-{step}", None)
         regions = take(place / f"checksums-{step}")
-        mine = policy.weight_checksums([query for query, _ in regions])
+        mine = policy.weights.checksums([query for query, _ in regions])
         put(
             place / f"wrong-{step}-{context.rank}", [n for n, value in mine.items() if value != regions[n][1]]
         )
@@ -153,7 +154,7 @@ def take(path: Path) -> Any:
 def checksums(context: Any, queries: list[Any]) -> dict[int, int]:
     """Of the offered policy's regions."""
     [policy] = _offered
-    return policy.weight_checksums(queries)
+    return policy.weights.checksums(queries)
 
 
 def disturb(context: Any, param: str) -> None:
@@ -166,13 +167,13 @@ def disturb(context: Any, param: str) -> None:
 def wrong_checksums(context: Any, regions: list[tuple[Any, int]]) -> list[int]:
     """Numbers of the regions in the offered policy's memory whose checksum is another than the engine's."""
     [policy] = _offered
-    mine = policy.weight_checksums([query for query, _ in regions])
+    mine = policy.weights.checksums([query for query, _ in regions])
     return [number for number, value in mine.items() if value != regions[number][1]]
 
 
 def weights(policy: Any) -> dict[str, np.ndarray]:
     """All Hugging Face tensors, on rank 0."""
-    return {name: tensor.float().numpy().copy() for name, tensor in policy.hf_tensors()}
+    return {name: tensor.float().numpy().copy() for name, tensor in policy.weights.hf_tensors()}
 
 
 # --- one rank -----------------------------------------------------------------------------------------
@@ -185,9 +186,9 @@ def logits_and_export(
     from megarl.config.model import ModelConfig
     from megarl.models import load_architecture
     from megarl.trainer.megatron.attention import PackedMicrobatch
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
-    policy = MegatronPolicy(context, load_architecture(model_dir), ModelConfig(path=model_dir, dtype=dtype))
+    policy = MegatronTrainer(context, load_architecture(model_dir), ModelConfig(path=model_dir, dtype=dtype))
     export(policy, model_dir, export_dir)
     if dtype != "float32":
         return None
@@ -211,7 +212,6 @@ def gradients(
 ) -> list[tuple[float, dict[str, np.ndarray]]]:
     """Loss and gradient (by HF name) for each split of the step into microbatches; None is the planner's."""
     from megarl.packing.pack import pack
-    from megarl.trainer.megatron.head import Sampler
     from megarl.weights.hf import region_index
 
     policy = build(context, model_dir)
@@ -226,12 +226,12 @@ def gradients(
             for batch in batches:
                 batch.loss_weights = share[batch.sequence_ids] * batch.loss_mask
         policy.ddp[0].zero_grad_buffer()
-        results = policy._run(batches, lambda _b, _r, tokens: loss(tokens), Sampler(), forward_only=False)
+        results = policy.run(batches, lambda output: loss(output.logprobs()), grad=True)
         grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
         for region in policy.regions:
             box = tuple(slice(*span) for span in region.box)
             grads[region.hf][box] = policy.params[region.param].main_grad[region_index(region.index)]
-        total = sum(float(result.loss) for result in results if result is not None)
+        total = sum(float(result.loss) for result in results)
         answers.append((total, {name: grad.numpy() for name, grad in grads.items()}))
     return answers
 
@@ -242,7 +242,7 @@ def sft_steps(
     """Metrics of plain SFT steps and the weights after them."""
     policy = build(context, model_dir, optimizer=optimizer)
     metrics = [
-        policy.train_step(policy.prepare(s, "token"), sft_loss, temperature=1.0).metrics for s in steps
+        train_step(policy, policy.prepare(s, "token"), sft_loss, temperature=1.0).metrics for s in steps
     ]
     return metrics, weights(policy)
 
@@ -252,7 +252,7 @@ def first_policy_step(context: Any, model_dir: str) -> dict[str, float]:
     policy = build(context, model_dir)
     loss = PolicyLoss(PolicyLossOptions())
     batches = policy.prepare(make_sequences(5), "token")
-    return dict(policy.train_step(batches, loss, temperature=TEMPERATURE).metrics)
+    return dict(train_step(policy, batches, loss, temperature=TEMPERATURE).metrics)
 
 
 def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
 
     def logprobs() -> np.ndarray:
         batches = policy.prepare(sequences, "token")
-        policy.fill_logprobs(batches, "ref_logprobs", temperature=1.0)
+        fill_logprobs(policy, batches, "ref_logprobs", temperature=1.0)
         return torch.cat([b.ref_logprobs for b in batches]).numpy()
 
     def addresses() -> dict[str, int]:
@@ -275,7 +275,7 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
     metrics = []
     for _ in range(2):
         batches = policy.prepare(sequences, "token")
-        metrics.append(policy.train_step(batches, sft_loss, temperature=1.0).metrics)
+        metrics.append(train_step(policy, batches, sft_loss, temperature=1.0).metrics)
         values = {name: param.detach().clone() for name, param in policy.params.items()}
         facts["own"].append(logprobs())
         with policy.reference():
@@ -290,7 +290,7 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
         )
     undisturbed = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
     facts["equal_metrics"] = metrics == [
-        undisturbed.train_step(undisturbed.prepare(sequences, "token"), sft_loss, temperature=1.0).metrics
+        train_step(undisturbed, undisturbed.prepare(sequences, "token"), sft_loss, temperature=1.0).metrics
         for _ in range(2)
     ]
     try:
@@ -360,21 +360,21 @@ def _step(policy: Any, number: int) -> list[dict[str, float]]:
         sequences[0].token_ids[-1] = int(sum(draws) * 80)
 
     def step(batches: list[PackedBatch], loss: Any) -> dict[str, float]:
-        result = policy.train_step(batches, loss, temperature=TEMPERATURE)
+        result = train_step(policy, batches, loss, temperature=TEMPERATURE)
         return result.metrics | _flat("train", result.agreement)
 
     if kind == 0:
         batches = policy.prepare(sequences, "token")
-        validation = policy.evaluate_loss(batches, sft_loss)
+        validation = evaluate_loss(policy, batches, sft_loss)
         return [{f"validation_{k}": v for k, v in validation.items()} | step(batches, sft_loss)]
     if kind == 1:
         return [step(policy.prepare(sequences, "sequence"), sft_loss)]
     if kind == 3:
         return [step(policy.prepare(sequences[:1], "token"), sft_loss)]
     batches = policy.prepare(sequences, "token")
-    filled = _flat("old", policy.fill_logprobs(batches, "old_logprobs", temperature=TEMPERATURE))
+    filled = _flat("old", fill_logprobs(policy, batches, "old_logprobs", temperature=TEMPERATURE))
     with policy.reference():
-        filled |= _flat("ref", policy.fill_logprobs(batches, "ref_logprobs", temperature=TEMPERATURE))
+        filled |= _flat("ref", fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE))
     return [filled | step(batches, POLICY_LOSS), step(batches, POLICY_LOSS)]
 
 
@@ -400,7 +400,7 @@ def train_with_naps(context: Any, model_dir: str, distributed: bool, parts: list
     policy = build(context, model_dir, optimizer={"distributed": distributed})
     gradient_bytes = []
     for seed in range(3):
-        policy.train_step(policy.prepare(make_sequences(seed), "token"), sft_loss, temperature=1.0)
+        train_step(policy, policy.prepare(make_sequences(seed), "token"), sft_loss, temperature=1.0)
         policy.sleep(parts)
         buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
         gradient_bytes += [buffer.grad_data.untyped_storage().nbytes() for buffer in buffers]
@@ -440,10 +440,10 @@ def train_groups(
     for seed in range(3):
         batches = policy.prepare(make_groups(seed), "sequence")
         computed += policy.num_computed_tokens
-        policy.fill_logprobs(batches, "old_logprobs", temperature=TEMPERATURE)
+        fill_logprobs(policy, batches, "old_logprobs", temperature=TEMPERATURE)
         with policy.reference():
-            policy.fill_logprobs(batches, "ref_logprobs", temperature=TEMPERATURE)
-        result = policy.train_step(batches, loss, temperature=TEMPERATURE)
+            fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE)
+        result = train_step(policy, batches, loss, temperature=TEMPERATURE)
         log.append(result.metrics | {"worst": result.agreement.metrics()["logprob_abs_diff_max"]})
         if seed == 0:
             gradients = {name: param.main_grad.numpy().copy() for name, param in policy.params.items()}
@@ -583,7 +583,7 @@ def train_and_watch_sends(context: Any, model_dir: str) -> tuple[list[float], in
     with patch.object(p2p_communication, "_p2p_ops", ops):
         for seed in range(2):
             batches = policy.prepare(make_sequences(seed), "token")
-            losses.append(policy.train_step(batches, sft_loss, temperature=1.0).metrics["loss"])
+            losses.append(train_step(policy, batches, sft_loss, temperature=1.0).metrics["loss"])
     assert bool(lost) == (context.parallel.pipeline_parallel_size > 1)
     return losses, sum(lost)
 

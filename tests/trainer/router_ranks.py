@@ -11,6 +11,7 @@ import torch
 from megarl.losses.policy import PolicyLoss
 from megarl.losses.sft import sft_loss
 from megarl.records import Sequence
+from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer.ranks import OPTIMIZER, POLICY_LOSS, TEMPERATURE, TOTAL_STEPS, make_sequences, weights
 
 
@@ -21,9 +22,9 @@ def build(context: Any, model_dir: str, router: dict[str, Any] | None = None, bu
     from megarl.config.packing import PackingConfig
     from megarl.config.router import RouterConfig
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
-    return MegatronPolicy(
+    return MegatronTrainer(
         context,
         load_architecture(model_dir),
         ModelConfig(path=model_dir),
@@ -46,7 +47,7 @@ def own_choices(policy: Any, sequence: Sequence) -> np.ndarray:
 
     routers = [m for m in policy.chunks[0].modules() if isinstance(m, PolicyRouter)]
     hooks = [router.register_forward_hook(keep) for router in routers]
-    policy.fill_logprobs(policy.prepare([sequence], "token"), "old_logprobs", temperature=1.0)
+    fill_logprobs(policy, policy.prepare([sequence], "token"), "old_logprobs", temperature=1.0)
     for hook in hooks:
         hook.remove()
     return np.stack(found, axis=1).astype(np.int16)
@@ -64,7 +65,7 @@ def replay_of_oneself(context: Any, model_dir: str) -> list[dict[str, Any]]:
                 sequences = [replace(s, experts=own_choices(policy, s)) for s in sequences]
                 sequences[0].experts[-1] = -1  # as where the engine stopped
             batches = policy.prepare(sequences, "token")
-            log.append(policy.train_step(batches, POLICY_LOSS_ALONE, temperature=TEMPERATURE).metrics)
+            log.append(train_step(policy, batches, POLICY_LOSS_ALONE, temperature=TEMPERATURE).metrics)
         answers.append({"log": log, "weights": weights(policy)})
     return answers
 
@@ -76,7 +77,7 @@ def offer(context: Any, model_dir: str) -> Any:
     """What rank 0 tells an engine; the weights stay alive."""
     policy = build(context, model_dir)
     _offered[:] = [policy]
-    return policy.weight_owners("auto")
+    return policy.weights.owners("auto")
 
 
 def replayed_logprobs(
@@ -88,7 +89,7 @@ def replayed_logprobs(
     policy = build(context, model_dir, budget=4096)
     policy.packing = policy.packing.model_copy(update={"share_prefix": "off"})
     [batch] = policy.prepare(sequences, "token")
-    policy.fill_logprobs([batch], "old_logprobs", temperature=temperature)
+    fill_logprobs(policy, [batch], "old_logprobs", temperature=temperature)
     values = unpack(batch.old_logprobs, batch)
     indices = [int(batch.sequence_ids[start]) for start in batch.cu_seqlens[:-1].tolist()]
     found = dict(zip(indices, values, strict=True))
@@ -110,10 +111,10 @@ def train_routed(
     log = []
     for sequences in steps:
         batches = policy.prepare(sequences, "token")
-        policy.fill_logprobs(batches, "old_logprobs", temperature=TEMPERATURE)
+        fill_logprobs(policy, batches, "old_logprobs", temperature=TEMPERATURE)
         with policy.reference():
-            policy.fill_logprobs(batches, "ref_logprobs", temperature=TEMPERATURE)
-        result = policy.train_step(batches, POLICY_LOSS, temperature=TEMPERATURE)
+            fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE)
+        result = train_step(policy, batches, POLICY_LOSS, temperature=TEMPERATURE)
         log.append(result.metrics | {"worst": result.agreement.metrics()["logprob_abs_diff_max"]})
     return {"log": log, "weights": weights(policy)}
 
@@ -126,7 +127,7 @@ def balanced_gradients(
 
     policy = build(context, model_dir, {"aux_loss_coef": coef})
     policy.optimizer.step = lambda: (True, 0.0, None)  # leave the gradients as they are
-    metrics = policy.train_step(policy.prepare([sequence], "token"), sft_loss, temperature=1.0).metrics
+    metrics = train_step(policy, policy.prepare([sequence], "token"), sft_loss, temperature=1.0).metrics
     grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
     for region in policy.regions:
         box = tuple(slice(*span) for span in region.box)

@@ -22,7 +22,7 @@ def publish_beside_a_slow_device(context: Any, model_dir: str, lora: dict[str, A
     from megarl.config.lora import LoraConfig
 
     policy = ranks.build(context, model_dir, lora=None if lora is None else LoraConfig(**lora))
-    policy.weight_owners()
+    policy.weights.owners()
     done = []
 
     def wait_for_device() -> None:
@@ -31,9 +31,9 @@ def publish_beside_a_slow_device(context: Any, model_dir: str, lora: dict[str, A
 
     real, platform.synchronize = platform.synchronize, wait_for_device
     try:
-        policy.publish_weights()
+        policy.weights.publish()
         told = [time.monotonic()]
-        policy.weight_owners()
+        policy.weights.owners()
         told.append(time.monotonic())
     finally:
         platform.synchronize = real
@@ -104,11 +104,11 @@ def checksums_by_other_handles(context: Any, model_dir: str) -> dict[str, Any]:
     real, share._share = share._share, share_anew
     try:
         policy = ranks.build(context, model_dir)
-        owner = next(o for o in policy.weight_owners() if o.rank == context.rank)
+        owner = next(o for o in policy.weights.owners() if o.rank == context.rank)
         queries = [
             RegionQuery(view, view.dtype, owner.storages[view.storage]) for view in owner.params.values()
         ]
-        found = policy.weight_checksums(queries)
+        found = policy.weights.checksums(queries)
     finally:
         share._share = real
     params = policy.weights._params

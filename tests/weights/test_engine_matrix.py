@@ -22,7 +22,7 @@ from megarl.models import load_architecture
 from megarl.records import token_ids
 from megarl.rollout.engine import GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine
-from megarl.trainer.policy import Transport
+from megarl.trainer.interface import Transport
 from megarl.weights.checksum import RegionQuery
 from tests.trainer import ranks
 from tests.trainer.world import world

@@ -57,9 +57,9 @@ def build(folder: str, budget: int) -> Any:
     from megarl.trainer.megatron.initialize import initialize
 
     context = initialize(ParallelConfig(), seed=1)
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
 
-    return MegatronPolicy(
+    return MegatronTrainer(
         context,
         load_architecture(folder),
         ModelConfig(path=folder, dtype="bfloat16"),
@@ -76,6 +76,7 @@ def make_steps(
     from megarl.losses.policy import PolicyLoss
     from megarl.losses.sft import sft_loss
     from megarl.ops.policy_loss import PolicyLossOptions
+    from megarl.trainer.passes import fill_logprobs, train_step
 
     count, shortest, longest, prompts = (16, 20, 60, 20) if quick else (64, 128, 640, 256)
     for name, shared in (("sft", 0), ("grpo", prompts)):
@@ -85,8 +86,8 @@ def make_steps(
 
         def step(batches: Any = batches, loss: Any = loss, old: bool = name == "grpo") -> None:
             if old:
-                policy.fill_logprobs(batches, "old_logprobs", temperature=1.0)
-            policy.train_step(batches, loss, temperature=1.0)
+                fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
+            train_step(policy, batches, loss, temperature=1.0)
 
         yield name, (step, len(batches), sum(batch.token_ids.shape[0] for batch in batches))
 

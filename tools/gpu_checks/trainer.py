@@ -122,10 +122,11 @@ def steps_of(
 
     name, dtype, distributed = case
     context = initialize(ParallelConfig(), seed=1)
-    from megarl.trainer.megatron.policy import MegatronPolicy
+    from megarl.trainer.megatron.trainer import MegatronTrainer
+    from megarl.trainer.passes import fill_logprobs, train_step
 
     def build() -> Any:
-        return MegatronPolicy(
+        return MegatronTrainer(
             context,
             load_architecture(folders[name]),
             ModelConfig(path=folders[name], dtype=dtype),
@@ -139,16 +140,16 @@ def steps_of(
 
     def step(policy: Any, seed: int) -> dict[str, float]:
         batches = policy.prepare(drawn(seed), "token")
-        return dict(policy.train_step(batches, sft_loss, temperature=1.0).metrics)
+        return dict(train_step(policy, batches, sft_loss, temperature=1.0).metrics)
 
     try:
         policy = build()
         metrics = [step(policy, seed) for seed in range(3)]
         begin = time.perf_counter()
         batches = policy.prepare(drawn(3), "token")
-        policy.fill_logprobs(batches, "old_logprobs", temperature=1.0)
+        fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
         loss = PolicyLoss(PolicyLossOptions(correction="tis", entropy_coef=0.01))
-        metrics.append(dict(policy.train_step(batches, loss, temperature=1.0).metrics))
+        metrics.append(dict(train_step(policy, batches, loss, temperature=1.0).metrics))
         facts: dict[str, Any] = {"policy_step_ms": 1e3 * (time.perf_counter() - begin)}
         if save:
             with tempfile.TemporaryDirectory() as folder:

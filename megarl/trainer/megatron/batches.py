@@ -17,7 +17,7 @@ from megarl.packing.routing import pack_experts
 from megarl.packing.token_values import put
 from megarl.records import PackedBatch, Sequence
 from megarl.trainer.control import gather
-from megarl.trainer.megatron.initialize import RankContext
+from megarl.trainer.interface import RankContext
 
 
 def make_batches(

@@ -27,7 +27,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 
 class PendingSave:
-    """A checkpoint whose files a thread is writing from host memory; see trainer.policy.PendingSave."""
+    """A checkpoint whose files a thread is writing from host memory; see trainer.interface.PendingSave."""
 
     def __init__(self, files: RankFiles, *, background: bool) -> None:
         self._files = files

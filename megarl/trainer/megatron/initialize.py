@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy
@@ -14,25 +13,9 @@ import torch.distributed as dist
 
 from megarl import platform
 from megarl.config.parallel import ParallelConfig
-from megarl.layout import ParallelLayout, RankCoordinates
+from megarl.layout import ParallelLayout
 from megarl.trainer import control
-
-
-@dataclass(frozen=True, slots=True)
-class RankContext:
-    """Who this process is."""
-
-    rank: int
-    layout: ParallelLayout
-    at: RankCoordinates
-    platform: platform.Platform
-    parallel: ParallelConfig
-    seed: int = 0  # of whatever is drawn alike on all ranks
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, the one that talks to engines and people."""
-        return self.rank == 0
+from megarl.trainer.interface import RankContext
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> RankContext:

@@ -81,7 +81,7 @@ class PolicyModel(GPTModel):
 
 
 class ScoreModel(PolicyModel):
-    """A PolicyModel with ``score`` [1, H] for a head; megarl.trainer.megatron.scorer applies it."""
+    """A PolicyModel with ``score`` [1, H] for a head; megarl.trainer.outputs applies it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

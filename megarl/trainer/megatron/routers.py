@@ -13,7 +13,7 @@ from megarl.models.spec import MoeSpec
 from megarl.packing.routing import real_tokens
 from megarl.records import PackedBatch
 from megarl.trainer.control import gather
-from megarl.trainer.megatron.initialize import RankContext
+from megarl.trainer.interface import RankContext
 from megarl.trainer.megatron.router import Balance, PolicyRouter, Routing, Tally
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from megarl.layout import RankCoordinates
 from megarl.models.table import Architecture, Region
-from megarl.trainer.control import gather, gather_to_first_rank, receive, send_to_first_rank
-from megarl.trainer.megatron.initialize import RankContext
-from megarl.trainer.policy import Transport
+from megarl.trainer.control import (
+    gather,
+    gather_to_first_rank,
+    receive,
+    send_to_first_rank,
+    wait_for_devices,
+)
+from megarl.trainer.interface import RankContext, Transport
+from megarl.trainer.megatron.lora import Lora
 from megarl.weights.checksum import RegionQuery, region_checksum
 from megarl.weights.hf import region_index
 from megarl.weights.peer import PieceServer
@@ -22,7 +28,16 @@ from megarl.weights.share import share_parameters, storages_of
 
 
 class TrainerWeights:
-    """The parameters of one rank and the regions of the Hugging Face tensors they hold."""
+    """Implements :class:`megarl.trainer.interface.Weights`: one rank's parameters and whose parts they are.
+
+    Args:
+        context: this rank.
+        architecture: the model.
+        params: the model's parameters.
+        regions: of the Hugging Face tensors, those that ``params`` hold.
+        lora: the adapters, where there are some; engines and exports then get merged weights.
+        finish_step: has the last optimizer step's parameters complete on this rank.
+    """
 
     def __init__(
         self,
@@ -30,14 +45,23 @@ class TrainerWeights:
         architecture: Architecture,
         params: Mapping[str, torch.Tensor],
         regions: list[Region],
+        lora: Lora | None,
+        finish_step: Callable[[], None],
     ) -> None:
-        self._context, self._architecture = context, architecture
-        self._params, self._regions = params, regions
+        self._context, self._architecture, self._regions = context, architecture, regions
+        self._lora, self._finish_step = lora, finish_step
+        self._params = params if lora is None else lora.merged_weights()
         self._server: PieceServer | None = None
         self._offered: Owner | None = None
 
-    def owners(self, transport: Transport) -> list[Owner]:
-        """See Policy.weight_owners. A server is started where an engine may have to ask for weights."""
+    def owners(self, transport: Transport = "auto") -> list[Owner]:
+        """See Weights. A server is started where an engine may have to ask for weights.
+
+        Every rank offers all it holds; the planner chooses among replicas.
+        """
+        self._finish_step()
+        if self._lora is not None:
+            self._lora.publish()
         if self._offered is None:  # a GPU's memory has another handle each time it is asked for one
             self._offered = share_parameters(self._params, self._regions, mapped=transport != "peer")
         mine = self._offered
@@ -47,11 +71,20 @@ class TrainerWeights:
             self._server = PieceServer(storages_of(self._params), device, _own_address())
         address = self._server.address if self._server is not None else ""
         owners = gather(replace(mine, rank=self._context.rank, address=address))
+        wait_for_devices()
         return owners if self._context.is_first else []
 
+    def publish(self) -> None:
+        """See Weights."""
+        self._finish_step()
+        if self._lora is not None:
+            self._lora.refresh()
+        wait_for_devices()
+
     def checksums(self, queries: Sequence[RegionQuery]) -> dict[int, int]:
-        """See Policy.weight_checksums."""
+        """See Weights."""
         assert self._offered is not None, "queries are about what was offered"
+        self._finish_step()
         storages = storages_of(self._params)
         number_of = {storage: number for number, storage in enumerate(self._offered.storages)}
         sums = {}
@@ -67,8 +100,16 @@ class TrainerWeights:
         return sums
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Policy.hf_tensors. One tensor at a time is whole on rank 0."""
+        """See Weights. One tensor at a time is whole on rank 0."""
+        self.publish()
         return gather_tensors(self._context, self._architecture.hf_shapes(), self._regions, self._params)
+
+    def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Weights."""
+        assert self._lora is not None, "there are adapters with lora only"
+        self._finish_step()
+        params, regions = self._lora.adapter_tensors()
+        return gather_tensors(self._context, self._lora.shapes, regions, params)
 
 
 def gather_tensors(

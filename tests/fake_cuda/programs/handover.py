@@ -48,7 +48,7 @@ def publish(synchronize: str) -> Any:
 
     context = initialize(ParallelConfig(), seed=1)
     policy = ranks.build(context, os.environ["MODEL"], lora=LoraConfig(rank=2, alpha=4))
-    owners = policy.weight_owners()
+    owners = policy.weights.owners()
     tell(f"owners-{context.rank}", pickle.dumps(owners))
     hear("attached")
     for adapter in policy.lora._adapters.values():
@@ -57,7 +57,7 @@ def publish(synchronize: str) -> Any:
     torch.cuda.synchronize()
     if synchronize == "no":
         platform.synchronize = lambda: None
-    policy.publish_weights()
+    policy.weights.publish()
     if context.rank == 0:
         tell("published")
     hear("read")

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import LossResult, LossTokens
 from megarl.trainer.control import gather
+from megarl.trainer.interface import RankContext
 
 
 def reduce_results(results: list[LossResult]) -> dict[str, float]:
-    """Means and maxima over microbatches and ranks; ranks that hold copies of others' results pass none."""
+    """Means and maxima over microbatches and ranks, of what each rank's ``run`` returned."""
     local = [
         [{name: float(value) for name, value in part.items()} for part in (r.sums, r.token_sums, r.maxima)]
         for r in results
@@ -34,3 +35,8 @@ def agreement_of(tokens: LossTokens) -> Agreement:
     return measure_agreement(
         tokens.logprobs, tokens.rollout_logprobs, tokens.labels, tokens.sequence_ids, tokens.stale
     )
+
+
+def reduce_agreement(context: RankContext, agreement: Agreement) -> Agreement:
+    """The sum over the ranks whose results are their own."""
+    return sum(gather(agreement if context.has_results else Agreement()), Agreement())

@@ -1,0 +1,91 @@
+"""Trainers of the configured backend: the one place that names a backend's classes.
+
+Imports of a backend are inside: they are heavy, and come after the platform is known.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megarl.config.model import ModelConfig
+from megarl.config.optimizer import OptimizerConfig
+from megarl.config.packing import PackingConfig
+from megarl.config.parallel import ParallelConfig
+from megarl.config.training import TrainingRoot
+from megarl.models.score import initial_score, score_architecture
+from megarl.models.table import Architecture
+from megarl.trainer.interface import RankContext, Trainer
+
+if TYPE_CHECKING:
+    from megarl.trainer.megatron.trainer import MegatronTrainer
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
+    """Join the other ranks: platform, process groups, random state. The launcher sets RANK and WORLD_SIZE."""
+    from megarl.trainer.megatron.initialize import initialize
+
+    return initialize(parallel, seed)
+
+
+def finalize() -> None:
+    """Leave the process groups."""
+    from megarl.trainer.megatron.initialize import finalize
+
+    finalize()
+
+
+def build_trainer(
+    config: TrainingRoot, context: RankContext, architecture: Architecture, num_optimizer_steps: int
+) -> Trainer:
+    """The model that the run trains, loaded from ``model.path``, with its optimizer."""
+    return _trainer_class()(
+        context,
+        architecture,
+        config.model,
+        config.packing,
+        config.optimizer,
+        num_optimizer_steps,
+        check_numerics=config.debug.check_numerics,
+        router=config.router,
+        lora=config.lora,
+    )
+
+
+def build_scorer(
+    config: TrainingRoot,
+    context: RankContext,
+    architecture: Architecture,
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    num_optimizer_steps: int,
+) -> Trainer:
+    """A model with a score head, with its optimizer; ``architecture`` is that of ``model.path``.
+
+    A language model gets a new head, drawn with run.seed; a sequence classification model with one label
+    keeps its own (:func:`megarl.weights.hf.has_score`).
+    """
+    scores = score_architecture(architecture)
+    return _trainer_class()(
+        context,
+        scores,
+        model,
+        config.packing,
+        optimizer,
+        num_optimizer_steps,
+        check_numerics=config.debug.check_numerics,
+        router=config.router,
+        initial=initial_score(scores, config.run.seed),
+    )
+
+
+def build_frozen(
+    context: RankContext, architecture: Architecture, model: ModelConfig, packing: PackingConfig | None = None
+) -> Trainer:
+    """A model without an optimizer: it computes and exports."""
+    return _trainer_class()(context, architecture, model, packing)
+
+
+def _trainer_class() -> type[MegatronTrainer]:
+    from megarl.trainer.megatron.trainer import MegatronTrainer
+
+    return MegatronTrainer

@@ -1,0 +1,172 @@
+"""What the last stage of a pass has to offer for one microbatch, whatever the backend.
+
+The hidden states of a whole vocabulary's logits never exist: a view names what it wants of the rows that
+have a loss, and computes that alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megarl.errors import UserError
+from megarl.losses.base import LossTokens
+from megarl.losses.hidden import Head, HiddenTokens
+from megarl.losses.scores import ScoreTokens
+from megarl.ops import linear_support_min_logit, linear_token_logprob
+from megarl.records import PackedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """What tokens were drawn with; logprobs are of the same distribution. top_k 0 and top_p 1 keep all."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One microbatch at the end of its forward pass, on a rank of the last stage.
+
+    Args:
+        batch: the microbatch.
+        hidden: hidden states [N, H] of some rows [N] for a function that every rank of the head's group
+            computes with its own rows of the vocabulary (gradients are summed over the group).
+        whole_hidden: the same for a function that every rank of the group computes alike.
+        head: of a language model.
+        score: [H] of a score head, in a model that has one.
+        sharing_group: the ranks that have parts of this microbatch's sequences; None: they are whole here.
+        check_numerics: whether a logprob or score that is not finite is an error.
+    """
+
+    batch: PackedBatch
+    hidden: Callable[[torch.Tensor], torch.Tensor]
+    whole_hidden: Callable[[torch.Tensor], torch.Tensor]
+    head: Callable[[], Head]
+    score: torch.Tensor | None
+    sharing_group: dist.ProcessGroup | None
+    check_numerics: bool
+
+    def targets(self) -> torch.Tensor:
+        """Rows [N] int64 that have a loss, ascending; maybe none, on any rank."""
+        return self.batch.loss_mask.nonzero().flatten()
+
+    def at_targets(self) -> HiddenTokens:
+        """Hidden states of the targets: what a loss over the whole vocabulary starts from."""
+        rows = self.targets()
+        return HiddenTokens(rows, self.hidden(rows), self.head())
+
+    def logprobs(self, sampler: Sampler = Sampler()) -> LossTokens:
+        """Logprob and entropy [N] float32 of the targets under ``sampler``, with a loss's other fields.
+
+        A sampler that truncates takes another pass over the logits, for its support; that gets no gradient.
+        """
+        at, batch = self.at_targets(), self.batch
+        support = None
+        if sampler.truncates:
+            support = linear_support_min_logit(
+                at.hidden,
+                at.head.weight,
+                temperature=sampler.temperature,
+                top_k=sampler.top_k,
+                top_p=sampler.top_p,
+                tp_group=at.head.group,
+            )
+        out = linear_token_logprob(
+            at.hidden,
+            at.head.weight,
+            batch.labels[at.rows],
+            temperature=sampler.temperature,
+            vocab_start=at.head.vocab_start,
+            tp_group=at.head.group,
+            min_logit=support,
+            check_numerics=self.check_numerics,
+        )
+        assert batch.loss_weights is not None
+        ids, slots = self._slots()
+
+        def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[at.rows]
+
+        return LossTokens(
+            logprobs=out.logprob,
+            entropy=out.entropy,
+            weights=batch.loss_weights[at.rows],
+            labels=batch.labels[at.rows],
+            sequence_ids=batch.sequence_ids[at.rows],
+            advantages=of_rows(batch.advantages),
+            old_logprobs=of_rows(batch.old_logprobs),
+            ref_logprobs=of_rows(batch.ref_logprobs),
+            rollout_logprobs=of_rows(batch.rollout_logprobs),
+            stale=of_rows(batch.stale),
+            nll_weights=of_rows(batch.nll_weights),
+            slots=slots[at.rows],
+            num_slots=len(ids),
+            slot_ids=torch.full_like(ids, -1) if batch.is_dummy else ids,
+            cp_group=self.sharing_group,
+            rows=at.rows,
+        )
+
+    def scores(self, of: Literal["targets", "last"]) -> ScoreTokens:
+        """The score head's numbers, float32: of the token before each target, or each sequence's last token.
+
+        Raises:
+            UserError: with check_numerics, a score that is not finite.
+        """
+        assert self.score is not None, "the model has no score head"
+        batch = self.batch
+        ids, slots = self._slots()
+        rows = self.targets() if of == "targets" else self._last_rows(slots)
+        scores = self.whole_hidden(rows).float() @ self.score.float()
+        self._check_scores(rows, scores)
+        assert batch.loss_weights is not None
+
+        def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[rows]
+
+        return ScoreTokens(
+            scores=scores,
+            weights=batch.loss_weights[rows],
+            old_values=of_rows(batch.old_values),
+            returns=of_rows(batch.returns),
+            slots=slots[rows],
+            num_slots=len(ids),
+            slot_ids=torch.full_like(ids, -1) if batch.is_dummy else ids,
+            cp_group=self.sharing_group,
+            rows=rows,
+        )
+
+    def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequence ids [S] of the slots, and every token's slot [T].
+
+        Of all tokens, not of those with a loss: then context-parallel ranks agree on the slots. A shared
+        prefix, which has no targets, counts to the slot of its first branch.
+        """
+        ids, slots = torch.unique_consecutive(self.batch.sequence_ids, return_inverse=True)
+        return ids, slots
+
+    def _last_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        assert self.batch.lengths is not None
+        assert self.batch.prefixes is None
+        last = self.batch.lengths.to(slots.device)[slots] - 1  # -1 in a dummy: none
+        return (self.batch.position_ids == last).nonzero().flatten()
+
+    def _check_scores(self, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        bad = (~torch.isfinite(scores.detach())).nonzero().flatten() if self.check_numerics else rows[:0]
+        if len(bad):
+            row, score = int(rows[int(bad[0])]), float(scores[int(bad[0])])
+            raise UserError(
+                f"debug.check_numerics: the score is {score} at token {int(self.batch.position_ids[row])} of "
+                f"sequence {int(self.batch.sequence_ids[row])} of the step"
+            )

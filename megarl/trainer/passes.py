@@ -1,0 +1,182 @@
+"""Passes that algorithms have in common, over any :class:`megarl.trainer.interface.Trainer`.
+
+Every rank calls every function, with its own microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from megarl.losses.agreement import Agreement
+from megarl.losses.base import Loss, LossResult
+from megarl.losses.preference import sequence_logps
+from megarl.losses.reward import last_scores
+from megarl.losses.scores import ScoreLoss
+from megarl.packing.token_values import Array, assemble, take
+from megarl.records import PackedBatch, Sequence
+from megarl.trainer.control import gather
+from megarl.trainer.interface import Trainer
+from megarl.trainer.outputs import Output, Sampler
+from megarl.trainer.reduce import agreement_of, reduce_agreement, reduce_results
+
+LogprobField = Literal["old_logprobs", "ref_logprobs"]
+
+
+@dataclass(slots=True)
+class TrainStepResult:
+    """One optimizer step, reduced over all ranks."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    agreement: Agreement = field(default_factory=Agreement)
+
+
+# --- a policy -------------------------------------------------------------------------------------
+
+
+def fill_logprobs(
+    trainer: Trainer, batches: list[PackedBatch], into: LogprobField, *, temperature: float
+) -> Agreement:
+    """Forward only: set ``into`` of every microbatch to the present weights' logprobs (last stage).
+
+    Returns how they agree with the rollout's, over all ranks.
+    """
+    agreement, sampler = Agreement(), Sampler(temperature)
+
+    def read(output: Output) -> None:
+        nonlocal agreement
+        tokens = output.logprobs(sampler)
+        setattr(output.batch, into, _at_rows(output.batch, tokens.rows, tokens.logprobs))
+        agreement = agreement + agreement_of(tokens)
+
+    trainer.run(batches, read)
+    return reduce_agreement(trainer.context, agreement)
+
+
+def train_step(
+    trainer: Trainer,
+    batches: list[PackedBatch],
+    loss: Loss,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> TrainStepResult:
+    """One optimizer step on a loss over logprobs and entropies of the sampler's distribution.
+
+    The support of a sampler that truncates is taken from the weights as they are now.
+    """
+    agreement, sampler = Agreement(), Sampler(temperature, top_k, top_p)
+
+    def learn(output: Output) -> LossResult:
+        nonlocal agreement
+        tokens = output.logprobs(sampler)
+        agreement = agreement + agreement_of(tokens)
+        return loss(tokens)
+
+    metrics = trainer.optimizer_step(batches, learn)
+    return TrainStepResult(metrics, reduce_agreement(trainer.context, agreement))
+
+
+def evaluate_loss(trainer: Trainer, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
+    """Forward only: the loss's figures over all ranks."""
+    return reduce_results(trainer.run(batches, lambda output: loss(output.logprobs())))
+
+
+def sequence_logprobs(trainer: Trainer, sequences: list[Sequence]) -> torch.Tensor:
+    """Forward only: the summed logprob of each sequence's targets, [S] float64 on every rank."""
+    batches = trainer.prepare(sequences, "token")
+
+    def read(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = output.logprobs()
+        assert tokens.slot_ids is not None
+        return tokens.slot_ids, sequence_logps(tokens)
+
+    return _per_sequence(trainer, batches, read, len(sequences))
+
+
+def token_values(
+    trainer: Trainer,
+    batches: list[PackedBatch],
+    of: Callable[[PackedBatch], torch.Tensor],
+    sequences: list[Sequence],
+) -> list[Array]:
+    """What ``of`` says [T] of each microbatch's targets, for all ``sequences``, on every rank.
+
+    One [n] per sequence, aligned with its token ids, 0 where there is no target. ``of`` is called where
+    logprobs are: on the last pipeline stage.
+    """
+    mine = [take(of(batch), batch) for batch in batches] if trainer.context.has_results else []
+    parts = (part for rank in gather(mine) for part in rank)
+    return assemble(parts, [len(s.token_ids) for s in sequences])
+
+
+# --- a model with a score head ---------------------------------------------------------------------
+
+
+def fill_values(trainer: Trainer, batches: list[PackedBatch]) -> None:
+    """Forward only: set ``old_values`` of every microbatch to the critic's present values (last stage)."""
+
+    def read(output: Output) -> None:
+        tokens = output.scores("targets")
+        output.batch.old_values = _at_rows(output.batch, tokens.rows, tokens.scores)
+
+    trainer.run(batches, read)
+
+
+def sequence_scores(trainer: Trainer, sequences: list[Sequence]) -> torch.Tensor:
+    """Forward only: the score of each sequence, [S] float64 on every rank. Pairs share microbatches."""
+    batches = trainer.prepare(sequences, "token", group_size=2)
+
+    def read(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = output.scores("last")
+        return tokens.slot_ids, last_scores(tokens)
+
+    return _per_sequence(trainer, batches, read, len(sequences))
+
+
+def score_step(
+    trainer: Trainer, batches: list[PackedBatch], loss: ScoreLoss, of: Literal["targets", "last"]
+) -> dict[str, float]:
+    """One optimizer step on a loss over scores; its figures over all ranks."""
+    return trainer.optimizer_step(batches, lambda output: loss(output.scores(of)))
+
+
+def evaluate_score_loss(
+    trainer: Trainer, batches: list[PackedBatch], loss: ScoreLoss, of: Literal["targets", "last"]
+) -> dict[str, float]:
+    """Forward only: the loss's figures over all ranks."""
+    return reduce_results(trainer.run(batches, lambda output: loss(output.scores(of))))
+
+
+# --- what they share --------------------------------------------------------------------------------
+
+
+def _at_rows(batch: PackedBatch, rows: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """A field [T] float32 that holds ``values`` [N] at ``rows`` and 0 elsewhere."""
+    assert rows is not None
+    whole = torch.zeros(batch.token_ids.shape[0], device=values.device)
+    whole[rows] = values
+    return whole
+
+
+def _per_sequence(
+    trainer: Trainer,
+    batches: list[PackedBatch],
+    read: Callable[[Output], tuple[torch.Tensor, torch.Tensor]],
+    count: int,
+) -> torch.Tensor:
+    """[count] float64 on every rank of what ``read`` says: (sequence ids, values) of a microbatch's slots."""
+    mine: dict[int, float] = {}
+
+    def keep(output: Output) -> None:
+        ids, values = read(output)
+        mine.update(zip(ids.tolist(), values.tolist(), strict=True))
+
+    trainer.run(batches, keep)
+    parts = gather(mine if trainer.context.has_results else {})
+    found = {i: value for part in parts for i, value in part.items()}
+    return torch.tensor([found[i] for i in range(count)], dtype=torch.float64)
