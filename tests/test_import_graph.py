@@ -57,6 +57,8 @@ ONLY_IN = {
     "megatron": ("megarl.trainer.megatron", "megarl.platform"),
     "vllm": ("megarl.rollout.vllm_",),
     "ray": ("megarl.cluster", "megarl.rollout", "megarl.environments"),
+    # a backend is one folder, which one module chooses; convert compares logits with Hugging Face's
+    "megarl.trainer.megatron": ("megarl.trainer.megatron", "megarl.trainer.build", "megarl.convert"),
 }
 FORBIDDEN = {
     # config is read before anything heavy is loaded, records travel between processes
