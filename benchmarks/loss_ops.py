@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import Implementation, Row, measure
-from megarl.ops import PolicyLossOptions, policy_loss, reference, vocab_kl
+from megarl.ops import PolicyLossOptions, policy_loss, vocab_kl
 from megarl.ops.gae import gae
 from megarl.ops.group_advantage import group_advantage
 from megarl.ops.segment_reduce import segment_reduce
+from tests.oracles import ops as reference
 
 KL_CASES = [(512, 49_152), (128, 151_936)]
 NUM_TOKENS = 65_536

@@ -25,8 +25,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
 from megarl.ops.pack import PackedRows, RaggedTokens, pack_sequences, unpack_values
-from megarl.ops.reference_packing import pack_sequences_reference
 from megarl.packing import CostModel, plan_microbatches
+from tests.oracles.packing import pack_sequences_reference
 
 BUDGET = 4096
 NUM_RANKS = 8

@@ -28,7 +28,7 @@ from benchmarks.common import Implementation, Row, peak_extra_bytes
 from benchmarks.weights_trainer import BUCKET_BYTES
 from megarl.layout import ParallelLayout
 from megarl.models import load_architecture
-from megarl.weights.plan import plan_weights
+from megarl.weights.plan import Planner, Reader
 
 _DENSE = {
     "architectures": ["LlamaForCausalLM"],
@@ -200,7 +200,7 @@ def run_case(case: Case, engine: Any, model_dir: Path, repeats: int) -> list[Row
     regions = load_architecture(model_dir).engine_regions(layout, layout.coordinates(0))
     params_of_engine = engine.collective_rpc("megarl_describe")[0]
     host, device = engine.collective_rpc("megarl_place")[0]
-    plan = plan_weights(owners, regions, params_of_engine, host=host, device=device)
+    plan = Planner(owners).plan(Reader(regions, params_of_engine, host, device))
 
     private = {name: param.detach().clone() for name, param in params.items()}
 

@@ -1,4 +1,4 @@
-// The packing planner. megarl/ops/reference_packing.py is its definition, step by step: both give the same plan.
+// The packing planner. tests/oracles/packing.py is its definition, step by step: both give the same plan.
 #pragma once
 
 #include <cstdint>

@@ -59,7 +59,7 @@ class YamlText:
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[tuple[Path, int, str]] = field(default_factory=list)
-    _open: set[int] = field(default_factory=set)
+    _open: set[yaml.Node] = field(default_factory=set)
 
     def _fail(self, path: Path, line: int, problem: str) -> object:
         self.problems.append((path, line, problem))
@@ -70,16 +70,16 @@ class YamlText:
         self.lines.setdefault(path, line)
         if isinstance(node, yaml.ScalarNode):
             return self._read_scalar(node, path, line)
-        if id(node) in self._open:
+        if node in self._open:
             return self._fail(path, line, "an alias (*) inside its own anchor (&)")
-        self._open.add(id(node))
+        self._open.add(node)
         if isinstance(node, yaml.MappingNode):
             value: Any = self._read_mapping(node, path)
         else:
             lines = [item.start_mark.line + 1 for item in node.value]
             items = [self._read(item, (*path, str(i)), lines[i]) for i, item in enumerate(node.value)]
             value = [item for item in items if item is not _FAILED]
-        self._open.discard(id(node))
+        self._open.discard(node)
         return value
 
     def _read_mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:

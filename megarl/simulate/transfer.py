@@ -154,11 +154,10 @@ class _Count:
 
     def __init__(self, owners: list[Owner], item: int) -> None:
         self._owners, self._item = owners, item
-        self._sizes: dict[int, tuple[PeerCopy, int]] = {}  # by id: engine ranks share these objects
         self.traffic = Traffic(sent_nvlink=[0] * len(owners), sent_network=[0] * len(owners))
 
     def add(self, plan: WeightPlan, reader: Reader) -> None:
-        """The next engine rank's."""
+        """Count one engine rank's plan."""
         traffic, item = self.traffic, self._item
         local = nvlink = 0
         sources = [int(storage.handle[1]) for storage in plan.storages if isinstance(storage, SharedStorage)]
@@ -179,13 +178,11 @@ class _Count:
 
     def _received(self, peers: list[PeerCopy]) -> int:
         """Bytes of these copies; their senders are charged. The loop of a large plan: millions of turns."""
-        sizes, sent, total = self._sizes, self.traffic.sent_network, 0
+        item, sent, total = self._item, self.traffic.sent_network, 0
         for peer in peers:
-            known = sizes.get(id(peer))
-            if known is None:
-                known = sizes[id(peer)] = (peer, math.prod(peer.source.shape) * self._item)
-            total += known[1]
-            sent[peer.rank] += known[1]
+            size = peer.size * item
+            total += size
+            sent[peer.rank] += size
         return total
 
 

@@ -80,6 +80,7 @@ class PeerCopy:
     index: tuple[int | tuple[int, int], ...]
     rank: int
     source: SourceView
+    size: int  # elements
 
 
 @dataclass(frozen=True, slots=True)

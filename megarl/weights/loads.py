@@ -13,14 +13,14 @@ class Loads:
 
     def __init__(self, num_owners: int) -> None:
         self._sent = [[0] * num_owners, [0] * num_owners]  # to other hosts, within the host
-        self._queues: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        self._queues: dict[tuple[Holders, bool], list[tuple[int, int]]] = {}
 
     def least(self, candidates: Holders, near: bool) -> int:
         """The place that has sent least; its load must then be raised with :meth:`add`.
 
         Loads only grow, so that a heap whose entries are mended when they come up finds it quickly.
         """
-        load, key = self._sent[near], (id(candidates), near)  # candidates are interned: their ids stay
+        load, key = self._sent[near], (candidates, near)
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = [(load[place], place) for place in candidates.places]

@@ -31,7 +31,10 @@ VOCAB_PARAMS = ("embed_tokens.weight", "lm_head.weight")
 
 
 class Holders:
-    """Owners (by place in the list of owners) that have the same bytes. Equal sets are one object."""
+    """Owners (by place in the list of owners) that have the same bytes. Equal sets are one object.
+
+    That object is its own key in tables: identity is equality here.
+    """
 
     def __init__(
         self, places: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], Holders]
@@ -39,7 +42,7 @@ class Holders:
         self.places, self.members = places, frozenset(places)
         self._hosts, self._interned = hosts, interned
         self._on_host: dict[str, Holders] | None = None
-        self._narrowed: dict[tuple[int, ...], Holders] = {}
+        self._narrowed: dict[tuple[Holders, ...], Holders] = {}
 
     def __len__(self) -> int:
         return len(self.places)
@@ -62,7 +65,7 @@ class Holders:
 
     def narrowed(self, others: Sequence[Holders]) -> Holders:
         """Those that are also in the others, taken one after another as long as any remain."""
-        key = tuple(map(id, others))  # interned objects live as long as the planner
+        key = tuple(others)
         if key not in self._narrowed:
             members = self.members
             for other in others:
@@ -120,12 +123,19 @@ Outline = tuple[Index, int, list[tuple[int, Index]]]
 """A piece without its sources: index, elements, and (number of the source, index there) of each offer."""
 
 
+@dataclass(eq=False, slots=True)
+class ParamPieces:
+    """The pieces of one parameter, for all engine ranks of a kind. Compared by identity: a key of tables."""
+
+    pieces: list[Piece]
+    common: frozenset[int]  # owners that hold all of them
+
+
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """The pieces of every parameter of one kind of engine rank."""
 
-    pieces: dict[str, list[Piece]]
-    common: dict[str, frozenset[int]]  # owners that hold all pieces of a parameter
+    params: dict[str, ParamPieces]
     padding: dict[str, int]  # rows at the end of a vocabulary parameter that no tensor has
     problems: list[str]
     num_pieces: int
@@ -137,7 +147,7 @@ class OwnerIndex:
     def __init__(self, owners: Sequence[tuple[list[Region], str]]) -> None:
         self._hosts = [host for _, host in owners]
         self._interned: dict[tuple[int, ...], Holders] = {}
-        replicas: dict[int, tuple[list[Region], list[int]]] = {}
+        replicas: dict[int, tuple[list[Region], list[int]]] = {}  # replicas may be given one list
         for place, (regions, _) in enumerate(owners):
             replicas.setdefault(id(regions), (regions, []))[1].append(place)
         found: dict[str, dict[Box, dict[tuple[str, Index], list[int]]]] = {}
@@ -160,7 +170,7 @@ class OwnerIndex:
             for hf, offers in self._offers.items()
         }
         self._known: dict[tuple[object, ...], list[Outline]] = {}
-        self._in_common: dict[tuple[int, ...], frozenset[int]] = {}
+        self._in_common: dict[tuple[Holders, ...], frozenset[int]] = {}
 
     def pattern(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> Pattern:
         """Cut the readers' regions into pieces that one owner has whole; merge what can be one copy."""
@@ -171,25 +181,25 @@ class OwnerIndex:
                 wanted[reader.param].append(reader)
             else:
                 problems.append(f"weights: the engine has no parameter {reader.param} for tensor {reader.hf}")
-        found: dict[str, list[Piece]] = {}
-        common, padding = {}, {}
+        found: dict[str, ParamPieces] = {}
+        padding = {}
         for name, regions in wanted.items():
-            found[name], missing = self._pieces(regions)
+            pieces, missing = self._pieces(regions)
             problems += missing
-            common[name] = self._common(found[name])
+            found[name] = ParamPieces(pieces, self._common(pieces))
             shape = params[name].shape
             if name.endswith(VOCAB_PARAMS) and (rows := self._padding(regions, shape[0])) > 0:
                 padding[name] = rows
-            boxes = tuple([as_box(piece.index) for piece in found[name]])
+            boxes = tuple([as_box(piece.index) for piece in pieces])
             problems += cover_problem(name, shape, boxes, padding.get(name, 0))
-        return Pattern(found, common, padding, problems, sum(map(len, found.values())))
+        return Pattern(found, padding, problems, sum(len(each.pieces) for each in found.values()))
 
     def _common(self, pieces: list[Piece]) -> frozenset[int]:
         """Who holds all of these pieces: of most layers the same."""
-        sets = {id(piece.holders): piece.holders.members for piece in pieces}
-        key = tuple(sets)
+        key = tuple(dict.fromkeys(piece.holders for piece in pieces))
         if key not in self._in_common:
-            self._in_common[key] = frozenset.intersection(*sets.values()) if sets else frozenset()
+            sets = [holders.members for holders in key]
+            self._in_common[key] = frozenset.intersection(*sets) if sets else frozenset()
         return self._in_common[key]
 
     def _padding(self, readers: Sequence[Region], rows: int) -> int:
@@ -208,21 +218,16 @@ class OwnerIndex:
         Most layers, and most ranks' experts, are cut alike: only who holds the pieces, and under which
         name, differs. Each way of cutting is therefore worked out once.
         """
-        numbers: dict[tuple[int, str], int] = {}  # (holders, their parameter) -> place in ``sources``
-        sources: list[tuple[Holders, str]] = []
+        sources: dict[tuple[Holders, str], int] = {}  # (holders, their parameter) -> number
         alike: list[object] = []
         for reader in readers:
             alike.append((reader.box, reader.index, self._splits.get(reader.hf)))
             for region, holders in self._offers.get(reader.hf, ()):
-                source = (id(holders), region.param)
-                number = numbers.get(source)
-                if number is None:
-                    number = numbers[source] = len(sources)
-                    sources.append((holders, region.param))
-                alike.append(number)
+                alike.append(sources.setdefault((holders, region.param), len(sources)))
         key = tuple(alike)
         if key in self._known:
-            return [self._again(outline, sources) for outline in self._known[key]], []
+            made_of = list(sources)
+            return [self._again(outline, made_of) for outline in self._known[key]], []
         cuts = [(reader, *self._cut(reader)) for reader in readers]
         problems = [
             f"weights: no trainer rank owns {reader.hf}{list(box)}"
@@ -232,7 +237,7 @@ class OwnerIndex:
         merged = self._merge([piece for _, pieces, _ in cuts for piece in pieces])
         if not problems:
             self._known[key] = [
-                (piece.index, piece.size, [(numbers[id(o.holders), o.param], o.index) for o in piece.offers])
+                (piece.index, piece.size, [(sources[o.holders, o.param], o.index) for o in piece.offers])
                 for piece in merged
             ]
         return merged, problems
@@ -286,7 +291,7 @@ class OwnerIndex:
                 [place for place, entry in enumerate(offer.index) if isinstance(entry, int)] == stacked
                 for offer in piece.offers
             ):
-                key = (len(piece.index), *((id(offer.holders), offer.param) for offer in piece.offers))
+                key = (len(piece.index), *((offer.holders, offer.param) for offer in piece.offers))
                 alike[key].append(_with_spans(piece))
             else:  # stacked on one side only: there is no dimension to join along
                 done.append(piece)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from megarl.errors import UserError
@@ -19,7 +18,7 @@ from megarl.models.table import Region
 from megarl.weights.alias import ITEM_BYTES, alias_of
 from megarl.weights.handover import Alias, Copy, ParamInfo, PeerCopy, SourceView, Storage, WeightPlan
 from megarl.weights.loads import Loads
-from megarl.weights.pieces import Holders, OwnerIndex, Pattern, Piece, Sender
+from megarl.weights.pieces import Holders, OwnerIndex, ParamPieces, Pattern, Piece, Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,69 +55,6 @@ class Reader:
     prefer_rank: int | None = None
 
 
-def plan_weights(
-    owners: list[Owner],
-    readers: list[Region],
-    engine_params: Mapping[str, ParamInfo],
-    *,
-    host: str = "",
-    device: str = "cpu",
-    prefer_rank: int | None = None,
-    peers_only: bool = False,
-) -> WeightPlan:
-    """Plan one engine rank (several are spread better by one :class:`Planner`).
-
-    Owners on another host, or all with ``peers_only``, become PeerCopy. The answer to equal arguments is
-    computed once (the last 64 are kept) and must not be changed.
-
-    Raises UserError listing every parameter that is unknown, misshapen or not covered.
-    """
-    frozen = tuple(
-        _FrozenOwner(
-            tuple(o.regions),
-            tuple(o.params.items()),
-            tuple(o.storages),
-            o.rank,
-            o.host,
-            o.device,
-            o.address,
-        )
-        for o in owners
-    )
-    params = tuple(engine_params.items())
-    return _plan_once(frozen, tuple(readers), params, host, device, prefer_rank, peers_only)
-
-
-class _FrozenOwner(NamedTuple):
-    """An Owner that can be a key."""
-
-    regions: tuple[Region, ...]
-    params: tuple[tuple[str, SourceView], ...]
-    storages: tuple[Storage, ...]
-    rank: int
-    host: str
-    device: str
-    address: str
-
-
-@lru_cache(maxsize=64)
-def _plan_once(
-    owners: tuple[_FrozenOwner, ...],
-    readers: tuple[Region, ...],
-    engine_params: tuple[tuple[str, ParamInfo], ...],
-    host: str,
-    device: str,
-    prefer_rank: int | None,
-    peers_only: bool,
-) -> WeightPlan:
-    thawed = [
-        Owner(list(o.regions), dict(o.params), list(o.storages), o.rank, o.host, o.device, o.address)
-        for o in owners
-    ]
-    reader = Reader(list(readers), dict(engine_params), host, device, prefer_rank)
-    return Planner(thawed, peers_only=peers_only).plan(reader)
-
-
 class Planner:
     """Plans any number of engine ranks against the same owners.
 
@@ -138,15 +74,15 @@ class Planner:
         self.peers_only = peers_only
         self._index = OwnerIndex([(owner.regions, owner.host) for owner in owners])
         self._patterns: dict[tuple[int, int], tuple[Reader, Pattern]] = {}
-        self._views: dict[tuple[int, str, object], SourceView] = {}
+        self._views: dict[tuple[SourceView, object], SourceView] = {}
         self.on_device: dict[tuple[str, str], list[int]] = {}
         for place, owner in enumerate(owners):
             self.on_device.setdefault((owner.host, owner.device), []).append(place)
         self.loads = Loads(len(owners))
         self.counted = False  # whether far loads without a choice were added beforehand
-        self._fixed: dict[int, _Fixed | None] = {}  # by the id of a parameter's list of pieces
-        self._alike: dict[tuple[int, ...], int] = {}
-        self._kinds: dict[int, int] = {}  # by that id
+        self._fixed: dict[ParamPieces, _Fixed | None] = {}
+        self._alike: dict[tuple[Holders, ...], int] = {}
+        self._kinds: dict[ParamPieces, int] = {}
 
     def plan(self, reader: Reader) -> WeightPlan:
         """Plan one engine rank; raises UserError with every violation."""
@@ -154,11 +90,11 @@ class Planner:
         choice = _Choice(self, reader, pattern.padding)
         if pattern.problems:
             raise UserError("\n".join(pattern.problems))
-        for name, pieces in pattern.pieces.items():
-            choice.decide(name, reader.params[name], pieces, pattern.common[name])
+        for name, param in pattern.params.items():
+            choice.decide(name, reader.params[name], param)
         plan = choice.result
         # The pieces tile their parameters (else there were problems): written once each, they prove the plan.
-        pieces_of_aliases = sum(len(pattern.pieces[alias.param]) for alias in plan.aliases)
+        pieces_of_aliases = sum(len(pattern.params[alias.param].pieces) for alias in plan.aliases)
         assert len(plan.copies) + len(plan.peers) + pieces_of_aliases == pattern.num_pieces
         return plan
 
@@ -170,8 +106,8 @@ class Planner:
         """
         for reader in readers:
             pattern = self._pattern(reader)
-            for name, pieces in pattern.pieces.items():
-                fixed = self.fixed(name, reader.params[name], pieces)
+            for name, param in pattern.params.items():
+                fixed = self.fixed(name, reader.params[name], param)
                 if fixed is not None:
                     self.loads.add_far(self.far_loads(fixed, reader.host))
         self.counted = True
@@ -188,11 +124,11 @@ class Planner:
             self._patterns[key] = (reader, self._index.pattern(reader.regions, reader.params))
         return self._patterns[key][1]
 
-    def fixed(self, name: str, info: ParamInfo, pieces: list[Piece]) -> _Fixed | None:
+    def fixed(self, name: str, info: ParamInfo, param: ParamPieces) -> _Fixed | None:
         """The copies of a parameter whose pieces have one holder each, equal for all ranks on other hosts."""
-        key = id(pieces)  # the pattern keeps them alive
-        if key not in self._fixed:
-            self._fixed[key] = None
+        if param not in self._fixed:
+            self._fixed[param] = None
+            pieces = param.pieces
             if pieces and all(len(piece.holders) == 1 for piece in pieces):
                 places = [piece.holders.places[0] for piece in pieces]
                 sent: dict[int, int] = {}
@@ -201,16 +137,15 @@ class Planner:
                 peers = [self.peer(name, *pair) for pair in zip(pieces, places, strict=True)]
                 hosts = frozenset(self.hosts[place] for place in places)
                 addresses = {self.ranks[place]: self.owners[place].address for place in places}
-                self._fixed[key] = _Fixed(peers, places, hosts, sent, addresses)
-        return self._fixed[key]
+                self._fixed[param] = _Fixed(peers, places, hosts, sent, addresses)
+        return self._fixed[param]
 
-    def alike(self, pieces: list[Piece]) -> int:
+    def alike(self, param: ParamPieces) -> int:
         """A number that parameters share whose pieces have the same holders, as those of most layers do."""
-        key = id(pieces)
-        if key not in self._kinds:
-            holders = tuple([id(piece.holders) for piece in pieces])  # interned
-            self._kinds[key] = self._alike.setdefault(holders, len(self._alike))
-        return self._kinds[key]
+        if param not in self._kinds:
+            holders = tuple([piece.holders for piece in param.pieces])
+            self._kinds[param] = self._alike.setdefault(holders, len(self._alike))
+        return self._kinds[param]
 
     def far_loads(self, fixed: _Fixed, host: str) -> Mapping[int, int]:
         """Place -> bytes that it sends to an engine rank on ``host`` over the network."""
@@ -223,17 +158,16 @@ class Planner:
         peer = piece.made.get(place)
         if peer is None:
             view = self.view(place, piece)
-            peer = piece.made[place] = PeerCopy(name, piece.index, self.ranks[place], view)
+            peer = piece.made[place] = PeerCopy(name, piece.index, self.ranks[place], view, piece.size)
         return peer
 
     def view(self, place: int, piece: Piece) -> SourceView:
         """The bytes of ``piece`` in the memory of the owner at ``place``; storages count that owner's own."""
         param, index = piece.source(place)
-        params = self.owners[place].params  # ranks of a simulated trainer may share theirs
-        key = (id(params), param, index)
+        whole = self.owners[place].params[param]
+        key = (whole, index)
         view = self._views.get(key)
         if view is None:
-            whole = params[param]
             offset, shape, stride = whole.offset, [], []
             assert len(index) == len(whole.shape), (param, index, whole.shape)
             for entry, step, size in zip(index, whole.stride, whole.shape, strict=True):
@@ -276,8 +210,9 @@ class _Choice:
         if planner.peers_only:
             self._prefer, self._beside = None, []
 
-    def decide(self, name: str, info: ParamInfo, pieces: list[Piece], common: frozenset[int]) -> None:
+    def decide(self, name: str, info: ParamInfo, param: ParamPieces) -> None:
         """Alias ``name`` where that is possible, else copy each of its pieces."""
+        pieces, common = param.pieces, param.common
         reason = "" if common else "its parts lie with several trainer ranks or parameters"
         beside = [place for place in self._beside if place in common]
         if self._prefer in beside:
@@ -291,7 +226,7 @@ class _Choice:
         if name in self._padding:
             self.result.padding[name] = self._padding[name]
         self.result.copy_reasons[name] = reason or "no trainer rank has it in memory the engine could alias"
-        fixed = self._planner.fixed(name, info, pieces)
+        fixed = self._planner.fixed(name, info, param)
         if fixed is not None:
             self._copy_fixed(name, info, pieces, fixed)
             return
@@ -299,21 +234,21 @@ class _Choice:
             candidates, mapped = self._candidates(pieces[0])
             self._copy(name, info, pieces[0], self._planner.loads.least(candidates, mapped), mapped)
             return
-        self._copy_pieces(name, info, pieces)
+        self._copy_pieces(name, info, param)
 
-    def _copy_pieces(self, name: str, info: ParamInfo, pieces: list[Piece]) -> None:
+    def _copy_pieces(self, name: str, info: ParamInfo, param: ParamPieces) -> None:
         """Copy each from one of its holders, from few of them in all. The loop of a large plan."""
         planner, item, peers = self._planner, ITEM_BYTES[info.dtype], self.result.peers
         chosen: dict[int, int] = {}  # place -> how many were chosen before it
         far = set()
-        for sender in self._senders(pieces):
+        for sender in self._senders(param):
             again = [place for place in sender.candidates.places if place in chosen]
             if again:
                 place = again[0] if len(again) == 1 else min(again, key=chosen.__getitem__)
             else:
                 place = planner.loads.least(sender.narrowed, sender.mapped)
                 chosen[place] = len(chosen)
-            piece = pieces[sender.number]
+            piece = param.pieces[sender.number]
             if sender.mapped:
                 self._copy(name, info, piece, place, True)
                 continue
@@ -323,11 +258,11 @@ class _Choice:
         for place in far:
             self.result.addresses[planner.ranks[place]] = planner.owners[place].address
 
-    def _senders(self, pieces: list[Piece]) -> list[Sender]:
+    def _senders(self, param: ParamPieces) -> list[Sender]:
         """Who may send each piece, those without a choice first: the others follow them."""
-        key = self._planner.alike(pieces)
+        key = self._planner.alike(param)
         if key not in self._known:
-            found = [(*self._candidates(piece), number) for number, piece in enumerate(pieces)]
+            found = [(*self._candidates(piece), number) for number, piece in enumerate(param.pieces)]
             found.sort(key=lambda item: len(item[0]))
             others = {
                 side: tuple(dict.fromkeys(candidates for candidates, mapped, _ in found if mapped == side))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.ops import PolicyLossOptions, policy_loss, reference
+from megarl.ops import PolicyLossOptions, policy_loss
 from megarl.ops.policy_loss import SUM_NAMES
+from tests.oracles import ops as reference
 
 LENGTHS = [7, 1, 40, 0, 1200, 5]
 

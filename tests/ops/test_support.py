@@ -10,10 +10,10 @@ import torch
 from megarl.ops import (
     linear_support_min_logit,
     linear_token_logprob,
-    reference,
     support_min_logit,
     token_logprob,
 )
+from tests.oracles import ops as reference
 
 
 def sampler_support(row: list[float], temperature: float, top_k: int, top_p: float) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.ops import linear_token_logprob, reference, token_logprob
+from megarl.ops import linear_token_logprob, token_logprob
+from tests.oracles import ops as reference
 
 # Relative to values of order 10: float32 sums over thousands of exponentials; 16-bit logits are exact
 # inputs, only their gradient is rounded to 16 bits.

@@ -11,9 +11,9 @@ import torch
 
 from megarl import _C
 from megarl.ops.pack import PackedRows, RaggedTokens, pack_sequences, unpack_values
-from megarl.ops.reference_packing import pack_sequences_reference, plan_reference
 from megarl.packing import context_parallel_slice, pack
 from megarl.records import Sequence
+from tests.oracles.packing import pack_sequences_reference, plan_reference
 
 
 def native_plan(lengths: list[int], **arguments: object) -> list[list[list[int]]]:

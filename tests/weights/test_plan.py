@@ -9,8 +9,9 @@ from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.weights.alias import contiguous_stride
 from megarl.weights.handover import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan
-from megarl.weights.plan import Owner, plan_weights
+from megarl.weights.plan import Owner
 from tests.models.test_table import architecture
+from tests.weights.plans import plan_weights
 from tests.weights.shards import Sizes, Tensors, engine_shard, hf_tensors, trainer_shard
 
 

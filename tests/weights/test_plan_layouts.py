@@ -18,8 +18,9 @@ from megarl.models.table import Architecture, Region
 from megarl.weights.alias import contiguous_stride
 from megarl.weights.boxes import tiling_problem, volume
 from megarl.weights.handover import ParamInfo, SharedStorage, SourceView, WeightPlan
-from megarl.weights.plan import Owner, Planner, Reader, plan_weights
+from megarl.weights.plan import Owner, Planner, Reader
 from tests.models.test_table import architecture
+from tests.weights.plans import plan_weights
 from tests.weights.shards import ExpertShare, Sizes, Tensors, engine_shard, hf_tensors, stage_shard
 
 DENSE = Sizes(tied=True)
@@ -298,14 +299,20 @@ def test_a_parameter_comes_from_as_few_ranks_as_possible() -> None:
     assert {peer.rank for peer in plan.peers} == {2}
 
 
-def test_equal_questions_are_answered_once() -> None:
+def test_plans_depend_on_values_and_share_what_is_the_same() -> None:
+    """Equal arguments give equal plans; engine ranks elsewhere are sent the very same copies."""
     bench = Trainer(DENSE, ONE)
     reader, _ = bench.reader(ONE, 0)
     plan = plan_weights(bench.owners, reader.regions, reader.params)
     copy = [replace(owner, params=dict(owner.params)) for owner in bench.owners]
-    assert plan_weights(copy, list(reader.regions), dict(reader.params)) is plan
+    assert plan_weights(copy, list(reader.regions), dict(reader.params)) == plan
     moved = [replace(owner, storages=[SharedStorage((b"", b"0 9", 8 * 2**20))] * 2) for owner in copy]
-    assert plan_weights(moved, reader.regions, reader.params) is not plan
+    assert plan_weights(moved, reader.regions, reader.params) != plan
+    far = replace(reader, host="elsewhere")
+    first, second = Planner(bench.owners).plan_all([far, far])
+    assert len(first.peers) >= len(reader.params)
+    assert all(one is other for one, other in zip(first.peers, second.peers, strict=True))
+    assert all(peer.size == torch.Size(peer.source.shape).numel() for peer in first.peers)
 
 
 def test_elements_written_twice_or_never_are_an_error() -> None:

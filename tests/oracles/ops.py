@@ -1,4 +1,4 @@
-"""Each vocabulary and policy op in plain torch, for any float dtype: what the native ops are compared with.
+"""Each vocabulary and policy op in plain torch, for any float dtype: the oracle of the native ops.
 
 Readable rather than fast; differentiable by autograd alone. Shapes and arguments are those of the ops.
 """
