@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 import sys
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from benchmarks.common import allocations
@@ -18,15 +18,15 @@ from benchmarks.trainers import Stopwatch, Trainer, megarl_policy, run_trainer
 def turns(job: dict[str, Any]) -> dict[str, Any]:
     """Steps on one batch with two context-parallel ranks, split_from null and set, turn by turn."""
     from megarl.losses.sft import sft_loss
-    from megarl.records import Sequence
+    from megarl.records import Sequence, TrainBatch
     from megarl.trainer.megatron import context_attention
     from megarl.trainer.megatron.initialize import finalize
     from megarl.trainer.passes import train_step
 
     policy, _ = megarl_policy(job, 99, context_parallel_size=2)
-    policy.packing = policy.packing.model_copy(update={"max_tokens_per_microbatch": job["budget"]})
-    sequences = [Sequence(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in job["sequences"]]
-    context, gathered = policy.context, 0
+    maker, gathered = policy.batch_maker, 0
+    maker.packing = maker.packing.model_copy(update={"max_tokens_per_microbatch": job["budget"]})
+    data = TrainBatch.of(Sequence(np.array(ids), np.arange(len(ids)) > 0) for ids in job["sequences"])
     original = context_attention._gather
 
     def count(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, group: Any) -> list[torch.Tensor]:
@@ -39,9 +39,9 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
     for repeat in range(job["repeats"] + 2):  # one to warm up, the last for the memory
         for name, split_from in job["split_from"].items():
             own, gathered = found[name], 0
-            parallel = context.parallel.model_copy(update={"context_split_from": split_from})
-            policy.context = replace(context, parallel=parallel)
-            batches = policy.prepare(sequences, "token")
+            maker.split_from = split_from
+            packed = policy.prepare(data, "token")
+            batches = packed.batches
 
             def step(batches: list[Any] = batches) -> dict[str, float]:
                 return dict(train_step(policy, batches, sft_loss, temperature=1.0).metrics)
@@ -51,14 +51,14 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
                     own["peak_bytes"] = max(accumulate(allocations(step)[1], initial=0))
                     continue
                 watch = Stopwatch()
-                metrics = step()
+                step()
                 took = watch.read()
             if repeat:
                 for key, value in took.items():
                     own[key].append(value)
             own |= {"gathered_bytes": gathered, "microbatches": len(batches)}
-            own["padding"] = policy.num_computed_tokens - sum(map(len, job["sequences"]))
-            own["split"] = metrics.get("num_split_sequences", len(sequences))
+            own["padding"] = packed.num_computed_tokens - data.num_tokens
+            own["split"] = packed.placed.get("num_split_sequences", len(data))
     finalize()
     for own in found.values():
         own |= {key: statistics.median(own[key]) for key in ("seconds", "cpu_seconds")}

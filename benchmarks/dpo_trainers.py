@@ -6,6 +6,8 @@ import sys
 import tempfile
 from typing import Any
 
+import numpy as np
+
 from benchmarks.trainers import (
     Stopwatch,
     Trainer,
@@ -21,26 +23,27 @@ from benchmarks.trainers import (
 def megarl(job: dict[str, Any]) -> dict[str, float]:
     """The parts of ``megarl dpo``: reference logprobs once, then packed steps."""
     from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
-    from megarl.records import Sequence
+    from megarl.records import Sequence, TrainBatch
     from megarl.trainer.megatron.initialize import finalize
     from megarl.trainer.passes import sequence_logprobs, train_step
 
     size = job["batch_size"]
     policy, memory = megarl_policy(job, len(job["pairs"]) // size)
     sequences = [
-        Sequence(prompt + response, [0] * len(prompt) + [1] * len(response))
+        Sequence(np.array(prompt + response), np.arange(len(prompt + response)) >= len(prompt))
         for prompt, *responses in job["pairs"]
         for response in responses
     ]
     watch = Stopwatch()
-    refs = sequence_logprobs(policy, sequences)
+    refs = sequence_logprobs(policy, TrainBatch.of(sequences))
     reference = watch.read()
     watch.start()
     losses = []
     for start in range(0, len(sequences), 2 * size):
-        part = sequences[start : start + 2 * size]
+        part = TrainBatch.of(sequences[start : start + 2 * size])
         loss = PreferenceLoss(PreferenceOptions(), num_targets(part), refs[start : start + 2 * size])
-        result = train_step(policy, policy.prepare(part, "token", group_size=2), loss, temperature=1.0)
+        batches = policy.prepare(part, "token", group_size=2).batches
+        result = train_step(policy, batches, loss, temperature=1.0)
         losses.append(result.metrics["loss"])
     took = watch.read() | {f"reference_{name}": value for name, value in reference.items()}
     finalize()

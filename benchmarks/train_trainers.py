@@ -7,6 +7,8 @@ import sys
 import tempfile
 from typing import Any
 
+import numpy as np
+
 from benchmarks.trainers import (
     Stopwatch,
     Trainer,
@@ -25,18 +27,18 @@ PACK = 512
 def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
     """What ``megarl sft`` does between reading its data and writing its files."""
     from megarl.losses.sft import sft_loss
-    from megarl.records import Sequence
+    from megarl.records import Sequence, TrainBatch
     from megarl.trainer.megatron.initialize import finalize
     from megarl.trainer.passes import train_step
 
     size = job["batch_size"]
     policy, memory = megarl_policy(job, len(job["sequences"]) // size, **parallel)
-    sequences = [Sequence(tokens, [0] + [1] * (len(tokens) - 1)) for tokens in job["sequences"]]
+    sequences = [Sequence(np.array(ids), np.arange(len(ids)) > 0) for ids in job["sequences"]]
     built_with = peak_gib()
     losses = []
     watch = Stopwatch()
     for start in range(0, len(sequences), size):
-        batches = policy.prepare(sequences[start : start + size], "token")
+        batches = policy.prepare(TrainBatch.of(sequences[start : start + size]), "token").batches
         result = train_step(policy, batches, sft_loss, temperature=1.0)
         losses.append(result.metrics["loss"])
     took = watch.read()

@@ -92,6 +92,10 @@ class ParallelLayout:
         expert_data, expert = divmod(rest, self.expert)
         return RankCoordinates(tensor, pipeline, context, data, expert, expert_tensor, expert_data)
 
+    def rank_of(self, *, data: int, context: int, tensor: int = 0, pipeline: int = 0) -> int:
+        """The rank at these coordinates."""
+        return pipeline * self.stage_size + (data * self.context + context) * self.tensor + tensor
+
     def stage_layers(self, num_layers: int, stage: int, chunk: int = 0) -> range:
         """Global numbers of the layers in chunk ``chunk`` of pipeline stage ``stage``.
 

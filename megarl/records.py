@@ -1,14 +1,15 @@
 """The typed records in which the stages of a step meet (docs/architecture.md, "The step").
 
-Shapes: T packed tokens, S sequences, G samples per group, N response tokens of one sample, P prompt
-tokens. What there is one of per token is a numpy array, which crosses process boundaries (Ray, gloo) as one
-buffer; tensors appear first in :class:`PackedBatch`, which never leaves a rank.
+Shapes: T tokens, S sequences, G samples per group, N response tokens of one sample, P prompt tokens. What
+there is one of per token is a numpy array, which crosses process boundaries (Ray, gloo) as one buffer;
+tensors appear first in :class:`PackedBatch`, which never leaves a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +22,15 @@ FinishReason = Literal["stop", "length", "abort"]
 TokenIds = npt.NDArray[np.int32]
 Logprobs = npt.NDArray[np.float32]
 NO_LOGPROBS: Logprobs = np.empty(0, np.float32)
+
+# Fields of a sequence and of a batch that have one value for each token.
+_PER_TOKEN: dict[str, type[np.generic]] = {
+    "token_ids": np.int32,
+    "loss_mask": np.uint8,
+    "rollout_logprobs": np.float32,
+    "stale": np.uint8,
+    "experts": np.int16,
+}
 
 
 def token_ids(values: npt.ArrayLike) -> TokenIds:
@@ -152,24 +162,28 @@ class Group:
     samples: list[Sample]  # [G]
 
 
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """One training sequence before packing: ids and which of them are learned from.
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequence(ArrayRecord):
+    """One training sequence of n tokens: what the data stage makes of one example, a row of a TrainBatch.
 
-    ``loss_mask[i]`` is 1 where ``token_ids[i]`` is a *target* (a response token); position 0 can
-    never be a target and its mask is ignored. Per-token fields are aligned with ``token_ids``
-    (the value at i belongs to the prediction of token i), empty when the stage has no use for them.
+    Per-token fields are aligned as in :class:`TrainBatch`; anything array-like becomes an array.
     """
 
-    token_ids: list[int]  # [n]
-    loss_mask: list[int]  # [n], 0 or 1
-    advantage: float = 0.0
-    rollout_logprobs: list[float] = field(default_factory=list)  # [n] or empty
+    token_ids: np.ndarray  # [n] int32
+    loss_mask: np.ndarray  # [n] uint8
+    rollout_logprobs: np.ndarray | None = None  # [n] float32
     num_prompt_tokens: int = 0  # leading tokens without a target that neighbours may have in common
-    # Experts to replay, each token's own (not those of the prediction of it): [n, layers with experts, k]
-    # int16, -1 where the trainer is to choose.
-    experts: np.ndarray | None = field(default=None, repr=False, compare=False)
-    stale: list[int] = field(default_factory=list)  # [n] or empty, 1: older weights drew it
+    experts: np.ndarray | None = field(default=None, repr=False)  # [n, layers with experts, k] int16
+    stale: np.ndarray | None = None  # [n] uint8
+
+    def __post_init__(self) -> None:
+        for name, dtype in _PER_TOKEN.items():
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, np.asarray(values, dtype=dtype))
+                assert len(values) == len(self), f"{len(values)} {name}, {len(self)} token_ids"
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +196,134 @@ class Pair:
     chosen: Sequence
     rejected: Sequence
     num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainBatch:
+    """The S training sequences of an optimizer step end to end: T tokens in ragged arrays, in host memory.
+
+    Worked example, sequences [a b c] and [a b d e], of which c, d and e are learned from::
+
+        token_ids         a  b  c  a  b  d  e
+        offsets           0  3  7                  sequence s holds tokens offsets[s] to offsets[s + 1]
+        loss_mask         0  0  1  0  0  1  1      1: the token is a *target*
+        prompt_lengths    2  2                     [a b], which both begin with
+        rollout_logprobs  .  .  x  .  .  y  z      of targets; what stands elsewhere is not read
+
+    Every per-token field is aligned with ``token_ids``: the value at i belongs to the prediction of token i
+    (in a :class:`PackedBatch` it moves one to the left). Nothing predicts the first token of a sequence: it
+    is no target, whatever its mask says. Only ``experts`` belong to the token itself.
+
+    SFT, preference pairs (chosen and rejected of a pair are neighbours), GRPO, PPO and distillation all
+    train on this record. It holds 5 bytes a token, 10 with logprobs and staleness.
+    """
+
+    token_ids: np.ndarray  # [T] int32
+    offsets: np.ndarray  # [S + 1] int64
+    loss_mask: np.ndarray  # [T] uint8
+    prompt_lengths: (
+        np.ndarray
+    )  # [S] int64: leading tokens without a target that neighbours may have in common
+    rollout_logprobs: np.ndarray | None = None  # [T] float32, the engine's
+    stale: np.ndarray | None = None  # [T] uint8, 1 where older weights than the trainer's drew the token
+    experts: np.ndarray | None = None  # [T, layers, k] int16, to replay; -1: the trainer chooses
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence]) -> TrainBatch:
+        """From sequences one by one. Optional fields are there where any sequence has them (else 0 or -1)."""
+        rows = list(sequences)
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+
+        def joined(name: str) -> np.ndarray | None:
+            given = [getattr(row, name) for row in rows]
+            shape = next((values.shape[1:] for values in given if values is not None), None)
+            if shape is None:
+                return None
+            whole = np.full((int(offsets[-1]), *shape), -1 if name == "experts" else 0, _PER_TOKEN[name])
+            for values, start, stop in zip(given, offsets[:-1], offsets[1:], strict=True):
+                if values is not None:
+                    whole[start:stop] = values
+            return whole
+
+        fields_of = {name: joined(name) for name in _PER_TOKEN}
+        for name in ("token_ids", "loss_mask"):
+            if fields_of[name] is None:  # no sequence at all
+                fields_of[name] = np.zeros(0, dtype=_PER_TOKEN[name])
+        prompts = np.array([row.num_prompt_tokens for row in rows], dtype=np.int64)
+        return cls(offsets=offsets, prompt_lengths=prompts, **fields_of)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        """S."""
+        return len(self.prompt_lengths)
+
+    def __getitem__(self, row: int) -> Sequence:
+        """Sequence ``row``, as views."""
+        at = slice(self.offsets[row], self.offsets[row + 1])
+
+        def part(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[at]
+
+        return Sequence(
+            self.token_ids[at],
+            self.loss_mask[at],
+            part(self.rollout_logprobs),
+            int(self.prompt_lengths[row]),
+            part(self.experts),
+            part(self.stale),
+        )
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[S] int64: tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    def targets(self) -> np.ndarray:
+        """[T] bool: which tokens are targets."""
+        found = self.loss_mask != 0
+        found[self.offsets[:-1][self.lengths > 0]] = False
+        return found
+
+    def num_targets(self) -> np.ndarray:
+        """[S] int64: targets of each sequence."""
+        counts = np.zeros(len(self), dtype=np.int64)
+        for row, (start, stop) in enumerate(pairwise(self.offsets.tolist())):
+            counts[row] = np.count_nonzero(self.loss_mask[start + 1 : stop])
+        return counts
+
+    def select(self, rows: np.ndarray | list[int]) -> TrainBatch:
+        """Sequences ``rows``, in this order, as a batch of its own: a copy."""
+        rows = np.asarray(rows, dtype=np.int64)
+        offsets = np.concatenate([[0], self.lengths[rows].cumsum()]).astype(np.int64)
+
+        def chosen(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else take_rows(values, self.offsets, rows)
+
+        return TrainBatch(
+            take_rows(self.token_ids, self.offsets, rows),
+            offsets,
+            take_rows(self.loss_mask, self.offsets, rows),
+            self.prompt_lengths[rows],
+            chosen(self.rollout_logprobs),
+            chosen(self.stale),
+            chosen(self.experts),
+        )
+
+
+def take_rows(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Ragged rows end to end: ``values[offsets[i] : offsets[i + 1]] for i in rows``."""
+    starts, stops = offsets[rows].tolist(), offsets[rows + 1].tolist()
+    if not starts:
+        return values[:0]
+    return np.concatenate([values[start:stop] for start, stop in zip(starts, stops, strict=True)])
 
 
 @dataclass(slots=True)

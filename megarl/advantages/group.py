@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
-from itertools import accumulate
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 
 from megarl.errors import UserError
@@ -17,12 +15,13 @@ Baseline = Literal["mean", "leave_one_out", "none"]
 
 
 def group_advantages(
-    rewards: Sequence[Sequence[float]],
+    rewards: np.ndarray,
+    bounds: np.ndarray,
     *,
     baseline: Baseline = "mean",
     normalize_std: bool = True,
     epsilon: float = 1e-6,
-) -> list[list[float]]:
+) -> np.ndarray:
     """Advantages of samples relative to their group, ``A_i = (r_i - b_i) / (std + epsilon)``.
 
     ``b_i`` is the mean of the group ("mean"), of the group without sample i ("leave_one_out", which is
@@ -36,54 +35,55 @@ def group_advantages(
     blow up to +-1.
 
     Args:
-        rewards: one list per group; groups may differ in size.
+        rewards: [S], groups end to end.
+        bounds: [G + 1]: group g has samples bounds[g] to bounds[g + 1].
         baseline: what is subtracted.
         normalize_std: divide by the deviation.
         epsilon: added to the deviation.
 
     Returns:
-        Advantages in the shape of ``rewards``, computed in double precision.
+        Advantages [S] float64.
 
     Raises:
         UserError: a reward is not finite, or leave_one_out meets a group of one.
     """
-    sizes = [len(group) for group in rewards]
-    _check(rewards, baseline)
+    rewards = np.asarray(rewards, dtype=np.float64)
+    _check(rewards, bounds, baseline)
     if baseline == "none":
-        return [_without_baseline(group, epsilon if normalize_std else None) for group in rewards]
+        deviation = np.ones(len(rewards))
+        for start, end in pairwise(bounds):
+            if normalize_std and not is_degenerate(rewards[start:end]):
+                deviation[start:end] = rewards[start:end].std(ddof=1) + epsilon
+        return rewards / deviation
     advantages = group_advantage(
-        torch.tensor([reward for group in rewards for reward in group], dtype=torch.float64),
-        torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
+        torch.from_numpy(rewards),
+        torch.from_numpy(np.asarray(bounds, dtype=np.int32)),
         leave_one_out=baseline == "leave_one_out",
         normalize_std=normalize_std,
         epsilon=epsilon,
     )
-    return [group.tolist() for group in advantages.split(sizes)]
+    return advantages.numpy()
 
 
-def zero_std_fraction(rewards: Sequence[Sequence[float]]) -> float:
+def zero_std_fraction(rewards: np.ndarray, bounds: np.ndarray) -> float:
     """Share of the groups whose rewards are all equal and which therefore give no gradient; 0.0 of none."""
-    return sum(is_degenerate(group) for group in rewards) / len(rewards) if rewards else 0.0
+    degenerate = [is_degenerate(rewards[start:end]) for start, end in pairwise(bounds)]
+    return sum(degenerate) / len(degenerate) if degenerate else 0.0
 
 
-def is_degenerate(rewards: Sequence[float]) -> bool:
+def is_degenerate(rewards: np.ndarray) -> bool:
     """True where all rewards [G] of a group are equal (a group of one, or of none, included)."""
-    return len(rewards) == 0 or min(rewards) == max(rewards)
+    return len(rewards) == 0 or bool(np.min(rewards) == np.max(rewards))
 
 
-def _without_baseline(rewards: Sequence[float], epsilon: float | None) -> list[float]:
-    if epsilon is None or is_degenerate(rewards):
-        return list(rewards)
-    deviation = statistics.stdev(rewards)
-    return [reward / (deviation + epsilon) for reward in rewards]
+def _check(rewards: np.ndarray, bounds: np.ndarray, baseline: Baseline) -> None:
+    def group_of(sample: int) -> int:
+        return int(np.searchsorted(bounds, sample, side="right")) - 1
 
-
-def _check(rewards: Sequence[Sequence[float]], baseline: Baseline) -> None:
-    for g, group in enumerate(rewards):
-        for i, reward in enumerate(group):
-            if not math.isfinite(reward):
-                raise UserError(f"reward of sample {i} in group {g} is {reward}")
-        if baseline == "leave_one_out" and len(group) == 1:
-            raise UserError(
-                f"algorithm.baseline = leave_one_out needs at least 2 samples per group, group {g} has 1"
-            )
+    if len(bad := np.flatnonzero(~np.isfinite(rewards))):
+        group = group_of(int(bad[0]))
+        raise UserError(f"reward of sample {bad[0] - bounds[group]} in group {group} is {rewards[bad[0]]}")
+    if baseline == "leave_one_out" and len(alone := np.flatnonzero(np.diff(bounds) == 1)):
+        raise UserError(
+            f"algorithm.baseline = leave_one_out needs at least 2 samples per group, group {alone[0]} has 1"
+        )

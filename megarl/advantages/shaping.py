@@ -1,52 +1,55 @@
 """Rewards before and advantages after the group: penalties, KL in the reward, whole-batch standardisation.
 
-Everything is plain float64 on Python lists and numpy arrays: the figures of one step are few.
+Everything is float64. Advantages are one for each sequence [S] or one for each token [T]; what is averaged
+over tokens takes beside them ``counts``, how many target tokens each stands for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
-
-Array = npt.NDArray[np.float64]
 
 
-def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer: int) -> float:
-    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13) of a response of ``num_tokens``.
+def overlong_penalty(num_tokens: np.ndarray, *, max_tokens: int, buffer: int) -> np.ndarray:
+    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13) of responses of ``num_tokens`` [S].
 
     0 up to ``max_tokens - buffer``, from there falling linearly to -1 at ``max_tokens``.
     """
-    excess = num_tokens - (max_tokens - buffer)
-    return -min(max(excess, 0) / buffer, 1.0)
+    return 0.0 - np.clip((num_tokens - (max_tokens - buffer)) / buffer, 0.0, 1.0)
 
 
-def add_kl_to_go(advantages: Sequence[float], kls: Sequence[Array], coef: float) -> list[Array]:
-    """Per-token advantages ``A_t = A - coef * sum_{j >= t} kl_j``, undiscounted (arXiv:2501.03262).
+def add_kl_to_go(advantages: np.ndarray, kl: np.ndarray, offsets: np.ndarray, coef: float) -> np.ndarray:
+    """Per-token advantages [T], ``A_t = A - coef * sum_{j >= t} kl_j``, undiscounted (arXiv:2501.03262).
 
-    ``kls`` [S] of [N]: the KL estimate of every target of a sequence, in order; ``advantages`` [S].
+    Args:
+        advantages: [S].
+        kl: [T], the KL estimate of every target, 0 elsewhere.
+        offsets: [S + 1], of the sequences in ``kl``.
+        coef: its weight.
     """
-    return [
-        advantage - coef * np.cumsum(kl[::-1])[::-1] for advantage, kl in zip(advantages, kls, strict=True)
-    ]
+    found = np.empty(len(kl))
+    for advantage, (start, end) in zip(advantages.tolist(), pairwise(offsets.tolist()), strict=True):
+        found[start:end] = advantage - coef * np.cumsum(kl[start:end][::-1])[::-1]
+    return found
 
 
-def standardize(advantages: Sequence[Array], epsilon: float = 1e-6) -> list[Array]:
-    """``(A - mean) / (std + epsilon)`` over all tokens of all sequences (Reinforce++, arXiv:2501.03262).
+def standardize(advantages: np.ndarray, counts: np.ndarray, epsilon: float = 1e-6) -> np.ndarray:
+    """``(A - mean) / (std + epsilon)`` over all target tokens (Reinforce++, arXiv:2501.03262).
 
     The deviation has divisor N, the number of tokens. Where all values are equal the result is exactly 0.
     """
-    flat = np.concatenate(advantages) if advantages else np.zeros(0)
-    if not len(flat) or flat.min() == flat.max():
-        return [np.zeros_like(a) for a in advantages]
-    mean, deviation = flat.mean(), flat.std()
-    return [(a - mean) / (deviation + epsilon) for a in advantages]
+    used, total = advantages[counts > 0], counts.sum()
+    if not len(used) or used.min() == used.max():
+        return np.zeros_like(advantages)
+    mean = (advantages * counts).sum() / total
+    deviation = np.sqrt((counts * (advantages - mean) ** 2).sum() / total)
+    standardized: np.ndarray = (advantages - mean) / (deviation + epsilon)
+    return standardized
 
 
-def clip_advantages(advantages: Sequence[Array], bound: float) -> tuple[list[Array], float]:
-    """Advantages within [-bound, bound], and the share of tokens for which that is a change."""
-    clipped = [np.clip(a, -bound, bound) for a in advantages]
-    total = sum(len(a) for a in advantages)
-    changed = sum(int((a != c).sum()) for a, c in zip(advantages, clipped, strict=True))
-    return clipped, changed / total if total else 0.0
+def clip_advantages(advantages: np.ndarray, counts: np.ndarray, bound: float) -> tuple[np.ndarray, float]:
+    """Advantages within [-bound, bound], and the share of target tokens for which that is a change."""
+    clipped = np.clip(advantages, -bound, bound)
+    total = int(counts.sum())
+    return clipped, float(counts[clipped != advantages].sum() / total) if total else 0.0

@@ -2,87 +2,116 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from megarl.ops.gae import gae
 from megarl.records import Sample
 
-Array = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True)
 class TokenAdvantages:
-    """Per sequence [n], aligned with its token ids, 0 where there is no target."""
+    """[T] float64 each, aligned with the batch's token ids, 0 where there is no target."""
 
-    advantages: list[Array]
-    returns: list[Array]
+    advantages: np.ndarray
+    returns: np.ndarray
     explained_variance: float | None  # 1 - Var(R - V) / Var(R) over targets; None where all R are equal
 
 
-def token_rewards(sample: Sample) -> list[tuple[int, float]]:
-    """(place in prompt + response, reward): each turn's with the last token that was sampled in it."""
-    place = len(sample.prompt_ids)
-    if not sample.turns:
-        return [(place + len(sample.response_ids) - 1, float(sample.reward or 0.0))]
-    found = []
-    for turn in sample.turns:
-        found.append((place + turn.num_sampled - 1, turn.reward))
-        place += turn.num_sampled + turn.num_observed
-    return found
+def turn_rewards(samples: Sequence[Sample], offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places [K] int64 in the tokens of a batch of ``samples``, and the rewards [K] that come there.
+
+    Each turn's reward comes with the last token that was sampled in it; ``offsets`` [S + 1] are the batch's.
+    """
+    places, rewards = [], []
+    for sample, start in zip(samples, offsets.tolist(), strict=False):
+        place = start + len(sample.prompt_ids)
+        if not sample.turns:
+            places.append(place + len(sample.response_ids) - 1)
+            rewards.append(float(sample.reward or 0.0))
+        for turn in sample.turns:
+            places.append(place + turn.num_sampled - 1)
+            rewards.append(turn.reward)
+            place += turn.num_sampled + turn.num_observed
+    return np.array(places, dtype=np.int64), np.array(rewards, dtype=np.float64)
 
 
 def token_advantages(
-    rewards: Sequence[Sequence[tuple[int, float]]],
-    values: Sequence[Array],
-    masks: Sequence[Sequence[int]],
+    places: np.ndarray,
+    rewards: np.ndarray,
+    values: np.ndarray,
+    targets: np.ndarray,
+    offsets: np.ndarray,
     *,
     gamma: float,
     gae_lambda: float,
     normalize: bool,
-    kls: Sequence[Array] | None = None,
+    kl: np.ndarray | None = None,
     kl_coef: float = 0.0,
     epsilon: float = 1e-8,
 ) -> TokenAdvantages:
-    """GAE of S sequences, float64, given the rewards of each: (place of the token, reward).
+    """GAE of S sequences of T tokens, float64.
 
-    A reward comes with the last target up to its place (before the first target: with that one).
-    The reward of every target t is less by ``kl_coef * kls[t]``. Normalised advantages are
+    A reward comes with the last target of its sequence up to its place (before the first target: with that
+    one); the reward of every target t is less by ``kl_coef * kl[t]``. Normalised advantages are
     ``(A - mean) / (std + epsilon)`` over the targets of all sequences (divisor N), exactly 0 where all are
-    equal; returns (advantage + value) are not changed by it. ``masks`` are loss masks, of which position 0 is
-    ignored.
+    equal; returns (advantage + value) are not changed by it.
+
+    Args:
+        places: [K] tokens to which rewards come.
+        rewards: [K].
+        values: [T], the critic's of the targets.
+        targets: [T] bool.
+        offsets: [S + 1].
+        gamma: discount.
+        gae_lambda: of GAE.
+        normalize: advantages only.
+        kl: [T].
+        kl_coef: its weight.
+        epsilon: added to the deviation.
     """
-    sizes = [len(mask) for mask in masks]
-    flat_mask = torch.tensor([m for mask in masks for m in (0, *mask[1:])], dtype=torch.float32)
-    ends = list(accumulate(sizes))
-    flat_values = torch.from_numpy(np.concatenate(values))
-    flat_rewards = torch.zeros(sum(sizes), dtype=torch.float64)
-    if kls is not None:
-        flat_rewards -= kl_coef * torch.from_numpy(np.concatenate(kls))
-    for own_rewards, mask, end in zip(rewards, masks, ends, strict=True):
-        targets = [i for i, m in enumerate(mask) if m and i]
-        for place, reward in own_rewards if targets else ():
-            target = targets[max(bisect_right(targets, place) - 1, 0)]
-            flat_rewards[end - len(mask) + target] += reward
-    bounds = torch.tensor([0, *ends], dtype=torch.int32)
-    advantages, returns = gae(
-        flat_rewards, flat_values, flat_mask, bounds, gamma=gamma, gae_lambda=gae_lambda
+    token_rewards = np.zeros(len(values)) if kl is None else -kl_coef * kl
+    _add_rewards(token_rewards, places, rewards, targets, offsets)
+    flat_values = torch.from_numpy(np.asarray(values, dtype=np.float64))
+    advantages, returns = (
+        each.numpy()
+        for each in gae(
+            torch.from_numpy(token_rewards),
+            flat_values,
+            torch.from_numpy(targets.astype(np.float32)),
+            torch.from_numpy(offsets.astype(np.int32)),
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+        )
     )
-    chosen = flat_mask > 0
-    variance = float(returns[chosen].var(correction=0)) if chosen.any() else 0.0
+    chosen = returns[targets]
+    variance = float(chosen.var()) if len(chosen) else 0.0
     explained = None
     if variance > 0:
-        explained = 1 - float((returns - flat_values)[chosen].var(correction=0)) / variance
-    if normalize and chosen.any():
-        own = advantages[chosen]
+        explained = 1 - float((chosen - values[targets]).var()) / variance
+    if normalize and len(chosen):
+        own = advantages[targets]
         flat = own.min() == own.max()
-        advantages[chosen] = 0.0 if flat else (own - own.mean()) / (own.std(correction=0) + epsilon)
-    return TokenAdvantages(
-        [a.numpy() for a in advantages.split(sizes)], [r.numpy() for r in returns.split(sizes)], explained
-    )
+        advantages[targets] = 0.0 if flat else (own - own.mean()) / (own.std() + epsilon)
+    return TokenAdvantages(advantages, returns, explained)
+
+
+def _add_rewards(
+    token_rewards: np.ndarray,
+    places: np.ndarray,
+    rewards: np.ndarray,
+    targets: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    positions = np.flatnonzero(targets)
+    if not len(positions):
+        return
+    rows = np.searchsorted(offsets, places, side="right") - 1
+    last = np.searchsorted(positions, places, side="right") - 1
+    before = (last < 0) | (positions[last] < offsets[rows])
+    last = np.where(before, np.minimum(last + 1, len(positions) - 1), last)
+    inside = (positions[last] >= offsets[rows]) & (positions[last] < offsets[rows + 1])
+    np.add.at(token_rewards, positions[last[inside]], rewards[inside])

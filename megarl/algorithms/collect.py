@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from megarl.algorithms.ahead import Ahead, EventLoopThread
@@ -21,7 +21,7 @@ Collected = tuple[list[Group], dict[str, float]]
 
 
 class Collector:
-    """Every rank asks it for the same steps, in order, and gets the same groups; rank 0 has ``rollouts``.
+    """Every rank asks it for the same steps, in order; rank 0, which has ``rollouts``, gets the groups.
 
     Args:
         config: the run's.
@@ -62,8 +62,28 @@ class Collector:
                 max_staleness=config.rollout.max_staleness,
             )
 
-    def collect(self, step: int) -> Collected:
-        """The graded groups of ``step``, and what is told of how they came about."""
+    def collect(
+        self, step: int, describe: Callable[[list[Group]], dict[str, float]] = lambda _: {}
+    ) -> Collected:
+        """The graded groups of ``step`` on rank 0 (elsewhere none), and figures on every rank.
+
+        Every rank calls it. The figures are how the groups came about, and what ``describe`` says of them on
+        rank 0.
+
+        Raises:
+            UserError: on every rank, where rank 0's rollouts or ``describe`` failed.
+        """
+        groups: list[Group] = []
+
+        def collect() -> tuple[dict[str, float], int]:
+            found, told = self._collect(step)
+            groups.extend(found)
+            return describe(groups) | told, self.position
+
+        told, self.position = from_first_rank(collect)
+        return groups, told
+
+    def _collect(self, step: int) -> Collected:
         count = self._config.rollout.num_prompts_per_step
         if self._config.rollout.max_staleness:
             self.position += count
@@ -107,17 +127,12 @@ class Collector:
 
     def _draw(self, step: int) -> Collected:
         """The next prompts' groups, while everything else waits."""
-
-        def sample() -> Collected:
-            assert self._rollouts is not None
-            settings = self._settings(step, self.position)
-            with self._run.console.progress("rollout", total=self._total) as advance:
-                groups = self._rollouts.sample(**settings, advance=advance)
-            return usable(groups, self._rollouts.counts, self._run.console, smallest=self._smallest)
-
-        collected = from_first_rank(sample)
+        assert self._rollouts is not None
+        settings = self._settings(step, self.position)
+        with self._run.console.progress("rollout", total=self._total) as advance:
+            groups = self._rollouts.sample(**settings, advance=advance)
         self.position += self._config.rollout.num_prompts_per_step
-        return collected
+        return usable(groups, self._rollouts.counts, self._run.console, smallest=self._smallest)
 
     def _draw_ahead(self, step: int) -> Coroutine[Any, Any, Played]:
         assert self._rollouts is not None
@@ -130,21 +145,17 @@ class Collector:
 
     def _take(self, step: int) -> Collected:
         """The groups of a batch that was started up to max_staleness steps ago."""
+        assert self._ahead is not None
+        console, shown = self._run.console, 0
+        with self._run.timers("rollout"), console.progress("rollout", total=self._total) as advance:
 
-        def take() -> Collected:
-            assert self._ahead is not None
-            console, shown = self._run.console, 0
-            with self._run.timers("rollout"), console.progress("rollout", total=self._total) as advance:
+            def show() -> None:
+                nonlocal shown
+                advance(self._finished[step] - shown)
+                shown = self._finished[step]
 
-                def show() -> None:
-                    nonlocal shown
-                    advance(self._finished[step] - shown)
-                    shown = self._finished[step]
-
-                groups, counts, _ = self._ahead.take(step, show)
-            return usable(groups, counts, console, smallest=self._smallest)
-
-        return from_first_rank(take)
+            groups, counts, _ = self._ahead.take(step, show)
+        return usable(groups, counts, console, smallest=self._smallest)
 
     @property
     def _total(self) -> int:

@@ -1,8 +1,9 @@
 """On-policy distillation (GKD: Agarwal et al. 2023, arXiv:2306.13649, with samples of the student alone).
 
-What follows the rollout in a step, in data order (every rank)::
+What follows the rollout in a step::
 
-    samples -> packing -> teacher's hidden states -> divergence of both distributions -> optimizer
+    samples (rank 0) -> each rank's microbatches -> teacher's hidden states
+        -> divergence of both distributions -> optimizer
 
 With p the student's distribution of a response's token, q the teacher's, both at rollout.temperature, the
 loss is the mean over tokens of KL(q || p) (forward), KL(p || q) (reverse), or with M = (1 - beta) p + beta q
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import torch
 
-from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online import Learned, run_online
+from megarl.algorithms.parts import make_parts, pack_parts, placed
 from megarl.algorithms.run import Run
+from megarl.algorithms.updates import train_speed
 from megarl.config.distill import DistillConfig
 from megarl.config.model import ModelConfig
 from megarl.data.tokenizer import load_tokenizer
@@ -90,32 +92,23 @@ class DistillLearner:
 
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner. Samples get no advantage."""
-        algorithm, count = self.config.algorithm, self.config.algorithm.num_optimizer_steps_per_batch
-        parts, tokens, computed = [], 0, 0
-        for i in range(count):
-            chosen = groups[len(groups) * i // count : len(groups) * (i + 1) // count]
-            sequences = [to_sequence(sample) for group in chosen for sample in group.samples]
-            if not sequences:  # fewer groups than parts: the environment failed the others, with a line
-                continue
-            parts.append(self.policy.prepare(sequences, algorithm.loss_aggregation))
-            tokens += sum(len(s.token_ids) for s in sequences)
-            computed += self.policy.num_computed_tokens
+        algorithm = self.config.algorithm
+        parts, _ = make_parts(groups, algorithm.num_optimizer_steps_per_batch)
+        sizes = pack_parts(self.policy, parts, algorithm.loss_aggregation)
         with self.run.timers("logprobs"):
-            for batches in parts:
-                self.distiller.read_teacher(batches)
+            for part in parts:
+                self.distiller.read_teacher(part.batches)
         results, total = [], algorithm.num_epochs_per_batch * len(parts)
         with self.run.timers("train"), self.run.console.progress("train", total=total) as advance:
-            for batches in parts * algorithm.num_epochs_per_batch:
-                results.append(self.distiller.step(batches))
+            for part in parts * algorithm.num_epochs_per_batch:
+                results.append(self.distiller.step(part.batches))
                 advance(1)
         self.distiller.forget()
         names = results[0].metrics
         values = {name: sum(r.metrics[name] for r in results) / len(results) for name in names}
         values["lr"] = results[-1].metrics["lr"]
-        values |= {"num_microbatches": sum(map(len, parts)), "num_tokens": tokens}
-        values["num_computed_tokens"] = computed
-        seconds = self.run.timers.seconds("train")
-        values["tokens_per_second_train"] = tokens * algorithm.num_epochs_per_batch / seconds
+        values |= placed(parts) | sizes
+        values |= train_speed(self.run, values["num_tokens"], algorithm.num_epochs_per_batch)
         # The first step's logprobs are those of the weights that drew the samples.
         return Learned(values, results[0].agreement)
 

@@ -6,6 +6,7 @@ step consumes ``training.batch_size`` pairs over all ranks; both responses of a 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from megarl.algorithms.examples import load_preference_pairs, load_splits
@@ -17,7 +18,7 @@ from megarl.config.preference import DpoConfig
 from megarl.data.order import held_out_rows, order_of
 from megarl.data.preference import Pairs
 from megarl.losses.preference import PreferenceLoss, num_targets, options_of
-from megarl.records import Sequence
+from megarl.records import TrainBatch
 from megarl.trainer.build import build_trainer, finalize, initialize
 from megarl.trainer.interface import Trainer
 from megarl.trainer.passes import evaluate_loss, sequence_logprobs, train_step
@@ -63,11 +64,11 @@ class _DpoLoop:
         """Reference logprobs of every pair that the run will see; before a checkpoint is loaded."""
         training = self.config.training
         drawn = sorted(set(self.order.batch(0, training.num_steps * training.batch_size)))
-        sequences = self.train.sequences(drawn) + self.mismatched(self.train, drawn)
+        batches = [self.train.batch(drawn), self.mismatched(self.train, drawn)]
         if self.held_out is not None:
-            sequences += self.held_out.sequences(self.validation)
-            sequences += self.mismatched(self.held_out, self.validation)
-        self.reference, self.reference_facts = reference, reference.prepare(sequences)
+            batches.append(self.held_out.batch(self.validation))
+            batches.append(self.mismatched(self.held_out, self.validation))
+        self.reference, self.reference_facts = reference, reference.prepare(chain.from_iterable(batches))
 
     def run(self, state: dict[str, Any]) -> None:
         """From the state of the last finished step to the last step."""
@@ -96,36 +97,36 @@ class _DpoLoop:
 
     def learn(self, indices: list[int]) -> dict[str, float]:
         """One optimizer step on the pairs ``indices``."""
-        sequences = self.train.sequences(indices)
-        loss = self.loss(self.train, indices, sequences)
-        batches = self.policy.prepare(sequences, "token", group_size=2)
+        pairs = self.train.batch(indices)
+        loss = self.loss(self.train, indices, pairs)
+        packed = self.policy.prepare(pairs, "token", group_size=2)
         with self.run_.timers("train"):
-            values = dict(train_step(self.policy, batches, loss, temperature=1.0).metrics)
-        return values | train_metrics(self.run_, sequences, batches)
+            values = dict(train_step(self.policy, packed.batches, loss, temperature=1.0).metrics)
+        return values | train_metrics(self.run_, packed)
 
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracy on the held-out pairs."""
         assert self.held_out is not None
-        sequences = self.held_out.sequences(self.validation)
-        loss = self.loss(self.held_out, self.validation, sequences)
-        batches = self.policy.prepare(sequences, "token", group_size=2)
-        return validation_metrics(evaluate_loss(self.policy, batches, loss))
+        pairs = self.held_out.batch(self.validation)
+        loss = self.loss(self.held_out, self.validation, pairs)
+        packed = self.policy.prepare(pairs, "token", group_size=2)
+        return validation_metrics(evaluate_loss(self.policy, packed.batches, loss))
 
-    def loss(self, pairs: Pairs, indices: list[int], sequences: list[Sequence]) -> PreferenceLoss:
+    def loss(self, pairs: Pairs, indices: list[int], batch: TrainBatch) -> PreferenceLoss:
         """The loss of these pairs, with their reference logprobs and, for KTO, the KL as it is now."""
         refs, kl = None, 0.0
         if self.reference is not None:
-            refs = self.reference(sequences)
+            refs = self.reference(batch)
         if self.options.loss == "kto":
             assert self.reference is not None
             with self.run_.timers("logprobs"):
                 others = self.mismatched(pairs, indices)
                 ratios = sequence_logprobs(self.policy, others) - self.reference(others)
             kl = max(0.0, float(ratios.mean()))
-        return PreferenceLoss(self.options, num_targets(sequences), refs, kl)
+        return PreferenceLoss(self.options, num_targets(batch), refs, kl)
 
-    def mismatched(self, pairs: Pairs, indices: list[int]) -> list[Sequence]:
+    def mismatched(self, pairs: Pairs, indices: list[int]) -> TrainBatch:
         """What KTO's KL is measured on: prompts with other prompts' responses; nothing for other losses."""
         if self.options.loss != "kto":
-            return []
-        return [sequence for i in indices for sequence in pairs.mismatched(i)]
+            return TrainBatch.of([])
+        return TrainBatch.of(sequence for i in indices for sequence in pairs.mismatched(i))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from megarl.advantages.group import is_degenerate
 from megarl.errors import UserError
 from megarl.records import Group
@@ -32,7 +34,7 @@ def sample_unequal(
             )
         drawn = draw()
         batches += 1
-        unequal = [g for g in drawn if not is_degenerate([float(s.reward or 0.0) for s in g.samples])]
+        unequal = [g for g in drawn if not is_degenerate(np.array([s.reward or 0.0 for s in g.samples]))]
         equal += len(drawn) - len(unequal)
         kept += unequal
     values: dict[str, float] = {

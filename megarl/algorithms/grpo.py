@@ -1,8 +1,9 @@
 """Group relative policy optimisation (GRPO: Shao et al. 2024, arXiv:2402.03300) and its family.
 
-What follows the rollout in a step, in data order (every rank)::
+What follows the rollout in a step::
 
-    graded groups -> packing -> [old, reference logprobs] -> advantages -> forward/backward -> optimizer
+    graded groups (rank 0) -> each rank's microbatches -> [old, reference logprobs] -> advantages (rank 0)
+        -> forward/backward -> optimizer
 
 Where advantages follow from the rewards alone they come first, and samples without one are not packed. The
 formulas are in docs/algorithms.md, the loop around it in :mod:`megarl.algorithms.online`.
@@ -10,45 +11,32 @@ formulas are in docs/algorithms.md, the loop around it in :mod:`megarl.algorithm
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 
 from megarl.algorithms.grpo_advantages import give_advantages
 from megarl.algorithms.online import Learned, run_online
-from megarl.algorithms.rollouts import split_groups
+from megarl.algorithms.parts import Part, gather_parts, make_parts, pack_parts, placed
 from megarl.algorithms.run import Run
 from megarl.algorithms.updates import policy_step, train_speed
 from megarl.algorithms.zero_advantages import computed_share, over_all_samples, with_gradient
 from megarl.config.grpo import GrpoConfig
 from megarl.losses.agreement import Agreement
-from megarl.losses.base import per_token, token_weights
+from megarl.losses.base import token_weights
 from megarl.losses.policy import PolicyLoss, options_of
-from megarl.packing.routing import experts_to_replay
-from megarl.packing.token_values import Array, put
-from megarl.records import Group, PackedBatch, Sample, Sequence
+from megarl.records import Group, PackedBatch
+from megarl.trainer.batches import gather_from_packed, scatter_to_packed, weigh_anew
+from megarl.trainer.control import from_first_rank
 from megarl.trainer.interface import Trainer
-from megarl.trainer.passes import TrainStepResult, fill_logprobs, token_values
+from megarl.trainer.passes import TrainStepResult, fill_logprobs
 
 
 def run_grpo(config: GrpoConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     run_online(config, "grpo", GrpoLearner)
-
-
-@dataclass(slots=True)
-class Part:
-    """What one optimizer step learns from: samples and their sequences, and this rank's microbatches."""
-
-    samples: list[Sample]
-    sequences: list[Sequence]
-    batches: list[PackedBatch] = field(default_factory=list)
-    only: list[int] | None = None  # the sequences that are packed, where not all are
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether any token is left to learn from."""
-        return any(any(s.loss_mask[1:]) for s in self.sequences)
 
 
 class GrpoLearner:
@@ -83,22 +71,17 @@ class GrpoLearner:
 
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner."""
-        version = step - 1 if self.config.rollout.max_staleness else None
-        parts, values = self.split(groups, version)
-        advantages: list[Array] = []
-        if not self.why_all:
-            advantages = self.advantages(groups, parts, values)
-            values["skipped_zero_advantage"] = leave_out_zeros(parts, advantages)
-        values |= self.pack(parts)
+        parts, values = self.split(step, groups)
+        values |= pack_parts(self.policy, parts, self.algorithm.loss_aggregation, self.fixed_length)
         agreement = self.fill_logprobs(parts)
         if self.algorithm.max_logprob_error is not None:
             values["dropped_logprob_error"] = sum(self.drop_by_error(part) for part in parts)
         if self.why_all:
-            advantages = self.advantages(groups, parts, values)
-        self.set_advantages(parts, advantages)
+            values |= self.advantages_of_tokens(groups, parts)
         if self.algorithm.positive_nll_coef:
             values["positive_fraction"] = self.weigh_positives(parts)
-        taught = [part for part in parts if part.has_targets]
+        shares = self.shares_computed(parts)
+        taught = [(part, share) for part, share in zip(parts, shares, strict=True) if share > 0]
         if skipped := self.algorithm.num_optimizer_steps_per_batch - len(taught):
             self.run.console.warn(
                 f"step {step}: {skipped} optimizer step(s) per pass left out, for none of their samples is "
@@ -111,40 +94,31 @@ class GrpoLearner:
             first = results[0].metrics
             values |= {name: sum(r.metrics[name] for r in results) / len(results) for name in first}
             values["lr"] = results[-1].metrics["lr"]
+            values |= placed([part for part, _ in taught])
         speed = train_speed(self.run, values["num_tokens"], self.algorithm.num_epochs_per_batch)
         return Learned(values | speed, agreement)
 
-    # --- from samples to microbatches ---------------------------------------------------------
+    def split(self, step: int, groups: list[Group]) -> tuple[list[Part], dict[str, Any]]:
+        """One part per optimizer step, without the samples that are filtered; with advantages, if known."""
+        filters = self.algorithm.filter_overlong
 
-    def split(self, groups: list[Group], version: int | None) -> tuple[list[Part], dict[str, float]]:
-        """Whole groups, in order, to one part per optimizer step; without the samples that are filtered."""
-        parts, filtered = [], 0
-        for samples in split_groups(groups, self.algorithm.num_optimizer_steps_per_batch):
-            if self.algorithm.filter_overlong:
-                kept = [sample for sample in samples if sample.finish_reason != "length"]
-                filtered += len(samples) - len(kept)
-                samples = kept
-            if samples:
-                parts.append(Part(samples, [to_sequence(s, version) for s in samples]))
-        return parts, {"filtered_overlong": filtered} if self.algorithm.filter_overlong else {}
+        def then(parts: list[Part]) -> dict[str, float]:
+            values: dict[str, float] = {}
+            if filters:
+                trained = sum(len(part.samples) for part in parts)
+                values["filtered_overlong"] = sum(len(group.samples) for group in groups) - trained
+            if not self.why_all:
+                values |= self.give_advantages(groups, parts)
+                values["skipped_zero_advantage"] = leave_out_zeros(parts)
+            return values
 
-    def pack(self, parts: list[Part]) -> dict[str, float]:
-        """Microbatches to every part; how many there are, and of how many tokens."""
-        computed = 0
-        for part in parts:
-            part.batches = self.policy.prepare(
-                part.sequences,
-                self.algorithm.loss_aggregation,
-                fixed_length=self.fixed_length,
-                only=part.only,
-            )
-            computed += self.policy.num_computed_tokens
-        packed = [part.samples[i] for part in parts for i in part.only or range(len(part.samples))]
-        return {
-            "num_microbatches": sum(len(part.batches) for part in parts),
-            "num_tokens": sum(sample.num_tokens for sample in packed),
-            "num_computed_tokens": computed,
-        }
+        return make_parts(
+            groups,
+            self.algorithm.num_optimizer_steps_per_batch,
+            step - 1 if self.config.rollout.max_staleness else None,
+            leave_out=lambda sample: filters and sample.finish_reason == "length",
+            then=then,
+        )
 
     # --- logprobs, and what follows from them -------------------------------------------------
 
@@ -168,117 +142,96 @@ class GrpoLearner:
 
     def drop_by_error(self, part: Part) -> int:
         """Take sequences out of the loss on whose tokens engine and trainer disagree; how many."""
-        bound, dropped = self.algorithm.max_logprob_error, 0
-        assert bound is not None
+        errors, counts = gather_from_packed(part.packed, _logprob_error), part.num_targets
 
-        def error(batch: PackedBatch) -> torch.Tensor:
-            assert batch.old_logprobs is not None
-            assert batch.rollout_logprobs is not None
-            return (batch.old_logprobs - batch.rollout_logprobs).abs()
+        def drop() -> int:
+            bound = self.algorithm.max_logprob_error
+            assert bound is not None
+            spans = pairwise(part.batch.offsets.tolist())
+            sums = np.array([errors[start:end].sum() for start, end in spans])
+            dropped = np.flatnonzero(sums > bound * counts)
+            counts[dropped] = 0
+            for row in dropped.tolist():
+                part.samples[row].info["dropped"] = "logprob_error"
+            return len(dropped)
 
-        for i, errors in enumerate(token_values(self.policy, part.batches, error, part.sequences)):
-            sequence = part.sequences[i]
-            if errors.sum() > bound * sum(sequence.loss_mask[1:]):
-                part.sequences[i] = replace(sequence, loss_mask=[0] * len(sequence.loss_mask))
-                part.samples[i].info["dropped"] = "logprob_error"
-                dropped += 1
-        if dropped:
-            weights = token_weights(part.sequences, self.algorithm.loss_aggregation, self.fixed_length)
-            for batch in part.batches:
-                batch.loss_weights = per_token(batch, weights)
-        return dropped
+        if count := from_first_rank(drop):
+            weigh_anew(part.packed, part.num_targets, self.algorithm.loss_aggregation, self.fixed_length)
+        return count
 
-    def kl_to_reference(self, parts: list[Part]) -> list[Array]:
-        """k1 = old - ref logprob [n] of every sequence of the parts, 0 where there is no target."""
-
-        def k1(batch: PackedBatch) -> torch.Tensor:
-            assert batch.old_logprobs is not None
-            assert batch.ref_logprobs is not None
-            return batch.old_logprobs - batch.ref_logprobs
-
-        return [kl for part in parts for kl in token_values(self.policy, part.batches, k1, part.sequences)]
-
-    def advantages(self, groups: list[Group], parts: list[Part], values: dict[str, float]) -> list[Array]:
-        """Advantages [n] of every sequence of the parts; what is logged about them goes to ``values``."""
-        advantages, told = give_advantages(
-            groups,
-            [sample for part in parts for sample in part.samples],
-            [sequence for part in parts for sequence in part.sequences],
-            self.algorithm,
-            max_new_tokens=self.config.rollout.max_new_tokens,
-            kls=self.kl_to_reference(parts) if self.algorithm.kl_reward_coef else None,
-        )
-        values |= told
-        return advantages
-
-    def set_advantages(self, parts: list[Part], advantages: list[Array]) -> None:
-        """Advantages [n] of every sequence of the parts to their microbatches."""
-        start = 0
+    def advantages_of_tokens(self, groups: list[Group], parts: list[Part]) -> dict[str, float]:
+        """Advantages to every microbatch, once its logprobs are known."""
+        kl = gather_parts(parts, _k1) if self.algorithm.kl_reward_coef else None
+        values = from_first_rank(lambda: self.give_advantages(groups, parts, kl))
         for part in parts:
-            end = start + len(part.sequences)
-            for batch in part.batches:
-                batch.advantages = put(advantages[start:end], batch)
-            start = end
+            fields = scatter_to_packed(part.packed, part.advantages)
+            for batch, field in zip(part.batches, fields, strict=True):
+                batch.advantages = field
+        return values
+
+    def give_advantages(
+        self, groups: list[Group], parts: list[Part], kl: np.ndarray | None = None
+    ) -> dict[str, float]:
+        """On rank 0: the ``advantages`` of every part, and what is logged about them."""
+        longest = self.config.rollout.max_new_tokens
+        return give_advantages(groups, parts, self.algorithm, max_new_tokens=longest, kl=kl)
 
     def weigh_positives(self, parts: list[Part]) -> float:
         """Weights 1 / (tokens with full marks) for the likelihood term; the share of such samples."""
-        positive = 0
-        for part in parts:
-            full = [(sample.reward or 0.0) >= 1.0 for sample in part.samples]
-            positive += sum(full)
-            masked = [
-                s if good else replace(s, loss_mask=[0] * len(s.loss_mask))
-                for s, good in zip(part.sequences, full, strict=True)
-            ]
-            weights = token_weights(masked, "token")
-            for batch in part.batches:
-                batch.nll_weights = per_token(
-                    batch, [w if good else 0.0 for w, good in zip(weights, full, strict=True)]
-                )
-        return positive / max(sum(len(part.samples) for part in parts), 1)
+        full = [np.array([(s.reward or 0.0) >= 1.0 for s in part.samples], dtype=bool) for part in parts]
+        for part, good in zip(parts, full, strict=True):
+            weights = token_weights(np.where(good, part.num_targets, 0), "token")
+            for batch, field in zip(part.batches, scatter_to_packed(part.packed, weights), strict=True):
+                batch.nll_weights = field
+        return from_first_rank(lambda: int(sum(map(sum, full))) / max(sum(map(len, full)), 1))
 
     # --- optimizer steps ----------------------------------------------------------------------
 
-    def train(self, parts: list[Part]) -> list[TrainStepResult]:
-        """Every optimizer step of the batch, in order."""
+    def shares_computed(self, parts: list[Part]) -> list[float]:
+        """Of every part the share of its weights that is packed; 0 where nothing is left to learn."""
+
+        def share(part: Part) -> float:
+            counts = part.num_targets
+            if part.only is None or not counts.any():
+                return float(counts.any())
+            weights = token_weights(counts, self.algorithm.loss_aggregation, self.fixed_length)
+            return computed_share(weights, counts, part.only)
+
+        return from_first_rank(lambda: [share(part) for part in parts])
+
+    def train(self, parts: list[tuple[Part, float]]) -> list[TrainStepResult]:
+        """Every optimizer step of the batch, in order; with each part the share of it that is computed."""
         epochs, results = self.algorithm.num_epochs_per_batch, []
         total = epochs * len(parts)
         with self.run.timers("train"), self.run.console.progress("train", total=total) as advance:
-            for part in parts * epochs:
+            for part, share in parts * epochs:
                 result = policy_step(self.policy, part.batches, self.loss, self.config)
-                if part.only is not None:
-                    aggregation = self.algorithm.loss_aggregation
-                    share = computed_share(part.sequences, part.only, aggregation, self.fixed_length)
+                if share < 1:
                     result.metrics = over_all_samples(result.metrics, share, is_mean=self.loss.is_mean)
                 results.append(result)
                 advance(1)
         return results
 
 
-def leave_out_zeros(parts: list[Part], advantages: list[Array]) -> int:
+def leave_out_zeros(parts: list[Part]) -> int:
     """Have only sequences packed that have an advantage (all of a part where none has); how many are not."""
-    start, skipped = 0, 0
+    skipped = 0
     for part in parts:
-        end = start + len(part.sequences)
-        only = with_gradient(advantages[start:end])
-        if len(only) < len(part.sequences):
+        assert part.advantages is not None
+        only = with_gradient(part.advantages, part.num_targets)
+        if len(only) < len(part.samples):
             part.only = only
-            skipped += len(part.sequences) - len(only)
-        start = end
+            skipped += len(part.samples) - len(only)
     return skipped
 
 
-def to_sequence(sample: Sample, version: int | None = None) -> Sequence:
-    """A sample as a training sequence: the tokens the policy sampled are the targets.
+def _logprob_error(batch: PackedBatch) -> torch.Tensor:
+    assert batch.old_logprobs is not None
+    assert batch.rollout_logprobs is not None
+    return (batch.old_logprobs - batch.rollout_logprobs).abs()
 
-    With ``version``, the trainer's, tokens of older versions are marked as stale.
-    """
-    prompt = len(sample.prompt_ids)
-    return Sequence(
-        token_ids=[*sample.prompt_ids.tolist(), *sample.response_ids.tolist()],
-        loss_mask=[0] * prompt + sample.response_mask,
-        rollout_logprobs=[0.0] * prompt + sample.rollout_logprobs.tolist(),
-        num_prompt_tokens=prompt,
-        experts=experts_to_replay(sample),
-        stale=[] if version is None else [0] * prompt + [int(v < version) for v in sample.token_versions],
-    )
+
+def _k1(batch: PackedBatch) -> torch.Tensor:
+    assert batch.old_logprobs is not None
+    assert batch.ref_logprobs is not None
+    return batch.old_logprobs - batch.ref_logprobs

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     console.print(f"megarl {names}, data.{split}: {len(data)} {jobs[0].data.noun}; {_legend(console)}")
     for index in indices:
         for title, sequence, note in _views(data[index], index):
-            lengths = f"{len(sequence.token_ids)} tokens, {sum(sequence.loss_mask)} learned"
+            lengths = f"{len(sequence)} tokens, {int(sequence.loss_mask.sum())} learned"
             console.rule(Text(f"{title}: {lengths}"), align="left", characters="-")
             console.print(rendered(tokenizer, sequence, colour=console.color_system is not None))
             if note:
@@ -93,7 +94,7 @@ def _views(example: Sequence | Pair | Prompt, index: int) -> Iterator[tuple[str,
         case Prompt():
             source = example.metadata.get("source")
             title = f"problem {index}" + (f" ({source})" if source else "")
-            sequence = Sequence(example.token_ids.tolist(), [0] * len(example.token_ids))
+            sequence = Sequence(example.token_ids, np.zeros(len(example.token_ids)))
             yield title, sequence, f"reference answer: {example.metadata.get('answer')!r}"
         case Sequence():
             yield f"sequence {index}", example, ""
@@ -102,7 +103,7 @@ def _views(example: Sequence | Pair | Prompt, index: int) -> Iterator[tuple[str,
 def rendered(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, *, colour: bool) -> Text:
     """The tokens as text, what is learned in green, or between [[ and ]] without colour."""
     text, position = Text(), 0
-    for learned, run_ in groupby(sequence.loss_mask):
+    for learned, run_ in groupby(sequence.loss_mask.tolist()):
         length = len(list(run_))
         part = tokenizer.decode(sequence.token_ids[position : position + length], skip_special_tokens=False)
         position += length
@@ -118,13 +119,13 @@ def rendered(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, *, colour: 
 def _summary(data: Any, longest: int) -> Iterator[str]:
     count = min(len(data), _NUM_MEASURED)
     sequences = [s for i in range(count) for _, s, _ in _views(data[i], i)]
-    lengths = [len(s.token_ids) for s in sequences]
+    lengths = [len(s) for s in sequences]
     which = "" if count == len(data) else f" (of the first {count})"
     yield (
         f"tokens{which}: {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):g}; the run's "
         f"longest sequence is {longest}"
     )
-    if learned := sum(sum(s.loss_mask) for s in sequences):
+    if learned := sum(int(s.loss_mask.sum()) for s in sequences):
         yield f"learned{which}: {learned} of {sum(lengths)} tokens, {learned / sum(lengths):.0%}"
     lines = [line for report in data.reports for line in report.lines()]
     yield from lines or ["dropped: none; bad rows: none"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ class Learned:
 
 
 class Learner(Protocol):
-    """An algorithm: from graded groups to optimizer steps. Every rank calls it, with the same groups."""
+    """An algorithm: from graded groups to optimizer steps. Every rank calls it; rank 0 has the groups."""
 
     @property
     def trained(self) -> Trained:
@@ -72,7 +73,7 @@ class Learner(Protocol):
         ...
 
     def learn(self, step: int, groups: list[Group]) -> Learned:
-        """Set every sample's ``advantage`` and take this batch's optimizer steps."""
+        """Set every sample's ``advantage`` and take this batch's optimizer steps; elsewhere no ``groups``."""
         ...
 
 
@@ -231,17 +232,11 @@ class OnlineLoop:
                 run.console.note(line)
         for step in range(state["step"] + 1, last + 1):
             self.give_memory_to("engine")
-            groups, told = collector.collect(step)
-            if curriculum is not None:
-                told |= curriculum.metrics()
-                for line in curriculum.observe(groups):
-                    run.console.note(f"step {step}: {line}")
+            groups, told = collector.collect(step, partial(self._describe, step))
             self.give_memory_to("trainer")
             learned = self.learner.learn(step, groups)
             self._check_agreement(step, learned.agreement)
-            if self.overlaps:
-                told |= staleness_metrics(groups, step - 1)
-            values = rollout_metrics(groups) | told | learned.metrics | learned.agreement.metrics()
+            values = told | learned.metrics | learned.agreement.metrics()
             with run.timers("weights"):
                 values |= self.hand_over(step)
             interval = config.evaluation.interval
@@ -257,6 +252,15 @@ class OnlineLoop:
                 step, last, self.learner.trained, {"position": collector.position, "totals": totals, **kept}
             )
         run.finish(run_summary(run.kind, last, totals))
+
+    def _describe(self, step: int, groups: list[Group]) -> dict[str, float]:
+        """Figures of the groups of ``step``, which the curriculum, if there is one, learns from (rank 0)."""
+        values, curriculum = rollout_metrics(groups), self.train.curriculum
+        if curriculum is not None:
+            values |= curriculum.metrics()
+            for line in curriculum.observe(groups):
+                self.run_.console.note(f"step {step}: {line}")
+        return values | (staleness_metrics(groups, step - 1) if self.overlaps else {})
 
     def hand_over(self, step: int) -> dict[str, float]:
         """The engine gets policy version ``step``; counts the bytes that had to move."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, Literal
+
+import numpy as np
 
 from megarl.advantages.group import zero_std_fraction
 from megarl.algorithms.rollouts import sample_row
@@ -16,17 +19,16 @@ from megarl.records import Group
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     """Rewards, lengths and endings of the samples of one step."""
-    rewards = [[float(s.reward or 0.0) for s in group.samples] for group in groups]
-    flat = [reward for group in rewards for reward in group]
     samples = [sample for group in groups for sample in group.samples]
+    bounds = np.array([0, *accumulate(len(group.samples) for group in groups)])
+    rewards = np.array([float(s.reward or 0.0) for s in samples])
     lengths = [sample.num_sampled_tokens for sample in samples]
-    mean = sum(flat) / len(flat)
     return {
-        "reward_mean": mean,
-        "reward_std": (sum((r - mean) ** 2 for r in flat) / len(flat)) ** 0.5,
-        "reward_min": min(flat),
-        "reward_max": max(flat),
-        "zero_std_groups_fraction": zero_std_fraction(rewards),
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "reward_min": float(rewards.min()),
+        "reward_max": float(rewards.max()),
+        "zero_std_groups_fraction": zero_std_fraction(rewards, bounds),
         "response_length_mean": sum(lengths) / len(lengths),
         "response_length_max": max(lengths),
         "truncated_fraction": sum(s.finish_reason == "length" for s in samples) / len(samples),

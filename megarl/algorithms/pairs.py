@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megarl.algorithms.run import Run
 from megarl.config.preference import DpoConfig, RmConfig
-from megarl.records import PackedBatch, Sequence
+from megarl.trainer.batches import PackedStep
 
 HEADLINES = ("loss", "reward_accuracy", "reward_margin")
 """Of the last step, they stand in summary.json."""
@@ -23,11 +23,10 @@ def validation_metrics(held: dict[str, float]) -> dict[str, float]:
     return {f"validation_{name}": held[key] for key, name in names.items()}
 
 
-def train_metrics(run: Run, sequences: list[Sequence], batches: list[PackedBatch]) -> dict[str, float]:
-    """Sizes and speed of the step whose ``train`` phase has ended; ``batches`` are this rank's."""
-    tokens = sum(len(s.token_ids) for s in sequences)
-    return {
-        "num_tokens": tokens,
-        "num_microbatches": len(batches),
-        "tokens_per_second_train": tokens / run.timers.seconds("train"),
+def train_metrics(run: Run, packed: PackedStep) -> dict[str, float]:
+    """Sizes and speed of the step whose ``train`` phase has ended."""
+    return packed.placed | {
+        "num_tokens": packed.num_tokens,
+        "num_microbatches": len(packed.batches),
+        "tokens_per_second_train": packed.num_tokens / run.timers.seconds("train"),
     }

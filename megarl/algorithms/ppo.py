@@ -1,8 +1,9 @@
 """Proximal policy optimisation with a critic (PPO: Schulman et al. 2017, arXiv:1707.06347).
 
-What follows the rollout in a step, in data order (every rank)::
+What follows the rollout in a step::
 
-    graded samples -> packing -> values, [old, reference logprobs] -> GAE -> critic and policy, alternating
+    graded samples (rank 0) -> each rank's microbatches -> values, [old, reference logprobs] -> GAE (rank 0)
+        -> critic and policy, alternating
 
 With r_t the token's reward (each turn's with its last token, less kl_reward_coef (old - ref) of each), V
 the critic and rho the ratio of the token's probability to what it was before the step::
@@ -10,21 +11,23 @@ the critic and rho the ratio of the token's probability to what it was before th
     A_t = delta_t + gamma lambda A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t,  R_t = A_t + V_t
     policy: max(-A rho, -A clamp(rho, 1 - c_low, 1 + c_high))      critic: losses/value.py
 
-A is normalised over the batch. All values are gathered on every rank, so that A depends on no layout.
+A is normalised over the batch. All values are gathered on rank 0, so that A depends on no layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from megarl.advantages.token_level import token_advantages, token_rewards
-from megarl.algorithms.grpo import to_sequence
+from megarl.advantages.token_level import TokenAdvantages, token_advantages, turn_rewards
 from megarl.algorithms.online import Learned, run_online
+from megarl.algorithms.parts import Part, gather_parts, make_parts, pack_parts, placed
 from megarl.algorithms.run import Run
 from megarl.algorithms.updates import policy_step, train_speed
 from megarl.config.model import ModelConfig
@@ -35,12 +38,12 @@ from megarl.losses.policy import PolicyLoss
 from megarl.losses.value import ValueLoss
 from megarl.models import load_architecture
 from megarl.ops.policy_loss import PolicyLossOptions
-from megarl.packing.token_values import put
-from megarl.records import Group, PackedBatch, Sample, Sequence
+from megarl.records import Group, PackedBatch
+from megarl.trainer.batches import scatter_to_packed
 from megarl.trainer.build import build_scorer
-from megarl.trainer.control import broadcast
+from megarl.trainer.control import broadcast, from_first_rank
 from megarl.trainer.interface import PendingSave, Trained, Trainer
-from megarl.trainer.passes import fill_logprobs, fill_values, score_step, token_values
+from megarl.trainer.passes import fill_logprobs, fill_values, score_step
 from megarl.weights.hf import has_score
 
 
@@ -102,15 +105,6 @@ class ActorCritic(Trained):
         return critic and policy
 
 
-@dataclass(slots=True)
-class Part:
-    """What one optimizer step learns from."""
-
-    samples: list[Sample]
-    sequences: list[Sequence]
-    batches: list[PackedBatch]
-
-
 class PpoLearner:
     """Implements :class:`megarl.algorithms.online.Learner`."""
 
@@ -144,7 +138,8 @@ class PpoLearner:
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner."""
         trains_policy = step > self.config.critic.warmup_steps
-        parts, values = self.pack(groups)
+        parts, _ = make_parts(groups, self.algorithm.num_optimizer_steps_per_batch)
+        values = pack_parts(self.policy, parts, self.algorithm.loss_aggregation)
         # Without an optimizer step nothing else compares engine and trainer.
         agreement = self.fill_logprobs(parts, old=self.needs_old or not trains_policy)
         values |= self.give_advantages(parts)
@@ -157,27 +152,9 @@ class PpoLearner:
         for name, found in (("lr", [r.metrics for r in results]), ("critic_lr", critic_results)):
             if found:
                 values[name] = found[-1][name]
+        values |= placed(parts)
         speed = train_speed(self.run, values["num_tokens"], self.algorithm.num_epochs_per_batch)
         return Learned(values | speed, agreement)
-
-    def pack(self, groups: list[Group]) -> tuple[list[Part], dict[str, float]]:
-        """Whole groups, in order, to one part per optimizer step."""
-        count = self.algorithm.num_optimizer_steps_per_batch
-        parts, computed = [], 0
-        for i in range(count):
-            chosen = groups[len(groups) * i // count : len(groups) * (i + 1) // count]
-            samples = [sample for group in chosen for sample in group.samples]
-            if not samples:  # fewer groups than parts: the environment failed the others, with a line
-                continue
-            sequences = [to_sequence(s) for s in samples]
-            batches = self.policy.prepare(sequences, self.algorithm.loss_aggregation)
-            parts.append(Part(samples, sequences, batches))
-            computed += self.policy.num_computed_tokens
-        return parts, {
-            "num_microbatches": sum(len(part.batches) for part in parts),
-            "num_tokens": sum(s.num_tokens for part in parts for s in part.samples),
-            "num_computed_tokens": computed,
-        }
 
     def fill_logprobs(self, parts: list[Part], *, old: bool) -> Agreement:
         """Values, and the old and reference logprobs that are needed; engine against trainer."""
@@ -197,42 +174,58 @@ class PpoLearner:
 
     def give_advantages(self, parts: list[Part]) -> dict[str, float]:
         """Advantages and returns to every microbatch, and their mean to each sample."""
-        algorithm, sequences = self.algorithm, [s for part in parts for s in part.sequences]
-        samples = [sample for part in parts for sample in part.samples]
-        kls = self.gather(parts, _k1) if self.needs_reference else None
-        values = self.gather(parts, lambda batch: batch.old_values)
+        kl = gather_parts(parts, _k1) if self.needs_reference else None
+        values = gather_parts(parts, _old_values)
+        returns: list[np.ndarray] = [np.zeros(0)] * len(parts)
+
+        def give() -> dict[str, float]:
+            found, told = self.token_advantages(parts, values, kl)
+            ends = np.cumsum([part.batch.num_tokens for part in parts])[:-1]
+            for part, own in zip(parts, np.split(found.advantages, ends), strict=True):
+                part.advantages = own
+                targets, spans = part.targets(), pairwise(part.batch.offsets.tolist())
+                for sample, (start, end) in zip(part.samples, spans, strict=True):
+                    mean = own[start:end][targets[start:end]]
+                    sample.advantage = float(mean.mean()) if len(mean) else 0.0
+            returns[:] = np.split(found.returns, ends)
+            return told
+
+        told = from_first_rank(give)
+        for part, own_returns in zip(parts, returns, strict=True):
+            for batch, field in zip(
+                part.batches, scatter_to_packed(part.packed, part.advantages), strict=True
+            ):
+                batch.advantages = field
+            for batch, field in zip(part.batches, scatter_to_packed(part.packed, own_returns), strict=True):
+                batch.returns = field
+        return told
+
+    def token_advantages(
+        self, parts: list[Part], values: np.ndarray, kl: np.ndarray | None
+    ) -> tuple[TokenAdvantages, dict[str, float]]:
+        """On rank 0: GAE of all parts' tokens end to end, and what is logged about it."""
+        algorithm = self.algorithm
+        offsets = np.concatenate([[0], np.concatenate([part.batch.lengths for part in parts]).cumsum()])
+        targets = np.concatenate([part.targets() for part in parts])
+        places, rewards = turn_rewards([sample for part in parts for sample in part.samples], offsets)
         found = token_advantages(
-            [token_rewards(sample) for sample in samples],
+            places,
+            rewards,
             values,
-            [s.loss_mask for s in sequences],
+            targets,
+            offsets,
             gamma=algorithm.gamma,
             gae_lambda=algorithm.gae_lambda,
             normalize=algorithm.normalize_advantages,
-            kls=kls,
+            kl=kl,
             kl_coef=algorithm.kl_reward_coef,
         )
-        start, told = 0, {}
-        for part in parts:
-            end = start + len(part.sequences)
-            for batch in part.batches:
-                batch.advantages = put(found.advantages[start:end], batch)
-                batch.returns = put(found.returns[start:end], batch)
-            start = end
-        masks = [np.array([0, *s.loss_mask[1:]], dtype=bool) for s in sequences]
-        for sample, own, mask in zip(samples, found.advantages, masks, strict=True):
-            sample.advantage = float(own[mask].mean()) if mask.any() else 0.0
-        told["return_mean"] = float(np.concatenate(found.returns)[np.concatenate(masks)].mean())
+        told = {"return_mean": float(found.returns[targets].mean())}
         if found.explained_variance is not None:
             told["explained_variance"] = found.explained_variance
-        if kls is not None:
-            told["kl_reward"] = float(np.concatenate(kls)[np.concatenate(masks)].mean())
-        return told
-
-    def gather(self, parts: list[Part], of: Any) -> list[Any]:
-        """What ``of`` says of each target, for every sequence of the parts, on every rank."""
-        return [
-            values for part in parts for values in token_values(self.policy, part.batches, of, part.sequences)
-        ]
+        if kl is not None:
+            told["kl_reward"] = float(kl[targets].mean())
+        return found, told
 
     def train(self, parts: list[Part], trains_policy: bool) -> tuple[list[Any], list[dict[str, float]]]:
         """Every optimizer step of the batch, in order: the policy's results and the critic's."""
@@ -252,7 +245,12 @@ class PpoLearner:
         return results, critic_results
 
 
-def _k1(batch: PackedBatch) -> Any:
+def _old_values(batch: PackedBatch) -> torch.Tensor:
+    assert batch.old_values is not None
+    return batch.old_values
+
+
+def _k1(batch: PackedBatch) -> torch.Tensor:
     assert batch.old_logprobs is not None
     assert batch.ref_logprobs is not None
     return batch.old_logprobs - batch.ref_logprobs

@@ -16,7 +16,7 @@ from megarl.config.preference import DpoConfig
 from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.table import Architecture
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 from megarl.trainer.control import from_first_rank
 from megarl.trainer.interface import Trainer
 from megarl.trainer.passes import sequence_logprobs
@@ -49,9 +49,9 @@ class ReferenceLogprobs:
         self._chunk = _CHUNK * config.parallel.data_parallel_size
         self._logps: dict[bytes, float] = {}
 
-    def __call__(self, sequences: list[Sequence]) -> torch.Tensor:
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
         """Summed logprobs [S] float64 of sequences that were prepared."""
-        return torch.tensor([self._logps[sequence_digest(s)] for s in sequences], dtype=torch.float64)
+        return torch.tensor([self._logps[sequence_digest(s)] for s in batch], dtype=torch.float64)
 
     def prepare(self, sequences: Iterable[Sequence]) -> dict[str, float]:
         """Have the logprobs of all ``sequences``, from the cache or computed; says which on the log.
@@ -101,12 +101,12 @@ class ReferenceLogprobs:
             )
 
     def _compute(self, digests: list[bytes], sequences: list[Sequence]) -> None:
-        values = sequence_logprobs(self._policy, sequences).tolist()
+        values = sequence_logprobs(self._policy, TrainBatch.of(sequences)).tolist()
         for digest, value, sequence in zip(digests, values, sequences, strict=True):
             if not math.isfinite(value):
                 raise UserError(
                     f"{self._path}: the reference's logprob of a response is {value} (its prompt begins with "
-                    f"token ids {sequence.token_ids[:8]})"
+                    f"token ids {sequence.token_ids[:8].tolist()})"
                 )
             self._logps[digest] = value
 

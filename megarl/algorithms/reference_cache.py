@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,8 +46,8 @@ def _file_digest(path: Path) -> str:
 
 def sequence_digest(sequence: Sequence) -> bytes:
     """BLAKE2b of token ids and loss mask."""
-    digest = hashlib.blake2b(array("q", sequence.token_ids).tobytes(), digest_size=_DIGEST_BYTES)
-    digest.update(bytes(sequence.loss_mask))
+    digest = hashlib.blake2b(sequence.token_ids.astype(np.int64).tobytes(), digest_size=_DIGEST_BYTES)
+    digest.update(sequence.loss_mask.tobytes())
     return digest.digest()
 
 

@@ -58,18 +58,18 @@ def _train(
     position, totals = state["position"], dict(state["totals"])
     run.timers.start_step()
     for step in range(state["step"] + 1, last + 1):
-        sequences = train.sequences(order.batch(position, training.batch_size))
+        pairs = train.batch(order.batch(position, training.batch_size))
         position += training.batch_size
         loss = RewardLoss(training.batch_size, config.algorithm.center_coef)
-        batches = scorer.prepare(sequences, "token", group_size=2)
+        packed = scorer.prepare(pairs, "token", group_size=2)
         with run.timers("train"):
-            values = score_step(scorer, batches, loss, "last")
-        values |= train_metrics(run, sequences, batches)
+            values = score_step(scorer, packed.batches, loss, "last")
+        values |= train_metrics(run, packed)
         if held_out is not None and validates(config, step):
-            validation = held_out.sequences(held_out_rows(held_out, size))
+            validation = held_out.batch(held_out_rows(held_out, size))
             held = evaluate_score_loss(
                 scorer,
-                scorer.prepare(validation, "token", group_size=2),
+                scorer.prepare(validation, "token", group_size=2).batches,
                 RewardLoss(size, config.algorithm.center_coef),
                 "last",
             )

@@ -31,25 +31,23 @@ def run_sft(config: SftConfig) -> None:
         state = run.resume(policy) or {"step": 0, "position": 0, "totals": {}}
         order = order_of(train, config.data.shuffle, config.run.seed)
         position, totals = state["position"], dict(state["totals"])
-        validation = []
+        validation = None
         if held_out is not None:
             size = min(training.validation_size, len(held_out))
-            validation = [held_out[i] for i in held_out_rows(held_out, size)]
+            validation = held_out.batch(held_out_rows(held_out, size))
         run.timers.start_step()
         for step in range(state["step"] + 1, last + 1):
-            sequences = [train[i] for i in order.batch(position, training.batch_size)]
+            packed = policy.prepare(train.batch(order.batch(position, training.batch_size)), "token")
             position += training.batch_size
-            batches = policy.prepare(sequences, "token")
             with run.timers("train"):
-                result = train_step(policy, batches, sft_loss, temperature=1.0)
-            values = dict(result.metrics)
+                result = train_step(policy, packed.batches, sft_loss, temperature=1.0)
+            values = result.metrics | packed.placed
             at_interval = training.validation_interval and step % training.validation_interval == 0
-            if validation and (at_interval or step == last):
-                held = evaluate_loss(policy, policy.prepare(validation, "token"), sft_loss)
+            if validation is not None and (at_interval or step == last):
+                held = evaluate_loss(policy, policy.prepare(validation, "token").batches, sft_loss)
                 values["validation_loss"] = totals["validation_loss"] = held["loss"]
-            tokens = sum(len(s.token_ids) for s in sequences)
-            values |= {"num_tokens": tokens, "num_microbatches": len(batches)}
-            values["tokens_per_second_train"] = tokens / run.timers.seconds("train")
+            values |= {"num_tokens": packed.num_tokens, "num_microbatches": len(packed.batches)}
+            values["tokens_per_second_train"] = packed.num_tokens / run.timers.seconds("train")
             run.log(step, values)
             totals["loss"] = values["loss"]
             totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]

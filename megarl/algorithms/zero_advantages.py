@@ -7,33 +7,27 @@ else makes such samples count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-from megarl.losses.base import Aggregation, token_weights
-from megarl.packing.token_values import Array
-from megarl.records import Sequence
+import numpy as np
 
 _SUMS = ("loss", "policy_loss", "advantage_mean")  # to which a sample with advantage 0 adds 0
 
 
-def with_gradient(advantages: SequenceOf[Array]) -> list[int]:
-    """Which sequences an optimizer step computes: those with an advantage, or all where none has one.
+def with_gradient(advantages: np.ndarray, num_targets: np.ndarray) -> np.ndarray:
+    """Which of the sequences [S] an optimizer step computes: those with an advantage, or all if none has one.
 
     A step without any gradient still moves the weights, by Adam's momentum, and still compares engine and
     trainer: it is taken as it is.
     """
-    found = [i for i, own in enumerate(advantages) if own.any()]
-    return found or list(range(len(advantages)))
+    found = np.flatnonzero((advantages != 0) & (num_targets > 0))
+    return found if len(found) else np.arange(len(advantages))
 
 
-def computed_share(
-    sequences: list[Sequence], only: list[int], aggregation: Aggregation, fixed_length: int
-) -> float:
-    """Share of the weights of all ``sequences`` in the loss that ``only`` has."""
-    weights = token_weights(sequences, aggregation, fixed_length)
-    whole = [weight * sum(s.loss_mask[1:]) for weight, s in zip(weights, sequences, strict=True)]
-    return sum(whole[i] for i in only) / (sum(whole) or 1.0)
+def computed_share(weights: np.ndarray, num_targets: np.ndarray, only: np.ndarray) -> float:
+    """Share of all weights in the loss that sequences ``only`` have; ``weights`` [S]: of one target."""
+    whole = weights * num_targets
+    return float(whole[only].sum() / (whole.sum() or 1.0))
 
 
 def over_all_samples(metrics: dict[str, Any], share: float, *, is_mean: bool) -> dict[str, Any]:

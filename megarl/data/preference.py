@@ -18,6 +18,8 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megarl.config.preference import (
     PlainPreferenceSource,
     PreferenceColumns,
@@ -34,7 +36,7 @@ from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
-from megarl.records import Pair, Sequence
+from megarl.records import Pair, Sequence, TrainBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,10 +69,10 @@ class Pairs(ABC, AbstractSequence[Pair]):
             raise IndexError(f"pair {index} of {len(self)}")
         return self._pair(index % len(self))
 
-    def sequences(self, indices: list[int]) -> list[Sequence]:
+    def batch(self, indices: AbstractSequence[int]) -> TrainBatch:
         """Chosen and rejected of each of these pairs, one after the other."""
-        chosen: list[Pair] = [self[i] for i in indices]
-        return [sequence for pair in chosen for sequence in (pair.chosen, pair.rejected)]
+        pairs = [self._pair(index) for index in indices]
+        return TrainBatch.of(sequence for pair in pairs for sequence in (pair.chosen, pair.rejected))
 
     def mismatched(self, index: int) -> tuple[Sequence, Sequence]:
         """The prompt of pair ``index`` with both responses of the next pair that has another prompt.
@@ -85,13 +87,17 @@ class Pairs(ABC, AbstractSequence[Pair]):
         for step in range(1, len(self)):
             other = self._pair((index + step) % len(self))
             start = other.num_prompt_tokens
-            if other.chosen.token_ids[:start] == prompt:
+            if np.array_equal(other.chosen.token_ids[:start], prompt):
                 continue
+            unlearned = np.zeros_like(prompt, dtype=np.uint8)
             both = [
-                Sequence(prompt + s.token_ids[start:], [0] * len(prompt) + s.loss_mask[start:])
+                Sequence(
+                    np.concatenate([prompt, s.token_ids[start:]]),
+                    np.concatenate([unlearned, s.loss_mask[start:]]),
+                )
                 for s in (other.chosen, other.rejected)
             ]
-            if max(len(s.token_ids) for s in both) <= self._max_sequence_length:
+            if max(map(len, both)) <= self._max_sequence_length:
                 return both[0], both[1]
         raise UserError(
             f"{self._field}: algorithm.loss = kto compares responses under other prompts, but no pair has "
@@ -101,10 +107,11 @@ class Pairs(ABC, AbstractSequence[Pair]):
 
 def _joined(where: str, chosen: Sequence, rejected: Sequence) -> Pair:
     """Two sequences that must begin alike and go on differently, as a pair."""
-    start = chosen.loss_mask.index(1)
-    if start != rejected.loss_mask.index(1) or chosen.token_ids[:start] != rejected.token_ids[:start]:
+    start = int(chosen.loss_mask.argmax())
+    same = np.array_equal(chosen.token_ids[:start], rejected.token_ids[:start])
+    if start != rejected.loss_mask.argmax() or not same:
         raise UserError(f"{where}: the chat template writes the prompt differently for the two responses")
-    if chosen.token_ids == rejected.token_ids:
+    if np.array_equal(chosen.token_ids, rejected.token_ids):
         raise UserError(f"{where}: 'chosen' and 'rejected' are the same tokens: that is no preference")
     return Pair(chosen, rejected, start)
 
@@ -163,7 +170,7 @@ class _PairMaker:
 
 def measured(pair: Pair) -> Converted[Pair]:
     """A pair with the lengths that filters look at."""
-    lengths = sorted((len(pair.chosen.token_ids), len(pair.rejected.token_ids)))
+    lengths = sorted((len(pair.chosen), len(pair.rejected)))
     return Converted([pair], *lengths)
 
 

@@ -24,7 +24,7 @@ from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +52,10 @@ class Demonstrations(ABC, AbstractSequence[Sequence]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"demonstration {index} of {len(self)}")
         return self._sequence(index % len(self))
+
+    def batch(self, indices: AbstractSequence[int]) -> TrainBatch:
+        """These demonstrations, in this order."""
+        return TrainBatch.of(self._sequence(index) for index in indices)
 
 
 class _ReasoningGymDemonstrations(Demonstrations):
@@ -139,7 +143,7 @@ class _RowForms:
         else:
             prompt, response = (get_text(record, names[name], where) for name in ("prompt", "response"))
             sequence = self._transcripts.pair(where, prompt, response)
-        length = len(sequence.token_ids)
+        length = len(sequence)
         return Converted([sequence], length, length)
 
     def _form(self, where: str, record: dict[str, Any]) -> str:
@@ -241,7 +245,7 @@ class _Loader:
 
                 def convert(_where: str, record: dict[str, Any]) -> Converted[Sequence]:
                     sequence = made._sequence(record["index"])
-                    return Converted([sequence], len(sequence.token_ids), len(sequence.token_ids))
+                    return Converted([sequence], len(sequence), len(sequence))
 
                 return collect(rows, convert, self._config, report)
             assert not isinstance(source, SftReasoningGymSource)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megarl.data.report import LoadReport
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,47 +29,43 @@ _FORMAT = "megarl tokens 1"
 
 
 class TokenStore(AbstractSequence[Sequence]):
-    """Training sequences in four arrays: 5 bytes a token instead of some 60 as Python lists.
+    """Training sequences as one TrainBatch, 5 bytes a token; a sequence is views of it.
 
-    ``token_ids`` [T] int32, ``loss_mask`` [T] uint8, ``offsets`` [S + 1] int64, ``prompts`` [S] int64 (the
-    sequences' num_prompt_tokens).
+    ``arrays`` are what is kept on disk: ``token_ids`` [T] int32, ``loss_mask`` [T] uint8, ``offsets`` [S + 1]
+    int64, ``prompts`` [S] int64 (the sequences' num_prompt_tokens).
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         self.arrays = arrays
-        self._ids, self._mask = arrays["token_ids"], arrays["loss_mask"]
-        self._offsets, self._prompts = arrays["offsets"], arrays["prompts"]
+        self._batch = TrainBatch(
+            arrays["token_ids"], arrays["offsets"], arrays["loss_mask"], arrays["prompts"]
+        )
 
     @classmethod
     def of(cls, sequences: Iterable[Sequence]) -> TokenStore:
         """From sequences, consumed one by one."""
-        ids, mask, offsets, prompts = array("i"), bytearray(), array("q", [0]), array("q")
+        ids, mask, offsets, prompts = bytearray(), bytearray(), array("q", [0]), array("q")
         for sequence in sequences:
-            ids.extend(sequence.token_ids)
-            mask.extend(sequence.loss_mask)
-            offsets.append(len(ids))
+            ids += sequence.token_ids.tobytes()
+            mask += sequence.loss_mask.tobytes()
+            offsets.append(len(mask))
             prompts.append(sequence.num_prompt_tokens)
         return cls(
             {
-                "token_ids": np.array(ids, dtype=np.int32),
-                "loss_mask": np.array(mask, dtype=np.uint8),
+                "token_ids": np.frombuffer(ids, dtype=np.int32),
+                "loss_mask": np.frombuffer(mask, dtype=np.uint8),
                 "offsets": np.array(offsets, dtype=np.int64),
                 "prompts": np.array(prompts, dtype=np.int64),
             }
         )
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        return len(self._batch)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, stop = self._offsets[index], self._offsets[index + 1]
-        return Sequence(
-            self._ids[start:stop].tolist(),
-            self._mask[start:stop].tolist(),
-            num_prompt_tokens=int(self._prompts[index]),
-        )
+        return self._batch[index]
 
 
 class TokenCache:

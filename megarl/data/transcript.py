@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as AbstractSequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megarl.config.data import PromptFormat
 from megarl.data.report import TooLongError
 from megarl.data.tokenizer import Message, chat_ids
@@ -82,7 +84,7 @@ class Transcripts:
             raise UserError(f"{where}: the text has no tokens")
         size = self._max_sequence_length
         chunks = [ids[start : start + size] for start in range(0, len(ids) - 1, size - 1)]
-        return [Sequence(token_ids=chunk, loss_mask=[0] + [1] * (len(chunk) - 1)) for chunk in chunks]
+        return [_sequence(chunk, [0] + [1] * (len(chunk) - 1)) for chunk in chunks]
 
     def _with_format(self, where: str, messages: AbstractSequence[Message]) -> list[Message]:
         suffix = self._format.prompt_suffix
@@ -141,4 +143,8 @@ class Transcripts:
                 f"{where}: the {self._noun} has {len(token_ids)} tokens, but at most "
                 f"{self._max_sequence_length} are allowed (packing.max_sequence_length)"
             )
-        return Sequence(token_ids=token_ids, loss_mask=loss_mask)
+        return _sequence(token_ids, loss_mask)
+
+
+def _sequence(token_ids: list[int], loss_mask: list[int]) -> Sequence:
+    return Sequence(np.array(token_ids, dtype=np.int32), np.array(loss_mask, dtype=np.uint8))

@@ -7,14 +7,12 @@ data-parallel ranks need no further scaling, whatever the split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
-
-from megarl.records import PackedBatch, Sequence
 
 Aggregation = Literal["token", "sequence", "fixed_length"]
 
@@ -68,24 +66,29 @@ class Loss(Protocol):
 
 
 def token_weights(
-    sequences: list[Sequence], aggregation: Aggregation, fixed_length: int | None = None
-) -> list[float]:
-    """Weight of each target token of each sequence, [S], over the whole optimizer step.
+    num_targets: np.ndarray, aggregation: Aggregation, fixed_length: int | None = None
+) -> np.ndarray:
+    """Weight of each target token of each sequence, [S] float64, over the whole optimizer step.
 
     "token": 1 / T; "sequence": 1 / (S * its own number of targets); "fixed_length": 1 / (S * fixed_length)
-    (Dr. GRPO, arXiv:2503.20783). T counts all targets and S all sequences with at least one.
+    (Dr. GRPO, arXiv:2503.20783). T counts all targets and S all sequences with at least one. A sequence
+    without targets weighs 0: who takes one out of a loss says that it has none.
+
+    Args:
+        num_targets: [S], of every sequence of the step.
+        aggregation: which mean.
+        fixed_length: for "fixed_length".
     """
-    counts = [sum(sequence.loss_mask[1:]) for sequence in sequences]
-    total, num_sequences = sum(counts), sum(count > 0 for count in counts)
-    if aggregation == "fixed_length":
-        assert fixed_length is not None
-        return [1.0 / (num_sequences * fixed_length) if count else 0.0 for count in counts]
+    counts = np.asarray(num_targets, dtype=np.int64)
+    total, num_sequences = counts.sum(), np.count_nonzero(counts)
+    each = np.ones(len(counts))
     if aggregation == "token":
-        return [1.0 / total if total else 0.0] * len(sequences)
-    return [1.0 / (num_sequences * count) if count else 0.0 for count in counts]
-
-
-def per_token(batch: PackedBatch, values: SequenceOf[float]) -> torch.Tensor:
-    """One value per sequence of the step, [S], at each of its targets in this microbatch: [T] float32."""
-    spread = torch.tensor(values, dtype=torch.float32, device=batch.loss_mask.device)
-    return spread[batch.sequence_ids] * batch.loss_mask
+        each *= total
+    elif aggregation == "sequence":
+        each = num_sequences * counts.astype(np.float64)
+    else:
+        assert fixed_length is not None
+        each *= num_sequences * fixed_length
+    weights = np.zeros(len(counts))
+    np.divide(1.0, each, out=weights, where=counts > 0)
+    return weights

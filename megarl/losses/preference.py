@@ -28,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import logsigmoid
@@ -36,7 +37,7 @@ from megarl.config.preference import PreferenceAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
 from megarl.losses.ranks import sum_over_ranks
 from megarl.ops.segment_reduce import segment_reduce
-from megarl.records import Sequence
+from megarl.records import TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +135,9 @@ def sequence_logps(tokens: LossTokens) -> torch.Tensor:
     return sums if tokens.cp_group is None else sum_over_ranks(sums, tokens.cp_group)
 
 
-def num_targets(sequences: list[Sequence]) -> torch.Tensor:
+def num_targets(batch: TrainBatch) -> torch.Tensor:
     """Response tokens of each sequence, [S] float64."""
-    return torch.tensor([sum(s.loss_mask[1:]) for s in sequences], dtype=torch.float64)
+    return torch.from_numpy(batch.num_targets().astype(np.float64))
 
 
 @dataclass(frozen=True, slots=True)

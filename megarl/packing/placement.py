@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.layout import ParallelLayout, RankCoordinates
+import numpy as np
+
+from megarl.layout import ParallelLayout
 from megarl.packing.plan import CostModel, PackingPlan, plan_groups
+from megarl.packing.segments import Segments
 from megarl.packing.shared_prefix import plan_units, share_prefixes
-from megarl.records import Sequence
+from megarl.records import TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +32,22 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The microbatches of one kind: what to pack, and how one rank packs its own.
-
-    ``plan`` counts ``sequences``; ``origins`` gives each its number in the step, ``prefix_of`` the number of
-    its shared prefix in ``sequences`` (-1: none). ``rank`` is this rank's row of the plan.
-    """
+    """The microbatches of one kind, of all ranks; the plan counts ``segments``."""
 
     split: bool
-    sequences: list[Sequence]
-    origins: list[int]
-    prefix_of: list[int] | None
+    segments: Segments
     plan: PackingPlan
-    rank: int
     pad_to_multiple: int
-    cp_rank: int
-    cp_size: int
 
-    @property
-    def microbatches(self) -> list[list[int]]:
-        """This rank's."""
-        return self.plan.microbatches[self.rank]
+    def microbatches(self, layout: ParallelLayout, data: int, context: int) -> list[list[int]]:
+        """Those of a rank by its coordinates; a split one is the same for all context-parallel ranks."""
+        return self.plan.microbatches[data if self.split else data * layout.context + context]
 
 
 def place(
-    sequences: list[Sequence],
-    numbers: list[int],
-    limits: Limits,
-    costs: CostModel,
-    layout: ParallelLayout,
-    at: RankCoordinates,
+    batch: TrainBatch, rows: np.ndarray, limits: Limits, costs: CostModel, layout: ParallelLayout
 ) -> list[Part]:
-    """Plan ``sequences[i] for i in numbers``: split microbatches, and with split_from whole ones after them.
+    """Plan sequences ``rows`` of ``batch``: split microbatches, and with split_from whole ones after them.
 
     All ranks take the parts in this order, and each part has equal counts: the collectives of its passes
     meet. Kinds without a sequence are left out, unless there is none at all. A group is whole if all its
@@ -68,61 +56,50 @@ def place(
     Raises:
         UserError: a sequence is empty or a group longer than the budget.
     """
-    whole: list[int] = []
+    whole = np.zeros(len(rows), dtype=bool)
     if limits.split_from is not None and layout.context > 1:
-        for start in range(0, len(numbers), limits.group_size):
-            group = numbers[start : start + limits.group_size]
-            if _is_whole([len(sequences[i].token_ids) for i in group], limits, layout):
-                whole += group
-    others = set(whole)
-    split = [i for i in numbers if i not in others]
-    kinds = [(True, split)] if split or not whole else []
-    kinds += [(False, whole)] if whole else []
-    return [_part(is_split, sequences, kind, limits, costs, layout, at) for is_split, kind in kinds]
+        whole = _are_whole(batch.lengths[rows], limits, layout)
+    kinds = [(True, rows[~whole])] if not whole.all() or not len(rows) else []
+    kinds += [(False, rows[whole])] if whole.any() else []
+    return [_part(is_split, batch, kind, limits, costs, layout) for is_split, kind in kinds]
 
 
-def _multiple(layout: ParallelLayout) -> int:
-    """What a sequence is padded to that is not split."""
-    return layout.tensor if layout.sequence_parallel else 1
+def multiple_of(split: bool, layout: ParallelLayout) -> int:
+    """What every sequence is padded to a multiple of."""
+    multiple = layout.tensor if layout.sequence_parallel else 1
+    return multiple * 2 * layout.context if split and layout.context > 1 else multiple
 
 
-def _is_whole(lengths: list[int], limits: Limits, layout: ParallelLayout) -> bool:
+def _are_whole(lengths: np.ndarray, limits: Limits, layout: ParallelLayout) -> np.ndarray:
     assert limits.split_from is not None
-    multiple = _multiple(layout)
-    together = sum(-(-length // multiple) * multiple for length in lengths)
-    return max(lengths) < limits.split_from and together <= limits.max_tokens // layout.context
+    multiple = multiple_of(False, layout)
+    groups = lengths.reshape(-1, limits.group_size)
+    together = (-(-groups // multiple) * multiple).sum(axis=1)
+    whole = (groups < limits.split_from).all(axis=1) & (together <= limits.max_tokens // layout.context)
+    return np.repeat(whole, limits.group_size)
 
 
 def _part(
     split: bool,
-    sequences: list[Sequence],
-    numbers: list[int],
+    batch: TrainBatch,
+    rows: np.ndarray,
     limits: Limits,
     costs: CostModel,
     layout: ParallelLayout,
-    at: RankCoordinates,
 ) -> Part:
-    multiple, max_tokens = _multiple(layout), limits.max_tokens
-    num_ranks, rank, cp_rank, cp_size = layout.data, at.data, at.context, layout.context
-    if not split:
-        max_tokens //= layout.context
-        num_ranks, rank = layout.data * layout.context, at.data * layout.context + at.context
-        cp_rank, cp_size = 0, 1
-    elif layout.context > 1:
-        multiple *= 2 * layout.context
-    chosen, origins, prefix_of = [sequences[i] for i in numbers], numbers, None
+    multiple = multiple_of(split, layout)
     within: dict[str, int] = {
-        "max_tokens": max_tokens,
-        "num_ranks": num_ranks,
+        "max_tokens": limits.max_tokens if split else limits.max_tokens // layout.context,
+        "num_ranks": layout.data if split else layout.data * layout.context,
         "pad_to_multiple": multiple,
         "microbatch_group_size": layout.pipeline if layout.virtual > 1 else 1,
     }
     if limits.group_size == 1 and limits.share_prefixes:
-        shared = share_prefixes(chosen, max_tokens=max_tokens, pad_to_multiple=multiple)
-        chosen, prefix_of = shared.sequences, shared.prefix_of
-        origins = [numbers[i] for i in shared.origins]
-        plan = plan_units(shared, costs=costs, **within)
+        segments, bounds = share_prefixes(
+            batch, rows, max_tokens=within["max_tokens"], pad_to_multiple=multiple
+        )
+        plan = plan_units(segments, bounds, costs=costs, **within)
     else:
-        lengths = [len(s.token_ids) for s in chosen]
-        plan = plan_groups(lengths, group_size=limits.group_size, costs=costs, **within)
-    return Part(split, chosen, origins, prefix_of, plan, rank, multiple, cp_rank, cp_size)
+        segments = Segments.whole(batch, rows)
+        plan = plan_groups(segments.lengths, group_size=limits.group_size, costs=costs, **within)
+    return Part(split, segments, plan, multiple)

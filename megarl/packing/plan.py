@@ -126,7 +126,7 @@ def plan_microbatches(
 
 
 def plan_groups(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     *,
     group_size: int,
     max_tokens: int,

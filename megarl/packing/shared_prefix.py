@@ -4,61 +4,56 @@ A group's sequences become one *prefix*, the prompt without its last token, and 
 repeats that last token and goes on with its response. A branch therefore predicts every token of its
 response from a position of its own, labels and per-token values stay aligned as in any packed sequence,
 and only attention and positions need to know the prefix. Exact: a token attends to the same tokens at the
-same positions as in the flat packing.
+same positions as in the flat packing. Nothing is copied: prefixes and branches are segments of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+
+import numpy as np
 
 from megarl.packing.plan import CostModel, PackingPlan, plan_microbatches
-from megarl.records import Sequence
+from megarl.packing.segments import Segments
+from megarl.records import TrainBatch
 
 MIN_SAVED_FRACTION = 0.1
 """Share of a group's tokens that must be saved: below, the mask costs more than the tokens would."""
 
 
-@dataclass(frozen=True, slots=True)
-class SharedPrefixes:
-    """What to pack in place of the step's sequences.
+def share_prefixes(
+    batch: TrainBatch, rows: np.ndarray, *, max_tokens: int, pad_to_multiple: int
+) -> tuple[Segments, np.ndarray]:
+    """Find neighbours among ``rows`` with equal prompts (``prompt_lengths``), split where that saves enough.
 
-    ``origins[i]`` is the caller's sequence that ``sequences[i]`` is part of (a prefix: its first branch's);
-    ``prefix_of[i]`` the number of its prefix in ``sequences``, -1 where it has none. ``units`` are the lists
-    of sequences that must share a microbatch, in this order.
+    A group that does not fit ``max_tokens`` together is cut, each part with a prefix of its own. Returned
+    with the segments: bounds [U + 1] of the U units, the runs of segments that must share a microbatch.
     """
-
-    sequences: list[Sequence]
-    origins: list[int]
-    prefix_of: list[int]
-    units: list[list[int]]
-
-
-def share_prefixes(sequences: list[Sequence], *, max_tokens: int, pad_to_multiple: int) -> SharedPrefixes:
-    """Find neighbours with equal prompts (``num_prompt_tokens``) and split them where that saves enough.
-
-    A group that does not fit ``max_tokens`` together is cut, each part with a prefix of its own.
-    """
-    shared = SharedPrefixes([], [], [], [])
-    for group in _groups(sequences):
-        prompt = sequences[group[0]].num_prompt_tokens
-        flat = sum(len(sequences[i].token_ids) for i in group)
-        parts = [group]
-        if prompt > 1:
-            parts = _fitting(sequences, group, prompt, max_tokens, pad_to_multiple)
+    lengths = batch.lengths.tolist()
+    segments: list[tuple[int, int, int, int]] = []  # as Segments: row, skip, length, prefix
+    bounds = [0]
+    for group in _groups(batch, rows.tolist()):
+        prompt = int(batch.prompt_lengths[group[0]])
+        flat = sum(lengths[row] for row in group)
+        parts = [group] if prompt <= 1 else _fitting(lengths, group, prompt, max_tokens, pad_to_multiple)
         for part in parts:
             saved = (len(part) - 1) * (prompt - 1)
             if prompt > 1 and len(part) > 1 and saved >= MIN_SAVED_FRACTION * flat * len(part) / len(group):
-                _add_shared(shared, sequences, part, prompt)
+                number, shared = len(segments), prompt - 1
+                segments.append((part[0], 0, shared, -1))
+                segments += [(row, shared, lengths[row] - shared, number) for row in part]
+                bounds.append(len(segments))
+                assert not any(_has_target(batch, row, prompt) for row in part), "a target in a prompt"
             else:
-                for i in part:
-                    _add(shared, sequences[i], i, -1)
-                    shared.units.append([len(shared.sequences) - 1])
-    return shared
+                segments += [(row, 0, lengths[row], -1) for row in part]
+                bounds += range(bounds[-1] + 1, len(segments) + 1)
+    columns = np.array(segments, dtype=np.int64).reshape(-1, 4).T
+    return Segments(*map(np.ascontiguousarray, columns)), np.array(bounds)
 
 
 def plan_units(
-    shared: SharedPrefixes,
+    segments: Segments,
+    bounds: np.ndarray,
     *,
     max_tokens: int,
     num_ranks: int,
@@ -66,42 +61,45 @@ def plan_units(
     costs: CostModel,
     microbatch_group_size: int,
 ) -> PackingPlan:
-    """As plan_microbatches with equal counts; the sequences of a unit share a microbatch."""
-    padded = [-(-len(s.token_ids) // pad_to_multiple) * pad_to_multiple for s in shared.sequences]
-    totals = [sum(padded[i] for i in unit) for unit in shared.units]
+    """As plan_microbatches with equal counts; the segments of a unit share a microbatch."""
+    padded = -(-segments.lengths // pad_to_multiple) * pad_to_multiple
+    totals = np.add.reduceat(padded, bounds[:-1]) if len(padded) else padded
     plan = plan_microbatches(
         totals,
         max_tokens=max_tokens,
         num_ranks=num_ranks,
         # Members of a unit attend to themselves and the prefix, not to each other.
-        costs=CostModel(costs.a, costs.b * len(shared.units) / len(shared.sequences)),
+        costs=CostModel(costs.a, costs.b * len(totals) / max(len(padded), 1)),
         microbatch_group_size=microbatch_group_size,
     )
+    edges = bounds.tolist()
     members = [
-        [[i for unit in microbatch for i in shared.units[unit]] for microbatch in rank]
+        [[i for unit in microbatch for i in range(edges[unit], edges[unit + 1])] for microbatch in rank]
         for rank in plan.microbatches
     ]
     return PackingPlan(members, plan.rank_costs, plan.num_tokens)
 
 
-def _groups(sequences: list[Sequence]) -> Iterator[list[int]]:
+def _groups(batch: TrainBatch, rows: list[int]) -> Iterator[list[int]]:
     """Neighbours with the same prompt."""
+    ids, starts, prompts = batch.token_ids, batch.offsets.tolist(), batch.prompt_lengths.tolist()
     group: list[int] = []
-    for i, sequence in enumerate(sequences):
-        if group and _prompt(sequence) != _prompt(sequences[group[0]]):
+    first = np.zeros(0, dtype=np.int32)
+    for row in rows:
+        size = prompts[row]
+        prompt = ids[starts[row] : starts[row] + size]
+        if group and (size != len(first) or not np.array_equal(prompt, first)):
             yield group
             group = []
-        group.append(i)
+        if not group:
+            first = prompt
+        group.append(row)
     if group:
         yield group
 
 
-def _prompt(sequence: Sequence) -> list[int]:
-    return sequence.token_ids[: sequence.num_prompt_tokens]
-
-
 def _fitting(
-    sequences: list[Sequence], group: list[int], prompt: int, max_tokens: int, multiple: int
+    lengths: list[int], group: list[int], prompt: int, max_tokens: int, multiple: int
 ) -> list[list[int]]:
     """Parts of the group that fit a microbatch with one prefix each."""
 
@@ -110,44 +108,16 @@ def _fitting(
 
     parts: list[list[int]] = []
     used = max_tokens + 1
-    for i in group:
-        branch = padded(len(sequences[i].token_ids) - prompt + 1)
+    for row in group:
+        branch = padded(lengths[row] - prompt + 1)
         if used + branch > max_tokens:
             parts.append([])
             used = padded(prompt - 1)
-        parts[-1].append(i)
+        parts[-1].append(row)
         used += branch
     return parts
 
 
-def _add_shared(shared: SharedPrefixes, sequences: list[Sequence], part: list[int], prompt: int) -> None:
-    first = sequences[part[0]]
-    with_logprobs = bool(first.rollout_logprobs)
-    prefix = Sequence(
-        token_ids=first.token_ids[: prompt - 1],
-        loss_mask=[0] * (prompt - 1),
-        rollout_logprobs=[0.0] * (prompt - 1) if with_logprobs else [],
-        num_prompt_tokens=prompt - 1,
-        experts=first.experts[: prompt - 1] if first.experts is not None else None,
-    )
-    number = len(shared.sequences)
-    _add(shared, prefix, part[0], -1)
-    for i in part:
-        whole = sequences[i]
-        assert not any(whole.loss_mask[1:prompt]), f"sequence {i}: a target in its prompt"
-        branch = replace(
-            whole,
-            token_ids=whole.token_ids[prompt - 1 :],
-            loss_mask=[0, *whole.loss_mask[prompt:]],
-            rollout_logprobs=whole.rollout_logprobs[prompt - 1 :],
-            num_prompt_tokens=1,
-            experts=whole.experts[prompt - 1 :] if whole.experts is not None else None,
-        )
-        _add(shared, branch, i, number)
-    shared.units.append(list(range(number, len(shared.sequences))))
-
-
-def _add(shared: SharedPrefixes, sequence: Sequence, origin: int, prefix: int) -> None:
-    shared.sequences.append(sequence)
-    shared.origins.append(origin)
-    shared.prefix_of.append(prefix)
+def _has_target(batch: TrainBatch, row: int, prompt: int) -> bool:
+    start = int(batch.offsets[row])
+    return bool(batch.loss_mask[start + 1 : start + prompt].any())

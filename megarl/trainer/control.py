@@ -8,10 +8,12 @@ may take any time. Here a wait has no limit: the heartbeat finds ranks that are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -121,3 +123,66 @@ def receive(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
     tensor = torch.empty(shape, dtype=dtype)
     dist.recv(tensor, src=rank, group=_groups[0])
     return tensor
+
+
+# --- arrays: raw bytes, of which only names, types and shapes are pickled ---------------------------------
+
+_ALIGNMENT = 8  # bytes: no array begins at an odd place
+
+
+def send_arrays(arrays: Mapping[str, np.ndarray | None], to: int) -> int:
+    """Send named arrays (None: absent) to rank ``to``, which calls :func:`receive_arrays`; returns the bytes.
+
+    Two messages: the sizes, and everything else in one buffer.
+    """
+    message, header, num_bytes = packed_arrays(arrays)
+    dist.send(torch.tensor([len(message), header]), dst=to, group=_groups[0])
+    dist.send(torch.from_numpy(message), dst=to, group=_groups[0])
+    return num_bytes
+
+
+def receive_arrays(source: int) -> dict[str, np.ndarray]:
+    """The next arrays that rank ``source`` sends to this one; views of one buffer."""
+    sizes = torch.empty(2, dtype=torch.int64)
+    dist.recv(sizes, src=source, group=_groups[0])
+    length, header = sizes.tolist()
+    message = torch.empty(length, dtype=torch.uint8)
+    dist.recv(message, src=source, group=_groups[0])
+    return unpacked_arrays(message.numpy(), header)
+
+
+def broadcast_arrays(arrays: Mapping[str, np.ndarray | None] | None) -> dict[str, np.ndarray]:
+    """Rank 0's named arrays on every rank (other ranks pass anything)."""
+    if dist.get_world_size() == 1:
+        assert arrays is not None
+        return {name: values for name, values in arrays.items() if values is not None}
+    message, sizes = np.zeros(0, np.uint8), torch.zeros(2, dtype=torch.int64)
+    if dist.get_rank() == 0:
+        message, header, _ = packed_arrays(arrays or {})
+        sizes = torch.tensor([len(message), header])
+    dist.broadcast(sizes, src=0, group=_groups[0])
+    message = message if dist.get_rank() == 0 else np.empty(int(sizes[0]), dtype=np.uint8)
+    dist.broadcast(torch.from_numpy(message), src=0, group=_groups[0])
+    return unpacked_arrays(message, int(sizes[1]))
+
+
+def packed_arrays(arrays: Mapping[str, np.ndarray | None]) -> tuple[np.ndarray, int, int]:
+    """One message of bytes, how many of them are its header, and how many the arrays themselves have."""
+    given = {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
+    header = pickle.dumps([(name, values.dtype.str, values.shape) for name, values in given.items()])
+    header += bytes(-len(header) % _ALIGNMENT)
+    pieces = [np.frombuffer(header, dtype=np.uint8)]
+    for values in given.values():
+        pieces += [values.reshape(-1).view(np.uint8), np.zeros(-values.nbytes % _ALIGNMENT, np.uint8)]
+    num_bytes = sum(values.nbytes for values in given.values())
+    return np.concatenate(pieces), len(header), num_bytes
+
+
+def unpacked_arrays(message: np.ndarray, header: int) -> dict[str, np.ndarray]:
+    """The arrays of a message, as views of it."""
+    arrays, start = {}, header
+    for name, dtype, shape in pickle.loads(message[:header].tobytes()):
+        size = np.dtype(dtype).itemsize * int(np.prod(shape))
+        arrays[name] = message[start : start + size].view(dtype).reshape(shape)
+        start += size + -size % _ALIGNMENT
+    return arrays

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from megarl import platform
@@ -21,8 +22,8 @@ from megarl.config.parallel import ParallelConfig
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.losses.base import Aggregation, LossResult
 from megarl.models.table import Architecture
-from megarl.records import PackedBatch
-from megarl.records import Sequence as TrainSequence
+from megarl.records import PackedBatch, TrainBatch
+from megarl.trainer.batches import PackedStep
 from megarl.trainer.outputs import Output
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.plan import Owner
@@ -130,8 +131,6 @@ class Trainer(Trained, Protocol):
 
     before_update: Callable[[], None] | None
     """Called by :meth:`optimizer_step` on every rank just before it writes to the parameters."""
-    num_computed_tokens: int
-    """Tokens of the last ``prepare`` over all ranks, padding included and shared prompts counted once."""
 
     @property
     def context(self) -> RankContext:
@@ -150,18 +149,16 @@ class Trainer(Trained, Protocol):
 
     def prepare(
         self,
-        sequences: list[TrainSequence],
+        batch: TrainBatch | None,
         aggregation: Aggregation,
         *,
         group_size: int = 1,
         fixed_length: int | None = None,
-        only: list[int] | None = None,
-    ) -> list[PackedBatch]:
-        """Plan and pack: this rank's microbatches of one optimizer step, weighed as token_weights says.
-
-        Every ``group_size`` neighbours in ``sequences`` come to lie in one microbatch, in their order.
-        With ``only`` (numbers of ``sequences``, ascending) the others count in the weights alone.
-        """
+        only: np.ndarray | list[int] | None = None,
+        advantages: np.ndarray | None = None,
+        scatter: bool = False,
+    ) -> PackedStep:
+        """Plan and pack one optimizer step; see :meth:`megarl.trainer.batches.BatchMaker.prepare`."""
         ...
 
     def run(self, batches: list[PackedBatch], fn: Read, *, grad: bool = False) -> list[LossResult]:

@@ -16,8 +16,7 @@ from megarl.losses.base import Loss, LossResult
 from megarl.losses.preference import sequence_logps
 from megarl.losses.reward import last_scores
 from megarl.losses.scores import ScoreLoss
-from megarl.packing.token_values import Array, assemble, take
-from megarl.records import PackedBatch, Sequence
+from megarl.records import PackedBatch, TrainBatch
 from megarl.trainer.control import gather
 from megarl.trainer.interface import Trainer
 from megarl.trainer.outputs import Output, Sampler
@@ -86,32 +85,16 @@ def evaluate_loss(trainer: Trainer, batches: list[PackedBatch], loss: Loss) -> d
     return reduce_results(trainer.run(batches, lambda output: loss(output.logprobs())))
 
 
-def sequence_logprobs(trainer: Trainer, sequences: list[Sequence]) -> torch.Tensor:
+def sequence_logprobs(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
     """Forward only: the summed logprob of each sequence's targets, [S] float64 on every rank."""
-    batches = trainer.prepare(sequences, "token")
+    batches = trainer.prepare(batch, "token").batches
 
     def read(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = output.logprobs()
         assert tokens.slot_ids is not None
         return tokens.slot_ids, sequence_logps(tokens)
 
-    return _per_sequence(trainer, batches, read, len(sequences))
-
-
-def token_values(
-    trainer: Trainer,
-    batches: list[PackedBatch],
-    of: Callable[[PackedBatch], torch.Tensor],
-    sequences: list[Sequence],
-) -> list[Array]:
-    """What ``of`` says [T] of each microbatch's targets, for all ``sequences``, on every rank.
-
-    One [n] per sequence, aligned with its token ids, 0 where there is no target. ``of`` is called where
-    logprobs are: on the last pipeline stage.
-    """
-    mine = [take(of(batch), batch) for batch in batches] if trainer.context.has_results else []
-    parts = (part for rank in gather(mine) for part in rank)
-    return assemble(parts, [len(s.token_ids) for s in sequences])
+    return _per_sequence(trainer, batches, read, len(batch))
 
 
 # --- a model with a score head ---------------------------------------------------------------------
@@ -127,15 +110,15 @@ def fill_values(trainer: Trainer, batches: list[PackedBatch]) -> None:
     trainer.run(batches, read)
 
 
-def sequence_scores(trainer: Trainer, sequences: list[Sequence]) -> torch.Tensor:
+def sequence_scores(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
     """Forward only: the score of each sequence, [S] float64 on every rank. Pairs share microbatches."""
-    batches = trainer.prepare(sequences, "token", group_size=2)
+    batches = trainer.prepare(batch, "token", group_size=2).batches
 
     def read(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = output.scores("last")
         return tokens.slot_ids, last_scores(tokens)
 
-    return _per_sequence(trainer, batches, read, len(sequences))
+    return _per_sequence(trainer, batches, read, len(batch))
 
 
 def score_step(

@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megarl.advantages.token_level import token_advantages, token_rewards
+from megarl.advantages.token_level import TokenAdvantages, turn_rewards
+from megarl.advantages.token_level import token_advantages as of_arrays
 from megarl.records import Sample, Turn
 
 GAMMA, LAMBDA, KL = 0.97, 0.9, 0.3
+
+
+def token_advantages(
+    rewards: list[list[tuple[int, float]]],
+    values: list[np.ndarray],
+    masks: list[list[int]],
+    kls: list[np.ndarray] | None = None,
+    **options: Any,
+) -> Any:
+    """Of sequences one by one: (place in the sequence, reward) and values and masks of each."""
+    offsets = np.cumsum([0, *map(len, masks)])
+    found: TokenAdvantages = of_arrays(
+        np.array([offsets[s] + place for s, own in enumerate(rewards) for place, _ in own]),
+        np.array([reward for own in rewards for _, reward in own]),
+        np.concatenate(values),
+        np.concatenate([[0, *mask[1:]] for mask in masks]).astype(bool),
+        offsets,
+        kl=None if kls is None else np.concatenate(kls),
+        **options,
+    )
+    return SimpleNamespace(
+        advantages=np.split(found.advantages, offsets[1:-1]),
+        returns=np.split(found.returns, offsets[1:-1]),
+        explained_variance=found.explained_variance,
+    )
+
+
+def token_rewards(sample: Sample, start: int = 0) -> list[tuple[int, float]]:
+    places, rewards = turn_rewards([sample], np.array([start, start + sample.num_tokens]))
+    return list(zip(places.tolist(), rewards.tolist(), strict=True))
 
 
 def make(
@@ -106,6 +139,7 @@ def test_a_turns_reward_comes_with_its_last_token() -> None:
     turns = [Turn(3, 2, 0.5), Turn(2, 1, -0.25), Turn(2, 0, 1.0)]
     sample = Sample(0, [7, 8], list(range(10)), [0.0] * 10, 0, "stop", reward=1.25, turns=turns)
     assert token_rewards(sample) == [(4, 0.5), (8, -0.25), (11, 1.0)]
+    assert token_rewards(sample, 100) == [(104, 0.5), (108, -0.25), (111, 1.0)], "behind other samples"
     mask = [0, 0, *sample.response_mask]
     found = token_advantages(
         [token_rewards(sample)], [np.zeros(12)], [mask], gamma=1.0, gae_lambda=1.0, normalize=False
@@ -122,3 +156,12 @@ def test_no_reward_is_lost_where_its_place_is_no_target() -> None:
         rewards, [np.zeros(6)], [[0, 0, 1, 0, 1, 0]], gamma=1.0, gae_lambda=1.0, normalize=False
     )
     assert found.returns[0].tolist() == [0, 0, 7.0, 0, 4.0, 0]
+
+
+def test_rewards_of_a_sequence_without_targets_go_nowhere() -> None:
+    """Nor to a neighbour: whatever sequence lacks targets, the first, one inside, or the last."""
+    masks = [[0, 0, 0], [0, 1, 1], [0, 0], [0, 1], [0, 0, 0]]
+    rewards = [[(1, 9.0)], [(0, 1.0), (2, 2.0)], [(1, 5.0)], [(1, 3.0)], [(0, 7.0), (2, 8.0)]]
+    values = [np.zeros(len(mask)) for mask in masks]
+    found = token_advantages(rewards, values, masks, gamma=1.0, gae_lambda=1.0, normalize=False)
+    assert [own.tolist() for own in found.returns] == [[0] * 3, [0, 3.0, 2.0], [0] * 2, [0, 3.0], [0] * 3]

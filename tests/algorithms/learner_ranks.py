@@ -89,19 +89,22 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
     policy.keep_reference()
     run = fake_run()
     learner = GrpoLearner(config, run, policy)
-    learner.learn(1, make_groups(1))  # so that the policy is no longer the reference
+    own = make_groups if context.is_first else lambda seed: []  # no other rank has the samples
+    learner.learn(1, own(1))  # so that the policy is no longer the reference
     seen: dict[tuple[int, int, int], dict[str, float]] = {}
     train = learner.train
 
     def look(parts: Any) -> Any:
-        for number, part in enumerate(parts):
+        for number, (part, _) in enumerate(parts):
             for batch in part.batches:
-                for row in batch.loss_mask.nonzero().flatten().tolist():
+                # What was dropped is no target any more, and keeps its logprobs.
+                targets = batch.loss_mask if batch.old_logprobs is None else batch.old_logprobs
+                for row in targets.nonzero().flatten().tolist():
                     at = (number, int(batch.sequence_ids[row]), int(batch.position_ids[row]) + 1)
                     seen[at] = {
                         name: float(value[row])
                         for name in (
-                            *("advantages", "loss_weights", "nll_weights"),
+                            *("advantages", "loss_mask", "loss_weights", "nll_weights"),
                             *("old_logprobs", "ref_logprobs", "rollout_logprobs"),
                         )
                         if isinstance(value := getattr(batch, name), torch.Tensor)
@@ -109,7 +112,7 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
         return train(parts)
 
     learner.train = look  # type: ignore[method-assign]
-    groups = make_groups(2)
+    groups = own(2)
     learned = learner.learn(2, groups)
     return {
         "seen": seen,
@@ -144,18 +147,20 @@ def train(
 
     def look(parts: Any) -> Any:
         packed.clear()
-        for part in parts:
+        for part, _ in parts:
             rows = [(b, row) for b in part.batches for row in b.loss_mask.nonzero().flatten().tolist()]
             packed.append({int(b.sequence_ids[row]): float(b.loss_weights[row]) for b, row in rows})
         return take_steps(parts)
 
     learner.train = look  # type: ignore[method-assign]
-    metrics = [learner.learn(i + 1, groups).metrics for i, groups in enumerate(steps)]
+    own = steps if context.is_first else [[] for _ in steps]  # no other rank has the samples
+    metrics = [learner.learn(i + 1, groups).metrics for i, groups in enumerate(own)]
     return {
         "metrics": metrics,
         "packed": packed,
         "notes": learner.notes(),
-        "advantages": [s.advantage for group in steps[-1] for s in group.samples],
+        "advantages": [s.advantage for group in own[-1] for s in group.samples],
+        "dropped": [s.info.get("dropped") is not None for group in own[-1] for s in group.samples],
         "weights": {name: np.array(p.detach()) for name, p in policy.params.items()},
     }
 
@@ -184,8 +189,8 @@ def collect_and_fail(context: Any) -> list[str]:
     run, train = fake_run(), Problems(Prompt(i, "", [1]) for i in range(8))
     rollouts: Any = Failing() if context.is_first else None
     collector = Collector(config, run, rollouts, train, step=0, position=0)  # type: ignore[arg-type]
-    groups, _ = collector.collect(1)
-    told = [str([group.samples[0].response_ids.tolist() for group in groups])]
+    groups, values = collector.collect(1, lambda found: {"samples": len(found)})
+    told = [str(len(groups)), str(sorted(values.items())), str(collector.position)]
     try:
         collector.collect(2)
     except UserError as error:

@@ -116,9 +116,11 @@ def test_dynamic_sampling_gives_up_at_its_bound() -> None:
 def test_a_failure_on_rank_0_ends_the_others_with_it() -> None:
     """No rank waits for one that is gone, and the reason is said once."""
     first, other = world(2).run(learner_ranks.collect_and_fail, parallel={"num_processes": 2})
-    assert first[0] == other[0], "the groups of a step without a failure are every rank's"
-    assert first[1:] == ["EnvironmentsFailedError", "the environment failed 3 of 4 episodes"]
-    assert other[1:] == ["ToldByRankZeroError", "the environment failed 3 of 4 episodes"]
+    assert (first[0], other[0]) == ("4", "0"), "samples are rank 0's"
+    assert first[1:3] == other[1:3], "figures and position are every rank's"
+    assert "('samples', 4)" in first[1] and first[2] == "4"
+    assert first[3:] == ["EnvironmentsFailedError", "the environment failed 3 of 4 episodes"]
+    assert other[3:] == ["ToldByRankZeroError", "the environment failed 3 of 4 episodes"]
 
 
 def test_a_rank_that_rank_0_speaks_for_ends_without_a_line(

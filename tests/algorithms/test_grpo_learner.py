@@ -6,9 +6,10 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megarl.records import Sample
+from megarl.records import Group, Sample
 from tests.algorithms import learner_ranks
 from tests.algorithms.learner_ranks import MAX_NEW_TOKENS, make_groups
 from tests.trainer.world import world
@@ -70,7 +71,8 @@ def test_reinforce_plus_plus_and_its_neighbours(model_dirs: dict[str, str]) -> N
             errors = [abs(a - b) for a, b in zip(old, sample.rollout_logprobs, strict=True)]
             if statistics.fmean(errors) > 0.7:
                 assert result["dropped"][2 * p + i // 4][i % 4] == "logprob_error"
-                assert set(tokens_of(result, p, i, sample, "loss_weights")) == {0.0}
+                for name in ("loss_weights", "nll_weights", "loss_mask", "advantages"):
+                    assert set(tokens_of(result, p, i, sample, name)) == {0.0}
                 continue
             kls = [a - b for a, b in zip(old, ref, strict=True)]
             all_kls += kls
@@ -107,7 +109,8 @@ def test_the_layout_changes_nothing(model_dirs: dict[str, str], parallel: dict[s
     """Two ranks (data, context, pipeline) as one: KL, errors and normalisation are over all of them."""
     [one] = run(model_dirs, REINFORCE, {})
     two = run(model_dirs, REINFORCE, {"num_processes": 2, **parallel})
-    assert two[0]["dropped"] == two[1]["dropped"] == one["dropped"]
+    assert two[0]["dropped"] == one["dropped"] and two[1]["dropped"] == []
+    assert two[0]["metrics"].keys() == two[1]["metrics"].keys()
     for ours, theirs in zip(two[0]["advantages"], one["advantages"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     seen = two[0]["seen"] | two[1]["seen"]
@@ -157,3 +160,43 @@ def test_a_step_without_any_sample_left_is_said_and_survived(model_dirs: dict[st
     assert result["metrics"]["dropped_logprob_error"] == 16
     assert "step 2: 2 optimizer step(s) per pass left out" in result["warned"][-1]
     assert "loss" not in result["metrics"] and math.isfinite(result["metrics"]["tokens_per_second_train"])
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed_length"])
+def test_what_is_dropped_is_in_no_loss_and_no_figure(model_dirs: dict[str, str], aggregation: str) -> None:
+    """A step that drops samples is the step that never had them: policy, KL, entropy and likelihood."""
+    algorithm: dict[str, Any] = {
+        "baseline": "none",
+        "normalize_std": False,
+        "kl_coef": 0.05,
+        "entropy_coef": 0.01,
+        "positive_nll_coef": 0.2,
+        "loss_aggregation": aggregation,
+        "num_epochs_per_batch": 2,
+        "clip_ratio_high": 0.01,
+    }
+
+    def train(groups: list[Group], **more: Any) -> Any:
+        [result] = world(1).run(
+            learner_ranks.train, model_dirs[MODEL], algorithm | more, {"num_processes": 1}, [groups]
+        )
+        return result
+
+    groups = make_groups(2)
+    found = train(groups, max_logprob_error=0.7)
+    dropped = iter(found["dropped"])
+    assert 3 < sum(found["dropped"]) < 14, "some are dropped, not all"
+    left = [Group(g.prompt, [s for s in g.samples if not next(dropped)]) for g in groups]
+    expected = train([group for group in left if group.samples])
+    ours, theirs = found["metrics"][0], expected["metrics"][0]
+    for name in (
+        *("loss", "policy_loss", "nll_positive", "kl_ref", "entropy", "advantage_mean", "grad_norm"),
+        *("ratio_mean", "ratio_max", "clip_fraction", "kl_policy"),
+    ):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name
+    for name, weight in expected["weights"].items():
+        np.testing.assert_allclose(found["weights"][name], weight, rtol=0, atol=2e-6, err_msg=name)
+    [packed] = found["packed"]
+    assert set(packed) == {i for i, gone in enumerate(found["dropped"]) if not gone}, (
+        "no target of the others"
+    )

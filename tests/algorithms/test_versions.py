@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megarl.algorithms.grpo import to_sequence
 from megarl.algorithms.online_report import staleness_metrics
+from megarl.packing.samples import train_batch
 from megarl.records import Group, Prompt, Sample, Turn, merge_spans, token_ids
 
 
@@ -17,10 +17,10 @@ def sample(version: int, spans: list[tuple[int, int]], length: int = 5, **fields
 def test_tokens_of_older_versions_are_marked() -> None:
     mixed = sample(3, [(3, 2), (4, 1), (5, 2)])
     assert mixed.token_versions == [3, 3, 4, 5, 5]
-    assert to_sequence(mixed, 5).stale == [0, 0, 1, 1, 1, 0, 0]
-    assert to_sequence(sample(5, []), 5).stale == [0] * 7
-    assert to_sequence(sample(4, []), 5).stale == [0, 0] + [1] * 5
-    assert to_sequence(mixed).stale == []
+    batch = train_batch([mixed, sample(5, []), sample(4, [])], 5)
+    marks = [row.stale.tolist() for row in batch if row.stale is not None]
+    assert marks == [[0, 0, 1, 1, 1, 0, 0], [0] * 7, [0, 0] + [1] * 5]
+    assert train_batch([mixed]).stale is None
 
 
 def test_observations_belong_to_the_turn_before() -> None:
@@ -29,7 +29,13 @@ def test_observations_belong_to_the_turn_before() -> None:
     assert merge_spans([(1, 2), (1, 3)]) == []
     episode = sample(1, spans, turns=[Turn(2, 1, 0.0), Turn(2, 0, 1.0)])
     assert episode.token_versions == [1, 1, 1, 2, 2]
-    assert to_sequence(episode, 2).loss_mask == [0, 0, 1, 1, 0, 1, 1]
+    [sequence] = train_batch([episode], 2)
+    assert sequence.loss_mask.tolist() == [0, 0, 1, 1, 0, 1, 1]
+    assert sequence.token_ids.tolist() == [1, 2, 9, 9, 9, 9, 9]
+    assert sequence.rollout_logprobs is not None and sequence.stale is not None
+    assert sequence.rollout_logprobs.tolist() == [0, 0, -1, -1, -1, -1, -1]
+    assert sequence.stale.tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert sequence.num_prompt_tokens == 2
 
 
 def test_staleness_by_hand() -> None:

@@ -51,8 +51,8 @@ def test_bare_strings(tokenizer, jsonl):
     assert pair.num_prompt_tokens == len(prompt)
     for sequence, response in ((pair.chosen, " 3"), (pair.rejected, " 4, perhaps")):
         ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-        assert sequence.token_ids == [*prompt, *ids, tokenizer.eos_token_id]
-        assert sequence.loss_mask == [0] * len(prompt) + [1] * (len(ids) + 1)
+        assert sequence.token_ids.tolist() == [*prompt, *ids, tokenizer.eos_token_id]
+        assert sequence.loss_mask.tolist() == [0] * len(prompt) + [1] * (len(ids) + 1)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_every_form_of_a_pair_gives_the_same_tokens(tokenizer, jsonl, record):
     assert pair.num_prompt_tokens == len(prompt)
     for sequence, answer in ((pair.chosen, RIGHT), (pair.rejected, WRONG)):
         whole = tokenizer.apply_chat_template([SYSTEM, USER, answer], return_dict=False)
-        assert sequence.token_ids == whole
-        assert sequence.loss_mask == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
+        assert sequence.token_ids.tolist() == whole
+        assert sequence.loss_mask.tolist() == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
 
 
 def test_the_common_turns_are_the_prompt_and_only_the_assistant_is_learned(tokenizer, jsonl):
@@ -81,7 +81,7 @@ def test_the_common_turns_are_the_prompt_and_only_the_assistant_is_learned(token
     rejected = [SYSTEM, USER, RIGHT, MORE, WRONG]
     [pair] = load(tokenizer, file(jsonl(json.dumps({"chosen": chosen, "rejected": rejected}))))
     prompt = tokenizer.apply_chat_template(chosen[:4], add_generation_prompt=True, return_dict=False)
-    assert pair.chosen.token_ids[: pair.num_prompt_tokens] == prompt
+    assert pair.chosen.token_ids[: pair.num_prompt_tokens].tolist() == prompt
     assert text(tokenizer, pair.chosen, learned=True) == "8<|end|>7<|end|>"
     assert text(tokenizer, pair.rejected, learned=True) == "It is 3<|end|>"
     assert text(tokenizer, pair.rejected, learned=False) == tokenizer.decode(prompt)

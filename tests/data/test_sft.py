@@ -69,8 +69,8 @@ def test_a_pair_is_the_rollout_s_prompt_then_the_answer_and_eos(tokenizer):
     for index in (0, 11, 29):
         prompt, sequence = prompts[index], demonstrations[index]
         answer = tokenizer(prompt.metadata["answer"], add_special_tokens=False)["input_ids"]
-        assert sequence.token_ids == [*prompt.token_ids, *answer, tokenizer.eos_token_id]
-        assert sequence.loss_mask == [0] * len(prompt.token_ids) + [1] * (len(answer) + 1)
+        assert sequence.token_ids.tolist() == [*prompt.token_ids, *answer, tokenizer.eos_token_id]
+        assert sequence.loss_mask.tolist() == [0] * len(prompt.token_ids) + [1] * (len(answer) + 1)
 
 
 def test_bare_pairs(tokenizer, jsonl):
@@ -99,7 +99,7 @@ def test_every_assistant_turn_is_learned_and_nothing_else(tokenizer, jsonl, temp
     full = tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, *suffixed], return_dict=False
     )
-    assert sequence.token_ids == full[: len(sequence.token_ids)]
+    assert sequence.token_ids.tolist() == full[: len(sequence.token_ids)]
     # Only what follows the last EOS is cut off: a line break in ChatML, nothing in the tiny template.
     assert tokenizer.decode(full[len(sequence.token_ids) :]) == ("" if template is None else "\n")
 
@@ -195,8 +195,8 @@ def test_tool_calls_are_learned_as_the_template_s_own_markers_say(tokenizer, jso
     theirs = tokenizer.apply_chat_template(
         messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
     )
-    assert sequence.token_ids == theirs["input_ids"]
-    assert sequence.loss_mask == theirs["assistant_masks"]
+    assert sequence.token_ids.tolist() == theirs["input_ids"]
+    assert sequence.loss_mask.tolist() == theirs["assistant_masks"]
     assert sum(sequence.loss_mask) > 20
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megarl.records import Sequence
 from tests.dpo.ranks import NO_WARMUP
-from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, make_sequences, weights
+from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, make_sequences, prepare, weights
 
 
 def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any]) -> Any:
@@ -41,7 +41,7 @@ def steps(
     distiller = build(context, student_dir, teacher_dir, options)
     log = []
     for number in range(count):
-        batches = distiller.student.prepare(make_sequences(number), "token")
+        batches = prepare(distiller.student, make_sequences(number), "token").batches
         distiller.read_teacher(batches)
         result = distiller.step(batches)
         distiller.forget()
@@ -57,7 +57,7 @@ def gradients(
 
     distiller = build(context, student_dir, teacher_dir, options)
     student = distiller.student
-    batches = student.prepare(sequences, "token")
+    batches = prepare(student, sequences, "token").batches
     assert len(batches) > 1
     distiller.read_teacher(batches)
     grads = {n: torch.zeros(shape) for n, shape in student.architecture.hf_shapes().items()}
@@ -79,7 +79,7 @@ def teacher_top_k(
     from megarl.losses.distill import top_k_logprobs
 
     distiller = build(context, teacher_dir, teacher_dir, {})
-    batches = distiller.student.prepare(sequences, "token")
+    batches = prepare(distiller.student, sequences, "token").batches
     distiller.read_teacher(batches)
     found = []
     for batch in batches:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 from megarl.trainer.passes import evaluate_loss, sequence_logprobs, train_step
 from tests.trainer.ranks import build, weights
 
 NO_WARMUP = {"lr_warmup_steps": 0, "lr": 1e-2, "adam_eps": 1e-4}
 
 
-def make_pairs(seed: int, count: int = 5, longest: int = 24, vocab: int = 250) -> list[Sequence]:
+def make_pairs(seed: int, count: int = 5, longest: int = 24, vocab: int = 250) -> TrainBatch:
     """Chosen and rejected of ``count`` pairs, one after the other; each pair shares its prompt."""
     draw = random.Random(seed)
     sequences = []
@@ -24,15 +24,16 @@ def make_pairs(seed: int, count: int = 5, longest: int = 24, vocab: int = 250) -
         prompt = [draw.randrange(vocab) for _ in range(draw.randint(2, 8))]
         for _ in range(2):
             response = [draw.randrange(vocab) for _ in range(draw.randint(1, longest))]
-            sequences.append(Sequence(prompt + response, [0] * len(prompt) + [1] * len(response)))
-    return sequences
+            mask = np.array([0] * len(prompt) + [1] * len(response))
+            sequences.append(Sequence(np.array(prompt + response), mask))
+    return TrainBatch.of(sequences)
 
 
-def pair_gradients(trainer: Any, sequences: list[Sequence], read: Any) -> tuple[float, dict[str, np.ndarray]]:
+def pair_gradients(trainer: Any, pairs: TrainBatch, read: Any) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient (by HF name) of several microbatches of pairs on one rank, without a step."""
     from megarl.weights.hf import region_index
 
-    batches = trainer.prepare(sequences, "token", group_size=2)
+    batches = trainer.prepare(pairs, "token", group_size=2).batches
     assert len(batches) > 1
     trainer.ddp[0].zero_grad_buffer()
     results = trainer.run(batches, read, grad=True)
@@ -60,8 +61,9 @@ def preference_steps(
                 0.0, float((ref - sequence_logprobs(policy, pairs)).mean())
             )  # any statistic of the policy
         loss = PreferenceLoss(options, num_targets(pairs), ref if needs_reference else None, kl)
-        batches = policy.prepare(pairs, "token", group_size=2)
-        log.append(train_step(policy, batches, loss, temperature=1.0).metrics)
+        packed = policy.prepare(pairs, "token", group_size=2)
+        batches = packed.batches
+        log.append(train_step(policy, batches, loss, temperature=1.0).metrics | packed.placed)
     return {
         "log": log,
         "held_out": evaluate_loss(policy, batches, loss),
@@ -75,18 +77,18 @@ def preference_gradients(
     context: Any,
     model_dir: str,
     options: PreferenceOptions,
-    sequences: list[Sequence],
+    pairs: TrainBatch,
     refs: list[float] | None,
     kl: float,
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient (by HF name) of one packed step on one rank."""
     policy = build(context, model_dir)
     table = None if refs is None else torch.tensor(refs, dtype=torch.float64)
-    loss = PreferenceLoss(options, num_targets(sequences), table, kl)
-    return pair_gradients(policy, sequences, lambda output: loss(output.logprobs()))
+    loss = PreferenceLoss(options, num_targets(pairs), table, kl)
+    return pair_gradients(policy, pairs, lambda output: loss(output.logprobs()))
 
 
-def logps(context: Any, model_dir: str, sequences: list[Sequence], other_dir: str) -> dict[str, Any]:
+def logps(context: Any, model_dir: str, sequences: TrainBatch, other_dir: str) -> dict[str, Any]:
     """Summed logprobs with the policy's weights, with another directory's, and again with the policy's."""
     policy = build(context, model_dir)
     before = sequence_logprobs(policy, sequences)

@@ -17,7 +17,7 @@ from megarl.losses.preference import (
     pair_values,
     sequence_logps,
 )
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 
 # Two pairs: summed logprobs, tokens, reference's logprobs of the chosen and of the rejected response.
 CHOSEN = ([-6.0, -20.0], [4, 10], [-7.5, -19.0])
@@ -114,12 +114,14 @@ def test_the_odds_are_exact_at_both_ends() -> None:
 
 # --- through a packed microbatch ----------------------------------------------------------------------
 
-SEQUENCES = [
-    Sequence([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]),
-    Sequence([1, 2, 6, 7], [0, 0, 1, 1]),
-    Sequence([9, 8, 7, 6, 5, 4], [0, 1, 1, 0, 1, 1]),
-    Sequence([9, 5], [0, 1]),
-]
+SEQUENCES = TrainBatch.of(
+    [
+        Sequence([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]),
+        Sequence([1, 2, 6, 7], [0, 0, 1, 1]),
+        Sequence([9, 8, 7, 6, 5, 4], [0, 1, 1, 0, 1, 1]),
+        Sequence([9, 5], [0, 1]),
+    ]
+)
 REFS = torch.tensor([-3.0, -2.5, -6.0, -0.5], dtype=torch.float64)
 COUNTS = [3, 2, 4, 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def test_round_trip_in_order_and_replacement(cache: ReferenceCache) -> None:
 
 def test_a_sequence_s_digest_covers_tokens_and_mask() -> None:
     a = Sequence([1, 2, 3], [0, 1, 1])
-    assert sequence_digest(a) == sequence_digest(Sequence([1, 2, 3], [0, 1, 1], advantage=2.0))
+    assert sequence_digest(a) == sequence_digest(Sequence([1, 2, 3], [0, 1, 1], num_prompt_tokens=1))
+    # What caches of earlier versions hold: BLAKE2b of int64 token ids and the mask's bytes.
+    of_bytes = hashlib.blake2b(np.array([1, 2, 3], dtype="<i8").tobytes() + bytes([0, 1, 1]), digest_size=16)
+    assert sequence_digest(a) == of_bytes.digest()
     others = [Sequence([1, 2, 4], [0, 1, 1]), Sequence([1, 2, 3], [0, 0, 1]), Sequence([1, 2], [0, 1])]
     assert len({sequence_digest(s) for s in [a, *others]}) == 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from megarl.losses.preference import PreferenceOptions, Responses, pair_values
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 from tests.dpo import ranks
 from tests.models.tiny import make_model, save_model
 from tests.trainer.world import world
@@ -57,8 +58,8 @@ def tokenizer() -> Any:
 
 
 def split(sequence: Sequence) -> tuple[list[int], list[int]]:
-    start = sequence.loss_mask.index(1)
-    return sequence.token_ids[:start], sequence.token_ids[start:]
+    start = int(sequence.loss_mask.argmax())
+    return sequence.token_ids[:start].tolist(), sequence.token_ids[start:].tolist()
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -72,19 +73,22 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def ours(
-    model_dir: str, options: PreferenceOptions, sequences: list[Sequence], refs: torch.Tensor, kl: float = 0.0
+    model_dir: str, options: PreferenceOptions, sequences: TrainBatch, refs: torch.Tensor, kl: float = 0.0
 ) -> tuple[float, dict[str, np.ndarray]]:
     [answer] = world(1).run(ranks.preference_gradients, model_dir, options, sequences, refs.tolist(), kl)
     loss, gradients = answer
     return loss, gradients
 
 
-def hf_logps(model: Any, sequences: list[Sequence]) -> torch.Tensor:
+def hf_logps(model: Any, sequences: Iterable[Sequence]) -> torch.Tensor:
     from tests.models.tiny import hf_logprobs
 
     with torch.no_grad():
         return torch.stack(
-            [hf_logprobs(model, s.token_ids)[s.loss_mask.index(1) - 1 :].double().sum() for s in sequences]
+            [
+                hf_logprobs(model, s.token_ids.tolist())[int(s.loss_mask.argmax()) - 1 :].double().sum()
+                for s in sequences
+            ]
         )
 
 
@@ -115,7 +119,7 @@ def test_dpo_trainer(tmp_path: Path, model_dir: str, name: str) -> None:
         processing_class=tokenizer(),
     )
     rows = []
-    for chosen, rejected in zip(PAIRS[0::2], PAIRS[1::2], strict=True):
+    for chosen, rejected in zip(list(PAIRS)[0::2], list(PAIRS)[1::2], strict=True):
         prompt, response = split(chosen)
         rows.append({"prompt_ids": prompt, "chosen_ids": response, "rejected_ids": split(rejected)[1]})
     trainer.model.train()  # these models have no dropout

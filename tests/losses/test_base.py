@@ -10,7 +10,7 @@ import torch
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import LossTokens, token_weights
 from megarl.losses.sft import sft_loss
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 
 
 def test_token_weights_by_hand() -> None:
@@ -19,12 +19,14 @@ def test_token_weights_by_hand() -> None:
         Sequence([5, 6], [1, 0]),  # none
         Sequence([7, 8, 9, 1, 2], [0, 1, 1, 1, 0]),  # 3
     ]
-    assert token_weights(sequences, "token") == [1 / 5] * 3
-    assert token_weights(sequences, "sequence") == [1 / 4, 0.0, 1 / 6]
-    assert token_weights(sequences, "fixed_length", 100) == [1 / 200, 0.0, 1 / 200]  # Dr. GRPO
-    assert token_weights(sequences[1:2], "fixed_length", 100) == [0.0]
-    assert token_weights(sequences[1:2], "token") == [0.0]
-    assert token_weights(sequences[1:2], "sequence") == [0.0]
+    counts = TrainBatch.of(sequences).num_targets()
+    assert counts.tolist() == [2, 0, 3]
+    assert token_weights(counts, "token").tolist() == [1 / 5, 0.0, 1 / 5], "none: it weighs nothing"
+    assert token_weights(counts, "sequence").tolist() == [1 / 4, 0.0, 1 / 6]
+    assert token_weights(counts, "fixed_length", 100).tolist() == [1 / 200, 0.0, 1 / 200]  # Dr. GRPO
+    assert token_weights(counts[1:2], "fixed_length", 100).tolist() == [0.0]
+    assert token_weights(counts[1:2], "token").tolist() == [0.0]
+    assert token_weights(counts[1:2], "sequence").tolist() == [0.0]
 
 
 def test_sft_loss_is_the_weighted_negative_log_likelihood() -> None:

@@ -11,8 +11,9 @@ import torch
 
 from megarl import _C
 from megarl.ops.pack import PackedRows, RaggedTokens, pack_sequences, unpack_values
-from megarl.packing import context_parallel_slice, pack
-from megarl.records import Sequence
+from megarl.packing import context_parallel_slice
+from megarl.packing.pack import Packer
+from megarl.records import Sequence, TrainBatch
 from tests.oracles.packing import pack_sequences_reference, plan_reference
 
 
@@ -141,11 +142,15 @@ def test_many_threads_write_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("cp_size", [2, 3])
 def test_packing_a_slice_equals_slicing_the_pack(cp_size: int) -> None:
-    sequences = [Sequence(list(range(1, n + 1)), [1] * n, float(n), [-0.5] * n) for n in (1, 5, 12, 40)]
-    whole = pack(sequences, [3, 0, 2], pad_to_multiple=2 * cp_size)
+    lengths = (1, 5, 12, 40)
+    packer = Packer(
+        TrainBatch.of(Sequence(list(range(1, n + 1)), [1] * n, [-0.5] * n) for n in lengths),
+        advantages=np.array(lengths, dtype=float),
+    )
+    whole = packer.pack([3, 0, 2], pad_to_multiple=2 * cp_size)
     for rank in range(cp_size):
         sliced = context_parallel_slice(whole, rank, cp_size)
-        packed = pack(sequences, [3, 0, 2], pad_to_multiple=2 * cp_size, cp_rank=rank, cp_size=cp_size)
+        packed = packer.pack([3, 0, 2], pad_to_multiple=2 * cp_size, cp_rank=rank, cp_size=cp_size)
         for name in (
             "token_ids",
             "labels",

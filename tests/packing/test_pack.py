@@ -5,31 +5,34 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from megarl.packing.context_parallel import context_parallel_slice, zigzag_indices
-from megarl.packing.pack import pack, unpack
-from megarl.records import PackedBatch, Sequence
+from megarl.packing.pack import Packer, pack, unpack
+from megarl.records import PackedBatch, Sequence, TrainBatch
 
 
-def random_sequences(rng: random.Random, n: int, longest: int, logprobs: bool = True) -> list[Sequence]:
+def random_sequences(rng: random.Random, n: int, longest: int, logprobs: bool = True) -> TrainBatch:
     sequences = []
     for _ in range(n):
         length = rng.randint(1, longest)
         mask = [rng.randint(0, 1) for _ in range(length)]
-        values = [rng.uniform(-5, 0) if m else float("nan") for m in mask] if logprobs else []
-        sequences.append(Sequence([rng.randint(1, 99) for _ in mask], mask, rng.gauss(0, 1), values))
-    return sequences
+        values = [rng.uniform(-5, 0) if m else float("nan") for m in mask] if logprobs else None
+        sequences.append(Sequence([rng.randint(1, 99) for _ in mask], mask, values))
+    return TrainBatch.of(sequences)
 
 
 def test_worked_example_of_the_record() -> None:
     a, b, c, d, e = 1, 2, 3, 4, 5
-    sequences = [
-        Sequence([a, b, c], [0, 0, 1], 0.5, [0.0, 0.0, -0.25]),
-        Sequence([d, e], [1, 1], -2.0, [-9.0, -0.75]),
-    ]
-    batch = pack(sequences, [0, 1])
+    sequences = TrainBatch.of(
+        [
+            Sequence([a, b, c], [0, 0, 1], [0.0, 0.0, -0.25]),
+            Sequence([d, e], [1, 1], [-9.0, -0.75]),
+        ]
+    )
+    batch = Packer(sequences, advantages=np.array([0.5, -2.0])).pack([0, 1])
     assert batch.token_ids.tolist() == [a, b, c, d, e]
     assert batch.labels.tolist() == [b, c, 0, e, 0]
     assert batch.loss_mask.tolist() == [0, 1, 0, 1, 0]
@@ -43,11 +46,9 @@ def test_worked_example_of_the_record() -> None:
 
 
 def test_padding_and_order_of_indices() -> None:
-    sequences = [
-        Sequence([7, 8, 9], [0, 1, 1], 1.0),
-        Sequence([3], [1], 2.0),
-        Sequence([4, 5, 6, 7, 8], [0, 1, 0, 1, 1]),
-    ]
+    sequences = TrainBatch.of(
+        [Sequence([7, 8, 9], [0, 1, 1]), Sequence([3], [1]), Sequence([4, 5, 6, 7, 8], [0, 1, 0, 1, 1])]
+    )
     batch = pack(sequences, [2, 0, 1], pad_to_multiple=4)
     assert batch.token_ids.tolist() == [4, 5, 6, 7, 8, 0, 0, 0, 7, 8, 9, 0, 3, 0, 0, 0]
     assert batch.labels.tolist() == [5, 6, 7, 8, 0, 0, 0, 0, 8, 9, 0, 0, 0, 0, 0, 0]
@@ -60,7 +61,7 @@ def test_padding_and_order_of_indices() -> None:
 
 
 def test_dtypes_are_those_of_the_record() -> None:
-    batch = pack([Sequence([1, 2], [0, 1], 1.0, [0.0, -1.0])], [0])
+    batch = pack(TrainBatch.of([Sequence([1, 2], [0, 1], [0.0, -1.0])]), [0])
     integers = (batch.token_ids, batch.labels, batch.position_ids, batch.sequence_ids)
     assert all(t.dtype == torch.int64 for t in integers)
     assert all(
@@ -72,7 +73,7 @@ def test_dtypes_are_those_of_the_record() -> None:
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_empty_microbatch_is_a_dummy_without_loss(multiple: int) -> None:
-    sequences = [Sequence([1, 2], [0, 1], 1.0, [0.0, -1.0])]
+    sequences = TrainBatch.of([Sequence([1, 2], [0, 1], [0.0, -1.0])])
     batch = pack(sequences, [], pad_to_multiple=multiple)
     assert batch.token_ids.tolist() == [0] * multiple
     assert batch.loss_mask.sum() == 0
@@ -97,8 +98,9 @@ def test_unpack_inverts_pack() -> None:
         )
         for index, labels, logprobs, mask in unpacked:
             sequence = sequences[index]
-            assert labels.tolist()[1:] == sequence.token_ids[1:]
-            assert mask.tolist()[1:] == sequence.loss_mask[1:]
+            assert labels.tolist()[1:] == sequence.token_ids[1:].tolist()
+            assert mask.tolist()[1:] == sequence.loss_mask[1:].tolist()
+            assert sequence.rollout_logprobs is not None
             expected = [
                 p if m else 0.0 for p, m in zip(sequence.rollout_logprobs, sequence.loss_mask, strict=True)
             ]
@@ -107,10 +109,13 @@ def test_unpack_inverts_pack() -> None:
 
 
 def test_inconsistent_sequences_are_programmer_errors() -> None:
-    with pytest.raises(AssertionError, match="sequence 0: 1 mask values, 2 tokens"):
-        pack([Sequence([1, 2], [1])], [0])
-    with pytest.raises(AssertionError, match="sequence 1: 0 rollout_logprobs, expected 1"):
-        pack([Sequence([1], [1], 0.0, [0.0]), Sequence([1], [1])], [0, 1])
+    with pytest.raises(AssertionError, match="1 loss_mask, 2 token_ids"):
+        Sequence([1, 2], [1])
+    batch = TrainBatch.of([Sequence([1, 2], [0, 1])])
+    with pytest.raises(AssertionError, match="1 rollout_logprobs, 2 token_ids"):
+        pack(dataclasses.replace(batch, rollout_logprobs=np.zeros(1, dtype=np.float32)), [0])
+    with pytest.raises(AssertionError, match="sequence 1 is empty"):
+        pack(TrainBatch.of([Sequence([1, 2], [0, 1]), Sequence([], [])]), [0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from megarl.errors import UserError
@@ -11,11 +12,11 @@ from megarl.layout import ParallelLayout
 from megarl.packing.pack import pack
 from megarl.packing.placement import Limits, Part, place
 from megarl.packing.plan import CostModel
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 
 
-def make(lengths: list[int]) -> list[Sequence]:
-    return [Sequence([7 * i + t for t in range(n)], [0] + [1] * (n - 1)) for i, n in enumerate(lengths)]
+def make(lengths: list[int]) -> TrainBatch:
+    return TrainBatch.of(Sequence(7 * i + np.arange(n), np.arange(n) > 0) for i, n in enumerate(lengths))
 
 
 def context_ranks(size: int, context: int) -> ParallelLayout:
@@ -24,12 +25,13 @@ def context_ranks(size: int, context: int) -> ParallelLayout:
     )
 
 
-def on_all_ranks(sequences: list[Sequence], limits: Limits, layout: ParallelLayout) -> list[list[Part]]:
-    numbers = list(range(len(sequences)))
-    return [
-        place(sequences, numbers, limits, CostModel(), layout, layout.coordinates(rank))
-        for rank in range(layout.world_size)
-    ]
+def planned(batch: TrainBatch, limits: Limits, layout: ParallelLayout) -> list[Part]:
+    return place(batch, np.arange(len(batch)), limits, CostModel(), layout)
+
+
+def microbatches(part: Part, layout: ParallelLayout, rank: int) -> list[list[int]]:
+    at = layout.coordinates(rank)
+    return part.microbatches(layout, at.data, at.context)
 
 
 def test_invariants_hold_on_random_batches() -> None:
@@ -49,20 +51,22 @@ def test_invariants_hold_on_random_batches() -> None:
         split_from = draw.randint(2, budget // context)
         lengths = [draw.randint(1, 100) for _ in range(size * draw.choice([0, 1, 3, 20]))]
         limits = Limits(budget, group_size=size, split_from=split_from)
-        ranks = on_all_ranks(make(lengths), limits, layout)
-        assert len({tuple((part.split, len(part.microbatches)) for part in parts) for parts in ranks}) == 1
+        parts = planned(make(lengths), limits, layout)
+        ranks = range(layout.world_size)
+        assert all(len({len(microbatches(part, layout, rank)) for rank in ranks}) == 1 for part in parts)
         found: dict[int, bool] = {}
-        for rank, parts in enumerate(ranks):
+        for rank in ranks:
             at = layout.coordinates(rank)
             if at.tensor or at.pipeline:
                 continue
             for part in parts:
-                assert len(part.microbatches) % (pipeline if virtual > 1 else 1) == 0
+                own = microbatches(part, layout, rank)
+                assert len(own) % (pipeline if virtual > 1 else 1) == 0
                 multiple = tensor * (2 * context if part.split else 1)
                 limit = budget if part.split else budget // context
-                assert (part.pad_to_multiple, part.cp_size) == (multiple, context if part.split else 1)
-                for indices in part.microbatches:
-                    steps = [part.origins[i] for i in indices]
+                assert part.pad_to_multiple == multiple
+                for indices in own:
+                    steps = part.segments.rows[indices].tolist()
                     assert sum(-(-lengths[i] // multiple) * multiple for i in steps) <= limit
                     if part.split and at.context:
                         continue  # a copy of the first context rank's
@@ -79,32 +83,31 @@ def test_invariants_hold_on_random_batches() -> None:
 
 def test_without_the_option_all_are_split() -> None:
     layout = context_ranks(2, 2)
-    [part] = on_all_ranks(make([3, 50, 9]), Limits(64), layout)[0]
-    assert (
-        part.split
-        and part.pad_to_multiple == 4
-        and sorted(i for m in part.microbatches for i in m) == [0, 1, 2]
-    )
+    [part] = planned(make([3, 50, 9]), Limits(64), layout)
+    assert part.split and part.pad_to_multiple == 4
+    assert sorted(i for m in microbatches(part, layout, 1) for i in m) == [0, 1, 2]
 
 
 def test_ranks_get_equal_work() -> None:
     draw = random.Random(5)
     layout = context_ranks(8, 4)
-    parts = on_all_ranks(make([draw.randint(10, 60) for _ in range(200)]), Limits(512, split_from=64), layout)
-    [whole] = parts[0]
+    [whole] = planned(make([draw.randint(10, 60) for _ in range(200)]), Limits(512, split_from=64), layout)
     assert not whole.split and len(whole.plan.rank_costs) == 8
     assert whole.plan.cost_imbalance < 1.01
-    assert len({part.rank for [part] in parts}) == 8, "no two ranks compute the same"
+    own = [[i for each in microbatches(whole, layout, rank) for i in each] for rank in range(8)]
+    assert sorted(i for rank in own for i in rank) == list(range(200)), "no two ranks compute the same"
 
 
 def test_a_rank_without_a_sequence_has_a_dummy_of_its_own_kind() -> None:
     layout = context_ranks(4, 4)
     sequences = make([9, 60])
-    ranks = on_all_ranks(sequences, Limits(240, split_from=20), layout)
     packs = [
-        [pack(part.sequences, i, pad_to_multiple=part.pad_to_multiple) for i in part.microbatches]
-        for parts in ranks
-        for part in parts
+        [
+            pack(sequences, i, segments=part.segments, pad_to_multiple=part.pad_to_multiple)
+            for i in microbatches(part, layout, rank)
+        ]
+        for rank in range(4)
+        for part in planned(sequences, Limits(240, split_from=20), layout)
         if not part.split
     ]
     lengths = sorted(batch.lengths.tolist() for [batch] in packs if batch.lengths is not None)
@@ -114,20 +117,20 @@ def test_a_rank_without_a_sequence_has_a_dummy_of_its_own_kind() -> None:
 
 def test_prompts_are_shared_within_a_kind() -> None:
     prompt = list(range(30))
-    group = [
+    group = TrainBatch.of(
         Sequence(prompt + [50 + i] * n, [0] * 30 + [1] * n, num_prompt_tokens=30)
         for i, n in enumerate((2, 70, 4, 80))
-    ]
+    )
     layout = context_ranks(2, 2)
-    split, whole = on_all_ranks(group, Limits(400, share_prefixes=True, split_from=50), layout)[0]
+    split, whole = planned(group, Limits(400, share_prefixes=True, split_from=50), layout)
     assert split.split and not whole.split
     for part, own in ((split, {1, 3}), (whole, {0, 2})):
-        assert set(part.origins) == own
-        assert part.prefix_of == [-1, 0, 0]
+        assert set(part.segments.rows.tolist()) == own
+        assert part.segments.prefixes.tolist() == [-1, 0, 0]
 
 
 @pytest.mark.parametrize("split_from", [None, 2])
 def test_too_long_is_refused(split_from: int | None) -> None:
     layout = context_ranks(2, 2)
     with pytest.raises(UserError, match=r"max_tokens_per_microbatch = 64"):
-        on_all_ranks(make([9, 65]), Limits(64, split_from=split_from), layout)
+        planned(make([9, 65]), Limits(64, split_from=split_from), layout)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
 from megarl.packing.context_parallel import context_parallel_slice
 from megarl.packing.pack import pack
-from megarl.packing.routing import experts_to_replay, pack_experts, real_tokens
+from megarl.packing.routing import real_tokens
+from megarl.packing.samples import train_batch
 from megarl.packing.shared_prefix import share_prefixes
-from megarl.records import Sample, Sequence, token_ids
+from megarl.records import Sample, Sequence, TrainBatch, token_ids
 
 
 def marked(token_ids: list[int]) -> Sequence:
@@ -20,13 +24,16 @@ def marked(token_ids: list[int]) -> Sequence:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_choices_follow_their_tokens(size: int) -> None:
-    sequences = [marked([3, 1, 4, 1, 5]), Sequence([9, 2], [0, 0]), marked([6, 5, 3, 5, 8, 9, 7, 9, 3])]
+    sequences = TrainBatch.of(
+        [marked([3, 1, 4, 1, 5]), Sequence([9, 2], [0, 0]), marked([6, 5, 3, 5, 8, 9, 7, 9, 3])]
+    )
     whole = pack(sequences, [2, 1, 0], pad_to_multiple=2 * size)
     num_real = 0
     for rank in range(size):
         batch = context_parallel_slice(whole, rank, size)
-        experts, real = pack_experts(sequences, [2, 1, 0], batch, rank, size), real_tokens(batch, rank, size)
-        assert experts is not None
+        packed = pack(sequences, [2, 1, 0], pad_to_multiple=2 * size, cp_rank=rank, cp_size=size)
+        experts, real = packed.experts, real_tokens(batch, rank, size)
+        assert experts is not None and torch.equal(experts, batch.experts)
         num_real += int(real.sum())
         for token, sequence, choice, is_real in zip(
             batch.token_ids.tolist(),
@@ -42,34 +49,27 @@ def test_choices_follow_their_tokens(size: int) -> None:
                 else [[-1, -1], [-1, -1]]
             )
     assert num_real == 16
-    assert pack_experts([sequences[1]], [0], pack([sequences[1]], [0])) is None
+    assert pack(TrainBatch.of([Sequence([9, 2], [0, 0])]), [0]).experts is None
 
 
 def test_shared_prefixes_take_theirs_along() -> None:
     prompt = [1, 2, 3, 4, 5, 6]
     sequences = [marked([*prompt, 10 + n, 20 + n]) for n in range(4)]
-    sequences = [
-        Sequence(s.token_ids, s.loss_mask, num_prompt_tokens=6, experts=s.experts) for s in sequences
-    ]
-    shared = share_prefixes(sequences, max_tokens=100, pad_to_multiple=1)
-    assert len(shared.sequences) == 5
-    for part in shared.sequences:
-        assert part.experts is not None
-        assert part.experts[:, 0, 0].tolist() == [10 * token for token in part.token_ids]
+    batch = TrainBatch.of(dataclasses.replace(s, num_prompt_tokens=6) for s in sequences)
+    segments, _ = share_prefixes(batch, np.arange(4), max_tokens=100, pad_to_multiple=1)
+    assert len(segments) == 5
+    packed = pack(batch, [0, 1, 2, 3, 4], segments=segments)
+    assert packed.experts is not None and packed.prefixes is not None
+    assert packed.experts[:, 0, 0].tolist() == [10 * token for token in packed.token_ids.tolist()]
 
 
 def test_the_last_token_of_a_sample_is_left_to_the_trainer() -> None:
-    sample = Sample(
-        0,
-        token_ids([1, 2]),
-        token_ids([3]),
-        np.zeros(1, np.float32),
-        0,
-        "stop",
-        experts=np.ones((2, 2, 2), dtype=np.int16),
-    )
-    replayed = experts_to_replay(sample)
+    logprobs = np.zeros(1, np.float32)
+    sample = Sample(0, token_ids([1, 2]), token_ids([3]), logprobs, 0, "stop")
+    plain = dataclasses.replace(sample, response_ids=token_ids([4]))
+    sample.experts = np.ones((2, 2, 2), dtype=np.int16)
+    replayed = train_batch([sample, plain]).experts
     assert replayed is not None
-    assert replayed.tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[-1, -1], [-1, -1]]]
-    sample.experts = None
-    assert experts_to_replay(sample) is None
+    assert replayed[:3].tolist() == [[[1, 1], [1, 1]], [[1, 1], [1, 1]], [[-1, -1], [-1, -1]]]
+    assert (replayed[3:] == -1).all() and replayed.shape == (6, 2, 2)
+    assert train_batch([plain]).experts is None

@@ -4,59 +4,69 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from megarl.packing.pack import pack
+from megarl.packing.segments import Segments
 from megarl.packing.shared_prefix import share_prefixes
-from megarl.packing.token_values import assemble, put, take
-from megarl.records import PackedBatch, Sequence
+from megarl.packing.token_values import add_targets, at_targets, per_sequence
+from megarl.records import PackedBatch, Sequence, TrainBatch
 
 
-def sequences() -> list[Sequence]:
+def make_batch() -> TrainBatch:
     prompt = [7, 8, 9, 10, 11, 12]
     responses = [[1, 2, 3], [4], [5, 6, 7, 8]]
-    return [
+    return TrainBatch.of(
         Sequence(prompt + r, [0] * 6 + [1 - (i == 1) for i in range(len(r))], num_prompt_tokens=6)
         for r in responses
-    ]
+    )
 
 
-def batches(shared: bool, cp_size: int) -> list[PackedBatch]:
-    whole = sequences()
-    origins, prefix_of, parts = list(range(3)), None, whole
+def packed(shared: bool, cp_size: int) -> list[PackedBatch]:
+    batch = make_batch()
+    segments = Segments.whole(batch)
     if shared:
-        split = share_prefixes(whole, max_tokens=100, pad_to_multiple=2 * cp_size)
-        parts, origins, prefix_of = split.sequences, split.origins, split.prefix_of
-        assert len(parts) == 4
-    packed = [
+        segments, _ = share_prefixes(batch, np.arange(3), max_tokens=100, pad_to_multiple=2 * cp_size)
+        assert len(segments) == 4
+    return [
         pack(
-            parts,
-            list(range(len(parts))),
+            batch,
+            list(range(len(segments))),
+            segments=segments,
             pad_to_multiple=2 * cp_size,
             cp_rank=rank,
             cp_size=cp_size,
-            prefix_of=prefix_of,
         )
         for rank in range(cp_size)
     ]
-    for batch in packed:
-        batch.sequence_ids = batch.sequence_ids.new_tensor(origins)[batch.sequence_ids]
-    return packed
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_what_is_put_stands_at_its_token_and_comes_back(shared: bool, cp_size: int) -> None:
-    whole = sequences()
-    values = [np.array([100.0 * i + 1000 + t for t in s.token_ids]) for i, s in enumerate(whole)]
-    packed = batches(shared, cp_size)
-    fields = [put(values, batch) for batch in packed]
-    for batch, field in zip(packed, fields, strict=True):
+    batch, rows = make_batch(), np.arange(3)
+    values = 1000.0 + batch.token_ids + 100 * np.repeat(rows, batch.lengths)
+    found = np.zeros(batch.num_tokens)
+    for micro in packed(shared, cp_size):
+        field = at_targets(micro, values, batch.offsets, rows)
+        by_sequence = per_sequence(micro, torch.tensor([0.5, 1.5, 2.5]))
         for row in range(len(field)):
-            expected = 0.0
-            if batch.loss_mask[row]:
-                expected = 100.0 * int(batch.sequence_ids[row]) + 1000 + int(batch.labels[row])
+            expected, own = 0.0, 0.0
+            if micro.loss_mask[row]:
+                expected = 100.0 * int(micro.sequence_ids[row]) + 1000 + int(micro.labels[row])
+                own = int(micro.sequence_ids[row]) + 0.5
             assert float(field[row]) == expected
-    parts = [take(field, batch) for field, batch in zip(fields, packed, strict=True)]
-    back = assemble(parts, [len(s.token_ids) for s in whole])
-    for sequence, given, found in zip(whole, values, back, strict=True):
-        assert found.tolist() == (given * np.array(sequence.loss_mask)).tolist()
+            assert float(by_sequence[row]) == own
+        add_targets(micro, field, found, batch.offsets, rows)
+    assert found.tolist() == (values * batch.targets()).tolist()
+
+
+def test_sequences_are_counted_by_their_numbers_in_the_step() -> None:
+    """A rank that has sequences 2, 5 and 9 of a step keeps their values end to end."""
+    batch, rows = make_batch(), np.array([2, 5, 9])
+    [micro] = packed(False, 1)
+    values = np.arange(batch.num_tokens, dtype=np.float32)
+    plain = at_targets(micro, values, batch.offsets, np.arange(3))
+    micro.sequence_ids = torch.from_numpy(rows)[micro.sequence_ids]
+    assert torch.equal(at_targets(micro, values, batch.offsets, rows), plain)
+    assert float(per_sequence(micro, torch.arange(10.0)).max()) == 9

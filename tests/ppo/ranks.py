@@ -57,7 +57,7 @@ def learn(context: Any, model_dir: str, critic: dict[str, Any], algorithm: dict[
     learner = make_learner(context, model_dir, critic, algorithm)
     log, advantages, start = [], [], weights(learner.policy)
     for step in range(1, STEPS + 1):
-        groups = make_groups(step)
+        groups = make_groups(step) if context.is_first else []  # no other rank has the samples
         learned = learner.learn(step, groups)
         told = dict(learned.metrics)
         told.pop("tokens_per_second_train")

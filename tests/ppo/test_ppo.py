@@ -178,7 +178,8 @@ def test_layout_equals_one_rank(models: dict[str, str], layout: str) -> None:
     critic = {"path": models["critic"], "value_clip": VALUE_CLIP}
     results = world(2).run(ranks.learn, models["policy"], critic, ALGORITHM, parallel=LAYOUTS[layout])
     found = results[0]
-    assert results[1]["log"] == found["log"] and results[1]["advantages"] == found["advantages"]
+    assert results[1]["log"] == found["log"]
+    assert results[1]["advantages"] == [[]] * ranks.STEPS, "samples are rank 0's alone"
     for one, two in zip(expected["log"], found["log"], strict=True):
         for key in [key for key in two if key.endswith(("num_split_sequences", "num_whole_sequences"))]:
             assert two.pop(key) > 0 and LAYOUTS[layout].get("context_split_from")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megarl.losses.reward import RewardLoss
-from megarl.records import Sequence
+from megarl.records import TrainBatch
 from megarl.trainer.passes import evaluate_score_loss, score_step, sequence_scores
 from megarl.weights.hf import has_score
 from tests.dpo.ranks import NO_WARMUP, make_pairs, pair_gradients
@@ -44,8 +44,9 @@ def reward_steps(
     for step in range(steps):
         pairs = make_pairs(step)
         loss = RewardLoss(len(pairs) // 2, center_coef)
-        batches = scorer.prepare(pairs, "token", group_size=2)
-        log.append(score_step(scorer, batches, loss, "last"))
+        packed = scorer.prepare(pairs, "token", group_size=2)
+        batches = packed.batches
+        log.append(score_step(scorer, batches, loss, "last") | packed.placed)
     if export_dir is not None:
         export(scorer, model_dir, export_dir)
     return {
@@ -59,12 +60,12 @@ def reward_steps(
 
 
 def reward_gradients(
-    context: Any, model_dir: str, sequences: list[Sequence], center_coef: float
+    context: Any, model_dir: str, pairs: TrainBatch, center_coef: float
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient (by HF name) of one packed step on one rank."""
     scorer = build_scorer(context, model_dir)
-    loss = RewardLoss(len(sequences) // 2, center_coef)
-    return pair_gradients(scorer, sequences, lambda output: loss(output.scores("last")))
+    loss = RewardLoss(len(pairs) // 2, center_coef)
+    return pair_gradients(scorer, pairs, lambda output: loss(output.scores("last")))
 
 
 def save_and_load(context: Any, model_dir: str, directory: str) -> tuple[list[float], list[float]]:
@@ -75,7 +76,7 @@ def save_and_load(context: Any, model_dir: str, directory: str) -> tuple[list[fl
     pairs = make_pairs(0)
     loss = RewardLoss(len(pairs) // 2)
     first = build_scorer(context, model_dir)
-    score_step(first, first.prepare(pairs, "token", group_size=2), loss, "last")
+    score_step(first, first.prepare(pairs, "token", group_size=2).batches, loss, "last")
     if context.is_first:
         Path(directory).mkdir()
     if context.layout.world_size > 1:
@@ -84,6 +85,6 @@ def save_and_load(context: Any, model_dir: str, directory: str) -> tuple[list[fl
     second = build_scorer(context, model_dir)
     assert second.load(Path(directory))
     for scorer in (first, second):
-        score_step(scorer, scorer.prepare(pairs, "token", group_size=2), loss, "last")
+        score_step(scorer, scorer.prepare(pairs, "token", group_size=2).batches, loss, "last")
         scores.append(sequence_scores(scorer, pairs).tolist())
     return scores[0], scores[1]

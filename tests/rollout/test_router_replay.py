@@ -15,7 +15,7 @@ from megarl.algorithms.engines import attach_weights
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
 from megarl.models import load_architecture
-from megarl.packing.routing import experts_to_replay
+from megarl.packing.samples import train_batch
 from megarl.records import Sample, Sequence, token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_build import KV_BLOCK_SIZE
@@ -39,25 +39,13 @@ class Rollout:
 
     def sequences(self) -> list[Sequence]:
         """As GRPO trains on them."""
-        found = []
+        samples = []
         for response in self.responses:
             prompt = self.requests[response.request_id].prompt_ids
             sample = Sample(0, prompt, response.token_ids, response.logprobs, 1, "length")
             sample.experts = response.experts
-            mask = [0] * len(prompt) + [1] * len(response.token_ids)
-            experts = experts_to_replay(sample)
-            logprobs = [0.0] * len(prompt) + response.logprobs.tolist()
-            found.append(
-                Sequence(
-                    [*prompt.tolist(), *response.token_ids.tolist()],
-                    mask,
-                    0.0,
-                    logprobs,
-                    len(prompt),
-                    experts=experts,
-                )
-            )
-        return found
+            samples.append(sample)
+        return list(train_batch(samples))
 
     def errors(self, logprobs: list[list[float]]) -> np.ndarray:
         """|trainer's - engine's| of all response tokens."""
@@ -138,16 +126,11 @@ def test_replayed_by_the_trainer_they_give_the_engines_logprobs(rollout: Rollout
                 router_ranks.replayed_logprobs, str(rollout.model_dir), sequences, ranks.TEMPERATURE
             )
             assert rollout.errors(found).max() < 1e-4
-        arguments = (str(rollout.model_dir), [scored(sequences)], {}, "auto")
+        arguments = (str(rollout.model_dir), [sequences], {}, "auto")
         [first, *_] = world(size).run(router_ranks.train_routed, *arguments, parallel=layout)
         [values] = first["log"]
         assert values["router_replay_rerouted"] < 1e-3
         assert values["worst"] < 1e-4
-
-
-def scored(sequences: list[Sequence]) -> list[Sequence]:
-    """With what a policy step needs beside the tokens."""
-    return [replace(s, advantage=1.0 - 2 * (n % 2)) for n, s in enumerate(sequences)]
 
 
 def test_a_bfloat16_engine_chooses_differently_and_replay_mends_it(tmp_path: Path) -> None:
@@ -160,7 +143,11 @@ def test_a_bfloat16_engine_chooses_differently_and_replay_mends_it(tmp_path: Pat
         world(1).run(router_ranks.replayed_logprobs, model, s, ranks.TEMPERATURE) for s in (sequences, plain)
     )
     moved = sum(
-        int((np.sort(s.experts[:-1], axis=-1) != hf_choices(rollout.model, s.token_ids)[:-1]).any(-1).sum())
+        int(
+            (np.sort(s.experts[:-1], axis=-1) != hf_choices(rollout.model, s.token_ids.tolist())[:-1])
+            .any(-1)
+            .sum()
+        )
         for s in sequences
         if s.experts is not None
     )

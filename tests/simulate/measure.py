@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from megarl.losses.sft import sft_loss
-from megarl.records import Sequence
+from megarl.records import Sequence, TrainBatch
 from megarl.trainer.passes import train_step
 
 
@@ -29,16 +30,16 @@ def build(context: Any, model_dir: str, *, distributed: bool = False, dtype: str
     )
 
 
-def sequences(count: int, length: int) -> list[Sequence]:
+def sequences(count: int, length: int) -> TrainBatch:
     """Every token but the first has a loss."""
-    ids = [[(7 * n + 3 * i) % 250 for i in range(length)] for n in range(count)]
-    return [Sequence(token_ids=each, loss_mask=[0] + [1] * (length - 1)) for each in ids]
+    ids = (7 * np.arange(count)[:, None] + 3 * np.arange(length)) % 250
+    return TrainBatch.of(Sequence(each, np.arange(length) > 0) for each in ids)
 
 
 def state_bytes(context: Any, model_dir: str, distributed: bool, dtype: str) -> dict[str, Any]:
     """Shapes of all parameters; bytes of parameters, of gradients, and of master copies and moments."""
     policy = build(context, model_dir, distributed=distributed, dtype=dtype)
-    train_step(policy, policy.prepare(sequences(4, 16), "token"), sft_loss, temperature=1.0)
+    train_step(policy, policy.prepare(sequences(4, 16), "token").batches, sft_loss, temperature=1.0)
     params = list(policy.params.values())
     optimizer = 0
     own = {param.data_ptr() for param in params}
@@ -80,7 +81,7 @@ def kept_bytes(context: Any, model_dir: str, count: int, length: int) -> int:
         backward = True  # what is packed from here on is computed again
         return tensor
 
-    batches = policy.prepare(sequences(count, length), "token")
+    batches = policy.prepare(sequences(count, length), "token").batches
     assert len(batches) == 1
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         train_step(policy, batches, sft_loss, temperature=1.0)

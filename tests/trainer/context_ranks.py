@@ -41,11 +41,13 @@ def long_step(context: Any, model_dir: str, longest: int) -> dict[str, Any]:
     for length in (longest, 3000, 1000, 96):
         tokens = [draw.randrange(250) for _ in range(length)]
         sequences.append(Sequence(tokens, [0] * 8 + [1] * (length - 8)))
-    total = sum(len(s.token_ids) for s in sequences)
+    total = sum(map(len, sequences))
     policy = ranks.build(context, model_dir, optimizer={"lr_warmup_steps": 0}, budget=total + 64)
     small = [Sequence(list(range(16)), [0] + [1] * 15)]
-    train_step(policy, policy.prepare(small, "token"), sft_loss, temperature=1.0)  # the optimizer's state
-    batches = policy.prepare(sequences, "token")
+    train_step(
+        policy, ranks.prepare(policy, small, "token").batches, sft_loss, temperature=1.0
+    )  # the optimizer's state
+    batches = ranks.prepare(policy, sequences, "token").batches
     assert len(batches) == 1
     result, sizes = allocations(lambda: train_step(policy, batches, sft_loss, temperature=1.0))
     return {
@@ -125,7 +127,7 @@ class Ring(torch.nn.Module):
 def build(context: Any, model_dir: str) -> Any:
     """A policy without shared prefixes, which a ring does not have."""
     policy = ranks.build(context, model_dir, optimizer={"lr_warmup_steps": 0})
-    policy.packing = policy.packing.model_copy(update={"share_prefix": "off"})
+    policy.batch_maker.packing = policy.batch_maker.packing.model_copy(update={"share_prefix": "off"})
     return policy
 
 
@@ -140,7 +142,7 @@ def train(context: Any, model_dir: str) -> list[list[float]]:
     assert bool(rings) == (context.parallel.context_attention == "ring")
     found = []
     for step in range(3):
-        batches = policy.prepare(ranks.make_sequences(step), "token")
+        batches = ranks.prepare(policy, ranks.make_sequences(step), "token").batches
         metrics = train_step(policy, batches, sft_loss, temperature=1.0).metrics
         found.append([metrics["loss"], metrics["grad_norm"]])
     return found
@@ -167,7 +169,7 @@ def gathered(context: Any, model_dir: str, shortest: int, longest: int) -> list[
 
     found = []
     with patch.object(context_attention, "_gather", count):
-        for batch in policy.prepare(sequences, "token"):
+        for batch in ranks.prepare(policy, sequences, "token").batches:
             seen[0] = 0
             policy.run([batch], lambda output: sft_loss(output.logprobs()), grad=True)
             assert batch.lengths is not None

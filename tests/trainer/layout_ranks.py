@@ -21,14 +21,14 @@ def padded(sequences: list[Sequence]) -> list[Sequence]:
     """Every sequence as long as the longest may be, its padding without a loss."""
     longer = []
     for s in sequences:
-        rest = LONGEST - len(s.token_ids)
+        rest = (0, LONGEST - len(s))
         assert s.rollout_logprobs is not None
         longer.append(
             replace(
                 s,
-                token_ids=s.token_ids + [0] * rest,
-                loss_mask=s.loss_mask + [0] * rest,
-                rollout_logprobs=s.rollout_logprobs + [0.0] * rest,
+                token_ids=np.pad(s.token_ids, rest),
+                loss_mask=np.pad(s.loss_mask, rest),
+                rollout_logprobs=np.pad(s.rollout_logprobs, rest),
             )
         )
     return longer
@@ -60,7 +60,7 @@ def _run(
         sequences = ranks.make_sequences(30 + number, longest=LONGEST)
         if pad:
             sequences = padded(sequences)
-        batches = policy.prepare(sequences, "token" if kind == "sft" else "sequence")
+        batches = ranks.prepare(policy, sequences, "token" if kind == "sft" else "sequence").batches
         if pad:
             assert all(len(batch.cu_seqlens) == 2 for batch in batches)
         loss: Any = sft_loss

@@ -11,7 +11,9 @@ import torch
 
 from megarl.config.lora import LoraConfig
 from megarl.losses.sft import sft_loss
-from megarl.trainer.passes import fill_logprobs, token_values, train_step
+from megarl.trainer.batches import gather_from_packed
+from megarl.trainer.control import broadcast
+from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer import ranks
 
 Tensors = dict[str, np.ndarray]
@@ -52,9 +54,10 @@ def adapters(policy: Any) -> Tensors:
 
 def logprobs(policy: Any, sequences: list[Any], into: Any = "old_logprobs") -> list[np.ndarray]:
     """Logprobs of every sequence's targets, on every rank."""
-    batches = policy.prepare(sequences, "token")
-    fill_logprobs(policy, batches, into, temperature=1.0)
-    return [np.asarray(v) for v in token_values(policy, batches, lambda b: getattr(b, into), sequences)]
+    packed = ranks.prepare(policy, sequences, "token")
+    fill_logprobs(policy, packed.batches, into, temperature=1.0)
+    values: np.ndarray = broadcast(gather_from_packed(packed, lambda batch: getattr(batch, into)))
+    return np.split(values, np.cumsum([len(s) for s in sequences])[:-1])
 
 
 def gradients(context: Any, model_dir: str, lora: dict[str, Any], values: Tensors, seed: int) -> Tensors:
@@ -63,7 +66,7 @@ def gradients(context: Any, model_dir: str, lora: dict[str, Any], values: Tensor
     policy = build(context, model_dir, lora)
     set_adapters(policy, values)
     policy.ddp[0].zero_grad_buffer()
-    batches = policy.prepare(ranks.make_sequences(seed), "token")
+    batches = ranks.prepare(policy, ranks.make_sequences(seed), "token").batches
     assert len(batches) > 1
     policy.run(batches, lambda output: sft_loss(output.logprobs()), grad=True)
     assert all(p.grad is None and not hasattr(p, "main_grad") for p in policy.params.values())
@@ -99,7 +102,7 @@ def train(
         policy.load(Path(load))
     initial, log = adapters(policy), []
     for number in steps:
-        batches = policy.prepare(ranks.make_sequences(number), "token")
+        batches = ranks.prepare(policy, ranks.make_sequences(number), "token").batches
         loss: Any = sft_loss
         if kinds == "both" and number % 2:
             loss = ranks.POLICY_LOSS
@@ -171,7 +174,12 @@ def publish_facts(context: Any, model_dir: str, lora: dict[str, Any], dtype: str
     offered = {name: tensor.data_ptr() for name, tensor in policy.weights._params.items()}
     fresh = []
     for number in range(5):
-        train_step(policy, policy.prepare(ranks.make_sequences(number), "token"), sft_loss, temperature=1.0)
+        train_step(
+            policy,
+            ranks.prepare(policy, ranks.make_sequences(number), "token").batches,
+            sft_loss,
+            temperature=1.0,
+        )
         policy.weights.publish()
         policy.weights.publish()
         published = {name: tensor.clone() for name, tensor in policy.weights._params.items()}
@@ -202,7 +210,9 @@ def publish_facts(context: Any, model_dir: str, lora: dict[str, Any], dtype: str
 def memory(context: Any, model_dir: str, lora: dict[str, Any] | None) -> dict[str, int]:
     """Elements of gradients and optimizer state after a step, and of what engines get a copy of."""
     policy = ranks.build(context, model_dir) if lora is None else build(context, model_dir, lora)
-    train_step(policy, policy.prepare(ranks.make_sequences(1), "token"), sft_loss, temperature=1.0)
+    train_step(
+        policy, ranks.prepare(policy, ranks.make_sequences(1), "token").batches, sft_loss, temperature=1.0
+    )
     buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
     states = [
         value
@@ -238,7 +248,7 @@ def train_and_wait(
     ranks.take(place / "attached")
     for step in range(1, steps + 1):
         for number in range(3):  # in the very first B is 0 and A has no gradient
-            batches = policy.prepare(ranks.make_sequences(number), "token")
+            batches = ranks.prepare(policy, ranks.make_sequences(number), "token").batches
             train_step(policy, batches, sft_loss, temperature=1.0)
         policy.weights.publish()
         ranks.export(policy, model_dir, str(place / f"export-{step}"))

@@ -14,7 +14,7 @@ from megarl.losses.policy import PolicyLoss
 from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.records import Sequence
 from megarl.trainer.passes import fill_logprobs, train_step
-from tests.trainer.ranks import build, make_sequences, weights
+from tests.trainer.ranks import build, make_sequences, prepare, weights
 
 NO_WARMUP = {"lr_warmup_steps": 0, "lr": 1e-2, "adam_eps": 1e-3}
 
@@ -26,9 +26,9 @@ def sequence_level(context: Any, model_dir: str) -> dict[str, Any]:
         level="sequence", clip_low=0.01, clip_high=0.01, correction="sequence_mask", correction_low=0.7
     )
     log = []
-    lone = Sequence(list(range(1, 9)), [0] * 7 + [1], 1.5, [-5.4] * 8)
+    lone = Sequence(list(range(1, 9)), [0] * 7 + [1], [-5.4] * 8)
     for sequences in (make_sequences(3), [lone]):
-        batches = policy.prepare(sequences, "sequence")
+        batches = prepare(policy, sequences, "sequence").batches
         fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
         for _ in range(3):
             log.append(train_step(policy, batches, PolicyLoss(options), temperature=1.0).metrics)
@@ -76,7 +76,7 @@ def sequences_with_truncated_logprobs(context: Any, model_dir: str) -> list[Sequ
         logprobs = [0.0] + [
             truncated_logprobs(logits[i - 1], ids[i], *SAMPLER.values()) for i in range(1, len(ids))
         ]
-        done.append(dataclasses.replace(sequence, rollout_logprobs=logprobs))
+        done.append(dataclasses.replace(sequence, rollout_logprobs=np.array(logprobs)))
     return done
 
 
@@ -84,7 +84,7 @@ def truncated_sampling(context: Any, model_dir: str, sequences: list[Sequence]) 
     """One on-policy step on them; without the sampler's support the logprobs would be others."""
     policy = build(context, model_dir, optimizer=NO_WARMUP)
     loss = PolicyLoss(PolicyLossOptions(entropy_coef=0.01))
-    batches = policy.prepare(sequences, "token")
+    batches = prepare(policy, sequences, "token").batches
     plain = fill_logprobs(policy, batches, "old_logprobs", temperature=SAMPLER["temperature"])
     for batch in batches:
         batch.old_logprobs = None
@@ -115,10 +115,10 @@ def numerics(context: Any, model_dir: str, where: str, check: bool) -> str:
         check_numerics=check,
     )
     sequences = [
-        Sequence([10, 11, 12, 13, 14], [0, 0, 1, 1, 1], 1.0),
-        Sequence([20, 21, 22, 23, 24, 25], [0, 0, 0, 1, 1, 1], -1.0),
+        Sequence([10, 11, 12, 13, 14], [0, 0, 1, 1, 1]),
+        Sequence([20, 21, 22, 23, 24, 25], [0, 0, 0, 1, 1, 1]),
     ]
-    batches = policy.prepare(sequences, "token")
+    batches = prepare(policy, sequences, "token").batches
     if where == "embedding":
         with torch.no_grad():  # the model sees a NaN from token 4 of sequence 1 on
             policy.params["embedding.word_embeddings.weight"][24] = math.nan
@@ -148,7 +148,7 @@ def ops_of_a_step(context: Any, model_dir: str) -> set[str]:
 
     policy = build(context, model_dir)
     with Record():
-        batches = policy.prepare(make_sequences(3), "token")
+        batches = prepare(policy, make_sequences(3), "token").batches
         fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
         train_step(policy, batches, PolicyLoss(PolicyLossOptions()), temperature=1.0)
     return called

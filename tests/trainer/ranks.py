@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from megarl.losses.base import LossResult, LossTokens, token_weights
 from megarl.losses.policy import PolicyLoss
 from megarl.losses.sft import sft_loss
 from megarl.ops.policy_loss import PolicyLossOptions
-from megarl.records import PackedBatch, Sequence
+from megarl.records import Sequence, TrainBatch
+from megarl.trainer.batches import PackedStep
 from megarl.trainer.passes import evaluate_loss, fill_logprobs, train_step
 
 TOTAL_STEPS = 8
@@ -47,15 +49,25 @@ def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 25
         n = draw.randint(6, longest)
         prompt = draw.randint(1, 4)
         mask = [0] * n if number == 1 else [0] * prompt + [draw.randint(0, 9) > 0 for _ in range(n - prompt)]
-        sequences.append(
-            Sequence(
-                token_ids=[draw.randrange(vocab) for _ in range(n)],
-                loss_mask=[int(m) for m in mask],
-                advantage=draw.gauss(0, 1),
-                rollout_logprobs=[draw.uniform(-8, -3) for _ in range(n)],
-            )
-        )
+        token_ids = [draw.randrange(vocab) for _ in range(n)]
+        draw.gauss(0, 1)  # what follows is drawn as ever: near ties of sampling would fall elsewhere
+        logprobs = [draw.uniform(-8, -3) for _ in range(n)]
+        sequences.append(Sequence(np.array(token_ids), np.array(mask), np.array(logprobs)))
     return sequences
+
+
+def prepare(
+    policy: Any, sequences: Iterable[Sequence], aggregation: Any = "token", **options: Any
+) -> PackedStep:
+    """One optimizer step of these sequences, with advantages that follow from their tokens."""
+    batch = TrainBatch.of(sequences)
+    step: PackedStep = policy.prepare(batch, aggregation, advantages=advantages_of(batch), **options)
+    return step
+
+
+def advantages_of(sequences: Iterable[Sequence]) -> np.ndarray:
+    """[S]: each sequence's is drawn from its tokens."""
+    return np.array([random.Random(int(each.token_ids.sum())).gauss(0, 1) for each in sequences])
 
 
 def build(
@@ -103,7 +115,7 @@ def train_export_and_offer(
 ) -> Any:
     """One training step, its weights exported, and what rank 0 tells an engine; the weights stay alive."""
     policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
-    train_step(policy, policy.prepare(make_sequences(5), "token"), sft_loss, temperature=1.0)
+    train_step(policy, prepare(policy, make_sequences(5), "token").batches, sft_loss, temperature=1.0)
     export(policy, model_dir, export_dir)
     owners = policy.weights.owners(transport)
     _offered[:] = [policy]
@@ -123,7 +135,7 @@ def train_and_wait(context: Any, model_dir: str, directory: str, steps: int, dis
         put(place / "owners", owners)
     take(place / "attached")
     for step in range(1, steps + 1):
-        train_step(policy, policy.prepare(make_sequences(step), "token"), sft_loss, temperature=1.0)
+        train_step(policy, prepare(policy, make_sequences(step), "token").batches, sft_loss, temperature=1.0)
         if step == steps:
             export(policy, model_dir, str(place / "last"))
         if context.is_first:
@@ -211,18 +223,20 @@ def gradients(
     splits: list[list[list[int]] | None],
 ) -> list[tuple[float, dict[str, np.ndarray]]]:
     """Loss and gradient (by HF name) for each split of the step into microbatches; None is the planner's."""
-    from megarl.packing.pack import pack
+    from megarl.packing.pack import Packer
     from megarl.weights.hf import region_index
 
     policy = build(context, model_dir)
-    share = torch.tensor(token_weights(sequences, aggregation))
+    batch_of_all = TrainBatch.of(sequences)
+    share = torch.from_numpy(token_weights(batch_of_all.num_targets(), aggregation)).float()
     answers = []
     for split in splits:
         if split is None:
-            batches = policy.prepare(sequences, aggregation)
+            batches = prepare(policy, sequences, aggregation).batches
             assert len(batches) > 1
         else:
-            batches = [pack(sequences, indices) for indices in split]
+            packer = Packer(batch_of_all, advantages=advantages_of(batch_of_all))
+            batches = [packer.pack(indices) for indices in split]
             for batch in batches:
                 batch.loss_weights = share[batch.sequence_ids] * batch.loss_mask
         policy.ddp[0].zero_grad_buffer()
@@ -242,7 +256,8 @@ def sft_steps(
     """Metrics of plain SFT steps and the weights after them."""
     policy = build(context, model_dir, optimizer=optimizer)
     metrics = [
-        train_step(policy, policy.prepare(s, "token"), sft_loss, temperature=1.0).metrics for s in steps
+        train_step(policy, prepare(policy, s, "token").batches, sft_loss, temperature=1.0).metrics
+        for s in steps
     ]
     return metrics, weights(policy)
 
@@ -251,7 +266,7 @@ def first_policy_step(context: Any, model_dir: str) -> dict[str, float]:
     """One optimizer step right after the rollout: old logprobs are these very logprobs."""
     policy = build(context, model_dir)
     loss = PolicyLoss(PolicyLossOptions())
-    batches = policy.prepare(make_sequences(5), "token")
+    batches = prepare(policy, make_sequences(5), "token").batches
     return dict(train_step(policy, batches, loss, temperature=TEMPERATURE).metrics)
 
 
@@ -261,7 +276,7 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
     sequences = make_sequences(5)
 
     def logprobs() -> np.ndarray:
-        batches = policy.prepare(sequences, "token")
+        batches = prepare(policy, sequences, "token").batches
         fill_logprobs(policy, batches, "ref_logprobs", temperature=1.0)
         return torch.cat([b.ref_logprobs for b in batches]).numpy()
 
@@ -274,7 +289,7 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
     kept = {name: tensor.data_ptr() for name, tensor in policy._reference.items()}
     metrics = []
     for _ in range(2):
-        batches = policy.prepare(sequences, "token")
+        batches = prepare(policy, sequences, "token").batches
         metrics.append(train_step(policy, batches, sft_loss, temperature=1.0).metrics)
         values = {name: param.detach().clone() for name, param in policy.params.items()}
         facts["own"].append(logprobs())
@@ -290,7 +305,9 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
         )
     undisturbed = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
     facts["equal_metrics"] = metrics == [
-        train_step(undisturbed, undisturbed.prepare(sequences, "token"), sft_loss, temperature=1.0).metrics
+        train_step(
+            undisturbed, prepare(undisturbed, sequences, "token").batches, sft_loss, temperature=1.0
+        ).metrics
         for _ in range(2)
     ]
     try:
@@ -359,23 +376,23 @@ def _step(policy: Any, number: int) -> list[dict[str, float]]:
         draws = random.random(), float(np.random.rand()), float(torch.rand(()))
         sequences[0].token_ids[-1] = int(sum(draws) * 80)
 
-    def step(batches: list[PackedBatch], loss: Any) -> dict[str, float]:
-        result = train_step(policy, batches, loss, temperature=TEMPERATURE)
-        return result.metrics | _flat("train", result.agreement)
+    def step(packed: PackedStep, loss: Any) -> dict[str, float]:
+        result = train_step(policy, packed.batches, loss, temperature=TEMPERATURE)
+        return result.metrics | packed.placed | _flat("train", result.agreement)
 
     if kind == 0:
-        batches = policy.prepare(sequences, "token")
-        validation = evaluate_loss(policy, batches, sft_loss)
-        return [{f"validation_{k}": v for k, v in validation.items()} | step(batches, sft_loss)]
+        packed = prepare(policy, sequences, "token")
+        validation = evaluate_loss(policy, packed.batches, sft_loss)
+        return [{f"validation_{k}": v for k, v in validation.items()} | step(packed, sft_loss)]
     if kind == 1:
-        return [step(policy.prepare(sequences, "sequence"), sft_loss)]
+        return [step(prepare(policy, sequences, "sequence"), sft_loss)]
     if kind == 3:
-        return [step(policy.prepare(sequences[:1], "token"), sft_loss)]
-    batches = policy.prepare(sequences, "token")
-    filled = _flat("old", fill_logprobs(policy, batches, "old_logprobs", temperature=TEMPERATURE))
+        return [step(prepare(policy, sequences[:1], "token"), sft_loss)]
+    packed = prepare(policy, sequences, "token")
+    filled = _flat("old", fill_logprobs(policy, packed.batches, "old_logprobs", temperature=TEMPERATURE))
     with policy.reference():
-        filled |= _flat("ref", fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE))
-    return [filled | step(batches, POLICY_LOSS), step(batches, POLICY_LOSS)]
+        filled |= _flat("ref", fill_logprobs(policy, packed.batches, "ref_logprobs", temperature=TEMPERATURE))
+    return [filled | step(packed, POLICY_LOSS), step(packed, POLICY_LOSS)]
 
 
 def _flat(prefix: str, agreement: Any) -> dict[str, float]:
@@ -400,7 +417,7 @@ def train_with_naps(context: Any, model_dir: str, distributed: bool, parts: list
     policy = build(context, model_dir, optimizer={"distributed": distributed})
     gradient_bytes = []
     for seed in range(3):
-        train_step(policy, policy.prepare(make_sequences(seed), "token"), sft_loss, temperature=1.0)
+        train_step(policy, prepare(policy, make_sequences(seed), "token").batches, sft_loss, temperature=1.0)
         policy.sleep(parts)
         buffers = [buffer for chunk in policy.ddp for buffer in chunk.buffers]
         gradient_bytes += [buffer.grad_data.untyped_storage().nbytes() for buffer in buffers]
@@ -417,12 +434,12 @@ def make_groups(seed: int, num_groups: int = 4, size: int = 4, vocab: int = 250)
             if group == num_groups - 1:
                 prompt = [draw.randrange(vocab) for _ in range(6)]
             response = [draw.randrange(vocab) for _ in range(draw.randint(1, 14))]
+            draw.gauss(0, 1)
             sequences.append(
                 Sequence(
-                    token_ids=prompt + response,
-                    loss_mask=[0] * len(prompt) + [1] * len(response),
-                    advantage=draw.gauss(0, 1),
-                    rollout_logprobs=[0.0] * len(prompt) + [draw.uniform(-8, -3) for _ in response],
+                    token_ids=np.array(prompt + response),
+                    loss_mask=np.array([0] * len(prompt) + [1] * len(response)),
+                    rollout_logprobs=np.array([0.0] * len(prompt) + [draw.uniform(-8, -3) for _ in response]),
                     num_prompt_tokens=len(prompt),
                 )
             )
@@ -434,17 +451,21 @@ def train_groups(
 ) -> dict[str, Any]:
     """Three steps with old and reference logprobs, and the first step's gradients."""
     policy = build(context, model_dir, optimizer={"lr_warmup_steps": 0}, budget=budget)
-    policy.packing = policy.packing.model_copy(update={"share_prefix": share_prefix})
+    maker = policy.batch_maker
+    maker.packing = maker.packing.model_copy(update={"share_prefix": share_prefix})
     policy.keep_reference()
     log, computed, gradients = [], 0, {}
     for seed in range(3):
-        batches = policy.prepare(make_groups(seed), "sequence")
-        computed += policy.num_computed_tokens
+        packed = prepare(policy, make_groups(seed), "sequence")
+        batches = packed.batches
+        computed += packed.num_computed_tokens
         fill_logprobs(policy, batches, "old_logprobs", temperature=TEMPERATURE)
         with policy.reference():
             fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE)
         result = train_step(policy, batches, loss, temperature=TEMPERATURE)
-        log.append(result.metrics | {"worst": result.agreement.metrics()["logprob_abs_diff_max"]})
+        log.append(
+            result.metrics | packed.placed | {"worst": result.agreement.metrics()["logprob_abs_diff_max"]}
+        )
         if seed == 0:
             gradients = {name: param.main_grad.numpy().copy() for name, param in policy.params.items()}
     return {"log": log, "computed": computed, "weights": weights(policy), "gradients": gradients}
@@ -582,7 +603,7 @@ def train_and_watch_sends(context: Any, model_dir: str) -> tuple[list[float], in
     losses = []
     with patch.object(p2p_communication, "_p2p_ops", ops):
         for seed in range(2):
-            batches = policy.prepare(make_sequences(seed), "token")
+            batches = prepare(policy, make_sequences(seed), "token").batches
             losses.append(train_step(policy, batches, sft_loss, temperature=1.0).metrics["loss"])
     assert bool(lost) == (context.parallel.pipeline_parallel_size > 1)
     return losses, sum(lost)

@@ -12,7 +12,15 @@ from megarl.losses.policy import PolicyLoss
 from megarl.losses.sft import sft_loss
 from megarl.records import Sequence
 from megarl.trainer.passes import fill_logprobs, train_step
-from tests.trainer.ranks import OPTIMIZER, POLICY_LOSS, TEMPERATURE, TOTAL_STEPS, make_sequences, weights
+from tests.trainer.ranks import (
+    OPTIMIZER,
+    POLICY_LOSS,
+    TEMPERATURE,
+    TOTAL_STEPS,
+    make_sequences,
+    prepare,
+    weights,
+)
 
 
 def build(context: Any, model_dir: str, router: dict[str, Any] | None = None, budget: int = 96) -> Any:
@@ -47,7 +55,7 @@ def own_choices(policy: Any, sequence: Sequence) -> np.ndarray:
 
     routers = [m for m in policy.chunks[0].modules() if isinstance(m, PolicyRouter)]
     hooks = [router.register_forward_hook(keep) for router in routers]
-    fill_logprobs(policy, policy.prepare([sequence], "token"), "old_logprobs", temperature=1.0)
+    fill_logprobs(policy, prepare(policy, [sequence], "token").batches, "old_logprobs", temperature=1.0)
     for hook in hooks:
         hook.remove()
     return np.stack(found, axis=1).astype(np.int16)
@@ -64,7 +72,7 @@ def replay_of_oneself(context: Any, model_dir: str) -> list[dict[str, Any]]:
             if replayed:
                 sequences = [replace(s, experts=own_choices(policy, s)) for s in sequences]
                 sequences[0].experts[-1] = -1  # as where the engine stopped
-            batches = policy.prepare(sequences, "token")
+            batches = prepare(policy, sequences, "token").batches
             log.append(train_step(policy, batches, POLICY_LOSS_ALONE, temperature=TEMPERATURE).metrics)
         answers.append({"log": log, "weights": weights(policy)})
     return answers
@@ -87,8 +95,8 @@ def replayed_logprobs(
     from megarl.packing.pack import unpack
 
     policy = build(context, model_dir, budget=4096)
-    policy.packing = policy.packing.model_copy(update={"share_prefix": "off"})
-    [batch] = policy.prepare(sequences, "token")
+    policy.batch_maker.packing = policy.batch_maker.packing.model_copy(update={"share_prefix": "off"})
+    [batch] = prepare(policy, sequences, "token").batches
     fill_logprobs(policy, [batch], "old_logprobs", temperature=temperature)
     values = unpack(batch.old_logprobs, batch)
     indices = [int(batch.sequence_ids[start]) for start in batch.cu_seqlens[:-1].tolist()]
@@ -106,11 +114,11 @@ def train_routed(
 ) -> dict[str, Any]:
     """Policy steps with old and reference logprobs; metrics, weights and the bias."""
     policy = build(context, model_dir, router, budget)
-    policy.packing = policy.packing.model_copy(update={"share_prefix": share_prefix})
+    policy.batch_maker.packing = policy.batch_maker.packing.model_copy(update={"share_prefix": share_prefix})
     policy.keep_reference()
     log = []
     for sequences in steps:
-        batches = policy.prepare(sequences, "token")
+        batches = prepare(policy, sequences, "token").batches
         fill_logprobs(policy, batches, "old_logprobs", temperature=TEMPERATURE)
         with policy.reference():
             fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE)
@@ -127,7 +135,9 @@ def balanced_gradients(
 
     policy = build(context, model_dir, {"aux_loss_coef": coef})
     policy.optimizer.step = lambda: (True, 0.0, None)  # leave the gradients as they are
-    metrics = train_step(policy, policy.prepare([sequence], "token"), sft_loss, temperature=1.0).metrics
+    metrics = train_step(
+        policy, prepare(policy, [sequence], "token").batches, sft_loss, temperature=1.0
+    ).metrics
     grads = {n: torch.zeros(shape) for n, shape in policy.architecture.hf_shapes().items()}
     for region in policy.regions:
         box = tuple(slice(*span) for span in region.box)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,7 +72,7 @@ def every_call(context: Any) -> dict[str, Any]:
     from megarl.trainer import control
 
     over = []
-    real = {name: getattr(dist, name) for name in (*CONTROL, "send", "recv")}
+    real = {name: getattr(dist, name) for name in (*CONTROL, "send", "recv", "broadcast")}
 
     def watched(name: str) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -97,6 +98,18 @@ def every_call(context: Any) -> dict[str, Any]:
             found["tensors"] = [control.receive(other, (3, 2), torch.bfloat16) for other in (1, 2)]
         else:
             control.send_to_first_rank(tensor.t().contiguous().t())  # not contiguous
+        arrays = {
+            "odd": np.arange(5, dtype=np.uint8),
+            "absent": None,
+            "choices": np.arange(12, dtype=np.int16).reshape(2, 3, 2)[:, ::-1],  # not contiguous
+            "empty": np.zeros((0, 3), dtype=np.float32),
+            "doubles": np.array([0.1, np.nan]),
+        }
+        found["broadcast_arrays"] = control.broadcast_arrays(arrays if rank == 0 else None)
+        if rank == 0:
+            found["bytes"] = [control.send_arrays(arrays, other) for other in (1, 2)]
+        else:
+            found["sent_arrays"] = control.receive_arrays(0)
     finally:
         for name, function in real.items():
             setattr(dist, name, function)
@@ -122,6 +135,13 @@ def test_values_go_around_over_gloo_and_are_waited_for_without_limit() -> None:
         assert rank["calls"] >= 7
         assert rank["own group"] and rank["backend"] == "gloo" and rank["size"] == 3
         assert rank["hours"] > 24 * 7
+    choices = np.arange(12).reshape(2, 3, 2)[:, ::-1].tolist()
+    for arrays in [rank["broadcast_arrays"] for rank in ranks] + [rank["sent_arrays"] for rank in ranks[1:]]:
+        assert list(arrays) == ["odd", "choices", "empty", "doubles"]
+        assert [values.dtype for values in arrays.values()] == [np.uint8, np.int16, np.float32, np.float64]
+        assert arrays["odd"].tolist() == [0, 1, 2, 3, 4] and arrays["choices"].tolist() == choices
+        assert arrays["empty"].shape == (0, 3) and np.array_equal(arrays["doubles"], [0.1, np.nan], True)
+    assert ranks[0]["bytes"] == [5 + 24 + 16] * 2
     for other, tensor in zip((1, 2), ranks[0]["tensors"], strict=True):
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, torch.full((3, 2), other + 0.5, dtype=torch.bfloat16))

@@ -57,7 +57,7 @@ def hf_loss(model: Any, sequences: list[Sequence]) -> torch.Tensor:
     """Mean negative logprob of all targets, one sequence at a time."""
     total, count = torch.zeros(()), 0
     for s in sequences:
-        ids, mask = torch.tensor([s.token_ids]), torch.tensor(s.loss_mask[1:])
+        ids, mask = torch.tensor(s.token_ids)[None], torch.tensor(s.loss_mask[1:])
         logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         total, count = total - (logprobs * mask).sum(), count + int(mask.sum())
     return total / count

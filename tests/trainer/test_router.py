@@ -188,7 +188,7 @@ def test_balance_loss_and_its_gradient_are_hfs(model_dirs: dict[str, str], model
     sequence = ranks.make_sequences(0)[0]
     [(metrics, grads)] = world(1).run(router_ranks.balanced_gradients, model_dirs[model], sequence, coef)
     hf = make_model(model)
-    ids, mask = torch.tensor(sequence.token_ids), torch.tensor(sequence.loss_mask[1:]).bool()
+    ids, mask = torch.tensor(sequence.token_ids).long(), torch.tensor(sequence.loss_mask[1:]).bool()
     out = hf(ids[None], output_router_logits=True)
     balance = [load_balancing_loss_func((logits,), experts, top_k) for logits in out.router_logits]
     assert len(balance) == layers
@@ -212,7 +212,7 @@ def test_the_bias_moves_towards_equal_loads(model_dirs: dict[str, str]) -> None:
     gate.register_forward_hook(lambda _m, _i, output: chosen.append(output[2].flatten()))
     with torch.no_grad():
         for sequence in sequences:
-            hf(torch.tensor([sequence.token_ids]))
+            hf(torch.tensor(sequence.token_ids)[None])
     load = torch.cat(chosen).bincount(minlength=8).double()
     before = gate.e_score_correction_bias
     after = result["weights"]["model.layers.1.mlp.gate.e_score_correction_bias"]

@@ -10,6 +10,7 @@ import pytest
 from megarl.losses.policy import PolicyLoss
 from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.packing.shared_prefix import share_prefixes
+from megarl.records import Sequence, TrainBatch
 from tests.trainer import ranks
 from tests.trainer.world import world
 
@@ -59,26 +60,35 @@ def test_sharing_changes_nothing(
 
 
 def test_parts_are_the_whole() -> None:
-    sequences = ranks.make_groups(3)
-    shared = share_prefixes(sequences, max_tokens=400, pad_to_multiple=1)
-    assert sorted(i for unit in shared.units for i in unit) == list(range(len(shared.sequences)))
-    seen: list[int] = []
-    for number, part in enumerate(shared.sequences):
-        prefix = shared.prefix_of[number]
-        if number in shared.prefix_of:
-            assert not any(part.loss_mask), "a prefix has no targets"
+    batch = TrainBatch.of(ranks.make_groups(3))
+    segments, bounds = share_prefixes(batch, np.arange(len(batch)), max_tokens=400, pad_to_multiple=1)
+    assert bounds[0] == 0 and bounds[-1] == len(segments) and (np.diff(bounds) > 0).all()
+    targets, seen, prefixes = batch.targets(), [], set(segments.prefixes.tolist())
+    for number, (row, skip, length, prefix) in enumerate(
+        zip(segments.rows, segments.skips, segments.lengths, segments.prefixes, strict=True)
+    ):
+        start = batch.offsets[row] + skip
+        own = slice(start + 1, start + length)  # nothing predicts its first token
+        if number in prefixes:
+            assert not targets[own].any(), "a prefix has no targets"
             continue
-        seen.append(shared.origins[number])
-        whole = sequences[shared.origins[number]]
-        before = shared.sequences[prefix].token_ids if prefix >= 0 else []
-        assert before + part.token_ids == whole.token_ids
-        assert sum(part.loss_mask[1:]) == sum(whole.loss_mask[1:])
-        assert part.rollout_logprobs[1:] == whole.rollout_logprobs[len(before) + 1 :]
-    assert seen == list(range(len(sequences)))
-    assert max(shared.prefix_of) >= 0 and -1 in [shared.prefix_of[u[0]] for u in shared.units if len(u) == 1]
+        seen.append(int(row))
+        whole = batch[row]
+        assert skip + length == len(whole)
+        assert targets[own].sum() == whole.loss_mask[1:].sum()
+        if prefix >= 0:
+            first = segments.rows[prefix]
+            assert segments.lengths[prefix] == skip == batch.prompt_lengths[row] - 1
+            assert np.array_equal(batch[first].token_ids[:skip], whole.token_ids[:skip])
+            assert np.searchsorted(bounds, prefix, "right") == np.searchsorted(bounds, number, "right")
+    assert seen == list(range(len(batch)))
+    alone = bounds[:-1][np.diff(bounds) == 1]
+    assert segments.prefixes.max() >= 0 and len(alone) and (segments.prefixes[alone] == -1).all()
 
 
 def test_small_savings_are_left_alone() -> None:
-    sequences = [ranks.Sequence([1, 2] + [3] * 40, [0, 0] + [1] * 40, num_prompt_tokens=2) for _ in range(8)]
-    shared = share_prefixes(sequences, max_tokens=1000, pad_to_multiple=1)
-    assert shared.sequences == sequences and set(shared.prefix_of) == {-1}
+    sequence = Sequence([1, 2] + [3] * 40, [0, 0] + [1] * 40, num_prompt_tokens=2)
+    batch = TrainBatch.of([sequence] * 8)
+    segments, bounds = share_prefixes(batch, np.arange(8), max_tokens=1000, pad_to_multiple=1)
+    assert segments.rows.tolist() == list(range(8)) and segments.lengths.tolist() == [42] * 8
+    assert set(segments.prefixes.tolist()) == {-1} and bounds.tolist() == list(range(9))

@@ -25,7 +25,7 @@ def hf_loss(
     sums, counts = [], []
     for sequence in sequences:
         mask = torch.tensor(sequence.loss_mask[1:], dtype=torch.float32)
-        scale = sequence.advantage if with_advantage else 1.0
+        scale = float(ranks.advantages_of([sequence])[0]) if with_advantage else 1.0
         sums.append(-scale * (mask * hf_logprobs(model, sequence.token_ids)).sum())
         counts.append(float(mask.sum()))
     if aggregation == "token":
@@ -66,9 +66,9 @@ def test_packed_gradients_equal_hf_unpacked_for_any_split(
     expected.backward()
     # On policy the ratio is 1: the loss is minus the mean advantage, its gradient that of hf_loss.
     if with_advantage:
-        weights = ranks.token_weights(sequences, aggregation)  # type: ignore[arg-type]
-        shares = [w * sum(s.loss_mask[1:]) for w, s in zip(weights, sequences, strict=True)]
-        value = -sum(share * s.advantage for share, s in zip(shares, sequences, strict=True))
+        counts = np.array([sum(s.loss_mask[1:].tolist()) for s in sequences])
+        shares = counts * ranks.token_weights(counts, aggregation)  # type: ignore[arg-type]
+        value = -float((shares * ranks.advantages_of(sequences)).sum())
     else:
         value = float(expected.detach())
     gradients = hf_gradients(model)

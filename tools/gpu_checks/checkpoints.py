@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 TINY: dict[str, Any] = {
@@ -61,24 +62,26 @@ def write(config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float
     return str(folder)
 
 
-def sequences(seed: int, count: int, shortest: int, longest: int, vocab: int, prompts: int = 0) -> list[Any]:
-    """Random sequences with advantages; of ``prompts`` tokens each, every 8 neighbours have the same ones."""
-    from megarl.records import Sequence
+def sequences(
+    seed: int, count: int, shortest: int, longest: int, vocab: int, prompts: int = 0
+) -> tuple[Any, np.ndarray]:
+    """Random sequences [S] and advantages [S]; of ``prompts`` tokens each, 8 neighbours have the same."""
+    from megarl.records import Sequence, TrainBatch
 
     draw = random.Random(seed)
-    made, prompt = [], [0]
+    made, advantages, prompt = [], [], [0]
     for number in range(count):
         length = draw.randint(shortest, longest)
         if number % 8 == 0:
             prompt = [draw.randrange(vocab) for _ in range(max(1, prompts))]
         response = [draw.randrange(vocab) for _ in range(length)]
+        advantages.append(draw.gauss(0, 1))
         made.append(
             Sequence(
-                token_ids=prompt + response,
-                loss_mask=[0] * len(prompt) + [1] * length,
-                advantage=draw.gauss(0, 1),
-                rollout_logprobs=[0.0] * len(prompt) + [draw.uniform(-8, -4) for _ in response],
+                token_ids=np.array(prompt + response),
+                loss_mask=np.arange(len(prompt) + length) >= len(prompt),
+                rollout_logprobs=np.array([0.0] * len(prompt) + [draw.uniform(-8, -4) for _ in response]),
                 num_prompt_tokens=len(prompt) if prompts else 0,
             )
         )
-    return made
+    return TrainBatch.of(made), np.array(advantages)

@@ -80,8 +80,10 @@ def make_steps(
 
     count, shortest, longest, prompts = (16, 20, 60, 20) if quick else (64, 128, 640, 256)
     for name, shared in (("sft", 0), ("grpo", prompts)):
-        drawn = checkpoints.sequences(7, count, shortest, longest, config["vocab_size"], prompts=shared)
-        batches = policy.prepare(drawn, "token")
+        drawn, advantages = checkpoints.sequences(
+            7, count, shortest, longest, config["vocab_size"], prompts=shared
+        )
+        batches = policy.prepare(drawn, "token", advantages=advantages).batches
         loss = sft_loss if name == "sft" else PolicyLoss(PolicyLossOptions(correction="tis"))
 
         def step(batches: Any = batches, loss: Any = loss, old: bool = name == "grpo") -> None:

@@ -135,18 +135,19 @@ def steps_of(
             8,
         )
 
-    def drawn(seed: int) -> list[Any]:
-        return checkpoints.sequences(seed, 16, 20, 90, 512, prompts=12)
+    def prepare(policy: Any, seed: int) -> list[Any]:
+        batch, advantages = checkpoints.sequences(seed, 16, 20, 90, 512, prompts=12)
+        batches: list[Any] = policy.prepare(batch, "token", advantages=advantages).batches
+        return batches
 
     def step(policy: Any, seed: int) -> dict[str, float]:
-        batches = policy.prepare(drawn(seed), "token")
-        return dict(train_step(policy, batches, sft_loss, temperature=1.0).metrics)
+        return dict(train_step(policy, prepare(policy, seed), sft_loss, temperature=1.0).metrics)
 
     try:
         policy = build()
         metrics = [step(policy, seed) for seed in range(3)]
         begin = time.perf_counter()
-        batches = policy.prepare(drawn(3), "token")
+        batches = prepare(policy, 3)
         fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
         loss = PolicyLoss(PolicyLossOptions(correction="tis", entropy_coef=0.01))
         metrics.append(dict(train_step(policy, batches, loss, temperature=1.0).metrics))

@@ -17,7 +17,7 @@ from megarl.config.optimizer import OptimizerConfig
 from megarl.config.packing import PackingConfig
 from megarl.config.router import RouterConfig
 from megarl.errors import UserError
-from megarl.losses.base import Aggregation, LossResult, token_weights
+from megarl.losses.base import LossResult
 from megarl.models.feasible import check_layout, check_router
 from megarl.models.lora import check_lora
 from megarl.models.table import Architecture
@@ -25,11 +25,11 @@ from megarl.ops import NumericsError
 from megarl.packing.plan import CostModel
 from megarl.platform import ranges
 from megarl.platform.packages import check_packages
-from megarl.records import PackedBatch, Sequence
+from megarl.records import PackedBatch
+from megarl.trainer.batches import BatchMaker
 from megarl.trainer.interface import PendingSave, RankContext, Read
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
-from megarl.trainer.megatron.batches import count_placed, make_batches
 from megarl.trainer.megatron.hidden import head_of, rows_for_head, sharing_group, whole_rows
 from megarl.trainer.megatron.lora import Lora
 from megarl.trainer.megatron.model import build_chunks, named_parameters
@@ -75,7 +75,6 @@ class MegatronTrainer:
         check_lora(architecture, lora)
         self._check_numerics = check_numerics
         self.context, self.architecture = context, architecture
-        self.packing = packing or PackingConfig()
         self.device = context.platform.device
         dtype, layout = getattr(torch, model.dtype), context.layout
         self.chunks = build_chunks(architecture.spec, context.parallel, layout, dtype, self.device)
@@ -94,8 +93,15 @@ class MegatronTrainer:
             context, architecture, self.params, self.regions, self.lora, self._finish_param_gather
         )
         self._reference: FrozenCopy | None = None
-        self._costs = CostModel.transformer(architecture.spec.hidden_size)
-        self.num_computed_tokens = 0
+        self.batch_maker = BatchMaker(
+            context.layout,
+            context.rank,
+            self.device,
+            packing or PackingConfig(),
+            CostModel.transformer(architecture.spec.hidden_size),
+            context.parallel.context_split_from,
+        )
+        self.prepare = self.batch_maker.prepare
         self.before_update: Callable[[], None] | None = None
         self.ddp: list[Any] = list(self.chunks)
         if optimizer is None:
@@ -103,21 +109,6 @@ class MegatronTrainer:
         self.ddp = wrap_chunks(self.chunks, context.parallel, distributed=optimizer.distributed)
         self.optimizer, self.schedule = build_optimizer(optimizer, self.ddp, dtype, total_optimizer_steps)
         self._sleeper = Sleeper(self.ddp, self.optimizer, self.device)
-
-    def prepare(
-        self,
-        sequences: list[Sequence],
-        aggregation: Aggregation,
-        *,
-        group_size: int = 1,
-        fixed_length: int | None = None,
-        only: list[int] | None = None,
-    ) -> list[PackedBatch]:
-        """See Trainer. All ranks pass all sequences; each packs its own microbatches."""
-        weights = token_weights(sequences, aggregation, fixed_length)
-        args = (self.context, self.packing, self._costs, sequences, weights, group_size, only)
-        batches, self.num_computed_tokens = make_batches(*args)
-        return batches
 
     # --- forward and backward -----------------------------------------------------------------
 
@@ -154,7 +145,6 @@ class MegatronTrainer:
         self.schedule.step(1)
         metrics = reduce_results(results)
         metrics |= self._routers.finish_step()
-        metrics |= count_placed(self.context, batches, counts=self.context.has_results)
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(learning_rate)
         return metrics
