@@ -134,7 +134,7 @@ def held_out_accuracy(case: dict[str, Any], model_dir: str, folder: Path) -> flo
     solved = 0.0
     for start in range(0, len(problems), 64):
         some = problems[start : start + 64]
-        padded = tokenizer.pad({"input_ids": [p.token_ids for p in some]}, return_tensors="pt")
+        padded = tokenizer.pad({"input_ids": [p.token_ids.tolist() for p in some]}, return_tensors="pt")
         with torch.no_grad():
             out = model.generate(**padded, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         answers = out[:, padded["input_ids"].shape[1] :]

@@ -64,7 +64,7 @@ def run(config: GrpoConfig, options: dict[str, Any], save_to: str | None) -> lis
     count = config.training.num_steps * config.rollout.num_prompts_per_step
     prompts = [dataset[i] for i in range(count)]
     for prompt in prompts:  # TRL tokenises the text itself
-        assert tokenizer(prompt.text)["input_ids"] == prompt.token_ids, prompt.text
+        assert tokenizer(prompt.text)["input_ids"] == prompt.token_ids.tolist(), prompt.text
     environment = make(config.data.train)
     clock, seen = Clock(), dict[str, float]()
 

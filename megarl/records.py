@@ -110,7 +110,7 @@ class Sample(ArrayRecord):
     rollout_logprobs: Logprobs  # [N] float32, or [0]
     policy_version: int
     finish_reason: FinishReason
-    text: str = ""  # the response, decoded for verifiers and people; never re-tokenised
+    text: str | None = None  # for people, made when somebody wants to read it (Rollouts.read)
     reward: float | None = None
     advantage: float | None = None
     info: dict[str, Any] = field(default_factory=dict)

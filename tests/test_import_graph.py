@@ -66,10 +66,7 @@ FORBIDDEN = {
     "megarl.errors": ("torch", "megarl"),
 }
 # Cycles that are there, with what will end them. To be empty.
-KNOWN_CYCLES: list[list[str]] = [
-    # a session lives on the engine's privates: both become one when the engine has one asynchronous protocol
-    ["megarl.rollout.vllm_engine", "megarl.rollout.vllm_session"],
-]
+KNOWN_CYCLES: list[list[str]] = []
 
 
 def part_of(module: str) -> str:

@@ -12,8 +12,8 @@ from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.models.feasible import check_engine, engine_layout
 from megarl.models.table import Architecture
-from megarl.rollout.engine import AttachReport
-from megarl.rollout.engine_group import Engines, start_engines
+from megarl.rollout.engine import AttachReport, Engine
+from megarl.rollout.engine_group import start_engines
 from megarl.rollout.placement import TrainerPlace, place_engines
 from megarl.trainer.control import broadcast, gather
 from megarl.trainer.interface import Trainer, Transport
@@ -34,7 +34,7 @@ def start_engine(
     record_routing: bool = False,
     ranks: Sequence[TrainerPlace] = (),
     while_training: bool = False,
-) -> Engines:
+) -> Engine:
     """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights.
 
     ``ranks`` are where the trainer's are, for several engines to be put beside them. With
@@ -104,7 +104,7 @@ def check_offload(weights: WeightsConfig) -> None:
 
 
 def attach_weights(
-    engine: Engines, architecture: Architecture, owners: list[Owner], transport: Transport = "auto"
+    engine: Engine, architecture: Architecture, owners: list[Owner], transport: Transport = "auto"
 ) -> list[str]:
     """Wait for the engine, plan and bind. Returns lines for the log: what is aliased, what copied and why.
 
@@ -156,7 +156,7 @@ def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
         )
 
 
-def verify_weights(engine: Engines | None, policy: Trainer) -> None:
+def verify_weights(engine: Engine | None, policy: Trainer) -> None:
     """Compare checksums of every region on both sides; every trainer rank calls it, rank 0 has the engine.
 
     Raises UserError naming the first region that differs and the number of those that do.

@@ -17,7 +17,7 @@ from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.model import is_megatron_checkpoint
 from megarl.config.parallel import ParallelConfig
 from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
-from megarl.data.tokenizer import stop_token_ids
+from megarl.data.tokenizer import TurnReader, stop_token_ids
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.errors import UserError
 from megarl.metrics.console import Console
@@ -125,6 +125,7 @@ def evaluate(
             advance=advance,
             phase="other",
         )
+    rollouts.read(sample for group in groups for sample in group.samples)
     if rollouts.counts.num_dropped:
         console.warn(
             f"{rollouts.counts.num_dropped} of {len(problems) * n} answers could not be judged, left out;"
@@ -159,13 +160,18 @@ def run_eval(config: EvalConfig) -> None:
             log_dir=directory.path,
             ranks=[this_machine()],
         )
-        workers = EnvironmentWorkers(config.data.held_out, "data.held_out", config.rollout.environments)
+        stops = tuple(stop_token_ids(tokenizer, config.model.path))
+        workers = EnvironmentWorkers(
+            config.data.held_out,
+            "data.held_out",
+            config.rollout.environments,
+            TurnReader(tokenizer, stops),
+        )
         context = initialize(ParallelConfig(), config.run.seed)
         owners = build_frozen(context, architecture, config.model).weights.owners()
         with console.waiting("vLLM engine"):
             attach_weights(engine, architecture, owners)
         engine.sync(0)
-        stops = tuple(stop_token_ids(tokenizer, config.model.path))
         rollouts = Rollouts(
             engine,
             workers.wait_ready(),

@@ -26,6 +26,7 @@ from megarl.algorithms.model import check_fits, describe_model, read_model
 from megarl.algorithms.online_report import (
     describe_overlap,
     disagreement,
+    first_samples,
     rollout_metrics,
     run_summary,
     sample_rows,
@@ -36,12 +37,13 @@ from megarl.algorithms.run import Run
 from megarl.config.grpo import GrpoConfig
 from megarl.config.online import OnlineConfig
 from megarl.data.prompts import PromptDataset
+from megarl.data.tokenizer import TurnReader, stop_token_ids
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.losses.agreement import Agreement
 from megarl.metrics.timers import PHASES
 from megarl.models.table import Architecture
 from megarl.records import Group, Prompt
-from megarl.rollout.engine_group import Engines
+from megarl.rollout.engine import Engine
 from megarl.rollout.placement import TrainerPlace, this_rank
 from megarl.trainer.build import build_trainer, finalize, initialize
 from megarl.trainer.control import barrier, broadcast, from_first_rank, gather, on_first_rank
@@ -90,7 +92,9 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
     with Run(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
         ranks = gather(this_rank()) if config.rollout.engine.data_parallel_size > 1 else []
-        rollout = on_first_rank(lambda: _start_rollout(config, run, architecture, longest, held_out, ranks))
+        rollout = on_first_rank(
+            lambda: _start_rollout(config, run, architecture, tokenizer, longest, held_out, ranks)
+        )
         policy = build_trainer(config, context, architecture, config.num_optimizer_steps)
         for line in describe_model(context.platform.name, config, architecture):
             run.console.note(line)
@@ -118,7 +122,7 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
 class _Rollout:
     """What rank 0 alone drives: the engine, the environments' workers, and the held-out problems."""
 
-    engine: Engines
+    engine: Engine
     workers: EnvironmentWorkers
     problems: list[Prompt]
 
@@ -151,6 +155,7 @@ def _start_rollout(
     config: OnlineConfig,
     run: Run,
     architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
     max_model_len: int,
     held_out: PromptDataset | None,
     ranks: list[TrainerPlace],
@@ -171,7 +176,8 @@ def _start_rollout(
         ranks=ranks,
         while_training=config.rollout.max_staleness > 0,
     )
-    workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments)
+    read = TurnReader(tokenizer, stop_token_ids(tokenizer, config.model.path))
+    workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments, read)
     return _Rollout(engine, workers, problems)
 
 
@@ -185,7 +191,7 @@ class OnlineLoop:
         policy: Trainer,
         learner: Learner,
         rollouts: Rollouts | None,
-        engine: Engines | None,
+        engine: Engine | None,
         train: PromptDataset,
         problems: list[Prompt],
         tokenizer: PreTrainedTokenizerBase,
@@ -243,8 +249,10 @@ class OnlineLoop:
             if (interval and step % interval == 0) or (step == last and config.evaluation.at_end):
                 values |= self.evaluate(step)
                 totals["accuracy_after"] = values["accuracy"]
-            if run.is_first and (count := config.logging.samples_per_step):
-                run.directory.write_samples(step, sample_rows(step, groups, count, self._decode))
+            if self.rollouts is not None and (count := config.logging.samples_per_step):
+                chosen = first_samples(groups, count)
+                self.rollouts.read(sample for _, sample in chosen)
+                run.directory.write_samples(step, sample_rows(step, chosen, self._decode))
             self._log(step, values, totals)
             totals["wall_seconds"] = earlier + run.seconds_so_far()
             kept = {"curriculum": curriculum.state()} if curriculum is not None else {}

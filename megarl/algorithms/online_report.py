@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from megarl.config.grpo import GrpoConfig
 from megarl.losses.agreement import Agreement
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES
-from megarl.records import Group
+from megarl.records import Group, Sample
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
@@ -71,11 +72,16 @@ def describe_overlap(config: GrpoConfig, step: int) -> list[str]:
     return lines
 
 
+def first_samples(groups: list[Group], count: int) -> list[tuple[Group, Sample]]:
+    """The first ``count`` samples of a step, whole groups first."""
+    every = ((group, sample) for group in groups for sample in group.samples)
+    return list(itertools.islice(every, count))
+
+
 def sample_rows(
-    step: int, groups: list[Group], count: int, decode: Callable[[int], str]
+    step: int, chosen: list[tuple[Group, Sample]], decode: Callable[[int], str]
 ) -> list[dict[str, Any]]:
-    """The first ``count`` samples of a step, whole groups first; ``decode`` makes text of one token id."""
-    chosen = [(group, sample) for group in groups for sample in group.samples][:count]
+    """What samples/step_N.jsonl says of samples trained on; ``decode`` makes text of one token id."""
     return [
         sample_row(step, group, sample)
         | {

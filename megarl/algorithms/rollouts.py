@@ -1,6 +1,7 @@
 """Prompts in, graded groups out: the engine and the environment side by side.
 
-Responses are decoded and graded as they finish, while the engine works on the rest.
+Responses are graded as they finish, while the engine works on the rest. Their text is made where they are
+graded, and here for those that somebody wants to read.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from megarl.algorithms.ahead import EventLoopThread
 from megarl.config.environments import EnvironmentRuntime
 from megarl.config.online import OnlineConfig
-from megarl.data.tokenizer import stop_token_ids
-from megarl.environments.base import Environment
+from megarl.data.tokenizer import TurnReader, stop_token_ids
+from megarl.environments.base import EpisodeEnvironment
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.errors import UserError
 from megarl.metrics.console import Console
@@ -70,7 +71,7 @@ class Rollouts:
     def __init__(
         self,
         engine: Engine,
-        environment: Environment,
+        environment: EpisodeEnvironment,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: tuple[int, ...],
         timers: PhaseTimers,
@@ -80,18 +81,25 @@ class Rollouts:
         chat_template: bool = True,
     ) -> None:
         self._engine, self._environment = engine, environment
-        self.note = str(getattr(environment, "note", ""))
+        self.note = environment.note
         """What the environment has to say for the log."""
         self._stop_token_ids, self._timers, self._run_seed = stop_token_ids, timers, run_seed
         self._runtime = runtime or EnvironmentRuntime()
         self._turns = TurnTokens(tokenizer, stop_token_ids, chat_template=chat_template)
+        self._text = TurnReader(tokenizer, stop_token_ids)
         self.counts = RolloutCounts()
         """Of the latest call of sample."""
-        self._run: Callable[[Coroutine[Any, Any, Played]], Played] = asyncio.run
+        self._run: Callable[[Coroutine[Any, Any, Played]], Played] = _run
 
     def run_on(self, loop: EventLoopThread) -> None:
         """From now on sample on this event loop: an environment's processes serve one loop only."""
         self._run = loop.run
+
+    def read(self, samples: Iterable[Sample]) -> None:
+        """Set the text of samples that people are to read, as their environment has read it."""
+        for sample in samples:
+            raw = bool(sample.turns) or self._environment.raw_actions
+            sample.text = self._text(sample.response_ids, raw=raw)
 
     def sample(
         self,
@@ -219,6 +227,17 @@ class Rollouts:
                 f"the environment failed {counts.num_dropped} of {counts.num_episodes} episodes, more than"
                 f" rollout.environments.max_dropped_fraction = {limit:g} allows; the last: {counts.reason}"
             )
+
+
+def _run(work: Coroutine[Any, Any, Played]) -> Played:
+    """As asyncio.run, but the main task has no result: restoring SIGINT, Python makes a string of it."""
+    found: list[Played] = []
+
+    async def keep() -> None:
+        found.append(await work)
+
+    asyncio.run(keep())
+    return found[0]
 
 
 def make_rollouts(

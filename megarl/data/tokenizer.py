@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megarl.config.data import PromptFormat
+    from megarl.records import TokenIds
 
 Message = Mapping[str, Any]
 
@@ -75,6 +76,35 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_
             )
     if problems:
         raise UserError("\n".join(problems))
+
+
+class TurnReader:
+    """The policy's turns as text. Pickled, it is what decodes: a worker process need not load transformers.
+
+    Args:
+        tokenizer: the model's.
+        stop_token_ids: what ends a turn; the engine leaves that token on the sampled ones.
+    """
+
+    def __init__(self, tokenizer: Any, stop_token_ids: Collection[int]) -> None:
+        self._tokenizer, self._stops = _decoder(tokenizer), frozenset(stop_token_ids)
+
+    def __call__(self, sampled: TokenIds, *, raw: bool = False) -> str:
+        """The text of token ids [N]: without special tokens, or (raw) only without the one that ended it."""
+        ids: list[int] = sampled.tolist()
+        if raw and ids and ids[-1] in self._stops:
+            del ids[-1]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not raw))
+
+
+def _decoder(tokenizer: Any) -> Any:
+    """The tokenizers library's own, where transformers' ``decode`` adds nothing to it; else ``tokenizer``."""
+    from transformers import PreTrainedTokenizerFast
+
+    adds = getattr(tokenizer, "clean_up_tokenization_spaces", True)
+    if adds or getattr(type(tokenizer), "_decode", None) is not PreTrainedTokenizerFast._decode:
+        return tokenizer
+    return tokenizer.backend_tokenizer
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from megarl.records import Prompt
+    from megarl.records import Prompt, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,10 @@ class Environment(Protocol):
 
     ``reset`` shows the prompt's own text, which the policy has read as the prompt. An environment that
     cannot answer raises (or is ended after its time limit): the episode is played again, in the end
-    dropped, and never given a reward. It may have two attributes: ``max_concurrency``, how many calls it
-    can work on at a time (1 where it has none), and ``raw_actions``, True where it wants special tokens in
-    the text of an action. ``note``, where there is one, is a line for the log.
+    dropped, and never given a reward. It may have three attributes: ``max_concurrency``, how many calls it
+    can work on at a time (1 where it has none), ``raw_actions``, True where it wants special tokens in the
+    text of an action, and ``one_step``, True where the first step always ends the episode (verifiers; they
+    are sent many answers to a call). ``note``, where there is one, is a line for the log.
     """
 
     async def reset(self, prompt: Prompt) -> Observation:
@@ -67,6 +68,28 @@ class Environment(Protocol):
 
     async def step(self, action: str) -> StepResult:
         """Take the policy's turn, decoded without special tokens (or as ``raw_actions`` says)."""
+        ...
+
+
+class EpisodeEnvironment(Protocol):
+    """An environment as the driver plays it: the policy's turn as token ids, made text where it is judged.
+
+    As with :class:`Environment`, ``copy.copy`` gives another episode.
+    """
+
+    raw_actions: bool
+    note: str
+
+    async def reset(self, prompt: Prompt) -> Observation:
+        """Start an episode on ``prompt``."""
+        ...
+
+    async def step(self, sampled: TokenIds) -> StepResult:
+        """Take the policy's turn [N]."""
+        ...
+
+    def end(self) -> None:
+        """The episode is over, or was given up."""
         ...
 
 
@@ -94,6 +117,11 @@ class Verifier(ABC):
     @abstractmethod
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
         """The response's reward, usually in [0, 1], and what to show people beside it."""
+
+
+def is_one_step(environment: Environment) -> bool:
+    """Whether the first step ends the episode, and reset shows the prompt: verifiers, and what says so."""
+    return isinstance(environment, Verifier) or bool(getattr(environment, "one_step", False))
 
 
 async def grade(environment: Environment, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
-from megarl.environments.base import Environment, Observation, StepResult
+from megarl.environments.base import Environment, Observation, StepResult, is_one_step
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class MixtureEnvironment:
                 "data.train.sources: environments that read special tokens cannot be mixed with others"
             )
         self.raw_actions = raw.pop()
+        self.one_step = all(is_one_step(each) for each in environments.values())
         self.max_concurrency = min(getattr(each, "max_concurrency", 1) for each in environments.values())
 
     async def reset(self, prompt: Prompt) -> Observation:

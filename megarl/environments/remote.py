@@ -1,70 +1,24 @@
-"""Environments in processes of their own: Ray actors, with time limits, replaced when they die or hang."""
+"""Environments in processes of their own: Ray actors that play the driver's episodes."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from megarl.cluster.ray_runtime import start_ray, with_variables
-from megarl.cluster.variables import environment_worker_variables
+from megarl.cluster.ray_runtime import start_ray
 from megarl.environments.base import Observation, StepResult
-from megarl.environments.worker import EnvironmentActor, EnvironmentFacts
+from megarl.environments.judging import Judges
+from megarl.environments.process import EnvironmentFailureError, WorkerProcess, words
+from megarl.environments.worker import EnvironmentActor, EnvironmentFacts, ReadsTurns
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
     from megarl.config.data import PromptSource
     from megarl.config.environments import EnvironmentRuntime
-    from megarl.records import Prompt
-
-log = logging.getLogger(__name__)
-
-# A call that only waits is ended by the actor itself at its limit; one that computes, by us, this much later.
-_GRACE_SECONDS = 2.0
-
-
-class EnvironmentFailureError(RuntimeError):
-    """An environment did not answer. ``blameless``: another episode took its process down."""
-
-    explains_itself = True
-
-    def __init__(self, reason: str, *, blameless: bool = False) -> None:
-        super().__init__(reason)
-        self.blameless = blameless
-
-
-class _Worker:
-    """One actor with its successors; ``generation`` counts them."""
-
-    def __init__(self, actor_class: Any, arguments: tuple[Any, ...]) -> None:
-        self._actor_class, self._arguments = actor_class, arguments
-        self.generation = -1
-        self.num_episodes = 0
-        self.facts: EnvironmentFacts | None = None
-        self.slots = asyncio.Semaphore(1)
-        self.spawn()
-
-    def spawn(self) -> None:
-        self.generation += 1
-        self.facts = None
-        options = with_variables(environment_worker_variables())
-        self.actor: Any = self._actor_class.options(num_cpus=0, max_restarts=0, **options).remote(
-            *self._arguments
-        )
-
-    def replace(self, generation: int) -> None:
-        """End this process and start another, unless somebody has done so already."""
-        if generation == self.generation:
-            self.kill()
-            self.spawn()
-
-    def kill(self) -> None:
-        import ray
-
-        ray.kill(self.actor, no_restart=True)
+    from megarl.records import Prompt, TokenIds
 
 
 class EnvironmentWorkers:
@@ -74,19 +28,27 @@ class EnvironmentWorkers:
         source: the configuration whose environment (:func:`megarl.environments.make`) they hold.
         field: its key, for messages.
         runtime: how many there are, and their limits.
+        read: makes text of the policy's turns; is sent to them.
     """
 
-    def __init__(self, source: PromptSource, field: str, runtime: EnvironmentRuntime) -> None:
+    def __init__(
+        self, source: PromptSource, field: str, runtime: EnvironmentRuntime, read: ReadsTurns
+    ) -> None:
         import ray
 
         start_ray()
         self._field, self._runtime = field, runtime
-        arguments = (source, field, runtime.timeout_seconds, [*sys.path, os.getcwd()])
+        arguments = (source, field, runtime.timeout_seconds, [*sys.path, os.getcwd()], read)
         actor_class = ray.remote(EnvironmentActor)
-        self._workers = [_Worker(actor_class, arguments) for _ in range(runtime.num_workers)]
+        self.processes = [
+            WorkerProcess(actor_class, arguments, field, runtime) for _ in range(runtime.num_workers)
+        ]
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.num_replaced = 0
+
+    @property
+    def num_replaced(self) -> int:
         """Processes that died or were ended, so far."""
+        return sum(process.num_replaced for process in self.processes)
 
     def wait_ready(self) -> RemoteEnvironment:
         """The environment, when every worker takes calls.
@@ -96,136 +58,94 @@ class EnvironmentWorkers:
         """
         import ray
 
-        for worker in self._workers:
+        for process in self.processes:
             try:
-                worker.facts = ray.get(
-                    worker.actor.facts.remote(), timeout=self._runtime.start_timeout_seconds
+                process.facts = ray.get(
+                    process.actor.facts.remote(), timeout=self._runtime.start_timeout_seconds
                 )
             except Exception as error:
                 cause = getattr(error, "cause", None) or error
                 if isinstance(cause, UserError):
                     raise cause from error
                 raise UserError(
-                    f"{self._field}: the environment could not be started: {_words(error)}"
+                    f"{self._field}: the environment could not be started: {words(error)}"
                 ) from error
-        facts = self._workers[0].facts
+        facts = self.processes[0].facts
         assert facts is not None
-        return RemoteEnvironment(self, facts)
+        return RemoteEnvironment(self, facts, Judges(self.processes, facts.max_concurrency))
 
     def shutdown(self) -> None:
         """End all worker processes."""
-        for worker in self._workers:
-            worker.kill()
+        for process in self.processes:
+            process.kill()
 
     def pids(self) -> list[int]:
         """Process ids of the workers that are ready."""
-        return [worker.facts.pid for worker in self._workers if worker.facts is not None]
+        return [process.facts.pid for process in self.processes if process.facts is not None]
 
-    def pick(self) -> _Worker:
+    def pick(self) -> WorkerProcess:
         """The worker with the fewest open episodes."""
         if self._loop is not asyncio.get_running_loop():  # semaphores belong to one event loop
             self._loop = asyncio.get_running_loop()
-            for worker in self._workers:
-                worker.num_episodes = 0
-                facts = worker.facts
-                worker.slots = asyncio.Semaphore(facts.max_concurrency if facts is not None else 1)
-        return min(self._workers, key=lambda worker: worker.num_episodes)
+            for process in self.processes:
+                process.enter_loop()
+        return min(self.processes, key=lambda process: process.num_episodes)
 
-    async def call(self, worker: _Worker, generation: int | None, method: str, *arguments: Any) -> Any:
+    async def call(self, process: WorkerProcess, generation: int | None, method: str, *arguments: Any) -> Any:
         """Call an actor; with ``generation``, only the one the episode was opened in.
 
         Raises:
             EnvironmentFailureError: it raised, died, or gave no answer in time.
         """
-        async with worker.slots:
-            if generation is not None and generation != worker.generation:
+        async with process.slots:
+            if generation is not None and generation != process.generation:
                 raise EnvironmentFailureError("its process was replaced", blameless=True)
-            await self._ready(worker)
-            generation = worker.generation
-            reference = getattr(worker.actor, method).remote(*arguments)
-            limit = self._runtime.timeout_seconds + _GRACE_SECONDS
-            return await self._answer(worker, generation, reference, limit)
-
-    async def _ready(self, worker: _Worker) -> None:
-        if worker.facts is None:
-            reference, limit = worker.actor.facts.remote(), self._runtime.start_timeout_seconds
-            worker.facts = await self._answer(worker, worker.generation, reference, limit)
-
-    async def _answer(self, worker: _Worker, generation: int, reference: Any, limit: float) -> Any:
-        from ray.exceptions import RayActorError
-
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), limit)
-        except TimeoutError as error:
-            # The environment's own TimeoutError arrives here too: its process is well then.
-            if getattr(error, "cause", None) is not None:
-                raise EnvironmentFailureError(_words(error)) from error
-            # With several calls at a time, those beside the one that blocks are not told apart from it.
-            reason = f"no answer within {self._runtime.timeout_seconds:g} s; its process was ended"
-        except RayActorError as error:
-            alone = worker.facts is None or worker.facts.max_concurrency == 1
-            if generation != worker.generation and not alone:
-                raise EnvironmentFailureError("its process was replaced", blameless=True) from error
-            reason = f"its process died: {_words(error)}"
-        except Exception as error:
-            raise EnvironmentFailureError(_words(error)) from error
-        if generation == worker.generation:
-            self.num_replaced += 1
-            log.warning("%s: environment process replaced: %s", self._field, reason)
-        worker.replace(generation)
-        raise EnvironmentFailureError(reason)
+            await process.ready()
+            return await process.call(process.generation, method, *arguments)
 
 
 class RemoteEnvironment:
-    """An :class:`megarl.environments.base.Environment` whose episodes are played by worker processes."""
+    """An :class:`megarl.environments.base.EpisodeEnvironment` whose episodes worker processes play."""
 
-    def __init__(self, workers: EnvironmentWorkers, facts: EnvironmentFacts) -> None:
-        self.workers, self._facts = workers, facts
+    def __init__(self, workers: EnvironmentWorkers, facts: EnvironmentFacts, judges: Judges) -> None:
+        self.workers, self._facts, self._judges = workers, facts, judges
         self.raw_actions = facts.raw_actions
         self.note = facts.note
-        self.max_concurrency = facts.max_concurrency
         self._prompt: Prompt | None = None
-        self._worker: _Worker | None = None
+        self._process: WorkerProcess | None = None
         self._generation: int | None = None
         self._name = ""
 
     def __copy__(self) -> RemoteEnvironment:
-        return RemoteEnvironment(self.workers, self._facts)
+        return RemoteEnvironment(self.workers, self._facts, self._judges)
 
     async def reset(self, prompt: Prompt) -> Observation:
         """Start an episode; a verifier's needs no call, for its first observation is the prompt."""
         self._prompt = prompt
-        self._worker = self.workers.pick()
-        self._worker.num_episodes += 1
         if self._facts.one_step:
             return Observation(prompt.text)
+        self._process = self.workers.pick()
+        self._process.num_episodes += 1
         self._name = uuid.uuid4().hex
-        observation: Observation = await self.workers.call(self._worker, None, "reset", self._name, prompt)
-        self._generation = self._worker.generation
+        observation: Observation = await self.workers.call(self._process, None, "reset", self._name, prompt)
+        self._generation = self._process.generation
         return observation
 
-    async def step(self, action: str) -> StepResult:
+    async def step(self, sampled: TokenIds) -> StepResult:
         """The policy's turn."""
-        assert self._worker is not None, "step() before reset()"
-        result: StepResult
+        assert self._prompt is not None, "step() before reset()"
         if self._facts.one_step:
-            result = await self.workers.call(self._worker, None, "judge", self._prompt, action)
-        else:
-            result = await self.workers.call(self._worker, self._generation, "step", self._name, action)
+            return await self._judges.judge(self._prompt, sampled)
+        assert self._process is not None
+        result: StepResult = await self.workers.call(
+            self._process, self._generation, "step", self._name, sampled
+        )
         return result
 
     def end(self) -> None:
         """Let the worker forget the episode."""
-        if self._worker is not None:
-            self._worker.num_episodes -= 1
-            if self._generation == self._worker.generation:
-                self._worker.actor.end.remote(self._name)
-            self._worker = None
-
-
-def _words(error: BaseException) -> str:
-    """An error of Ray's, or what caused it, in one line."""
-    cause = getattr(error, "cause", None) or error
-    text = " ".join(str(cause).split())
-    name = type(cause).__name__
-    return text[:300] if name.startswith("Ray") or "Actor" in name else f"{name}: {text[:300]}"
+        if self._process is not None:
+            self._process.num_episodes -= 1
+            if self._generation == self._process.generation:
+                self._process.actor.end.remote(self._name)
+            self._process = None

@@ -1,4 +1,4 @@
-"""The process in which an environment runs: the body of the Ray actor that remote.py starts."""
+"""The process in which an environment runs: the body of the Ray actor that process.py starts."""
 
 from __future__ import annotations
 
@@ -6,17 +6,31 @@ import asyncio
 import copy
 import os
 import sys
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from megarl.environments.base import Environment, Observation, StepResult, Verifier
+import numpy as np
+import numpy.typing as npt
+
+from megarl.environments.base import Environment, Observation, StepResult, is_one_step
 
 if TYPE_CHECKING:
     from megarl.config.data import PromptSource
-    from megarl.records import Prompt
+    from megarl.records import Prompt, TokenIds
 
 _Answer = TypeVar("_Answer")
+
+GATHER_SECONDS = 0.02
+"""How long a judgement waits for others to travel with."""
+
+
+class ReadsTurns(Protocol):
+    """Makes text of the token ids of a turn (:class:`megarl.data.tokenizer.TurnReader`)."""
+
+    def __call__(self, sampled: TokenIds, *, raw: bool = False) -> str:
+        """Without special tokens, or (raw) only without the one that ended the turn."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +38,44 @@ class EnvironmentFacts:
     """What the driver needs to know of an environment."""
 
     pid: int
-    one_step: bool  # a verifier: one step, and reset has nothing to say
+    one_step: bool  # as is_one_step says
     max_concurrency: int
     raw_actions: bool
     note: str  # a line for the log, may be empty
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Responses to judge: n of them to some prompts, T tokens in all.
+
+    Response i answers ``prompts[rows[i]]`` and has ``token_ids[offsets[i] : offsets[i + 1]]``.
+    """
+
+    prompts: list[Prompt]
+    rows: list[int]  # [n]
+    token_ids: TokenIds  # [T] int32
+    offsets: npt.NDArray[np.int64]  # [n + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Of response ``number``: a StepResult as ray.cloudpickle has it, or why there is none."""
+
+    number: int
+    result: bytes
+    failure: str = ""
 
 
 class EnvironmentActor:
     """Holds one environment and its open episodes. Calls are coroutines: the driver limits how many run."""
 
     def __init__(
-        self, source: PromptSource, field: str, timeout_seconds: float, import_paths: list[str]
+        self,
+        source: PromptSource,
+        field: str,
+        timeout_seconds: float,
+        import_paths: list[str],
+        read: ReadsTurns,
     ) -> None:
         sys.path += [path for path in import_paths if path not in sys.path]  # the user's own packages
         from megarl.environments import make
@@ -45,8 +86,14 @@ class EnvironmentActor:
             self._environment = make(source, field)
         except Exception as error:  # told by facts(): Ray would bury it in its own words
             self._failure = error
-        self._timeout = timeout_seconds
+        self._timeout, self._read = timeout_seconds, read
+        self._raw = self._failure is None and bool(getattr(self._environment, "raw_actions", False))
+        self._slots = asyncio.Semaphore(self._max_concurrency)  # of judgements
         self._episodes: dict[str, Environment] = {}
+
+    @property
+    def _max_concurrency(self) -> int:
+        return 1 if self._failure is not None else int(getattr(self._environment, "max_concurrency", 1))
 
     async def facts(self) -> EnvironmentFacts:
         """Sign of life, and what kind of environment this is; raises what making it raised."""
@@ -54,25 +101,58 @@ class EnvironmentActor:
             raise self._failure
         return EnvironmentFacts(
             pid=os.getpid(),
-            one_step=isinstance(self._environment, Verifier),
-            max_concurrency=int(getattr(self._environment, "max_concurrency", 1)),
-            raw_actions=bool(getattr(self._environment, "raw_actions", False)),
+            one_step=is_one_step(self._environment),
+            max_concurrency=self._max_concurrency,
+            raw_actions=self._raw,
             note=str(getattr(self._environment, "note", "")),
         )
 
-    async def judge(self, prompt: Prompt, action: str) -> StepResult:
-        """A verifier's whole episode in one call."""
-        episode: Environment = copy.copy(self._environment)
-        await self._limited(episode.reset(prompt))
-        return await self._limited(episode.step(action))
+    async def judge(self, answers: Answers) -> AsyncIterator[list[Judgement]]:
+        """A verifier's whole episodes, in order, max_concurrency at a time; yields what has finished.
+
+        Each has a time limit of its own, and its failure is its own.
+        """
+        judged: list[Judgement] = []
+        changed = asyncio.Event()
+
+        async def one(number: int) -> None:
+            async with self._slots:
+                judged.append(await self._judgement(answers, number))
+                changed.set()
+
+        tasks = [asyncio.create_task(one(number)) for number in range(len(answers.rows))]
+        left = len(tasks)
+        while left:
+            await changed.wait()
+            if len(judged) < left:
+                await asyncio.wait(tasks, timeout=GATHER_SECONDS)
+            ready, judged = judged, []
+            changed.clear()
+            left -= len(ready)
+            yield ready
+
+    async def _judgement(self, answers: Answers, number: int) -> Judgement:
+        from ray import cloudpickle
+
+        prompt = answers.prompts[answers.rows[number]]
+        start, end = answers.offsets[number : number + 2]
+        try:
+            action = self._read(answers.token_ids[start:end], raw=self._raw)
+            episode: Environment = copy.copy(self._environment)
+            await self._limited(episode.reset(prompt))
+            result = await self._limited(episode.step(action))
+            return Judgement(number, cloudpickle.dumps(result))
+        except Exception as error:
+            return Judgement(number, b"", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
     async def reset(self, name: str, prompt: Prompt) -> Observation:
         """Open an episode."""
         self._episodes[name] = copy.copy(self._environment)
         return await self._limited(self._episodes[name].reset(prompt))
 
-    async def step(self, name: str, action: str) -> StepResult:
+    async def step(self, name: str, sampled: TokenIds) -> StepResult:
         """One turn of an open episode."""
+        action = self._read(sampled, raw=self._raw)
         return await self._limited(self._episodes[name].step(action))
 
     async def end(self, name: str) -> None:

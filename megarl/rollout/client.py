@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 
 from megarl.rollout.engine import Engine, GeneratedResponse, GenerateRequest, SamplingConfig
@@ -20,25 +19,26 @@ class SessionClient:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[str, asyncio.Future[GeneratedResponse]] = {}
         self._outbox: list[GenerateRequest] = []
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._idle_since: float | None = None
         self._idle_seconds = 0.0
-        self._thread = threading.Thread(target=self._receive, name="engine session", daemon=True)
-        self._thread.start()
+        self._reading = self._loop.create_task(self._read())
 
-    async def generate(self, request: GenerateRequest) -> GeneratedResponse:
+    def generate(self, request: GenerateRequest) -> asyncio.Future[GeneratedResponse]:
         """Sample one request. Raises what the engine raises."""
+        future: asyncio.Future[GeneratedResponse] = self._loop.create_future()
         if self._error is not None:
-            raise self._error
+            future.set_exception(self._error)
+            return future
         if self._idle_since is not None:
             self._idle_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
         assert request.request_id not in self._waiting, f"{request.request_id} is being sampled already"
-        future = self._waiting[request.request_id] = self._loop.create_future()
+        self._waiting[request.request_id] = future
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(request)
-        return await future
+        return future
 
     def idle_seconds(self) -> float:
         """Wall time during which the engine had nothing to do, since its first request."""
@@ -48,6 +48,7 @@ class SessionClient:
     def close(self) -> None:
         """End the session; whatever is still being sampled is aborted."""
         self._session.close()
+        self._reading.cancel()
 
     def _flush(self) -> None:
         requests, self._outbox = self._outbox, []
@@ -56,27 +57,19 @@ class SessionClient:
         except Exception as error:
             self._fail(error)
 
-    def _receive(self) -> None:
+    async def _read(self) -> None:
         try:
-            for response in self._session:
-                self._call(self._resolve, response)
-        except BaseException as error:  # the waiting episodes raise it
-            self._call(self._fail, error)
+            async for responses in self._session:
+                for response in responses:
+                    future = self._waiting.pop(response.request_id)
+                    if not future.done():
+                        future.set_result(response)
+                if not self._waiting:
+                    self._idle_since = time.perf_counter()
+        except Exception as error:  # the waiting episodes raise it
+            self._fail(error)
 
-    def _call(self, function: object, argument: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(function, argument)  # type: ignore[arg-type]
-        except RuntimeError:  # the loop has been closed: nobody waits any more
-            return
-
-    def _resolve(self, response: GeneratedResponse) -> None:
-        future = self._waiting.pop(response.request_id)
-        if not future.done():
-            future.set_result(response)
-        if not self._waiting:
-            self._idle_since = time.perf_counter()
-
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: Exception) -> None:
         self._error = error
         for future in self._waiting.values():
             if not future.done():

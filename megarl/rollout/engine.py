@@ -6,12 +6,13 @@ is a numpy array, made in the engine's process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from megarl.config.rollout import EngineConfig
 from megarl.records import ArrayRecord, FinishReason, Logprobs, TokenIds
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
@@ -115,18 +116,36 @@ class EngineHealth:
     paused: bool
 
 
+def check_requests(requests: Sequence[GenerateRequest], max_model_len: int) -> None:
+    """Raise ValueError where a prompt is empty or leaves no room, or an id occurs twice."""
+    seen: set[str] = set()
+    for request in requests:
+        if request.request_id in seen:
+            raise ValueError(f"request {request.request_id}: the id occurs twice")
+        seen.add(request.request_id)
+        if not 0 < len(request.prompt_ids) < max_model_len:
+            raise ValueError(
+                f"request {request.request_id}: a prompt of {len(request.prompt_ids)} tokens does not fit"
+                f" an engine with max_model_len {max_model_len} (at least 1 of each prompt and response)"
+            )
+
+
 class EngineSession(Protocol):
     """Requests that come one by one, as episodes ask for them; all are decoded together.
 
-    One thread may submit while another iterates.
+    It is used on one event loop. :class:`megarl.rollout.client.SessionClient` makes of it
+    ``await client.generate(request)``.
     """
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
-        """Add requests; does not wait."""
+        """Add requests; does not wait. Raises ValueError as :func:`check_requests`, and then adds none."""
         ...
 
-    def __iter__(self) -> Iterator[GeneratedResponse]:
-        """Each response when it finishes; waits for more until the session is closed."""
+    def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
+        """Responses when they finish, those of one decoding step together; ends with :meth:`close`.
+
+        Raises EngineError where the engine failed for good.
+        """
         ...
 
     def close(self) -> None:
@@ -135,7 +154,27 @@ class EngineSession(Protocol):
 
 
 class Engine(Protocol):
-    """An engine the trainer drives. Order: wait_ready, attach, sync, then generate and sync in turns."""
+    """An engine the trainer drives. Order: wait_ready, attach, sync, then sessions and sync in turns.
+
+    Requests are awaited on an event loop (:meth:`session`); all other calls block, and come from the thread
+    that trains. Another kind of engine is a class with these methods, and its line in
+    :func:`megarl.rollout.engine_group.start_engines`.
+    """
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings of the engine; of several, of each."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and response together."""
+        ...
+
+    @property
+    def plans(self) -> list[WeightPlan]:
+        """What is attached, one plan per engine rank."""
+        ...
 
     def wait_ready(self) -> None:
         """Return when the engine takes calls; raises EngineError with the cause otherwise."""
@@ -161,14 +200,8 @@ class Engine(Protocol):
         """Of every region of the attached plans, per engine rank, as they lie in its parameters."""
         ...
 
-    def generate(
-        self, requests: Sequence[GenerateRequest], sampling: SamplingConfig
-    ) -> Iterator[GeneratedResponse]:
-        """Sample all requests together; yields each response when it finishes."""
-        ...
-
     def session(self, sampling: SamplingConfig) -> EngineSession:
-        """Sample requests that are not all known yet."""
+        """Sample requests, which need not all be known yet."""
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:

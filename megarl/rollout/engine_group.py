@@ -7,9 +7,10 @@ its own dead actor; nothing here knows of deaths.
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,16 +18,18 @@ from megarl.config.rollout import EngineConfig
 from megarl.rollout.dealing import Dealer
 from megarl.rollout.engine import (
     AttachReport,
+    Engine,
     EngineHealth,
+    EngineSession,
     GeneratedResponse,
     GenerateRequest,
     SamplingConfig,
     SyncReport,
     WeightPlanError,
+    check_requests,
 )
 from megarl.rollout.placement import EnginePlace
 from megarl.rollout.vllm_engine import VllmEngine
-from megarl.rollout.vllm_session import VllmSession
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.handover import ParamInfo, WeightPlan
 
@@ -35,7 +38,7 @@ T = TypeVar("T")
 
 def start_engines(
     model_dir: Path, config: EngineConfig, places: Sequence[EnginePlace], **options: Any
-) -> Engines:
+) -> Engine:
     """Start an engine at each place in the background; ``options`` are those of VllmEngine.start.
 
     One engine is the VllmEngine itself. Several write engine-0.log, engine-1.log ...
@@ -56,13 +59,18 @@ class EngineGroup:
     Calls go to all members at once and return when all have answered; the first error is raised.
     """
 
-    def __init__(self, members: Sequence[VllmEngine]) -> None:
+    def __init__(self, members: Sequence[Engine]) -> None:
         self.members = list(members)
 
     @property
     def config(self) -> EngineConfig:
         """The settings of each member."""
         return self.members[0].config
+
+    @property
+    def max_model_len(self) -> int:
+        """See Engine.max_model_len; the same of all members."""
+        return self.members[0].max_model_len
 
     @property
     def plans(self) -> list[WeightPlan]:
@@ -112,13 +120,6 @@ class EngineGroup:
         """See Engine.checksums."""
         return _flat(self._each(lambda member: member.checksums()))
 
-    def generate(
-        self, requests: Sequence[GenerateRequest], sampling: SamplingConfig
-    ) -> Iterator[GeneratedResponse]:
-        """See Engine.generate. Raises as VllmEngine.generate does."""
-        self.members[0].check_requests(requests)
-        return self._generate(requests, sampling)
-
     def session(self, sampling: SamplingConfig) -> GroupSession:
         """See Engine.session."""
         return GroupSession(self.members, sampling)
@@ -158,79 +159,59 @@ class EngineGroup:
         """See Engine.shutdown."""
         self._each(lambda member: member.shutdown())
 
-    def _each(self, call: Callable[[VllmEngine], T]) -> list[T]:
+    def _each(self, call: Callable[[Engine], T]) -> list[T]:
         return _side_by_side(call, self.members)
-
-    def _generate(
-        self, requests: Sequence[GenerateRequest], sampling: SamplingConfig
-    ) -> Iterator[GeneratedResponse]:
-        if not requests:
-            return
-        session = self.session(sampling)
-        try:
-            session.submit(requests)
-            remaining = len(requests)
-            for response in session:
-                yield response
-                remaining -= 1
-                if not remaining:
-                    return
-        finally:
-            session.close()
-
-
-Engines = VllmEngine | EngineGroup
-"""What :func:`start_engines` starts."""
 
 
 class GroupSession:
     """An :class:`megarl.rollout.engine.EngineSession` over a session of each member."""
 
-    def __init__(self, members: Sequence[VllmEngine], sampling: SamplingConfig) -> None:
-        self._check = members[0].check_requests
+    def __init__(self, members: Sequence[Engine], sampling: SamplingConfig) -> None:
+        self._max_model_len = members[0].max_model_len
         self._sessions = [member.session(sampling) for member in members]
-        self._dealer, self._lock = Dealer(len(members)), threading.Lock()
-        # Responses, what a member raised, and None for each member whose session has ended.
-        self._answers: queue.SimpleQueue[GeneratedResponse | BaseException | None] = queue.SimpleQueue()
-        for session in self._sessions:
-            threading.Thread(
-                target=self._receive, args=(session,), name="engine of several", daemon=True
-            ).start()
+        self._dealer = Dealer(len(members))
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
-        """See EngineSession.submit. Raises ValueError as generate does, and then submits none."""
-        self._check(requests)
-        with self._lock:
-            shares = self._dealer.deal(requests)
+        """See EngineSession.submit."""
+        check_requests(requests, self._max_model_len)
+        shares = self._dealer.deal(requests)
         for session, share in zip(self._sessions, shares, strict=True):
             if share:
                 session.submit(share)
 
-    def __iter__(self) -> Iterator[GeneratedResponse]:
-        open_sessions = len(self._sessions)
-        while open_sessions:
-            answer = self._answers.get()
-            if answer is None:
-                open_sessions -= 1
-            elif isinstance(answer, BaseException):
-                raise answer
-            else:
-                yield answer
+    async def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
+        # Responses, what a member raised, and None for each member whose session has ended.
+        answers: asyncio.Queue[list[GeneratedResponse] | Exception | None] = asyncio.Queue()
+
+        async def read(session: EngineSession) -> None:
+            try:
+                async for responses in session:
+                    answers.put_nowait(responses)
+                answers.put_nowait(None)
+            except Exception as error:
+                answers.put_nowait(error)
+
+        readers = [asyncio.create_task(read(session)) for session in self._sessions]
+        try:
+            num_open = len(readers)
+            while num_open:
+                answer = await answers.get()
+                if answer is None:
+                    num_open -= 1
+                elif isinstance(answer, Exception):
+                    raise answer
+                else:
+                    for response in answer:
+                        self._dealer.finish(response.request_id)
+                    yield answer
+        finally:
+            for reader in readers:
+                reader.cancel()
 
     def close(self) -> None:
         """See EngineSession.close."""
         for session in self._sessions:
             session.close()
-
-    def _receive(self, session: VllmSession) -> None:
-        try:
-            for response in session:
-                with self._lock:
-                    self._dealer.finish(response.request_id)
-                self._answers.put(response)
-            self._answers.put(None)
-        except BaseException as error:
-            self._answers.put(error)
 
 
 def _side_by_side(call: Callable[[Any], T], arguments: Sequence[Any]) -> list[T]:

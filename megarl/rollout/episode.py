@@ -21,7 +21,7 @@ from megarl.rollout.engine import GeneratedResponse
 from megarl.rollout.turns import TurnTokens
 
 if TYPE_CHECKING:
-    from megarl.environments.base import Environment, Observation, StepResult
+    from megarl.environments.base import EpisodeEnvironment, Observation, StepResult
 
 # How often an episode may start anew because another one took its worker process down.
 _MAX_BLAMELESS = 20
@@ -46,7 +46,6 @@ class _Played:
     """A turn that has been sampled; kept over retries."""
 
     response: GeneratedResponse
-    action: str
     observation: Observation | None = None
     observed_ids: TokenIds = field(default_factory=lambda: token_ids([]))
 
@@ -68,9 +67,8 @@ class EpisodePlayer:
         limits: budgets and retries.
     """
 
-    def __init__(self, environment: Environment, turns: TurnTokens, limits: EpisodeLimits) -> None:
+    def __init__(self, environment: EpisodeEnvironment, turns: TurnTokens, limits: EpisodeLimits) -> None:
         self._environment, self._turns, self._limits = environment, turns, limits
-        self._raw = bool(getattr(environment, "raw_actions", False))
         self.num_retries = 0
 
     async def play(
@@ -103,7 +101,7 @@ class EpisodePlayer:
         sample: Callable[[int, TokenIds, int], Awaitable[GeneratedResponse]],
         played: list[_Played],
     ) -> Sample:
-        episode: Any = copy.copy(self._environment)
+        episode = copy.copy(self._environment)
         try:
             first: Observation = await _ask(episode.reset(prompt))
             if first.text != prompt.text:
@@ -117,11 +115,10 @@ class EpisodePlayer:
                 if turn == len(played):
                     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
                     response = await sample(turn, ids, self._room(used))
-                    action = self._turns.action(response.token_ids, raw=self._raw)
-                    played.append(_Played(response, action))
+                    played.append(_Played(response))
                 parts.append(played[turn].response.token_ids)
                 used += len(parts[-1])
-                result = _checked(await _ask(episode.step(played[turn].action)))
+                result = _checked(await _ask(episode.step(parts[-1])))
                 rewards.append(float(result.reward))
                 info.update(result.info)
                 if result.done or not self._goes_on(used, result, played, turn):
@@ -130,9 +127,7 @@ class EpisodePlayer:
                 parts.append(played[turn].observed_ids)
                 used += len(parts[-1])
         finally:
-            end = getattr(episode, "end", None)
-            if end is not None:
-                end()
+            episode.end()
 
     def _room(self, used: int) -> int:
         room = self._limits.max_new_tokens - used
@@ -171,7 +166,6 @@ class EpisodePlayer:
         spans: list[tuple[int, int]] = []
         if len(played) == 1:
             response_ids, logprobs, spans = last.token_ids, last.logprobs, last.version_spans
-            text = played[0].action
         else:
             ids, values = [], []
             for index, (turn, reward) in enumerate(zip(played, rewards, strict=True)):
@@ -187,7 +181,6 @@ class EpisodePlayer:
             spans = merge_spans(spans)
             response_ids = np.concatenate(ids)
             logprobs = np.concatenate(values) if values else NO_LOGPROBS
-            text = self._turns.action(response_ids, raw=True)
         return Sample(
             prompt.index,
             prompt.token_ids,
@@ -195,8 +188,7 @@ class EpisodePlayer:
             logprobs,
             played[0].response.policy_version,
             reason,
-            text,
-            sum(rewards),
+            reward=sum(rewards),
             info=info,
             turns=turns,
             experts=last.experts,  # of all tokens before it too: they were its prompt

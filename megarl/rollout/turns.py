@@ -40,13 +40,6 @@ class TurnTokens:
         if self._chat:
             self._after(role, "x")
 
-    def action(self, sampled: TokenIds, *, raw: bool = False) -> str:
-        """The policy's turn as text: without special tokens, or (raw) only without the one that ended it."""
-        ids: list[int] = sampled.tolist()
-        if raw and ids and ids[-1] in self._stops:
-            del ids[-1]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=not raw))
-
     def observation(self, sampled: TokenIds, role: str, text: str) -> TokenIds:
         """Token ids to go on with after ``sampled``, the policy's turn, ending where it speaks again.
 

@@ -2,70 +2,75 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
-
-if TYPE_CHECKING:
-    from megarl.rollout.vllm_engine import VllmEngine
+from megarl.cluster.ray_async import in_thread, stream
+from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig, check_requests
+from megarl.rollout.vllm_process import EngineProcess, actor_died, task_failed
 
 
 class VllmSession:
     """An :class:`megarl.rollout.engine.EngineSession`; unfinished requests outlive the actor."""
 
-    def __init__(self, engine: VllmEngine, sampling: SamplingConfig) -> None:
-        self._engine, self._sampling = engine, sampling
+    def __init__(self, process: EngineProcess, sampling: SamplingConfig, max_model_len: int) -> None:
+        self._process, self._sampling, self._max_model_len = process, sampling, max_model_len
         self._id = uuid.uuid4().hex
         self._unfinished: dict[str, GenerateRequest] = {}
         self._closed = False
-        self._lock = threading.Lock()  # a successor must get each request once
         self._stream = self._open()
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
-        """See EngineSession.submit. Raises ValueError as generate does."""
-        self._engine.check_requests(requests)
-        with self._lock:
-            self._unfinished.update((request.request_id, request) for request in requests)
-            # To the actor of the stream: if it is dead, they go to its successor with all that is unfinished.
-            self._actor.submit.remote(self._id, list(requests), self._sampling)
+        """See EngineSession.submit."""
+        check_requests(requests, self._max_model_len)
+        self._unfinished.update((request.request_id, request) for request in requests)
+        # To the actor of the stream: if it is dead, they go to its successor with all that is unfinished.
+        self._actor.submit.remote(self._id, list(requests), self._sampling)
 
-    def __iter__(self) -> Iterator[GeneratedResponse]:
+    async def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
         while True:
             try:
-                for finished in self._stream:
-                    for response in self._engine._get(finished):
-                        with self._lock:
-                            if self._unfinished.pop(response.request_id, None) is None:
-                                continue
-                            self._engine._deaths_in_a_row = 0
-                        yield response
+                async for responses in stream(self._stream):
+                    # An actor that was given up for dead may still answer.
+                    fresh = [r for r in responses if self._unfinished.pop(r.request_id, None) is not None]
+                    if fresh:
+                        self._process.answered()
+                        yield [_own(response) for response in fresh]
                 return
             except actor_died() as death:
-                with self._lock:
-                    if self._closed:
-                        return
-                    then = f"{len(self._unfinished)} unfinished requests are sampled again"
-                    self._engine._replace(death, then, self._actor)
-                    self._stream = self._open()
-                    self._actor.submit.remote(self._id, list(self._unfinished.values()), self._sampling)
+                if self._closed or not await self._move(death):
+                    return
+            except task_failed() as error:
+                raise self._process.told(error) from error
 
     def close(self) -> None:
         """See EngineSession.close."""
-        with self._lock:
-            self._closed = True
-            self._unfinished.clear()
-            self._actor.end_session.remote(self._id)
+        self._closed = True
+        self._unfinished.clear()
+        self._actor.end_session.remote(self._id)
+
+    async def _move(self, death: Exception) -> bool:
+        """Go on with the successor of the actor that died; not where the session was closed meanwhile."""
+        then = f"{len(self._unfinished)} unfinished requests are sampled again"
+        await in_thread(lambda: self._process.replace(death, then, self._actor))
+        if self._closed:
+            return False
+        self._stream = self._open()
+        self._actor.submit.remote(self._id, list(self._unfinished.values()), self._sampling)
+        return True
 
     def _open(self) -> Any:
-        self._actor: Any = self._engine._actor
+        self._actor: Any = self._process.actor
         return self._actor.stream.options(num_returns="streaming").remote(self._id)
 
 
-def actor_died() -> type[Exception]:
-    """What a call raises whose actor is gone."""
-    from ray.exceptions import RayActorError
-
-    return RayActorError
+def _own(response: GeneratedResponse) -> GeneratedResponse:
+    """With memory of its own: arrays from Ray are views of its object store, which they would keep full."""
+    return replace(
+        response,
+        token_ids=response.token_ids.copy(),
+        logprobs=response.logprobs.copy(),
+        experts=None if response.experts is None else response.experts.copy(),
+    )

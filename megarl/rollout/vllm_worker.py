@@ -109,23 +109,11 @@ class EngineActor:
         """See Engine.checksums."""
         return self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_checksums"))
 
-    def generate(
-        self, requests: list[GenerateRequest], sampling: SamplingConfig
-    ) -> Iterator[list[GeneratedResponse]]:
-        """Stream the responses, those that finish in one decoding step together."""
-        responses: ResponseQueue = queue.SimpleQueue()
-        self._on_engine_thread(lambda: self._admit(requests, sampling, responses))
-        remaining = len(requests)
-        while remaining:
-            finished = responses.get()
-            assert finished is not None, "only a session ends early"
-            if isinstance(finished, BaseException):
-                raise finished
-            remaining -= len(finished)
-            yield finished
-
     def stream(self, session: str) -> Iterator[list[GeneratedResponse]]:
-        """Stream what finishes of the requests submitted to ``session``, until it is ended."""
+        """Stream what finishes of the requests submitted to ``session``, until it is ended.
+
+        What finishes in one decoding step comes together.
+        """
         responses = self._session(session)
         while (finished := responses.get()) is not None:
             if isinstance(finished, BaseException):

@@ -15,7 +15,7 @@ from megarl.config.model import ModelConfig
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.models import load_architecture
-from megarl.rollout import vllm_engine
+from megarl.rollout import vllm_engine, vllm_process
 
 
 def test_latent_attention_has_no_engine_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_seeds_alone_fix_no_tokens_on_a_gpu_and_the_log_says_so(
     monkeypatch.setattr(vllm_engine, "start_ray", lambda: None)
     monkeypatch.setattr(vllm_engine, "ray_temp_dir", lambda: tmp_path)
     monkeypatch.setattr(
-        vllm_engine, "beside_ranks", lambda _node, _devices, variables: (asked.append(variables), {})[1]
+        vllm_process, "beside_ranks", lambda _node, _devices, variables: (asked.append(variables), {})[1]
     )
     engine = EngineConfig(batch_invariant=invariant, data_parallel_size=2)
     for device in ("cuda", "cpu"):

@@ -66,9 +66,9 @@ engine = VllmEngine.start(
     dtype="float32", max_model_len=256, seed=1,
 )
 engine.wait_ready()
-found = {"threads": threads(engine._actor)}
+found = {"threads": threads(engine._process.actor)}
 for read in (on_engine_thread, environment, children):
-    found[read.__name__] = ray.get(engine._actor.__ray_call__.remote(read))
+    found[read.__name__] = ray.get(engine._process.actor.__ray_call__.remote(read))
 print(json.dumps(found), flush=True)
 sys.stdin.read()
 engine.shutdown()
@@ -80,9 +80,9 @@ from megarl.config.environments import EnvironmentRuntime
 from megarl.environments.remote import EnvironmentWorkers
 
 source = JsonlSource(source="jsonl", path="unread.jsonl")
-workers = EnvironmentWorkers(source, "data.train", EnvironmentRuntime(num_workers=2))
+workers = EnvironmentWorkers(source, "data.train", EnvironmentRuntime(num_workers=2), str)
 workers.wait_ready()
-print(json.dumps([threads(worker.actor) for worker in workers._workers]), flush=True)
+print(json.dumps([threads(worker.actor) for worker in workers.processes]), flush=True)
 workers.shutdown()
 stop_ray()
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from typing import Any
 
@@ -28,6 +29,8 @@ class Misbehaves(Verifier):
             os._exit(3)
         if response_text == "time-out of its own":
             raise TimeoutError("my database")
+        if response_text == "lock":
+            return 1.0, {"lock": threading.Lock()}
         return len(response_text) + self.bonus, {"pid": os.getpid()}
 
 
@@ -46,6 +49,25 @@ class Echo:
             return StepResult(None, 1.0, True, {"heard": "".join(self.heard)})
         await asyncio.sleep(0.001)
         return StepResult(Observation(f"{os.getpid()}"), 0.0, False)
+
+
+class Together(Verifier):
+    """Judges three at a time; says how many it was judging at once at most, and what it read."""
+
+    max_concurrency = 3
+    raw_actions = True
+    open, most, judged = 0, 0, 0
+
+    async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
+        Together.open += 1
+        Together.most = max(Together.most, Together.open)
+        await asyncio.sleep(0.5 if response_text == "slow" else 0.002)
+        if response_text == "die":
+            os._exit(3)
+        Together.open -= 1
+        Together.judged += 1
+        place = {"most": Together.most, "place": Together.judged}
+        return 1.0, {"read": response_text, "prompt": prompt.index, **place}
 
 
 class Refuses:

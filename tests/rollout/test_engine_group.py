@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
 from megarl.records import token_ids
+from megarl.rollout.client import SessionClient
 from megarl.rollout.engine import (
     EngineError,
     EngineHealth,
@@ -28,6 +29,7 @@ from megarl.rollout.engine import (
 from megarl.rollout.engine_group import EngineGroup, start_engines
 from megarl.rollout.placement import EnginePlace
 from tests.rollout.conftest import MAX_MODEL_LEN, SharedWeights, _make_model
+from tests.rollout.driving import generate
 
 PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
 
@@ -36,6 +38,7 @@ class Scripted:
     """A member with two ranks that answers by the seed, last request first."""
 
     config = EngineConfig(tensor_parallel_size=2, data_parallel_size=2)
+    max_model_len = MAX_MODEL_LEN
 
     def __init__(self, number: int, meeting: threading.Barrier) -> None:
         self.number, self.meeting = number, meeting
@@ -44,11 +47,6 @@ class Scripted:
         self.attached: list[Any] = []
         self.fails_on = ""
         self.closed = 0
-
-    def check_requests(self, requests: Sequence[GenerateRequest]) -> None:
-        for request in requests:
-            if not len(request.prompt_ids):
-                raise ValueError(f"request {request.request_id}: empty")
 
     def session(self, sampling: SamplingConfig) -> ScriptedSession:
         return ScriptedSession(self)
@@ -86,26 +84,23 @@ class Scripted:
 class ScriptedSession:
     def __init__(self, member: Scripted) -> None:
         self.member = member
-        self.answers: queue.SimpleQueue[GeneratedResponse | None] = queue.SimpleQueue()
+        self.answers: asyncio.Queue[GeneratedResponse | None] = asyncio.Queue()
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
         for request in reversed(requests):
             self.member.seen.append(request.request_id)
-            self.answers.put(
-                GeneratedResponse(
-                    request.request_id, token_ids([request.seed or 0]), np.float32([-1.0]), "length", 3
-                )
-            )
+            ids, logprobs = token_ids([request.seed or 0]), np.float32([-1.0])
+            self.answers.put_nowait(GeneratedResponse(request.request_id, ids, logprobs, "length", 3))
 
-    def __iter__(self) -> Iterator[GeneratedResponse]:
-        while (answer := self.answers.get()) is not None:
+    async def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
+        while (answer := await self.answers.get()) is not None:
             if answer.request_id == self.member.fails_on:
                 raise EngineError("the member failed")
-            yield answer
+            yield [answer]
 
     def close(self) -> None:
         self.member.closed += 1
-        self.answers.put(None)
+        self.answers.put_nowait(None)
 
 
 @pytest.fixture
@@ -124,7 +119,7 @@ def requests_of(prompts: int, samples: int, length: int = 5) -> list[GenerateReq
 
 def test_every_request_is_answered_once_and_by_its_own_seed(members: list[Any]) -> None:
     requests = requests_of(4, 3)
-    responses = list(EngineGroup(members).generate(requests, PLAIN))
+    responses = list(generate(EngineGroup(members), requests, PLAIN))
     assert {r.request_id: r.token_ids.tolist() for r in responses} == {
         r.request_id: [r.seed] for r in requests
     }
@@ -135,20 +130,54 @@ def test_every_request_is_answered_once_and_by_its_own_seed(members: list[Any]) 
 
 
 def test_a_session_takes_requests_while_it_is_read(members: list[Any]) -> None:
-    session = EngineGroup(members).session(PLAIN)
+    session, found = EngineGroup(members).session(PLAIN), list[str]()
+
+    async def read() -> None:
+        async for responses in session:
+            for response in responses:
+                found.append(response.request_id)
+                if len(found) == 2:
+                    session.submit([GenerateRequest("more", token_ids([9]), 5, 1)])
+                if len(found) == 3:
+                    session.close()
+
     session.submit(requests_of(2, 1))
-    found = []
-    for response in session:
-        found.append(response.request_id)
-        if len(found) == 2:
-            session.submit([GenerateRequest("more", token_ids([9]), 5, 1)])
-        if len(found) == 3:
-            session.close()
+    asyncio.run(read())
     assert sorted(found) == ["0-0", "1-0", "more"]
+    assert [member.closed for member in members] == [1, 1]
+
+
+def test_requests_of_one_pass_over_the_event_loop_are_dealt_together(members: list[Any]) -> None:
+    async def ask() -> list[GeneratedResponse]:
+        client = SessionClient(EngineGroup(members), PLAIN)
+        answers = await asyncio.gather(*(client.generate(request) for request in requests_of(2, 3)))
+        assert client.idle_seconds() > 0
+        client.close()
+        return answers
+
+    answers = asyncio.run(ask())
+    assert [answer.request_id for answer in answers] == [r.request_id for r in requests_of(2, 3)]
+    assert [set(member.seen) for member in members] == [{"0-0", "0-1", "0-2"}, {"1-0", "1-1", "1-2"}]
+
+
+def test_an_error_reaches_everybody_who_waits(members: list[Any]) -> None:
+    members[0].fails_on = "0-1"
+
+    async def ask() -> list[Any]:
+        client = SessionClient(EngineGroup(members), PLAIN)
+        waiting = [client.generate(request) for request in requests_of(2, 2)]
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        later = await asyncio.gather(client.generate(requests_of(9, 1)[-1]), return_exceptions=True)
+        client.close()
+        return [*errors, *later]
+
+    found = asyncio.run(ask())
+    assert isinstance(found[1], EngineError) and isinstance(found[-1], EngineError)
+    assert all(isinstance(each, EngineError | GeneratedResponse) for each in found)
 
 
 def test_a_consumer_that_stops_ends_what_is_left(members: list[Any]) -> None:
-    responses = EngineGroup(members).generate(requests_of(2, 2), PLAIN)
+    responses = generate(EngineGroup(members), requests_of(2, 2), PLAIN)
     next(responses)
     responses.close()
     assert [member.closed for member in members] == [1, 1]
@@ -156,16 +185,16 @@ def test_a_consumer_that_stops_ends_what_is_left(members: list[Any]) -> None:
 
 def test_a_bad_request_is_refused_before_any_is_sent(members: list[Any]) -> None:
     group = EngineGroup(members)
-    with pytest.raises(ValueError, match="request empty"):
-        group.generate([*requests_of(2, 1), GenerateRequest("empty", token_ids([]), 5, 1)], PLAIN)
-    assert list(group.generate([], PLAIN)) == []
+    with pytest.raises(ValueError, match="request empty: a prompt of 0 tokens"):
+        generate(group, [*requests_of(2, 1), GenerateRequest("empty", token_ids([]), 5, 1)], PLAIN)
+    assert list(generate(group, [], PLAIN)) == []
     assert [member.seen for member in members] == [[], []]
 
 
 def test_an_error_of_one_member_is_the_groups(members: list[Any]) -> None:
     members[1].fails_on = "1-1"
     with pytest.raises(EngineError, match="the member failed"):
-        list(EngineGroup(members).generate(requests_of(2, 2), PLAIN))
+        list(generate(EngineGroup(members), requests_of(2, 2), PLAIN))
     began = time.monotonic()
     with pytest.raises(EngineError, match="the second did not start"):
         EngineGroup(members).wait_ready()
@@ -227,8 +256,8 @@ def drawn(responses: Iterator[GeneratedResponse]) -> dict[str, list[int]]:
 @pytest.mark.slow
 def test_two_engines_draw_what_one_draws(group: EngineGroup) -> None:
     requests = requests_of(5, 4, length=40)
-    alone = {r.request_id: r for r in group.members[0].generate(requests, PLAIN)}
-    together = {r.request_id: r for r in group.generate(requests, PLAIN)}
+    alone = {r.request_id: r for r in generate(group.members[0], requests, PLAIN)}
+    together = {r.request_id: r for r in generate(group, requests, PLAIN)}
     assert {n: r.token_ids.tolist() for n, r in together.items()} == {
         n: r.token_ids.tolist() for n, r in alone.items()
     }
@@ -244,7 +273,7 @@ def test_two_engines_draw_what_one_draws(group: EngineGroup) -> None:
 def test_a_killed_member_is_replaced_and_draws_the_same(group: EngineGroup) -> None:
     group.sync(3)
     requests = requests_of(6, 2, length=200)
-    before = drawn(group.generate(requests, PLAIN))
+    before = drawn(generate(group, requests, PLAIN))
     pids = [member.health().pid for member in group.members]
 
     def kill() -> None:
@@ -253,9 +282,9 @@ def test_a_killed_member_is_replaced_and_draws_the_same(group: EngineGroup) -> N
 
     thread = threading.Thread(target=kill)
     thread.start()
-    during = drawn(group.generate(requests, PLAIN))
+    during = drawn(generate(group, requests, PLAIN))
     thread.join()
-    after = drawn(group.generate(requests, PLAIN))
+    after = drawn(generate(group, requests, PLAIN))
     assert before == during == after
     now = [member.health().pid for member in group.members]
     assert now[0] == pids[0] and now[1] != pids[1]

@@ -24,6 +24,7 @@ from megarl.records import token_ids
 from megarl.rollout.engine import EngineError, GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.weights.handover import Alias, SharedStorage, SourceView, WeightPlan
+from tests.rollout.driving import generate
 
 model_dir, max_model_len = Path(sys.argv[1]), int(sys.argv[2])
 engine = VllmEngine.start(
@@ -45,11 +46,11 @@ for index, (name, info) in enumerate(params.items()):
 engine.attach([WeightPlan(storages, aliases, [])])
 engine.sync(0)
 requests = [GenerateRequest(str(i), token_ids([1, 2, i]), 400, i) for i in range(64)]
-responses = engine.generate(requests, SamplingConfig(1.0, (), True))
+responses = generate(engine, requests, SamplingConfig(1.0, (), True))
 print("GENERATING", *(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
 for _ in range(1000):
     list(responses)
-    responses = engine.generate(requests, SamplingConfig(1.0, (), True))
+    responses = generate(engine, requests, SamplingConfig(1.0, (), True))
 """
 
 

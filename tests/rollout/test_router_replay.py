@@ -20,6 +20,7 @@ from megarl.records import Sample, Sequence, token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_build import KV_BLOCK_SIZE
 from megarl.rollout.vllm_engine import VllmEngine
+from tests.rollout.driving import generate
 from tests.trainer import ranks, router_ranks
 from tests.trainer.world import world
 from tests.weights.test_engine_matrix import EXPERTS, SIZES
@@ -80,7 +81,7 @@ def roll_out(directory: Path, dtype: str) -> Rollout:
         requests += [
             GenerateRequest(f"r{n}", token_ids(ranks.make_sequences(n)[0].token_ids), 20, n) for n in range(4)
         ]
-        responses = list(engine.generate(requests, SamplingConfig(ranks.TEMPERATURE, (), True)))
+        responses = list(generate(engine, requests, SamplingConfig(ranks.TEMPERATURE, (), True)))
     finally:
         engine.shutdown()
     return Rollout(model, model_dir, {r.request_id: r for r in requests}, responses)

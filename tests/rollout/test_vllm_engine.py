@@ -11,12 +11,13 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from megarl.records import TokenIds, token_ids
-from megarl.rollout import vllm_engine
+from megarl.rollout import vllm_process
 from megarl.rollout.engine import (
     EngineError,
     GeneratedResponse,
@@ -24,8 +25,11 @@ from megarl.rollout.engine import (
     SamplingConfig,
     WeightPlanError,
 )
+from megarl.rollout.vllm_engine import VllmEngine
 from megarl.weights.handover import Alias, SourceView
+from tests.cluster.events import recorded_tasks
 from tests.processes import command_line
+from tests.rollout.driving import generate
 
 PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
 TOLERANCE = 1e-4
@@ -38,15 +42,18 @@ def by_id(responses: list[GeneratedResponse]) -> dict[str, GeneratedResponse]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_hf_logprobs_after_temperature(trainer: Any, temperature: float) -> None:
     requests = trainer.requests(12, max_new_tokens=20)
-    responses = list(trainer.engine.generate(requests, replace(PLAIN, temperature=temperature)))
+    responses = list(generate(trainer.engine, requests, replace(PLAIN, temperature=temperature)))
     assert all(len(r.token_ids) == len(r.logprobs) == 20 and r.finish_reason == "length" for r in responses)
+    for response in responses:
+        assert (response.token_ids.dtype, response.logprobs.dtype) == (np.int32, np.float32)
+        assert response.token_ids.flags.owndata, "no view of Ray's object store"
     assert trainer.logprob_error(requests, responses, temperature) < TOLERANCE
 
 
 def test_greedy_follows_the_argmax_of_hf(trainer: Any) -> None:
     request = trainer.requests(1, max_new_tokens=12)[0]
     sampling = SamplingConfig(temperature=0.0, stop_token_ids=(), logprobs=False)
-    [response] = trainer.engine.generate([request], sampling)
+    [response] = generate(trainer.engine, [request], sampling)
     ids = list(request.prompt_ids)
     with torch.no_grad():
         for _ in range(12):
@@ -57,13 +64,13 @@ def test_greedy_follows_the_argmax_of_hf(trainer: Any) -> None:
 
 def test_a_sleeping_engine_gives_its_cache_back(trainer: Any) -> None:
     requests = trainer.requests(12, max_new_tokens=20)
-    before = by_id(list(trainer.engine.generate(requests, PLAIN)))
+    before = by_id(list(generate(trainer.engine, requests, PLAIN)))
     process = psutil.Process(trainer.engine.health().pid)
     held = process.memory_full_info().uss
     trainer.engine.sleep()
     assert held - process.memory_full_info().uss > 0.8 * 0.05 * 2**30, "of kv_cache_gib"
     trainer.engine.wake()
-    after = by_id(list(trainer.engine.generate(requests, PLAIN)))
+    after = by_id(list(generate(trainer.engine, requests, PLAIN)))
     assert {name: r.token_ids.tolist() for name, r in after.items()} == {
         name: r.token_ids.tolist() for name, r in before.items()
     }
@@ -77,11 +84,17 @@ def test_no_daemon_of_ray_runs_that_serves_nobody(trainer: Any) -> None:
         assert not any(word in command for command in commands), word
 
 
+def test_ray_keeps_no_record_of_calls_to_the_engine(trainer: Any) -> None:
+    list(generate(trainer.engine, trainer.requests(4, max_new_tokens=3), PLAIN))
+    time.sleep(2)  # events travel once a second
+    assert not any("EngineActor" in name for name in recorded_tasks())
+
+
 def test_sampling_ends_with_the_first_stop_token_only(trainer: Any) -> None:
     requests = trainer.requests(6, max_new_tokens=30)
-    free = by_id(list(trainer.engine.generate(requests, PLAIN)))
+    free = by_id(list(generate(trainer.engine, requests, PLAIN)))
     stop = int(free["r0"].token_ids[10])
-    stopped = by_id(list(trainer.engine.generate(requests, replace(PLAIN, stop_token_ids=(stop,)))))
+    stopped = by_id(list(generate(trainer.engine, requests, replace(PLAIN, stop_token_ids=(stop,)))))
     for request_id, response in stopped.items():
         expected = free[request_id].token_ids.tolist()
         if stop in expected:
@@ -93,10 +106,10 @@ def test_sampling_ends_with_the_first_stop_token_only(trainer: Any) -> None:
 
 def test_a_seed_fixes_the_tokens(trainer: Any) -> None:
     requests = trainer.requests(8, max_new_tokens=16)
-    first, second = (by_id(list(trainer.engine.generate(requests, PLAIN))) for _ in range(2))
+    first, second = (by_id(list(generate(trainer.engine, requests, PLAIN))) for _ in range(2))
     assert first == second
     reseeded = [replace(request, seed=request.seed + 1) for request in requests]
-    others = by_id(list(trainer.engine.generate(reseeded, PLAIN)))
+    others = by_id(list(generate(trainer.engine, reseeded, PLAIN)))
     assert all(others[i].token_ids.tolist() != first[i].token_ids.tolist() for i in first)
 
 
@@ -106,10 +119,10 @@ def test_the_engine_reads_the_owners_memory(trainer: Any) -> None:
     assert report.copied == [] and report.aliased_bytes == trainer.shared.buffer.nbytes
     # Prompts longer than a KV block, so that a forgotten prefix cache would serve old keys and values.
     requests = trainer.requests(4, max_new_tokens=8, prompt_length=70)
-    before = list(trainer.engine.generate(requests, PLAIN))
+    before = list(generate(trainer.engine, requests, PLAIN))
     trainer.change_weights()
     sync = trainer.engine.sync(1)
-    after = list(trainer.engine.generate(requests, PLAIN))
+    after = list(generate(trainer.engine, requests, PLAIN))
     assert sync.bytes_moved == 0
     assert trainer.logprob_error(requests, before, 1.0) > 0.1
     assert trainer.logprob_error(requests, after, 1.0) < TOLERANCE
@@ -127,11 +140,11 @@ def test_copies_convert_and_are_counted(trainer: Any) -> None:
     assert report.aliased == [] and set(report.copied) == set(trainer.params)
     assert sync.bytes_moved == report.copied_bytes == 4 * shared.buffer.numel()  # the engine stores fp32
     requests = trainer.requests(6, max_new_tokens=10)
-    responses = list(trainer.engine.generate(requests, PLAIN))
+    responses = list(generate(trainer.engine, requests, PLAIN))
     assert trainer.logprob_error(requests, responses, 1.0) < TOLERANCE
     assert {r.policy_version for r in responses} == {7}
     shared.buffer.zero_()  # copied, not aliased: the engine must not see this before the next sync
-    again = list(trainer.engine.generate(requests, PLAIN))
+    again = list(generate(trainer.engine, requests, PLAIN))
     assert by_id(again) == by_id(responses)
 
 
@@ -150,22 +163,22 @@ def test_a_wrong_plan_is_refused_with_every_violation(trainer: Any) -> None:
         "model.layers.0.mlp.down_proj.weight: 0 of 6144 elements are covered",
     ]
     requests = trainer.requests(2, max_new_tokens=5)  # the plan before it still holds
-    assert trainer.logprob_error(requests, list(trainer.engine.generate(requests, PLAIN)), 1.0) < TOLERANCE
+    assert trainer.logprob_error(requests, list(generate(trainer.engine, requests, PLAIN)), 1.0) < TOLERANCE
 
 
 def test_nothing_is_sampled_past_max_model_len(trainer: Any) -> None:
-    [response] = trainer.engine.generate([GenerateRequest("long", token_ids([5] * 250), 50, 1)], PLAIN)
+    [response] = generate(trainer.engine, [GenerateRequest("long", token_ids([5] * 250), 50, 1)], PLAIN)
     assert (len(response.token_ids), response.finish_reason) == (6, "length")
     with pytest.raises(ValueError, match="request full: a prompt of 256 tokens does not fit"):
-        trainer.engine.generate([GenerateRequest("full", token_ids([5] * 256), 50, 1)], PLAIN)
+        generate(trainer.engine, [GenerateRequest("full", token_ids([5] * 256), 50, 1)], PLAIN)
 
 
 def test_abort_gives_back_what_there_was(trainer: Any) -> None:
     requests = trainer.requests(4, max_new_tokens=200)
-    whole = by_id(list(trainer.engine.generate(requests, PLAIN)))
+    whole = by_id(list(generate(trainer.engine, requests, PLAIN)))
     short = replace(requests[0], request_id="short", max_new_tokens=20)
     responses = []
-    for response in trainer.engine.generate([*requests, short], PLAIN):
+    for response in generate(trainer.engine, [*requests, short], PLAIN):
         responses.append(response)
         if response.request_id == "short":
             trainer.engine.abort(["r1", "r2", "unknown"])
@@ -178,8 +191,10 @@ def test_abort_gives_back_what_there_was(trainer: Any) -> None:
 
 
 def test_a_consumer_that_leaves_aborts_the_rest(trainer: Any) -> None:
-    responses = trainer.engine.generate(
-        [GenerateRequest("a", token_ids([1]), 3, 1), GenerateRequest("b", token_ids([1]), 250, 1)], PLAIN
+    responses = generate(
+        trainer.engine,
+        [GenerateRequest("a", token_ids([1]), 3, 1), GenerateRequest("b", token_ids([1]), 250, 1)],
+        PLAIN,
     )
     assert next(responses).request_id == "a"
     responses.close()
@@ -193,7 +208,7 @@ def test_a_paused_engine_waits_and_takes_weights(trainer: Any) -> None:
     requests = trainer.requests(3, max_new_tokens=10)
     trainer.engine.pause()
     responses: list[GeneratedResponse] = []
-    consumer = threading.Thread(target=lambda: responses.extend(trainer.engine.generate(requests, PLAIN)))
+    consumer = threading.Thread(target=lambda: responses.extend(generate(trainer.engine, requests, PLAIN)))
     consumer.start()
     time.sleep(0.5)
     assert trainer.engine.health().num_unfinished_requests == 3 and not responses
@@ -210,7 +225,7 @@ def test_weights_change_in_the_middle_of_samples(trainer: Any) -> None:
     """Every token's logprob is that of the version it is recorded with, given all tokens before it."""
     requests = trainer.requests(4, max_new_tokens=230)
     responses: list[GeneratedResponse] = []
-    consumer = threading.Thread(target=lambda: responses.extend(trainer.engine.generate(requests, PLAIN)))
+    consumer = threading.Thread(target=lambda: responses.extend(generate(trainer.engine, requests, PLAIN)))
     consumer.start()
     time.sleep(0.25)
     trainer.engine.pause()
@@ -249,12 +264,12 @@ def test_a_killed_engine_takes_up_where_it_stopped(trainer: Any, caplog: pytest.
     trainer.engine.sync(3)
     requests = trainer.requests(24, max_new_tokens=16)
     requests += [replace(r, request_id=f"long-{r.request_id}", max_new_tokens=200) for r in requests]
-    undisturbed = by_id(list(trainer.engine.generate(requests, PLAIN)))
+    undisturbed = by_id(list(generate(trainer.engine, requests, PLAIN)))
     pid = trainer.engine.health().pid
     assert psutil.Process(pid).nice() == psutil.Process().nice()  # Ray puts its workers at 15 by itself
     responses = []
     with caplog.at_level(logging.WARNING, logger="megarl"):
-        for response in trainer.engine.generate(requests, PLAIN):
+        for response in generate(trainer.engine, requests, PLAIN):
             if not responses:
                 os.kill(pid, signal.SIGKILL)
             responses.append(response)
@@ -283,10 +298,8 @@ def test_the_third_death_in_a_row_is_an_error(trainer: Any, monkeypatch: pytest.
         def sync(self, policy_version: int) -> None: ...
 
     with monkeypatch.context() as patched:
-        patched.setattr(vllm_engine, "EngineActor", Dying)
-        engine = vllm_engine.VllmEngine(
-            trainer.engine._settings, trainer.engine.log_path.with_name("dying.log")
-        )
+        patched.setattr(vllm_process, "EngineActor", Dying)
+        engine = VllmEngine(trainer.engine._settings, trainer.engine.log_path.with_name("dying.log"))
         with pytest.raises(EngineError, match=r"died while starting[\s\S]*the last words"):
             engine.wait_ready()
         with pytest.raises(EngineError, match=r"died 3 times in a row[\s\S]*the last words"):

@@ -24,6 +24,7 @@ from megarl.rollout.engine import GenerateRequest, SamplingConfig
 from megarl.rollout.vllm_engine import VllmEngine
 from megarl.trainer.interface import Transport
 from megarl.weights.checksum import RegionQuery
+from tests.rollout.driving import generate
 from tests.trainer import ranks
 from tests.trainer.world import world
 
@@ -145,7 +146,7 @@ class Bench:
             GenerateRequest(f"{layout}-{n}", token_ids([(7 * n + k) % 250 for k in range(5 + n)]), 12, seed=n)
             for n in range(6)
         ]
-        responses = list(self.engine.generate(requests, SamplingConfig(1.0, (), True)))
+        responses = list(generate(self.engine, requests, SamplingConfig(1.0, (), True)))
         prompts = {request.request_id: request.prompt_ids for request in requests}
         model = MODELS[self.family][1].from_pretrained(export_dir).eval()  # type: ignore[attr-defined]
         worst = 0.0

@@ -25,6 +25,7 @@ from megarl.records import token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.weights.checksum import RegionQuery
 from tests.processes import command_line
+from tests.rollout.driving import generate
 from tests.trainer import ranks
 from tests.trainer.world import world
 from tests.weights.test_engine_matrix import LAYOUTS, MODELS, TOLERANCE, Bench
@@ -59,7 +60,7 @@ def answers(bench: Bench) -> list[tuple[list[int], GeneratedResponse]]:
     """Six prompts and what the engine makes of them."""
     prompts = {str(n): [(7 * n + k) % 250 for k in range(5 + n)] for n in range(6)}
     requests = [GenerateRequest(name, token_ids(ids), 12, seed=1) for name, ids in prompts.items()]
-    responses = bench.engine.generate(requests, SamplingConfig(1.0, (), True))
+    responses = generate(bench.engine, requests, SamplingConfig(1.0, (), True))
     return [(prompts[response.request_id], response) for response in responses]
 
 
@@ -172,7 +173,7 @@ def test_a_dead_tensor_parallel_worker_is_replaced(bench: Bench, transport: Any)
     offer(bench, "pp2", transport)
     requests = [GenerateRequest(str(n), token_ids([n + 1, 2, 3]), 60, seed=n) for n in range(6)]
     sampling = SamplingConfig(1.0, (), True)
-    before = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
+    before = {r.request_id: r for r in generate(bench.engine, requests, sampling)}
     workers = psutil.Process(bench.engine.health().pid).children()
     victims = [child for child in workers if "Worker" in command_line(child)]
     assert len(victims) == 2
@@ -183,9 +184,9 @@ def test_a_dead_tensor_parallel_worker_is_replaced(bench: Bench, transport: Any)
 
     thread = threading.Thread(target=kill)
     thread.start()
-    after = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
+    after = {r.request_id: r for r in generate(bench.engine, requests, sampling)}
     thread.join()
-    again = {r.request_id: r for r in bench.engine.generate(requests, sampling)}
+    again = {r.request_id: r for r in generate(bench.engine, requests, sampling)}
     for name, response in before.items():
         assert response.token_ids.tolist() == after[name].token_ids.tolist() == again[name].token_ids.tolist()
     assert bench.engine.health().policy_version == 1
