@@ -1,4 +1,5 @@
-// The policy loss of one token and its gradient. Formulas and sources: megarl/ops/policy_loss.py.
+// The policy loss of one token and its gradient. Formulas and sources: megarl/ops/policy_loss.py. Written without
+// branches over values, so that `real` may be a vector of tokens: policy_loss_cpu.cpp defines Lanes for those.
 #pragma once
 
 #include <cmath>
@@ -22,6 +23,16 @@ struct PolicyOptions {
   KlEstimator kl;
   bool kl_score_gradient;
   double kl_coef, entropy_coef;
+};
+
+// Arithmetic on one value per token.
+template <typename real>
+struct Lanes {
+  using scalar = real;
+  static MEGARL_HD real exp(real x) { return std::exp(x); }
+  static MEGARL_HD real expm1(real x) { return std::expm1(x); }
+  static MEGARL_HD real abs(real x) { return std::abs(x); }
+  static MEGARL_HD real where(bool condition, real yes, real no) { return condition ? yes : no; }
 };
 
 // What one token brings in. Fields without a tensor behind them are 0, and unused.
@@ -84,87 +95,102 @@ enum PolicySum {
   kNumPolicySums,
 };
 
+// What the sums are made of; `count` is 1, flags are 0 or 1.
+template <typename real>
+struct PolicyTerms {
+  real count, policy, off_policy, kl, ratio, clipped_low, clipped_high, dual_clipped, old_kl, corrected, exp_error,
+      rollout_kl, error;
+};
+
 template <typename real>
 struct Surrogate {
   real value, gradient;  // gradient by logprob
-  bool clipped_low, clipped_high, dual_clipped;
+  real clipped_low, clipped_high, dual_clipped;
 };
 
 template <typename real>
 MEGARL_HD Surrogate<real> surrogate(const PolicyToken<real>& token, real ratio, const PolicyOptions& options) {
-  const real advantage = token.advantage;
-  Surrogate<real> result{0, 0, false, false, false};
-  if (advantage == 0) return result;  // also where the ratio overflowed: 0 * inf has no meaning here
-  const real low = static_cast<real>(1 - options.clip_low), high = static_cast<real>(1 + options.clip_high);
-  const real inside = ratio < low ? low : (ratio > high ? high : ratio);
+  using L = Lanes<real>;
+  using T = typename L::scalar;
+  const real zero(T(0)), one(T(1)), low(T(1 - options.clip_low)), high(T(1 + options.clip_high));
+  const real advantage = token.advantage, minus = zero - advantage;
+  const auto counts = advantage != zero;  // else 0, also where the ratio overflowed: 0 * inf has no meaning here
+  const auto below = ratio < low, above = ratio > high, bad = advantage < zero, good = advantage > zero;
+  const real inside = L::where(below, low, L::where(above, high, ratio));
+  Surrogate<real> result{zero, zero, zero, zero, zero};
   if (options.objective == Objective::cispo) {
-    result.clipped_low = ratio < low;
-    result.clipped_high = ratio > high;
-    result.gradient = -advantage * inside;
-    result.value = result.gradient * token.logprob;
+    result.gradient = L::where(counts, minus * inside, zero);
+    result.value = L::where(counts, result.gradient * token.logprob, zero);
+    result.clipped_low = L::where(counts & below, one, zero);
+    result.clipped_high = L::where(counts & above, one, zero);
     return result;
   }
-  result.clipped_low = advantage < 0 && ratio < low;
-  result.clipped_high = advantage > 0 && ratio > high;
-  const bool clipped = result.clipped_low || result.clipped_high;
-  result.value = -advantage * (clipped ? inside : ratio);
-  result.gradient = clipped ? real(0) : result.value;
-  if (advantage < 0 && options.dual_clip > 0 && ratio > static_cast<real>(options.dual_clip)) {
-    result.dual_clipped = true;
-    result.value = -advantage * static_cast<real>(options.dual_clip);
-    result.gradient = 0;
+  const auto too_low = bad & below, too_high = good & above;
+  result.clipped_low = L::where(too_low, one, zero);
+  result.clipped_high = L::where(too_high, one, zero);
+  result.value = L::where(counts, minus * L::where(too_low | too_high, inside, ratio), zero);
+  result.gradient = L::where(too_low | too_high, zero, result.value);
+  if (options.dual_clip > 0) {
+    const real bound(T(options.dual_clip));
+    const auto bounded = bad & (ratio > bound);
+    result.value = L::where(bounded, minus * bound, result.value);
+    result.gradient = L::where(bounded, zero, result.gradient);
+    result.dual_clipped = L::where(bounded, one, zero);
   }
   return result;
 }
 
 // Weight for sampling from the rollout policy instead of the old one; a constant to the gradient.
 template <typename real>
-MEGARL_HD real off_policy_weight(const PolicyToken<real>& token, const PolicyOptions& options, bool* corrected) {
-  *corrected = false;
-  if (options.correction == Correction::none || !token.has_rollout) return 1;
+MEGARL_HD real off_policy_weight(const PolicyToken<real>& token, const PolicyOptions& options, real* corrected) {
+  using L = Lanes<real>;
+  using T = typename L::scalar;
+  const real zero(T(0)), one(T(1)), low(T(options.correction_low)), high(T(options.correction_high));
+  *corrected = zero;
+  if (options.correction == Correction::none || !token.has_rollout) return one;
   const bool sequence =
       options.correction == Correction::sequence_mask || options.correction == Correction::sequence_tis;
-  const real ratio =
-      std::exp(sequence ? token.sequence_log_off_policy : token.old_logprob - token.rollout_logprob);
-  const real low = static_cast<real>(options.correction_low), high = static_cast<real>(options.correction_high);
+  const real ratio = L::exp(sequence ? token.sequence_log_off_policy : token.old_logprob - token.rollout_logprob);
   if (options.correction == Correction::tis || options.correction == Correction::sequence_tis) {
-    *corrected = ratio > high;
-    return *corrected ? high : ratio;
+    const auto above = ratio > high;
+    *corrected = L::where(above, one, zero);
+    return L::where(above, high, ratio);
   }
-  *corrected = !(ratio >= low && ratio <= high);
-  if (*corrected) return 0;
-  return options.correction == Correction::icepop ? ratio : real(1);
+  const auto inside = (ratio >= low) & (ratio <= high);
+  *corrected = L::where(inside, zero, one);
+  return L::where(inside, options.correction == Correction::icepop ? ratio : one, zero);
 }
 
 // exp(d) - 1 - d, without cancellation near 0.
 template <typename real>
 MEGARL_HD real k3(real d) {
-  return std::expm1(d) - d;
+  return Lanes<real>::expm1(d) - d;
 }
 
 template <typename real>
 MEGARL_HD void reference_kl(const PolicyToken<real>& token, const PolicyOptions& options, real* value,
                             real* gradient) {
-  *value = 0;
-  *gradient = 0;
+  using T = typename Lanes<real>::scalar;
+  *value = *gradient = real(T(0));
   if (options.kl == KlEstimator::none) return;
-  const real d = token.ref_logprob - token.logprob;
+  const real d = token.ref_logprob - token.logprob, minus = token.logprob - token.ref_logprob;
   if (options.kl == KlEstimator::k1) {
-    *value = -d;
-    *gradient = 1;
+    *value = minus;
+    *gradient = real(T(1));
   } else if (options.kl == KlEstimator::k2) {
-    *value = d * d / 2;
-    *gradient = -d;
+    *value = d * d * real(T(0.5));
+    *gradient = minus;
   } else {
-    *value = k3(d);
-    *gradient = -std::expm1(d);
+    const real growth = Lanes<real>::expm1(d);
+    *value = growth - d;
+    *gradient = real(T(0)) - growth;
   }
-  if (options.kl_score_gradient) *gradient = -d;
+  if (options.kl_score_gradient) *gradient = minus;
 }
 
 template <typename real>
 MEGARL_HD real policy_ratio(const PolicyToken<real>& token, const PolicyOptions& options) {
-  return std::exp(options.sequence_level ? token.sequence_log_ratio : token.logprob - token.old_logprob);
+  return Lanes<real>::exp(options.sequence_level ? token.sequence_log_ratio : token.logprob - token.old_logprob);
 }
 
 // The larger one; NaN where either is.
@@ -173,54 +199,79 @@ MEGARL_HD sum_t larger_or_nan(sum_t a, sum_t b) {
   return a != a || b <= a ? a : b;
 }
 
+template <typename real>
+MEGARL_HD PolicyTerms<real> policy_terms(const PolicyToken<real>& token, const PolicyOptions& options) {
+  using T = typename Lanes<real>::scalar;
+  const real zero(T(0)), ratio = policy_ratio(token, options);
+  PolicyTerms<real> terms;
+  const Surrogate<real> policy = surrogate(token, ratio, options);
+  real kl_gradient;
+  terms.count = real(T(1));
+  terms.policy = policy.value;
+  terms.off_policy = off_policy_weight(token, options, &terms.corrected);
+  reference_kl(token, options, &terms.kl, &kl_gradient);
+  terms.ratio = ratio;
+  terms.clipped_low = policy.clipped_low;
+  terms.clipped_high = policy.clipped_high;
+  terms.dual_clipped = policy.dual_clipped;
+  terms.old_kl = k3(token.logprob - token.old_logprob);
+  terms.exp_error = terms.rollout_kl = terms.error = zero;
+  if (token.has_rollout) {
+    const real difference = token.old_logprob - token.rollout_logprob;
+    terms.error = Lanes<real>::abs(difference);
+    terms.exp_error = Lanes<real>::exp(terms.error);
+    terms.rollout_kl = k3(difference);
+  }
+  return terms;
+}
+
+// Adds one token's terms, in the precision of the sums, to sums[k * stride].
+template <int stride, typename real, typename sum_t>
+MEGARL_HD void add_policy_terms(const PolicyTerms<real>& terms, sum_t weight, sum_t entropy,
+                                const PolicyOptions& options, sum_t* sums) {
+  // a masked token must not turn an infinite ratio into NaN
+  const sum_t weighted = terms.off_policy == 0 ? sum_t(0) : static_cast<sum_t>(terms.policy) * terms.off_policy;
+  const sum_t kl = terms.kl;
+  sums[kLoss * stride] += weight * (weighted + static_cast<sum_t>(options.kl_coef) * kl -
+                                    static_cast<sum_t>(options.entropy_coef) * entropy);
+  sums[kPolicyLoss * stride] += weight * weighted;
+  sums[kKlLoss * stride] += weight * kl;
+  sums[kEntropyLoss * stride] += weight * entropy;
+  sums[kTokens * stride] += terms.count;
+  sums[kRatio * stride] += terms.ratio;
+  sums[kClippedLow * stride] += terms.clipped_low;
+  sums[kClippedHigh * stride] += terms.clipped_high;
+  sums[kDualClipped * stride] += terms.dual_clipped;
+  sums[kOldKl * stride] += terms.old_kl;
+  sums[kRefKl * stride] += kl;
+  sums[kEntropy * stride] += entropy;
+  sums[kCorrectionWeight * stride] += terms.off_policy;
+  sums[kCorrected * stride] += terms.corrected;
+  sums[kRolloutExpError * stride] += terms.exp_error;
+  sums[kRolloutKl * stride] += terms.rollout_kl;
+  sums[kRolloutMaxError * stride] = larger_or_nan(sums[kRolloutMaxError * stride], static_cast<sum_t>(terms.error));
+}
+
 // Adds one token of weight != 0 to sums[kNumPolicySums].
 template <typename real, typename sum_t>
 MEGARL_HD void add_policy_token(const PolicyToken<real>& token, const PolicyOptions& options, sum_t* sums) {
-  bool corrected;
-  const real ratio = policy_ratio(token, options);
-  const real off_policy = off_policy_weight(token, options, &corrected);
-  const Surrogate<real> policy = surrogate(token, ratio, options);
-  real kl, kl_gradient;
-  reference_kl(token, options, &kl, &kl_gradient);
-  // a masked token must not turn an infinite ratio into NaN
-  const sum_t weighted = off_policy == 0 ? sum_t(0) : static_cast<sum_t>(policy.value) * off_policy;
-  const sum_t weight = token.weight, entropy = token.entropy;
-  sums[kLoss] += weight * (weighted + static_cast<sum_t>(options.kl_coef) * kl -
-                           static_cast<sum_t>(options.entropy_coef) * entropy);
-  sums[kPolicyLoss] += weight * weighted;
-  sums[kKlLoss] += weight * kl;
-  sums[kEntropyLoss] += weight * entropy;
-  sums[kTokens] += 1;
-  sums[kRatio] += ratio;
-  sums[kClippedLow] += policy.clipped_low;
-  sums[kClippedHigh] += policy.clipped_high;
-  sums[kDualClipped] += policy.dual_clipped;
-  sums[kOldKl] += k3(token.logprob - token.old_logprob);
-  sums[kRefKl] += kl;
-  sums[kEntropy] += entropy;
-  sums[kCorrectionWeight] += off_policy;
-  sums[kCorrected] += corrected;
-  if (token.has_rollout) {
-    const real difference = token.old_logprob - token.rollout_logprob;
-    const sum_t error = std::abs(difference);
-    sums[kRolloutExpError] += std::exp(error);
-    sums[kRolloutKl] += k3(difference);
-    sums[kRolloutMaxError] = larger_or_nan(sums[kRolloutMaxError], error);
-  }
+  add_policy_terms<1>(policy_terms(token, options), static_cast<sum_t>(token.weight),
+                      static_cast<sum_t>(token.entropy), options, sums);
 }
 
 // Gradients of the loss by the token's logprob and entropy.
 template <typename real>
 MEGARL_HD void policy_token_gradient(const PolicyToken<real>& token, const PolicyOptions& options, real* logprob,
                                      real* entropy) {
-  bool corrected;
+  using T = typename Lanes<real>::scalar;
+  const real zero(T(0));
+  real corrected, kl, kl_gradient;
   const real off_policy = off_policy_weight(token, options, &corrected);
   const Surrogate<real> policy = surrogate(token, policy_ratio(token, options), options);
-  real kl, kl_gradient;
   reference_kl(token, options, &kl, &kl_gradient);
-  const real weighted = off_policy == 0 ? real(0) : policy.gradient * off_policy;
-  *logprob = token.weight * (weighted + static_cast<real>(options.kl_coef) * kl_gradient);
-  *entropy = -token.weight * static_cast<real>(options.entropy_coef);
+  const real weighted = Lanes<real>::where(off_policy != zero, policy.gradient * off_policy, zero);
+  *logprob = token.weight * (weighted + real(T(options.kl_coef)) * kl_gradient);
+  *entropy = token.weight * real(T(-options.entropy_coef));
 }
 
 }  // namespace megarl
