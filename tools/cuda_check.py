@@ -52,8 +52,6 @@ VARIANTS: dict[str, list[str]] = {
         *(f"pack_sequences::unpack<uint{bits}_t>" for bits in (16, 32, 64)),
     ],
     "segment/segment_reduce": [f"segment_reduce::{k}<{t}>" for k in ("forward", "backward") for t in LOGITS],
-    "segment/gae": ["gae::forward<float>", "gae::forward<double>"],
-    "segment/group_advantage": ["group_advantage::forward<float>", "group_advantage::forward<double>"],
 }
 
 

@@ -4,8 +4,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/host_device.h"
-
 namespace megarl {
 
 // What is known of a group after reading it twice: for the mean, then for the deviations from it.
@@ -17,7 +15,7 @@ struct GroupStatistics {
 };
 
 // advantage = (reward - mean) * scale.
-MEGARL_HD double group_scale(const GroupStatistics& group, bool leave_one_out, bool normalize_std, double epsilon) {
+inline double group_scale(const GroupStatistics& group, bool leave_one_out, bool normalize_std, double epsilon) {
   if (group.all_equal || group.size < 2) {
     return 0.0;
   }

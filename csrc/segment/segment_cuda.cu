@@ -2,14 +2,9 @@
 // segments: looking at them here would wait for the device.
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <tuple>
-
 #include "common/cuda_launch.h"
-#include "segment/gae_kernels.cuh"
-#include "segment/group_advantage_kernels.cuh"
 #include "segment/segment_reduce_kernels.cuh"
 
 namespace megarl {
@@ -70,57 +65,11 @@ at::Tensor segment_reduce_backward_cuda(const at::Tensor& grad, const at::Tensor
   return grad_values;
 }
 
-std::tuple<at::Tensor, at::Tensor> gae_cuda(const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask,
-                                            const at::Tensor& cu_seqlens, double gamma, double gae_lambda) {
-  constexpr const char* op = "gae";
-  MEGARL_CHECK(op, gamma >= 0 && gamma <= 1, "gamma must lie in [0, 1], got ", gamma);
-  MEGARL_CHECK(op, gae_lambda >= 0 && gae_lambda <= 1, "gae_lambda must lie in [0, 1], got ", gae_lambda);
-  const int64_t num_tokens = rewards.numel();
-  check_input(op, "rewards", rewards, num_tokens, rewards.scalar_type(), rewards);
-  check_input(op, "values", values, num_tokens, rewards.scalar_type(), rewards);
-  check_input(op, "mask", mask, num_tokens, at::kFloat, rewards);
-  const int64_t segments = check_bounds(op, "cu_seqlens", cu_seqlens, num_tokens, rewards);
-  const c10::cuda::CUDAGuard guard(rewards.device());
-  at::Tensor advantages = at::empty_like(rewards), returns = at::empty_like(rewards);
-  if (num_tokens == 0) return {advantages, returns};
-  dispatch_float_or_double(op, "rewards", rewards.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    const gae::Tensors<T> tensors{rewards.const_data_ptr<T>(), values.const_data_ptr<T>(), mask.const_data_ptr<float>(),
-                                  advantages.mutable_data_ptr<T>(), returns.mutable_data_ptr<T>()};
-    gae::forward<T><<<static_cast<unsigned>(segments), gae::kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        tensors, cu_seqlens.const_data_ptr<int32_t>(), num_tokens, gamma, gae_lambda);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {advantages, returns};
-}
-
-at::Tensor group_advantage_cuda(const at::Tensor& rewards, const at::Tensor& cu_groups, bool leave_one_out,
-                                bool normalize_std, double epsilon) {
-  constexpr const char* op = "group_advantage";
-  MEGARL_CHECK(op, epsilon >= 0, "epsilon must not be negative, got ", epsilon);
-  check_input(op, "rewards", rewards, rewards.numel(), rewards.scalar_type(), rewards);
-  const int64_t groups = check_bounds(op, "cu_groups", cu_groups, rewards.numel(), rewards);
-  const c10::cuda::CUDAGuard guard(rewards.device());
-  at::Tensor advantages = at::empty_like(rewards);
-  if (rewards.numel() == 0) return advantages;
-  dispatch_float_or_double(op, "rewards", rewards.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    group_advantage::forward<T><<<blocks_for(groups, group_advantage::kWarps), group_advantage::kThreads, 0,
-                                  c10::cuda::getCurrentCUDAStream()>>>(
-        rewards.const_data_ptr<T>(), cu_groups.const_data_ptr<int32_t>(), groups, rewards.numel(), leave_one_out,
-        normalize_std, epsilon, advantages.mutable_data_ptr<T>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return advantages;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(megarl, CUDA, m) {
   m.impl("segment_reduce", &segment_reduce_cuda);
   m.impl("segment_reduce_backward", &segment_reduce_backward_cuda);
-  m.impl("gae", &gae_cuda);
-  m.impl("group_advantage", &group_advantage_cuda);
 }
 
 }  // namespace megarl

@@ -34,7 +34,7 @@ def gae(
     are 0 (an episode that was cut off is not bootstrapped).
 
     rewards and values [T] in one of fp32, fp64 (computed in fp64); mask [T] float32; cu_seqlens
-    [S + 1] int32. No gradient: advantages are constants of the loss.
+    [S + 1] int32. On the host. No gradient: advantages are constants of the loss.
 
     Raises ValueError for wrong shapes, dtypes, boundaries, or gamma and gae_lambda outside [0, 1].
     """

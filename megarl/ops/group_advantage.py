@@ -19,7 +19,7 @@ def group_advantage(
 ) -> torch.Tensor:
     """rewards [N] (fp32 or fp64) of groups bounded by cu_groups [G + 1] int32 to advantages [N].
 
-    Computed in float64. A group whose rewards are all equal (one of size 1 included) gets exactly 0.
+    On the host, in float64. A group whose rewards are all equal (one of size 1 included) gets exactly 0.
     Whether rewards are finite is for the caller to look at (megarl.advantages does). No gradient.
 
     Raises ValueError for wrong shapes, dtypes, boundaries or a negative epsilon.

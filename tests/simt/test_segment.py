@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -63,77 +61,6 @@ def test_segment_reduce(kernels: Kernels, name: str, dtype: str, mean: bool, mas
     kernels.run(f"segment_reduce_backward_{dtype}", Read(grad[:1], "grad"), 0, *shared, Write(grad_values))
     wanted = np.concatenate([widened(grad)[0] * f * k for f, k in zip(scale, kept, strict=True)])
     np.testing.assert_allclose(widened(grad_values), wanted, rtol=TOLERANCE[dtype], atol=1e-7)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("name", LENGTHS)
-def test_gae(kernels: Kernels, name: str, share: float, dtype: str) -> None:
-    rng = np.random.default_rng(4)
-    cu = bounds(LENGTHS[name])
-    n = int(cu[-1])
-    rewards, values = (rng.normal(size=n).astype(dtype) for _ in range(2))
-    mask = (rng.random(n) < share).astype(np.float32)
-    rewards[mask == 0] = np.nan
-    gamma, lam = 0.997, 0.95
-    expected = np.zeros((2, n))
-    for begin, end in itertools.pairwise(cu):
-        next_value = next_advantage = 0.0
-        for t in range(end - 1, begin - 1, -1):
-            if mask[t]:
-                delta = float(rewards[t]) + gamma * next_value - float(values[t])
-                next_value, next_advantage = float(values[t]), delta + gamma * lam * next_advantage
-                expected[:, t] = next_advantage, next_advantage + next_value
-    advantages, returns = (np.full(n, np.nan, dtype) for _ in range(2))
-    kernels.run(
-        f"gae_{dtype}",
-        *(
-            Read(rewards, "rewards"),
-            Read(values, "values"),
-            Read(mask, "mask"),
-            Read(cu, "cu"),
-            len(cu) - 1,
-            n,
-        ),
-        *(gamma, lam, Write(advantages), Write(returns)),
-        seed=1,
-    )
-    np.testing.assert_allclose(advantages, expected[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    np.testing.assert_allclose(returns, expected[1], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("normalize_std", [False, True])
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_group_advantage(kernels: Kernels, leave_one_out: bool, normalize_std: bool, dtype: str) -> None:
-    rng = np.random.default_rng(5)
-    cu = bounds([8, 1, 0, 33, 64, 2, 5, 7])
-    n = int(cu[-1])
-    rewards = rng.normal(size=n).astype(dtype)
-    rewards[cu[6] : cu[7]] = 0.1  # all equal: no advantage, whatever the mean's rounding
-    expected = np.zeros(n)
-    for begin, end in itertools.pairwise(cu):
-        group = rewards[begin:end].astype(np.float64)
-        size = end - begin
-        if size < 2 or (group == group[0]).all():
-            continue
-        baseline = (group.sum() - group) / (size - 1) if leave_one_out else group.mean()
-        expected[begin:end] = (group - baseline) / (group.std(ddof=1) + 1e-6 if normalize_std else 1.0)
-    advantages = np.full(n, np.nan, dtype)
-    kernels.run(
-        f"group_advantage_{dtype}",
-        *(
-            Read(rewards, "rewards"),
-            Read(cu, "cu"),
-            len(cu) - 1,
-            n,
-            int(leave_one_out),
-            int(normalize_std),
-            1e-6,
-        ),
-        Write(advantages),
-    )
-    np.testing.assert_allclose(advantages, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(

@@ -212,8 +212,3 @@ def _losses(tokens: int) -> Iterator[Case]:
     yield Case(
         f"segment_reduce {tokens}", lambda: ops.segment_reduce(old, cu, mask, True), 8.0 * tokens, 0, True
     )
-    gae = (old, ref, mask, cu, 0.99, 0.95)
-    yield Case(f"gae {tokens}", lambda: ops.gae(*gae), 20.0 * tokens, 0, True)
-    groups = torch.arange(0, tokens + 1, 16, dtype=torch.int32, device="cuda")
-    group = (old, groups, True, True, 1e-6)
-    yield Case(f"group_advantage {tokens}", lambda: ops.group_advantage(*group), 8.0 * tokens, 0, True)

@@ -13,8 +13,6 @@
 #include "fake.h"
 #include "packing/pack_sequences_kernels.cuh"
 #include "policy_loss/policy_loss_kernels.cuh"
-#include "segment/gae_kernels.cuh"
-#include "segment/group_advantage_kernels.cuh"
 #include "segment/segment_reduce_kernels.cuh"
 #include "token_logprob/token_logprob_kernels.cuh"
 #include "vocab_kl/vocab_kl_kernels.cuh"
@@ -110,8 +108,7 @@ void add() {
 template <class T>
 void add_float_or_double() {
   using namespace megarl;
-  add<&policy_loss::forward<T>, &policy_loss::backward<T>, &policy_loss::sequence_sums<T>, &gae::forward<T>,
-      &group_advantage::forward<T>>();
+  add<&policy_loss::forward<T>, &policy_loss::backward<T>, &policy_loss::sequence_sums<T>>();
 }
 
 template <class T>

@@ -217,20 +217,6 @@ def segments() -> Any:
                     2000,
                     mean,
                 )
-    for dtype in (torch.float32, torch.float64):
-        rewards, values = (torch.randn(2000, generator=random).to(dtype) for _ in range(2))
-        c.run(f"gae {dtype}", ops.gae, rewards, values, mask, bounds, 0.99, 0.95)
-        for leave_one_out in (False, True):
-            for normalize in (False, True):
-                c.run(
-                    f"advantage {dtype} {leave_one_out} {normalize}",
-                    ops.group_advantage,
-                    rewards,
-                    bounds,
-                    leave_one_out,
-                    normalize,
-                    1e-4,
-                )
     return c.result()
 
 
