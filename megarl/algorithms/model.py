@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config.evaluate import EvalConfig
 from megarl.config.lora import LoraConfig
 from megarl.config.model import read_model_config
-from megarl.config.online import OnlineConfig
 from megarl.config.training import TrainingRoot
 from megarl.data.tokenizer import check_tokenizer, load_tokenizer
 from megarl.errors import UserError
@@ -41,8 +40,9 @@ def check_fits(config: TrainingRoot, architecture: Architecture, context: RankCo
     if device.type == "cpu":
         return
     memory = least_memory(config, architecture, context.layout, context.at, context.rank)
-    offload = config.weights.offload if isinstance(config, OnlineConfig) else []
-    problem = too_small(memory, offload, free_bytes(device), f"rank {context.rank}'s GPU {device.index}")
+    problem = too_small(
+        memory, config.offloads, free_bytes(device), f"rank {context.rank}'s GPU {device.index}"
+    )
     problems = [each for each in gather(problem) if each is not None]
 
     def refuse() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from megarl.advantages.group import zero_std_fraction
 from megarl.algorithms.rollouts import sample_row
-from megarl.config.grpo import GrpoConfig
+from megarl.config.online import OnlineConfig
 from megarl.losses.agreement import Agreement
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES
@@ -55,7 +55,7 @@ def staleness_metrics(groups: list[Group], version: int) -> dict[str, float]:
     }
 
 
-def describe_overlap(config: GrpoConfig, step: int) -> list[str]:
+def describe_overlap(config: OnlineConfig, step: int) -> list[str]:
     """What rollout.max_staleness amounts to, for the log of a run that begins after ``step``."""
     k, algorithm = config.rollout.max_staleness, config.algorithm
     lines = [
@@ -64,7 +64,7 @@ def describe_overlap(config: GrpoConfig, step: int) -> list[str]:
     ]
     if step:
         lines.append(f"what was under way after step {step} is sampled anew, from the same prompts")
-    if algorithm.off_policy_correction == "none" and algorithm.old_logprobs == "trainer":
+    if not algorithm.corrects_staleness:
         lines.append(
             "neither algorithm.off_policy_correction nor algorithm.old_logprobs = rollout is set: samples of "
             "older weights are learned from as if they had been drawn now"

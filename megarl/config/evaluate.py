@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from megarl.config.data import EvalDataConfig
 from megarl.config.evaluation import EvaluationSizeConfig
@@ -14,6 +14,9 @@ from megarl.config.section import Section
 
 class EvalConfig(Section, Sampling):
     """Root of `megarl eval`: accuracy, pass@k and cons@k of a checkpoint."""
+
+    converts_checkpoints: ClassVar[bool] = True
+    """Whether model.path may be a Megatron checkpoint."""
 
     run: RunConfig
     model: ModelConfig

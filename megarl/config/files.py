@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megarl.config.data import parts_of
-from megarl.config.evaluate import EvalConfig
 from megarl.config.model import is_megatron_checkpoint, read_model_config
-from megarl.config.rollout import Sampling
 from megarl.config.section import Problems, Section, as_violation
 from megarl.config.violation import Violation
 
@@ -57,7 +55,7 @@ def _data_files(config: Section) -> Problems:
 
 def _model(config: Section, weights: bool) -> Problems:
     path = _get(config, "model", "path")
-    if path is None or (isinstance(config, EvalConfig) and is_megatron_checkpoint(path)):
+    if path is None or (_get(config, "converts_checkpoints") and is_megatron_checkpoint(path)):
         return  # a checkpoint is converted first, with checks of its own
     tokenizer = any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
     lacks = [] if tokenizer else ["a tokenizer (tokenizer.json)"]
@@ -119,10 +117,10 @@ def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Problems:
 
 def _kv_cache_fits(config: Section, model_config: dict[str, Any]) -> Problems:
     """The engine refuses to start unless its cache holds one sequence of full length."""
-    cache = _get(config, "rollout", "engine", "kv_cache_gib")
+    cache, root = _get(config, "rollout", "engine", "kv_cache_gib"), cast(Any, config)
     try:
-        if cache is not None and isinstance(config, Sampling):
-            longest, gib = config.max_sequence_length(model_config), config.sequence_gib(model_config)
+        if cache is not None:
+            longest, gib = root.max_sequence_length(model_config), root.sequence_gib(model_config)
             if gib > cache:
                 name = "packing.max_sequence_length"
                 takes = f"one sequence of {longest} tokens takes {gib:.2f} GiB"

@@ -93,6 +93,21 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
         return self.kl_coef > 0 or self.kl_reward_coef > 0
 
     @property
+    def least_group(self) -> int:
+        """One sample has no baseline but itself."""
+        return 1 if self.baseline == "none" else 2
+
+    @property
+    def most_batches(self) -> int | None:
+        """See OnlineAlgorithm."""
+        return self.max_generation_batches if self.dynamic_sampling else None
+
+    @property
+    def corrects_staleness(self) -> bool:
+        """By a weight, or by ratios to the engine's logprobs."""
+        return self.off_policy_correction != "none" or self.old_logprobs == "rollout"
+
+    @property
     def needs_old_logprobs(self) -> bool:
         """Whether old logprobs need a pass of their own.
 

@@ -50,6 +50,21 @@ class OnlineAlgorithm(Section):
         """Whether reference logprobs enter the loss or the reward."""
         return False
 
+    @property
+    def least_group(self) -> int:
+        """Samples a prompt must have left, after failures, for its group to be used."""
+        return 1
+
+    @property
+    def most_batches(self) -> int | None:
+        """Rollout batches that may be drawn until a step has groups with unequal rewards; None takes any."""
+        return None
+
+    @property
+    def corrects_staleness(self) -> bool:
+        """Whether the loss knows that older weights drew a sample."""
+        return False
+
     def lower_clip(self, low: float) -> Problems:
         """Rule: ratios below 1 - ``low``, clip_ratio_low, can occur."""
         if low >= 1:
@@ -70,6 +85,11 @@ class OnlineConfig(TrainingRoot, Sampling):
     """Settings of the shared sections that an algorithm cannot have, and why."""
     if TYPE_CHECKING:  # every algorithm has its own
         algorithm: Any
+
+    @property
+    def offloads(self) -> list[str]:
+        """What gives up its memory while unused."""
+        return list(self.weights.offload)
 
     @property
     def evaluates(self) -> bool:

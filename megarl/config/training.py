@@ -50,6 +50,11 @@ class TrainingRoot(Section):
         training: Any
 
     @property
+    def offloads(self) -> list[str]:
+        """What gives up its memory while unused."""
+        return []
+
+    @property
     def num_optimizer_steps(self) -> int:
         """The (policy's) optimizer steps of the whole run: the length of the learning-rate schedule."""
         return int(self.training.num_steps)
