@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from measure_house import config_lines, measure  # noqa: E402
+from measure_house import config_lines, measure, pickled_collectives, reached  # noqa: E402
+
+from tools.import_graph import modules_of  # noqa: E402
 
 SECTION = '''"""A section."""
 
@@ -66,7 +69,8 @@ def test_cycles_of_each_kind(tmp_path: Path) -> None:
         f="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import megarl.e",
         config__x="",
     )
-    found = measure(tmp_path)["cycles"]
+    figures = measure(tmp_path)
+    found = {kind: figures[f"cycles_{kind}"] for kind in ("load", "late", "typing")}
     loaded, late, typing = ["megarl.a", "megarl.b"], ["megarl.c", "megarl.d"], ["megarl.e", "megarl.f"]
     assert found == {"load": [loaded], "late": [loaded, late], "typing": [loaded, late, typing]}
 
@@ -78,4 +82,48 @@ def test_sizes(tmp_path: Path) -> None:
     )
     figures = measure(tmp_path)
     assert (figures["files"], figures["lines"], figures["file_longest"]) == (3, 5, 3)
-    assert (figures["functions"], figures["function_longest"], figures["over_6_parameters"]) == (2, 2, 1)
+    assert (figures["functions"], figures["function_longest"], figures["over_6_parameters"]) == (
+        2,
+        2,
+        ["f 7"],
+    )
+
+
+def test_a_step_reaches_functions_by_name_and_methods_of_classes_it_reached(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        algorithms__grpo="from megarl.a import run\nfrom megarl import b\ndef f(it):\n    run(b.C()).go()\n",
+        a="from megarl.unused import never\ndef run(x):\n    return x\n",
+        b="from megarl.c import deep\nfrom megarl.d import other\n"
+        "class C:\n    def go(self):\n        deep()\n    def stop(self):\n        other()\n",
+        c="def deep(): ...\n",
+        d="def other(): ...\n",
+        unused="def never(): ...\nclass D:\n    def go(self): ...\n",
+    )
+    trees = {name: ast.parse(path.read_text()) for name, path in modules_of(tmp_path, "megarl").items()}
+    found = {module.removeprefix("megarl.") for module in reached(trees, "megarl")}
+    assert found == {"algorithms.grpo", "a", "b", "c"}
+
+
+def test_pickled_collectives_are_counted_where_they_are_called(tmp_path: Path) -> None:
+    control = (
+        "def broadcast(x):\n    dist.broadcast_object_list([x])\ndef first(f):\n    return broadcast(f())\n"
+    )
+    uses = "from megarl.control import broadcast, first\nbroadcast(1)\nfirst(len)\na.first(len)\n"
+    write(tmp_path, control=control, uses=uses)
+    trees = {name: ast.parse(path.read_text()) for name, path in modules_of(tmp_path, "megarl").items()}
+    assert pickled_collectives(trees) == ["megarl.control"] * 2 + ["megarl.uses"] * 2
+
+
+def test_shapes_in_docstrings(tmp_path: Path) -> None:
+    texts = [
+        "Rewards [N] of groups.",
+        "logits [T, V]",
+        "hidden [S + 1, H]",
+        "see [docs] and list[int]",
+        "[1, 2]",
+    ]
+    code = "\n".join(f"def f{i}():\n    '''{text}'''" for i, text in enumerate(texts))
+    write(tmp_path, a=code, config__x="")
+    figures = measure(tmp_path)
+    assert (figures["documented_functions"], figures["docstrings_with_a_shape"]) == (5, 3)
