@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 from megarl.config.data import (
@@ -34,6 +36,7 @@ from megarl.data.tool_prompts import PromptTools
 from megarl.environments import make_environment, needs_answer, wrong_references
 from megarl.environments.curriculum import Curricula, Curriculum, first_dataset
 from megarl.environments.tasks import make_dataset
+from megarl.environments.text import number_text
 from megarl.errors import UserError
 from megarl.records import Prompt, token_ids
 
@@ -269,6 +272,8 @@ class _RowPrompts(PromptDataset):
             answer = _reference(record, columns.answer_field, where)
         question = problem if isinstance(problem, str) else problem[-1]["content"]
         metadata = {"question": question, "answer": answer, "entry": record}
+        if _is_number(record.get(columns.answer_field)):
+            metadata["answer_is_number"] = True
         prompt = self._make(0, where, problem, metadata)
         return Converted([(where, prompt)], len(prompt.token_ids), len(prompt.token_ids))
 
@@ -316,11 +321,17 @@ class _BenchmarkPrompts(PromptDataset):
 
 
 def _reference(record: dict[str, Any], name: str, where: str) -> str:
-    """The reference answer as text; numbers may be written as JSON numbers."""
+    """The reference answer as text; numbers may be written as JSON numbers: 42.0 is "42", 1e-05 "0.00001"."""
     value = get_field(record, name, where)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return get_text(record, name, where)
+    if not _is_number(value):
+        return get_text(record, name, where)
+    if not math.isfinite(value):
+        raise UserError(f"{where}: field {name!r} is {value}, which is no answer")
+    return number_text(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 class _KeptPrompts(PromptDataset):

@@ -99,9 +99,12 @@ def _read_line(descriptor: int, seconds: float) -> bytes:
 class MathEnvironment(Verifier):
     """Reward 1 where the response's final expression equals ``prompt.metadata["answer"]``, else 0.
 
-    The reference may be a plain number or LaTeX, with or without delimiters. In the response,
-    math-verify looks for boxed answers, "final answer is", LaTeX, then plain numbers, the last one
-    first; ``extract`` boxed or last_number lets it see that part of the response only, and a response
+    The reference may be a plain number, also in e notation, or LaTeX, with or without delimiters. In the
+    response, after its reasoning (``</think>``), the last box or ``<answer>`` counts; several boxes joined by
+    commas or "and" are one answer where the reference is a list. Without one math-verify looks for "final
+    answer is", "answer", LaTeX, then plain numbers, the last one first. An equation between numbers that
+    differ (18 = 17) is no answer. Decimals are compared to six places, or four digits of a reference near
+    zero. ``extract`` boxed or last_number lets it see that part of the response only, and a response
     without one gets 0 (``unparsed``). ``info`` has the parsed answer (``answer``) or why there is none:
     ``unparsed``, ``timeout`` or ``incomparable``, each True with ``detail``.
     """

@@ -12,41 +12,68 @@ it has one. Requests and replies are JSON objects, one per line, on stdin and st
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from math_verify import parse, verify
+import sympy
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
+from math_verify.utils import timeout
+from sympy.core.function import AppliedUndef
+
+if not __package__:  # started as a file: the folder that holds the package comes after all others
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from megarl.environments import math_text
 
 _TIMEOUT_SECONDS = 5
 # An answer such as 9^{9^{9^9}} must run out of memory here, not on the whole machine.
 _MEMORY_BYTES = 4 << 30
 _MAX_DETAIL = 200
-# Delimiters after which math-verify looks for LaTeX by itself.
-_LATEX_MARKS = ("$", "\\boxed", "\\(", "\\[")
 _INTEGER = re.compile(r"[+-]?\d+")
+# math-verify rounds decimals to so many places, and a reference near zero needs more of them.
+_DECIMAL_PLACES = 6
+_SIGNIFICANT_DIGITS = 4
+_PLACES_OF_ZERO = 12
+_FLOAT_DIGITS = 14
+# How far the two sides of an approximation may be apart.
+_ROUNDED_TO_INTEGER = 0.5
+_ROUNDED_RELATIVE = 0.05
+
+
+def _parse(text: str, *, units: bool) -> list[Any]:
+    """What math-verify reads in a text. With ``units`` it takes them off: "5 m" and "5m" are 5."""
+    normalization = NormalizationConfig(
+        basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="last", equations=False
+    )
+    found: list[Any] = parse(
+        text,
+        [LatexExtractionConfig(normalization_config=normalization), ExprExtractionConfig()],
+        fallback_mode="no_fallback",
+        parsing_timeout=_TIMEOUT_SECONDS,
+        raise_on_error=True,
+    )
+    return found
 
 
 @functools.lru_cache(maxsize=100_000)
 def parse_reference(reference: str) -> tuple[list[Any], str]:
-    r"""The reference as sympy objects and "", or nothing and the reason.
-
-    A reference is an expression, not prose: without LaTeX delimiters it is read as if it had them,
-    for in plain text math-verify takes ``2^{10}`` for 2 and finds nothing in ``\sqrt{2}``.
-    """
+    """The reference as sympy objects and "", or nothing and the reason."""
     text = reference.strip()
     if not text:
         return [], "it is empty"
-    if not _INTEGER.fullmatch(text) and not any(mark in text for mark in _LATEX_MARKS):
-        text = f"${text}$"
+    if not _INTEGER.fullmatch(text):
+        text = math_text.reference_expression(text)
     try:
-        parsed = parse(
-            text, fallback_mode="no_fallback", parsing_timeout=_TIMEOUT_SECONDS, raise_on_error=True
-        )
+        parsed = _parse(text, units=math_text.has_unit(text))
     except TimeoutException:
         return [], f"parsing takes more than {_TIMEOUT_SECONDS} s"
     except Exception as error:
@@ -79,10 +106,26 @@ def judge(reference: str, response: str | None) -> dict[str, str]:
         return {"outcome": "bad_reference", "detail": reason}
     if response is None:
         return {"outcome": "equal", "detail": ""}
+    reading = math_text.read(
+        response,
+        several=isinstance(gold[0], sympy.Set | sympy.Tuple),
+        euler=isinstance(gold[0], sympy.Basic) and gold[0].has(sympy.E),
+    )
+    replies = []
+    for text in reading.answers:
+        replies.append(_compare(gold, text))
+        if replies[-1]["outcome"] == "equal" and _contradicts_itself(reading):
+            return {"outcome": "different", "detail": f"{' = '.join(reading.sides)} does not hold"}
+        if replies[-1]["outcome"] in ("equal", "timeout"):
+            return replies[-1]
+    return replies[0]
+
+
+def _compare(gold: list[Any], text: str) -> dict[str, str]:
+    # A number with a letter behind it is a number with a unit only where the reference has no letters.
+    units = not getattr(gold[0], "free_symbols", True)
     try:
-        answer = parse(
-            response, fallback_mode="no_fallback", parsing_timeout=_TIMEOUT_SECONDS, raise_on_error=True
-        )
+        answer = _parse(text, units=units)
     except TimeoutException:
         return {"outcome": "timeout", "detail": "parsing the response"}
     except Exception as error:
@@ -90,13 +133,88 @@ def judge(reference: str, response: str | None) -> dict[str, str]:
     if not answer:
         return {"outcome": "unparsed", "detail": ""}
     try:
-        equal = verify(gold, answer, timeout_seconds=_TIMEOUT_SECONDS, raise_on_error=True)
+        equal = verify(
+            gold,
+            answer,
+            float_rounding=_decimal_places(gold[0]),
+            timeout_seconds=_TIMEOUT_SECONDS,
+            raise_on_error=True,
+        )
         outcome = "equal" if equal else "different"
     except TimeoutException:
         return {"outcome": "timeout", "detail": "comparing with the reference"}
     except Exception as error:
         return {"outcome": "incomparable", "detail": f"{type(error).__name__}: {error}"[:_MAX_DETAIL]}
     return {"outcome": outcome, "detail": _show(answer[0])}
+
+
+def _contradicts_itself(reading: math_text.Reading) -> bool:
+    """Whether an answer equates numbers that differ: math-verify would take 17 from 18 = 17.
+
+    Decimals may be rounded or cut off: 1/3 = 0.333 is no contradiction.
+    """
+    numbers = []
+    try:
+        for side in reading.sides:
+            found = _parse(side, units=True)
+            if found and _is_number(found[0]):
+                numbers.append(found[0])
+        return not all(_agree(*pair, reading.rounded) for pair in itertools.pairwise(numbers))
+    except (Exception, TimeoutException):  # what cannot be evaluated cannot be shown to be wrong
+        return False
+
+
+def _is_number(expression: Any) -> bool:
+    return (
+        isinstance(expression, sympy.Expr)
+        and not expression.free_symbols
+        and not expression.has(AppliedUndef)
+    )
+
+
+@timeout(timeout_seconds=_TIMEOUT_SECONDS)  # type: ignore[untyped-decorator]
+def _agree(before: Any, after: Any, rounded: bool) -> bool:
+    first, second = (sympy.N(side.doit(), 20) for side in (before, after))
+    if not (first.is_comparable and second.is_comparable):
+        return True  # complex, infinite or undefined: for math-verify to say
+    decimals = [number for side in (before, after) for number in side.atoms(sympy.Float)]
+    slack = 1.001 * max([_last_place(number) for number in decimals], default=0.0)
+    relative = 1e-9
+    if rounded:
+        slack, relative = max(slack, _ROUNDED_TO_INTEGER), _ROUNDED_RELATIVE
+    return bool(abs(first - second) <= max(slack, relative * float(max(abs(first), abs(second)))))
+
+
+def _last_place(number: Any) -> float:
+    """What one is worth in the last decimal place that a number is written with; 0 where it has none."""
+    mantissa, _, exponent = f"{float(number):.12g}".partition("e")
+    places = len(mantissa.partition(".")[2]) - int(exponent or 0)
+    return float(10.0**-places) if places > 0 else 0.0
+
+
+def _decimal_places(gold: Any) -> int:
+    """To how many places decimals are compared: six, but at least four digits of the reference's smallest
+    number, and no more digits of it than a float has (places before the point count negative)."""
+    sizes = [abs(sympy.N(number.doit(), 15)) for number in _numbers(gold)]
+    sizes = [size for size in sizes if size.is_comparable and size.is_finite]
+    if not sizes:
+        return _DECIMAL_PLACES
+    if min(sizes) == 0:
+        return _PLACES_OF_ZERO
+    digits_before = int(sympy.floor(sympy.log(min(sizes), 10))) + 1
+    return min(max(_DECIMAL_PLACES, _SIGNIFICANT_DIGITS - digits_before), _FLOAT_DIGITS - digits_before)
+
+
+def _numbers(gold: Any) -> Iterator[Any]:
+    """The numbers a reference consists of."""
+    if _is_number(gold):
+        yield gold
+    elif isinstance(gold, sympy.Set | sympy.Tuple | sympy.Eq):
+        for part in gold.args:
+            yield from _numbers(part)
+    elif isinstance(gold, sympy.MatrixBase):
+        for part in gold.flat():
+            yield from _numbers(part)
 
 
 def _show(expression: Any) -> str:

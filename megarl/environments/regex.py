@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from megarl.environments.base import Verifier
+from megarl.environments.text import same_number
 
 if TYPE_CHECKING:
     from megarl.config.environments import RegexConfig
@@ -16,7 +17,8 @@ class RegexEnvironment(Verifier):
     """Reward 1 where the response matches and its group ``answer`` equals the reference.
 
     A pattern without that group asks for the form alone. A match with another answer gives
-    ``format_reward``, no match 0. Answers are compared as text, white space at their ends aside. ``info`` has
+    ``format_reward``, no match 0. Answers are compared as text, white space at their ends aside; where the
+    file has a number as the reference (``answer_is_number``), as numbers: 42.0 is 42. ``info`` has
     ``matched`` and the ``answer`` found. A pattern that takes for ever on a response meets the time limit of
     rollout.environments, and its episode is dropped.
     """
@@ -40,6 +42,8 @@ class RegexEnvironment(Verifier):
         answer, reference = match["answer"], str(prompt.metadata["answer"])
         info = {"matched": True, "answer": answer}
         if answer is not None and self._plain(answer) == self._plain(reference):
+            return 1.0, info
+        if answer is not None and prompt.metadata.get("answer_is_number") and same_number(answer, reference):
             return 1.0, info
         return self._config.format_reward, info
 

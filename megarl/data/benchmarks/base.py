@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.environments.text import number_text
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +51,9 @@ def text_of(row: Row, *names: str) -> str:
     for name in names:
         if name.lower() in by_name:
             value = by_name[name.lower()]
-            text = str(value).strip() if isinstance(value, str | int | float) else ""
+            text = value.strip() if isinstance(value, str) else ""
+            if isinstance(value, int | float) and math.isfinite(value):
+                text = number_text(value)
             if not text:
                 raise BadRow(f"column {name!r} holds no text (found {value!r})")
             return text
