@@ -34,8 +34,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-
 from megarl.algorithms.grpo_advantages import give_advantages
+
 from megarl.algorithms.online_report import rollout_metrics
 from megarl.algorithms.parts import Part, make_parts
 from megarl.config.grpo import GrpoAlgorithmConfig

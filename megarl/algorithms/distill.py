@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import torch
 
+from megarl.algorithms import parts as steps
 from megarl.algorithms.online import Learned, run_online
-from megarl.algorithms.parts import make_parts, pack_parts, placed
 from megarl.algorithms.run import Run
-from megarl.algorithms.updates import train_speed
 from megarl.config.distill import DistillConfig
 from megarl.config.model import ModelConfig
 from megarl.data.tokenizer import load_tokenizer
@@ -93,22 +92,18 @@ class DistillLearner:
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner. Samples get no advantage."""
         algorithm = self.config.algorithm
-        parts, _ = make_parts(groups, algorithm.num_optimizer_steps_per_batch)
-        sizes = pack_parts(self.policy, parts, algorithm.loss_aggregation)
+        parts, _ = steps.make_parts(groups, algorithm.num_optimizer_steps_per_batch)
+        values = steps.pack_parts(self.policy, parts, algorithm.loss_aggregation)
         with self.run.timers("logprobs"):
             for part in parts:
                 self.distiller.read_teacher(part.batches)
-        results, total = [], algorithm.num_epochs_per_batch * len(parts)
-        with self.run.timers("train"), self.run.console.progress("train", total=total) as advance:
-            for part in parts * algorithm.num_epochs_per_batch:
-                results.append(self.distiller.step(part.batches))
-                advance(1)
+        results = [
+            self.distiller.step(part.batches)
+            for part in steps.passes(self.run, parts, algorithm.num_epochs_per_batch)
+        ]
         self.distiller.forget()
-        names = results[0].metrics
-        values = {name: sum(r.metrics[name] for r in results) / len(results) for name in names}
-        values["lr"] = results[-1].metrics["lr"]
-        values |= placed(parts) | sizes
-        values |= train_speed(self.run, values["num_tokens"], algorithm.num_epochs_per_batch)
+        values |= steps.mean_metrics([result.metrics for result in results]) | steps.placed(parts)
+        values |= steps.train_speed(self.run, values, algorithm)
         # The first step's logprobs are those of the weights that drew the samples.
         return Learned(values, results[0].agreement)
 

@@ -1,20 +1,28 @@
-"""What the optimizer steps of an online step learn from: rank 0's samples, every rank's microbatches."""
+"""The optimizer steps of an online step: rank 0's samples, every rank's microbatches, passes over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 
 from megarl.algorithms.rollouts import split_groups
-from megarl.losses.base import Aggregation
+from megarl.algorithms.run import Run
+from megarl.config.online import OnlineAlgorithm, OnlineConfig
+from megarl.losses.agreement import Agreement
+from megarl.losses.base import Aggregation, Loss
 from megarl.packing.samples import train_batch
 from megarl.records import Group, PackedBatch, Sample, TrainBatch
-from megarl.trainer.batches import PackedStep, gather_from_packed
+from megarl.trainer.batches import PackedStep, gather_from_packed, scatter_to_packed
 from megarl.trainer.control import from_first_rank
 from megarl.trainer.interface import Trainer
+from megarl.trainer.passes import TrainStepResult, fill_logprobs, train_step
+
+Field = Literal["advantages", "returns", "nll_weights"]
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
@@ -22,6 +30,8 @@ class Part:
     """One optimizer step. All but what is packed is rank 0's; other ranks have an empty batch."""
 
     samples: list[Sample] = field(default_factory=list)
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[S]: which of the step's samples they are, groups end to end."""
     batch: TrainBatch = field(default_factory=lambda: TrainBatch.of([]))  # sequence s is sample s
     num_targets: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """[S]: how many tokens of a sequence are in the loss; 0 of one that was taken out."""
@@ -38,6 +48,11 @@ class Part:
     @packed.setter
     def packed(self, packed: PackedStep) -> None:
         self._packed = packed
+
+    @property
+    def known_advantages(self) -> np.ndarray:
+        """The advantages, on rank 0; empty elsewhere."""
+        return np.zeros(0) if self.advantages is None else self.advantages
 
     @property
     def batches(self) -> list[PackedBatch]:
@@ -74,10 +89,14 @@ def make_parts(
     parts: list[Part] = []
 
     def make() -> tuple[int, dict[str, Any]]:
+        first = 0
         for samples in split_groups(groups, number):
-            if kept := [sample for sample in samples if not leave_out(sample)]:
-                batch = train_batch(kept, version)
-                parts.append(Part(kept, batch, batch.num_targets()))
+            kept = [i for i, sample in enumerate(samples) if not leave_out(sample)]
+            if kept:
+                chosen = [samples[i] for i in kept]
+                batch = train_batch(chosen, version)
+                parts.append(Part(chosen, np.array(kept) + first, batch, batch.num_targets()))
+            first += len(samples)
         return len(parts), then(parts)
 
     count, values = from_first_rank(make)
@@ -109,6 +128,97 @@ def placed(parts: list[Part]) -> dict[str, float]:
     """How many sequences were split over context-parallel ranks, and how many were not: means over parts."""
     found = [part.packed.placed for part in parts]
     return {name: sum(each[name] for each in found) / len(found) for name in (found[0] if found else ())}
+
+
+def old_and_reference(
+    policy: Trainer, parts: list[Part], config: OnlineConfig, run: Run, old: bool | Literal["rollout"]
+) -> Agreement:
+    """Fill the old and reference logprobs that are needed; how the old ones agree with the engine's.
+
+    ``old`` "rollout" takes the engine's for them, without a pass.
+    """
+    temperature, agreement = config.rollout.temperature, Agreement()
+    with run.timers("logprobs"):
+        for part in parts if old is True else ():
+            filled = fill_logprobs(policy, part.batches, "old_logprobs", temperature=temperature)
+            agreement = agreement + filled
+        for batch in (each for part in parts for each in part.batches) if old == "rollout" else ():
+            batch.old_logprobs = batch.rollout_logprobs
+        if config.algorithm.needs_reference:
+            with policy.reference():
+                for part in parts:
+                    fill_logprobs(policy, part.batches, "ref_logprobs", temperature=temperature)
+    return agreement
+
+
+def policy_step(policy: Trainer, part: Part, loss: Loss, config: OnlineConfig) -> TrainStepResult:
+    """One optimizer step on the distribution that the engine draws from."""
+    rollout = config.rollout
+    temperature, top_k, top_p = rollout.temperature, rollout.top_k, rollout.top_p
+    return train_step(policy, part.batches, loss, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def passes(run: Run, items: list[Item], num_epochs: int) -> Iterator[Item]:
+    """What the optimizer steps of a batch are taken on, in order, under the clock and the progress bar."""
+    total = num_epochs * len(items)
+    with run.timers("train"), run.console.progress("train", total=total) as advance:
+        for item in items * num_epochs:
+            yield item
+            advance(1)
+
+
+def mean_metrics(results: list[dict[str, float]], last: str = "lr") -> dict[str, float]:
+    """Means over optimizer steps, and of ``last`` the last value; nothing of none."""
+    if not results:
+        return {}
+    means = {name: sum(each[name] for each in results) / len(results) for name in results[0]}
+    return means | {last: results[-1][last]}
+
+
+def train_speed(run: Run, values: dict[str, float], algorithm: OnlineAlgorithm) -> dict[str, float]:
+    """Tokens trained on per second of the train phase, all passes over ``num_tokens`` counted."""
+    tokens = values["num_tokens"] * algorithm.num_epochs_per_batch
+    return {"tokens_per_second_train": tokens / run.timers.seconds("train")}
+
+
+def kl_to_reference(batch: PackedBatch) -> torch.Tensor:
+    """k1 = old - reference logprob of every target [T]."""
+    assert batch.old_logprobs is not None
+    assert batch.ref_logprobs is not None
+    return batch.old_logprobs - batch.ref_logprobs
+
+
+def scatter_parts(parts: list[Part], into: Field, values: list[np.ndarray]) -> None:
+    """Set a field of every microbatch from rank 0's values of each part, [S] or [T]."""
+    for part, own in zip(parts, values, strict=True):
+        for batch, tokens in zip(part.batches, scatter_to_packed(part.packed, own), strict=True):
+            setattr(batch, into, tokens)
+
+
+def token_offsets(parts: list[Part]) -> np.ndarray:
+    """[S + 1] int64: where each sequence's tokens begin, those of all parts end to end (rank 0)."""
+    lengths = [np.zeros(1, dtype=np.int64), *(part.batch.lengths for part in parts)]
+    return np.concatenate(lengths).cumsum()
+
+
+def set_advantages(parts: list[Part], advantages: np.ndarray) -> None:
+    """Advantages [S] or [T] of all parts' sequences or tokens to the parts, and their means to the samples.
+
+    A sample without a target in the loss keeps what it has.
+    """
+    per_token = len(advantages) == sum(part.batch.num_tokens for part in parts)  # more than sequences
+    start = 0
+    for part in parts:
+        end = start + (part.batch.num_tokens if per_token else len(part.samples))
+        part.advantages, start = advantages[start:end], end
+        targets = part.targets()
+        for row, (sample, count) in enumerate(zip(part.samples, part.num_targets.tolist(), strict=True)):
+            if count and per_token:
+                span = slice(*part.batch.offsets[row : row + 2].tolist())
+                own = part.advantages[span][targets[span]]
+                sample.advantage = float(own[0] if (own == own[0]).all() else own.mean())
+            elif count:
+                sample.advantage = float(part.advantages[row])
 
 
 def gather_parts(parts: list[Part], of: Callable[[PackedBatch], Any]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from megarl.config.dotted import is_dotted
 from megarl.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -267,7 +268,7 @@ class CustomEnvironmentConfig(Judging):
 
     @rule
     def _dotted(self) -> Problems:
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", self.path):
+        if not is_dotted(self.path):
             yield "path", f'is written "package.module:Class" (got {self.path!r})'
 
 

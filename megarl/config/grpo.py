@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from megarl.config.dotted import is_dotted
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
-from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Problems, rule
+from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Problems, Text, rule
 
 _STEPS = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
 
@@ -15,6 +16,10 @@ _STEPS = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
 class GrpoAlgorithmConfig(OnlineAlgorithm):
     """GRPO (Shao et al. 2024, arXiv:2402.03300) and its usual variations."""
 
+    loss: Text | None = None
+    """A policy term of your own, "package.module:function", in place of `objective` (custom-losses.md)."""
+    advantage: Text | None = None
+    """An advantage of your own, "package.module:function", in place of `baseline` (custom-losses.md)."""
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     """Group baseline subtracted from each reward (leave_one_out: RLOO, arXiv:2402.14740)."""
     normalize_std: bool = True
@@ -120,6 +125,11 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
         return asked or self.optimizer_steps_per_batch > 1
 
     @property
+    def old_logprobs_from(self) -> bool | Literal["rollout"]:
+        """The engine's, those of a pass (true), or none (false): the loss takes the current, detached."""
+        return "rollout" if self.old_logprobs == "rollout" else self.needs_old_logprobs
+
+    @property
     def why_no_old_pass(self) -> str:
         """For a log line, where needs_old_logprobs is false."""
         if self.old_logprobs == "rollout":
@@ -130,6 +140,21 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     def has_ratios(self) -> bool:
         """Whether the ratio to the old policy is ever another number than 1."""
         return self.old_logprobs == "rollout" or self.optimizer_steps_per_batch > 1
+
+    @rule
+    def _own(self) -> Problems:
+        for owner, replaced in (
+            (
+                "loss",
+                "objective ratio_level clip_ratio_low clip_ratio_high clip_ratio_c off_policy_correction",
+            ),
+            ("advantage", "baseline normalize_std"),
+        ):
+            path = getattr(self, owner)
+            if path is not None and not is_dotted(path):
+                yield owner, f'is written "package.module:function" (got {path!r})'
+            elif path is not None:
+                yield from self.unused(replaced, f"has no effect: algorithm.{owner} takes its place", owner)
 
     @rule
     def _clip(self) -> Problems:
@@ -219,7 +244,8 @@ class GrpoConfig(OnlineConfig):
         algorithm, router = self.algorithm, self.router
         if algorithm.skip_zero_advantages == "off":
             return "algorithm.skip_zero_advantages is off"
-        for name in ("kl_coef", "kl_reward_coef", "entropy_coef", "positive_nll_coef", "max_logprob_error"):
+        terms = "loss", "kl_coef", "kl_reward_coef", "entropy_coef", "positive_nll_coef", "max_logprob_error"
+        for name in terms:
             if getattr(algorithm, name):
                 return f"algorithm.{name} needs them"
         for name in ("aux_loss_coef", "bias_update_rate"):
@@ -242,7 +268,9 @@ class GrpoConfig(OnlineConfig):
     @rule
     def _group_size(self) -> Problems:
         algorithm, size, against = self.algorithm, self.rollout.num_generations_per_prompt, {}
-        if algorithm.baseline != "none":
+        if algorithm.advantage is not None:
+            pass  # it says itself what it needs
+        elif algorithm.baseline != "none":
             alone = "alone, a sample has no baseline and its advantage is always 0"
             against["baseline"] = f"a group needs at least 2 samples: {alone}"
         elif algorithm.normalize_std:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.config.dotted import load_dotted
 from megarl.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,19 +18,7 @@ def load_class(path: str, field: str) -> Any:
     Raises:
         UserError: it cannot be imported, or has no reset and step.
     """
-    module_name, _, class_name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise UserError(
-            f"{field}.path: cannot import {module_name}: {type(error).__name__}: {error}"
-        ) from error
-    found = getattr(module, class_name, None)
-    if found is None:
-        raise UserError(f"{field}.path: {module_name} has no {class_name}")
+    found = load_dotted(path, f"{field}.path")
     missing = [name for name in ("reset", "step") if not callable(getattr(found, name, None))]
     if missing:
         raise UserError(

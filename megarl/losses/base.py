@@ -7,12 +7,15 @@ data-parallel ranks need no further scaling, whatever the split.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from megarl.losses.ranks import sum_over_ranks
+from megarl.ops.segment_reduce import segment_reduce
 
 Aggregation = Literal["token", "sequence", "fixed_length"]
 
@@ -39,6 +42,38 @@ class LossTokens:
     slot_ids: torch.Tensor | None = None  # [num_slots] int64: sequence_ids of the slots, -1 for the dummy's
     cp_group: dist.ProcessGroup | None = None  # None: no rank shares these sequences
     rows: torch.Tensor | None = None  # int64, ascending: where in the microbatch they are
+
+    def sequence_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of ``values`` [N] over every slot's tokens, [num_slots] float64, on whichever ranks they lie.
+
+        With gradient; added up in a fixed order, so that a run can be repeated bit for bit. All ranks of
+        cp_group call it.
+        """
+        assert self.slots is not None
+        places = torch.arange(self.num_slots + 1, device=self.slots.device)
+        bounds = torch.searchsorted(self.slots, places).to(torch.int32)
+        sums = segment_reduce(values.double(), bounds)
+        return sums if self.cp_group is None else sum_over_ranks(sums, self.cp_group)
+
+    def sequence_means(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of ``values`` [N] over each token's sequence, [N] in their dtype, with gradient."""
+        assert self.slots is not None
+        counts = self.sequence_sums(torch.ones_like(values, requires_grad=False))
+        means = self.sequence_sums(values) / counts.clamp(min=1)
+        return means[self.slots].to(values.dtype)
+
+    def counted(self) -> LossTokens:
+        """The tokens whose weight is not 0; what the others hold is not looked at, NaN included."""
+        rows = self.weights.nonzero().flatten()
+        if len(rows) == len(self.weights):
+            return self
+        per_token = {
+            name: value[rows]
+            for name in self.__dataclass_fields__
+            if name not in ("num_slots", "slot_ids", "cp_group")
+            and (value := getattr(self, name)) is not None
+        }
+        return replace(self, **per_token)
 
 
 @dataclass(slots=True)

@@ -35,8 +35,6 @@ from torch.nn.functional import logsigmoid
 
 from megarl.config.preference import PreferenceAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
-from megarl.losses.ranks import sum_over_ranks
-from megarl.ops.segment_reduce import segment_reduce
 from megarl.records import TrainBatch
 
 
@@ -123,18 +121,6 @@ def _log_odds(logprob: torch.Tensor) -> torch.Tensor:
     return logprob - torch.log(-torch.expm1(logprob))
 
 
-def sequence_logps(tokens: LossTokens) -> torch.Tensor:
-    """Sum of the logprobs of every slot's tokens, [num_slots] float64, over context-parallel ranks.
-
-    Added up in a fixed order, so that a run can be repeated bit for bit.
-    """
-    assert tokens.slots is not None
-    places = torch.arange(tokens.num_slots + 1, device=tokens.slots.device)
-    bounds = torch.searchsorted(tokens.slots, places).to(torch.int32)
-    sums = segment_reduce(tokens.logprobs.double(), bounds)
-    return sums if tokens.cp_group is None else sum_over_ranks(sums, tokens.cp_group)
-
-
 def num_targets(batch: TrainBatch) -> torch.Tensor:
     """Response tokens of each sequence, [S] float64."""
     return torch.from_numpy(batch.num_targets().astype(np.float64))
@@ -157,7 +143,7 @@ class PreferenceLoss:
     def __call__(self, tokens: LossTokens) -> LossResult:
         """Loss with gradient to ``tokens.logprobs``."""
         assert tokens.slot_ids is not None
-        options, sums = self.options, sequence_logps(tokens)
+        options, sums = self.options, tokens.sequence_sums(tokens.logprobs)
         real = tokens.slot_ids >= 0  # all, or in a dummy microbatch none
         ids, sums = tokens.slot_ids[real], sums[real]
         assert torch.equal(ids[1::2], ids[0::2] + 1), "microbatches hold whole pairs"

@@ -13,7 +13,6 @@ import torch
 
 from megarl.losses.agreement import Agreement
 from megarl.losses.base import Loss, LossResult
-from megarl.losses.preference import sequence_logps
 from megarl.losses.reward import last_scores
 from megarl.losses.scores import ScoreLoss
 from megarl.records import PackedBatch, TrainBatch
@@ -92,7 +91,7 @@ def sequence_logprobs(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
     def read(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = output.logprobs()
         assert tokens.slot_ids is not None
-        return tokens.slot_ids, sequence_logps(tokens)
+        return tokens.slot_ids, tokens.sequence_sums(tokens.logprobs)
 
     return _per_sequence(trainer, batches, read, len(batch))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -51,6 +53,21 @@ def fake_run() -> Any:
     return SimpleNamespace(timers=PhaseTimers(), console=console)
 
 
+@contextmanager
+def before_the_steps(look: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, ``look`` sees what a batch's optimizer steps are about to be taken on: (part, share) pairs."""
+    from megarl.algorithms import parts as steps
+
+    original = steps.passes
+
+    def passes(run: Any, items: Any, num_epochs: int) -> Any:
+        look(items)
+        return original(run, items, num_epochs)
+
+    with patch.object(steps, "passes", passes):
+        yield
+
+
 def make_config(model_dir: str, algorithm: dict[str, Any], parallel: dict[str, Any]) -> Any:
     from megarl.config.grpo import GrpoConfig
 
@@ -92,9 +109,8 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
     own = make_groups if context.is_first else lambda seed: []  # no other rank has the samples
     learner.learn(1, own(1))  # so that the policy is no longer the reference
     seen: dict[tuple[int, int, int], dict[str, float]] = {}
-    train = learner.train
 
-    def look(parts: Any) -> Any:
+    def look(parts: Any) -> None:
         for number, (part, _) in enumerate(parts):
             for batch in part.batches:
                 # What was dropped is no target any more, and keeps its logprobs.
@@ -109,11 +125,10 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
                         )
                         if isinstance(value := getattr(batch, name), torch.Tensor)
                     }
-        return train(parts)
 
-    learner.train = look  # type: ignore[method-assign]
     groups = own(2)
-    learned = learner.learn(2, groups)
+    with before_the_steps(look):
+        learned = learner.learn(2, groups)
     return {
         "seen": seen,
         "metrics": learned.metrics,
@@ -143,18 +158,16 @@ def train(
     policy.keep_reference()
     learner = GrpoLearner(config, fake_run(), policy)
     packed: list[dict[int, float]] = []
-    take_steps = learner.train
 
-    def look(parts: Any) -> Any:
+    def look(parts: Any) -> None:
         packed.clear()
         for part, _ in parts:
             rows = [(b, row) for b in part.batches for row in b.loss_mask.nonzero().flatten().tolist()]
             packed.append({int(b.sequence_ids[row]): float(b.loss_weights[row]) for b, row in rows})
-        return take_steps(parts)
 
-    learner.train = look  # type: ignore[method-assign]
     own = steps if context.is_first else [[] for _ in steps]  # no other rank has the samples
-    metrics = [learner.learn(i + 1, groups).metrics for i, groups in enumerate(own)]
+    with before_the_steps(look):
+        metrics = [learner.learn(i + 1, groups).metrics for i, groups in enumerate(own)]
     return {
         "metrics": metrics,
         "packed": packed,

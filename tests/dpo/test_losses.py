@@ -15,7 +15,6 @@ from megarl.losses.preference import (
     Responses,
     num_targets,
     pair_values,
-    sequence_logps,
 )
 from megarl.records import Sequence, TrainBatch
 
@@ -218,10 +217,11 @@ def test_what_is_logged() -> None:
 def test_sums_of_slots_leave_out_nothing_and_repeat_bit_for_bit() -> None:
     torch.manual_seed(1)
     logprobs = -torch.rand(sum(COUNTS)) * 1e3
-    sums = sequence_logps(tokens_of(logprobs, [2, 3, 0, 1]))
+    tokens = tokens_of(logprobs, [2, 3, 0, 1])
+    sums = tokens.sequence_sums(tokens.logprobs)
     parts = logprobs.double().split(COUNTS)
     assert sums.tolist() == pytest.approx([float(parts[i].sum()) for i in (2, 3, 0, 1)], rel=1e-15)
-    assert torch.equal(sums, sequence_logps(tokens_of(logprobs, [2, 3, 0, 1])))
+    assert torch.equal(sums, tokens.sequence_sums(tokens.logprobs))
 
 
 def test_half_a_pair_is_a_programming_error() -> None:

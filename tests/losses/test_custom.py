@@ -1,0 +1,113 @@
+"""A policy term of the user's own against the built-in one, which computes the same by its own kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.config.grpo import GrpoAlgorithmConfig
+from megarl.errors import UserError
+from megarl.losses.base import LossResult, LossTokens
+from megarl.losses.custom import configured_loss
+from tests.losses.test_policy import COUNT, SLOTS, noisy_tokens
+
+TERMS = {"kl_coef": 0.3, "kl_estimator": "k2", "entropy_coef": 0.1, "positive_nll_coef": 0.2}
+
+
+def loss_of(path: str, tokens: LossTokens, **algorithm: Any) -> LossResult:
+    own = {"loss": f"tests.losses.own:{path}"} if path else {}
+    return configured_loss(GrpoAlgorithmConfig(**own, **algorithm), check_numerics=False)(tokens)
+
+
+def gradients(result: LossResult, tokens: LossTokens) -> list[torch.Tensor]:
+    found = torch.autograd.grad(result.loss, [tokens.logprobs, tokens.entropy], allow_unused=True)
+    return [torch.zeros(COUNT) if each is None else each for each in found]
+
+
+def with_likelihood(tokens: LossTokens) -> LossTokens:
+    torch.manual_seed(4)
+    return replace(tokens, nll_weights=torch.rand(COUNT, dtype=tokens.logprobs.dtype) / COUNT)
+
+
+@pytest.mark.parametrize("terms", [{}, TERMS], ids=["alone", "with KL, entropy and likelihood"])
+def test_the_clipped_ratio_by_hand_is_the_built_in_objective(terms: dict[str, Any]) -> None:
+    tokens = with_likelihood(noisy_tokens(torch.float64))
+    own, built_in = loss_of("clipped", tokens, **terms), loss_of("", tokens, **terms)
+    assert float(own.loss.detach()) == pytest.approx(float(built_in.loss.detach()), rel=1e-12)
+    for mine, theirs in zip(gradients(own, tokens), gradients(built_in, tokens), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-15)
+    assert own.sums.keys() == built_in.sums.keys()
+    for name, value in built_in.sums.items():
+        assert float(own.sums[name]) == pytest.approx(float(value), rel=1e-11), name
+    assert own.token_sums.keys() == built_in.token_sums.keys() - {"clip_fraction"}
+    for name, value in own.token_sums.items():
+        assert float(value) == pytest.approx(float(built_in.token_sums[name]), rel=1e-11), name
+    assert float(own.maxima["ratio_max"]) == pytest.approx(float(built_in.maxima["ratio_max"]), rel=1e-12)
+
+
+def test_sequence_means_give_the_gradient_of_gspo() -> None:
+    """The built-in one takes it where weights and advantages are those of a sequence, as here."""
+    noisy = noisy_tokens(torch.float64)
+    slots = torch.tensor(SLOTS)
+    counts = torch.bincount(slots)[slots].double()
+    advantages = torch.tensor([1.3, -0.7, 0.4, -2.0], dtype=torch.float64)[slots]
+    tokens = replace(noisy, advantages=advantages, weights=1 / (4 * counts))
+    own = loss_of("sequence_clipped", tokens)
+    built_in = loss_of("", tokens, ratio_level="sequence", num_optimizer_steps_per_batch=2)
+    assert float(own.loss.detach()) == pytest.approx(float(built_in.loss.detach()), rel=1e-12)
+    for mine, theirs in zip(gradients(own, tokens), gradients(built_in, tokens), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-15)
+    assert float(own.sums["gspo_clipped"]) == pytest.approx(0.5, rel=1e-6)  # two sequences of four
+    assert float(built_in.token_sums["clip_fraction"]) == SLOTS.count(0) + SLOTS.count(1)
+
+
+def test_tokens_of_weight_0_are_not_looked_at() -> None:
+    tokens = noisy_tokens(torch.float64)
+    weights = tokens.weights.clone()
+    weights[40:70] = 0  # a sequence that was taken out of the loss, in part of two
+    spoilt = tokens.old_logprobs.clone() if tokens.old_logprobs is not None else None
+    assert spoilt is not None
+    spoilt[40:70] = math.nan
+    for path in ("clipped", "sequence_clipped"):
+        clean = replace(tokens, weights=weights)
+        dirty = replace(clean, old_logprobs=spoilt)
+        assert float(loss_of(path, dirty).loss.detach()) == float(loss_of(path, clean).loss.detach())
+        assert torch.equal(
+            gradients(loss_of(path, dirty), dirty)[0], gradients(loss_of(path, clean), clean)[0]
+        )
+
+
+def test_without_old_logprobs_the_ratio_is_1_and_has_a_gradient() -> None:
+    tokens = replace(noisy_tokens(torch.float64), old_logprobs=None)
+    own, built_in = loss_of("clipped", tokens), loss_of("", tokens)
+    torch.testing.assert_close(gradients(own, tokens)[0], gradients(built_in, tokens)[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "mean_loss",
+            r"algorithm.loss: tests.losses.own:mean_loss must return .*\[120\]; its loss has",
+        ),
+        (
+            "unlogged",
+            r"algorithm.loss: tests.losses.own:unlogged must return .*\[120\]; best has",
+        ),
+        ("nothing", r"algorithm.loss: tests.losses.own has no nothing"),
+        ("not_a_function", r"algorithm.loss: tests.losses.own:not_a_function is a int, not a function"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loss_of(path, noisy_tokens(torch.float64))
+
+
+def test_a_module_that_cannot_be_imported_is_told_with_its_field() -> None:
+    algorithm = GrpoAlgorithmConfig(loss="no.such.module:loss")
+    with pytest.raises(UserError, match="algorithm.loss: cannot import no.such.module: ModuleNotFoundError"):
+        configured_loss(algorithm, check_numerics=False)
