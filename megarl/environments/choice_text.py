@@ -121,7 +121,8 @@ class _Reader:
         self._letters = letters
         self._options = [_comparable(option) for option in options]
         self._held: list[tuple[int, str]] = []
-        parts, position = [], 0
+        parts: list[str] = []
+        position = 0
         tags = [(found.start(), found.end(), found[2]) for found in _TAG.finditer(text)]
         for start, end, content in sorted([*boxes(text), *tags]):
             if start < position:  # a box in a tag

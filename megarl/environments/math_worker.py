@@ -172,7 +172,7 @@ def _is_number(expression: Any) -> bool:
     )
 
 
-@timeout(timeout_seconds=_TIMEOUT_SECONDS)  # type: ignore[untyped-decorator]
+@timeout(timeout_seconds=_TIMEOUT_SECONDS)
 def _agree(before: Any, after: Any, rounded: bool) -> bool:
     first, second = (sympy.N(side.doit(), 20) for side in (before, after))
     if not (first.is_comparable and second.is_comparable):
