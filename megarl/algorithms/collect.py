@@ -10,7 +10,6 @@ from megarl.algorithms.ahead import Ahead, EventLoopThread
 from megarl.algorithms.dynamic_sampling import sample_unequal
 from megarl.algorithms.rollouts import Played, Rollouts, usable
 from megarl.algorithms.run import Run
-from megarl.config.grpo import GrpoConfig
 from megarl.config.online import OnlineConfig
 from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset
@@ -88,9 +87,8 @@ class Collector:
         if self._config.rollout.max_staleness:
             self.position += count
             return self._take(step)
-        if not isinstance(self._config, GrpoConfig) or not self._config.algorithm.dynamic_sampling:
+        if (most_batches := self._config.algorithm.most_batches) is None:
             return self._draw(step)
-        algorithm = self._config.algorithm
         counts: Counter[str] = Counter()
 
         def draw() -> list[Group]:
@@ -98,20 +96,13 @@ class Collector:
             counts.update(dropped)
             return groups
 
-        groups, told = sample_unequal(
-            draw, step=step, num_groups=count, max_batches=algorithm.max_generation_batches
-        )
+        groups, told = sample_unequal(draw, step=step, num_groups=count, max_batches=most_batches)
         return groups, dict(counts) | told
 
     def close(self) -> None:
         """Abort what runs ahead."""
         if self._loop is not None:
             self._loop.close()
-
-    @property
-    def _smallest(self) -> int:
-        config = self._config
-        return 2 if isinstance(config, GrpoConfig) and config.algorithm.baseline != "none" else 1
 
     def _settings(self, step: int, position: int) -> dict[str, Any]:
         rollout = self._config.rollout
@@ -132,7 +123,9 @@ class Collector:
         with self._run.console.progress("rollout", total=self._total) as advance:
             groups = self._rollouts.sample(**settings, advance=advance)
         self.position += self._config.rollout.num_prompts_per_step
-        return usable(groups, self._rollouts.counts, self._run.console, smallest=self._smallest)
+        return usable(
+            groups, self._rollouts.counts, self._run.console, smallest=self._config.algorithm.least_group
+        )
 
     def _draw_ahead(self, step: int) -> Coroutine[Any, Any, Played]:
         assert self._rollouts is not None
@@ -155,7 +148,7 @@ class Collector:
                 shown = self._finished[step]
 
             groups, counts, _ = self._ahead.take(step, show)
-        return usable(groups, counts, console, smallest=self._smallest)
+        return usable(groups, counts, console, smallest=self._config.algorithm.least_group)
 
     @property
     def _total(self) -> int:

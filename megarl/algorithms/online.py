@@ -34,7 +34,6 @@ from megarl.algorithms.online_report import (
 )
 from megarl.algorithms.rollouts import Rollouts, make_rollouts
 from megarl.algorithms.run import Run
-from megarl.config.grpo import GrpoConfig
 from megarl.config.online import OnlineConfig
 from megarl.data.prompts import PromptDataset
 from megarl.data.tokenizer import TurnReader, stop_token_ids
@@ -232,7 +231,6 @@ class OnlineLoop:
             totals["accuracy_before"] = found["accuracy"]
             run.log(0, found)
         if self.overlaps:
-            assert isinstance(config, GrpoConfig), "refused for the others"
             self.policy.before_update = self._pause_engine
             for line in describe_overlap(config, state["step"]):
                 run.console.note(line)

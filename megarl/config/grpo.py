@@ -100,7 +100,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     @property
     def least_group(self) -> int:
         """One sample has no baseline but itself."""
-        return 1 if self.baseline == "none" else 2
+        return 1 if self.baseline == "none" or self.advantage is not None else 2
 
     @property
     def most_batches(self) -> int | None:
@@ -109,8 +109,8 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @property
     def corrects_staleness(self) -> bool:
-        """By a weight, or by ratios to the engine's logprobs."""
-        return self.off_policy_correction != "none" or self.old_logprobs == "rollout"
+        """By a weight, by ratios to the engine's logprobs, or as its author sees fit."""
+        return self.loss is not None or self.off_policy_correction != "none" or self.old_logprobs == "rollout"
 
     @property
     def needs_old_logprobs(self) -> bool:

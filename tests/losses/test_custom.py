@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from megarl.config.grpo import GrpoAlgorithmConfig
+from megarl.advantages.custom import custom_advantages, load_advantage
+from megarl.config.grpo import GrpoAlgorithmConfig, GrpoConfig
+from megarl.config.load import load_config
 from megarl.errors import UserError
 from megarl.losses.base import LossResult, LossTokens
 from megarl.losses.custom import configured_loss
+from megarl.records import Group, Prompt, Sample, token_ids
 from tests.losses.test_policy import COUNT, SLOTS, noisy_tokens
 
+ROOT = Path(__file__).parents[2]
 TERMS = {"kl_coef": 0.3, "kl_estimator": "k2", "entropy_coef": 0.1, "positive_nll_coef": 0.2}
 
 
@@ -111,3 +118,32 @@ def test_a_module_that_cannot_be_imported_is_told_with_its_field() -> None:
     algorithm = GrpoAlgorithmConfig(loss="no.such.module:loss")
     with pytest.raises(UserError, match="algorithm.loss: cannot import no.such.module: ModuleNotFoundError"):
         configured_loss(algorithm, check_numerics=False)
+
+
+def test_the_loss_of_the_guide_begins_with_the_gradient_of_the_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At ratio 1 SAPO's gate has slope 1: its gradient is -A times the token's weight, as with a clip."""
+    page = (ROOT / "docs" / "guides" / "custom-losses.md").read_text()
+    [code] = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_rl.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config(GrpoConfig, ROOT / "configs" / "grpo_custom_loss.yaml", check_files=False)
+    tokens = replace(noisy_tokens(torch.float64), old_logprobs=None)
+    loss = configured_loss(config.algorithm, check_numerics=False)
+    assert tokens.advantages is not None
+    expected = -tokens.advantages * tokens.weights
+    torch.testing.assert_close(gradients(loss(tokens), tokens)[0], expected, rtol=1e-12, atol=0)
+    weights = tokens.weights.double()
+    gate = torch.where(tokens.advantages > 0, 2 / 1.0, 2 / 1.05)
+    assert float(loss(tokens).sums["gate"]) == pytest.approx(float(weights @ gate.double()), rel=1e-6)
+
+    advantage = load_advantage(config.algorithm.advantage)
+    assert advantage is not None
+    answers = [
+        Sample(0, token_ids([1]), token_ids([2] * n), np.zeros(n, np.float32), 0, "stop") for n in (3, 1, 2)
+    ]
+    found = custom_advantages(
+        advantage, "", [Group(Prompt(0, "", token_ids([1])), answers)], np.array([1.0, 0.0, 1.0])
+    )
+    assert found.tolist() == pytest.approx([1 / 3, -2 / 3, 2 / 3])
