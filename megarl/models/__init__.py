@@ -10,6 +10,7 @@ from typing import Any
 
 from megarl.errors import UserError
 from megarl.models import deepseek_v3, gemma, llama, mixtral, qwen2, qwen3, qwen3_moe
+from megarl.models.options import check_options, with_defaults
 from megarl.models.table import Architecture
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
@@ -41,6 +42,7 @@ def load_architecture(model_dir: str | Path) -> Architecture:
             f"{path}: model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))}{hint})"
         )
     try:
-        return FAMILIES[model_type](config)
+        check_options(model_type, config)
+        return FAMILIES[model_type](with_defaults(model_type, config))
     except KeyError as error:
         raise UserError(f"{path}: field {error.args[0]!r} is missing") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.errors import UserError
 from megarl.models.dense import dense_mlp, ends
 from megarl.models.mla import latent_attention
 from megarl.models.moe import moe_mlp
@@ -18,30 +17,26 @@ def architecture(config: dict[str, Any]) -> Architecture:
     The layers of multi-token prediction, which follow the model's own in a checkpoint, are ignored:
     neither the trainer nor the engine has parameters for them.
     """
-    if config.get("attention_bias"):
-        raise UserError("config.json: attention_bias is not supported for deepseek_v3")
-    if not config.get("rope_interleave", True):  # the engine always pairs neighbours
-        raise UserError("config.json: rope_interleave false is not supported for deepseek_v3")
-    num_layers, step = config["num_hidden_layers"], config.get("moe_layer_freq", 1)
-    dense = config.get("first_k_dense_replace", 0)
+    num_layers = config["num_hidden_layers"]
+    dense = config["first_k_dense_replace"] or 0
     inner = config["moe_intermediate_size"]
     moe = MoeSpec(
         num_experts=config["n_routed_experts"],
         experts_per_token=config["num_experts_per_tok"],
         intermediate_size=inner,
-        layers=tuple(n for n in range(num_layers) if n >= dense and n % step == 0),
+        layers=tuple(n for n in range(num_layers) if n >= dense),
         score="sigmoid",
         normalize_top_k=bool(config.get("norm_topk_prob", True)),
-        scaling_factor=config.get("routed_scaling_factor", 1.0),
-        num_groups=config.get("n_group") or 1,
-        top_groups=config.get("topk_group") or 1,
+        scaling_factor=config["routed_scaling_factor"],
+        num_groups=config["n_group"] or 1,
+        top_groups=config["topk_group"] or 1,
         router_bias=True,
-        shared_intermediate_size=inner * (config.get("n_shared_experts") or 0),
+        shared_intermediate_size=inner * (config["n_shared_experts"] or 0),
     )
     rope = RopeSpec.from_hf(config)
     scale = yarn_scale(rope.factor, rope.mscale_all_dim) if rope.mscale_all_dim else 1.0
     mla = MlaSpec(
-        q_lora_rank=config.get("q_lora_rank"),
+        q_lora_rank=config["q_lora_rank"],
         kv_lora_rank=config["kv_lora_rank"],
         qk_nope_head_dim=config["qk_nope_head_dim"],
         qk_rope_head_dim=config["qk_rope_head_dim"],
@@ -56,7 +51,7 @@ def architecture(config: dict[str, Any]) -> Architecture:
         moe=moe,
         mla=mla,
     )
-    further = range(num_layers, num_layers + (config.get("num_nextn_predict_layers") or 0))
+    further = range(num_layers, num_layers + (config["num_nextn_predict_layers"] or 0))
     return Architecture(
         spec,
         (*ends(spec), *latent_attention(spec), *dense_mlp(spec), *moe_mlp(spec)),

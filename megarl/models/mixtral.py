@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.errors import UserError
 from megarl.models.dense import attention, ends
 from megarl.models.moe import MoeNames, moe_mlp
 from megarl.models.spec import ModelSpec, MoeSpec
@@ -13,8 +12,6 @@ from megarl.models.table import Architecture
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """Table for ``model_type: mixtral``."""
-    if config.get("sliding_window"):
-        raise UserError("config.json: sliding_window is not supported for mixtral")
     moe = MoeSpec(
         num_experts=config["num_local_experts"],
         experts_per_token=config["num_experts_per_tok"],

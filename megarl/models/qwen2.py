@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.errors import UserError
 from megarl.models.dense import dense_architecture
 from megarl.models.spec import ModelSpec
 from megarl.models.table import Architecture
@@ -12,6 +11,4 @@ from megarl.models.table import Architecture
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """Table for ``model_type: qwen2``."""
-    if config.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is not supported for qwen2")
     return dense_architecture(ModelSpec.from_hf("qwen2", config, qkv_bias=True))

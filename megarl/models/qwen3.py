@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.errors import UserError
 from megarl.models.dense import dense_architecture
 from megarl.models.spec import ModelSpec
 from megarl.models.table import Architecture
@@ -12,14 +11,12 @@ from megarl.models.table import Architecture
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """Table for ``model_type: qwen3``."""
-    if config.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is not supported for qwen3")
     bias = bool(config.get("attention_bias", False))
     return dense_architecture(
         ModelSpec.from_hf(
             "qwen3",
             config,
-            head_dim=config.get("head_dim", 128),
+            head_dim=config["head_dim"] or config["hidden_size"] // config["num_attention_heads"],
             qkv_bias=bias,
             output_bias=bias,
             qk_norm=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarl.errors import UserError
 from megarl.models.dense import attention, dense_mlp, ends
 from megarl.models.moe import moe_mlp
 from megarl.models.spec import ModelSpec, MoeSpec
@@ -13,13 +12,11 @@ from megarl.models.table import Architecture
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """Table for ``model_type: qwen3_moe``."""
-    if config.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is not supported for qwen3_moe")
     bias = bool(config.get("attention_bias", False))
     num_layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
     dense = set(config.get("mlp_only_layers") or ())
     moe = MoeSpec(
-        num_experts=config.get("num_local_experts") or config["num_experts"],  # transformers 5, and before
+        num_experts=config["num_local_experts"],
         experts_per_token=config["num_experts_per_tok"],
         intermediate_size=config["moe_intermediate_size"],
         layers=tuple(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0),

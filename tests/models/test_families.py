@@ -177,5 +177,5 @@ def test_latent_attention_refuses_what_the_engine_would_ignore(tmp_path: Path) -
     config_class(**(SIZES | options)).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_interleave": False}))
-    with pytest.raises(UserError, match="rope_interleave false is not supported"):
+    with pytest.raises(UserError, match="rope_interleave False is not supported"):
         load_architecture(tmp_path)
