@@ -129,19 +129,6 @@ class Sample(ArrayRecord):
         """Response tokens that the policy sampled: the targets."""
         return sum(turn.num_sampled for turn in self.turns) if self.turns else len(self.response_ids)
 
-    @property
-    def token_versions(self) -> list[int]:
-        """[N] the policy version that drew each response token (an observation's: of the turn before)."""
-        spans = self.version_spans or [(self.policy_version, len(self.response_ids))]
-        return [version for version, count in spans for _ in range(count)]
-
-    @property
-    def response_mask(self) -> list[int]:
-        """[N] 1 where the token was sampled, 0 where it was observed."""
-        if not self.turns:
-            return [1] * len(self.response_ids)
-        return [value for t in self.turns for value in [1] * t.num_sampled + [0] * t.num_observed]
-
 
 def merge_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(version, count) spans with equal neighbours as one; none where one version is all there is."""

@@ -10,6 +10,7 @@ import pytest
 
 from megarl.records import Prompt, Sample, token_ids
 from megarl.rollout.engine import GeneratedResponse
+from tests.oracles.samples import response_mask
 
 
 def response(length: int = 3, **changes: object) -> GeneratedResponse:
@@ -53,4 +54,4 @@ def test_samples_of_one_prompt_share_its_ids_after_pickling() -> None:
     assert len(data) < 2 * 4 * 1000
     prompt, samples = pickle.loads(data)
     assert all(sample.prompt_ids is prompt.token_ids for sample in samples)
-    assert samples[3].num_tokens == 1001 and samples[3].response_mask == [1]
+    assert samples[3].num_tokens == 1001 and response_mask(samples[3]) == [1]

@@ -12,6 +12,7 @@ import pytest
 from megarl.advantages.token_level import TokenAdvantages, turn_rewards
 from megarl.advantages.token_level import token_advantages as of_arrays
 from megarl.records import Sample, Turn
+from tests.oracles.samples import response_mask
 
 GAMMA, LAMBDA, KL = 0.97, 0.9, 0.3
 
@@ -140,7 +141,7 @@ def test_a_turns_reward_comes_with_its_last_token() -> None:
     sample = Sample(0, [7, 8], list(range(10)), [0.0] * 10, 0, "stop", reward=1.25, turns=turns)
     assert token_rewards(sample) == [(4, 0.5), (8, -0.25), (11, 1.0)]
     assert token_rewards(sample, 100) == [(104, 0.5), (108, -0.25), (111, 1.0)], "behind other samples"
-    mask = [0, 0, *sample.response_mask]
+    mask = [0, 0, *response_mask(sample)]
     found = token_advantages(
         [token_rewards(sample)], [np.zeros(12)], [mask], gamma=1.0, gae_lambda=1.0, normalize=False
     )

@@ -7,6 +7,7 @@ import numpy as np
 from megarl.algorithms.online_report import staleness_metrics
 from megarl.packing.samples import train_batch
 from megarl.records import Group, Prompt, Sample, Turn, merge_spans, token_ids
+from tests.oracles.samples import token_versions
 
 
 def sample(version: int, spans: list[tuple[int, int]], length: int = 5, **fields: object) -> Sample:
@@ -16,7 +17,7 @@ def sample(version: int, spans: list[tuple[int, int]], length: int = 5, **fields
 
 def test_tokens_of_older_versions_are_marked() -> None:
     mixed = sample(3, [(3, 2), (4, 1), (5, 2)])
-    assert mixed.token_versions == [3, 3, 4, 5, 5]
+    assert token_versions(mixed) == [3, 3, 4, 5, 5]
     batch = train_batch([mixed, sample(5, []), sample(4, [])], 5)
     marks = [row.stale.tolist() for row in batch if row.stale is not None]
     assert marks == [[0, 0, 1, 1, 1, 0, 0], [0] * 7, [0, 0] + [1] * 5]
@@ -28,7 +29,7 @@ def test_observations_belong_to_the_turn_before() -> None:
     assert spans == [(1, 3), (2, 2)]
     assert merge_spans([(1, 2), (1, 3)]) == []
     episode = sample(1, spans, turns=[Turn(2, 1, 0.0), Turn(2, 0, 1.0)])
-    assert episode.token_versions == [1, 1, 1, 2, 2]
+    assert token_versions(episode) == [1, 1, 1, 2, 2]
     [sequence] = train_batch([episode], 2)
     assert sequence.loss_mask.tolist() == [0, 0, 1, 1, 0, 1, 1]
     assert sequence.token_ids.tolist() == [1, 2, 9, 9, 9, 9, 9]

@@ -18,6 +18,7 @@ from megarl.metrics.timers import PhaseTimers
 from megarl.records import Group, Prompt, Sample, TokenIds, token_ids
 from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from tests.environments.local import LocalEnvironment
+from tests.oracles.samples import response_mask
 
 STOP = 1
 
@@ -116,11 +117,11 @@ def test_tokens_are_kept_as_sampled_and_observations_are_no_targets():
     [[one]] = [group.samples for group in sample(made)]
     assert text(one.response_ids) == "go#\nU:n=1#\nA:on#\nU:n=2#\nA:stop#"
     observed = len("\nU:n=1#\nA:")
-    assert one.response_mask == [1] * 3 + [0] * observed + [1] * 3 + [0] * observed + [1] * 5
+    assert response_mask(one) == [1] * 3 + [0] * observed + [1] * 3 + [0] * observed + [1] * 5
     assert [turn.reward for turn in one.turns] == [1.0, 1.0, 10.0]
     assert one.reward == 12.0
     assert one.num_sampled_tokens == 11
-    for token, value, target in zip(one.response_ids, one.rollout_logprobs, one.response_mask, strict=True):
+    for token, value, target in zip(one.response_ids, one.rollout_logprobs, response_mask(one), strict=True):
         assert (value != 0.0) == bool(target), token
     # Each request is the whole sequence so far, which is what training will see.
     for request in made.engine.requests:  # type: ignore[attr-defined]
@@ -145,8 +146,8 @@ def test_the_token_budget_holds_for_the_whole_episode(length: int):
     [[one]] = [group.samples for group in sample(made, length=length)]
     assert len(one.response_ids) <= length
     assert one.finish_reason == "length"
-    assert one.response_mask[-1] == 1  # nothing is observed that nobody answers
-    assert sum(one.response_mask) == one.num_sampled_tokens
+    assert response_mask(one)[-1] == 1  # nothing is observed that nobody answers
+    assert sum(response_mask(one)) == one.num_sampled_tokens
 
 
 def test_text_is_made_for_those_that_are_read():
