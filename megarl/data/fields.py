@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from megarl.errors import UserError
@@ -57,6 +58,22 @@ def _message(message: Any, at: str) -> dict[str, Any]:
             raise UserError(f"{at}.tool_calls must be a list of objects")
         if message["role"] != "assistant" and calls:
             raise UserError(f"{at}.tool_calls: only the assistant calls tools, found {message['role']!r}")
+        message["tool_calls"] = [_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
         if not calls:
             del message["tool_calls"]
     return message
+
+
+def _call(call: dict[str, Any], at: str) -> dict[str, Any]:
+    """A tool call whose arguments are an object; OpenAI's API writes them as JSON text."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call(call["function"], f"{at}.function")}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{at}.arguments is text, but no JSON: {error}") from error
+    if arguments is not None and not isinstance(arguments, dict):
+        raise UserError(f"{at}.arguments must be an object, found {type(arguments).__name__}")
+    return call if arguments is None else {**call, "arguments": arguments}

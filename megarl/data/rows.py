@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,22 +91,24 @@ def _jsonl(path: str) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
+            yield where, _as_record(where, read_json(text))
         except json.JSONDecodeError as error:
             yield where, UserError(f"{where}: malformed JSON at column {error.colno}: {error.msg}")
-            continue
-        yield where, _as_record(where, record)
+        except ValueError as error:
+            yield where, UserError(f"{where}: {error}")
 
 
 def _json(path: str) -> Iterator[Row]:
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        records = read_json(Path(path).read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason})") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}"
         ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(records, list):
         raise UserError(f"{path}: expected a list of objects, found {type(records).__name__}")
     for index, record in enumerate(records):
@@ -118,6 +121,8 @@ def _csv(path: str) -> Iterator[Row]:
         reader = csv.reader(file)
         try:
             names = next(reader, [])
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise UserError(f"{path}:1: the column {twice[0]!r} occurs twice")
             for cells in reader:
                 where = f"{path}:{reader.line_num}"
                 if len(cells) == len(names):
@@ -195,8 +200,34 @@ def _hf_dataset(source: HfLocation, field: str) -> Any:
     return dataset
 
 
-def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if value is not None}
+def read_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: an object has a key twice, of which one value would be lost; nesting or a number is beyond
+            what Python reads. json.JSONDecodeError where it is no JSON.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that Arrow gives to every struct of a column because one of them has it."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    return value
 
 
 def _as_record(where: str, record: Any) -> dict[str, Any] | UserError:

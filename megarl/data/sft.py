@@ -19,7 +19,7 @@ from megarl.data.fields import get_field, get_messages, get_text
 from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
 from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
-from megarl.data.rows import read_rows
+from megarl.data.rows import read_json, read_rows
 from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import make_dataset
@@ -184,9 +184,11 @@ class _RowForms:
         if not isinstance(value, str):
             return record
         try:
-            return record | {name: json.loads(value)}
+            return record | {name: read_json(value)}
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: field {name!r} holds text that is not JSON: {error.msg}") from error
+        except ValueError as error:
+            raise UserError(f"{where}: field {name!r}: {error}") from error
 
 
 def load_demonstrations(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise it when the same settings are to give other tokens, masks or arrays.
-_FORMAT = "megarl tokens 1"
+_FORMAT = "megarl tokens 2"
 
 
 class TokenStore(AbstractSequence[Sequence]):

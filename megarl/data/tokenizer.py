@@ -156,14 +156,16 @@ def chat_ids(
     """The messages as the tokenizer's chat template tokenises them.
 
     Raises:
-        ValueError: the template refuses these messages, or has no place for tools or tool calls, which it
-            would leave out without a word (the caller knows where they are from).
+        ValueError: the template refuses these messages, or has no place for tools, tool calls or reasoning,
+            which it would leave out without a word (the caller knows where they are from).
     """
     template = json.dumps(tokenizer.chat_template)
     if tools and "tools" not in template:
         raise ValueError("the chat template has no place for tools")
     if any("tool_calls" in message for message in messages) and "tool_call" not in template:
         raise ValueError("the chat template has no place for tool_calls")
+    if any("reasoning_content" in message for message in messages) and "reasoning_content" not in template:
+        raise ValueError("the chat template has no place for reasoning_content")
     try:
         ids: Any = tokenizer.apply_chat_template(
             [dict(message) for message in messages],

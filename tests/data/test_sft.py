@@ -6,6 +6,8 @@ import copy
 import itertools
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megarl.config.data import (
@@ -209,6 +211,57 @@ def test_tools_that_the_template_would_leave_out_are_refused(tokenizer, jsonl):
         load(tokenizer, file(path))
     path = jsonl(json.dumps({"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[5]]}))
     with pytest.raises(UserError, match="only the assistant calls tools"):
+        load(tokenizer, file(path))
+
+
+def with_tools(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TOOLS
+    return tokenizer
+
+
+def calling(arguments, **call):
+    function = {"name": "add", "arguments": arguments, **call}
+    return [TALK[0], {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}]
+
+
+def test_arguments_as_json_text_are_the_object_they_say(tokenizer, jsonl):
+    """OpenAI's API writes them so; a template that writes them with tojson would put them in quotes."""
+    objects = jsonl(json.dumps({"messages": calling({"a": 1, "b": None})}))
+    texts = jsonl(json.dumps({"messages": calling('{"a": 1, "b": null}')}))
+    [one], [other] = (list(load(with_tools(tokenizer), file(path))) for path in (objects, texts))
+    assert one.token_ids.tolist() == other.token_ids.tolist()
+    assert '"b": null' in tokenizer.decode(one.token_ids), "a null of the file's own stays"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("a = 1", r":1: messages\[1\].tool_calls\[0\].function.arguments is text, but no JSON"),
+        ("[1, 2]", r":1: messages\[1\].tool_calls\[0\].function.arguments must be an object, found list"),
+        (3, r":1: messages\[1\].tool_calls\[0\].function.arguments must be an object, found int"),
+    ],
+)
+def test_arguments_that_are_no_object_are_a_row_error(tokenizer, jsonl, arguments, message):
+    with pytest.raises(UserError, match=message):
+        load(with_tools(tokenizer), file(jsonl(json.dumps({"messages": calling(arguments)}))))
+
+
+def test_calls_of_different_tools_in_parquet_are_those_of_jsonl(tokenizer, jsonl, tmp_path):
+    """Arrow gives every struct of a column every key, null where a row has none."""
+    rows = [{"messages": calling({"city": "Rome"})}, {"messages": calling({"days": 3})}]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    lines = jsonl(*map(json.dumps, rows))
+    sources = SftJsonlSource(source="file", path=str(path)), file(lines)
+    found = [list(load(with_tools(tokenizer), source)) for source in sources]
+    assert [s.token_ids.tolist() for s in found[0]] == [s.token_ids.tolist() for s in found[1]]
+    assert "null" not in tokenizer.decode(found[0][0].token_ids)
+
+
+def test_reasoning_that_the_template_would_leave_out_is_refused(tokenizer, jsonl):
+    path = jsonl(json.dumps({"messages": [TALK[0], {**TALK[5], "reasoning_content": "4 and 3"}]}))
+    with pytest.raises(UserError, match=r":1: the chat template has no place for reasoning_content"):
         load(tokenizer, file(path))
 
 

@@ -282,3 +282,34 @@ def test_mixtures_of_data(tokenizer, jsonl):
     bad = {**sources, "bad": SftJsonlSource(source="jsonl", path=jsonl("{", name="bad.jsonl"))}
     with pytest.raises(UserError, match=r"bad.jsonl:1: malformed"):
         load(tokenizer, SftMixtureSource(source="mixture", sources=bad))
+
+
+TWICE = '{"question": "1 + 1?", "reply": "2", "reply": "3"}'
+DEEP = '{"question": ' + "[" * 100_000 + "]" * 100_000 + ', "reply": "2"}'
+DIGITS = '{"question": "1 + 1?", "reply": ' + "9" * 5_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (TWICE, "the key 'reply' occurs twice in an object"),
+        (DEEP, "its values are nested too deeply"),
+        (DIGITS, "limit"),
+    ],
+    ids=["twice", "deep", "digits"],
+)
+def test_json_that_would_lose_or_break_something_is_a_row_error(tokenizer, tmp_path, row, message):
+    lines, whole = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text(json.dumps(ROWS[0]) + "\n" + row + "\n")
+    whole.write_text(f"[{json.dumps(ROWS[0])}, {row}]")
+    with pytest.raises(UserError, match=f"rows.jsonl:2: .*{message}"):
+        load(tokenizer, file(lines, **COLUMNS))
+    with pytest.raises(UserError, match=f"rows.json: .*{message}"):
+        load(tokenizer, file(whole, **COLUMNS))
+
+
+def test_a_column_that_occurs_twice_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,reply,reply\n1 + 1?,2,3\n")
+    with pytest.raises(UserError, match="rows.csv:1: the column 'reply' occurs twice"):
+        load(tokenizer, file(path, **COLUMNS))
