@@ -7,6 +7,7 @@ moments of its own give and take (time.monotonic: one clock for the machine).
 from __future__ import annotations
 
 import json
+import sys
 
 import torch.distributed as dist
 
@@ -23,7 +24,9 @@ def main() -> None:
     gather(None)
     parts = ["gradients", "optimizer", "kv_cache"]
     times = {side: hand_over_ranks.give_memory(context, side, parts) for side in ("engine", "trainer")}
-    print(json.dumps(times), flush=True)
+    # In one write: an unbuffered print() makes two, and the lines of ranks that share the output mix.
+    sys.stdout.write(json.dumps(times) + "\n")
+    sys.stdout.flush()
     finalize()
 
 
