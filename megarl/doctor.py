@@ -366,7 +366,8 @@ def transformer_engine_finding() -> Finding:
     subject = "Transformer Engine"
     if find_spec("transformer_engine") is None:
         return Finding(subject, "none", "ok", "optional: only parallel.context_attention=ring needs it")
-    command = [sys.executable, "-c", "import transformer_engine.pytorch"]
+    # torch first, as in a run: it loads NCCL from its wheel, which Transformer Engine does not look for.
+    command = [sys.executable, "-c", "import torch, transformer_engine.pytorch"]
     tried = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if tried.returncode == 0:
         return Finding(subject, metadata.version("transformer-engine"))

@@ -12,4 +12,5 @@ environment=${1:-$PWD/.venv}
 export NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 PATH=$environment/bin:$PATH bash tools/setup_env.sh uv pip install --python "$environment" --no-build-isolation \
   -r requirements/transformer-engine.lock
-"$environment/bin/python" -c 'import transformer_engine.pytorch'
+# torch first: its NCCL is the one of NVIDIA's wheels, which Transformer Engine links to and does not look for.
+"$environment/bin/python" -c 'import torch, transformer_engine.pytorch'

@@ -236,3 +236,21 @@ def test_transformer_engine_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     finding = doctor.transformer_engine_finding()
     assert (finding.found, finding.level) == ("none", "ok")
+
+
+def test_transformer_engine_finds_the_nccl_that_torch_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library links to libnccl, which lies in a wheel that only torch looks into."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    needs = "import sys\nif 'torch' not in sys.modules:\n    raise OSError('libnccl.so.2: cannot open it')\n"
+    (package / "__init__.py").write_text(needs)
+    (package / "pytorch.py").write_text("")
+    info = tmp_path / "transformer_engine-2.20.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: transformer-engine\nVersion: 2.20.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    finding = doctor.transformer_engine_finding()
+    assert (finding.found, finding.level) == ("2.20.2", "ok")
