@@ -68,6 +68,11 @@ def test_broadcast_is_no_barrier(fake_gpu: FakeGpu) -> None:
     assert source[1] >= 3
 
 
+def test_a_collective_is_delayed_until_a_rank_asks(fake_gpu: FakeGpu) -> None:
+    results = fake_gpu.run(PROGRAM, "delayed_until_asked", ranks=2, lazy=True, FAKECUDA_STREAM_DELAY=30)
+    assert results == [[1, 2, 2, 4, 4, 8]] * 2
+
+
 @pytest.mark.parametrize("waits", ["stream", "no"])
 def test_reduction_of_what_is_not_written_yet(fake_gpu: FakeGpu, waits: str) -> None:
     results = fake_gpu.run(PROGRAM, "ordered_by_streams", waits, ranks=2, lazy=True, FAKECUDA_STREAM_DELAY=30)

@@ -13,6 +13,7 @@ PROGRAM = "programs/streams.py"
     ("case", "waits", "right", "wrong"),
     [
         ("between_streams", ("event", "stream", "host"), 2, 1),
+        ("before_all_streams_end", ("stream",), 2, 1),
         ("overwritten_early", ("stream",), 1, 7),
         ("pinned_source", ("stream",), 3, 9),
         ("pinned_destination", ("stream",), 5, 0),

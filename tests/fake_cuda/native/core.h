@@ -61,6 +61,7 @@ struct Stream {
   // Only used where work is delayed: all up to `allowed` may run, all up to `done` has.
   std::deque<Item> queue;
   uint64_t enqueued = 0, allowed = 0, done = 0;
+  double running = 0;  // when the work that runs now was given; earlier work of other streams waits for it
   bool has_worker = false;
   bool is_default = false;
 };
@@ -90,10 +91,11 @@ void wait(Position position);
 void wait_stream(Stream* stream);
 void wait_device(int device);  // -1: all
 void demand(Position position);  // may run now; does not wait
+void let_others_run();  // work calls it before it waits for something
 bool is_done(Position position);
 Position tail(Stream* stream);
-// Work given to `later` from now on comes after what `earlier` has now.
-void order_after(Stream* later, Stream* earlier);
+// Work given to `later` from now on comes after `earlier`.
+void order_after(Stream* later, Position earlier);
 void record_event(Event* event, Stream* stream);
 cudaError_t stream_wait_event(Stream* stream, Event* event);
 cudaError_t event_query(Event* event);

@@ -30,7 +30,6 @@ struct ncclComm {
   int next_op = ncclNumOps;
   // Where work is delayed: the calls in the queue. Those of one communicator run in order, whatever their streams.
   std::deque<Position> pending;
-  Stream* last_stream = nullptr;
 };
 
 const char* const kCallNames[] = {"ncclAllReduce", "ncclReduce",  "ncclBroadcast", "ncclAllGather", "ncclReduceScatter",
@@ -152,6 +151,7 @@ struct Call {
 
 void perform(std::vector<Call> calls) {
   for (Call& call : calls) call.post();
+  fakecuda::let_others_run();
   for (Call& call : calls) call.finish();
 }
 
@@ -170,18 +170,17 @@ void serve_waiting_ranks() {
 
 void enqueue(Stream* stream, std::vector<Call> calls) {
   const bool queued = fakecuda::lazy() && !stream->capture;
-  if (queued)
+  if (queued) {
+    std::lock_guard<std::mutex> guard(lock);
     for (const Call& call : calls)
-      if (call.comm->last_stream) fakecuda::order_after(stream, call.comm->last_stream);
+      if (!call.comm->pending.empty()) fakecuda::order_after(stream, call.comm->pending.back());
+  }
   fakecuda::enqueue(stream, [calls] { perform(calls); });
   if (!queued) return;
   static std::once_flag once;
   std::call_once(once, [] { std::thread(serve_waiting_ranks).detach(); });
   std::lock_guard<std::mutex> guard(lock);
-  for (const Call& call : calls) {
-    call.comm->last_stream = stream;
-    call.comm->pending.push_back(fakecuda::tail(stream));
-  }
+  for (const Call& call : calls) call.comm->pending.push_back(fakecuda::tail(stream));
 }
 
 // The group of this thread: the outermost ncclGroupEnd gives each stream its calls.

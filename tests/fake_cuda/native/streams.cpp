@@ -1,5 +1,6 @@
 // Streams, events and captures. Eager: work runs when it is given, in the program's order. Lazy: each stream has a thread
-// that runs what a synchronisation asks for, as late as it may; missing synchronisation then shows as wrong numbers.
+// that runs what a synchronisation asks for, as late as it may; missing synchronisation then shows as wrong numbers. Of work
+// that may run at once, what was given last runs first: an order that nobody made is the reverse of the program's.
 //
 // What nobody asks for runs FAKECUDA_STREAM_DELAY seconds after it was given, as a GPU would run it some time.
 #include <sys/mman.h>
@@ -52,6 +53,24 @@ void allow(Stream* stream, uint64_t sequence) {
   changed.notify_all();
 }
 
+// Whether all that `item` comes after is done. The lock is held.
+bool is_ready(const Item& item) {
+  return std::all_of(item.after.begin(), item.after.end(),
+                     [](const Position& position) { return position.stream->done >= position.sequence; });
+}
+
+// Whether another stream runs, or may run now, work that was given later than `item`. A stream whose work waits for
+// something counts no more (let_others_run). The lock is held.
+bool later_work_runs(const Stream* stream, const Item& item) {
+  return std::any_of(streams.begin(), streams.end(), [&](const Stream* other) {
+    if (other == stream) return false;
+    if (other->running > item.time) return true;
+    if (other->queue.empty()) return false;
+    const Item& first = other->queue.front();
+    return first.sequence <= other->allowed && first.time > item.time && is_ready(first);
+  });
+}
+
 void run(Work& work) {
   try {
     work();
@@ -78,11 +97,13 @@ void serve(Stream* stream) {
         allow(stream, first.sequence);
       continue;
     }
+    if (!is_ready(first) || later_work_runs(stream, first)) {
+      changed.wait(guard);
+      continue;
+    }
     Item item = std::move(stream->queue.front());
     stream->queue.pop_front();
-    for (const Position& position : item.after)
-      changed.wait(guard, [&] { return stopping || position.stream->done >= position.sequence; });
-    if (stopping) return;
+    stream->running = item.time;
     working++;
     guard.unlock();
     run(item.work);
@@ -90,6 +111,7 @@ void serve(Stream* stream) {
     guard.lock();
     working--;
     stream->done = item.sequence;
+    stream->running = 0;
     changed.notify_all();
   }
 }
@@ -179,6 +201,13 @@ bool is_done(Position position) {
   return !position.stream || position.stream->done >= position.sequence;
 }
 
+void let_others_run() {
+  if (!serving) return;
+  Guard guard(lock);
+  serving->running = 0;
+  changed.notify_all();
+}
+
 void demand(Position position) {
   if (!position.stream) return;
   Guard guard(lock);
@@ -187,6 +216,7 @@ void demand(Position position) {
 
 void wait(Position position) {
   if (!position.stream || position.stream == serving) return;  // all before this thread's work is done
+  let_others_run();
   Guard guard(lock);
   allow(position.stream, position.sequence);
   changed.wait(guard, [&] { return stopping || position.stream->done >= position.sequence; });
@@ -214,10 +244,8 @@ void wait_device(int device) {
   for (const Position& position : tails) wait(position);
 }
 
-void order_after(Stream* later, Stream* earlier) {
-  if (later == earlier || !lazy()) return;
-  const Position position = tail(earlier);
-  if (!is_done(position)) append(later, [] {}, {position});
+void order_after(Stream* later, Position earlier) {
+  if (later != earlier.stream && lazy() && !is_done(earlier)) append(later, [] {}, {earlier});
 }
 
 // ---- events ------------------------------------------------------------------------------------------------------------
@@ -254,6 +282,7 @@ cudaError_t stream_wait_event(Stream* stream, Event* event) {
     if (event->foreign) {
       if (shared->completed < number)
         enqueue(stream, [shared, number] {
+          let_others_run();
           while (shared->completed < number) usleep(200);
         });
       return cudaSuccess;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -247,6 +248,23 @@ def returns_early() -> Any:
     broadcast = time.monotonic() - begin
     dist.barrier(group=gloo)
     return [broadcast, time.monotonic() - begin]
+
+
+@case
+def delayed_until_asked() -> list[float]:
+    """What three reductions in a row have made of a tensor, read before any rank asks and after all have."""
+    x = torch.ones(1, device=start())
+    torch.cuda.synchronize()
+    store = dist.distributed_c10d._get_default_store()
+    found = []
+    for number in range(3):
+        dist.all_reduce(x)  # the first makes the communicator, for which the ranks wait for each other
+        time.sleep(0.5)
+        found.append(ctypes.c_float.from_address(x.data_ptr()).value)  # this device's memory is the host's
+        store.set(f"{number} looked {RANK}", "")
+        store.wait([f"{number} looked {rank}" for rank in range(WORLD)])
+        found.append(x.item())
+    return found
 
 
 @case

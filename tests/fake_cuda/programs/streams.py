@@ -38,6 +38,20 @@ def between_streams(waits: str) -> float:
 
 
 @case
+def before_all_streams_end(waits: str) -> float:
+    """As between_streams, but the host waits for the device, which orders nothing between the streams."""
+    x, y = counted(1), counted(0)
+    side = torch.cuda.Stream()
+    x.add_(1)
+    if waits == "stream":
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        y.copy_(x)
+    torch.cuda.synchronize()
+    return y.sum().item() / SIZE
+
+
+@case
 def overwritten_early(waits: str) -> float:
     """A side stream reads a tensor that the current stream overwrites, after waiting for it or not."""
     x, y = counted(1), counted(0)
