@@ -8,8 +8,7 @@ For a sample i of a group with rewards r, and rho_t the ratio of a token's proba
 Variants are options (formulas: docs/algorithms.md) or functions of your own (docs/guides/custom-losses.md).
 What follows the rollout in a step::
 
-    graded groups (rank 0) -> each rank's microbatches -> [old, reference logprobs] -> advantages (rank 0)
-        -> forward/backward -> optimizer
+    groups (rank 0) -> each rank's microbatches -> [logprobs] -> advantages (rank 0) -> optimizer steps
 
 Where advantages follow from the rewards alone they come first, and samples without one are not packed.
 """
