@@ -41,6 +41,8 @@ def load_architecture(model_dir: str | Path) -> Architecture:
         raise UserError(
             f"{path}: model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))}{hint})"
         )
+    if not any(path.parent.glob("*.safetensors")):  # a plan has no weights to read, however they are stored
+        config.pop("quantization_config", None)
     try:
         check_options(model_type, config)
         return FAMILIES[model_type](with_defaults(model_type, config))

@@ -25,6 +25,7 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 
 def spec_of(directory: Path, config: dict[str, Any]) -> Any:
     (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").touch()  # a directory with weights, which nothing here reads
     return load_architecture(directory).spec
 
 
@@ -185,3 +186,13 @@ def test_an_option_that_is_not_built_is_refused_by_name(family: str, key: str, v
 )
 def test_what_says_the_usual_is_accepted(family: str, changes: dict[str, Any], tmp_path: Path):
     assert spec_of(tmp_path, config_of(family, **changes)) == spec_of(tmp_path, config_of(family))
+
+
+def test_a_plan_is_made_of_a_configuration_whose_weights_would_be_refused(tmp_path: Path):
+    """DeepSeek-V3's own config.json says fp8; a layout is planned from it alone."""
+    config = config_of("deepseek_v3")
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    planned = load_architecture(tmp_path).spec
+    assert planned == spec_of(tmp_path, config)
