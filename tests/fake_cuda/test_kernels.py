@@ -11,7 +11,7 @@ COMPARISONS = {
     "token_logprob": 40,
     "linear_token_logprob": 4,
     "vocab_kl": 48,
-    "segments": 40,
+    "segments": 32,
     "policy_loss": 14,
     "packing": 40,
 }
