@@ -65,8 +65,8 @@ class Objective(ABC, Generic[Data, Loss]):
         """Lines for the log before the first step."""
         return []
 
-    def begin(self, rows: Sequence[tuple[Data, list[int]]]) -> None:
-        """See all rows that the run will use, before a checkpoint is loaded."""
+    def begin(self, rows: Callable[[], list[tuple[Data, list[int]]]]) -> None:
+        """Prepare before a checkpoint is loaded; ``rows()`` are all that the run will use."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says beside the weights."""
@@ -97,7 +97,7 @@ def run_offline(
         for line in [*describe_model(context.platform.name, config, architecture), *objective.notes()]:
             run.console.note(line)
         loop = OfflineLoop(config, run, objective, train, held_out)
-        objective.begin(loop.rows())
+        objective.begin(loop.rows)
         state = run.resume(objective.trained) or {"step": 0, "position": 0, "totals": {}}
         objective.check(state)
         totals = loop.run(state)

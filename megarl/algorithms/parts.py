@@ -167,12 +167,12 @@ def passes(run: Run, items: list[Item], num_epochs: int) -> Iterator[Item]:
             advance(1)
 
 
-def mean_metrics(results: list[dict[str, float]], last: str = "lr") -> dict[str, float]:
-    """Means over optimizer steps, and of ``last`` the last value; nothing of none."""
+def mean_metrics(results: list[dict[str, float]]) -> dict[str, float]:
+    """Means over optimizer steps, and the last learning rate; nothing of none."""
     if not results:
         return {}
     means = {name: sum(each[name] for each in results) / len(results) for name in results[0]}
-    return means | {last: results[-1][last]}
+    return means | {"lr": results[-1]["lr"]}
 
 
 def train_speed(run: Run, values: dict[str, float], algorithm: OnlineAlgorithm) -> dict[str, float]:

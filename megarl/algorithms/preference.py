@@ -14,7 +14,7 @@ computed once, before the first step. What is exported of a reward model is a di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -66,10 +66,12 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
         if config.algorithm.uses_reference:
             self.reference = ReferenceLogprobs(config, run, self.trained, architecture)
 
-    def begin(self, rows: Sequence[tuple[Pairs, list[int]]]) -> None:
+    def begin(self, rows: Callable[[], list[tuple[Pairs, list[int]]]]) -> None:
         """Reference logprobs of every pair; the policy is still the reference."""
         if self.reference is not None:
-            batches = (batch for data, own in rows for batch in (data.batch(own), self.mismatched(data, own)))
+            batches = (
+                batch for data, own in rows() for batch in (data.batch(own), self.mismatched(data, own))
+            )
             self.found = self.reference.prepare(chain.from_iterable(batches))
 
     def loss(self, data: Pairs, rows: list[int], batch: TrainBatch) -> PreferenceLoss:

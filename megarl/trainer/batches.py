@@ -114,6 +114,7 @@ class BatchMaker:
         weights = np.zeros(0)
         if batch is not None and (self.rank == 0 or not scatter):
             weights = token_weights(batch.num_targets(), aggregation, fixed_length)
+        if self.rank == 0:
             shares = [rows_of(parts, self.layout, *each) for each in coordinates(self.layout)]
         if scatter:
             arrays, bytes_sent = scatter_arrays(self.layout, self.rank, lambda *to: share(*to).arrays())
