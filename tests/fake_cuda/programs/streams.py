@@ -17,9 +17,8 @@ def counted(value: float) -> torch.Tensor:
     return tensor
 
 
-@case
-def between_streams(waits: str) -> float:
-    """A side stream copies what the current stream writes, after waiting for it or not."""
+def copied_beside(waits: str) -> tuple[torch.Tensor, torch.cuda.Stream]:
+    """What a side stream copies of what the current stream writes, after waiting for it or not."""
     x, y = counted(1), counted(0)
     side = torch.cuda.Stream()
     x.add_(1)
@@ -33,20 +32,21 @@ def between_streams(waits: str) -> float:
         torch.cuda.current_stream().synchronize()
     with torch.cuda.stream(side):
         y.copy_(x)
+    return y, side
+
+
+@case
+def between_streams(waits: str) -> float:
+    """The host waits for the side stream."""
+    y, side = copied_beside(waits)
     side.synchronize()
     return y.sum().item() / SIZE
 
 
 @case
 def before_all_streams_end(waits: str) -> float:
-    """As between_streams, but the host waits for the device, which orders nothing between the streams."""
-    x, y = counted(1), counted(0)
-    side = torch.cuda.Stream()
-    x.add_(1)
-    if waits == "stream":
-        side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        y.copy_(x)
+    """The host waits for the device, which orders nothing between the streams."""
+    y, _ = copied_beside(waits)
     torch.cuda.synchronize()
     return y.sum().item() / SIZE
 
