@@ -23,6 +23,9 @@ TokenIds = npt.NDArray[np.int32]
 Logprobs = npt.NDArray[np.float32]
 NO_LOGPROBS: Logprobs = np.empty(0, np.float32)
 
+NON_FINITE_WEIGHTS = "non_finite_weights"
+"""Metric: how many of the tensors that are trained have a NaN or an infinity after the step."""
+
 # Fields of a sequence and of a batch that have one value for each token.
 _PER_TOKEN: dict[str, type[np.generic]] = {
     "token_ids": np.int32,

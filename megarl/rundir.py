@@ -40,8 +40,9 @@ from megarl.errors import UserError
 # Fields a resumed run may change: they alter what is written down, where it runs or when it ends, not what
 # is learned (up to rounding).
 _FREE_FIELDS = (
-    *("run.dir", "run.hang_timeout_seconds", "logging", "checkpoint", "profile", "launcher", "parallel"),
-    *("training.num_steps", "reference.cache_dir", "lora.export", "rollout.engine.data_parallel_size"),
+    *("run.dir", "run.hang_timeout_seconds", "run.on_non_finite", "logging", "checkpoint", "profile"),
+    *("launcher", "parallel", "training.num_steps", "reference.cache_dir", "lora.export"),
+    "rollout.engine.data_parallel_size",
 )
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
+
 from megarl.algorithms.ahead import Ahead, EventLoopThread
 from megarl.algorithms.dynamic_sampling import sample_unequal
 from megarl.algorithms.rollouts import Played, Rollouts, usable
@@ -13,6 +15,7 @@ from megarl.algorithms.run import Run
 from megarl.config.online import OnlineConfig
 from megarl.data.order import order_of
 from megarl.data.prompts import PromptDataset
+from megarl.errors import UserError
 from megarl.records import Group
 from megarl.trainer.control import from_first_rank
 
@@ -76,11 +79,27 @@ class Collector:
 
         def collect() -> tuple[dict[str, float], int]:
             found, told = self._collect(step)
+            self._check_finite(step, found)
             groups.extend(found)
             return describe(groups) | told, self.position
 
         told, self.position = from_first_rank(collect)
         return groups, told
+
+    def _check_finite(self, step: int, groups: list[Group]) -> None:
+        """An engine whose logprobs are no numbers draws tokens that mean nothing."""
+        samples = [sample for group in groups for sample in group.samples]
+        bad = [sample for sample in samples if np.isnan(sample.rollout_logprobs).any()]
+        if not bad:
+            return
+        first = int(np.isnan(bad[0].rollout_logprobs).argmax())
+        line = (
+            f"step {step}: the engine's logprobs are NaN in {len(bad)} of {len(samples)} samples (first: "
+            f"token {first + 1} of a response to prompt {bad[0].prompt_index})"
+        )
+        if self._config.run.on_non_finite == "stop":
+            raise UserError(f"{line}: its numbers overflow, or its weights are not finite")
+        self._run.console.warn(line)
 
     def _collect(self, step: int) -> Collected:
         count = self._config.rollout.num_prompts_per_step

@@ -141,6 +141,7 @@ class OfflineLoop(Generic[Data]):
             position += training.batch_size
             with run.timers("train"):
                 values = objective.step(packed.batches, loss)
+            run.check(step, values)
             values |= packed.placed | {
                 "num_tokens": packed.num_tokens,
                 "num_microbatches": len(packed.batches),

@@ -239,8 +239,9 @@ class OnlineLoop:
             groups, told = collector.collect(step, partial(self._describe, step))
             self.give_memory_to("trainer")
             learned = self.learner.learn(step, groups)
-            self._check_agreement(step, learned.agreement)
             values = told | learned.metrics | learned.agreement.metrics()
+            run.check(step, values)
+            self._check_agreement(step, learned.agreement)
             with run.timers("weights"):
                 values |= self.hand_over(step)
             interval = config.evaluation.interval

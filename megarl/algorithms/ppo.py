@@ -29,7 +29,7 @@ from megarl.config.ppo import PpoConfig
 from megarl.losses.policy import PolicyLoss
 from megarl.losses.value import ValueLoss
 from megarl.ops.policy_loss import PolicyLossOptions
-from megarl.records import Group, PackedBatch
+from megarl.records import NON_FINITE_WEIGHTS, Group, PackedBatch
 from megarl.trainer.control import from_first_rank
 from megarl.trainer.interface import Trainer
 from megarl.trainer.passes import fill_values, score_step
@@ -89,7 +89,7 @@ class PpoLearner:
                 results.append(steps.policy_step(policy, part, self.loss, self.config))
         if results and not old:
             agreement = results[0].agreement
-        renamed = {"grad_norm": "critic_grad_norm", "lr": "critic_lr"}
+        renamed = {name: f"critic_{name}" for name in ("grad_norm", "lr", NON_FINITE_WEIGHTS)}
         values |= steps.mean_metrics([result.metrics for result in results])
         values |= {renamed.get(name, name): value for name, value in steps.mean_metrics(critic).items()}
         values |= steps.placed(parts)

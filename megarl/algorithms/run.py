@@ -19,7 +19,8 @@ from megarl.algorithms.saving import STATE_FILE, Checkpoints
 from megarl.cluster import heartbeat
 from megarl.cluster.heartbeat import Heartbeat
 from megarl.config.training import TrainingRoot
-from megarl.errors import UserError
+from megarl.errors import ToldByRankZeroError, UserError
+from megarl.metrics.checks import failures, non_finite
 from megarl.metrics.console import Console
 from megarl.metrics.profile import StepProfiler
 from megarl.metrics.report import write_report
@@ -55,6 +56,8 @@ class Run:
         self.checkpoints = Checkpoints(config.checkpoint, self.directory, self.console, is_first=is_first)
         self._values: dict[str, float] = {}
         self._last_step = 0
+        self._checked, self._spoiled = 0, False  # the last step whose figures were looked at, and what of it
+        self._odd: set[str] = set()  # metrics that were said not to be finite
         self._base: dict[str, str] = {}  # with LoRA what the frozen weights are, for the run's state
         self._heartbeat = Heartbeat(
             self.directory.ranks_path,
@@ -143,7 +146,13 @@ class Run:
         number = self.signal_number()
         interval = self.config.checkpoint.interval
         due = step == last_step or (interval and step % interval == 0)
-        if due or number is not None:
+        assert self._checked == step, "check() comes before after_step()"
+        if self._spoiled and step == last_step:
+            self.checkpoints.wait()
+            raise self._failed(step, ["the last step was not finite"])
+        if self._spoiled and (due or number is not None):
+            self.console.warn(f"step {step} is not saved: it was not finite")
+        elif due or number is not None:
             self.checkpoints.save(step, policy, {**state, **self._base}, self._values)
         if step == last_step or number is not None:
             self.checkpoints.wait()
@@ -185,8 +194,44 @@ class Run:
 
     # --- figures ------------------------------------------------------------------------------
 
+    def check(self, step: int, values: Mapping[str, float]) -> None:
+        """End the run where the figures of ``step``'s learning say that it failed; or warn, as configured.
+
+        Every rank calls it with equal values, before anything reads the new weights.
+
+        Raises:
+            UserError: a loss, a gradient norm or a weight is NaN or infinite. The figures are in
+                metrics.jsonl and the report; of the step nothing is saved.
+        """
+        found = failures(values)
+        self._checked, self._spoiled = step, bool(found)
+        if not found:
+            return
+        if self.config.run.on_non_finite == "warn":
+            self.console.warn(f"step {step}: {', '.join(found)}")
+            return
+        self.log(step, dict(values))
+        self.checkpoints.wait()  # a good one may be on its way
+        if self.is_first:
+            write_report(self.directory.path)
+        raise self._failed(step, found)
+
+    def _failed(self, step: int, found: list[str]) -> UserError:
+        """The line with which a run ends that has failed."""
+        kept = self.directory.latest_checkpoint()
+        line = (
+            f"step {step}: {', '.join(found)}. The run ends here and saves nothing of this step; the latest "
+            f"checkpoint is {'none' if kept is None else kept}. Most often optimizer.lr is too large; "
+            "debug.check_numerics names the first bad token, run.on_non_finite: warn goes on"
+        )
+        return UserError(line) if self.is_first else ToldByRankZeroError(line)
+
     def log(self, step: int, values: dict[str, float]) -> None:
         """Close the step's clock and hand its figures to every sink and the console (rank 0)."""
+        odd = non_finite(values)
+        if new := [f"{name} is {odd[name]}" for name in odd if name not in self._odd]:
+            self.console.warn(f"step {step}: {', '.join(new)}")
+        self._odd |= odd.keys()
         values = values | self.timers.end_step()
         if (path := self._profiler.end(step)) is not None:
             self.console.note(f"profile of step {step}: {path}")

@@ -21,6 +21,9 @@ class RunConfig(Section):
     """Seeds model initialisation, data order and sampling."""
     hang_timeout_seconds: PositiveFloat = 1800.0
     """End the run when a rank gives no sign of life, or no rank finishes anything, for this long."""
+    on_non_finite: Literal["stop", "warn"] = "stop"
+    """What NaN or infinity in a loss, a gradient norm or the weights does: stop ends the run at once, warn
+    says so and goes on. Neither saves such a step."""
 
 
 class ProfileConfig(Section):

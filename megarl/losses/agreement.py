@@ -5,6 +5,7 @@ The first thing to look at when RL goes wrong: engine and trainer must be the sa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class Agreement:
             self.num_tokens + other.num_tokens,
             self.abs_diff_sum + other.abs_diff_sum,
             self.kl_sum + other.kl_sum,
-            max(candidates, key=lambda w: w.difference, default=None),
+            max(candidates, key=lambda w: (math.isnan(w.difference), w.difference), default=None),
             self.num_stale + other.num_stale,
             self.stale_abs_diff_sum + other.stale_abs_diff_sum,
             self.stale_kl_sum + other.stale_kl_sum,

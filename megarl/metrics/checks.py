@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megarl.records import NON_FINITE_WEIGHTS
+
 DIFFERENCE_LIMITS = {"float32": 1e-3, "bfloat16": 0.3}
 """Largest |rollout - trainer logprob| of one policy: measured 4e-5 in fp32, up to 0.28 in bf16."""
 
@@ -44,6 +46,29 @@ def run_checks(steps: Sequence[Mapping[str, Any]], dtype: str) -> list[Check]:
     return findings or [Check("ok", f"No warnings: all values finite{agree}.")]
 
 
+def failures(values: Mapping[str, float]) -> list[str]:
+    """What in the figures of an optimizer step says that it failed, as phrases; not what it only measured."""
+    found = [f"{name} is {value}" for name, value in non_finite(values).items() if _decides(name)]
+    # An infinity there is a logprob of -inf, which corrections know what to do with.
+    if math.isnan(difference := values.get("logprob_abs_diff_mean", 0.0)):
+        found.append(f"logprob_abs_diff_mean is {difference}")
+    for name, value in values.items():
+        if name.endswith(NON_FINITE_WEIGHTS) and value > 0:
+            whose = name.removesuffix(NON_FINITE_WEIGHTS).replace("_", " ")
+            found.append(f"{whose}weights are not finite")
+    return found
+
+
+def non_finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Those of the values that are NaN or infinite."""
+    return {name: value for name, value in values.items() if not math.isfinite(value)}
+
+
+def _decides(name: str) -> bool:
+    """Whether weights are moved by this figure: losses and gradient norms."""
+    return not name.startswith("validation_") and (name == "loss" or name.endswith(("_loss", "grad_norm")))
+
+
 def _non_finite(steps: Sequence[Mapping[str, Any]]) -> list[Check]:
     found: dict[str, list[int]] = {}
     for step in steps:
@@ -54,6 +79,10 @@ def _non_finite(steps: Sequence[Mapping[str, Any]]) -> list[Check]:
     for name, where in found.items():
         more = f", and at {len(where) - 1} later steps" if len(where) > 1 else ""
         checks.append(Check("bad", f"{name} is not a finite number at step {where[0]}{more}."))
+    for step in steps:
+        if any(float(value) > 0 for name, value in step.items() if name.endswith(NON_FINITE_WEIGHTS)):
+            checks.append(Check("bad", f"After step {step['step']} weights are not finite."))
+            break
     return checks
 
 

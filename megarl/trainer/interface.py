@@ -177,7 +177,8 @@ class Trainer(Trained, Protocol):
     ) -> dict[str, float]:
         """Forward, backward, gradient reduction, clipping, optimizer and schedule.
 
-        Returns the losses' figures over all ranks (reduce_results) with ``grad_norm`` and ``lr``.
+        Returns the losses' figures over all ranks (reduce_results) with ``grad_norm``, ``lr`` and
+        ``non_finite_weights`` (weights_report), equal on every rank.
         """
         ...
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+
+import torch
 
 from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import LossResult, LossTokens
+from megarl.records import NON_FINITE_WEIGHTS
 from megarl.trainer.control import gather
 from megarl.trainer.interface import RankContext
 
@@ -25,7 +29,22 @@ def reduce_results(results: list[LossResult]) -> dict[str, float]:
     sums, token_sums = over_all(0, sum), over_all(1, sum)
     weight, num_tokens = sums.pop("weight", 0.0) or 1.0, token_sums.pop("tokens", 0.0) or 1.0
     means = {name: value / weight for name, value in sums.items()}
-    return means | {name: value / num_tokens for name, value in token_sums.items()} | over_all(2, max)
+    return means | {name: value / num_tokens for name, value in token_sums.items()} | over_all(2, _largest)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The maximum; NaN where one is, which ``max`` finds or not as the order has it."""
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found)
+
+
+def weights_report(tensors: Iterable[torch.Tensor]) -> LossResult:
+    """Whether trained tensors have a NaN or an infinity, for :func:`reduce_results`: ``non_finite_weights``,
+    their number on the rank that has most."""
+    held = [tensor.detach() for tensor in tensors if tensor.numel()]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)]) if held else None
+    count = torch.zeros(()) if norms is None else (~torch.isfinite(norms)).sum()
+    return LossResult(torch.zeros(()), maxima={NON_FINITE_WEIGHTS: count})
 
 
 def agreement_of(tokens: LossTokens) -> Agreement:

@@ -97,7 +97,7 @@ def load_hf(
     ``initial`` has whole tensors for names that the directory may lack.
 
     Raises UserError listing missing, left-over and misshapen tensors, and parameters that no
-    region fills. Vocabulary padding rows become zero.
+    region fills; or naming a tensor that has a NaN or an infinity. Vocabulary padding rows become zero.
     """
     model_dir = Path(model_dir)
     files = safetensors_files(model_dir)
@@ -131,7 +131,16 @@ def load_hf(
                 param.zero_()
             for region in regions:
                 part = read(region.hf)[tuple(slice(*span) for span in region.box)]
+                _check_finite(region.hf, part, model_dir)
                 params[region.param][region_index(region.index)].copy_(part)
+
+
+def _check_finite(name: str, part: torch.Tensor, model_dir: Path) -> None:
+    if part.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(part)):  # one pass
+        at = (~torch.isfinite(part)).nonzero()[0].tolist()
+        raise UserError(
+            f"{model_dir}: tensor {name} has the value {float(part[tuple(at)])}: its file is damaged"
+        )
 
 
 def uncovered(

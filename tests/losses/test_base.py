@@ -99,3 +99,15 @@ def test_tokens_of_older_weights_are_summed_up_apart() -> None:
     k3 = [math.exp(d) - 1 - d for d in (0.5, -1.0)]
     assert values["stale_kl_rollout_trainer"] == pytest.approx(sum(k3) / 2)
     assert "stale_kl_rollout_trainer" not in whole.metrics()
+
+
+def test_the_worst_token_is_the_one_that_is_no_number_in_any_order() -> None:
+    """NaN is neither smaller nor larger than anything: max() finds it or not as the order has it."""
+    ids = torch.tensor([0])
+    parts = [
+        measure_agreement(torch.tensor([value]), torch.tensor([0.0]), ids, ids)
+        for value in (-1.0, torch.nan, -2.0)
+    ]
+    for order in ((0, 1, 2), (1, 0, 2), (0, 2, 1)):
+        metrics = sum((parts[i] for i in order), Agreement()).metrics()
+        assert metrics["logprob_abs_diff_max"] != metrics["logprob_abs_diff_max"]

@@ -39,7 +39,7 @@ from megarl.trainer.megatron.routers import Routers
 from megarl.trainer.megatron.sleep import Sleeper
 from megarl.trainer.megatron.weights import TrainerWeights
 from megarl.trainer.outputs import Output
-from megarl.trainer.reduce import reduce_results
+from megarl.trainer.reduce import reduce_results, weights_report
 from megarl.weights.hf import load_hf
 from megarl.weights.share import pool_parameters
 
@@ -143,7 +143,8 @@ class MegatronTrainer:
             success, grad_norm, _ = self.optimizer.step()
         assert success, "fp32 and bf16 steps never overflow a loss scale"
         self.schedule.step(1)
-        metrics = reduce_results(results)
+        trained = (param for group in self.optimizer.param_groups for param in group["params"])
+        metrics = reduce_results([*results, weights_report(trained)])
         metrics |= self._routers.finish_step()
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = float(learning_rate)
