@@ -43,10 +43,10 @@ def dense(inputs: list[torch.Tensor], prefixes: list[Any] | None) -> list[torch.
 
 def packed(inputs: list[torch.Tensor], prefixes: list[Any] | None) -> list[torch.Tensor]:
     """The same by MegaRL's attention."""
-    from megarl.trainer.megatron.attention import PackedMicrobatch, packed_causal_attention
+    from megarl.trainer.packed_attention import PackedRow, packed_causal_attention
 
     leaves = [x.clone().requires_grad_() for x in inputs[:3]]
-    microbatch = PackedMicrobatch(qkv_format="thd", lengths=LENGTHS, prefixes=prefixes)
+    microbatch = PackedRow(lengths=LENGTHS, prefixes=prefixes)
     out = packed_causal_attention(*leaves, microbatch, 0.3)
     out.backward(inputs[3])
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
@@ -83,7 +83,7 @@ def stand_in(
 def test_sequences_and_prefixes_lie_where_the_call_says(prefixes: list[Any] | None) -> None:
     inputs = tensors(torch.float64, "cpu")
     with (
-        patch("megarl.trainer.megatron.attention.takes", lambda q: True),
+        patch("megarl.trainer.packed_attention.takes", lambda q: True),
         patch("torch.nn.attention.varlen.varlen_attn", stand_in),
     ):
         found = packed(inputs, prefixes)
@@ -92,7 +92,7 @@ def test_sequences_and_prefixes_lie_where_the_call_says(prefixes: list[Any] | No
 
 
 def test_the_kernel_is_asked_for_what_it_takes() -> None:
-    from megarl.trainer.megatron.varlen import takes
+    from megarl.trainer.varlen import takes
 
     def head(width: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Any:
         return type("Heads", (), {"device": torch.device(device), "dtype": dtype, "shape": (5, 4, width)})()
@@ -105,7 +105,7 @@ def test_the_kernel_is_asked_for_what_it_takes() -> None:
 
 def test_an_older_torch_is_not_told_of_fewer_heads() -> None:
     """In torch 2.11 the kernel takes them too, and its Python face has no word for it."""
-    from megarl.trainer.megatron import varlen
+    from megarl.trainer import varlen
 
     def older(
         q: torch.Tensor,
@@ -127,7 +127,7 @@ def test_an_older_torch_is_not_told_of_fewer_heads() -> None:
     varlen._parameters.cache_clear()
     try:
         with (
-            patch("megarl.trainer.megatron.attention.takes", lambda q: True),
+            patch("megarl.trainer.packed_attention.takes", lambda q: True),
             patch("torch.nn.attention.varlen.varlen_attn", older),
         ):
             found = packed(inputs, PREFIXES)
@@ -139,7 +139,7 @@ def test_an_older_torch_is_not_told_of_fewer_heads() -> None:
 
 def test_elsewhere_keys_are_as_many_as_queries() -> None:
     """Only the CPU's kernel takes fewer of them together with a mask or float32."""
-    from megarl.trainer.megatron.attention import PackedMicrobatch, packed_causal_attention
+    from megarl.trainer.packed_attention import PackedRow, packed_causal_attention
 
     seen: list[tuple[int, int, Any]] = []
 
@@ -148,7 +148,7 @@ def test_elsewhere_keys_are_as_many_as_queries() -> None:
         return torch.empty_like(q)
 
     q, k, v, _ = (x.to("meta") for x in tensors(torch.float32, "cpu"))
-    microbatch = PackedMicrobatch(qkv_format="thd", lengths=LENGTHS, prefixes=PREFIXES)
+    microbatch = PackedRow(lengths=LENGTHS, prefixes=PREFIXES)
     with patch("torch.nn.functional.scaled_dot_product_attention", watch):
         out = packed_causal_attention(q, k, v, microbatch, 0.3)
     assert out.shape == q.shape and set(seen) == {(4, 4, False)}
@@ -161,7 +161,7 @@ def test_on_a_gpu(prefixes: list[Any] | None, dtype: torch.dtype, tolerance: flo
     """Fused kernels alone, in bfloat16 by one call and in float32 by buckets."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from megarl.trainer.megatron.varlen import takes
+    from megarl.trainer.varlen import takes
 
     inputs = tensors(dtype, "cuda", width=64)
     assert takes(inputs[0]) == (dtype == torch.bfloat16)

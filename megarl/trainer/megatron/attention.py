@@ -8,7 +8,7 @@ microbatch's position ids, in one vectorised step for all sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,14 +25,11 @@ from megarl.models.rope import cos_sin, rotate
 from megarl.records import PackedBatch
 from megarl.trainer.megatron.context_attention import context_parallel_attention
 from megarl.trainer.megatron.router import Routing
-from megarl.trainer.megatron.varlen import Spans, takes, varlen_attention
-
-_MAX_PADDED_RATIO = 1.3
-"""A bucket of sequences is padded to its longest; more waste than this starts a new bucket."""
+from megarl.trainer.packed_attention import PackedRow, packed_causal_attention, prefix_spans
 
 
 @dataclass
-class PackedMicrobatch(PackedSeqParams):
+class PackedMicrobatch(PackedSeqParams, PackedRow):
     """Megatron's packed-sequence parameters plus what every layer would compute again.
 
     ``lengths`` are the padded lengths of the sequences over all context-parallel ranks;
@@ -41,13 +38,8 @@ class PackedMicrobatch(PackedSeqParams):
     ``split`` the row is this rank's alone, and no other one has to be asked for keys.
     """
 
-    lengths: list[int] = field(default_factory=list)
     position_ids: torch.Tensor | None = None
-    prefixes: list[tuple[int, int] | None] | None = None
     rope: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [T, 1, head_dim]
-    buckets: list[Bucket] | None = None
-    unbucket: torch.Tensor | None = None  # [T] into the buckets' padded tokens
-    spans: Spans | None = None
     routing: Routing | None = None
     split: bool = True  # over the context-parallel ranks, if there are several
 
@@ -64,122 +56,6 @@ class PackedMicrobatch(PackedSeqParams):
             routing=routing,
             split=batch.split,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Sequences of similar length, padded to ``longest``: rows of token indices [B, longest].
-
-    With a ``prefix`` [start, stop) all of them attend to it first.
-    """
-
-    index: torch.Tensor
-    longest: int
-    prefix: tuple[int, int] | None = None
-
-    def keys(self) -> torch.Tensor:
-        """Token indices [B, m] of what the rows attend to, in order of position."""
-        if self.prefix is None:
-            return self.index
-        prefix = torch.arange(*self.prefix, device=self.index.device)
-        return torch.cat((prefix.expand(self.index.shape[0], -1), self.index), dim=1)
-
-
-def prefix_spans(batch: PackedBatch) -> list[tuple[int, int] | None] | None:
-    """Where in the packed row each sequence's prefix lies, padding left out."""
-    if batch.prefixes is None:
-        return None
-    assert batch.lengths is not None
-    starts, lengths = batch.cu_seqlens.tolist(), batch.lengths.tolist()
-    return [(starts[p], starts[p] + lengths[p]) if p >= 0 else None for p in batch.prefixes.tolist()]
-
-
-def make_buckets(
-    lengths: list[int], device: torch.device, prefixes: list[tuple[int, int] | None] | None = None
-) -> tuple[list[Bucket], torch.Tensor]:
-    """Group sequences so that few attention calls serve all, and the way back to packed order.
-
-    Padding slots repeat a sequence's last token; under a causal mask no real token sees them. Sequences
-    share a bucket only if they have the same prefix, or none.
-    """
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    of = prefixes or [None] * len(lengths)
-    groups: list[list[int]] = []
-    real = 0
-    for s in sorted(range(len(lengths)), key=lambda i: (of[i] or (-1, -1), -lengths[i])):
-        longest = lengths[groups[-1][0]] if groups else 0
-        alike = groups and of[groups[-1][0]] == of[s]
-        if alike and longest * (len(groups[-1]) + 1) <= _MAX_PADDED_RATIO * (real + lengths[s]):
-            groups[-1].append(s)
-            real += lengths[s]
-        else:
-            groups.append([s])
-            real = lengths[s]
-    way_back = torch.empty(starts[-1], dtype=torch.int64)
-    buckets, offset = [], 0
-    for group in groups:
-        longest = lengths[group[0]]
-        steps = torch.arange(longest)
-        first = torch.tensor([starts[s] for s in group])[:, None]
-        last = torch.tensor([starts[s] + lengths[s] - 1 for s in group])[:, None]
-        index = torch.minimum(first + steps, last)
-        buckets.append(Bucket(index.to(device), longest, of[group[0]]))
-        for row, s in enumerate(group):
-            begin = offset + row * longest
-            way_back[starts[s] : starts[s + 1]] = torch.arange(begin, begin + lengths[s])
-        offset += len(group) * longest
-    return buckets, way_back.to(device)
-
-
-def packed_causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedMicrobatch, scale: float
-) -> torch.Tensor:
-    """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d].
-
-    One call where torch has a kernel for it, else one for each bucket of sequences of similar length.
-    """
-    if takes(q):
-        if packed.spans is None:
-            packed.spans = Spans.of(packed.lengths, q.device, packed.prefixes)
-        return varlen_attention(q, k, v, packed.spans, scale)
-    if packed.buckets is None:
-        packed.buckets, packed.unbucket = make_buckets(packed.lengths, q.device, packed.prefixes)
-    outs = []
-    for bucket in packed.buckets:
-        rows, keys = bucket.index.shape[0], bucket.keys()
-        q_b, k_b, v_b = (
-            x.index_select(0, index.flatten()).view(*index.shape, x.shape[1], -1).transpose(1, 2)
-            for x, index in ((q, bucket.index), (k, keys), (v, keys))
-        )
-        if q.device.type != "cpu" and k_b.shape[1] < q_b.shape[1]:
-            # Elsewhere only FlashAttention takes fewer keys than queries, and it takes neither masks nor
-            # float32: torch would fall back on whole matrices of scores.
-            k_b, v_b = (x.repeat_interleave(q_b.shape[1] // x.shape[1], dim=1) for x in (k_b, v_b))
-        out = F.scaled_dot_product_attention(
-            q_b,
-            k_b,
-            v_b,
-            attn_mask=_mask_after(bucket.prefix, bucket.longest, q.device),
-            is_causal=bucket.prefix is None,
-            scale=scale,
-            enable_gqa=q_b.shape[1] != k_b.shape[1],
-        )
-        outs.append(out.transpose(1, 2).reshape(rows * bucket.longest, q.shape[1], -1))
-    assert packed.unbucket is not None
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, packed.unbucket)
-
-
-def _mask_after(prefix: tuple[int, int] | None, length: int, device: torch.device) -> torch.Tensor | None:
-    """What ``length`` tokens may see: all of the prefix, and causally each other.
-
-    [length, prefix + length] bool; None without a prefix, where SDPA has a causal mask of its own.
-    """
-    if prefix is None:
-        return None
-    before = prefix[1] - prefix[0]
-    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 
 
 def attend(

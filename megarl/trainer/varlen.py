@@ -37,7 +37,7 @@ class Spans:
     def of(
         cls, lengths: list[int], device: torch.device, prefixes: list[tuple[int, int] | None] | None = None
     ) -> Spans:
-        """Of sequences that lie in a row; ``prefixes`` as PackedMicrobatch has them."""
+        """Of sequences that lie in a row; ``prefixes`` as PackedRow has them."""
         starts = [0, *accumulate(lengths)]
         cu_queries = torch.tensor(starts, dtype=torch.int32).to(device)
         if prefixes is None or not any(prefixes):
@@ -75,9 +75,17 @@ def _parameters() -> frozenset[str]:
 
 
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spans: Spans,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d]."""
+    """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d].
+
+    With ``window`` a token sees so many tokens, itself among them.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     if spans.keys is not None:
@@ -95,7 +103,8 @@ def varlen_attention(
         spans.longest_queries,
         spans.longest_keys,
         scale=scale,
-        window_size=(-1, 0),  # all before, nothing behind: causal
+        # Of those before all or the last few, nothing behind: causal.
+        window_size=(-1 if window is None else window - 1, 0),
         **grouped,
     )
     assert isinstance(out, torch.Tensor)
