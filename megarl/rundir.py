@@ -8,6 +8,7 @@
       samples/step_N.jsonl    samples of step N
       evaluations/step_N.jsonl  every answer of the evaluation after step N (0: before the first)
       checkpoints/step_N/     complete by construction: renamed into place when all of it is on disk
+                              (step_N.damaged: one that a resumed run has found not to be what was written)
       summary.json            headline figures, written at the end
       report.html             rewritten as the run goes
       ranks/                  what every trainer rank is doing, and why the run failed if it did
@@ -23,6 +24,7 @@ A step's metrics are appended before its checkpoint is committed, so that no res
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -248,6 +250,15 @@ class RunDirectory:
         """The newest complete checkpoint, or None. Interrupted saves are never seen."""
         steps = self.checkpoint_steps()
         return self.checkpoint_path(steps[-1]) if steps else None
+
+    def set_aside(self, step: int) -> Path:
+        """Rank 0: take a damaged checkpoint out of the list; returns where it is kept."""
+        path = self.checkpoint_path(step)
+        names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+        kept = next(each for each in map(path.with_name, names) if not each.exists())
+        os.rename(path, kept)
+        _fsync(self.checkpoints_path)
+        return kept
 
     def begin_checkpoint(self, step: int) -> Path:
         """Rank 0, before the others write: an empty directory at ``partial_checkpoint_path(step)``."""

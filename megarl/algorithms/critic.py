@@ -60,7 +60,7 @@ class ActorCritic(Trained):
         self.policy.wake()
         self.critic.wake()
 
-    def load(self, directory: Path) -> bool:
+    def load(self, directory: Path, *, optimizer: bool = True) -> bool:
         """See Trained. The policy comes last: both files of random states hold the same."""
-        critic, policy = self.critic.load(directory / "critic"), self.policy.load(directory)
-        return critic and policy
+        critic = self.critic.load(directory / "critic", optimizer=optimizer)
+        return self.policy.load(directory, optimizer=optimizer) and critic

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -15,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from megarl import platform
-from megarl.algorithms.saving import STATE_FILE, Checkpoints
+from megarl.algorithms.resuming import load, newest_whole, told_once
+from megarl.algorithms.saving import Checkpoints
 from megarl.cluster import heartbeat
 from megarl.cluster.heartbeat import Heartbeat
 from megarl.config.training import TrainingRoot
-from megarl.errors import ToldByRankZeroError, UserError
+from megarl.errors import UserError
 from megarl.metrics.checks import failures, non_finite
 from megarl.metrics.console import Console
 from megarl.metrics.profile import StepProfiler
@@ -111,15 +111,20 @@ class Run:
     # --- checkpoints --------------------------------------------------------------------------
 
     def resume(self, policy: Trained) -> dict[str, Any] | None:
-        """Load the latest complete checkpoint into ``policy``; returns its state, None for a fresh run."""
+        """Load the newest whole checkpoint into ``policy``; returns its state, None for a fresh run.
+
+        One that is damaged is set aside with a line, and the one before it taken.
+
+        Raises:
+            UserError: there are checkpoints, and none of them can be gone on from.
+        """
         if self.config.lora is not None:
             self._base = {"base": from_first_rank(lambda: fingerprint(self.config.model.path))}
-        path = from_first_rank(self.directory.latest_checkpoint)
         state = None
-        if path is not None:
-            state = json.loads((path / STATE_FILE).read_text())
+        if (found := newest_whole(self.directory, self.console)) is not None:
+            path, state = found
             self._check_base(state)
-            if not policy.load(path):
+            if not load(policy, path, state, self.config.training.num_steps):
                 self.console.warn(
                     "random states start anew: another number of ranks, or another kind of device, wrote the "
                     "checkpoint"
@@ -224,7 +229,7 @@ class Run:
             f"checkpoint is {'none' if kept is None else kept}. Most often optimizer.lr is too large; "
             "debug.check_numerics names the first bad token, run.on_non_finite: warn goes on"
         )
-        return UserError(line) if self.is_first else ToldByRankZeroError(line)
+        return told_once(line)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Close the step's clock and hand its figures to every sink and the console (rank 0)."""

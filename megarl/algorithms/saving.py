@@ -6,16 +6,27 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megarl.config.checkpoint import CheckpointConfig
 from megarl.metrics.console import Console
 from megarl.platform import ranges
 from megarl.rundir import RunDirectory
+from megarl.trainer.checksums import seal
 from megarl.trainer.control import barrier, gather
 from megarl.trainer.interface import PendingSave, Trained
 
 STATE_FILE = "run_state.json"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a loop has kept with a checkpoint; empty where it cannot be read."""
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) and isinstance(state.get("step"), int) else {}
 
 
 @dataclass(slots=True)
@@ -59,7 +70,9 @@ class Checkpoints:
     ) -> None:
         began = time.perf_counter()
         config = self._config
-        text = json.dumps({"step": step, **state, **self._rank_of(step, values)})
+        text = json.dumps(
+            {"step": step, "optimizer": config.save_optimizer, **state, **self._rank_of(step, values)}
+        )
         partial = self._directory.partial_checkpoint_path(step)
         if self._is_first:
             self._directory.begin_checkpoint(step)
@@ -102,7 +115,9 @@ class Checkpoints:
 
     def _commit(self, step: int, state: str) -> None:
         if self._is_first:
-            (self._directory.partial_checkpoint_path(step) / STATE_FILE).write_text(state)
+            partial = self._directory.partial_checkpoint_path(step)
+            (partial / STATE_FILE).write_text(state)
+            seal(partial)
             self._directory.commit_checkpoint(step)
             best = self._best()
             if best == step and self._config.keep_best_metric:
@@ -135,8 +150,7 @@ class Checkpoints:
             return None
         found = {}
         for step in self._directory.checkpoint_steps():
-            file = self._directory.checkpoint_path(step) / STATE_FILE
-            best = json.loads(file.read_text()).get("best") or {}
+            best = read_state(self._directory.checkpoint_path(step)).get("best") or {}
             if best.get("metric") == name:
                 found[step] = best["value"] * (1 if self._config.keep_best_mode == "max" else -1)
         return max(found, key=lambda step: (found[step], -step)) if found else None

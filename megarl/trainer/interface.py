@@ -89,8 +89,11 @@ class Trained(Protocol):
         """
         ...
 
-    def load(self, directory: Path) -> bool:
-        """Read what ``save`` wrote, under this run's layout; whether random states were restored too."""
+    def load(self, directory: Path, *, optimizer: bool = True) -> bool:
+        """Read what ``save`` wrote, under this run's layout; whether random states were restored too.
+
+        Without ``optimizer`` what was saved without one can be read: for its weights.
+        """
         ...
 
 

@@ -107,7 +107,7 @@ def test_a_background_save_is_committed_between_steps(tmp_path: Path) -> None:
     checkpoints.poll()
     assert saver.directory.checkpoint_steps() == [1]
     state = json.loads((saver.directory.checkpoint_path(1) / "run_state.json").read_text())
-    assert state == {"step": 1, "position": 1}
+    assert state == {"step": 1, "optimizer": True, "position": 1}
     # The next save waits for the one before it, and the end of the run for the last.
     saver.save(2)
     assert saver.save(3) == [1, 2]

@@ -82,19 +82,22 @@ def start_save(
     return PendingSave(files, background=background)
 
 
-def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> bool:
+def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: Any) -> bool:
     """Read weights, optimizer and schedule; the layout may differ from the writer's.
 
-    Returns whether the random state was restored too, which needs as many ranks as wrote it, and the same
-    kind of device.
+    Without an ``optimizer`` its state is not read. Returns whether the random state was restored too, which
+    needs as many ranks as wrote it, and the same kind of device.
     """
     if not (directory / "metadata.json").is_file():
         raise UserError(f"checkpoint {directory} has no metadata.json: it is not a complete checkpoint")
-    for part in distributed_parts(optimizer):
-        if not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
-    with read_whole(optimizer):
-        wanted = _sharded_state(chunks, optimizer, is_loading=True)
+    if optimizer is None:
+        wanted = _sharded_state(chunks, None, is_loading=True)
+    else:
+        for part in distributed_parts(optimizer):
+            if not part.optimizer.state:
+                part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
+        with read_whole(optimizer):
+            wanted = _sharded_state(chunks, optimizer, is_loading=True)
     with warnings.catch_warnings():  # Megatron calls torch by names that torch is giving up
         warnings.simplefilter("ignore")
         state = dist_checkpointing.load(wanted, str(directory))
@@ -104,11 +107,20 @@ def load(directory: Path, chunks: list[Any], optimizer: Any, schedule: Any) -> b
             missing = [name for name in missing if _of_adapter(name)]
         wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
         assert not wrong, f"checkpoint and model disagree on {wrong}"
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    _go_on(schedule, state["schedule"])
     same_ranks = not _rng_file(directory, dist.get_world_size()).exists()
     file = _rng_file(directory, dist.get_rank())
     return same_ranks and file.exists() and _set_rng_state(torch.load(file, weights_only=False))
+
+
+def _go_on(schedule: Any, saved: dict[str, Any]) -> None:
+    """The schedule at the step that was saved. Its form and length stay what this run's configuration says:
+    Megatron would read them back too, and a run with more steps than before would go on at the end of the
+    old schedule."""
+    schedule.num_steps = 0
+    schedule.step(increment=int(saved["num_steps"]))
 
 
 def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:

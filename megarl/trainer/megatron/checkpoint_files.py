@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megarl.errors import UserError
 from megarl.platform.memory import wait_for
+from megarl.trainer.checksums import Checksum, checksums_of, write_checksums
 from megarl.trainer.megatron.optimizer_shards import OptimizerShards
 
 COMMON_FILE = "common.pt"
@@ -44,6 +45,7 @@ class Report:
     items: list[WriteItem]
     results: list[WriteResult]
     error: str | None = None
+    checksums: dict[str, Checksum] = field(default_factory=dict)
 
 
 class RankFiles:
@@ -117,11 +119,13 @@ class RankFiles:
             plan = SavePlan(self._items)
             [*_, plan] = self._writer.prepare_global_plan([*([SavePlan([])] * self._rank), plan])
             results = self._writer.write_data(plan, _Held(self._values)).wait()
+            names = {result.storage_data.relative_path for result in results} | self._small.keys()
+            checksums = checksums_of(self._directory, sorted(names))
         except Exception as error:  # whatever it is, all ranks have to hear of it
             return Report([], [], str(error) or type(error).__name__)
         finally:
             self._values.clear()
-        return Report(self._items, results)
+        return Report(self._items, results, checksums=checksums)
 
     def complete(self, reports: list[Report]) -> None:
         """On the first rank, with every rank's report: write what makes a checkpoint of the files.
@@ -138,6 +142,8 @@ class RankFiles:
         try:
             self._writer.finish(metadata, [report.results for report in reports])
             save_config(CheckpointingConfig("torch_dist", 1), str(self._directory))
+            found = {name: each for report in reports for name, each in report.checksums.items()}
+            write_checksums(self._directory, found)
         except OSError as error:
             raise self._unwritten(0, str(error)) from error
 

@@ -260,7 +260,8 @@ class MegatronTrainer:
         part = self.optimizer if optimizer else None
         return checkpoint.start_save(directory, self.chunks, part, self.schedule)
 
-    def load(self, directory: Path) -> bool:
+    def load(self, directory: Path, *, optimizer: bool = True) -> bool:
         """See Trainer."""
         self.wake()
-        return checkpoint.load(directory, self.chunks, self.optimizer, self.schedule)
+        part = self.optimizer if optimizer else None
+        return checkpoint.load(directory, self.chunks, part, self.schedule)
