@@ -18,7 +18,7 @@ from benchmarks.trainers import Stopwatch, Trainer, megarl_policy, run_trainer
 def turns(job: dict[str, Any]) -> dict[str, Any]:
     """Steps on one batch with two context-parallel ranks, split_from null and set, turn by turn."""
     from megarl.losses.sft import sft_loss
-    from megarl.records import Sequence, TrainBatch
+    from megarl.records import TokenSequence, TrainBatch
     from megarl.trainer.megatron import context_attention
     from megarl.trainer.megatron.initialize import finalize
     from megarl.trainer.passes import train_step
@@ -26,7 +26,7 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
     policy, _ = megarl_policy(job, 99, context_parallel_size=2)
     maker, gathered = policy.batch_maker, 0
     maker.packing = maker.packing.model_copy(update={"max_tokens_per_microbatch": job["budget"]})
-    data = TrainBatch.of(Sequence(np.array(ids), np.arange(len(ids)) > 0) for ids in job["sequences"])
+    data = TrainBatch.of(TokenSequence(np.array(ids), np.arange(len(ids)) > 0) for ids in job["sequences"])
     original = context_attention._gather
 
     def count(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, group: Any) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megarl.rundir import read_metrics
+from megarl.run_directory import read_metrics
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent

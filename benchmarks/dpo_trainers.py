@@ -23,14 +23,14 @@ from benchmarks.trainers import (
 def megarl(job: dict[str, Any]) -> dict[str, float]:
     """The parts of ``megarl dpo``: reference logprobs once, then packed steps."""
     from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
-    from megarl.records import Sequence, TrainBatch
+    from megarl.records import TokenSequence, TrainBatch
     from megarl.trainer.megatron.initialize import finalize
     from megarl.trainer.passes import sequence_logprobs, train_step
 
     size = job["batch_size"]
     policy, memory = megarl_policy(job, len(job["pairs"]) // size)
     sequences = [
-        Sequence(np.array(prompt + response), np.arange(len(prompt + response)) >= len(prompt))
+        TokenSequence(np.array(prompt + response), np.arange(len(prompt + response)) >= len(prompt))
         for prompt, *responses in job["pairs"]
         for response in responses
     ]

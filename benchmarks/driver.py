@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Row
-from megarl.algorithms.rollouts import Rollouts
 from megarl.cluster.ray_runtime import start_ray, stop_ray
 from megarl.config.data import JsonlSource
 from megarl.config.environments import CustomEnvironmentConfig, EnvironmentRuntime
@@ -37,11 +36,12 @@ from megarl.config.rollout import EngineConfig
 from megarl.data.tokenizer import TurnReader
 from megarl.environments.base import Verifier
 from megarl.environments.remote import EnvironmentWorkers
+from megarl.inference.engine_group import EngineGroup
+from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
+from megarl.inference.vllm.session import VllmSession
 from megarl.metrics.timers import PhaseTimers
 from megarl.records import Group, Prompt, token_ids
-from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
-from megarl.rollout.engine_group import EngineGroup
-from megarl.rollout.vllm_session import VllmSession
+from megarl.sampling.rollout_manager import RolloutManager
 
 NUM_ENGINES = 128
 VOCABULARY = 50_000
@@ -80,7 +80,7 @@ class RandomTokens:
 
 
 class StandIn:
-    """As much of :class:`megarl.rollout.engine.Engine` as a rollout needs."""
+    """As much of :class:`megarl.inference.interface.Engine` as a rollout needs."""
 
     config = EngineConfig(data_parallel_size=NUM_ENGINES)
     max_model_len = MAX_MODEL_LEN
@@ -94,7 +94,7 @@ class StandIn:
 
 
 class StandInSession:
-    """An :class:`megarl.rollout.engine.EngineSession`."""
+    """An :class:`megarl.inference.interface.EngineSession`."""
 
     def __init__(self, answer: RandomTokens) -> None:
         self._answer = answer
@@ -197,7 +197,7 @@ def run_case(case: str, engines: str, environment: Any, tokenizer: Any, *, quick
             num_cpus=0, max_concurrency=NUM_ENGINES + 8, enable_task_events=False
         ).remote(length)
         members = [RemoteStandIn(actor) for _ in range(NUM_ENGINES)]
-    rollouts = Rollouts(EngineGroup(members), environment, tokenizer, (STOP,), PhaseTimers(), 1)
+    rollouts = RolloutManager(EngineGroup(members), environment, tokenizer, (STOP,), PhaseTimers(), 1)
     steps: list[tuple[float, float]] = []
     for step in range(repeats + 1):
         wall, cpu = time.perf_counter(), time.process_time()

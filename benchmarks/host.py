@@ -36,16 +36,18 @@ import torch
 import torch.distributed as dist
 from megarl.algorithms.grpo_advantages import give_advantages
 
-from megarl.algorithms.online_report import rollout_metrics
-from megarl.algorithms.parts import Part, make_parts
+from megarl.batching import rank_microbatches
+from megarl.batching.microbatch_plan import CostModel
+from megarl.batching.rank_microbatches import BatchMaker, PackedStep
+from megarl.cluster import collectives
 from megarl.config.grpo import GrpoAlgorithmConfig
 from megarl.config.packing import PackingConfig
+from megarl.inference.interface import GeneratedResponse
 from megarl.layout import ParallelLayout
-from megarl.packing.plan import CostModel
+from megarl.loops import minibatches
+from megarl.loops.minibatches import MiniBatch
+from megarl.loops.online_metrics import rollout_metrics
 from megarl.records import Group, Prompt, Sample, TrainBatch
-from megarl.rollout.engine import GeneratedResponse
-from megarl.trainer import batches, control
-from megarl.trainer.batches import BatchMaker, PackedStep
 
 Row = dict[str, Any]
 
@@ -101,7 +103,7 @@ class Wire:
 
     def send(self, arrays: dict[str, np.ndarray | None], to: int) -> int:
         """As control.send_arrays, up to the socket."""
-        message, header, num_bytes = control.packed_arrays(arrays)
+        message, header, num_bytes = collectives.packed_arrays(arrays)
         if to == self.layout.rank_of(data=OTHER, context=0):
             self.kept = message, header
         self.num_bytes += num_bytes
@@ -112,7 +114,7 @@ class Wire:
         """As control.receive_arrays, from the socket on: into memory that is new."""
         assert self.kept is not None
         message, header = self.kept
-        return control.unpacked_arrays(message.copy(), header)
+        return collectives.unpacked_arrays(message.copy(), header)
 
     def from_first_rank(self, make: Callable[[], Any]) -> Any:
         """Rank 0's small figures of the plan."""
@@ -140,13 +142,13 @@ def as_rank_0(answers: Answers, layout: ParallelLayout, wire: Wire) -> tuple[Pac
         groups.append(Group(prompt, samples))
     rollout_metrics(groups)
 
-    def advantages(parts: list[Part]) -> dict[str, float]:
+    def advantages(parts: list[MiniBatch]) -> dict[str, float]:
         return give_advantages(groups, parts, ALGORITHM, max_new_tokens=LONGEST)
 
-    [part], _ = make_parts(groups, 1, then=advantages)
+    [part], _ = minibatches.make(groups, 1, then=advantages)
     with (
-        patch.object(batches, "send_arrays", wire.send),
-        patch.object(batches, "from_first_rank", wire.from_first_rank),
+        patch.object(rank_microbatches, "send_arrays", wire.send),
+        patch.object(rank_microbatches, "from_first_rank", wire.from_first_rank),
     ):
         step = maker_of(layout, 0).prepare(
             part.batch, ALGORITHM.loss_aggregation, advantages=part.advantages, scatter=True
@@ -158,8 +160,8 @@ def as_another_rank(layout: ParallelLayout, wire: Wire) -> PackedStep:
     """From the received bytes to the microbatches."""
     rank = layout.rank_of(data=OTHER, context=0)
     with (
-        patch.object(batches, "receive_arrays", wire.receive),
-        patch.object(batches, "from_first_rank", lambda _: dict(wire.facts)),
+        patch.object(rank_microbatches, "receive_arrays", wire.receive),
+        patch.object(rank_microbatches, "from_first_rank", lambda _: dict(wire.facts)),
     ):
         return maker_of(layout, rank).prepare(None, ALGORITHM.loss_aggregation, scatter=True)
 
@@ -236,7 +238,7 @@ def transport_rank(rank: int, port: int, num_prompts: int, pipe: Connection) -> 
     torch.set_num_threads(1)
     layout = ParallelLayout(data=2, tensor=2)
     dist.init_process_group("gloo", rank=rank, world_size=layout.world_size)
-    control.join()
+    collectives.join()
     batch: TrainBatch | None = None
     if rank == 0:
         answers = make_answers(num_prompts)
@@ -258,7 +260,7 @@ def transport_rank(rank: int, port: int, num_prompts: int, pipe: Connection) -> 
         sent[0] += tensor.nbytes
         real(tensor, *arguments, **options)
 
-    control.barrier()
+    collectives.barrier()
     start = time.perf_counter()
     with patch.object(dist, "send", send):
         step = maker_of(layout, rank).prepare(batch, "token", scatter=True)
@@ -277,14 +279,14 @@ def transport_rank(rank: int, port: int, num_prompts: int, pipe: Connection) -> 
             "all_targets": None if batch is None else int(batch.num_targets().sum()),
         }
     )
-    control.leave()
+    collectives.leave()
     dist.destroy_process_group()
 
 
-def make_parts_alone(groups: list[Group]) -> tuple[list[Part], dict[str, Any]]:
+def make_parts_alone(groups: list[Group]) -> tuple[list[MiniBatch], dict[str, Any]]:
     """make_parts where other ranks take no part in it."""
-    with patch("megarl.algorithms.parts.from_first_rank", lambda make: make()):
-        return make_parts(groups, 1)
+    with patch("megarl.loops.minibatches.from_first_rank", lambda make: make()):
+        return minibatches.make(groups, 1)
 
 
 def transport_rows(num_prompts: int) -> list[Row]:

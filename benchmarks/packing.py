@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 
+from megarl.batching import CostModel, plan_microbatches
 from megarl.ops.pack import PackedRows, RaggedTokens, pack_sequences, unpack_values
-from megarl.packing import CostModel, plan_microbatches
 from tests.oracles.packing import pack_sequences_reference
 
 BUDGET = 4096

@@ -27,13 +27,13 @@ PACK = 512
 def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
     """What ``megarl sft`` does between reading its data and writing its files."""
     from megarl.losses.sft import sft_loss
-    from megarl.records import Sequence, TrainBatch
+    from megarl.records import TokenSequence, TrainBatch
     from megarl.trainer.megatron.initialize import finalize
     from megarl.trainer.passes import train_step
 
     size = job["batch_size"]
     policy, memory = megarl_policy(job, len(job["sequences"]) // size, **parallel)
-    sequences = [Sequence(np.array(ids), np.arange(len(ids)) > 0) for ids in job["sequences"]]
+    sequences = [TokenSequence(np.array(ids), np.arange(len(ids)) > 0) for ids in job["sequences"]]
     built_with = peak_gib()
     losses = []
     watch = Stopwatch()

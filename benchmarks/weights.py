@@ -1,4 +1,4 @@
-"""The weight hand-over: MegaRL's against gathering full tensors, and against plain memcpy.
+"""The weight weight sync: MegaRL's against gathering full tensors, and against plain memcpy.
 
 The engine is a real vLLM engine in this process; trainer ranks are processes of their own with a real
 Megatron model (benchmarks/weights_trainer.py). What is timed is what a training step waits for.
@@ -180,7 +180,7 @@ def start_engine(model_dir: Path) -> Any:
     """vLLM in this process, set up as the engine of a run is."""
     from megarl.cluster.variables import engine_variables
     from megarl.config.rollout import EngineConfig
-    from megarl.rollout.vllm_build import EngineSettings, build_engine
+    from megarl.inference.vllm.build import EngineSettings, build_engine
 
     os.environ.update(engine_variables(torch.get_num_threads()))
     config = EngineConfig(kv_cache_gib=0.05, max_num_seqs=4)

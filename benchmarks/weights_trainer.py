@@ -1,7 +1,7 @@
 """A trainer for benchmarks/weights.py: ranks that hold a model under one layout and answer commands.
 
 Started as ``python -m benchmarks.weights_trainer ADDRESS MODEL_DIR LAYOUT PORT RANKS RANK``. Its
-``gather`` is the usual colocated hand-over, for comparison: every rank assembles every full Hugging
+``gather`` is the usual colocated weight sync, for comparison: every rank assembles every full Hugging
 Face tensor, and rank 0 puts them into a bucket of shared memory that the engine loads from.
 """
 
@@ -25,7 +25,7 @@ from megarl.models.table import Region
 from megarl.weights.hf import region_index
 
 BUCKET_BYTES = 256 * 2**20
-"""Size of the hand-over bucket; the systems compared with use some hundred MiB to a few GiB."""
+"""Size of the weight sync bucket; the systems compared with use some hundred MiB to a few GiB."""
 
 
 class GatherAll:
@@ -44,7 +44,7 @@ class GatherAll:
         self._shapes = policy.architecture.hf_shapes()
 
     def __call__(self) -> None:
-        """One hand-over of the whole model."""
+        """One weight sync of the whole model."""
         bucket = torch.empty(0)
         if self._engine is not None:
             storage = torch.UntypedStorage._new_shared(BUCKET_BYTES)
@@ -57,15 +57,15 @@ class GatherAll:
             if self._engine is None:
                 continue
             if used + tensor.numel() > bucket.numel():
-                self._hand_over(entries)
+                self._send_bucket(entries)
                 entries, used = [], 0
             bucket[used : used + tensor.numel()] = tensor.flatten()
             entries.append((name, used, tuple(tensor.shape)))
             used += tensor.numel()
         if self._engine is not None:
-            self._hand_over(entries)
+            self._send_bucket(entries)
 
-    def _hand_over(self, entries: list[tuple[str, int, tuple[int, ...]]]) -> None:
+    def _send_bucket(self, entries: list[tuple[str, int, tuple[int, ...]]]) -> None:
         assert self._engine is not None
         self._engine.send(("load", entries))
         self._engine.recv()  # the bucket may be overwritten

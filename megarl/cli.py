@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return plan(options)
             case "data":
-                from megarl.algorithms.inspect_data import run as inspect
+                from megarl.loops.inspect_data import run as inspect
 
                 return inspect(options)
             case "doctor":
@@ -167,7 +167,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             num_processes=started if job.trains else None,
         )
         if job.trains:
-            from megarl.models.feasible import check_training
+            from megarl.models.layout_checks import check_training
 
             check_training(config)
         if not options.dry_run:  # that may be made on another machine than the run

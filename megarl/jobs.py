@@ -27,7 +27,7 @@ class Data:
     """What a job reads.
 
     ``noun`` names several of its examples. ``load`` is the import path of a function (config, tokenizer,
-    longest sequence in tokens, split) -> data set (:mod:`megarl.algorithms.examples`).
+    longest sequence in tokens, split) -> data set (:mod:`megarl.loops.datasets`).
     """
 
     noun: str
@@ -71,9 +71,9 @@ def import_path(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
-SEQUENCES = Data("sequences", "megarl.algorithms.examples:load_sequences")
-PAIRS = Data("pairs", "megarl.algorithms.examples:load_preference_pairs")
-PROBLEMS = Data("problems", "megarl.algorithms.examples:load_problems")
+SEQUENCES = Data("sequences", "megarl.loops.datasets:load_sequences")
+PAIRS = Data("pairs", "megarl.loops.datasets:load_preference_pairs")
+PROBLEMS = Data("problems", "megarl.loops.datasets:load_problems")
 
 _STEP = Column({"step": "step"}, "count", 6)
 _LOSS = Column({"loss": "loss"}, "fixed", 8)
@@ -175,7 +175,7 @@ _ALL = (
         "eval",
         "accuracy, pass@k and cons@k of a checkpoint on held-out problems or a benchmark",
         config="megarl.config.evaluate:EvalConfig",
-        run="megarl.algorithms.evaluate:run_eval",
+        run="megarl.loops.evaluation:run_eval",
         data=PROBLEMS,
         columns=(_STEP, _ACCURACY),
         example="configs/quickstart_eval.yaml model.path=runs/quickstart/sft/hf",

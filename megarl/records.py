@@ -113,7 +113,7 @@ class Sample(ArrayRecord):
     rollout_logprobs: Logprobs  # [N] float32, or [0]
     policy_version: int
     finish_reason: FinishReason
-    text: str | None = None  # for people, made when somebody wants to read it (Rollouts.read)
+    text: str | None = None  # for people, made when somebody wants to read it (RolloutManager.read)
     reward: float | None = None
     advantage: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sequence(ArrayRecord):
+class TokenSequence(ArrayRecord):
     """One training sequence of n tokens: what the data stage makes of one example, a row of a TrainBatch.
 
     Per-token fields are aligned as in :class:`TrainBatch`; anything array-like becomes an array.
@@ -183,8 +183,8 @@ class Pair:
     The first ``num_prompt_tokens`` token ids of both sequences are the prompt, the same in both.
     """
 
-    chosen: Sequence
-    rejected: Sequence
+    chosen: TokenSequence
+    rejected: TokenSequence
     num_prompt_tokens: int
 
 
@@ -219,7 +219,7 @@ class TrainBatch:
     experts: np.ndarray | None = None  # [T, layers, k] int16, to replay; -1: the trainer chooses
 
     @classmethod
-    def of(cls, sequences: Iterable[Sequence]) -> TrainBatch:
+    def of(cls, sequences: Iterable[TokenSequence]) -> TrainBatch:
         """From sequences one by one. Optional fields are there where any sequence has them (else 0 or -1)."""
         rows = list(sequences)
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -247,14 +247,14 @@ class TrainBatch:
         """S."""
         return len(self.prompt_lengths)
 
-    def __getitem__(self, row: int) -> Sequence:
+    def __getitem__(self, row: int) -> TokenSequence:
         """Sequence ``row``, as views."""
         at = slice(self.offsets[row], self.offsets[row + 1])
 
         def part(values: np.ndarray | None) -> np.ndarray | None:
             return None if values is None else values[at]
 
-        return Sequence(
+        return TokenSequence(
             self.token_ids[at],
             self.loss_mask[at],
             part(self.rollout_logprobs),
@@ -263,7 +263,7 @@ class TrainBatch:
             part(self.stale),
         )
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[TokenSequence]:
         return (self[row] for row in range(len(self)))
 
     @property

@@ -25,38 +25,41 @@ MAY_IMPORT = {
     "layout": "",
     "jobs": "",
     "config": "jobs",
-    "rundir": "",
+    "run_directory": "",
     # devices and processes
     "ops": "",
     "platform": "",
-    "cluster": "ops",
+    "cluster": "ops platform",
     # stages of a step, which meet in records
     "models": "",
     "weights": "models cluster",
     "advantages": "ops",
     "losses": "ops",
-    "packing": "ops",
+    "batching": "ops losses cluster",
     "environments": "cluster",
     "data": "environments",
-    "rollout": "environments weights cluster platform",
-    "trainer": "packing losses weights models ops platform",
-    "metrics": "rundir",
+    "inference": "weights cluster platform",
+    "trainer": "batching losses weights models ops platform cluster",
+    "metrics": "run_directory",
     # tools without a run
     "simulate": "models weights",
     "convert": "models weights trainer",
     # what joins the stages, and what starts it
-    "algorithms": "data environments rollout advantages packing losses trainer metrics models weights"
-    " simulate convert ops cluster platform rundir",
+    "runs": "trainer metrics models weights cluster platform run_directory",
+    "sampling": "runs data environments inference advantages metrics cluster platform",
+    "loops": "sampling runs data environments inference advantages batching losses trainer metrics models"
+    " weights simulate convert cluster platform run_directory",
+    "algorithms": "loops runs data advantages batching losses trainer models weights ops cluster",
     "launch": "cluster",
     "doctor": "cluster environments ops platform",
-    "cli": "launch doctor algorithms convert simulate metrics models weights cluster platform",
+    "cli": "launch doctor loops convert simulate metrics models weights cluster platform",
     "__main__": "cli",
 }
 # Where a library may be imported (prefixes of modules).
 ONLY_IN = {
     "megatron": ("megarl.trainer.megatron", "megarl.platform"),
-    "vllm": ("megarl.rollout.vllm_",),
-    "ray": ("megarl.cluster", "megarl.rollout", "megarl.environments"),
+    "vllm": ("megarl.inference.vllm",),
+    "ray": ("megarl.cluster", "megarl.inference", "megarl.environments"),
     # a backend is one folder, which one module chooses; convert compares logits with Hugging Face's
     "megarl.trainer.megatron": ("megarl.trainer.megatron", "megarl.trainer.build", "megarl.convert"),
 }
@@ -189,10 +192,10 @@ def test_a_module_may_import_its_package(tmp_path: Path):
     ("file", "text", "complaint"),
     [
         ("losses__in__kl", "import megatron.core", "megatron belongs in"),
-        ("rollout__in__engine", "def f():\n    from vllm import LLM", "vllm belongs in"),
+        ("inference__in__interface", "def f():\n    from vllm import LLM", "vllm belongs in"),
         ("metrics__in__sinks", "import ray.util", "ray belongs in"),
         ("config__in__load", "def f():\n    import torch", "not in megarl.config"),
-        ("ops__in__pack", "from megarl.packing import plan", "ops may import no other part"),
+        ("ops__in__pack", "from megarl.batching import plan", "ops may import no other part"),
         ("trainer__in__step", "import megarl.cli", "trainer may import"),
         (
             "environments__in__make",
@@ -215,7 +218,7 @@ def test_a_misplaced_import_is_named(tmp_path: Path, file: str, text: str, compl
 def test_permitted_imports_pass(tmp_path: Path):
     files = {
         "trainer__in__megatron__in__model": "import megatron.core\nfrom megarl.models import table",
-        "rollout__in__vllm_worker": "import vllm.config, ray",
+        "inference__in__vllm__in__worker": "import vllm.config, ray",
         "algorithms__in__grpo": "from megarl.losses import policy\nfrom ..ops import pack",
     }
     assert misplaced(_package(tmp_path, **files)) == []

@@ -12,7 +12,7 @@ from megarl.config.sft import SftConfig
 from megarl.jobs import JOBS, Column, Job, job_with_sections
 from megarl.metrics.report_data import read_run
 from megarl.records import StepMetrics
-from megarl.rundir import RunDirectory
+from megarl.run_directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 

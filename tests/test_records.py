@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megarl.inference.interface import GeneratedResponse
 from megarl.records import Prompt, Sample, token_ids
-from megarl.rollout.engine import GeneratedResponse
 from tests.oracles.samples import response_mask
 
 

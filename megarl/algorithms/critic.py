@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarl.cluster.collectives import barrier
 from megarl.config.model import ModelConfig
 from megarl.config.ppo import PpoConfig
 from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.trainer.build import build_scorer
-from megarl.trainer.control import barrier
-from megarl.trainer.interface import PendingSave, Trained, Trainer
+from megarl.trainer.interface import Checkpointable, PendingSave, Trainer
 
 
 def make_critic(config: PpoConfig, policy: Trainer) -> Trainer:
@@ -32,7 +32,7 @@ def make_critic(config: PpoConfig, policy: Trainer) -> Trainer:
 
 
 @dataclass(frozen=True, slots=True)
-class ActorCritic(Trained):
+class ActorCritic(Checkpointable):
     """Both models as one to checkpoints and to the memory they take turns in."""
 
     policy: Trainer

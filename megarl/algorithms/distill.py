@@ -16,24 +16,24 @@ from __future__ import annotations
 
 import torch
 
-from megarl.algorithms import parts as steps
-from megarl.algorithms.online import Learned, run_online
-from megarl.algorithms.run import Run
 from megarl.config.distill import DistillConfig
 from megarl.config.model import ModelConfig
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
-from megarl.losses.agreement import Agreement
+from megarl.loops import minibatches
+from megarl.loops.online import Learned, run_online
 from megarl.losses.base import LossResult
 from megarl.losses.distill import DistillOptions, distill_loss
 from megarl.losses.hidden import HiddenTokens
+from megarl.losses.logprob_mismatch import LogprobMismatch
 from megarl.models import load_architecture
 from megarl.records import Group, PackedBatch
+from megarl.runs.training_run import TrainingRun
 from megarl.trainer.build import build_frozen
 from megarl.trainer.interface import Trainer
 from megarl.trainer.outputs import Output, Sampler
 from megarl.trainer.passes import TrainStepResult
-from megarl.trainer.reduce import agreement_of, reduce_agreement
+from megarl.trainer.reduce import mismatch_of, reduce_mismatch
 
 
 def run_distill(config: DistillConfig) -> None:
@@ -60,9 +60,9 @@ def check_vocabularies(config: DistillConfig) -> None:
 
 
 class DistillLearner:
-    """Implements :class:`megarl.algorithms.online.Learner`."""
+    """Implements :class:`megarl.loops.online.Learner`."""
 
-    def __init__(self, config: DistillConfig, run: Run, policy: Trainer) -> None:
+    def __init__(self, config: DistillConfig, run: TrainingRun, policy: Trainer) -> None:
         self.config, self.run, self.policy, self.trained = config, run, policy, policy
         algorithm, path = config.algorithm, config.teacher.path
         model = ModelConfig(path=path, dtype=config.model.dtype)
@@ -92,20 +92,22 @@ class DistillLearner:
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner. Samples get no advantage."""
         algorithm = self.config.algorithm
-        parts, _ = steps.make_parts(groups, algorithm.num_optimizer_steps_per_batch)
-        values = steps.pack_parts(self.policy, parts, algorithm.loss_aggregation)
+        minis, _ = minibatches.make(groups, algorithm.num_optimizer_steps_per_batch)
+        values = minibatches.pack(self.policy, minis, algorithm.loss_aggregation)
         with self.run.timers("logprobs"):
-            for part in parts:
-                self.distiller.read_teacher(part.batches)
+            for mini in minis:
+                self.distiller.read_teacher(mini.batches)
         results = [
-            self.distiller.step(part.batches)
-            for part in steps.passes(self.run, parts, algorithm.num_epochs_per_batch)
+            self.distiller.step(mini.batches)
+            for mini in minibatches.epochs(self.run, minis, algorithm.num_epochs_per_batch)
         ]
         self.distiller.forget()
-        values |= steps.mean_metrics([result.metrics for result in results]) | steps.placed(parts)
-        values |= steps.train_speed(self.run, values, algorithm)
+        values |= minibatches.mean_metrics(
+            [result.metrics for result in results]
+        ) | minibatches.split_metrics(minis)
+        values |= minibatches.train_speed(self.run, values, algorithm)
         # The first step's logprobs are those of the weights that drew the samples.
-        return Learned(values, results[0].agreement)
+        return Learned(values, results[0].mismatch)
 
 
 class Distiller:
@@ -129,15 +131,15 @@ class Distiller:
 
     def step(self, batches: list[PackedBatch]) -> TrainStepResult:
         """One optimizer step of the student on the divergence from what :meth:`read_teacher` read."""
-        agreement, sampler = Agreement(), Sampler(self.options.temperature)
+        mismatch, sampler = LogprobMismatch(), Sampler(self.options.temperature)
 
         def learn(output: Output) -> LossResult:
-            nonlocal agreement
+            nonlocal mismatch
             with torch.no_grad():
                 tokens = output.logprobs(sampler)
-            agreement = agreement + agreement_of(tokens)
+            mismatch = mismatch + mismatch_of(tokens)
             teacher = self._teacher_at[id(output.batch)]
             return distill_loss(self.options, output.at_targets(), teacher, tokens)
 
         metrics = self.student.optimizer_step(batches, learn)
-        return TrainStepResult(metrics, reduce_agreement(self.student.context, agreement))
+        return TrainStepResult(metrics, reduce_mismatch(self.student.context, mismatch))

@@ -14,38 +14,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from megarl.algorithms.parts import Part, scatter_parts
+from megarl.batching.rank_microbatches import gather_from_packed, weigh_anew
+from megarl.cluster.collectives import from_first_rank
+from megarl.loops import minibatches
+from megarl.loops.minibatches import MiniBatch
 from megarl.losses.base import Aggregation, token_weights
 from megarl.records import PackedBatch
-from megarl.trainer.batches import gather_from_packed, weigh_anew
-from megarl.trainer.control import from_first_rank
 
 _SUMS = ("loss", "policy_loss", "advantage_mean")  # to which a sample with advantage 0 adds 0
 
 
 def drop_by_error(
-    parts: list[Part], bound: float | None, aggregation: Aggregation, fixed_length: int
+    minis: list[MiniBatch], bound: float | None, aggregation: Aggregation, fixed_length: int
 ) -> dict[str, float]:
     """Take sequences out of the loss whose mean |old - rollout logprob| is above ``bound``; counts them."""
     if bound is None:
         return {}
-    return {"dropped_logprob_error": sum(_drop(part, bound, aggregation, fixed_length) for part in parts)}
+    return {"dropped_logprob_error": sum(_drop(mini, bound, aggregation, fixed_length) for mini in minis)}
 
 
-def _drop(part: Part, bound: float, aggregation: Aggregation, fixed_length: int) -> int:
-    errors, counts = gather_from_packed(part.packed, _logprob_error), part.num_targets
+def _drop(mini: MiniBatch, bound: float, aggregation: Aggregation, fixed_length: int) -> int:
+    errors, counts = gather_from_packed(mini.packed, _logprob_error), mini.num_targets
 
     def drop() -> int:
-        sums = np.array([errors[start:end].sum() for start, end in pairwise(part.batch.offsets.tolist())])
+        sums = np.array([errors[start:end].sum() for start, end in pairwise(mini.batch.offsets.tolist())])
         dropped = np.flatnonzero(sums > bound * counts)
         counts[dropped] = 0
         for row in dropped.tolist():
-            part.samples[row].info["dropped"] = "logprob_error"
+            mini.samples[row].info["dropped"] = "logprob_error"
         return len(dropped)
 
     count: int = from_first_rank(drop)
     if count:
-        weigh_anew(part.packed, part.num_targets, aggregation, fixed_length)
+        weigh_anew(mini.packed, mini.num_targets, aggregation, fixed_length)
     return count
 
 
@@ -55,43 +56,45 @@ def _logprob_error(batch: PackedBatch) -> torch.Tensor:
     return (batch.old_logprobs - batch.rollout_logprobs).abs()
 
 
-def weigh_positives(parts: list[Part]) -> dict[str, float]:
+def weigh_positives(minis: list[MiniBatch]) -> dict[str, float]:
     """Weights 1 / (tokens with full marks) for the likelihood term (VAPO), and the share of such samples."""
-    full = [np.array([(s.reward or 0.0) >= 1.0 for s in part.samples], dtype=bool) for part in parts]
-    counts = [np.where(good, part.num_targets, 0) for part, good in zip(parts, full, strict=True)]
-    scatter_parts(parts, "nll_weights", [token_weights(each, "token") for each in counts])
+    full = [np.array([(s.reward or 0.0) >= 1.0 for s in mini.samples], dtype=bool) for mini in minis]
+    counts = [np.where(good, mini.num_targets, 0) for mini, good in zip(minis, full, strict=True)]
+    minibatches.scatter(minis, "nll_weights", [token_weights(each, "token") for each in counts])
     share: float = from_first_rank(lambda: int(sum(map(sum, full))) / max(sum(map(len, full)), 1))
     return {"positive_fraction": share}
 
 
-def leave_out_zeros(parts: list[Part]) -> int:
+def leave_out_zeros(minis: list[MiniBatch]) -> int:
     """Have only sequences packed that have an advantage; how many are not (rank 0).
 
-    Of a part in which none has one, all are packed: a step without any gradient still moves the weights, by
+    If none of a mini-batch has one, all are packed: a step with a zero gradient still moves the weights by
     Adam's momentum, and still compares engine and trainer.
     """
     skipped = 0
-    for part in parts:
-        assert part.advantages is not None
-        only = np.flatnonzero((part.advantages != 0) & (part.num_targets > 0))
-        if 0 < len(only) < len(part.samples):
-            part.only = only
-            skipped += len(part.samples) - len(only)
+    for mini in minis:
+        assert mini.advantages is not None
+        only = np.flatnonzero((mini.advantages != 0) & (mini.num_targets > 0))
+        if 0 < len(only) < len(mini.samples):
+            mini.only = only
+            skipped += len(mini.samples) - len(only)
     return skipped
 
 
-def with_targets(parts: list[Part], aggregation: Aggregation, fixed_length: int) -> list[tuple[Part, float]]:
-    """The parts that have a target in the loss, each with the share of its weights that is packed."""
+def with_targets(
+    minis: list[MiniBatch], aggregation: Aggregation, fixed_length: int
+) -> list[tuple[MiniBatch, float]]:
+    """The mini-batches with a target in the loss, and the share of each one's weights that is packed."""
 
-    def share(part: Part) -> float:
-        counts = part.num_targets
-        if part.only is None or not counts.any():
+    def share(mini: MiniBatch) -> float:
+        counts = mini.num_targets
+        if mini.only is None or not counts.any():
             return float(counts.any())
         whole = token_weights(counts, aggregation, fixed_length) * counts
-        return float(whole[part.only].sum() / (whole.sum() or 1.0))
+        return float(whole[mini.only].sum() / (whole.sum() or 1.0))
 
-    shares: list[float] = from_first_rank(lambda: [share(part) for part in parts])
-    return [(part, own) for part, own in zip(parts, shares, strict=True) if own > 0]
+    shares: list[float] = from_first_rank(lambda: [share(mini) for mini in minis])
+    return [(mini, own) for mini, own in zip(minis, shares, strict=True) if own > 0]
 
 
 def over_all_samples(metrics: dict[str, Any], share: float, *, is_mean: bool) -> dict[str, Any]:

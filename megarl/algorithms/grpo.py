@@ -24,14 +24,14 @@ from megarl.advantages.custom import custom_advantages, load_advantage
 from megarl.advantages.group import group_advantages
 from megarl.advantages.shaping import add_kl_to_go, clip_advantages, overlong_penalty, standardize
 from megarl.algorithms import filters
-from megarl.algorithms import parts as steps
-from megarl.algorithms.online import Learned, run_online
-from megarl.algorithms.parts import Part
-from megarl.algorithms.run import Run
+from megarl.cluster.collectives import from_first_rank
 from megarl.config.grpo import GrpoConfig
+from megarl.loops import minibatches
+from megarl.loops.minibatches import MiniBatch
+from megarl.loops.online import Learned, run_online
 from megarl.losses.custom import configured_loss
 from megarl.records import Group
-from megarl.trainer.control import from_first_rank
+from megarl.runs.training_run import TrainingRun
 from megarl.trainer.interface import Trainer
 
 
@@ -41,9 +41,9 @@ def run_grpo(config: GrpoConfig) -> None:
 
 
 class GrpoLearner:
-    """Implements :class:`megarl.algorithms.online.Learner`."""
+    """Implements :class:`megarl.loops.online.Learner`."""
 
-    def __init__(self, config: GrpoConfig, run: Run, policy: Trainer) -> None:
+    def __init__(self, config: GrpoConfig, run: TrainingRun, policy: Trainer) -> None:
         self.config, self.run, self.policy, self.trained = config, run, policy, policy
         self.algorithm = algorithm = config.algorithm
         self.loss = configured_loss(algorithm, check_numerics=config.debug.check_numerics)
@@ -58,45 +58,47 @@ class GrpoLearner:
     def learn(self, step: int, groups: list[Group]) -> Learned:
         """See Learner."""
         algorithm, policy = self.algorithm, self.policy
-        parts, values = self.split(step, groups)
-        values |= steps.pack_parts(policy, parts, *self.weighing)
-        agreement = steps.old_and_reference(policy, parts, self.config, self.run, algorithm.old_logprobs_from)
-        values |= filters.drop_by_error(parts, algorithm.max_logprob_error, *self.weighing)
+        minis, values = self.split(step, groups)
+        values |= minibatches.pack(policy, minis, *self.weighing)
+        old = algorithm.old_logprobs_from
+        mismatch = minibatches.old_and_reference(policy, minis, self.config, self.run, old)
+        values |= filters.drop_by_error(minis, algorithm.max_logprob_error, *self.weighing)
         if self.why_all:
-            kl = steps.gather_parts(parts, steps.kl_to_reference) if algorithm.kl_reward_coef else None
-            values |= from_first_rank(lambda: self.give_advantages(groups, parts, kl))
-            steps.scatter_parts(parts, "advantages", [part.known_advantages for part in parts])
-        values |= filters.weigh_positives(parts) if algorithm.positive_nll_coef else {}
-        taught = filters.with_targets(parts, *self.weighing)
+            kl = minibatches.gather(minis, minibatches.kl_to_reference) if algorithm.kl_reward_coef else None
+            values |= from_first_rank(lambda: self.give_advantages(groups, minis, kl))
+            minibatches.scatter(minis, "advantages", [mini.known_advantages for mini in minis])
+        values |= filters.weigh_positives(minis) if algorithm.positive_nll_coef else {}
+        taught = filters.with_targets(minis, *self.weighing)
         if skipped := algorithm.num_optimizer_steps_per_batch - len(taught):
-            why = "for none of their samples is in the loss"
-            self.run.console.warn(f"step {step}: {skipped} optimizer step(s) per pass left out, {why}")
+            self.run.console.warn(
+                f"step {step}: {skipped} optimizer step(s) have no sample in the loss: skipped"
+            )
         results = []
-        for part, share in steps.passes(self.run, taught, algorithm.num_epochs_per_batch):
-            result = steps.policy_step(policy, part, self.loss, self.config)
+        for mini, share in minibatches.epochs(self.run, taught, algorithm.num_epochs_per_batch):
+            result = minibatches.policy_step(policy, mini, self.loss, self.config)
             result.metrics = filters.over_all_samples(result.metrics, share, is_mean=self.loss.is_mean)
             results.append(result)
         if results and not algorithm.needs_old_logprobs:  # the weights of before the step
-            agreement = results[0].agreement
-        values |= steps.mean_metrics([result.metrics for result in results])
-        values |= steps.placed([part for part, _ in taught])
-        return Learned(values | steps.train_speed(self.run, values, algorithm), agreement)
+            mismatch = results[0].mismatch
+        values |= minibatches.mean_metrics([result.metrics for result in results])
+        values |= minibatches.split_metrics([mini for mini, _ in taught])
+        return Learned(values | minibatches.train_speed(self.run, values, algorithm), mismatch)
 
-    def split(self, step: int, groups: list[Group]) -> tuple[list[Part], dict[str, Any]]:
-        """One part per optimizer step, without the samples that are filtered; with advantages, if known."""
+    def split(self, step: int, groups: list[Group]) -> tuple[list[MiniBatch], dict[str, Any]]:
+        """One mini-batch per optimizer step, without filtered samples; with advantages, if known by now."""
         overlong = self.algorithm.filter_overlong
 
-        def then(parts: list[Part]) -> dict[str, float]:
+        def then(minis: list[MiniBatch]) -> dict[str, float]:
             values: dict[str, float] = {}
             if overlong:
-                left = sum(len(part.samples) for part in parts)
+                left = sum(len(mini.samples) for mini in minis)
                 values["filtered_overlong"] = sum(len(group.samples) for group in groups) - left
             if not self.why_all:
-                values |= self.give_advantages(groups, parts)
-                values["skipped_zero_advantage"] = filters.leave_out_zeros(parts)
+                values |= self.give_advantages(groups, minis)
+                values["skipped_zero_advantage"] = filters.leave_out_zeros(minis)
             return values
 
-        return steps.make_parts(
+        return minibatches.make(
             groups,
             self.algorithm.num_optimizer_steps_per_batch,
             step - 1 if self.config.rollout.max_staleness else None,
@@ -105,17 +107,17 @@ class GrpoLearner:
         )
 
     def give_advantages(
-        self, groups: list[Group], parts: list[Part], kl: np.ndarray | None = None
+        self, groups: list[Group], minis: list[MiniBatch], kl: np.ndarray | None = None
     ) -> dict[str, float]:
-        """On rank 0: advantages to every part and sample; what is logged about them.
+        """On rank 0: advantages to every mini-batch and sample; what is logged about them.
 
-        ``kl`` [T] is k1 to the reference of every target, all parts' tokens end to end, with kl_reward_coef.
+        ``kl`` [T], with kl_reward_coef: k1 to the reference of every target, mini-batches end to end.
         """
         algorithm, values = self.algorithm, dict[str, float]()
         samples = [sample for group in groups for sample in group.samples]
-        trained = np.concatenate([np.zeros(0, dtype=np.int64), *(part.numbers for part in parts)])
-        counts = np.concatenate([np.zeros(0, dtype=np.int64), *(part.num_targets for part in parts)])
-        offsets, by_token = steps.token_offsets(parts), algorithm.kl_reward_level == "token"
+        trained = np.concatenate([np.zeros(0, dtype=np.int64), *(mini.numbers for mini in minis)])
+        counts = np.concatenate([np.zeros(0, dtype=np.int64), *(mini.num_targets for mini in minis)])
+        offsets, by_token = minibatches.token_offsets(minis), algorithm.kl_reward_level == "token"
 
         rewards = np.array([float(sample.reward or 0.0) for sample in samples])
         if (buffer := algorithm.overlong_buffer) is not None:
@@ -141,10 +143,10 @@ class GrpoLearner:
         advantages = found[trained]
         if kl is not None and by_token:
             advantages = add_kl_to_go(advantages, kl, offsets, algorithm.kl_reward_coef)
-            counts = np.concatenate([part.targets() for part in parts])
+            counts = np.concatenate([mini.targets() for mini in minis])
         if algorithm.normalize_batch:
             advantages = standardize(advantages, counts)
         if (bound := algorithm.advantage_clip) is not None:
             advantages, values["advantage_clipped_fraction"] = clip_advantages(advantages, counts, bound)
-        steps.set_advantages(parts, advantages)
+        minibatches.set_advantages(minis, advantages)
         return values

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 
 from megarl.advantages.token_level import token_advantages, turn_rewards
-from megarl.algorithms import parts as steps
 from megarl.algorithms.critic import ActorCritic, make_critic
-from megarl.algorithms.online import Learned, run_online
-from megarl.algorithms.parts import Part
-from megarl.algorithms.run import Run
+from megarl.cluster.collectives import from_first_rank
 from megarl.config.ppo import PpoConfig
+from megarl.loops import minibatches
+from megarl.loops.minibatches import MiniBatch
+from megarl.loops.online import Learned, run_online
 from megarl.losses.policy import PolicyLoss
 from megarl.losses.value import ValueLoss
 from megarl.ops.policy_loss import PolicyLossOptions
 from megarl.records import NON_FINITE_WEIGHTS, Group, PackedBatch
-from megarl.trainer.control import from_first_rank
+from megarl.runs.training_run import TrainingRun
 from megarl.trainer.interface import Trainer
 from megarl.trainer.passes import fill_values, score_step
 from megarl.weights.hf import has_score
@@ -44,16 +44,16 @@ def run_ppo(config: PpoConfig) -> None:
 
 
 class PpoLearner:
-    """Implements :class:`megarl.algorithms.online.Learner`."""
+    """Implements :class:`megarl.loops.online.Learner`."""
 
-    def __init__(self, config: PpoConfig, run: Run, policy: Trainer, critic: Trainer) -> None:
+    def __init__(self, config: PpoConfig, run: TrainingRun, policy: Trainer, critic: Trainer) -> None:
         self.config, self.run, self.policy, self.critic = config, run, policy, critic
         self.algorithm = algorithm = config.algorithm
         self.trained = ActorCritic(policy, critic)
         options = PolicyLossOptions(
-            clip_low=algorithm.clip_ratio_low,
-            clip_high=algorithm.clip_ratio_high,
-            dual_clip=algorithm.clip_ratio_c,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            dual_clip=algorithm.dual_clip,
             entropy_coef=algorithm.entropy_coef,
         )
         self.loss = PolicyLoss(options, config.debug.check_numerics)
@@ -73,40 +73,40 @@ class PpoLearner:
         """See Learner."""
         algorithm, policy = self.algorithm, self.policy
         trains_policy = step > self.config.critic.warmup_steps
-        parts, _ = steps.make_parts(groups, algorithm.num_optimizer_steps_per_batch)
-        values = steps.pack_parts(policy, parts, algorithm.loss_aggregation)
+        minis, _ = minibatches.make(groups, algorithm.num_optimizer_steps_per_batch)
+        values = minibatches.pack(policy, minis, algorithm.loss_aggregation)
         with self.run.timers("logprobs"):
-            for part in parts:
-                fill_values(self.critic, part.batches)
+            for mini in minis:
+                fill_values(self.critic, mini.batches)
         # Without an optimizer step nothing else compares engine and trainer.
         old = algorithm.needs_old_logprobs or not trains_policy
-        agreement = steps.old_and_reference(policy, parts, self.config, self.run, old)
-        values |= self.give_advantages(parts)
+        mismatch = minibatches.old_and_reference(policy, minis, self.config, self.run, old)
+        values |= self.give_advantages(minis)
         results, critic = [], []
-        for part in steps.passes(self.run, parts, algorithm.num_epochs_per_batch):
-            critic.append(score_step(self.critic, part.batches, self.value_loss, "targets"))
+        for mini in minibatches.epochs(self.run, minis, algorithm.num_epochs_per_batch):
+            critic.append(score_step(self.critic, mini.batches, self.value_loss, "targets"))
             if trains_policy:
-                results.append(steps.policy_step(policy, part, self.loss, self.config))
+                results.append(minibatches.policy_step(policy, mini, self.loss, self.config))
         if results and not old:
-            agreement = results[0].agreement
+            mismatch = results[0].mismatch
         renamed = {name: f"critic_{name}" for name in ("grad_norm", "lr", NON_FINITE_WEIGHTS)}
-        values |= steps.mean_metrics([result.metrics for result in results])
-        values |= {renamed.get(name, name): value for name, value in steps.mean_metrics(critic).items()}
-        values |= steps.placed(parts)
-        return Learned(values | steps.train_speed(self.run, values, algorithm), agreement)
+        values |= minibatches.mean_metrics([result.metrics for result in results])
+        values |= {renamed.get(name, name): value for name, value in minibatches.mean_metrics(critic).items()}
+        values |= minibatches.split_metrics(minis)
+        return Learned(values | minibatches.train_speed(self.run, values, algorithm), mismatch)
 
-    def give_advantages(self, parts: list[Part]) -> dict[str, float]:
+    def give_advantages(self, minis: list[MiniBatch]) -> dict[str, float]:
         """Advantages and returns to every microbatch, and their mean to each sample."""
         asked = self.algorithm.needs_reference
-        kl = steps.gather_parts(parts, steps.kl_to_reference) if asked else None
-        values = steps.gather_parts(parts, _old_values)
-        returns = [np.zeros(0)] * len(parts)
+        kl = minibatches.gather(minis, minibatches.kl_to_reference) if asked else None
+        values = minibatches.gather(minis, _old_values)
+        returns = [np.zeros(0)] * len(minis)
 
         def give() -> dict[str, float]:
-            algorithm, offsets = self.algorithm, steps.token_offsets(parts)
-            targets = np.concatenate([part.targets() for part in parts])
+            algorithm, offsets = self.algorithm, minibatches.token_offsets(minis)
+            targets = np.concatenate([mini.targets() for mini in minis])
             found = token_advantages(
-                *turn_rewards([sample for part in parts for sample in part.samples], offsets),
+                *turn_rewards([sample for mini in minis for sample in mini.samples], offsets),
                 values,
                 targets,
                 offsets,
@@ -116,16 +116,16 @@ class PpoLearner:
                 kl=kl,
                 kl_coef=algorithm.kl_reward_coef,
             )
-            steps.set_advantages(parts, found.advantages)
-            returns[:] = np.split(found.returns, np.cumsum([part.batch.num_tokens for part in parts])[:-1])
+            minibatches.set_advantages(minis, found.advantages)
+            returns[:] = np.split(found.returns, np.cumsum([mini.batch.num_tokens for mini in minis])[:-1])
             told = {"return_mean": float(found.returns[targets].mean())}
             if found.explained_variance is not None:
                 told["explained_variance"] = found.explained_variance
             return told if kl is None else told | {"kl_reward": float(kl[targets].mean())}
 
         told: dict[str, float] = from_first_rank(give)
-        steps.scatter_parts(parts, "advantages", [part.known_advantages for part in parts])
-        steps.scatter_parts(parts, "returns", returns)
+        minibatches.scatter(minis, "advantages", [mini.known_advantages for mini in minis])
+        minibatches.scatter(minis, "returns", returns)
         return told
 
 

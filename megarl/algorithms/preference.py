@@ -18,16 +18,16 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-from megarl.algorithms.examples import load_preference_pairs
-from megarl.algorithms.offline import Objective, run_offline
-from megarl.algorithms.reference import ReferenceLogprobs
-from megarl.algorithms.run import Run
 from megarl.config.preference import DpoConfig, RmConfig
 from megarl.data.preference import Pairs
+from megarl.loops.datasets import load_preference_pairs
+from megarl.loops.offline import Objective, run_offline
+from megarl.loops.reference_logprobs import ReferenceLogprobs
 from megarl.losses.preference import PreferenceLoss, num_targets, options_of
 from megarl.losses.reward import RewardLoss
 from megarl.models.table import Architecture
 from megarl.records import PackedBatch, TrainBatch
+from megarl.runs.training_run import TrainingRun
 from megarl.trainer.build import build_scorer, build_trainer
 from megarl.trainer.interface import RankContext
 from megarl.trainer.passes import (
@@ -58,7 +58,9 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
     group_size = 2
     headlines = HEADLINES
 
-    def __init__(self, config: DpoConfig, run: Run, context: RankContext, architecture: Architecture) -> None:
+    def __init__(
+        self, config: DpoConfig, run: TrainingRun, context: RankContext, architecture: Architecture
+    ) -> None:
         self.run, self.options = run, options_of(config.algorithm)
         self.trained = build_trainer(config, context, architecture, config.training.num_steps)
         self.reference: ReferenceLogprobs | None = None

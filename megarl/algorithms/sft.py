@@ -7,10 +7,10 @@ over all T targets of a step's ``training.batch_size`` sequences, on all ranks.
 
 from __future__ import annotations
 
-from megarl.algorithms.examples import load_sequences
-from megarl.algorithms.offline import Objective, run_offline
 from megarl.config.sft import SftConfig
-from megarl.data.sft import Demonstrations
+from megarl.data.sft import SftDataset
+from megarl.loops.datasets import load_sequences
+from megarl.loops.offline import Objective, run_offline
 from megarl.losses.base import Loss
 from megarl.losses.sft import sft_loss
 from megarl.records import PackedBatch, TrainBatch
@@ -30,13 +30,13 @@ def run_sft(config: SftConfig) -> None:
     )
 
 
-class SftObjective(Objective[Demonstrations, Loss]):
+class SftObjective(Objective[SftDataset, Loss]):
     """A policy learns to say what the demonstrations say."""
 
     def __init__(self, trained: Trainer) -> None:
         self.trained = trained
 
-    def loss(self, data: Demonstrations, rows: list[int], batch: TrainBatch) -> Loss:
+    def loss(self, data: SftDataset, rows: list[int], batch: TrainBatch) -> Loss:
         """See Objective."""
         return sft_loss
 

@@ -42,11 +42,11 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     """clip: PPO's clipped ratio; cispo: a clipped, detached ratio times the logprob (arXiv:2506.13585)."""
     ratio_level: Literal["token", "sequence"] = "token"
     """Importance ratio of each token, or of the whole sequence (GSPO, arXiv:2507.18071)."""
-    clip_ratio_low: NonNegativeFloat = 0.2
-    """Lower clip: ratios below 1 - clip_ratio_low get no gradient (cispo: are raised to it; 1: no clip)."""
-    clip_ratio_high: NonNegativeFloat = 0.2
+    clip_low: NonNegativeFloat = 0.2
+    """Lower clip: ratios below 1 - clip_low get no gradient (cispo: are raised to it; 1: no clip)."""
+    clip_high: NonNegativeFloat = 0.2
     """Upper clip (DAPO's clip-higher, arXiv:2503.14476, is 0.28)."""
-    clip_ratio_c: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Dual clip (arXiv:1912.09729): the loss of an advantage A < 0 is at most -A c (null: off; often 3)."""
     off_policy_correction: Literal["none", "tis", "icepop", "sequence_mask", "sequence_tis"] = "none"
     """Weight for tokens the engine drew with other logprobs than the trainer's (docs/algorithms.md)."""
@@ -146,7 +146,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
         for owner, replaced in (
             (
                 "loss",
-                "objective ratio_level clip_ratio_low clip_ratio_high clip_ratio_c off_policy_correction",
+                "objective ratio_level clip_low clip_high dual_clip off_policy_correction",
             ),
             ("advantage", "baseline normalize_std"),
         ):
@@ -159,18 +159,18 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     @rule
     def _clip(self) -> Problems:
         # CISPO as published has no lower bound; saying so takes the value 1, and nothing above it.
-        if self.clip_ratio_low != 1 or self.objective != "cispo":
-            yield from self.lower_clip(self.clip_ratio_low)
-        if self.clip_ratio_c is not None and self.objective == "cispo":
+        if self.clip_low != 1 or self.objective != "cispo":
+            yield from self.lower_clip(self.clip_low)
+        if self.dual_clip is not None and self.objective == "cispo":
             reason = "dual clip bounds the clipped objective; algorithm.objective = cispo has no place for it"
-            yield "clip_ratio_c", f"{reason} (got {self.clip_ratio_c})", "objective"
+            yield "dual_clip", f"{reason} (got {self.dual_clip})", "objective"
 
     @rule
     def _ratio_of_one(self) -> Problems:
         if not self.has_ratios:
             one = "with one optimizer step per rollout batch every ratio is 1"
             why = f"has no effect: {one}, unless algorithm.old_logprobs = rollout"
-            yield from self.unused("objective ratio_level clip_ratio_c", why, *_STEPS, "old_logprobs")
+            yield from self.unused("objective ratio_level dual_clip", why, *_STEPS, "old_logprobs")
 
     @rule
     def _parts_of_nothing(self) -> Problems:

@@ -17,13 +17,13 @@ class WeightsConfig(Section):
     """How the engine gets the trainer's weights."""
 
     verify: Literal["off", "checksum"] = "off"
-    """checksum: after every hand-over, compare checksums of every region on both sides."""
+    """checksum: after every weight sync, compare checksums of every region on both sides."""
     transport: Literal["auto", "shared_memory", "peer"] = "auto"
     """auto maps memory of the engine's host and asks other hosts; peer asks all, as if on other hosts."""
     offload: list[Literal["gradients", "optimizer", "kv_cache"]] = Field(default_factory=list)
     """What gives up its memory while unused: gradients, optimizer (GPU only) and the engine's kv_cache."""
     keep_kv_cache: bool = False
-    """Keep cached keys and values over a hand-over, though older weights made them."""
+    """Keep cached keys and values over a weight sync, though older weights made them."""
 
 
 class OnlineTrainingConfig(Section):
@@ -66,10 +66,10 @@ class OnlineAlgorithm(Section):
         return False
 
     def lower_clip(self, low: float) -> Problems:
-        """Rule: ratios below 1 - ``low``, clip_ratio_low, can occur."""
+        """Rule: ratios below 1 - ``low``, clip_low, can occur."""
         if low >= 1:
-            reason = "must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 never clips"
-            yield "clip_ratio_low", f"{reason} (got {low})"
+            reason = "must be below 1: ratios are positive, so 1 - clip_low <= 0 never clips"
+            yield "clip_low", f"{reason} (got {low})"
 
 
 class OnlineConfig(TrainingRoot, Sampling):

@@ -31,11 +31,11 @@ class PpoAlgorithmConfig(OnlineAlgorithm):
     """Weight of longer returns in the advantages (GAE, arXiv:1506.02438); 1: return minus value."""
     normalize_advantages: bool = True
     """Advantages of the rollout batch's tokens to mean 0 and deviation 1."""
-    clip_ratio_low: NonNegativeFloat = 0.2
-    """Lower clip: ratios below 1 - clip_ratio_low get no gradient."""
-    clip_ratio_high: NonNegativeFloat = 0.2
+    clip_low: NonNegativeFloat = 0.2
+    """Lower clip: ratios below 1 - clip_low get no gradient."""
+    clip_high: NonNegativeFloat = 0.2
     """Upper clip."""
-    clip_ratio_c: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Dual clip (arXiv:1912.09729): the loss of an advantage A < 0 is at most -A c (null: off; often 3)."""
     kl_reward_coef: NonNegativeFloat = 0.0
     """Each token's reward loses so much of old - ref logprob (arXiv:1909.08593); 0 skips the reference."""
@@ -63,8 +63,8 @@ class PpoAlgorithmConfig(OnlineAlgorithm):
         if self.optimizer_steps_per_batch == 1:
             why = "has no effect: with one optimizer step per rollout batch every ratio is 1"
             steps = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
-            yield from self.unused("clip_ratio_c", why, *steps)
-        yield from self.lower_clip(self.clip_ratio_low)
+            yield from self.unused("dual_clip", why, *steps)
+        yield from self.lower_clip(self.clip_low)
 
 
 class CriticConfig(Section):

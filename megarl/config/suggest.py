@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from megarl.config.introspect import fields_at, sections_of, select_section, tag_of, walk
+from megarl.config.renamed import RENAMED
 from megarl.config.section import Section
 from megarl.config.violation import Path, dotted
 from megarl.jobs import roots
@@ -23,6 +24,8 @@ def explain_unknown(root: type[Section], path: Path, around: Any) -> str:
     near name beside it, another ``source`` that has it, the same name elsewhere, another command that has it,
     a less near name beside it, a near name elsewhere.
     """
+    if new := RENAMED.get(dotted(path)):
+        return f"unknown key; it is called {new} now"
     key = path[-1].replace("-", "_").lower()
     members = [section for field in fields_at(root, path[:-1]) for section in sections_of(field.annotation)]
     chosen = select_section(members, around)

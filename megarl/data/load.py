@@ -18,7 +18,7 @@ from megarl.data.report import LoadReport, TooLongError
 from megarl.data.rows import Row, content_digest
 from megarl.data.store import TokenCache, TokenStore, tokenizer_digest
 from megarl.errors import UserError
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ def load_tokens(
     tokenizer: PreTrainedTokenizerBase,
     kind: dict[str, Any],
     field: str,
-    sequences: Callable[[LoadReport], Iterator[Sequence]],
+    sequences: Callable[[LoadReport], Iterator[TokenSequence]],
 ) -> tuple[TokenStore, LoadReport]:
     """The tokens of a source: from the cache, else from ``sequences(report)`` and then kept in the cache.
 

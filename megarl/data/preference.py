@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +26,16 @@ from megarl.config.preference import (
     PreferenceMixtureSource,
     PreferenceReasoningGymSource,
 )
-from megarl.data.fields import get_field, get_messages, get_text
 from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
 from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
+from megarl.data.row_fields import get_field, get_messages, get_text
 from megarl.data.rows import read_rows
 from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
-from megarl.records import Pair, Sequence, TrainBatch
+from megarl.records import Pair, TokenSequence, TrainBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 
-class Pairs(ABC, AbstractSequence[Pair]):
+class Pairs(ABC, Sequence[Pair]):
     """Pairs by index; the same index is the same pair, always.
 
     ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
@@ -69,12 +68,12 @@ class Pairs(ABC, AbstractSequence[Pair]):
             raise IndexError(f"pair {index} of {len(self)}")
         return self._pair(index % len(self))
 
-    def batch(self, indices: AbstractSequence[int]) -> TrainBatch:
+    def batch(self, indices: Sequence[int]) -> TrainBatch:
         """Chosen and rejected of each of these pairs, one after the other."""
         pairs = [self._pair(index) for index in indices]
         return TrainBatch.of(sequence for pair in pairs for sequence in (pair.chosen, pair.rejected))
 
-    def mismatched(self, index: int) -> tuple[Sequence, Sequence]:
+    def mismatched(self, index: int) -> tuple[TokenSequence, TokenSequence]:
         """The prompt of pair ``index`` with both responses of the next pair that has another prompt.
 
         Pairs whose responses would make a sequence that is too long are passed over.
@@ -91,7 +90,7 @@ class Pairs(ABC, AbstractSequence[Pair]):
                 continue
             unlearned = np.zeros_like(prompt, dtype=np.uint8)
             both = [
-                Sequence(
+                TokenSequence(
                     np.concatenate([prompt, s.token_ids[start:]]),
                     np.concatenate([unlearned, s.loss_mask[start:]]),
                 )
@@ -105,7 +104,7 @@ class Pairs(ABC, AbstractSequence[Pair]):
         )
 
 
-def _joined(where: str, chosen: Sequence, rejected: Sequence) -> Pair:
+def _joined(where: str, chosen: TokenSequence, rejected: TokenSequence) -> Pair:
     """Two sequences that must begin alike and go on differently, as a pair."""
     start = int(chosen.loss_mask.argmax())
     same = np.array_equal(chosen.token_ids[:start], rejected.token_ids[:start])
@@ -347,7 +346,7 @@ class _Loader:
             convert = functools.partial(self._maker.from_row, source)
             return collect(read_rows(source, field), convert, self._config, report)
 
-        def sequences(report: LoadReport) -> Iterator[Sequence]:
+        def sequences(report: LoadReport) -> Iterator[TokenSequence]:
             for pair in pairs(report):
                 yield replace(pair.chosen, num_prompt_tokens=pair.num_prompt_tokens)
                 yield pair.rejected

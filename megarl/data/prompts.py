@@ -27,9 +27,9 @@ from megarl.config.data import (
 )
 from megarl.config.environments import EnvironmentSource, MathEnvironmentConfig, ToolsConfig
 from megarl.data import benchmarks
-from megarl.data.fields import get_field, get_messages, get_text
 from megarl.data.load import Converted, collect, locate, reads_everything
 from megarl.data.report import LoadReport, TooLongError
+from megarl.data.row_fields import get_field, get_messages, get_text
 from megarl.data.rows import read_rows
 from megarl.data.tokenizer import chat_ids
 from megarl.data.tool_prompts import PromptTools

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.data import (
@@ -15,22 +14,22 @@ from megarl.config.data import (
     SftMixtureSource,
     SftReasoningGymSource,
 )
-from megarl.data.fields import get_field, get_messages, get_text
 from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
 from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
+from megarl.data.row_fields import get_field, get_messages, get_text
 from megarl.data.rows import read_json, read_rows
 from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Demonstrations(ABC, AbstractSequence[Sequence]):
+class SftDataset(ABC, Sequence[TokenSequence]):
     """Training sequences by index; the same index is the same sequence, always.
 
     ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
@@ -43,7 +42,7 @@ class Demonstrations(ABC, AbstractSequence[Sequence]):
         self.parts: list[tuple[int, float]] = []
 
     @abstractmethod
-    def _sequence(self, index: int) -> Sequence:
+    def _sequence(self, index: int) -> TokenSequence:
         """The demonstration at ``index`` in [0, len)."""
 
     def __getitem__(self, index: Any) -> Any:
@@ -53,12 +52,12 @@ class Demonstrations(ABC, AbstractSequence[Sequence]):
             raise IndexError(f"demonstration {index} of {len(self)}")
         return self._sequence(index % len(self))
 
-    def batch(self, indices: AbstractSequence[int]) -> TrainBatch:
+    def batch(self, indices: Sequence[int]) -> TrainBatch:
         """These demonstrations, in this order."""
         return TrainBatch.of(self._sequence(index) for index in indices)
 
 
-class _ReasoningGymDemonstrations(Demonstrations):
+class _ReasoningGymDemonstrations(SftDataset):
     def __init__(self, source: SftReasoningGymSource, transcripts: Transcripts, field: str) -> None:
         super().__init__([])
         self._field, self._transcripts = field, transcripts
@@ -75,7 +74,7 @@ class _ReasoningGymDemonstrations(Demonstrations):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def _sequence(self, index: int) -> Sequence:
+    def _sequence(self, index: int) -> TokenSequence:
         entry = self._dataset[index]
         where = f"{self._field}: problem {index}"
         if entry["answer"] is None:
@@ -84,7 +83,7 @@ class _ReasoningGymDemonstrations(Demonstrations):
         return self._transcripts.pair(where, entry["question"], response)
 
 
-class _StoredDemonstrations(Demonstrations):
+class _StoredDemonstrations(SftDataset):
     def __init__(self, store: TokenStore, report: LoadReport) -> None:
         super().__init__([report])
         self._store = store
@@ -92,17 +91,17 @@ class _StoredDemonstrations(Demonstrations):
     def __len__(self) -> int:
         return len(self._store)
 
-    def _sequence(self, index: int) -> Sequence:
-        sequence: Sequence = self._store[index]
+    def _sequence(self, index: int) -> TokenSequence:
+        sequence: TokenSequence = self._store[index]
         return sequence
 
 
-class _MixedDemonstrations(Demonstrations):
+class _MixedDemonstrations(SftDataset):
     """Several sets, end to end."""
 
     is_mixture = True
 
-    def __init__(self, sets: list[Demonstrations], weights: list[float] | None) -> None:
+    def __init__(self, sets: list[SftDataset], weights: list[float] | None) -> None:
         super().__init__([report for each in sets for report in each.reports])
         self._sets, self._sizes = sets, [len(each) for each in sets]
         if weights is not None:
@@ -111,7 +110,7 @@ class _MixedDemonstrations(Demonstrations):
     def __len__(self) -> int:
         return sum(self._sizes)
 
-    def _sequence(self, index: int) -> Sequence:
+    def _sequence(self, index: int) -> TokenSequence:
         part, row = locate(index, self._sizes)
         return self._sets[part]._sequence(row)
 
@@ -126,7 +125,7 @@ class _RowForms:
             for kind in ("messages", "prompt", "response", "text", "tools")
         }
 
-    def __call__(self, where: str, record: dict[str, Any]) -> Converted[Sequence]:
+    def __call__(self, where: str, record: dict[str, Any]) -> Converted[TokenSequence]:
         names, form = self._names, self._form(where, record)
         if form == "text":
             chunks = self._transcripts.text(where, get_text(record, names["text"], where))
@@ -197,7 +196,7 @@ def load_demonstrations(
     *,
     max_sequence_length: int,
     split: Split,
-) -> Demonstrations:
+) -> SftDataset:
     """The demonstrations of one split, each at most ``max_sequence_length`` tokens long.
 
     Prompt tokens carry loss mask 0, response tokens and their EOS 1; in a conversation every
@@ -231,7 +230,7 @@ class _Loader:
         self._config, self._tokenizer, self._transcripts = config, tokenizer, transcripts
         self._kind = {"kind": "sft", "max_sequence_length": max_sequence_length}
 
-    def load(self, source: PlainSftSource, field: str) -> Demonstrations:
+    def load(self, source: PlainSftSource, field: str) -> SftDataset:
         """One plain source."""
         generated = None
         if isinstance(source, SftReasoningGymSource):
@@ -240,12 +239,12 @@ class _Loader:
                 generated.check()
                 return generated
 
-        def sequences(report: LoadReport) -> Iterator[Sequence]:
+        def sequences(report: LoadReport) -> Iterator[TokenSequence]:
             if generated is not None:
                 made = generated
                 rows = ((f"{field}: problem {i}", {"index": i}) for i in range(len(made)))
 
-                def convert(_where: str, record: dict[str, Any]) -> Converted[Sequence]:
+                def convert(_where: str, record: dict[str, Any]) -> Converted[TokenSequence]:
                     sequence = made._sequence(record["index"])
                     return Converted([sequence], len(sequence), len(sequence))
 

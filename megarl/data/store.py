@@ -11,15 +11,14 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megarl.data.report import LoadReport
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 _FORMAT = "megarl tokens 2"
 
 
-class TokenStore(AbstractSequence[Sequence]):
+class TokenStore(Sequence[TokenSequence]):
     """Training sequences as one TrainBatch, 5 bytes a token; a sequence is views of it.
 
     ``arrays`` are what is kept on disk: ``token_ids`` [T] int32, ``loss_mask`` [T] uint8, ``offsets`` [S + 1]
@@ -42,7 +41,7 @@ class TokenStore(AbstractSequence[Sequence]):
         )
 
     @classmethod
-    def of(cls, sequences: Iterable[Sequence]) -> TokenStore:
+    def of(cls, sequences: Iterable[TokenSequence]) -> TokenStore:
         """From sequences, consumed one by one."""
         ids, mask, offsets, prompts = bytearray(), bytearray(), array("q", [0]), array("q")
         for sequence in sequences:

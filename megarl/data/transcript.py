@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as AbstractSequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from megarl.config.data import PromptFormat
 from megarl.data.report import TooLongError
 from megarl.data.tokenizer import Message, chat_ids
 from megarl.errors import UserError
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ class Transcripts:
         self._max_sequence_length = max_sequence_length
         self._noun = noun  # what a sequence is called in errors
 
-    def pair(self, where: str, prompt: str, response: str) -> Sequence:
+    def pair(self, where: str, prompt: str, response: str) -> TokenSequence:
         """Prompt and response; the response and its EOS are learned."""
         if self._format.chat_template:
             user = {"role": "user", "content": prompt}
@@ -47,10 +47,10 @@ class Transcripts:
     def conversation(
         self,
         where: str,
-        messages: AbstractSequence[Message],
+        messages: Sequence[Message],
         first_learned: int = 0,
-        tools: AbstractSequence[Any] | None = None,
-    ) -> Sequence:
+        tools: Sequence[Any] | None = None,
+    ) -> TokenSequence:
         """A conversation of which every assistant turn from ``messages[first_learned]`` on is learned.
 
         The tokens of a turn are what the template adds to the tokens before it, its EOS included. The
@@ -66,7 +66,7 @@ class Transcripts:
             raise UserError(f"{where}: {error}") from error
         return self._checked(where, token_ids, loss_mask)
 
-    def text(self, where: str, text: str) -> list[Sequence]:
+    def text(self, where: str, text: str) -> list[TokenSequence]:
         """Raw text with EOS, every token learned, in chunks of at most the longest sequence.
 
         A chunk begins with the last token of the one before, so that each token but the first of the text
@@ -86,7 +86,7 @@ class Transcripts:
         chunks = [ids[start : start + size] for start in range(0, len(ids) - 1, size - 1)]
         return [_sequence(chunk, [0] + [1] * (len(chunk) - 1)) for chunk in chunks]
 
-    def _with_format(self, where: str, messages: AbstractSequence[Message]) -> list[Message]:
+    def _with_format(self, where: str, messages: Sequence[Message]) -> list[Message]:
         suffix = self._format.prompt_suffix
         turns: list[Message] = [
             {**m, "content": m["content"] + suffix} if m["role"] == "user" else m for m in messages
@@ -100,7 +100,7 @@ class Transcripts:
         return turns
 
     def _mask_turns(
-        self, turns: list[Message], first: int, tools: AbstractSequence[Any] | None
+        self, turns: list[Message], first: int, tools: Sequence[Any] | None
     ) -> tuple[list[int], list[int]]:
         eos = self._eos()
 
@@ -137,7 +137,7 @@ class Transcripts:
         assert isinstance(eos, int), "check_tokenizer() refuses a tokenizer without EOS"
         return eos
 
-    def _checked(self, where: str, token_ids: list[int], loss_mask: list[int]) -> Sequence:
+    def _checked(self, where: str, token_ids: list[int], loss_mask: list[int]) -> TokenSequence:
         if len(token_ids) > self._max_sequence_length:
             raise TooLongError(
                 f"{where}: the {self._noun} has {len(token_ids)} tokens, but at most "
@@ -146,5 +146,5 @@ class Transcripts:
         return _sequence(token_ids, loss_mask)
 
 
-def _sequence(token_ids: list[int], loss_mask: list[int]) -> Sequence:
-    return Sequence(np.array(token_ids, dtype=np.int32), np.array(loss_mask, dtype=np.uint8))
+def _sequence(token_ids: list[int], loss_mask: list[int]) -> TokenSequence:
+    return TokenSequence(np.array(token_ids, dtype=np.int32), np.array(loss_mask, dtype=np.uint8))

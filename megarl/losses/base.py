@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megarl.losses.ranks import sum_over_ranks
+from megarl.losses.all_reduce import all_reduce_sum
 from megarl.ops.segment_reduce import segment_reduce
 
 Aggregation = Literal["token", "sequence", "fixed_length"]
@@ -53,7 +53,7 @@ class LossTokens:
         places = torch.arange(self.num_slots + 1, device=self.slots.device)
         bounds = torch.searchsorted(self.slots, places).to(torch.int32)
         sums = segment_reduce(values.double(), bounds)
-        return sums if self.cp_group is None else sum_over_ranks(sums, self.cp_group)
+        return sums if self.cp_group is None else all_reduce_sum(sums, self.cp_group)
 
     def sequence_means(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of ``values`` [N] over each token's sequence, [N] in their dtype, with gradient."""

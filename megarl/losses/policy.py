@@ -23,9 +23,9 @@ def options_of(algorithm: GrpoAlgorithmConfig) -> PolicyLossOptions:
     return PolicyLossOptions(
         objective=algorithm.objective,
         level=algorithm.ratio_level,
-        clip_low=algorithm.clip_ratio_low,
-        clip_high=algorithm.clip_ratio_high,
-        dual_clip=algorithm.clip_ratio_c,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
         correction=algorithm.off_policy_correction,
         correction_low=defaults.correction_low if low is None else low,
         correction_high=defaults.correction_high if high is None else high,

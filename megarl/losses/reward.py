@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
+from megarl.losses.all_reduce import all_reduce_sum
 from megarl.losses.base import LossResult
-from megarl.losses.ranks import sum_over_ranks
-from megarl.losses.scores import ScoreTokens
+from megarl.losses.score_inputs import ScoreTokens
 
 
 def last_scores(tokens: ScoreTokens) -> torch.Tensor:
     """The score of every slot's sequence [num_slots] float64, whichever context-parallel rank holds it."""
     own = tokens.scores.new_zeros(tokens.num_slots, dtype=torch.float64)
     own = own.index_copy(0, tokens.slots, tokens.scores.double())
-    return own if tokens.cp_group is None else sum_over_ranks(own, tokens.cp_group)
+    return own if tokens.cp_group is None else all_reduce_sum(own, tokens.cp_group)
 
 
 @dataclass(frozen=True, slots=True)

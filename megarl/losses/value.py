@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megarl.losses.base import LossResult
-from megarl.losses.scores import ScoreTokens
+from megarl.losses.score_inputs import ScoreTokens
 
 
 @dataclass(frozen=True, slots=True)

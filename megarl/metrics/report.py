@@ -19,7 +19,7 @@ from typing import Any
 from megarl.metrics.checks import DIFFERENCE_LIMITS, Check, run_checks
 from megarl.metrics.report_data import MAX_SAMPLE_BYTES, RunData, chart_columns, read_run
 from megarl.metrics.summary import as_number
-from megarl.rundir import to_json, write_atomically
+from megarl.run_directory import to_json, write_atomically
 
 _PAGE = Path(__file__).parent / "page"
 _SCRIPTS = ("charts.js", "samples.js", "page.js")

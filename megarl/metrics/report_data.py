@@ -13,7 +13,7 @@ from megarl.config.yaml_text import parse_yaml
 from megarl.errors import UserError
 from megarl.jobs import job_with_sections
 from megarl.metrics.summary import merge_steps, summarize
-from megarl.rundir import read_metrics, to_json
+from megarl.run_directory import read_metrics, to_json
 
 MAX_CHART_STEPS = 2000
 """Steps drawn; of a longer run evenly spaced ones, the worst of each stretch and all evaluations."""

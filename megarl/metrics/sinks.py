@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from megarl.config.logging import LoggingConfig, WandbConfig
 from megarl.errors import UserError
 from megarl.records import StepMetrics
-from megarl.rundir import RunDirectory, write_atomically
+from megarl.run_directory import RunDirectory, write_atomically
 
 
 class MetricsSink(Protocol):

@@ -1,6 +1,6 @@
 """Architecture tables: how every Hugging Face tensor is made of regions of local parameters.
 
-A family file (llama.py, ...) lists :class:`Rule` objects as data. Loading, exporting, hand-over to an
+A family file (llama.py, ...) lists :class:`Rule` objects as data. Loading, exporting, weight sync to an
 engine and planning at scale all derive :class:`Region` lists from the same rules, so a tensor that
 one of them would forget is forgotten by all, and the coverage check of the loader finds it.
 """

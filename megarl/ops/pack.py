@@ -1,6 +1,6 @@
 """Ragged sequences to the tensors of a packed microbatch in one pass, and values per token back.
 
-The layout is :class:`megarl.records.PackedBatch`; :mod:`megarl.packing` makes the arguments. None of
+The layout is :class:`megarl.records.PackedBatch`; :mod:`megarl.batching` makes the arguments. None of
 the fields carries a gradient.
 """
 
@@ -51,7 +51,7 @@ def pack_sequences(
     """Pack ``rows`` of ``tokens``; num_tokens = cu_seqlens[-1] / cp_size, known without asking the device.
 
     With context parallelism only the zigzag share of ``cp_rank`` is written (see
-    :func:`megarl.packing.context_parallel_slice`).
+    :func:`megarl.batching.context_parallel_slice`).
 
     Raises ValueError for wrong shapes and dtypes and, on CPUs, for rows outside the tokens, too
     little room in cu_seqlens, or padded lengths that do not divide by 2 * cp_size.

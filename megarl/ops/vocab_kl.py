@@ -77,7 +77,7 @@ def vocab_kl_topk(
     """Forward KL [R] from a teacher's top-k: sum_k q_k (log q_k - log p[id_k]); gradient to the student.
 
     logits [R, V_shard]; teacher_ids [R, K] int64 global and distinct within a row; teacher_logprobs
-    [R, K]. With renormalize the K probabilities are scaled to sum to 1 (then 0 means agreement on the
+    [R, K]. With renormalize the K probabilities are scaled to sum to 1 (then 0 means mismatch on the
     K); without, the teacher's remaining mass is left out. The backward overwrites logits.
     """
     if teacher_ids.shape != teacher_logprobs.shape or teacher_ids.shape[:1] != logits.shape[:1]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from megarl.config.plan import PlanConfig, PlanEngineConfig, PlanTrainerConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout, RankCoordinates
+from megarl.models.divisibility import Side as Side
+from megarl.models.divisibility import division_problems
 from megarl.models.spec import ModelSpec
-from megarl.models.splits import Side as Side
-from megarl.models.splits import division_problems
 from megarl.models.table import Architecture, Rule
 
 

@@ -31,7 +31,7 @@ class Simulation:
     kv_bytes_per_token: int
     engine_bytes: list[int]  # parameters of each engine rank
     traffic: transfer.Traffic
-    handover: transfer.Seconds
+    weight_sync: transfer.Seconds
     gathering: transfer.Gathering
     notes: list[str]
     seconds: float  # that planning took
@@ -75,7 +75,7 @@ class Simulation:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "engine_bytes": self.engine_bytes,
             "transfer": asdict(self.traffic),
-            "transfer_seconds": asdict(self.handover) | {"bound": self.handover.bound},
+            "transfer_seconds": asdict(self.weight_sync) | {"bound": self.weight_sync.bound},
             "gathering": asdict(self.gathering),
             "notes": self.notes,
             "seconds": self.seconds,
@@ -112,7 +112,7 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
         kv_bytes_per_token=memory.kv_bytes_per_token(config, spec, layouts),
         engine_bytes=engine_bytes,
         traffic=traffic,
-        handover=transfer.plan_seconds(config.gpu, traffic),
+        weight_sync=transfer.plan_seconds(config.gpu, traffic),
         gathering=transfer.gathering(config, architecture, owners, engine_bytes),
         notes=_notes(config, spec),
         seconds=time.perf_counter() - start,

@@ -20,7 +20,7 @@ def show(simulation: Simulation, console: Console) -> None:
     console.print(_memory_table(simulation))
     _fit(simulation, console)
     console.print(_transfer_table(simulation))
-    _handover(simulation, console)
+    _weight_sync(simulation, console)
 
 
 def _header(simulation: Simulation, console: Console) -> None:
@@ -100,7 +100,7 @@ def _fit(simulation: Simulation, console: Console) -> None:
 
 
 def _transfer_table(simulation: Simulation) -> Table:
-    traffic, times = simulation.traffic, simulation.handover
+    traffic, times = simulation.traffic, simulation.weight_sync
     table = Table(title="Weights from trainer to engine, GiB per GPU", title_justify="left")
     for name in ("", "least", "mean", "most", "all GPUs", "busiest, s"):
         table.add_column(name, justify="right" if name else "left")
@@ -123,10 +123,10 @@ def _transfer_table(simulation: Simulation) -> Table:
     return table
 
 
-def _handover(simulation: Simulation, console: Console) -> None:
+def _weight_sync(simulation: Simulation, console: Console) -> None:
     gathering, copies = simulation.gathering, simulation.traffic.copies
     console.print(
-        f"hand-over: [bold]{_bound(simulation.handover)}[/]; at most {max(copies):,} copies into one GPU"
+        f"weight sync: [bold]{_bound(simulation.weight_sync)}[/]; at most {max(copies):,} copies into one GPU"
     )
     sizes = [f"{size / GIB:,.1f} GiB" for size in (gathering.network, gathering.nvlink, gathering.local)]
     console.print(

@@ -1,4 +1,4 @@
-"""Which bytes the hand-over moves between which GPUs, by MegaRL's plan and by gathering whole tensors."""
+"""Which bytes the weight sync moves between which GPUs, by MegaRL's plan and by gathering whole tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megarl.models.table import Architecture, Region
 from megarl.simulate.layouts import Layouts, engine_table
 from megarl.simulate.shapes import ITEM_BYTES, ParamShape, hf_elements, num_elements, stage_shapes
 from megarl.weights.alias import contiguous_stride
-from megarl.weights.handover import ParamInfo, PeerCopy, SharedStorage, SourceView, Storage, WeightPlan
 from megarl.weights.plan import Owner, Planner, Reader
+from megarl.weights.sync_plan import ParamInfo, PeerCopy, SharedStorage, SourceView, Storage, WeightPlan
 
 _GAP = 64  # elements between parameters: Megatron's buffers align them, and reverse their order
 
@@ -41,7 +41,7 @@ class Traffic:
 class Seconds:
     """How long each kind of transfer takes at the stated bandwidth on the GPU that has most to do.
 
-    They run side by side at best, so that the longest bounds the hand-over.
+    They run side by side at best, so that the longest bounds the weight sync.
     """
 
     local: float

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from megarl import platform
+from megarl.batching.rank_microbatches import PackedStep
 from megarl.config.parallel import ParallelConfig
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.losses.base import Aggregation, LossResult
 from megarl.models.table import Architecture
 from megarl.records import PackedBatch, TrainBatch
-from megarl.trainer.batches import PackedStep
 from megarl.trainer.outputs import Output
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.plan import Owner
@@ -67,7 +67,7 @@ class PendingSave(Protocol):
         ...
 
 
-class Trained(Protocol):
+class Checkpointable(Protocol):
     """One or several models with their optimizers. Every rank calls every method, in the same order."""
 
     def sleep(self, parts: Sequence[str]) -> None:
@@ -129,7 +129,7 @@ class Weights(Protocol):
         ...
 
 
-class Trainer(Trained, Protocol):
+class Trainer(Checkpointable, Protocol):
     """One model on all ranks. Every rank calls every method, in the same order."""
 
     before_update: Callable[[], None] | None
@@ -161,7 +161,7 @@ class Trainer(Trained, Protocol):
         advantages: np.ndarray | None = None,
         scatter: bool = False,
     ) -> PackedStep:
-        """Plan and pack one optimizer step; see :meth:`megarl.trainer.batches.BatchMaker.prepare`."""
+        """Plan and pack an optimizer step: :meth:`~megarl.batching.rank_microbatches.BatchMaker.prepare`."""
         ...
 
     def run(self, batches: list[PackedBatch], fn: Read, *, grad: bool = False) -> list[LossResult]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megarl.errors import UserError
 from megarl.losses.base import LossTokens
 from megarl.losses.hidden import Head, HiddenTokens
-from megarl.losses.scores import ScoreTokens
+from megarl.losses.score_inputs import ScoreTokens
 from megarl.ops import linear_support_min_logit, linear_token_logprob
 from megarl.records import PackedBatch
 

@@ -11,15 +11,15 @@ from typing import Literal
 
 import torch
 
-from megarl.losses.agreement import Agreement
+from megarl.cluster.collectives import gather
 from megarl.losses.base import Loss, LossResult
+from megarl.losses.logprob_mismatch import LogprobMismatch
 from megarl.losses.reward import last_scores
-from megarl.losses.scores import ScoreLoss
+from megarl.losses.score_inputs import ScoreLoss
 from megarl.records import PackedBatch, TrainBatch
-from megarl.trainer.control import gather
 from megarl.trainer.interface import Trainer
 from megarl.trainer.outputs import Output, Sampler
-from megarl.trainer.reduce import agreement_of, reduce_agreement, reduce_results
+from megarl.trainer.reduce import mismatch_of, reduce_mismatch, reduce_results
 
 LogprobField = Literal["old_logprobs", "ref_logprobs"]
 
@@ -29,7 +29,7 @@ class TrainStepResult:
     """One optimizer step, reduced over all ranks."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    agreement: Agreement = field(default_factory=Agreement)
+    mismatch: LogprobMismatch = field(default_factory=LogprobMismatch)
 
 
 # --- a policy -------------------------------------------------------------------------------------
@@ -37,21 +37,21 @@ class TrainStepResult:
 
 def fill_logprobs(
     trainer: Trainer, batches: list[PackedBatch], into: LogprobField, *, temperature: float
-) -> Agreement:
+) -> LogprobMismatch:
     """Forward only: set ``into`` of every microbatch to the present weights' logprobs (last stage).
 
     Returns how they agree with the rollout's, over all ranks.
     """
-    agreement, sampler = Agreement(), Sampler(temperature)
+    mismatch, sampler = LogprobMismatch(), Sampler(temperature)
 
     def read(output: Output) -> None:
-        nonlocal agreement
+        nonlocal mismatch
         tokens = output.logprobs(sampler)
         setattr(output.batch, into, _at_rows(output.batch, tokens.rows, tokens.logprobs))
-        agreement = agreement + agreement_of(tokens)
+        mismatch = mismatch + mismatch_of(tokens)
 
     trainer.run(batches, read)
-    return reduce_agreement(trainer.context, agreement)
+    return reduce_mismatch(trainer.context, mismatch)
 
 
 def train_step(
@@ -67,16 +67,16 @@ def train_step(
 
     The support of a sampler that truncates is taken from the weights as they are now.
     """
-    agreement, sampler = Agreement(), Sampler(temperature, top_k, top_p)
+    mismatch, sampler = LogprobMismatch(), Sampler(temperature, top_k, top_p)
 
     def learn(output: Output) -> LossResult:
-        nonlocal agreement
+        nonlocal mismatch
         tokens = output.logprobs(sampler)
-        agreement = agreement + agreement_of(tokens)
+        mismatch = mismatch + mismatch_of(tokens)
         return loss(tokens)
 
     metrics = trainer.optimizer_step(batches, learn)
-    return TrainStepResult(metrics, reduce_agreement(trainer.context, agreement))
+    return TrainStepResult(metrics, reduce_mismatch(trainer.context, mismatch))
 
 
 def evaluate_loss(trainer: Trainer, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megarl.losses.agreement import Agreement, measure_agreement
+from megarl.cluster.collectives import gather
 from megarl.losses.base import LossResult, LossTokens
+from megarl.losses.logprob_mismatch import LogprobMismatch, measure_mismatch
 from megarl.records import NON_FINITE_WEIGHTS
-from megarl.trainer.control import gather
 from megarl.trainer.interface import RankContext
 
 
@@ -47,15 +47,15 @@ def weights_report(tensors: Iterable[torch.Tensor]) -> LossResult:
     return LossResult(torch.zeros(()), maxima={NON_FINITE_WEIGHTS: count})
 
 
-def agreement_of(tokens: LossTokens) -> Agreement:
+def mismatch_of(tokens: LossTokens) -> LogprobMismatch:
     """Engine against trainer on these tokens; empty where the engine said nothing."""
     if tokens.rollout_logprobs is None:
-        return Agreement()
-    return measure_agreement(
+        return LogprobMismatch()
+    return measure_mismatch(
         tokens.logprobs, tokens.rollout_logprobs, tokens.labels, tokens.sequence_ids, tokens.stale
     )
 
 
-def reduce_agreement(context: RankContext, agreement: Agreement) -> Agreement:
+def reduce_mismatch(context: RankContext, mismatch: LogprobMismatch) -> LogprobMismatch:
     """The sum over the ranks whose results are their own."""
-    return sum(gather(agreement if context.has_results else Agreement()), Agreement())
+    return sum(gather(mismatch if context.has_results else LogprobMismatch()), LogprobMismatch())

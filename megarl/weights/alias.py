@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megarl.weights.boxes import as_box
-from megarl.weights.handover import ParamInfo, SourceView, Storage
+from megarl.weights.sync_plan import ParamInfo, SourceView, Storage
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megarl.weights.handover import SourceView, Storage
+from megarl.weights.sync_plan import SourceView, Storage
 
 _CHUNK = 1 << 18  # elements at a time, so that temporaries stay at a few MiB
 _STEP = 0x1E3779B97F4A7C15  # no pattern in its bits, and twice it is still a signed 64-bit number

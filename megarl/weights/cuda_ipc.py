@@ -23,7 +23,7 @@ import torch
 
 from megarl.cluster.variables import expandable_segments
 from megarl.errors import UserError
-from megarl.weights.handover import CudaStorage
+from megarl.weights.sync_plan import CudaStorage
 
 
 def check_allocator() -> None:

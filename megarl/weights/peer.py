@@ -25,8 +25,8 @@ import torch
 from torch import distributed
 
 from megarl.errors import UserError
-from megarl.weights.handover import SourceView
-from megarl.weights.place import address_towards, device_id, host_id
+from megarl.weights.memory_domain import address_towards, device_id, host_id
+from megarl.weights.sync_plan import SourceView
 
 dist: Any = distributed  # its type hints do not know the stores and groups it exports
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ MESSAGE_BYTES = 64 * 2**20
 """Largest message: bounds the memory of pieces that cannot be sent or received where they lie."""
 _CONNECT = timedelta(seconds=60)
 _TRANSFER = timedelta(minutes=10)
-_IDLE = timedelta(days=30)  # between two hand-overs lies a step, of any length
+_IDLE = timedelta(days=30)  # between two weight syncs lies a step, of any length
 _SERVER, _READER = 0, 1
 
 

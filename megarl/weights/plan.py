@@ -16,9 +16,9 @@ from typing import NamedTuple
 from megarl.errors import UserError
 from megarl.models.table import Region
 from megarl.weights.alias import ITEM_BYTES, alias_of
-from megarl.weights.handover import Alias, Copy, ParamInfo, PeerCopy, SourceView, Storage, WeightPlan
-from megarl.weights.loads import Loads
-from megarl.weights.pieces import Holders, OwnerIndex, ParamPieces, Pattern, Piece, Sender
+from megarl.weights.send_balancer import SendBalancer
+from megarl.weights.shard_index import ParamPieces, Pattern, Piece, ReplicaSet, Sender, ShardIndex
+from megarl.weights.sync_plan import Alias, Copy, ParamInfo, PeerCopy, SourceView, Storage, WeightPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,16 @@ class Planner:
         self.place_of_rank = {rank: place for place, rank in enumerate(self.ranks)}
         self.hosts = [owner.host for owner in owners]
         self.peers_only = peers_only
-        self._index = OwnerIndex([(owner.regions, owner.host) for owner in owners])
+        self._index = ShardIndex([(owner.regions, owner.host) for owner in owners])
         self._patterns: dict[tuple[int, int], tuple[Reader, Pattern]] = {}
         self._views: dict[tuple[SourceView, object], SourceView] = {}
         self.on_device: dict[tuple[str, str], list[int]] = {}
         for place, owner in enumerate(owners):
             self.on_device.setdefault((owner.host, owner.device), []).append(place)
-        self.loads = Loads(len(owners))
+        self.loads = SendBalancer(len(owners))
         self.counted = False  # whether far loads without a choice were added beforehand
         self._fixed: dict[ParamPieces, _Fixed | None] = {}
-        self._alike: dict[tuple[Holders, ...], int] = {}
+        self._alike: dict[tuple[ReplicaSet, ...], int] = {}
         self._kinds: dict[ParamPieces, int] = {}
 
     def plan(self, reader: Reader) -> WeightPlan:
@@ -288,7 +288,7 @@ class _Choice:
             else:
                 self._receive(peer, place)
 
-    def _candidates(self, piece: Piece) -> tuple[Holders, bool]:
+    def _candidates(self, piece: Piece) -> tuple[ReplicaSet, bool]:
         """Who may send the piece, and whether by memory that the engine maps."""
         holders = piece.holders
         if self._planner.peers_only:

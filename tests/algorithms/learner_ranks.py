@@ -55,16 +55,16 @@ def fake_run() -> Any:
 
 @contextmanager
 def before_the_steps(look: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, ``look`` sees what a batch's optimizer steps are about to be taken on: (part, share) pairs."""
-    from megarl.algorithms import parts as steps
+    """Inside, ``look`` sees the (mini-batch, share) pairs that optimizer steps are about to be taken on."""
+    from megarl.loops import minibatches
 
-    original = steps.passes
+    original = minibatches.epochs
 
-    def passes(run: Any, items: Any, num_epochs: int) -> Any:
+    def look_first(run: Any, items: Any, num_epochs: int) -> Any:
         look(items)
         return original(run, items, num_epochs)
 
-    with patch.object(steps, "passes", passes):
+    with patch.object(minibatches, "epochs", look_first):
         yield
 
 
@@ -180,9 +180,9 @@ def train(
 
 def collect_and_fail(context: Any) -> list[str]:
     """Two collections, the second of which fails on rank 0: what this rank is given, and what it meets."""
-    from megarl.algorithms.collect import Collector
-    from megarl.algorithms.rollouts import EnvironmentsFailedError, RolloutCounts
     from megarl.errors import UserError
+    from megarl.sampling.rollout_batches import RolloutBatches
+    from megarl.sampling.rollout_manager import EnvironmentsFailedError, RolloutCounts
 
     class Failing:
         """Rollouts of rank 0."""
@@ -201,7 +201,7 @@ def collect_and_fail(context: Any) -> list[str]:
     config = make_config("unused", {}, {})
     run, train = fake_run(), Problems(Prompt(i, "", [1]) for i in range(8))
     rollouts: Any = Failing() if context.is_first else None
-    collector = Collector(config, run, rollouts, train, step=0, position=0)  # type: ignore[arg-type]
+    collector = RolloutBatches(config, run, rollouts, train, step=0, position=0)  # type: ignore[arg-type]
     groups, values = collector.collect(1, lambda found: {"samples": len(found)})
     told = [str(len(groups)), str(sorted(values.items())), str(collector.position)]
     try:

@@ -158,7 +158,7 @@ def test_overlong_samples_count_for_the_baseline_and_not_for_the_loss(model_dirs
 def test_a_step_without_any_sample_left_is_said_and_survived(model_dirs: dict[str, str]) -> None:
     [result] = run(model_dirs, {"max_logprob_error": 1e-9, "num_optimizer_steps_per_batch": 2}, {})
     assert result["metrics"]["dropped_logprob_error"] == 16
-    assert "step 2: 2 optimizer step(s) per pass left out" in result["warned"][-1]
+    assert "step 2: 2 optimizer step(s) have no sample in the loss" in result["warned"][-1]
     assert "loss" not in result["metrics"] and math.isfinite(result["metrics"]["tokens_per_second_train"])
 
 
@@ -173,7 +173,7 @@ def test_what_is_dropped_is_in_no_loss_and_no_figure(model_dirs: dict[str, str],
         "positive_nll_coef": 0.2,
         "loss_aggregation": aggregation,
         "num_epochs_per_batch": 2,
-        "clip_ratio_high": 0.01,
+        "clip_high": 0.01,
     }
 
     def train(groups: list[Group], **more: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megarl.algorithms.online_report import staleness_metrics
-from megarl.packing.samples import train_batch
+from megarl.batching.train_batch import train_batch
+from megarl.loops.online_metrics import staleness_metrics
 from megarl.records import Group, Prompt, Sample, Turn, merge_spans, token_ids
 from tests.oracles.samples import token_versions
 

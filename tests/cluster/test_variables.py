@@ -17,8 +17,8 @@ from megarl.cluster import variables
 from megarl.cluster.ray_runtime import ADDRESS_VARIABLE, with_variables
 from megarl.cluster.variables import cores, forwarded
 from megarl.launch import adopt_slurm
+from tests.inference.conftest import _make_model
 from tests.processes import command_line
-from tests.rollout.conftest import _make_model
 
 # Stands in for the command line in the ranks: `python -m megarl.cli` finds this package first.
 RANK_PROGRAM = """
@@ -48,7 +48,7 @@ def threads(actor):
 """
 ENGINE_DRIVER = """
 from megarl.config.rollout import EngineConfig
-from megarl.rollout.vllm_engine import VllmEngine
+from megarl.inference.vllm.engine import VllmEngine
 
 def on_engine_thread(body):
     import torch

@@ -41,7 +41,7 @@ ONE = {"num_generations_per_prompt": 1}
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"objective": "cispo"}, {}, "algorithm.objective: has no effect: with one optimizer step"),
     ({"ratio_level": "sequence"}, {}, "algorithm.ratio_level: has no effect"),
-    ({"clip_ratio_c": 3.0}, {}, "algorithm.clip_ratio_c: has no effect"),
+    ({"dual_clip": 3.0}, {}, "algorithm.dual_clip: has no effect"),
     ({"max_generation_batches": 4}, {}, "algorithm.max_generation_batches: has no effect: algorithm.dynamic"),
     ({"overlong_penalty": 0.5}, {}, "algorithm.overlong_penalty: has no effect: algorithm.overlong_buffer"),
     ({"kl_reward_level": "sequence"}, {}, "algorithm.kl_reward_level: has no effect: algorithm.kl_reward"),
@@ -90,7 +90,7 @@ def test_refused(algorithm: dict[str, Any], rollout: dict[str, Any], start: str)
     ("algorithm", "rollout"),
     [
         ({"baseline": "none", "normalize_std": False, "normalize_batch": True}, ONE),
-        ({"objective": "cispo", "clip_ratio_low": 1.0, "old_logprobs": "rollout"}, {}),
+        ({"objective": "cispo", "clip_low": 1.0, "old_logprobs": "rollout"}, {}),
         ({"filter_overlong": True, "kl_reward_coef": 0.1}, {}),
         ({"old_logprobs": "rollout", "kl_reward_coef": 0.1}, {}),
         ({"overlong_buffer": 64}, {}),
@@ -113,6 +113,6 @@ def test_presets_of_the_guide() -> None:
     algorithms = {name: config(part["algorithm"]).algorithm for name, part in presets.items()}
     assert not algorithms["dr_grpo"].normalize_std
     assert algorithms["dr_grpo"].loss_aggregation == "fixed_length"
-    assert algorithms["dapo"].dynamic_sampling and algorithms["dapo"].clip_ratio_high == 0.28
+    assert algorithms["dapo"].dynamic_sampling and algorithms["dapo"].clip_high == 0.28
     assert algorithms["rloo"].baseline == "leave_one_out" and not algorithms["rloo"].normalize_std
     assert algorithms["reinforce_plus_plus"].normalize_batch

@@ -20,8 +20,8 @@ def load(kind: str, *overrides: str) -> Any:
 
 
 BROKEN = [
-    ("ppo", ["algorithm.clip_ratio_low=1"], "algorithm.clip_ratio_low: must be below 1"),
-    ("ppo", ["algorithm.clip_ratio_c=3"], "algorithm.clip_ratio_c: has no effect"),
+    ("ppo", ["algorithm.clip_low=1"], "algorithm.clip_low: must be below 1"),
+    ("ppo", ["algorithm.dual_clip=3"], "algorithm.dual_clip: has no effect"),
     ("ppo", ["critic.warmup_steps=50"], "critic.warmup_steps: leaves the policy none of the run's 50 steps"),
     ("ppo", ["critic.optimizer.min_lr=1"], "critic.optimizer.min_lr: must not exceed"),
     ("ppo", ["critic.optimizer.lr_warmup_steps=51"], "critic.optimizer.lr_warmup_steps: longer than"),

@@ -14,7 +14,7 @@ from megarl.config.plan import PlanConfig
 from megarl.config.training import TrainingRoot
 from megarl.jobs import roots
 from megarl.models import load_architecture
-from megarl.models.feasible import engine_problems, layout_problems
+from megarl.models.layout_checks import engine_problems, layout_problems
 from megarl.simulate.run import _notes, simulate
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "recipes"

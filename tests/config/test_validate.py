@@ -183,22 +183,22 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     ),
     (
         GrpoConfig,
-        ["algorithm.clip_ratio_low=1"],
-        "algorithm.clip_ratio_low: must be below 1: ratios are positive, so 1 - clip_ratio_low "
+        ["algorithm.clip_low=1"],
+        "algorithm.clip_low: must be below 1: ratios are positive, so 1 - clip_low "
         "<= 0 never clips "
         "(got 1.0)",
     ),
     (
         GrpoConfig,
-        ["algorithm.clip_ratio_low=1.5", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
-        "algorithm.clip_ratio_low: must be below 1: ratios are positive, so 1 - clip_ratio_low <= 0 "
+        ["algorithm.clip_low=1.5", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
+        "algorithm.clip_low: must be below 1: ratios are positive, so 1 - clip_low <= 0 "
         "never clips "
         "(got 1.5)",
     ),
     (
         GrpoConfig,
-        ["algorithm.clip_ratio_c=3", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
-        "algorithm.clip_ratio_c: dual clip bounds the clipped objective; algorithm.objective = cispo "
+        ["algorithm.dual_clip=3", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
+        "algorithm.dual_clip: dual clip bounds the clipped objective; algorithm.objective = cispo "
         "has no place "
         "for it (got 3.0)",
     ),
@@ -339,15 +339,15 @@ def test_broken(tmp_path: Path, kind: type[Section], overrides: list[str], line:
         (SftConfig, ["packing.max_sequence_length=4096", "training.batch_size=100"]),
         (SftConfig, ["data.held_out=null", "data.train.size=10"]),
         (GrpoConfig, ["rollout.engine.dtype=bfloat16"]),
-        (GrpoConfig, ["rollout.num_generations_per_prompt=2", "algorithm.clip_ratio_low=0.99"]),
+        (GrpoConfig, ["rollout.num_generations_per_prompt=2", "algorithm.clip_low=0.99"]),
         (
             GrpoConfig,
-            ["algorithm.clip_ratio_low=1", "algorithm.objective=cispo", "algorithm.old_logprobs=rollout"],
+            ["algorithm.clip_low=1", "algorithm.objective=cispo", "algorithm.old_logprobs=rollout"],
         ),
         (
             GrpoConfig,
             [
-                "algorithm.clip_ratio_c=1.01",
+                "algorithm.dual_clip=1.01",
                 "algorithm.ratio_level=sequence",
                 "algorithm.num_epochs_per_batch=2",
             ],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from tests.dpo.ranks import NO_WARMUP
 from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, make_sequences, prepare, weights
 
@@ -45,12 +45,12 @@ def steps(
         distiller.read_teacher(batches)
         result = distiller.step(batches)
         distiller.forget()
-        log.append(result.metrics | result.agreement.metrics())
+        log.append(result.metrics | result.mismatch.metrics())
     return {"log": log, "weights": weights(distiller.student), "teacher": weights(distiller.teacher)}
 
 
 def gradients(
-    context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any], sequences: list[Sequence]
+    context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any], sequences: list[TokenSequence]
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient (by HF name) of one packed step on one rank, and nothing learned."""
     from megarl.weights.hf import region_index
@@ -73,7 +73,7 @@ def gradients(
 
 
 def teacher_top_k(
-    context: Any, teacher_dir: str, sequences: list[Sequence], k: int, temperature: float
+    context: Any, teacher_dir: str, sequences: list[TokenSequence], k: int, temperature: float
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
     """Ids and logprobs of the teacher's likeliest tokens at every target, microbatch by microbatch."""
     from megarl.losses.distill import top_k_logprobs

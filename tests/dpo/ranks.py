@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 from megarl.trainer.passes import evaluate_loss, sequence_logprobs, train_step
 from tests.trainer.ranks import build, weights
 
@@ -25,7 +25,7 @@ def make_pairs(seed: int, count: int = 5, longest: int = 24, vocab: int = 250) -
         for _ in range(2):
             response = [draw.randrange(vocab) for _ in range(draw.randint(1, longest))]
             mask = np.array([0] * len(prompt) + [1] * len(response))
-            sequences.append(Sequence(np.array(prompt + response), mask))
+            sequences.append(TokenSequence(np.array(prompt + response), mask))
     return TrainBatch.of(sequences)
 
 

@@ -16,7 +16,7 @@ from megarl.losses.preference import (
     num_targets,
     pair_values,
 )
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 
 # Two pairs: summed logprobs, tokens, reference's logprobs of the chosen and of the rejected response.
 CHOSEN = ([-6.0, -20.0], [4, 10], [-7.5, -19.0])
@@ -115,10 +115,10 @@ def test_the_odds_are_exact_at_both_ends() -> None:
 
 SEQUENCES = TrainBatch.of(
     [
-        Sequence([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]),
-        Sequence([1, 2, 6, 7], [0, 0, 1, 1]),
-        Sequence([9, 8, 7, 6, 5, 4], [0, 1, 1, 0, 1, 1]),
-        Sequence([9, 5], [0, 1]),
+        TokenSequence([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]),
+        TokenSequence([1, 2, 6, 7], [0, 0, 1, 1]),
+        TokenSequence([9, 8, 7, 6, 5, 4], [0, 1, 1, 0, 1, 1]),
+        TokenSequence([9, 5], [0, 1]),
     ]
 )
 REFS = torch.tensor([-3.0, -2.5, -6.0, -0.5], dtype=torch.float64)

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from megarl.batching.microbatch_plan import CostModel, plan_groups, plan_microbatches
 from megarl.errors import UserError
-from megarl.packing.plan import CostModel, plan_groups, plan_microbatches
 
 
 def test_pairs_stay_together_on_random_batches() -> None:

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megarl.algorithms.reference_cache import (
+from megarl.loops.reference_cache import (
     CacheError,
     ReferenceCache,
     model_digest,
     sequence_digest,
 )
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from tests.models.tiny import save_model
 
-VALUES = {sequence_digest(Sequence([1, n], [0, 1])): -1.5 * n - 1e-9 for n in range(1, 6)}
+VALUES = {sequence_digest(TokenSequence([1, n], [0, 1])): -1.5 * n - 1e-9 for n in range(1, 6)}
 
 
 @pytest.fixture
@@ -38,12 +38,16 @@ def test_round_trip_in_order_and_replacement(cache: ReferenceCache) -> None:
 
 
 def test_a_sequence_s_digest_covers_tokens_and_mask() -> None:
-    a = Sequence([1, 2, 3], [0, 1, 1])
-    assert sequence_digest(a) == sequence_digest(Sequence([1, 2, 3], [0, 1, 1], num_prompt_tokens=1))
+    a = TokenSequence([1, 2, 3], [0, 1, 1])
+    assert sequence_digest(a) == sequence_digest(TokenSequence([1, 2, 3], [0, 1, 1], num_prompt_tokens=1))
     # What caches of earlier versions hold: BLAKE2b of int64 token ids and the mask's bytes.
     of_bytes = hashlib.blake2b(np.array([1, 2, 3], dtype="<i8").tobytes() + bytes([0, 1, 1]), digest_size=16)
     assert sequence_digest(a) == of_bytes.digest()
-    others = [Sequence([1, 2, 4], [0, 1, 1]), Sequence([1, 2, 3], [0, 0, 1]), Sequence([1, 2], [0, 1])]
+    others = [
+        TokenSequence([1, 2, 4], [0, 1, 1]),
+        TokenSequence([1, 2, 3], [0, 0, 1]),
+        TokenSequence([1, 2], [0, 1]),
+    ]
     assert len({sequence_digest(s) for s in [a, *others]}) == 4
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megarl.losses.preference import PreferenceOptions, Responses, pair_values
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 from tests.dpo import ranks
 from tests.models.tiny import make_model, save_model
 from tests.trainer.world import world
@@ -57,7 +57,7 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", eos_token="[EOS]")
 
 
-def split(sequence: Sequence) -> tuple[list[int], list[int]]:
+def split(sequence: TokenSequence) -> tuple[list[int], list[int]]:
     start = int(sequence.loss_mask.argmax())
     return sequence.token_ids[:start].tolist(), sequence.token_ids[start:].tolist()
 
@@ -80,7 +80,7 @@ def ours(
     return loss, gradients
 
 
-def hf_logps(model: Any, sequences: Iterable[Sequence]) -> torch.Tensor:
+def hf_logps(model: Any, sequences: Iterable[TokenSequence]) -> torch.Tensor:
     from tests.models.tiny import hf_logprobs
 
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_kto_trainer(tmp_path: Path, model_dir: str) -> None:
         rows.append(
             {"prompt_ids": prompt, "completion_ids": response, "KL_completion_ids": other, "label": label}
         )
-        mismatched.append(Sequence(prompt + other, [0] * len(prompt) + [1] * len(other)))
+        mismatched.append(TokenSequence(prompt + other, [0] * len(prompt) + [1] * len(other)))
     batch = DataCollatorForUnpairedPreference(pad_token_id=0)(rows)
     trainer.model.train()
     expected = trainer.compute_loss(trainer.model, batch)

@@ -110,7 +110,7 @@ def test_checkpoints_hold_adapters_and_runs_go_on(
 def test_the_engine_samples_from_the_merged_policy(
     tmp_path: Path, sft_run: FinishedRun, parallel: dict[str, Any]
 ) -> None:
-    """With a reference in the loss and several optimizer steps per batch; checksums after every hand-over."""
+    """A reference in the loss, several optimizer steps per batch, checksums after every weight sync."""
     directory, base = tmp_path / "run", sft_run.dir / "hf"
     before = digest(base / "model.safetensors")
     config = write_config(

@@ -19,12 +19,12 @@ from megarl.data.tokenizer import TurnReader
 from megarl.environments.process import EnvironmentFailureError
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.errors import UserError
+from megarl.inference.interface import GeneratedResponse
 from megarl.records import NO_LOGPROBS, Prompt, TokenIds, token_ids
-from megarl.rollout.engine import GeneratedResponse
-from megarl.rollout.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
-from megarl.rollout.turns import TurnTokens
+from megarl.sampling.chat_continuation import ChatContinuation
+from megarl.sampling.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
 from tests.cluster.events import recorded_tasks
-from tests.rollout.test_episode import Letters
+from tests.sampling.test_episode import Letters
 
 LIMIT = 3.0
 
@@ -195,7 +195,7 @@ def test_episodes_keep_to_their_worker_and_survive_the_death_of_a_neighbour(read
 
     async def play() -> list[Any]:
         player = EpisodePlayer(
-            environment, TurnTokens(tokenizer, (1,), chat_template=True), EpisodeLimits(500, 4, None, 1)
+            environment, ChatContinuation(tokenizer, (1,), chat_template=True), EpisodeLimits(500, 4, None, 1)
         )
 
         async def sample(index: int, turn: int, ids: list[int], room: int) -> GeneratedResponse:

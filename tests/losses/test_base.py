@@ -1,4 +1,4 @@
-"""Weights of tokens and the agreement between engine and trainer."""
+"""Weights of tokens and the mismatch between engine and trainer."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 
-from megarl.losses.agreement import Agreement, measure_agreement
 from megarl.losses.base import LossTokens, token_weights
+from megarl.losses.logprob_mismatch import LogprobMismatch, measure_mismatch
 from megarl.losses.sft import sft_loss
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 
 
 def test_token_weights_by_hand() -> None:
     sequences = [
-        Sequence([1, 2, 3, 4], [1, 0, 1, 1]),  # 2 targets: position 0 is never one
-        Sequence([5, 6], [1, 0]),  # none
-        Sequence([7, 8, 9, 1, 2], [0, 1, 1, 1, 0]),  # 3
+        TokenSequence([1, 2, 3, 4], [1, 0, 1, 1]),  # 2 targets: position 0 is never one
+        TokenSequence([5, 6], [1, 0]),  # none
+        TokenSequence([7, 8, 9, 1, 2], [0, 1, 1, 1, 0]),  # 3
     ]
     counts = TrainBatch.of(sequences).num_targets()
     assert counts.tolist() == [2, 0, 3]
@@ -43,12 +43,12 @@ def test_sft_loss_is_the_weighted_negative_log_likelihood() -> None:
 def test_agreement_names_the_worst_token() -> None:
     trainer = torch.tensor([-1.0, -2.0, -0.5, -3.0], requires_grad=True)
     rollout = torch.tensor([-1.25, -2.0, -0.5, -1.0])
-    agreement = measure_agreement(trainer, rollout, torch.tensor([7, 8, 9, 10]), torch.tensor([0, 0, 3, 3]))
-    worst = agreement.worst
+    mismatch = measure_mismatch(trainer, rollout, torch.tensor([7, 8, 9, 10]), torch.tensor([0, 0, 3, 3]))
+    worst = mismatch.worst
     assert worst is not None
     assert (worst.difference, worst.sequence_id, worst.label) == (2.0, 3, 10)
     assert (worst.trainer_logprob, worst.rollout_logprob) == (-3.0, -1.0)
-    metrics = agreement.metrics()
+    metrics = mismatch.metrics()
     assert metrics["logprob_abs_diff_mean"] == pytest.approx(2.25 / 4)
     assert metrics["logprob_abs_diff_max"] == 2.0
     k3 = (math.exp(0.25) - 1 - 0.25) + (math.exp(-2.0) - 1 + 2.0)
@@ -59,27 +59,27 @@ def test_agreements_add_up_however_tokens_are_split() -> None:
     torch.manual_seed(0)
     trainer, rollout = torch.randn(40), torch.randn(40)
     labels, rows = torch.arange(40), torch.arange(40) // 7
-    whole = measure_agreement(trainer, rollout, labels, rows)
-    nothing = measure_agreement(trainer[:0], rollout[:0], labels[:0], rows[:0])
-    assert nothing == Agreement()
+    whole = measure_mismatch(trainer, rollout, labels, rows)
+    nothing = measure_mismatch(trainer[:0], rollout[:0], labels[:0], rows[:0])
+    assert nothing == LogprobMismatch()
     parts = [
-        measure_agreement(trainer[s], rollout[s], labels[s], rows[s])
+        measure_mismatch(trainer[s], rollout[s], labels[s], rows[s])
         for s in (slice(0, 3), slice(3, 31), slice(31, 40))
     ]
-    total = sum([nothing, *parts], Agreement())
+    total = sum([nothing, *parts], LogprobMismatch())
     assert total.worst == whole.worst
     assert total.num_tokens == 40
     assert total.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
-    reversed_total = sum(reversed(parts), Agreement())
+    reversed_total = sum(reversed(parts), LogprobMismatch())
     assert reversed_total.worst == whole.worst
-    assert Agreement().metrics()["logprob_abs_diff_max"] == 0.0
+    assert LogprobMismatch().metrics()["logprob_abs_diff_max"] == 0.0
 
 
 def test_kl_vanishes_only_with_the_difference() -> None:
     """In float64 sums, a tiny difference is not lost to rounding: k3 is about d^2 / 2."""
     trainer = torch.full((1000,), -2.0)
     rollout = torch.full((1000,), -2.0 + 2**-12)
-    metrics = measure_agreement(
+    metrics = measure_mismatch(
         trainer, rollout, torch.zeros(1000, dtype=torch.int64), torch.zeros(1000, dtype=torch.int64)
     ).metrics()
     assert metrics["kl_rollout_trainer"] == pytest.approx(2**-25, rel=1e-3)
@@ -89,8 +89,8 @@ def test_tokens_of_older_weights_are_summed_up_apart() -> None:
     trainer = torch.tensor([-1.0, -2.0, -0.5, -3.0])
     rollout = torch.tensor([-1.5, -2.0, -0.5, -2.0])
     ids = torch.tensor([0, 0, 1, 1])
-    whole = measure_agreement(trainer[1:3], rollout[1:3], ids[1:3], ids[1:3])
-    both = measure_agreement(trainer, rollout, ids, ids, torch.tensor([1.0, 0.0, 0.0, 1.0])) + whole
+    whole = measure_mismatch(trainer[1:3], rollout[1:3], ids[1:3], ids[1:3])
+    both = measure_mismatch(trainer, rollout, ids, ids, torch.tensor([1.0, 0.0, 0.0, 1.0])) + whole
     assert (both.num_tokens, both.num_stale) == (4, 2)
     assert both.worst is not None and both.worst.difference == 0.0
     values = both.metrics()
@@ -105,9 +105,9 @@ def test_the_worst_token_is_the_one_that_is_no_number_in_any_order() -> None:
     """NaN is neither smaller nor larger than anything: max() finds it or not as the order has it."""
     ids = torch.tensor([0])
     parts = [
-        measure_agreement(torch.tensor([value]), torch.tensor([0.0]), ids, ids)
+        measure_mismatch(torch.tensor([value]), torch.tensor([0.0]), ids, ids)
         for value in (-1.0, torch.nan, -2.0)
     ]
     for order in ((0, 1, 2), (1, 0, 2), (0, 2, 1)):
-        metrics = sum((parts[i] for i in order), Agreement()).metrics()
+        metrics = sum((parts[i] for i in order), LogprobMismatch()).metrics()
         assert metrics["logprob_abs_diff_max"] != metrics["logprob_abs_diff_max"]

@@ -113,7 +113,7 @@ def by_hand(tokens: LossTokens, c: GrpoAlgorithmConfig) -> list[ByHand]:
     result = []
     for i, a in enumerate(advantages):
         ratio = math.exp(log_ratios[i])
-        low, high = 1 - c.clip_ratio_low, 1 + c.clip_ratio_high
+        low, high = 1 - c.clip_low, 1 + c.clip_high
         dual = False
         if c.objective == "cispo":
             clipped = a != 0 and not low <= ratio <= high
@@ -123,8 +123,8 @@ def by_hand(tokens: LossTokens, c: GrpoAlgorithmConfig) -> list[ByHand]:
             clipped = (a > 0 and ratio > high) or (a < 0 and ratio < low)
             policy = max(-a * ratio, -a * min(max(ratio, low), high))
             gradient = 0.0 if clipped else -a * ratio
-            if a < 0 and c.clip_ratio_c is not None and policy > -a * c.clip_ratio_c:
-                dual, policy, gradient = True, -a * c.clip_ratio_c, 0.0
+            if a < 0 and c.dual_clip is not None and policy > -a * c.dual_clip:
+                dual, policy, gradient = True, -a * c.dual_clip, 0.0
         weight, corrected = off_policy(drifts[i], c)
         d = ref[i] - cur[i]
         kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[c.kl_estimator]
@@ -143,11 +143,11 @@ def by_hand(tokens: LossTokens, c: GrpoAlgorithmConfig) -> list[ByHand]:
 
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
-    "clip_higher": {"clip_ratio_low": 0.1, "clip_ratio_high": 0.28},
-    "dual_clip": {"clip_ratio_c": 1.3},
-    "cispo": {"objective": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 0.3},
-    "gspo": {"ratio_level": "sequence", "clip_ratio_low": 0.03, "clip_ratio_high": 0.04},
-    "gspo_cispo": {"ratio_level": "sequence", "objective": "cispo", "clip_ratio_high": 0.04},
+    "clip_higher": {"clip_low": 0.1, "clip_high": 0.28},
+    "dual_clip": {"dual_clip": 1.3},
+    "cispo": {"objective": "cispo", "clip_low": 1.0, "clip_high": 0.3},
+    "gspo": {"ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04},
+    "gspo_cispo": {"ratio_level": "sequence", "objective": "cispo", "clip_high": 0.04},
     "tis": {"off_policy_correction": "tis", "off_policy_high": 1.1},
     "icepop": {"off_policy_correction": "icepop", "off_policy_low": 0.8, "off_policy_high": 1.2},
     "sequence_mask": {
@@ -163,8 +163,8 @@ CASES: dict[str, dict[str, Any]] = {
     "entropy": {"entropy_coef": 0.05},
     "everything": {
         "ratio_level": "sequence",
-        "clip_ratio_low": 0.03,
-        "clip_ratio_c": 1.3,
+        "clip_low": 0.03,
+        "dual_clip": 1.3,
         "off_policy_correction": "icepop",
         "off_policy_low": 0.7,
         "off_policy_high": 1.4,
@@ -204,7 +204,7 @@ def test_every_option_by_hand(case: str, dtype: torch.dtype) -> None:
     }
     if config.kl_coef:
         sums["kl_ref"] = kl
-    if config.clip_ratio_c:
+    if config.dual_clip:
         token_sums["dual_clip_fraction"] = float(sum(t.dual for t in expected))
         assert token_sums["dual_clip_fraction"] > 0
     if config.off_policy_correction != "none":
@@ -264,7 +264,7 @@ def test_the_cases_of_clipping(
     ratio: float, advantage: float, loss: float, gradient: float, clipped: float
 ) -> None:
     tokens = make_tokens([-1.0], old_logprobs=[-1.0 - math.log(ratio)], advantages=[advantage])
-    result = make_loss(clip_ratio_high=0.3)(tokens)
+    result = make_loss(clip_high=0.3)(tokens)
     result.loss.backward()
     assert tokens.logprobs.grad is not None
     assert float(result.loss.detach()) == pytest.approx(loss, abs=1e-6)

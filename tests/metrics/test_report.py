@@ -19,7 +19,7 @@ from megarl.errors import UserError
 from megarl.metrics import report_data
 from megarl.metrics.report import write_report
 from megarl.metrics.summary import merge_steps, summarize
-from megarl.rundir import RunDirectory, to_json
+from megarl.run_directory import RunDirectory, to_json
 
 HOSTILE = (
     """</script><script>document.title="pwned"</script><img src=x onerror='document.title="pwned"'><!--&lt;"""

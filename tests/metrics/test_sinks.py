@@ -16,7 +16,7 @@ from megarl.config.logging import LoggingConfig, WandbConfig
 from megarl.errors import UserError
 from megarl.metrics.sinks import build_sinks
 from megarl.records import StepMetrics
-from megarl.rundir import RunDirectory
+from megarl.run_directory import RunDirectory
 
 
 def log_run(path: Path, logging: LoggingConfig, steps: range, after: int | None, offset: float = 0.0) -> None:

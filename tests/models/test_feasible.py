@@ -18,8 +18,14 @@ from megarl.config.sft import SftConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models import load_architecture
-from megarl.models.feasible import check_engine, check_layout, check_router, layout_problems, nearest_layouts
-from megarl.models.splits import division_problems
+from megarl.models.divisibility import division_problems
+from megarl.models.layout_checks import (
+    check_engine,
+    check_layout,
+    check_router,
+    layout_problems,
+    nearest_layouts,
+)
 from tests.models.test_families import EXPERTS, SIZES
 
 SMOLLM2 = SIZES | {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}

@@ -61,7 +61,7 @@ def learn(context: Any, model_dir: str, critic: dict[str, Any], algorithm: dict[
         learned = learner.learn(step, groups)
         told = dict(learned.metrics)
         told.pop("tokens_per_second_train")
-        log.append(told | learned.agreement.metrics())
+        log.append(told | learned.mismatch.metrics())
         advantages.append([s.advantage for group in groups for s in group.samples])
     return {
         "log": log,
@@ -77,7 +77,7 @@ def save_and_load(
     context: Any, model_dir: str, algorithm: dict[str, Any], directory: str
 ) -> list[dict[str, np.ndarray]]:
     """Both models one step after a checkpoint: of the learner that wrote it and of one that read it."""
-    from megarl.trainer.control import broadcast
+    from megarl.cluster.collectives import broadcast
 
     first = make_learner(context, model_dir, {}, algorithm)
     first.learn(1, make_groups(1))

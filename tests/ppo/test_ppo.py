@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from megarl.losses.scores import ScoreTokens
+from megarl.losses.score_inputs import ScoreTokens
 from megarl.losses.value import ValueLoss
 from megarl.records import Sample
 from tests.algorithms.learner_ranks import make_groups
@@ -23,8 +23,8 @@ ALGORITHM: dict[str, Any] = {
     "gamma": 0.98,
     "gae_lambda": 0.9,
     "kl_reward_coef": 0.2,
-    "clip_ratio_low": 0.05,
-    "clip_ratio_high": 0.1,
+    "clip_low": 0.05,
+    "clip_high": 0.1,
     "num_optimizer_steps_per_batch": 2,
     "num_epochs_per_batch": 2,
 }
@@ -113,7 +113,7 @@ def plain_ppo(policy_dir: str, critic_dir: str) -> tuple[Any, Any, list[float]]:
     adam = {"betas": (0.9, 0.95), "weight_decay": 0.0, "eps": 1e-3}
     of_policy = torch.optim.AdamW(policy.parameters(), lr=ranks.OPTIMIZER["lr"], **adam)
     of_critic = torch.optim.AdamW(critic.parameters(), lr=ranks.CRITIC_OPTIMIZER["lr"], **adam)
-    low, high = ALGORITHM["clip_ratio_low"], ALGORITHM["clip_ratio_high"]
+    low, high = ALGORITHM["clip_low"], ALGORITHM["clip_high"]
     value_losses: list[float] = []
     for number in range(1, ranks.STEPS + 1):
         groups = make_groups(number)

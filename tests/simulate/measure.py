@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megarl.losses.sft import sft_loss
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 from megarl.trainer.passes import train_step
 
 
@@ -33,7 +33,7 @@ def build(context: Any, model_dir: str, *, distributed: bool = False, dtype: str
 def sequences(count: int, length: int) -> TrainBatch:
     """Every token but the first has a loss."""
     ids = (7 * np.arange(count)[:, None] + 3 * np.arange(length)) % 250
-    return TrainBatch.of(Sequence(each, np.arange(length) > 0) for each in ids)
+    return TrainBatch.of(TokenSequence(each, np.arange(length) > 0) for each in ids)
 
 
 def state_bytes(context: Any, model_dir: str, distributed: bool, dtype: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.algorithms import model as models
 from megarl.config.grpo import GrpoConfig
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
+from megarl.loops import model_files as models
 from megarl.models import load_architecture
 from megarl.simulate.fit import least_memory, too_small
 

@@ -12,7 +12,7 @@ import pytest
 from megarl.config.load import load_config
 from megarl.config.plan import PlanConfig
 from megarl.simulate.run import simulate
-from megarl.weights.pieces import Holders
+from megarl.weights.shard_index import ReplicaSet
 
 ROOT = Path(__file__).parents[2]
 PLAN = ROOT / "configs/recipes/plan_qwen3_235b_a22b_128xh100_32k.yaml"
@@ -32,13 +32,13 @@ def test_layers_that_are_cut_alike_share_their_choices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
-    narrowed = Holders.narrowed
+    narrowed = ReplicaSet.narrowed
 
-    def counting(self: Holders, others: Sequence[Holders]) -> Any:
+    def counting(self: ReplicaSet, others: Sequence[ReplicaSet]) -> Any:
         counts[-1] += len(others)
         return narrowed(self, others)
 
-    monkeypatch.setattr(Holders, "narrowed", counting)
+    monkeypatch.setattr(ReplicaSet, "narrowed", counting)
     moved = []
     for num_layers in (1, 5):
         counts.append(0)

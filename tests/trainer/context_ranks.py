@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from benchmarks.common import allocations
+from megarl.batching.context_parallel import zigzag_indices
 from megarl.losses.sft import sft_loss
-from megarl.packing.context_parallel import zigzag_indices
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from megarl.trainer.passes import train_step
 from tests.trainer import ranks
 
@@ -40,10 +40,10 @@ def long_step(context: Any, model_dir: str, longest: int) -> dict[str, Any]:
     sequences = []
     for length in (longest, 3000, 1000, 96):
         tokens = [draw.randrange(250) for _ in range(length)]
-        sequences.append(Sequence(tokens, [0] * 8 + [1] * (length - 8)))
+        sequences.append(TokenSequence(tokens, [0] * 8 + [1] * (length - 8)))
     total = sum(map(len, sequences))
     policy = ranks.build(context, model_dir, optimizer={"lr_warmup_steps": 0}, budget=total + 64)
-    small = [Sequence(list(range(16)), [0] + [1] * 15)]
+    small = [TokenSequence(list(range(16)), [0] + [1] * 15)]
     train_step(
         policy, ranks.prepare(policy, small, "token").batches, sft_loss, temperature=1.0
     )  # the optimizer's state
@@ -159,7 +159,7 @@ def gathered(context: Any, model_dir: str, shortest: int, longest: int) -> list[
     sequences = []
     for _ in range(12):
         n = draw.randint(shortest, longest)
-        sequences.append(Sequence([draw.randrange(250) for _ in range(n)], [0] + [1] * (n - 1)))
+        sequences.append(TokenSequence([draw.randrange(250) for _ in range(n)], [0] + [1] * (n - 1)))
     original, seen = context_attention._gather, [0]
 
     def count(k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, group: Any) -> list[torch.Tensor]:

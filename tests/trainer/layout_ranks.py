@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megarl.losses.sft import sft_loss
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer import ranks
 
@@ -17,7 +17,7 @@ LONGEST = 40
 NUM_STEPS = 3
 
 
-def padded(sequences: list[Sequence]) -> list[Sequence]:
+def padded(sequences: list[TokenSequence]) -> list[TokenSequence]:
     """Every sequence as long as the longest may be, its padding without a loss."""
     longer = []
     for s in sequences:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from megarl.batching.rank_microbatches import gather_from_packed
+from megarl.cluster.collectives import broadcast
 from megarl.config.lora import LoraConfig
 from megarl.losses.sft import sft_loss
-from megarl.trainer.batches import gather_from_packed
-from megarl.trainer.control import broadcast
 from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer import ranks
 

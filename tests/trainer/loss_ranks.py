@@ -12,7 +12,7 @@ import torch
 from megarl.errors import UserError
 from megarl.losses.policy import PolicyLoss
 from megarl.ops.policy_loss import PolicyLossOptions
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer.ranks import build, make_sequences, prepare, weights
 
@@ -26,7 +26,7 @@ def sequence_level(context: Any, model_dir: str) -> dict[str, Any]:
         level="sequence", clip_low=0.01, clip_high=0.01, correction="sequence_mask", correction_low=0.7
     )
     log = []
-    lone = Sequence(list(range(1, 9)), [0] * 7 + [1], [-5.4] * 8)
+    lone = TokenSequence(list(range(1, 9)), [0] * 7 + [1], [-5.4] * 8)
     for sequences in (make_sequences(3), [lone]):
         batches = prepare(policy, sequences, "sequence").batches
         fill_logprobs(policy, batches, "old_logprobs", temperature=1.0)
@@ -67,7 +67,7 @@ def truncated_logprobs(logits: torch.Tensor, label: int, heat: float, top_k: int
 SAMPLER: dict[str, Any] = {"temperature": 0.8, "top_k": 120, "top_p": 0.9}
 
 
-def sequences_with_truncated_logprobs(context: Any, model_dir: str) -> list[Sequence]:
+def sequences_with_truncated_logprobs(context: Any, model_dir: str) -> list[TokenSequence]:
     """Sequences whose rollout logprobs are those of SAMPLER, by hand from one rank's full logits."""
     policy = build(context, model_dir)
     done = []
@@ -80,7 +80,7 @@ def sequences_with_truncated_logprobs(context: Any, model_dir: str) -> list[Sequ
     return done
 
 
-def truncated_sampling(context: Any, model_dir: str, sequences: list[Sequence]) -> dict[str, Any]:
+def truncated_sampling(context: Any, model_dir: str, sequences: list[TokenSequence]) -> dict[str, Any]:
     """One on-policy step on them; without the sampler's support the logprobs would be others."""
     policy = build(context, model_dir, optimizer=NO_WARMUP)
     loss = PolicyLoss(PolicyLossOptions(entropy_coef=0.01))
@@ -91,7 +91,7 @@ def truncated_sampling(context: Any, model_dir: str, sequences: list[Sequence]) 
     result = train_step(policy, batches, loss, **SAMPLER)
     return {
         "plain": plain.metrics(),
-        "agreement": result.agreement.metrics(),
+        "mismatch": result.mismatch.metrics(),
         "metrics": result.metrics,
         "weights": weights(policy),
     }
@@ -115,8 +115,8 @@ def numerics(context: Any, model_dir: str, where: str, check: bool) -> str:
         check_numerics=check,
     )
     sequences = [
-        Sequence([10, 11, 12, 13, 14], [0, 0, 1, 1, 1]),
-        Sequence([20, 21, 22, 23, 24, 25], [0, 0, 0, 1, 1, 1]),
+        TokenSequence([10, 11, 12, 13, 14], [0, 0, 1, 1, 1]),
+        TokenSequence([20, 21, 22, 23, 24, 25], [0, 0, 0, 1, 1, 1]),
     ]
     batches = prepare(policy, sequences, "token").batches
     if where == "embedding":

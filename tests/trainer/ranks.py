@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from megarl.batching.rank_microbatches import PackedStep
 from megarl.errors import UserError
 from megarl.losses.base import LossResult, LossTokens, token_weights
 from megarl.losses.policy import PolicyLoss
 from megarl.losses.sft import sft_loss
 from megarl.ops.policy_loss import PolicyLossOptions
-from megarl.records import Sequence, TrainBatch
-from megarl.trainer.batches import PackedStep
+from megarl.records import TokenSequence, TrainBatch
 from megarl.trainer.passes import evaluate_loss, fill_logprobs, train_step
 
 TOTAL_STEPS = 8
@@ -41,7 +41,7 @@ def take_placed(metrics: dict[str, float]) -> list[float]:
     return [metrics.pop(k) for k in ("num_split_sequences", "num_whole_sequences") if k in metrics]
 
 
-def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 250) -> list[Sequence]:
+def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 250) -> list[TokenSequence]:
     """Random sequences with rollout logprobs; the second has no target at all."""
     draw = random.Random(seed)
     sequences = []
@@ -52,12 +52,12 @@ def make_sequences(seed: int, count: int = 9, longest: int = 40, vocab: int = 25
         token_ids = [draw.randrange(vocab) for _ in range(n)]
         draw.gauss(0, 1)  # what follows is drawn as ever: near ties of sampling would fall elsewhere
         logprobs = [draw.uniform(-8, -3) for _ in range(n)]
-        sequences.append(Sequence(np.array(token_ids), np.array(mask), np.array(logprobs)))
+        sequences.append(TokenSequence(np.array(token_ids), np.array(mask), np.array(logprobs)))
     return sequences
 
 
 def prepare(
-    policy: Any, sequences: Iterable[Sequence], aggregation: Any = "token", **options: Any
+    policy: Any, sequences: Iterable[TokenSequence], aggregation: Any = "token", **options: Any
 ) -> PackedStep:
     """One optimizer step of these sequences, with advantages that follow from their tokens."""
     batch = TrainBatch.of(sequences)
@@ -65,7 +65,7 @@ def prepare(
     return step
 
 
-def advantages_of(sequences: Iterable[Sequence]) -> np.ndarray:
+def advantages_of(sequences: Iterable[TokenSequence]) -> np.ndarray:
     """[S]: each sequence's is drawn from its tokens."""
     return np.array([random.Random(int(each.token_ids.sum())).gauss(0, 1) for each in sequences])
 
@@ -217,13 +217,13 @@ def logits_and_export(
 def gradients(
     context: Any,
     model_dir: str,
-    sequences: list[Sequence],
+    sequences: list[TokenSequence],
     aggregation: Any,
     loss: Any,
     splits: list[list[list[int]] | None],
 ) -> list[tuple[float, dict[str, np.ndarray]]]:
     """Loss and gradient (by HF name) for each split of the step into microbatches; None is the planner's."""
-    from megarl.packing.pack import Packer
+    from megarl.batching.pack import Packer
     from megarl.weights.hf import region_index
 
     policy = build(context, model_dir)
@@ -251,7 +251,7 @@ def gradients(
 
 
 def sft_steps(
-    context: Any, model_dir: str, steps: list[list[Sequence]], optimizer: dict[str, Any]
+    context: Any, model_dir: str, steps: list[list[TokenSequence]], optimizer: dict[str, Any]
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """Metrics of plain SFT steps and the weights after them."""
     policy = build(context, model_dir, optimizer=optimizer)
@@ -378,7 +378,7 @@ def _step(policy: Any, number: int) -> list[dict[str, float]]:
 
     def step(packed: PackedStep, loss: Any) -> dict[str, float]:
         result = train_step(policy, packed.batches, loss, temperature=TEMPERATURE)
-        return result.metrics | packed.placed | _flat("train", result.agreement)
+        return result.metrics | packed.placed | _flat("train", result.mismatch)
 
     if kind == 0:
         packed = prepare(policy, sequences, "token")
@@ -395,10 +395,10 @@ def _step(policy: Any, number: int) -> list[dict[str, float]]:
     return [filled | step(packed, POLICY_LOSS), step(packed, POLICY_LOSS)]
 
 
-def _flat(prefix: str, agreement: Any) -> dict[str, float]:
-    worst = agreement.worst
-    values = agreement.metrics() | {
-        "num_tokens": agreement.num_tokens,
+def _flat(prefix: str, mismatch: Any) -> dict[str, float]:
+    worst = mismatch.worst
+    values = mismatch.metrics() | {
+        "num_tokens": mismatch.num_tokens,
         "worst_sequence": worst.sequence_id,
         "worst_label": worst.label,
         "worst_trainer_logprob": worst.trainer_logprob,
@@ -424,7 +424,7 @@ def train_with_naps(context: Any, model_dir: str, distributed: bool, parts: list
     return {"gradient_bytes": gradient_bytes, "weights": weights(policy)}
 
 
-def make_groups(seed: int, num_groups: int = 4, size: int = 4, vocab: int = 250) -> list[Sequence]:
+def make_groups(seed: int, num_groups: int = 4, size: int = 4, vocab: int = 250) -> list[TokenSequence]:
     """Groups of sequences with a prompt in common, the last group's sequences without one."""
     draw = random.Random(seed)
     sequences = []
@@ -436,7 +436,7 @@ def make_groups(seed: int, num_groups: int = 4, size: int = 4, vocab: int = 250)
             response = [draw.randrange(vocab) for _ in range(draw.randint(1, 14))]
             draw.gauss(0, 1)
             sequences.append(
-                Sequence(
+                TokenSequence(
                     token_ids=np.array(prompt + response),
                     loss_mask=np.array([0] * len(prompt) + [1] * len(response)),
                     rollout_logprobs=np.array([0.0] * len(prompt) + [draw.uniform(-8, -3) for _ in response]),
@@ -464,7 +464,7 @@ def train_groups(
             fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE)
         result = train_step(policy, batches, loss, temperature=TEMPERATURE)
         log.append(
-            result.metrics | packed.placed | {"worst": result.agreement.metrics()["logprob_abs_diff_max"]}
+            result.metrics | packed.placed | {"worst": result.mismatch.metrics()["logprob_abs_diff_max"]}
         )
         if seed == 0:
             gradients = {name: param.main_grad.numpy().copy() for name, param in policy.params.items()}

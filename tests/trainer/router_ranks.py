@@ -10,7 +10,7 @@ import torch
 
 from megarl.losses.policy import PolicyLoss
 from megarl.losses.sft import sft_loss
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from megarl.trainer.passes import fill_logprobs, train_step
 from tests.trainer.ranks import (
     OPTIMIZER,
@@ -43,7 +43,7 @@ def build(context: Any, model_dir: str, router: dict[str, Any] | None = None, bu
     )
 
 
-def own_choices(policy: Any, sequence: Sequence) -> np.ndarray:
+def own_choices(policy: Any, sequence: TokenSequence) -> np.ndarray:
     """What the routers of a single rank choose for a sequence alone: [n, layers, k]."""
     from megarl.trainer.megatron.router import PolicyRouter
 
@@ -89,10 +89,10 @@ def offer(context: Any, model_dir: str) -> Any:
 
 
 def replayed_logprobs(
-    context: Any, model_dir: str, sequences: list[Sequence], temperature: float = 1.0
+    context: Any, model_dir: str, sequences: list[TokenSequence], temperature: float = 1.0
 ) -> list[list[float]]:
     """Logprobs [n - 1] of each sequence's tokens, all packed together, under its ``experts``."""
-    from megarl.packing.pack import unpack
+    from megarl.batching.pack import unpack
 
     policy = build(context, model_dir, budget=4096)
     policy.batch_maker.packing = policy.batch_maker.packing.model_copy(update={"share_prefix": "off"})
@@ -107,7 +107,7 @@ def replayed_logprobs(
 def train_routed(
     context: Any,
     model_dir: str,
-    steps: list[list[Sequence]],
+    steps: list[list[TokenSequence]],
     router: dict[str, Any],
     share_prefix: str = "off",
     budget: int = 4096,
@@ -123,12 +123,12 @@ def train_routed(
         with policy.reference():
             fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE)
         result = train_step(policy, batches, POLICY_LOSS, temperature=TEMPERATURE)
-        log.append(result.metrics | {"worst": result.agreement.metrics()["logprob_abs_diff_max"]})
+        log.append(result.metrics | {"worst": result.mismatch.metrics()["logprob_abs_diff_max"]})
     return {"log": log, "weights": weights(policy)}
 
 
 def balanced_gradients(
-    context: Any, model_dir: str, sequence: Sequence, coef: float
+    context: Any, model_dir: str, sequence: TokenSequence, coef: float
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics of one SFT step with a load-balancing loss, and its gradients by Hugging Face name."""
     from megarl.weights.hf import region_index

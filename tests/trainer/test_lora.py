@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from tests.trainer import lora_ranks, ranks
 from tests.trainer.world import world
 
@@ -53,7 +53,7 @@ def random_values(model_dir: str, lora: dict[str, Any]) -> lora_ranks.Tensors:
     return {key: (torch.randn(p.shape, generator=generator) * 0.1).numpy() for key, p in params.items()}
 
 
-def hf_loss(model: Any, sequences: list[Sequence]) -> torch.Tensor:
+def hf_loss(model: Any, sequences: list[TokenSequence]) -> torch.Tensor:
     """Mean negative logprob of all targets, one sequence at a time."""
     total, count = torch.zeros(()), 0
     for s in sequences:

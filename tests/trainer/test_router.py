@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from tests.models.tiny import make_model
 from tests.trainer import ranks, router_ranks
 from tests.trainer.test_parallel import LAYOUTS
@@ -24,7 +24,7 @@ SIZES = {"qwen3-moe": (2, 4, 2), "qwen3-moe-mixed-tied": (1, 4, 2), "deepseek-v3
 """Layers with experts, experts, experts per token."""
 
 
-def foreign(sequence: Sequence, model: str, seed: int) -> Sequence:
+def foreign(sequence: TokenSequence, model: str, seed: int) -> TokenSequence:
     """With experts drawn at random for most of its tokens."""
     layers, experts, top_k = SIZES[model]
     draw = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ ROUTER: dict[str, dict[str, Any]] = {
 }
 
 
-def make_steps(model: str, groups: bool = False) -> list[list[Sequence]]:
+def make_steps(model: str, groups: bool = False) -> list[list[TokenSequence]]:
     make = ranks.make_groups if groups else ranks.make_sequences
     steps = []
     for seed in range(2):

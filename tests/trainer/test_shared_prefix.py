@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megarl.batching.shared_prefix import share_prefixes
 from megarl.losses.policy import PolicyLoss
 from megarl.ops.policy_loss import PolicyLossOptions
-from megarl.packing.shared_prefix import share_prefixes
-from megarl.records import Sequence, TrainBatch
+from megarl.records import TokenSequence, TrainBatch
 from tests.trainer import ranks
 from tests.trainer.world import world
 
@@ -87,7 +87,7 @@ def test_parts_are_the_whole() -> None:
 
 
 def test_small_savings_are_left_alone() -> None:
-    sequence = Sequence([1, 2] + [3] * 40, [0, 0] + [1] * 40, num_prompt_tokens=2)
+    sequence = TokenSequence([1, 2] + [3] * 40, [0, 0] + [1] * 40, num_prompt_tokens=2)
     batch = TrainBatch.of([sequence] * 8)
     segments, bounds = share_prefixes(batch, np.arange(8), max_tokens=1000, pad_to_multiple=1)
     assert segments.rows.tolist() == list(range(8)) and segments.lengths.tolist() == [42] * 8

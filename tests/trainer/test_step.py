@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from megarl.losses.sft import sft_loss
-from megarl.records import Sequence
+from megarl.records import TokenSequence
 from tests.models.tiny import hf_logprobs, make_model
 from tests.trainer import ranks
 from tests.trainer.world import world
@@ -19,7 +19,10 @@ NAMES = ("qwen3-tied", "llama-biases")
 
 
 def hf_loss(
-    model: transformers.PreTrainedModel, sequences: list[Sequence], aggregation: str, with_advantage: bool
+    model: transformers.PreTrainedModel,
+    sequences: list[TokenSequence],
+    aggregation: str,
+    with_advantage: bool,
 ) -> torch.Tensor:
     """Mean over targets, or over sequences of the mean over targets; sequences run one by one, unpacked."""
     sums, counts = [], []

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megarl.models.table import Region
-from megarl.weights.handover import ParamInfo, WeightPlan
 from megarl.weights.plan import Owner, Planner, Reader
+from megarl.weights.sync_plan import ParamInfo, WeightPlan
 
 
 def plan_weights(

@@ -11,8 +11,8 @@ import torch
 
 from megarl.errors import UserError
 from megarl.weights import cuda_ipc
-from megarl.weights.handover import CudaStorage
-from megarl.weights.share import _share, open_storage, share_parameters
+from megarl.weights.shared_storage import _share, open_storage, share_parameters
+from megarl.weights.sync_plan import CudaStorage
 
 UUIDS = ["GPU-a", "GPU-b", "GPU-c"]
 
@@ -60,7 +60,7 @@ def test_virtual_memory_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_asked_for_point_to_point_needs_no_handle(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that weights.transport=peer does where memory has none."""
-    monkeypatch.setattr("megarl.weights.share.device_id", lambda device: UUIDS[device.index])
+    monkeypatch.setattr("megarl.weights.shared_storage.device_id", lambda device: UUIDS[device.index])
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     storage: Any = Storage()
     assert _share(storage, torch.device("cuda", 1), mapped=False) == CudaStorage("GPU-b", (), 3584)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megarl.algorithms.engines import attach_weights
 from megarl.cluster.ray_runtime import stop_ray
+from megarl.loops.engine_setup import attach_weights
 from megarl.models import load_architecture
 from tests.trainer import lora_ranks, ranks
 from tests.trainer.world import world
@@ -42,7 +42,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
     indirect=["bench"],
     ids=["llama-pp2", "llama-tp2-sp", "qwen3_moe-ep2-peer"],
 )
-def test_every_hand_over_is_the_merged_policy(
+def test_every_weight_sync_is_the_merged_policy(
     bench: Bench, lora: dict[str, Any], parallel: dict[str, Any], transport: Any, moves: bool
 ) -> None:
     place, sizes = bench.directory / "messages", parallel | {"num_processes": 2}

@@ -1,7 +1,7 @@
 """Trainer layouts x engine layouts x families: after a training step the engine is the exported model.
 
 Every trainer is real Megatron on gloo, every engine real vLLM. The reference is Hugging Face on an
-export of the same weights, which passes through none of the hand-over.
+export of the same weights, which passes through none of the weight sync.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import pytest
 import torch
 import transformers
 
-from megarl.algorithms.engines import attach_weights, region_queries
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
+from megarl.inference.interface import GenerateRequest, SamplingConfig
+from megarl.inference.vllm.engine import VllmEngine
+from megarl.loops.engine_setup import attach_weights, region_queries
 from megarl.models import load_architecture
 from megarl.records import token_ids
-from megarl.rollout.engine import GenerateRequest, SamplingConfig
-from megarl.rollout.vllm_engine import VllmEngine
 from megarl.trainer.interface import Transport
 from megarl.weights.checksum import RegionQuery
-from tests.rollout.driving import generate
+from tests.inference.driving import generate
 from tests.trainer import ranks
 from tests.trainer.world import world
 
@@ -120,7 +120,7 @@ class Bench:
         ]
 
     def check(self, layout: str, *, same_layout: bool, transport: Transport = "auto") -> int:
-        """Train a step under ``layout`` and compare; returns the bytes that the hand-over moved."""
+        """Train a step under ``layout`` and compare; returns the bytes that the weight sync moved."""
         size, parallel, distributed = LAYOUTS[layout]
         if self.family in WITH_EXPERTS and "tensor_parallel_size" in parallel:
             parallel = parallel | {"sequence_parallel": True}  # experts need it

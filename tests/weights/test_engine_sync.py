@@ -16,16 +16,16 @@ import pytest
 import torch
 import transformers
 
-from megarl.algorithms import engines
-from megarl.algorithms.engines import attach_weights, verify_weights
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.errors import UserError
+from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
+from megarl.loops import engine_setup
+from megarl.loops.engine_setup import attach_weights, verify_weights
 from megarl.models import load_architecture
 from megarl.records import token_ids
-from megarl.rollout.engine import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.weights.checksum import RegionQuery
+from tests.inference.driving import generate
 from tests.processes import command_line
-from tests.rollout.driving import generate
 from tests.trainer import ranks
 from tests.trainer.world import world
 from tests.weights.test_engine_matrix import LAYOUTS, MODELS, TOLERANCE, Bench
@@ -155,8 +155,8 @@ def test_the_first_region_that_differs_is_named(bench: Bench, monkeypatch: pytes
             answers = world(2).run(ranks.checksums, queries)
             return {number: value for answer in answers for number, value in answer.items()}
 
-    monkeypatch.setattr(engines, "gather", lambda value: [value])
-    monkeypatch.setattr(engines, "broadcast", lambda value: value)
+    monkeypatch.setattr(engine_setup, "gather", lambda value: [value])
+    monkeypatch.setattr(engine_setup, "broadcast", lambda value: value)
     offer(bench, "tp2")
     trainer: Any = Trainer()
     verify_weights(bench.engine, trainer)

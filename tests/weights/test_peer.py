@@ -7,8 +7,8 @@ import torch
 
 from megarl.errors import UserError
 from megarl.weights import peer
-from megarl.weights.handover import SourceView
 from megarl.weights.peer import PieceReader, PieceServer
+from megarl.weights.sync_plan import SourceView
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_pieces_arrive_in_place_again_and_again(
 
 
 def test_readers_come_and_go(server: PieceServer, memory: torch.Tensor) -> None:
-    """As when an engine dies between two hand-overs, and its successor asks anew."""
+    """As when an engine dies between two weight syncs, and its successor asks anew."""
     for _ in range(3):
         target = torch.zeros(64, 48)
         reader = PieceReader(server.address, [(target, view(0, (64, 48), (48, 1)))])

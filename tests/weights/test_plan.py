@@ -8,8 +8,8 @@ import torch
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.weights.alias import contiguous_stride
-from megarl.weights.handover import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan
 from megarl.weights.plan import Owner
+from megarl.weights.sync_plan import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan
 from tests.models.test_table import architecture
 from tests.weights.plans import plan_weights
 from tests.weights.shards import Sizes, Tensors, engine_shard, hf_tensors, trainer_shard

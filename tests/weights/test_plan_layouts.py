@@ -17,8 +17,8 @@ from megarl.models.spec import MoeSpec
 from megarl.models.table import Architecture, Region
 from megarl.weights.alias import contiguous_stride
 from megarl.weights.boxes import tiling_problem, volume
-from megarl.weights.handover import ParamInfo, SharedStorage, SourceView, WeightPlan
 from megarl.weights.plan import Owner, Planner, Reader
+from megarl.weights.sync_plan import ParamInfo, SharedStorage, SourceView, WeightPlan
 from tests.models.test_table import architecture
 from tests.weights.plans import plan_weights
 from tests.weights.shards import ExpertShare, Sizes, Tensors, engine_shard, hf_tensors, stage_shard

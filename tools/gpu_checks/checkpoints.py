@@ -66,7 +66,7 @@ def sequences(
     seed: int, count: int, shortest: int, longest: int, vocab: int, prompts: int = 0
 ) -> tuple[Any, np.ndarray]:
     """Random sequences [S] and advantages [S]; of ``prompts`` tokens each, 8 neighbours have the same."""
-    from megarl.records import Sequence, TrainBatch
+    from megarl.records import TokenSequence, TrainBatch
 
     draw = random.Random(seed)
     made, advantages, prompt = [], [], [0]
@@ -77,7 +77,7 @@ def sequences(
         response = [draw.randrange(vocab) for _ in range(length)]
         advantages.append(draw.gauss(0, 1))
         made.append(
-            Sequence(
+            TokenSequence(
                 token_ids=np.array(prompt + response),
                 loss_mask=np.arange(len(prompt) + length) >= len(prompt),
                 rollout_logprobs=np.array([0.0] * len(prompt) + [draw.uniform(-8, -4) for _ in response]),

@@ -16,7 +16,7 @@ SECONDS = 30.0  # for a process to start, import torch and answer
 
 def run(report: Report) -> None:
     """The owner writes, the reader must see it without being told; and the other way round."""
-    from megarl.weights.share import pool_parameters, share_parameters
+    from megarl.weights.shared_storage import pool_parameters, share_parameters
 
     rows = 64 if report.quick else 8192
     params: dict[str, torch.Tensor] = {
@@ -96,7 +96,7 @@ def _sum(tensor: torch.Tensor) -> int:
 
 
 def _serve(owner: Any, pipe: Connection) -> None:
-    from megarl.weights.share import open_storage
+    from megarl.weights.shared_storage import open_storage
 
     try:
         torch.cuda.init()

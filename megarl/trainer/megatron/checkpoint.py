@@ -17,8 +17,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megarl import platform
+from megarl.cluster.collectives import from_first_rank, gather_to_first_rank
 from megarl.errors import UserError
-from megarl.trainer.control import from_first_rank, gather_to_first_rank
 from megarl.trainer.megatron.checkpoint_files import RankFiles, Report
 from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
 from megarl.trainer.megatron.optimizer_shards import OptimizerShards, distributed_parts, read_whole

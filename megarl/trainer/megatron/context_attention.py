@@ -1,6 +1,6 @@
 """Causal attention of packed sequences over context-parallel ranks, in memory that falls with their number.
 
-A rank holds the zigzag chunks of each sequence (packing/context_parallel.py). K and V are all-gathered for
+A rank holds the zigzag chunks of each sequence (batching/context_parallel.py). K and V are all-gathered for
 the queries of one layer at a time, in the forward pass and again in the backward pass, so that between the
 two a rank keeps nothing but its own share. The queries of a chunk see the tokens before it without a mask and
 their own chunk causally: two calls of a fused kernel, whose softmaxes are joined by their log-sum-exp (as
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megarl.packing.context_parallel import zigzag_indices
+from megarl.batching.context_parallel import zigzag_indices
 
 _aten = torch.ops.aten
 _CUDA_LSE_MULTIPLE = 32

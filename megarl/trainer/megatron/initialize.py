@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megarl import platform
+from megarl.cluster import collectives
 from megarl.config.parallel import ParallelConfig
 from megarl.layout import ParallelLayout
-from megarl.trainer import control
 from megarl.trainer.interface import RankContext
 
 
@@ -47,7 +47,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         dist.init_process_group(chosen.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(chosen.backend, rank=rank, world_size=world_size, timeout=timeout)
-    control.join()
+    collectives.join()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -68,6 +68,6 @@ def finalize() -> None:
     """Leave the process groups."""
     from megatron.core import parallel_state
 
-    control.leave()
+    collectives.leave()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

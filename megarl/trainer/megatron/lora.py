@@ -33,7 +33,7 @@ from megarl.config.lora import LoraConfig
 from megarl.models.lora import Matrix, adapted_modules, adapter_shapes, module_of, peft_name, targets_of
 from megarl.models.table import Architecture, Region
 from megarl.weights.peft import merged
-from megarl.weights.share import pool_parameters
+from megarl.weights.shared_storage import pool_parameters
 
 SUFFIX = "_lora"
 """An adapter's name is that of its layer and this."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megarl.batching.microbatch_plan import CostModel
+from megarl.batching.rank_microbatches import BatchMaker
 from megarl.config.lora import LoraConfig
 from megarl.config.model import ModelConfig
 from megarl.config.optimizer import OptimizerConfig
@@ -18,30 +20,28 @@ from megarl.config.packing import PackingConfig
 from megarl.config.router import RouterConfig
 from megarl.errors import UserError
 from megarl.losses.base import LossResult
-from megarl.models.feasible import check_layout, check_router
+from megarl.models.layout_checks import check_layout, check_router
 from megarl.models.lora import check_lora
 from megarl.models.table import Architecture
 from megarl.ops import NumericsError
-from megarl.packing.plan import CostModel
 from megarl.platform import ranges
 from megarl.platform.packages import check_packages
 from megarl.records import PackedBatch
-from megarl.trainer.batches import BatchMaker
 from megarl.trainer.interface import PendingSave, RankContext, Read
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
+from megarl.trainer.megatron.expert_balancing import Routers
 from megarl.trainer.megatron.hidden import head_of, rows_for_head, sharing_group, whole_rows
 from megarl.trainer.megatron.lora import Lora
 from megarl.trainer.megatron.model import build_chunks, named_parameters
 from megarl.trainer.megatron.optimizer import build_optimizer, wrap_chunks
 from megarl.trainer.megatron.reference import FrozenCopy
-from megarl.trainer.megatron.routers import Routers
 from megarl.trainer.megatron.sleep import Sleeper
 from megarl.trainer.megatron.weights import TrainerWeights
 from megarl.trainer.outputs import Output
 from megarl.trainer.reduce import reduce_results, weights_report
 from megarl.weights.hf import load_hf
-from megarl.weights.share import pool_parameters
+from megarl.weights.shared_storage import pool_parameters
 
 
 class MegatronTrainer:

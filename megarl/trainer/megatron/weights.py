@@ -8,23 +8,23 @@ from dataclasses import replace
 
 import torch
 
-from megarl.layout import RankCoordinates
-from megarl.models.table import Architecture, Region
-from megarl.trainer.control import (
+from megarl.cluster.collectives import (
     gather,
     gather_to_first_rank,
     receive,
     send_to_first_rank,
     wait_for_devices,
 )
+from megarl.layout import RankCoordinates
+from megarl.models.table import Architecture, Region
 from megarl.trainer.interface import RankContext, Transport
 from megarl.trainer.megatron.lora import Lora
 from megarl.weights.checksum import RegionQuery, region_checksum
 from megarl.weights.hf import region_index
+from megarl.weights.memory_domain import address_towards
 from megarl.weights.peer import PieceServer
-from megarl.weights.place import address_towards
 from megarl.weights.plan import Owner
-from megarl.weights.share import share_parameters, storages_of
+from megarl.weights.shared_storage import share_parameters, storages_of
 
 
 class TrainerWeights:

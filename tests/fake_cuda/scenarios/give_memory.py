@@ -11,19 +11,19 @@ import sys
 
 import torch.distributed as dist
 
+from megarl.cluster.collectives import broadcast, gather
 from megarl.config.parallel import ParallelConfig
-from megarl.trainer.control import broadcast, gather
 from megarl.trainer.megatron.initialize import finalize, initialize
-from tests.weights import hand_over_ranks
+from tests.weights import sync_ranks
 
 
 def main() -> None:
     context = initialize(ParallelConfig(num_processes=2), seed=1)
-    hand_over_ranks.broadcast_as_nccl = dist.broadcast_object_list
+    sync_ranks.broadcast_as_nccl = dist.broadcast_object_list
     broadcast(None)  # the first collective makes the communicator: for that all ranks wait
     gather(None)
     parts = ["gradients", "optimizer", "kv_cache"]
-    times = {side: hand_over_ranks.give_memory(context, side, parts) for side in ("engine", "trainer")}
+    times = {side: sync_ranks.give_memory(context, side, parts) for side in ("engine", "trainer")}
     # In one write: an unbuffered print() makes two, and the lines of ranks that share the output mix.
     sys.stdout.write(json.dumps(times) + "\n")
     sys.stdout.flush()

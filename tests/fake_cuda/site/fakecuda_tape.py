@@ -26,9 +26,9 @@ class _NoEngine:
 
 
 def tape_rollouts(module: Any) -> None:
-    """Patch megarl.algorithms.rollouts."""
-    rollouts = module.Rollouts
-    original = rollouts.play
+    """Patch megarl.sampling.rollout_manager."""
+    rollouts = module.RolloutManager
+    original = rollouts.generate
 
     async def record(self: Any, prompts: list[Any], **settings: Any) -> Any:
         played = await original(self, prompts, **settings)
@@ -42,11 +42,11 @@ def tape_rollouts(module: Any) -> None:
         return played
 
     tape = _read(Path(PATH))
-    rollouts.play = record if MODE == "record" else replay
+    rollouts.generate = record if MODE == "record" else replay
 
 
 def leave_out_the_engine(module: Any) -> None:
-    """Patch megarl.algorithms.online, for a replay."""
+    """Patch megarl.loops.online, for a replay."""
     if MODE == "replay":
         module.start_engine = lambda *args, **kwargs: _NoEngine()
         module.attach_weights = lambda *args, **kwargs: []

@@ -113,7 +113,7 @@ else:
 if os.environ.get("FAKECUDA_TAPE"):
     import fakecuda_tape
 
-    AFTER["megarl.algorithms.rollouts"] = fakecuda_tape.tape_rollouts
-    AFTER["megarl.algorithms.online"] = fakecuda_tape.leave_out_the_engine
+    AFTER["megarl.sampling.rollout_manager"] = fakecuda_tape.tape_rollouts
+    AFTER["megarl.loops.online"] = fakecuda_tape.leave_out_the_engine
 if AFTER:
     sys.meta_path.insert(0, _Finder())

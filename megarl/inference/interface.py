@@ -1,0 +1,233 @@
+"""What a rollout engine is, seen from the trainer: token ids in, token ids and logprobs out.
+
+Text never crosses this interface, so nothing is re-tokenised on the way back. What there is one of per token
+is a numpy array, made in the engine's process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from megarl.config.rollout import EngineConfig
+from megarl.records import ArrayRecord, FinishReason, Logprobs, TokenIds
+from megarl.weights.checksum import RegionChecksum
+from megarl.weights.sync_plan import ParamInfo, WeightPlan
+
+
+class EngineError(RuntimeError):
+    """The engine could not start, or died too often; the message shows its cause and log."""
+
+
+class WeightPlanError(ValueError):
+    """A weight plan does not fit the engine; one line per violation."""
+
+    def __init__(self, violations: Sequence[str]) -> None:
+        super().__init__(
+            "the weight plan does not fit the engine:\n" + "\n".join(f"  {v}" for v in violations)
+        )
+        self.violations = list(violations)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest(ArrayRecord):
+    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only; on a GPU that
+    takes rollout.engine.batch_invariant, else rounding depends on what is decoded in the same step.
+
+    ``lineage`` tells what it begins with: requests of one (prompt, episode) continue each other, those of
+    one prompt begin alike. None is not known.
+    """
+
+    request_id: str
+    prompt_ids: TokenIds  # [P] int32
+    max_new_tokens: int
+    seed: int | None
+    lineage: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How tokens are drawn; the same for all requests of one call.
+
+    ``temperature`` 0 is greedy. Sampling ends at the first of ``stop_token_ids`` (kept, with its
+    logprob, as the last token) and nowhere else: an end-of-sequence id that is not listed is a
+    token like any other. With ``logprobs``, responses carry log p(token) after temperature, top-k and
+    top-p: renormalised over the tokens that could be drawn. ``top_k`` 0 and ``top_p`` 1 keep all.
+    """
+
+    temperature: float
+    stop_token_ids: tuple[int, ...]
+    logprobs: bool
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GeneratedResponse(ArrayRecord):
+    """What was sampled for one request. ``finish_reason`` is "length" at max_new_tokens and at the
+    engine's max_model_len; "abort" keeps the tokens there were.
+
+    ``experts`` are those chosen by every token but the last, which the model never saw: prompt and response
+    tokens by layers with experts by experts per token. Only from an engine that records them, and not of
+    an aborted response.
+    """
+
+    request_id: str
+    token_ids: TokenIds  # [N] int32
+    logprobs: Logprobs  # [N] float32, or [0] when not asked for
+    finish_reason: FinishReason
+    policy_version: int  # the weights that drew the first token
+    experts: np.ndarray | None = field(
+        default=None, repr=False, compare=False
+    )  # [P + N - 1, layers, k] int16
+    # (policy version, number of tokens) in order, where several versions drew the tokens; else empty
+    version_spans: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class AttachReport:
+    """How one engine rank reaches its weights. ``aliased`` parameters are the trainer's memory."""
+
+    aliased: list[str]
+    copied: list[str]
+    aliased_bytes: int
+    copied_bytes: int  # written into the engine's own parameters at every sync
+    received_bytes: int = 0  # the same, from trainer ranks whose memory the engine cannot map
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One weight sync: bytes written into engine parameters (all ranks) and wall time."""
+
+    bytes_moved: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """A sign of life. ``policy_version`` is None before the first sync."""
+
+    pid: int
+    policy_version: int | None
+    num_unfinished_requests: int
+    paused: bool
+
+
+def check_requests(requests: Sequence[GenerateRequest], max_model_len: int) -> None:
+    """Raise ValueError where a prompt is empty or leaves no room, or an id occurs twice."""
+    seen: set[str] = set()
+    for request in requests:
+        if request.request_id in seen:
+            raise ValueError(f"request {request.request_id}: the id occurs twice")
+        seen.add(request.request_id)
+        if not 0 < len(request.prompt_ids) < max_model_len:
+            raise ValueError(
+                f"request {request.request_id}: a prompt of {len(request.prompt_ids)} tokens does not fit"
+                f" an engine with max_model_len {max_model_len} (at least 1 of each prompt and response)"
+            )
+
+
+class EngineSession(Protocol):
+    """Requests that come one by one, as episodes ask for them; all are decoded together.
+
+    It is used on one event loop. :class:`megarl.inference.client.SessionClient` makes of it
+    ``await client.generate(request)``.
+    """
+
+    def submit(self, requests: Sequence[GenerateRequest]) -> None:
+        """Add requests; does not wait. Raises ValueError as :func:`check_requests`, and then adds none."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
+        """Responses when they finish, those of one decoding step together; ends with :meth:`close`.
+
+        Raises EngineError where the engine failed for good.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the session and what is unfinished in it."""
+        ...
+
+
+class Engine(Protocol):
+    """An engine the trainer drives. Order: wait_ready, attach, sync, then sessions and sync in turns.
+
+    Requests are awaited on an event loop (:meth:`session`); all other calls block, and come from the thread
+    that trains. Another kind of engine is a class with these methods, and its line in
+    :func:`megarl.inference.engine_group.start_engines`.
+    """
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings of the engine; of several, of each."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and response together."""
+        ...
+
+    @property
+    def plans(self) -> list[WeightPlan]:
+        """What is attached, one plan per engine rank."""
+        ...
+
+    def wait_ready(self) -> None:
+        """Return when the engine takes calls; raises EngineError with the cause otherwise."""
+        ...
+
+    def describe_parameters(self) -> list[dict[str, ParamInfo]]:
+        """The parameters of every engine rank, tied ones once."""
+        ...
+
+    def places(self) -> list[tuple[str, str]]:
+        """Host and device of every engine rank, as :mod:`megarl.weights.memory_domain` names them."""
+        ...
+
+    def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
+        """Bind one plan per engine rank; raises WeightPlanError with every violation."""
+        ...
+
+    def sync(self, policy_version: int) -> SyncReport:
+        """Make the trainer's present weights the engine's, forget cached KV, set the version."""
+        ...
+
+    def checksums(self) -> list[list[RegionChecksum]]:
+        """Of every region of the attached plans, per engine rank, as they lie in its parameters."""
+        ...
+
+    def session(self, sampling: SamplingConfig) -> EngineSession:
+        """Sample requests, which need not all be known yet."""
+        ...
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests now; unknown and finished ids are ignored."""
+        ...
+
+    def pause(self) -> None:
+        """Stop decoding; unfinished requests keep their place."""
+        ...
+
+    def resume(self) -> None:
+        """Go on after pause."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the KV cache until :meth:`wake`; nothing is generated meanwhile."""
+        ...
+
+    def wake(self) -> None:
+        """Have a KV cache again, empty."""
+        ...
+
+    def health(self) -> EngineHealth:
+        """A sign of life."""
+        ...
+
+    def shutdown(self) -> None:
+        """End the engine's process."""
+        ...

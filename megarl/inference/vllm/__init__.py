@@ -1,0 +1,1 @@
+"""The vLLM engine: the driver's handle, its actor process, its workers."""

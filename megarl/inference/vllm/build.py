@@ -1,0 +1,143 @@
+"""The vLLM engine as MegaRL needs it: with unset weights, its parameters what its kernels read."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megarl import platform
+from megarl.config.rollout import EngineConfig
+from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+# Prefixes are shared in whole blocks; with the default of 128 tokens, short prompts would share nothing.
+KV_BLOCK_SIZE = 32
+_NO_SHARE = 1e-6  # of the card, a few hundred KiB; 0 is refused
+LATENT_KV_BLOCK_SIZE = 16  # the only one of the CPU's kernel; of latent attention on GPUs nothing has run yet
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """All an actor needs to build its engine."""
+
+    model_dir: str
+    config: EngineConfig
+    dtype: str
+    max_model_len: int
+    seed: int
+    temp_dir: str  # for the files vLLM leaves behind, such as gloo's rendezvous
+    keep_kv_cache: bool = False  # over a sync
+    offload_kv_cache: bool = False  # sleep can free it
+    record_routing: bool = False  # responses bring the experts their tokens chose
+
+
+def build_engine(settings: EngineSettings) -> LLMEngine:
+    """An in-process vLLM engine with unset weights, whose parameters are what its kernels read.
+
+    Raises UserError for what the user can mend, in a worker process too.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    model = _register_architecture(settings.model_dir)
+    try:
+        engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(settings, model, _on_gpu())))
+    except RuntimeError as error:
+        if (told := _told_by_worker(error)) is not None:
+            raise UserError(told) from error
+        raise
+    # A worker process that dies takes the actor with it: the driver then starts both anew.
+    engine.model_executor.register_failure_callback(lambda: os._exit(1))
+    _check_head_sizes(engine)
+    if settings.record_routing and not returns_routing(engine):
+        engine.collective_rpc("megarl_record_routing")
+    return engine
+
+
+def engine_arguments(settings: EngineSettings, model: PretrainedConfig, on_gpu: bool) -> dict[str, Any]:
+    """vLLM's EngineArgs, by name."""
+    config = settings.config
+    latent = getattr(model, "kv_lora_rank", None) is not None
+    arguments: dict[str, Any] = {
+        "model": settings.model_dir,
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",  # weights come from attach
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "seed": settings.seed,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),  # the default misreads the free memory
+        "max_num_seqs": config.max_num_seqs,
+        # Prompts are prefilled whole: for a partial one vLLM takes back the seeded generator's last draw,
+        # which a CPU generator cannot do ("CPU Generator does not use offset").
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(config.max_num_batched_tokens, settings.max_model_len),
+        "block_size": LATENT_KV_BLOCK_SIZE if latent else KV_BLOCK_SIZE,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p, as the trainer's
+        # Without this field, which transformers does not write, vLLM leaves the router's bias out.
+        "hf_overrides": {"topk_method": "noaux_tc"} if model.model_type == "deepseek_v3" else {},
+        "generation_config": "vllm",  # the model's generation_config.json must not change sampling
+        "async_scheduling": False,
+        "disable_log_stats": True,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enable_expert_parallel": config.expert_parallel,  # over the tensor ranks
+        "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else None,
+        "worker_extension_cls": "megarl.inference.vllm.extension.WeightReceiver",
+    }
+    if on_gpu:
+        arguments |= {
+            "worker_cls": "megarl.inference.vllm.gpu_worker.GpuWorker",
+            # vLLM wants this share of the whole card to be free, whatever it is told of the KV cache; the
+            # trainer is there already. GpuWorker compares what is needed with what is free.
+            "gpu_memory_utilization": _NO_SHARE,
+            "moe_backend": "triton",  # the one that leaves experts as they are stored; see layout.py
+            "enable_sleep_mode": settings.offload_kv_cache,
+            "enable_return_routed_experts": settings.record_routing,
+        }
+    return arguments
+
+
+def returns_routing(engine: LLMEngine) -> bool:
+    """Whether vLLM itself returns the experts that tokens chose; its second model runner can, on GPUs."""
+    return bool(engine.vllm_config.aux_output_config.enable_return_routed_experts)
+
+
+def _on_gpu() -> bool:
+    return platform.chosen_name() != "cpu"
+
+
+def _told_by_worker(error: RuntimeError) -> str | None:
+    """The UserError of a worker process, of which vLLM hands on the text alone."""
+    found = re.search(
+        r"Worker failed with error '(rollout\.[\w.]+: .*)', please check", str(error), re.DOTALL
+    )
+    return None if found is None else found[1]
+
+
+def _check_head_sizes(engine: LLMEngine) -> None:
+    """vLLM's CPU attention takes some head sizes only, and says so no sooner than at the first request."""
+    for layer in engine.vllm_config.compilation_config.static_forward_context.values():
+        if hasattr(layer, "head_size") and not layer.attn_backend.supports_head_size(layer.head_size):
+            sizes = ", ".join(map(str, layer.attn_backend.get_supported_head_sizes()))
+            raise UserError(
+                f"model.path {engine.model_config.model}: vLLM's CPU attention does not take"
+                f" head size {layer.head_size} (only {sizes})"
+            )
+
+
+def _register_architecture(model_dir: str) -> PretrainedConfig:
+    """Register the model's class by object: by name, vLLM inspects it in a child process (15 s once)."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    config = AutoConfig.from_pretrained(model_dir)
+    for name in config.architectures or []:
+        if name in ModelRegistry.models:
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    return config

@@ -1,0 +1,1 @@
+"""The loops that jobs share: online, offline and evaluation."""

@@ -1,0 +1,190 @@
+"""Starting an engine beside the trainer and giving it the trainer's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megarl import platform
+from megarl.cluster.collectives import broadcast, gather
+from megarl.config.model import ModelConfig
+from megarl.config.online import WeightsConfig
+from megarl.config.rollout import EngineConfig
+from megarl.errors import UserError
+from megarl.inference.engine_group import start_engines
+from megarl.inference.interface import AttachReport, Engine
+from megarl.inference.placement import TrainerPlace, place_engines
+from megarl.models.layout_checks import check_engine, engine_layout
+from megarl.models.table import Architecture
+from megarl.trainer.interface import Trainer, Transport
+from megarl.weights.checksum import RegionChecksum, RegionQuery
+from megarl.weights.plan import Owner, Planner, Reader
+from megarl.weights.sync_plan import Alias, Copy, SourceView, Storage, WeightPlan
+
+
+def start_engine(
+    model: ModelConfig,
+    architecture: Architecture,
+    engine: EngineConfig,
+    weights: WeightsConfig | None = None,
+    *,
+    max_model_len: int,
+    seed: int,
+    log_dir: Path,
+    record_routing: bool = False,
+    ranks: Sequence[TrainerPlace] = (),
+    while_training: bool = False,
+) -> Engine:
+    """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights.
+
+    ``ranks`` are where the trainer's are, for several engines to be put beside them. With
+    ``while_training`` it shares the cores with a trainer at work.
+
+    Raises UserError for a model that the engine's ranks cannot share, or whose logprobs this platform's
+    engine is known to get wrong, and where the engines cannot be dealt to the ranks' hosts.
+    """
+    check_engine(architecture, engine)
+    check_batch_invariance(engine)
+    if record_routing and not engine.enable_prefix_caching and platform.chosen_name() == "cuda":
+        raise UserError(
+            "rollout.router_replay: needs rollout.engine.enable_prefix_caching = true on a GPU, where vLLM "
+            "keeps the experts of a prompt with its cached blocks"
+        )
+    if architecture.spec.mla and platform.chosen_name() == "cpu":
+        # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
+        raise UserError(
+            f"model.path: {model.path} has latent attention, of which vLLM computes wrong logprobs on a CPU: "
+            "no rollouts or evaluation of it here (sft, dpo, rm and convert work)"
+        )
+    return start_engines(
+        Path(model.path),
+        engine,
+        place_engines(engine, ranks, while_training=while_training),
+        dtype=model.dtype,
+        max_model_len=max_model_len,
+        seed=seed,
+        log_dir=log_dir,
+        keep_kv_cache=weights is not None and weights.keep_kv_cache,
+        offload_kv_cache=weights is not None and "kv_cache" in weights.offload,
+        record_routing=record_routing,
+    )
+
+
+def check_batch_invariance(engine: EngineConfig) -> None:
+    """Raise UserError where vLLM has no batch-invariant kernels for this machine's GPUs."""
+    if engine.batch_invariant and platform.chosen_name() == "cuda":
+        import torch
+
+        capability = torch.cuda.get_device_capability()
+        if capability < (9, 0):
+            found = ".".join(map(str, capability))
+            raise UserError(
+                "rollout.engine.batch_invariant: needs GPUs of compute capability 9.0 or later, such as an "
+                f"H100 (here: {found})"
+            )
+
+
+def rounding_note(engine: EngineConfig) -> list[str]:
+    """A line for the log where seeds alone do not fix what several engines draw."""
+    if platform.chosen_name() == "cpu" or engine.batch_invariant or engine.data_parallel_size == 1:
+        return []
+    return [
+        "on a GPU rounding depends on what is decoded side by side: which engine draws a response may change "
+        "it (not with rollout.engine.batch_invariant)"
+    ]
+
+
+def check_offload(weights: WeightsConfig) -> None:
+    """Raise UserError for parts that this platform has nowhere to put."""
+    if "optimizer" in weights.offload and platform.current().name == "cpu":
+        raise UserError(
+            "weights.offload: optimizer needs a GPU (on a CPU it lies in host memory as it is); gradients "
+            "and kv_cache can be freed here"
+        )
+
+
+def attach_weights(
+    engine: Engine, architecture: Architecture, owners: list[Owner], transport: Transport = "auto"
+) -> list[str]:
+    """Wait for the engine, plan and bind. Returns lines for the log: what is aliased, what copied and why.
+
+    Raises UserError when ``transport`` is shared_memory and an owner lies on another host.
+    """
+    engine.wait_ready()
+    described, places = engine.describe_parameters(), engine.places()
+    layout = engine_layout(engine.config)
+    planner = Planner(owners, peers_only=transport == "peer")
+    coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
+    regions = [architecture.engine_regions(layout, place) for place in coordinates]
+    plans = []
+    for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):
+        coordinate = rank % layout.world_size  # engines lie end to end, each with all of them
+        if params == described[coordinate]:  # the very same objects are planned once
+            params = described[coordinate]
+        plans.append(planner.plan(Reader(regions[coordinate], params, host, device)))
+    far = sorted({peer.rank for plan in plans for peer in plan.peers})
+    if far and transport == "shared_memory":
+        raise UserError(
+            f"weights.transport: shared_memory, but trainer ranks {far} are on other hosts than the engine"
+        )
+    lines = []
+    for rank, (plan, report) in enumerate(zip(plans, engine.attach(plans), strict=True)):
+        lines += [f"engine rank {rank}: {line}" for line in _describe(plan, report)]
+    return lines + rounding_note(engine.config)
+
+
+def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
+    """What one engine rank's plan does at every weight sync."""
+    yield (
+        f"{len(report.aliased)} parameters are the trainer's memory "
+        f"({report.aliased_bytes / 2**20:.1f} MiB, 0 bytes to move)"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for name in report.copied:
+        by_reason.setdefault(plan.copy_reasons.get(name, "the engine keeps its own layout"), []).append(name)
+    total = (report.copied_bytes + report.received_bytes) / 2**20
+    for reason, names in by_reason.items():
+        yield (
+            f"{len(names)} parameters are copied at every step ({total:.1f} MiB in all): {reason} "
+            f"(first: {names[0]})"
+        )
+    if plan.peers:
+        ranks = sorted({peer.rank for peer in plan.peers})
+        yield (
+            f"{report.received_bytes / 2**20:.1f} MiB of them come point to point from trainer "
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        )
+
+
+def verify_weights(engine: Engine | None, policy: Trainer) -> None:
+    """Compare checksums of every region on both sides; every trainer rank calls it, rank 0 has the engine.
+
+    Raises UserError naming the first region that differs and the number of those that do.
+    """
+    queries: list[RegionQuery] = []
+    theirs: list[tuple[int, RegionChecksum]] = []
+    if engine is not None:
+        for rank, (plan, sums) in enumerate(zip(engine.plans, engine.checksums(), strict=True)):
+            theirs += [(rank, checksum) for checksum in sums]
+            queries += region_queries(plan, sums)
+    answers = gather(policy.weights.checksums(broadcast(queries)))
+    ours = {number: value for answer in answers for number, value in answer.items()}
+    differ = [number for number, (_, checksum) in enumerate(theirs) if ours[number] != checksum.value]
+    if differ:
+        rank, checksum = theirs[differ[0]]
+        raise UserError(
+            f"weights.verify: {len(differ)} of {len(theirs)} regions differ between trainer and engine; the "
+            f"first is {checksum.param}{list(checksum.index)} of engine rank {rank}"
+        )
+
+
+def region_queries(plan: WeightPlan, sums: list[RegionChecksum]) -> list[RegionQuery]:
+    """Where the trainer has what the engine's checksums are of, in their order."""
+    mapped: list[Alias | Copy] = [*plan.aliases, *plan.copies]
+    places: list[tuple[SourceView, Storage | None, int]]
+    places = [(piece.source, plan.storages[piece.source.storage], -1) for piece in mapped]
+    places += [(peer.source, None, peer.rank) for peer in plan.peers]
+    return [
+        RegionQuery(source, checksum.dtype, storage, rank)
+        for (source, storage, rank), checksum in zip(places, sums, strict=True)
+    ]

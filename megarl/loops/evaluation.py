@@ -1,0 +1,231 @@
+"""Accuracy, pass@k and cons@k on held-out problems: inside a run, and as `megarl eval` of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.config.evaluate import EvalConfig
+from megarl.config.evaluation import EvaluationSizeConfig
+from megarl.config.model import is_megatron_checkpoint
+from megarl.config.parallel import ParallelConfig
+from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
+from megarl.data.tokenizer import TurnReader, stop_token_ids
+from megarl.environments.remote import EnvironmentWorkers
+from megarl.errors import UserError
+from megarl.inference.placement import this_machine
+from megarl.loops.datasets import load_problems
+from megarl.loops.engine_setup import attach_weights, start_engine
+from megarl.loops.model_files import read_model
+from megarl.metrics.console import Console
+from megarl.metrics.scores import Scores, is_correct, score, score_by_category, table, vote_of
+from megarl.metrics.timers import PhaseTimers
+from megarl.records import Group, Prompt
+from megarl.run_directory import RunDirectory
+from megarl.sampling.rollout_manager import RolloutManager, sample_row
+from megarl.trainer.build import build_frozen, finalize, initialize
+
+_CONVERTED = "model"  # in the run directory: the Hugging Face form of a Megatron checkpoint
+_ORIGIN = "converted_from.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Graded answers and what they come to."""
+
+    groups: list[Group]
+    total: Scores
+    categories: dict[str, Scores]  # empty where problems have none
+
+    def metrics(self) -> dict[str, float]:
+        """For a line of metrics.jsonl."""
+        return {"accuracy": self.total.accuracy, **self.total.values}
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Every answer, as it is saved."""
+        rows = []
+        for group in self.groups:
+            for number, sample in enumerate(group.samples):
+                vote = vote_of(sample)
+                rows.append(
+                    sample_row(step, group, sample)
+                    | {
+                        "sample": number,
+                        "correct": is_correct(sample),
+                        "vote": None if vote is None else vote[0],
+                        "category": group.prompt.metadata.get("category"),
+                        "info": sample.info,
+                    }
+                )
+        return rows
+
+
+def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, console: Console) -> list[Prompt]:
+    """The first ``num_prompts`` held-out problems (null: all) that are not among the training problems."""
+    with console.waiting("comparison of held-out and training problems"):
+        unseen = held_out.unseen
+    if unseen is None:
+        console.warn(
+            "held-out problems were not compared with the training problems, to leave out those that "
+            "occur there: "
+            f"there are more than {MAX_COMPARED_PROBLEMS} of them (data.train.size)"
+        )
+        unseen = list(range(len(held_out)))
+    if left_out := len(held_out) - len(unseen):
+        console.note(f"{left_out} of {len(held_out)} held-out problems also occur in training: left out")
+    count = settings.num_prompts
+    if not unseen or (count is not None and len(unseen) < count):
+        wanted = "some" if count is None else str(count)
+        raise UserError(
+            f"evaluation.num_prompts: {wanted} problems wanted, {len(unseen)} of {len(held_out)} held-out "
+            "problems do not occur in training; enlarge data.held_out, or set it to null for all there are"
+        )
+    chosen = unseen[:count]
+    if held_out.is_mixture and count is not None:  # sources lie end to end: some of each
+        chosen = [unseen[i * len(unseen) // count] for i in range(count)]
+    problems = [held_out[i] for i in chosen]
+    if settings.category_field is None:
+        return problems
+    return [_with_category(problem, settings.category_field) for problem in problems]
+
+
+def _with_category(problem: Prompt, field: str) -> Prompt:
+    value: Any = problem.metadata.get("entry")
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise UserError(f"evaluation.category_field: problem {problem.index} has no field {field!r}")
+        value = value[name]
+    return dataclasses.replace(problem, metadata={**problem.metadata, "category": str(value)})
+
+
+def evaluate(
+    rollouts: RolloutManager,
+    problems: list[Prompt],
+    settings: EvaluationSizeConfig,
+    *,
+    step: int,
+    max_new_tokens: int,
+    seed: int,
+    console: Console,
+) -> Evaluation:
+    """Answer every problem as ``settings`` say, and say how many answers were right."""
+    n = settings.num_samples_per_prompt
+    with console.progress("evaluation", total=len(problems) * n) as advance:
+        groups = rollouts.sample(
+            problems,
+            step=step,
+            generations=n,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            max_new_tokens=max_new_tokens,
+            advance=advance,
+            phase="other",
+        )
+    rollouts.read(sample for group in groups for sample in group.samples)
+    if rollouts.counts.num_dropped:
+        console.warn(
+            f"{rollouts.counts.num_dropped} of {len(problems) * n} answers could not be judged, left out;"
+            f" the last: {rollouts.counts.reason}"
+        )
+    draws = settings.consensus_draws if settings.consensus == "sampled" else 0
+    total = score(groups, settings.k, consensus_draws=draws, seed=seed)
+    categories = score_by_category(groups, settings.k, consensus_draws=draws, seed=seed)
+    kind = "greedy accuracy" if settings.temperature == 0 else f"accuracy (mean@{n})"
+    extra = "".join(f", {name.replace('_at_', '@')} {value:.1%}" for name, value in total.values.items())
+    console.note(f"step {step}: {kind} {total.accuracy:.1%}{extra} on {len(problems)} held-out problems")
+    return Evaluation(groups, total, categories)
+
+
+def run_eval(config: EvalConfig) -> None:
+    """Evaluate ``model.path`` with a vLLM engine; writes summary.json and samples/step_0.jsonl."""
+    console, timers = Console("eval"), PhaseTimers()
+    with RunDirectory(config.run.dir) as directory:
+        directory.open(config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True))
+        config = _with_hugging_face_model(config, directory.path, console)
+        architecture, tokenizer, longest = read_model(config)
+        held_out = load_problems(config, tokenizer, longest, "held_out")
+        for line in (line for report in held_out.reports for line in report.lines()):
+            console.note(line)
+        problems = pick_problems(held_out, config.evaluation, console)
+        engine = start_engine(
+            config.model,
+            architecture,
+            config.rollout.engine,
+            max_model_len=longest,
+            seed=config.run.seed,
+            log_dir=directory.path,
+            ranks=[this_machine()],
+        )
+        stops = tuple(stop_token_ids(tokenizer, config.model.path))
+        workers = EnvironmentWorkers(
+            config.data.held_out,
+            "data.held_out",
+            config.rollout.environments,
+            TurnReader(tokenizer, stops),
+        )
+        context = initialize(ParallelConfig(), config.run.seed)
+        owners = build_frozen(context, architecture, config.model).weights.owners()
+        with console.waiting("vLLM engine"):
+            attach_weights(engine, architecture, owners)
+        engine.sync(0)
+        rollouts = RolloutManager(
+            engine,
+            workers.wait_ready(),
+            tokenizer,
+            stops,
+            timers,
+            config.run.seed,
+            config.rollout.environments,
+            chat_template=config.data.format.chat_template,
+        )
+        if rollouts.note:
+            console.note(rollouts.note)
+        found = evaluate(
+            rollouts,
+            problems,
+            config.evaluation,
+            step=0,
+            max_new_tokens=config.longest_response,
+            seed=config.run.seed,
+            console=console,
+        )
+        _write(directory, found, timers.end_step()["seconds"], console)
+        engine.shutdown()
+        workers.shutdown()
+    finalize()
+
+
+def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: Console) -> None:
+    directory.write_samples(0, found.rows(0))
+    summary = found.total.summary() | {"wall_seconds": seconds}
+    if found.categories:
+        summary["categories"] = {name: scores.summary() for name, scores in found.categories.items()}
+    directory.write_summary(summary)
+    for line in table(found.total, found.categories):
+        console.note(line)
+    console.note(
+        f"{found.total.num_samples} answers to {found.total.num_prompts} problems "
+        f"(95% intervals: {found.total.interval_method}): {directory.samples_path / 'step_0.jsonl'}"
+    )
+
+
+def _with_hugging_face_model(config: EvalConfig, run_dir: Path, console: Console) -> EvalConfig:
+    """``config`` with a Hugging Face ``model.path``: a Megatron checkpoint is converted once, bit for bit."""
+    source = Path(config.model.path)
+    if not is_megatron_checkpoint(source):
+        return config
+    from megarl.convert.commands import find_iteration, megatron_to_hf
+
+    metadata = find_iteration(source) / ".metadata"
+    origin = {"source": str(source.resolve()), "written": metadata.stat().st_mtime}
+    target = run_dir / _CONVERTED
+    note = target / _ORIGIN
+    if not note.is_file() or json.loads(note.read_text()) != origin:
+        megatron_to_hf(source, target, hf_config=None, dtype=None, max_bytes=2 * 2**30, overwrite=True)
+        note.write_text(json.dumps(origin))
+        console.note(f"{source}: converted to {target}")
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})

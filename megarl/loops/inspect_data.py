@@ -1,0 +1,131 @@
+"""`megarl data inspect`: what a run will learn from, as it will see it, with what became of the rows."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from megarl.config.load import load_config
+from megarl.data.order import order_of
+from megarl.errors import UserError
+from megarl.jobs import JOBS, Job
+from megarl.loops.model_files import read_model
+from megarl.records import Pair, Prompt, TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megarl.config.evaluate import EvalConfig
+    from megarl.config.training import TrainingRoot
+
+
+_NUM_MEASURED = 1000
+_LEARNED = "bold green"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Show what ``options`` ask for; the exit code."""
+    if options.n < 0:
+        raise UserError(f"-n: expected a whole number >= 0 (got {options.n})")
+    jobs, config = _read_config(options)
+    _, tokenizer, longest = read_model(config)
+    split = options.split
+    if getattr(config.data, split) is None:
+        raise UserError(f"data.{split}: missing, so there is nothing to show")
+    data = jobs[0].data.loader()(config, tokenizer, longest, split)
+    console = Console(highlight=False, soft_wrap=True)
+    shuffle = split == "train" and bool(getattr(config.data, "shuffle", False))
+    indices = order_of(data, shuffle, config.run.seed).batch(0, options.n)
+    names = " or ".join(job.name for job in jobs)
+    console.print(f"megarl {names}, data.{split}: {len(data)} {jobs[0].data.noun}; {_legend(console)}")
+    for index in indices:
+        for title, sequence, note in _views(data[index], index):
+            lengths = f"{len(sequence)} tokens, {int(sequence.loss_mask.sum())} learned"
+            console.rule(Text(f"{title}: {lengths}"), align="left", characters="-")
+            console.print(rendered(tokenizer, sequence, colour=console.color_system is not None))
+            if note:
+                console.print(Text(note, style="dim"))
+    console.rule("all of them", align="left", characters="-")
+    for line in _summary(data, longest):
+        console.print(Text(line))
+    return 0
+
+
+def _legend(console: Console) -> Text | str:
+    if console.color_system is None:
+        return "what is learned stands between [[ and ]]"
+    return Text.assemble("what is learned is ", ("green", _LEARNED))
+
+
+def _read_config(options: argparse.Namespace) -> tuple[list[Job], TrainingRoot | EvalConfig]:
+    """The configuration, and the jobs that accept it: they read the same data."""
+    candidates = list(JOBS.values()) if options.job is None else [JOBS[options.job]]
+    accepted, failures = {}, {}
+    for job in candidates:
+        try:
+            accepted[job.name] = load_config(
+                job.root(), options.config, options.overrides, check_weights=False
+            )
+        except UserError as error:
+            failures[job.name] = error
+    if accepted:
+        return [JOBS[name] for name in accepted], next(iter(accepted.values()))
+    nearest = min(failures, key=lambda name: len(str(failures[name]).splitlines()))
+    if options.job is not None:
+        raise failures[nearest]
+    raise UserError(
+        f"{failures[nearest]}\n(read as a configuration of megarl {nearest}; --for names another)"
+    )
+
+
+def _views(example: TokenSequence | Pair | Prompt, index: int) -> Iterator[tuple[str, TokenSequence, str]]:
+    """Title, sequence and a note for each sequence of an example."""
+    match example:
+        case Pair():
+            yield f"pair {index}, chosen", example.chosen, ""
+            yield f"pair {index}, rejected", example.rejected, ""
+        case Prompt():
+            source = example.metadata.get("source")
+            title = f"problem {index}" + (f" ({source})" if source else "")
+            sequence = TokenSequence(example.token_ids, np.zeros(len(example.token_ids)))
+            yield title, sequence, f"reference answer: {example.metadata.get('answer')!r}"
+        case TokenSequence():
+            yield f"sequence {index}", example, ""
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, *, colour: bool) -> Text:
+    """The tokens as text, what is learned in green, or between [[ and ]] without colour."""
+    text, position = Text(), 0
+    for learned, run_ in groupby(sequence.loss_mask.tolist()):
+        length = len(list(run_))
+        part = tokenizer.decode(sequence.token_ids[position : position + length], skip_special_tokens=False)
+        position += length
+        if not learned:
+            text.append(part, style="dim" if colour else "")
+        elif colour:
+            text.append(part, style=_LEARNED)
+        else:
+            text.append(f"[[{part}]]")
+    return text
+
+
+def _summary(data: Any, longest: int) -> Iterator[str]:
+    count = min(len(data), _NUM_MEASURED)
+    sequences = [s for i in range(count) for _, s, _ in _views(data[i], i)]
+    lengths = [len(s) for s in sequences]
+    which = "" if count == len(data) else f" (of the first {count})"
+    yield (
+        f"tokens{which}: {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):g}; the run's "
+        f"longest sequence is {longest}"
+    )
+    if learned := sum(int(s.loss_mask.sum()) for s in sequences):
+        yield f"learned{which}: {learned} of {sum(lengths)} tokens, {learned / sum(lengths):.0%}"
+    lines = [line for report in data.reports for line in report.lines()]
+    yield from lines or ["dropped: none; bad rows: none"]

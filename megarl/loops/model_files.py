@@ -1,0 +1,69 @@
+"""What every command reads of a model directory before anything is started."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PreTrainedTokenizerBase
+
+from megarl.cluster.collectives import from_first_rank, gather
+from megarl.config.evaluate import EvalConfig
+from megarl.config.lora import LoraConfig
+from megarl.config.model import read_model_config
+from megarl.config.training import TrainingRoot
+from megarl.data.tokenizer import check_tokenizer, load_tokenizer
+from megarl.errors import UserError
+from megarl.models import load_architecture
+from megarl.models.lora import adapted_modules, num_adapter_parameters, targets_of
+from megarl.models.table import Architecture
+from megarl.platform.layers import layer_implementations
+from megarl.simulate.fit import free_bytes, least_memory, too_small
+from megarl.trainer.interface import RankContext
+
+
+def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
+    """Architecture, a tokenizer that fits it, and the longest sequence in tokens."""
+    path = config.model.path
+    architecture = load_architecture(path)
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
+    return architecture, tokenizer, config.max_sequence_length(read_model_config(path))
+
+
+def check_fits(config: TrainingRoot, architecture: Architecture, context: RankContext) -> None:
+    """Refuse GPUs that are too small, before anything is built; every rank calls it.
+
+    Raises:
+        UserError: what does not fit, of the first rank where it does not.
+    """
+    device = context.platform.device
+    if device.type == "cpu":
+        return
+    memory = least_memory(config, architecture, context.layout, context.at, context.rank)
+    problem = too_small(
+        memory, config.offloads, free_bytes(device), f"rank {context.rank}'s GPU {device.index}"
+    )
+    problems = [each for each in gather(problem) if each is not None]
+
+    def refuse() -> None:
+        if problems:
+            raise UserError(problems[0])
+
+    from_first_rank(refuse)
+
+
+def describe_model(device: str, config: TrainingRoot, architecture: Architecture) -> list[str]:
+    """Lines for the log: who computes each kind of the trainer's layers, and which adapters are trained."""
+    ring, experts = config.parallel.context_attention == "ring", architecture.spec.moe is not None
+    found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)
+    layers = "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
+    return [layers] if config.lora is None else [layers, _describe_lora(architecture, config.lora)]
+
+
+def _describe_lora(architecture: Architecture, lora: LoraConfig) -> str:
+    trained = num_adapter_parameters(adapted_modules(architecture, lora), lora.rank)
+    whole = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
+    return (
+        f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(targets_of(architecture, lora))}: "
+        f"{trained:,} parameters are trained, {trained / whole:.2%} of the model's {whole:,}"
+    )

@@ -1,0 +1,172 @@
+"""The loop of every job that learns from examples that are given: demonstrations or pairs.
+
+One step, on every rank, with nothing to wait for but the other ranks::
+
+    training.batch_size rows -> batch -> [the objective's loss] -> packing -> forward/backward -> optimizer
+
+Every rank reads the data itself and packs its own microbatches. What is learned is an :class:`Objective`, one
+class per algorithm (sft.py, preference.py); held-out rows are measured every training.validation_interval
+steps and after the last.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from megarl.batching.rank_microbatches import PackedStep
+from megarl.config.preference import PreferenceRoot
+from megarl.config.sft import SftConfig
+from megarl.data.order import Ordered, held_out_rows, order_of
+from megarl.loops.datasets import load_splits
+from megarl.loops.model_files import check_fits, describe_model, read_model
+from megarl.models.table import Architecture
+from megarl.records import PackedBatch, TrainBatch
+from megarl.runs.training_run import TrainingRun
+from megarl.trainer.build import finalize, initialize
+from megarl.trainer.interface import RankContext, Trainer
+
+
+class Examples(Ordered, Protocol):
+    """A data set whose rows are training sequences."""
+
+    def batch(self, rows: Sequence[int]) -> TrainBatch:
+        """The sequences of these rows, end to end."""
+        ...
+
+
+Data = TypeVar("Data", bound=Examples)
+Loss = TypeVar("Loss")
+
+
+class Objective(ABC, Generic[Data, Loss]):
+    """What is learned from examples. Every rank calls every method, with the same rows."""
+
+    trained: Trainer
+    group_size = 1
+    """Sequences that one row is, which share a microbatch."""
+    headlines: tuple[str, ...] = ("loss",)
+    """Metrics of the last step that stand in summary.json."""
+
+    @abstractmethod
+    def loss(self, data: Data, rows: list[int], batch: TrainBatch) -> Loss:
+        """The loss of these rows, whose sequences are ``batch``."""
+
+    @abstractmethod
+    def step(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
+        """One optimizer step; what is logged about it."""
+
+    @abstractmethod
+    def validate(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
+        """The same without learning, of held-out rows: what is logged, and kept for summary.json."""
+
+    def notes(self) -> list[str]:
+        """Lines for the log before the first step."""
+        return []
+
+    def begin(self, rows: Callable[[], list[tuple[Data, list[int]]]]) -> None:
+        """Prepare before a checkpoint is loaded; ``rows()`` are all that the run will use."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says beside the weights."""
+        return {}
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse to go on from the state of a checkpoint that does not fit; UserError."""
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says beside the headlines."""
+        return {}
+
+
+def run_offline(
+    config: SftConfig | PreferenceRoot,
+    kind: str,
+    load: Callable[..., Data],
+    make: Callable[[TrainingRun, RankContext, Architecture], Objective[Data, Any]],
+) -> None:
+    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    architecture, tokenizer, longest = read_model(config)
+    train, held_out = load_splits(load, config, tokenizer, longest)
+    context = initialize(config.parallel, config.run.seed)
+    check_fits(config, architecture, context)
+    with TrainingRun(config, kind, is_first=context.is_first) as run:
+        run.tell(train, held_out)
+        objective = make(run, context, architecture)
+        for line in [*describe_model(context.platform.name, config, architecture), *objective.notes()]:
+            run.console.note(line)
+        loop = OfflineLoop(config, run, objective, train, held_out)
+        objective.begin(loop.rows)
+        state = run.resume(objective.trained) or {"step": 0, "position": 0, "totals": {}}
+        objective.check(state)
+        totals = loop.run(state)
+        run.export(objective.trained, objective.trained.architecture)
+        run.finish({f"{kind}_steps": config.training.num_steps, **totals, **objective.summary()})
+    finalize()
+
+
+class OfflineLoop(Generic[Data]):
+    """The loop with all it drives."""
+
+    def __init__(
+        self,
+        config: SftConfig | PreferenceRoot,
+        run: TrainingRun,
+        objective: Objective[Data, Any],
+        train: Data,
+        held_out: Data | None,
+    ) -> None:
+        self.config, self.run_, self.objective = config, run, objective
+        self.train, self.held_out = train, held_out
+        self.order = order_of(train, config.data.shuffle, config.run.seed)
+        self.validation: list[int] = []
+        if held_out is not None:
+            self.validation = held_out_rows(held_out, min(config.training.validation_size, len(held_out)))
+
+    def rows(self) -> list[tuple[Data, list[int]]]:
+        """Every row that the run will see, each once."""
+        training = self.config.training
+        drawn = sorted(set(self.order.batch(0, training.num_steps * training.batch_size)))
+        found = [(self.train, drawn)]
+        return found if self.held_out is None else [*found, (self.held_out, self.validation)]
+
+    def run(self, state: dict[str, Any]) -> dict[str, Any]:
+        """From the state of the last finished step to the last step; what summary.json is to say."""
+        run, objective, training = self.run_, self.objective, self.config.training
+        position, totals = state["position"], dict(state["totals"])
+        run.timers.start_step()
+        for step in range(state["step"] + 1, training.num_steps + 1):
+            packed, loss = self.take(self.train, self.order.batch(position, training.batch_size))
+            position += training.batch_size
+            with run.timers("train"):
+                values = objective.step(packed.batches, loss)
+            run.check(step, values)
+            values |= packed.placed | {
+                "num_tokens": packed.num_tokens,
+                "num_microbatches": len(packed.batches),
+                "tokens_per_second_train": packed.num_tokens / run.timers.seconds("train"),
+            }
+            if self.held_out is not None and self.validates(step):
+                packed, loss = self.take(self.held_out, self.validation)
+                found = objective.validate(packed.batches, loss)
+                values |= found
+                totals |= found
+            run.log(step, values)
+            totals |= {name: values[name] for name in objective.headlines}
+            totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
+            kept = {"position": position, "totals": totals, **objective.state()}
+            run.after_step(step, training.num_steps, objective.trained, kept)
+        return totals
+
+    def take(self, data: Data, rows: list[int]) -> tuple[PackedStep, Any]:
+        """This rank's microbatches of some rows, and their loss."""
+        batch = data.batch(rows)
+        loss = self.objective.loss(data, rows, batch)
+        return self.objective.trained.prepare(batch, "token", group_size=self.objective.group_size), loss
+
+    def validates(self, step: int) -> bool:
+        """Whether held-out rows are measured after ``step``."""
+        training = self.config.training
+        at_interval = bool(training.validation_interval) and step % training.validation_interval == 0
+        return at_interval or step == training.num_steps

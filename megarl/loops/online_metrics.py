@@ -1,0 +1,130 @@
+"""What an online run tells: figures of a rollout, of the whole run, and samples for people to read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+
+from megarl.advantages.group import zero_std_fraction
+from megarl.config.online import OnlineConfig
+from megarl.losses.logprob_mismatch import LogprobMismatch
+from megarl.metrics.checks import DIFFERENCE_LIMITS
+from megarl.metrics.timers import PHASES
+from megarl.records import Group, Sample
+from megarl.sampling.rollout_manager import sample_row
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """Rewards, lengths and endings of the samples of one step."""
+    samples = [sample for group in groups for sample in group.samples]
+    bounds = np.array([0, *accumulate(len(group.samples) for group in groups)])
+    rewards = np.array([float(s.reward or 0.0) for s in samples])
+    lengths = [sample.num_sampled_tokens for sample in samples]
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "reward_min": float(rewards.min()),
+        "reward_max": float(rewards.max()),
+        "zero_std_groups_fraction": zero_std_fraction(rewards, bounds),
+        "response_length_mean": sum(lengths) / len(lengths),
+        "response_length_max": max(lengths),
+        "truncated_fraction": sum(s.finish_reason == "length" for s in samples) / len(samples),
+        "num_response_tokens": sum(lengths),
+    }
+
+
+def staleness_metrics(groups: list[Group], version: int) -> dict[str, float]:
+    """How old the samples are that a policy of ``version`` updates learns from."""
+    samples = [sample for group in groups for sample in group.samples]
+    ages = [version - sample.policy_version for sample in samples]
+    spans = [
+        span
+        for sample in samples
+        for span in sample.version_spans or [(sample.policy_version, len(sample.response_ids))]
+    ]
+    stale = sum(count for drawn, count in spans if drawn < version)
+    return {
+        "staleness_mean": sum(ages) / len(ages),
+        "staleness_max": max(ages),
+        "stale_tokens_fraction": stale / sum(len(sample.response_ids) for sample in samples),
+        "mixed_samples_fraction": sum(bool(sample.version_spans) for sample in samples) / len(samples),
+    }
+
+
+def describe_overlap(config: OnlineConfig, step: int) -> list[str]:
+    """What rollout.max_staleness amounts to, for the log of a run that begins after ``step``."""
+    k, algorithm = config.rollout.max_staleness, config.algorithm
+    lines = [
+        f"rollouts run up to {k} step(s) ahead of training; the engine pauses from the first optimizer step "
+        "of a batch until it has the new weights"
+    ]
+    if step:
+        lines.append(f"what was under way after step {step} is sampled anew, from the same prompts")
+    if not algorithm.corrects_staleness:
+        lines.append(
+            "neither algorithm.off_policy_correction nor algorithm.old_logprobs = rollout is set: samples of "
+            "older weights are learned from as if they had been drawn now"
+        )
+    return lines
+
+
+def first_samples(groups: list[Group], count: int) -> list[tuple[Group, Sample]]:
+    """The first ``count`` samples of a step, whole groups first."""
+    every = ((group, sample) for group in groups for sample in group.samples)
+    return list(itertools.islice(every, count))
+
+
+def sample_rows(
+    step: int, chosen: list[tuple[Group, Sample]], decode: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    """What samples/step_N.jsonl says of samples trained on; ``decode`` makes text of one token id."""
+    return [
+        sample_row(step, group, sample)
+        | {
+            "advantage": sample.advantage,
+            "policy_version": sample.policy_version,
+            **({"version_spans": sample.version_spans} if sample.version_spans else {}),
+            "num_response_tokens": sample.num_sampled_tokens,
+            "info": sample.info,
+            "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs.tolist()],
+            "response_tokens": [decode(i) for i in sample.response_ids.tolist()],
+        }
+        for group, sample in chosen
+    ]
+
+
+def disagreement(mismatch: LogprobMismatch, dtype: str, decode: Callable[[int], str]) -> str | None:
+    """A line about the token on which engine and trainer differ most, where that is too much."""
+    bound, worst = DIFFERENCE_LIMITS[dtype], mismatch.worst
+    if worst is None or worst.difference <= bound:
+        return None
+    return (
+        f"engine and trainer differ by {worst.difference:.2e} (above {bound:g}) on token {worst.label} "
+        f"{decode(worst.label)!r}: trainer {worst.trainer_logprob:.5f}, engine {worst.rollout_logprob:.5f}. "
+        "They are not the same policy: compare their types and weights."
+    )
+
+
+def run_summary(kind: str, num_steps: int, totals: dict[str, float]) -> dict[str, Any]:
+    """What summary.json says about the run, its earlier parts included when it was resumed."""
+    seconds = {phase: totals.get(f"seconds_{phase}", 0.0) for phase in PHASES}
+    wall = totals.get("wall_seconds", 0.0)  # start-up and evaluation included, under "other"
+    seconds["other"] = wall - sum(seconds[phase] for phase in PHASES if phase != "other")
+
+    def speed(phase: Literal["rollout", "train"]) -> float:
+        return totals.get(f"{phase}_tokens", 0) / seconds[phase] if seconds[phase] else 0.0
+
+    return {
+        "accuracy_before": totals.get("accuracy_before"),
+        "accuracy_after": totals.get("accuracy_after"),
+        f"{kind}_steps": num_steps,
+        "wall_seconds": wall,
+        "phase_seconds": seconds,
+        "tokens_per_second": {"rollout": speed("rollout"), "train": speed("train")},
+        "weights_bytes_moved": int(totals.get("weights_bytes_moved", 0)),
+        "logprob_abs_diff_max": totals.get("logprob_abs_diff_max", 0.0),
+    }

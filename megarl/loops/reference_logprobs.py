@@ -1,0 +1,127 @@
+"""Reference logprobs of a preference run: read from the cache or computed, once, before the first step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from megarl.cluster.collectives import from_first_rank
+from megarl.config.preference import DpoConfig
+from megarl.errors import UserError
+from megarl.loops.reference_cache import CacheError, ReferenceCache, model_digest, sequence_digest
+from megarl.models import load_architecture
+from megarl.models.table import Architecture
+from megarl.records import TokenSequence, TrainBatch
+from megarl.runs.training_run import Interrupted, TrainingRun
+from megarl.trainer.interface import Trainer
+from megarl.trainer.passes import sequence_logprobs
+
+_CHUNK = 64  # sequences per data-parallel rank between two looks at signals and the clock
+_SAVE_SECONDS = 60.0
+
+
+class ReferenceLogprobs:
+    """Summed reference logprobs by sequence, the same on every rank.
+
+    Every rank calls every method, with the same sequences; rank 0 alone looks at the disk.
+    """
+
+    def __init__(
+        self, config: DpoConfig, run: TrainingRun, policy: Trainer, architecture: Architecture
+    ) -> None:
+        """Hash the reference model; ``policy`` must still hold the weights of ``model.path``.
+
+        Raises UserError where the two models' architectures differ.
+        """
+        self._run, self._policy = run, policy
+        self._path = config.reference.path or config.model.path
+        self._is_own = Path(self._path) == Path(config.model.path)
+        if not self._is_own and load_architecture(self._path).spec != architecture.spec:
+            raise UserError(
+                f"reference.path: {self._path} is of another architecture than {config.model.path}"
+            )
+        self.model: str = from_first_rank(lambda: model_digest(self._path, config.model.dtype))
+        directory = config.reference.cache_dir or run.directory.path / "reference"
+        self._cache = ReferenceCache(Path(directory), self.model)
+        self._chunk = _CHUNK * config.parallel.data_parallel_size
+        self._logps: dict[bytes, float] = {}
+
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
+        """Summed logprobs [S] float64 of sequences that were prepared."""
+        return torch.tensor([self._logps[sequence_digest(s)] for s in batch], dtype=torch.float64)
+
+    def prepare(self, sequences: Iterable[TokenSequence]) -> dict[str, float]:
+        """Have the logprobs of all ``sequences``, from the cache or computed; says which on the log.
+
+        Returns how many were read and computed, and the seconds it took. What is computed is kept every
+        minute, so an interrupted run goes on from there.
+        """
+        started = time.perf_counter()
+        wanted = {sequence_digest(s): s for s in sequences}
+        kept: dict[bytes, float] = {}  # on rank 0 all that is in the cache, for other runs too
+
+        def read_wanted() -> dict[bytes, float]:
+            kept.update(self._read())
+            return {digest: kept[digest] for digest in wanted if digest in kept}
+
+        self._logps = from_first_rank(read_wanted)
+        read, missing = len(self._logps), [d for d in wanted if d not in self._logps]
+        if missing:
+            own = nullcontext() if self._is_own else self._policy.weights_of(self._path)
+            with own, self._run.console.progress("reference logprobs", len(missing)) as advance:
+                saved = time.monotonic()
+                for start in range(0, len(missing), self._chunk):
+                    chunk = missing[start : start + self._chunk]
+                    self._compute(chunk, [wanted[digest] for digest in chunk])
+                    advance(len(chunk))
+                    number = self._run.signal_number()
+                    if number is not None or time.monotonic() - saved > _SAVE_SECONDS:
+                        self._write(kept)
+                        saved = time.monotonic()
+                    if number is not None:
+                        self._run.console.note("Stopped; the same command goes on from there")
+                        raise Interrupted(128 + number)
+            self._write(kept)
+        source = f"read from {self._cache.path}" if read else "read"
+        self._run.console.note(
+            f"reference logprobs of {self._path}: {read} sequences {source}, {len(missing)} computed"
+        )
+        return {"read": read, "computed": len(missing), "seconds": time.perf_counter() - started}
+
+    def check_same_model(self, earlier: str) -> None:
+        """Refuse to go on with another reference than the run began with (``model`` of its state)."""
+        if earlier != self.model:
+            field = "model.path" if self._is_own else "reference.path"
+            raise UserError(
+                f"{field}: {self._path} holds other weights than when this run began; restore them or choose "
+                "another run.dir"
+            )
+
+    def _compute(self, digests: list[bytes], sequences: list[TokenSequence]) -> None:
+        values = sequence_logprobs(self._policy, TrainBatch.of(sequences)).tolist()
+        for digest, value, sequence in zip(digests, values, sequences, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{self._path}: the reference's logprob of a response is {value} (its prompt begins with "
+                    f"token ids {sequence.token_ids[:8].tolist()})"
+                )
+            self._logps[digest] = value
+
+    def _read(self) -> dict[bytes, float]:
+        try:
+            return self._cache.read()
+        except CacheError as error:
+            self._run.console.warn(
+                f"reference logprobs: {self._cache.path} is not used, {error}; it is written anew"
+            )
+            return {}
+
+    def _write(self, kept: dict[bytes, float]) -> None:
+        """Keep what this run computed beside what was there (sequences of other runs)."""
+        if self._run.is_first:
+            self._cache.write(kept | self._logps)

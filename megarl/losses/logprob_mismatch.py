@@ -1,0 +1,92 @@
+"""How far the engine's logprobs are from the trainer's for the same tokens and weights.
+
+The first thing to look at when RL goes wrong: engine and trainer must be the same policy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class WorstToken:
+    """The token on which engine and trainer disagree most."""
+
+    difference: float
+    sequence_id: int
+    label: int
+    trainer_logprob: float
+    rollout_logprob: float
+
+
+@dataclass(slots=True)
+class LogprobMismatch:
+    """Sums over tokens; merge over microbatches and ranks with ``+``."""
+
+    num_tokens: int = 0
+    abs_diff_sum: float = 0.0
+    kl_sum: float = 0.0  # k3 estimate of KL(rollout || trainer), tokens drawn from the engine
+    worst: WorstToken | None = None
+    num_stale: int = 0  # tokens drawn by older weights, which are in none of the above
+    stale_abs_diff_sum: float = 0.0
+    stale_kl_sum: float = 0.0
+
+    def __add__(self, other: LogprobMismatch) -> LogprobMismatch:
+        candidates = [w for w in (self.worst, other.worst) if w is not None]
+        return LogprobMismatch(
+            self.num_tokens + other.num_tokens,
+            self.abs_diff_sum + other.abs_diff_sum,
+            self.kl_sum + other.kl_sum,
+            max(candidates, key=lambda w: (math.isnan(w.difference), w.difference), default=None),
+            self.num_stale + other.num_stale,
+            self.stale_abs_diff_sum + other.stale_abs_diff_sum,
+            self.stale_kl_sum + other.stale_kl_sum,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """logprob_abs_diff_mean, logprob_abs_diff_max, kl_rollout_trainer; and what staleness did, if any."""
+        count = max(self.num_tokens, 1)
+        stale = {
+            "stale_logprob_abs_diff_mean": self.stale_abs_diff_sum / max(self.num_stale, 1),
+            "stale_kl_rollout_trainer": self.stale_kl_sum / max(self.num_stale, 1),
+        }
+        return (stale if self.num_stale else {}) | {
+            "logprob_abs_diff_mean": self.abs_diff_sum / count,
+            "logprob_abs_diff_max": self.worst.difference if self.worst else 0.0,
+            "kl_rollout_trainer": self.kl_sum / count,
+        }
+
+
+def measure_mismatch(
+    trainer: torch.Tensor,
+    rollout: torch.Tensor,
+    labels: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    stale: torch.Tensor | None = None,
+) -> LogprobMismatch:
+    """Compare logprobs [N] of the same tokens, computed with the same weights and temperature.
+
+    Tokens that older weights drew (``stale`` [N] not 0) differ by what was learned since: they are summed
+    up apart.
+    """
+    if stale is not None and stale.any():
+        old = stale != 0
+        d = trainer.detach()[old].double() - rollout[old].double()
+        current = measure_mismatch(trainer[~old], rollout[~old], labels[~old], sequence_ids[~old])
+        current.num_stale = d.numel()
+        current.stale_abs_diff_sum = float(d.abs().sum())
+        current.stale_kl_sum = float((torch.expm1(d) - d).sum())
+        return current
+    if trainer.numel() == 0:
+        return LogprobMismatch()
+    trainer = trainer.detach()
+    d = trainer.double() - rollout.double()
+    difference = d.abs()
+    at = int(difference.argmax())
+    worst = WorstToken(
+        float(difference[at]), int(sequence_ids[at]), int(labels[at]), float(trainer[at]), float(rollout[at])
+    )
+    return LogprobMismatch(d.numel(), float(difference.sum()), float((torch.expm1(d) - d).sum()), worst)

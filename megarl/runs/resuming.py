@@ -1,0 +1,92 @@
+"""Which checkpoint a run goes on from: the newest one that is what was written.
+
+Every rank calls every function. A damaged checkpoint is set aside with a line that names its file, and the
+one before it is taken; a run whose checkpoints are all damaged ends with a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megarl.cluster.collectives import from_first_rank, gather, on_first_rank
+from megarl.errors import ToldByRankZeroError, UserError
+from megarl.metrics.console import Console
+from megarl.run_directory import RunDirectory
+from megarl.runs.checkpoint_manager import STATE_FILE, read_state
+from megarl.trainer.checksums import damage, is_sealed
+from megarl.trainer.interface import Checkpointable
+
+
+def newest_whole(directory: RunDirectory, console: Console) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and what its loop has kept; None where there is no checkpoint.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(from_first_rank(directory.checkpoint_steps)):
+        path = directory.checkpoint_path(step)
+        shares = gather(damage(path, dist.get_rank(), dist.get_world_size()))
+        found, state = (
+            [each for share in shares for each in share],
+            from_first_rank(partial(read_state, path)),
+        )
+        if not found and state.get("step") != step:
+            found = [f"{STATE_FILE} does not say what step {step} ended with"]
+        if not found:
+            on_first_rank(partial(_set_aside, directory, console, damaged, path))
+            return path, state
+        damaged[step] = found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else "")
+    if damaged:
+        said = "; ".join(f"step_{step}: {why}" for step, why in damaged.items())
+        raise told_once(
+            f"run.dir: no checkpoint in {directory.checkpoints_path} is whole ({said}): restore one, or "
+            "choose another run.dir"
+        )
+    return None
+
+
+def _set_aside(directory: RunDirectory, console: Console, damaged: Mapping[int, str], path: Path) -> None:
+    for step, why in damaged.items():
+        kept = directory.set_aside(step)
+        console.warn(
+            f"checkpoint step_{step} is damaged ({why}): kept as {kept.name}, going on from {path.name}"
+        )
+
+
+def load(policy: Checkpointable, path: Path, state: Mapping[str, Any], num_steps: int) -> bool:
+    """Load a checkpoint that :func:`newest_whole` gave; whether random states were restored too.
+
+    Raises:
+        UserError: it has no optimizer state, and there are steps left to train; or it cannot be read.
+    """
+    if not state.get("optimizer", True):
+        if state["step"] < num_steps:
+            raise told_once(
+                f"checkpoint {path} was saved without its optimizer (checkpoint.save_optimizer: false): the "
+                "run cannot go on from it. Begin another run.dir with model.path on its weights, which "
+                f"`megarl convert megatron-to-hf {path} DIR` writes"
+            )
+        return policy.load(path, optimizer=False)
+    if is_sealed(path):
+        return policy.load(path)
+    try:
+        return policy.load(path)
+    except UserError:
+        raise
+    except Exception as error:  # from before there were checksums: nobody has looked at it yet
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"checkpoint {path} is damaged ({type(error).__name__}: {why}); delete it to go on from the one "
+            "before"
+        ) from error
+
+
+def told_once(line: str) -> UserError:
+    """An error that every rank raises with the same line: rank 0 says it."""
+    return UserError(line) if dist.get_rank() == 0 else ToldByRankZeroError(line)

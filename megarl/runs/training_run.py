@@ -1,0 +1,269 @@
+"""What every training loop needs around it: run directory, sinks, checkpoints, resume and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from megarl import platform
+from megarl.runs.resuming import load, newest_whole, told_once
+from megarl.runs.checkpoint_manager import CheckpointManager
+from megarl.cluster import heartbeat
+from megarl.cluster.heartbeat import Heartbeat
+from megarl.config.training import TrainingRoot
+from megarl.errors import UserError
+from megarl.metrics.checks import failures, non_finite
+from megarl.metrics.console import Console
+from megarl.metrics.profile import StepProfiler
+from megarl.metrics.report import write_report
+from megarl.metrics.sinks import MetricsSink, build_sinks
+from megarl.metrics.timers import PhaseTimers
+from megarl.models.table import Architecture
+from megarl.platform import ranges
+from megarl.records import StepMetrics
+from megarl.run_directory import RunDirectory
+from megarl.cluster.collectives import broadcast, from_first_rank, on_first_rank
+from megarl.trainer.interface import Checkpointable, Trainer
+from megarl.weights.hf import export_hf, fingerprint
+from megarl.weights.peft import export_adapter
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class Interrupted(SystemExit):
+    """Ends the process with the signal's customary code, after a checkpoint was written."""
+
+
+class TrainingRun:
+    """One training run on one rank. Rank 0 writes; the others keep step."""
+
+    def __init__(self, config: TrainingRoot, kind: str, *, is_first: bool) -> None:
+        self.config, self.kind, self.is_first = config, kind, is_first
+        self.directory = RunDirectory(config.run.dir)
+        self.console = Console(kind, enabled=is_first)
+        self.timers = PhaseTimers(ranges.phase, start_hook=self._begin_steps)
+        self.started = time.perf_counter()
+        self._sinks: list[MetricsSink] = []
+        self._signal: int | None = None
+        self.checkpoints = CheckpointManager(config.checkpoint, self.directory, self.console, is_first=is_first)
+        self._values: dict[str, float] = {}
+        self._last_step = 0
+        self._checked, self._spoiled = 0, False  # the last step whose figures were looked at, and what of it
+        self._odd: set[str] = set()  # metrics that were said not to be finite
+        self._base: dict[str, str] = {}  # with LoRA what the frozen weights are, for the run's state
+        self._heartbeat = Heartbeat(
+            self.directory.ranks_path,
+            dist.get_rank(),
+            dist.get_world_size(),
+            config.run.hang_timeout_seconds,
+            lambda: (ranges.phase_stack(), ranges.progress()),
+        )
+        self._profiler = StepProfiler(config.profile, self.directory.profile_path, dist.get_rank())
+        self._resolved = config.model_dump(mode="json")
+
+    # --- beginning and end --------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        """Open the run directory (rank 0); from here on SIGTERM and SIGINT end the run after a step."""
+        on_first_rank(self._open)
+        self._heartbeat.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        return self
+
+    def _open(self) -> None:
+        chosen = self.config.model_dump(mode="json", exclude_defaults=True)
+        for line in self.directory.open(self._resolved, chosen):
+            self.console.note(line)
+        heartbeat.clear(self.directory.ranks_path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._heartbeat.stop(error)
+        if self.checkpoints.is_pending:  # an error ended the run: other ranks may be anywhere
+            self.console.warn("the checkpoint that was being written is given up; the one before it stays")
+        for sink in self._sinks:
+            sink.close()
+        self.directory.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:  # the second one is meant
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._signal = number
+        self.console.note(f"{signal.Signals(number).name}: ending after this step, with a checkpoint")
+
+    def tell(self, *data: Any) -> None:
+        """Say what became of the rows of data sets (None: there is none)."""
+        for report in (report for each in data if each is not None for report in each.reports):
+            for line in report.lines():
+                self.console.note(line)
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def resume(self, policy: Checkpointable) -> dict[str, Any] | None:
+        """Load the newest whole checkpoint into ``policy``; returns its state, None for a fresh run.
+
+        One that is damaged is set aside with a line, and the one before it taken.
+
+        Raises:
+            UserError: there are checkpoints, and none of them can be gone on from.
+        """
+        if self.config.lora is not None:
+            self._base = {"base": from_first_rank(lambda: fingerprint(self.config.model.path))}
+        state = None
+        if (found := newest_whole(self.directory, self.console)) is not None:
+            path, state = found
+            self._check_base(state)
+            if not load(policy, path, state, self.config.training.num_steps):
+                self.console.warn(
+                    "random states start anew: another number of ranks, or another kind of device, wrote the "
+                    "checkpoint"
+                )
+            self.console.note(f"Resuming from {path} (step {state['step']})")
+        if self.is_first:
+            self.directory.start_after(state["step"] if state else None)
+        self._last_step = state["step"] if state else 0
+        if self.is_first:
+            self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
+        return state
+
+    def _check_base(self, state: Mapping[str, Any]) -> None:
+        """A checkpoint of adapters is nothing without the weights it was trained beside."""
+        if self._base and state.get("base") != self._base["base"]:
+            raise UserError(
+                f"model.path: {self.config.model.path} holds other weights than when this run began, whose "
+                "checkpoints have adapters alone; restore them or choose another run.dir"
+            )
+
+    def after_step(self, step: int, last_step: int, policy: Checkpointable, state: Mapping[str, Any]) -> None:
+        """Save when it is time; end the process here if a signal asked for it."""
+        self.checkpoints.poll()
+        number = self.signal_number()
+        interval = self.config.checkpoint.interval
+        due = step == last_step or (interval and step % interval == 0)
+        assert self._checked == step, "check() comes before after_step()"
+        if self._spoiled and step == last_step:
+            self.checkpoints.wait()
+            raise self._failed(step, ["the last step was not finite"])
+        if self._spoiled and (due or number is not None):
+            self.console.warn(f"step {step} is not saved: it was not finite")
+        elif due or number is not None:
+            self.checkpoints.save(step, policy, {**state, **self._base}, self._values)
+        if step == last_step or number is not None:
+            self.checkpoints.wait()
+        if self.is_first and (due or step % self.config.logging.report_interval == 0):
+            write_report(self.directory.path)
+        if number is not None and step != last_step:
+            self.console.note(f"Stopped at step {step}; the same command goes on from there")
+            # srun and torchrun end the other ranks when one has ended like this: rank 0 must be done.
+            broadcast(None)
+            raise Interrupted(128 + number)
+
+    def signal_number(self) -> int | None:
+        """The signal that asked this run to end, if one did: rank 0's, the same on every rank."""
+        number: int | None = broadcast(self._signal)
+        return number
+
+    def export(self, policy: Trainer, architecture: Architecture) -> None:
+        """Write the weights as a Hugging Face directory, <run.dir>/hf, unless switched off.
+
+        With LoRA: those weights with adapters merged, the adapters as <run.dir>/adapter, or both.
+        """
+        if not self.config.checkpoint.export_hf:
+            return
+        lora, base = self.config.lora, self.config.model.path
+        with ranges.phase("export"):
+            if lora is None or lora.export != "adapter":
+                tensors, target = policy.weights.hf_tensors(), self.directory.path / "hf"
+                self._write(tensors, partial(export_hf, target, base, architecture))
+            if lora is not None and lora.export != "merged":
+                tensors, target = policy.weights.adapter_tensors(), self.directory.path / "adapter"
+                self._write(tensors, partial(export_adapter, target, base, architecture, lora))
+
+    def _write(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
+        if self.is_first:
+            write(tensors)
+        else:
+            for _ in tensors:  # every rank takes part in the gathering
+                pass
+
+    # --- figures ------------------------------------------------------------------------------
+
+    def check(self, step: int, values: Mapping[str, float]) -> None:
+        """End the run where the figures of ``step``'s learning say that it failed; or warn, as configured.
+
+        Every rank calls it with equal values, before anything reads the new weights.
+
+        Raises:
+            UserError: a loss, a gradient norm or a weight is NaN or infinite. The figures are in
+                metrics.jsonl and the report; of the step nothing is saved.
+        """
+        found = failures(values)
+        self._checked, self._spoiled = step, bool(found)
+        if not found:
+            return
+        if self.config.run.on_non_finite == "warn":
+            self.console.warn(f"step {step}: {', '.join(found)}")
+            return
+        self.log(step, dict(values))
+        self.checkpoints.wait()  # a good one may be on its way
+        if self.is_first:
+            write_report(self.directory.path)
+        raise self._failed(step, found)
+
+    def _failed(self, step: int, found: list[str]) -> UserError:
+        """The line with which a run ends that has failed."""
+        kept = self.directory.latest_checkpoint()
+        line = (
+            f"step {step}: {', '.join(found)}. The run ends here and saves nothing of this step; the latest "
+            f"checkpoint is {'none' if kept is None else kept}. Most often optimizer.lr is too large; "
+            "debug.check_numerics names the first bad token, run.on_non_finite: warn goes on"
+        )
+        return told_once(line)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Close the step's clock and hand its figures to every sink and the console (rank 0)."""
+        odd = non_finite(values)
+        if new := [f"{name} is {odd[name]}" for name in odd if name not in self._odd]:
+            self.console.warn(f"step {step}: {', '.join(new)}")
+        self._odd |= odd.keys()
+        values = values | self.timers.end_step()
+        if (path := self._profiler.end(step)) is not None:
+            self.console.note(f"profile of step {step}: {path}")
+        self._last_step = step
+        values["peak_memory_gib"] = platform.peak_memory_gib()
+        if self.config.checkpoint.async_save:
+            values["seconds_checkpoint_blocked"] = self.checkpoints.take_blocked_seconds()
+        self._values = values
+        if self.is_first:
+            metrics = StepMetrics(step, values)
+            for sink in self._sinks:
+                sink.log(metrics)
+            self.console.step(metrics)
+        self._begin_steps()
+
+    def _begin_steps(self) -> None:
+        """The loop begins, or a step is over: the next one is watched, and traced if it was chosen."""
+        self._heartbeat.step = self._last_step + 1
+        self._profiler.begin(self._last_step + 1)
+
+    def seconds_so_far(self) -> float:
+        """Wall time of this process's run, start-up included."""
+        return time.perf_counter() - self.started
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and the report, and say where it is."""
+        if self.is_first:
+            self.directory.write_summary(summary)
+            report = write_report(self.directory.path)
+            self.console.note(f"Report: {report}")

@@ -1,0 +1,77 @@
+"""What stands between two turns of the policy, as token ids: the end of its message, what it reads, its cue.
+
+The tokens of earlier turns are never looked at again: only the environment's text is tokenised, once, with
+the markup that the chat template puts around it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megarl.errors import UserError
+from megarl.records import TokenIds, token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from transformers import PreTrainedTokenizerBase
+
+# Stands for the policy's message while the template is rendered; no template and no text has it.
+_MARK = "\u2063megarl\u2063turn\u2063"
+
+
+class ChatContinuation:
+    """Turns observations into token ids.
+
+    Args:
+        tokenizer: the model's.
+        stop_token_ids: what ends a turn; the engine leaves that token on the sampled ones.
+        chat_template: whether prompts are chats; otherwise observations are appended as bare text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Collection[int], *, chat_template: bool
+    ) -> None:
+        self._tokenizer, self._chat = tokenizer, chat_template
+        self._stops = frozenset(stop_token_ids)
+
+    def check(self, role: str) -> None:
+        """Render one observation of ``role``; a template that cannot is a UserError."""
+        if self._chat:
+            self._after(role, "x")
+
+    def observation(self, sampled: TokenIds, role: str, text: str) -> TokenIds:
+        """Token ids to go on with after ``sampled``, the policy's turn, ending where it speaks again.
+
+        A turn that was cut off is ended first, as the template ends a message.
+        """
+        if self._chat:
+            text = self._after(role, text)
+            if len(sampled) and (last := int(sampled[-1])) in self._stops:
+                end = str(self._tokenizer.decode([last], skip_special_tokens=False))
+                text = text.removeprefix(end)
+        return token_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _after(self, role: str, text: str) -> str:
+        """What the template writes from the end of the policy's message on."""
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": _MARK},
+            {"role": role, "content": text},
+        ]
+        try:
+            rendered = str(
+                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
+        except Exception as error:  # templates raise through jinja2, in many ways
+            raise UserError(
+                f"data.format.chat_template: the model's template cannot go on after a turn with a message"
+                f" of role {role!r}: {error}"
+            ) from error
+        _, mark, after = rendered.rpartition(_MARK)
+        if not mark or text.strip() not in after:
+            raise UserError(
+                f"data.format.chat_template: the model's template does not show a message of role {role!r}"
+                " after the assistant's"
+            )
+        return after

@@ -1,0 +1,316 @@
+"""Prompts in, graded groups out: the engine and the environment side by side.
+
+Responses are graded as they finish, while the engine works on the rest. Their text is made where they are
+graded, and here for those that somebody wants to read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megarl.config.environments import EnvironmentRuntime
+from megarl.config.online import OnlineConfig
+from megarl.data.tokenizer import TurnReader, stop_token_ids
+from megarl.environments.base import EpisodeEnvironment
+from megarl.environments.remote import EnvironmentWorkers
+from megarl.errors import UserError
+from megarl.inference.client import SessionClient
+from megarl.inference.interface import Engine, GeneratedResponse, GenerateRequest, SamplingConfig
+from megarl.metrics.console import Console
+from megarl.metrics.timers import Phase, PhaseTimers
+from megarl.platform import ranges
+from megarl.records import Group, Prompt, Sample, TokenIds
+from megarl.sampling.chat_continuation import ChatContinuation
+from megarl.sampling.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
+from megarl.sampling.rollout_prefetch import EventLoopThread
+
+
+def request_seed(run_seed: int, step: int, prompt_index: int, generation: int) -> int:
+    """The sampling seed of one sample: a pure function, so that a resumed run draws the same tokens."""
+    name = f"{run_seed}/{step}/{prompt_index}/{generation}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
+
+
+def turn_seed(run_seed: int, step: int, prompt_index: int, generation: int, turn: int) -> int:
+    """The sampling seed of one turn of an episode; of the first, request_seed."""
+    seed = request_seed(run_seed, step, prompt_index, generation)
+    return seed if turn == 0 else request_seed(seed, step, prompt_index, turn)
+
+
+@dataclass(slots=True)
+class RolloutCounts:
+    """Failures of the environment in one call of sample."""
+
+    num_episodes: int = 0
+    num_retries: int = 0
+    num_dropped: int = 0
+    reason: str = ""  # of the last one dropped
+
+    def metrics(self) -> dict[str, float]:
+        """As they stand in metrics.jsonl."""
+        return {"episodes_retried": self.num_retries, "episodes_dropped": self.num_dropped}
+
+
+RolloutResult = tuple[list[Group], RolloutCounts, float]
+
+
+class EnvironmentsFailedError(UserError):
+    """More episodes had to be dropped than the configuration allows."""
+
+
+class RolloutManager:
+    """Samples groups with one engine and grades them with one environment (rank 0 only)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        environment: EpisodeEnvironment,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: tuple[int, ...],
+        timers: PhaseTimers,
+        run_seed: int,
+        runtime: EnvironmentRuntime | None = None,
+        *,
+        chat_template: bool = True,
+    ) -> None:
+        self._engine, self._environment = engine, environment
+        self.note = environment.note
+        """What the environment has to say for the log."""
+        self._stop_token_ids, self._timers, self._run_seed = stop_token_ids, timers, run_seed
+        self._runtime = runtime or EnvironmentRuntime()
+        self._turns = ChatContinuation(tokenizer, stop_token_ids, chat_template=chat_template)
+        self._text = TurnReader(tokenizer, stop_token_ids)
+        self.counts = RolloutCounts()
+        """Of the latest call of sample."""
+        self._run: Callable[[Coroutine[Any, Any, RolloutResult]], RolloutResult] = _run
+
+    def run_on(self, loop: EventLoopThread) -> None:
+        """From now on sample on this event loop: an environment's processes serve one loop only."""
+        self._run = loop.run
+
+    def read(self, samples: Iterable[Sample]) -> None:
+        """Set the text of samples that people are to read, as their environment has read it."""
+        for sample in samples:
+            raw = bool(sample.turns) or self._environment.raw_actions
+            sample.text = self._text(sample.response_ids, raw=raw)
+
+    def sample(
+        self,
+        prompts: list[Prompt],
+        *,
+        step: int,
+        generations: int,
+        temperature: float,
+        max_new_tokens: int,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        advance: Callable[[int], None] = lambda _: None,
+        phase: Phase = "rollout",
+    ) -> list[Group]:
+        """One group of ``generations`` samples per prompt, in the order of ``prompts``.
+
+        All requests are batched continuously; ``advance(1)`` is called for each finished sample.
+        Temperature 0 is greedy and carries no logprobs.
+        Time is booked under ``phase``; in a training rollout, time in which the engine has nothing to do
+        because the environment is at work is booked under "reward".
+
+        A sample whose environment failed to the end is missing from its group (see ``counts``); a group
+        may be empty.
+
+        Raises:
+            EnvironmentsFailedError: more than ``runtime.max_dropped_fraction`` of the episodes failed.
+        """
+        work = self.generate(
+            prompts,
+            step=step,
+            generations=generations,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            top_k=top_k,
+            top_p=top_p,
+            advance=advance,
+        )
+        with self._timers(phase):
+            groups, self.counts, idle_seconds = self._run(work)
+            if phase == "rollout":
+                self._timers.move(phase, "reward", idle_seconds)
+        return groups
+
+    async def generate(
+        self,
+        prompts: list[Prompt],
+        *,
+        step: int,
+        generations: int,
+        temperature: float,
+        max_new_tokens: int,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> RolloutResult:
+        """As :meth:`sample`; also what was dropped, and the seconds the engine had nothing to do."""
+        greedy = temperature == 0
+        sampling = SamplingConfig(
+            temperature, self._stop_token_ids, logprobs=not greedy, top_k=top_k, top_p=top_p
+        )
+        runtime = self._runtime
+        limits = EpisodeLimits(
+            max_new_tokens, runtime.max_turns, runtime.max_new_tokens_per_turn, runtime.max_retries
+        )
+        player = EpisodePlayer(self._environment, self._turns, limits)
+        counts = RolloutCounts(num_episodes=len(prompts) * generations)
+
+        def finished(_: object) -> None:
+            advance(1)
+            ranges.tick()
+
+        client = SessionClient(self._engine, sampling)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    [
+                        group.create_task(self._episode(player, client, counts, prompt, step, number, greedy))
+                        for number in range(p, len(prompts) * generations, len(prompts))
+                    ]
+                    for p, prompt in enumerate(prompts)
+                ]
+                for task in (task for row in tasks for task in row):
+                    task.add_done_callback(finished)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            client.close()
+        counts.num_retries = player.num_retries
+        samples = [[task.result() for task in row] for row in tasks]
+        groups = [
+            Group(prompt, [sample for sample in row if sample is not None])
+            for prompt, row in zip(prompts, samples, strict=True)
+        ]
+        return groups, counts, client.idle_seconds()
+
+    async def _episode(
+        self,
+        player: EpisodePlayer,
+        client: SessionClient,
+        counts: RolloutCounts,
+        prompt: Prompt,
+        step: int,
+        number: int,
+        greedy: bool,
+    ) -> Sample | None:
+        """One sample; None where it was dropped. ``number`` tells the step's episodes apart."""
+
+        async def ask(turn: int, ids: TokenIds, room: int) -> GeneratedResponse:
+            seed = None if greedy else turn_seed(self._run_seed, step, prompt.index, number, turn)
+            lineage = (prompt.index, number)
+            return await client.generate(GenerateRequest(f"{step}-{number}-{turn}", ids, room, seed, lineage))
+
+        try:
+            return await player.play(prompt, ask)
+        except EpisodeFailedError as error:
+            self._drop(counts, error)
+            return None
+
+    def _drop(self, counts: RolloutCounts, error: EpisodeFailedError) -> None:
+        limit = self._runtime.max_dropped_fraction
+        counts.num_dropped += 1
+        counts.reason = str(error)
+        if counts.num_dropped > limit * counts.num_episodes:
+            raise EnvironmentsFailedError(
+                f"the environment failed {counts.num_dropped} of {counts.num_episodes} episodes, more than"
+                f" rollout.environments.max_dropped_fraction = {limit:g} allows; the last: {counts.reason}"
+            )
+
+
+def _run(work: Coroutine[Any, Any, RolloutResult]) -> RolloutResult:
+    """As asyncio.run, but the main task has no result: restoring SIGINT, Python makes a string of it."""
+    found: list[RolloutResult] = []
+
+    async def keep() -> None:
+        found.append(await work)
+
+    asyncio.run(keep())
+    return found[0]
+
+
+def make_rollout_manager(
+    config: OnlineConfig,
+    engine: Engine,
+    workers: EnvironmentWorkers,
+    tokenizer: PreTrainedTokenizerBase,
+    timers: PhaseTimers,
+) -> RolloutManager:
+    """The rollouts of a training run; waits for the environment's processes."""
+    return RolloutManager(
+        engine,
+        workers.wait_ready(),
+        tokenizer,
+        tuple(stop_token_ids(tokenizer, config.model.path)),
+        timers,
+        config.run.seed,
+        config.rollout.environments,
+        chat_template=config.data.format.chat_template,
+    )
+
+
+def usable(
+    groups: list[Group], counts: RolloutCounts, console: Console, *, smallest: int = 2
+) -> tuple[list[Group], dict[str, float]]:
+    """The groups to learn from, and what was dropped: alone in its group, a sample has no baseline.
+
+    ``smallest`` samples a group must have: 1 where no baseline is taken.
+    """
+    kept = [group for group in groups if len(group.samples) >= smallest]
+    dropped = len(groups) - len(kept)
+    if counts.num_dropped:
+        console.warn(
+            f"{counts.num_dropped} of {counts.num_episodes} episodes dropped, their environment failed"
+            f" ({dropped} groups with them, of which fewer than {smallest} samples were left); the last:"
+            f" {counts.reason}"
+        )
+    if not kept:
+        raise EnvironmentsFailedError(
+            f"the environment's failures left no group with {smallest} samples; the last: {counts.reason}"
+        )
+    values = counts.metrics() | {"groups_dropped": dropped}
+    turns = [len(sample.turns) or 1 for group in kept for sample in group.samples]
+    if max(turns) > 1:
+        values |= {"turns_mean": sum(turns) / len(turns), "turns_max": max(turns)}
+    return kept, values
+
+
+def split_groups(groups: list[Group], parts: int) -> list[list[Sample]]:
+    """The samples of ``parts`` optimizer steps, their groups whole and as equal in number as can be.
+
+    Fewer parts where there are fewer groups.
+    """
+    parts = min(parts, len(groups))
+    edges = [len(groups) * i // parts for i in range(parts + 1)]
+    return [
+        [sample for group in groups[start:end] for sample in group.samples]
+        for start, end in itertools.pairwise(edges)
+    ]
+
+
+def sample_row(step: int, group: Group, sample: Sample) -> dict[str, Any]:
+    """What samples/step_N.jsonl says of any sample, trained on or evaluated."""
+    return {
+        "step": step,
+        "prompt_index": sample.prompt_index,
+        "prompt": group.prompt.text,
+        "response": sample.text,
+        "answer": group.prompt.metadata.get("answer"),
+        "reward": sample.reward,
+        "finish_reason": sample.finish_reason,
+        "turns": [
+            {"sampled": turn.num_sampled, "observed": turn.num_observed, "reward": turn.reward}
+            for turn in sample.turns
+        ],
+    }

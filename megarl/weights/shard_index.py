@@ -1,0 +1,334 @@
+"""What a plan is made of: the pieces of each engine parameter, and which trainer ranks hold each.
+
+This half of the planner knows regions only. It does not depend on where an engine rank runs, so that
+one answer serves all engine ranks with the same regions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megarl.models.table import Box, Index, Region
+from megarl.weights.boxes import (
+    as_box,
+    intersect,
+    joined,
+    merge,
+    move,
+    subtract,
+    tiling_problem,
+    volume,
+    within,
+)
+from megarl.weights.sync_plan import ParamInfo, PeerCopy
+
+VOCAB_PARAMS = ("embed_tokens.weight", "lm_head.weight")
+"""Their last rows may be padding that no tensor owns and no result reads."""
+
+
+class ReplicaSet:
+    """Owners (by place in the list of owners) that have the same bytes. Equal sets are one object.
+
+    That object is its own key in tables: identity is equality here.
+    """
+
+    def __init__(
+        self, places: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], ReplicaSet]
+    ):
+        self.places, self.members = places, frozenset(places)
+        self._hosts, self._interned = hosts, interned
+        self._on_host: dict[str, ReplicaSet] | None = None
+        self._narrowed: dict[tuple[ReplicaSet, ...], ReplicaSet] = {}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _of(self, places: Iterable[int]) -> ReplicaSet:
+        return intern(tuple(places), self._hosts, self._interned)
+
+    def only(self, place: int) -> ReplicaSet:
+        """Just this one."""
+        return self._of((place,))
+
+    def on_host(self, host: str) -> ReplicaSet | None:
+        """Those on one host, None when there are none."""
+        if self._on_host is None:
+            by_host: dict[str, list[int]] = defaultdict(list)
+            for place in self.places:
+                by_host[self._hosts[place]].append(place)
+            self._on_host = {name: self._of(places) for name, places in by_host.items()}
+        return self._on_host.get(host)
+
+    def narrowed(self, others: Sequence[ReplicaSet]) -> ReplicaSet:
+        """Those that are also in the others, taken one after another as long as any remain."""
+        key = tuple(others)
+        if key not in self._narrowed:
+            members = self.members
+            for other in others:
+                members = (members & other.members) or members
+            self._narrowed[key] = self._of(place for place in self.places if place in members)
+        return self._narrowed[key]
+
+
+def intern(
+    places: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], ReplicaSet]
+) -> ReplicaSet:
+    """The one object for these places."""
+    if places not in interned:
+        interned[places] = ReplicaSet(places, hosts, interned)
+    return interned[places]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """``param[index]`` of these holders."""
+
+    holders: ReplicaSet
+    param: str
+    index: Index
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``index`` of an engine parameter, and who holds it (several offers: under different names)."""
+
+    index: Index
+    size: int  # elements
+    holders: ReplicaSet
+    offers: tuple[Offer, ...]
+    made: dict[int, PeerCopy] = field(default_factory=dict, compare=False)  # the same for many engine ranks
+
+    def source(self, place: int) -> tuple[str, Index]:
+        """Parameter and index in which the owner at ``place`` holds this piece."""
+        for offer in self.offers:
+            if place in offer.holders.members:
+                return offer.param, offer.index
+        raise AssertionError(place)
+
+
+class Sender(NamedTuple):
+    """Who may send one piece of a parameter, given where the engine rank runs."""
+
+    number: int  # of the piece
+    candidates: ReplicaSet
+    narrowed: ReplicaSet  # to those that can also send other pieces
+    mapped: bool
+
+
+Outline = tuple[Index, int, list[tuple[int, Index]]]
+"""A piece without its sources: index, elements, and (number of the source, index there) of each offer."""
+
+
+@dataclass(eq=False, slots=True)
+class ParamPieces:
+    """The pieces of one parameter, for all engine ranks of a kind. Compared by identity: a key of tables."""
+
+    pieces: list[Piece]
+    common: frozenset[int]  # owners that hold all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """The pieces of every parameter of one kind of engine rank."""
+
+    params: dict[str, ParamPieces]
+    padding: dict[str, int]  # rows at the end of a vocabulary parameter that no tensor has
+    problems: list[str]
+    num_pieces: int
+
+
+class ShardIndex:
+    """All owners' regions by tensor and box: replicas are found together."""
+
+    def __init__(self, owners: Sequence[tuple[list[Region], str]]) -> None:
+        self._hosts = [host for _, host in owners]
+        self._interned: dict[tuple[int, ...], ReplicaSet] = {}
+        replicas: dict[int, tuple[list[Region], list[int]]] = {}  # replicas may be given one list
+        for place, (regions, _) in enumerate(owners):
+            replicas.setdefault(id(regions), (regions, []))[1].append(place)
+        found: dict[str, dict[Box, dict[tuple[str, Index], list[int]]]] = {}
+        for regions, places in replicas.values():
+            for region in regions:
+                boxes = found.setdefault(region.hf, {})
+                held = boxes.setdefault(region.box, {})
+                held.setdefault((region.param, region.index), []).extend(places)
+        self._offers = {
+            hf: [
+                (Region(hf, box, param, index), intern(tuple(sorted(places)), self._hosts, self._interned))
+                for box, held in boxes.items()
+                for (param, index), places in held.items()
+            ]
+            for hf, boxes in found.items()
+        }
+        splits: dict[tuple[tuple[Box, Index], ...], int] = {}
+        self._splits = {
+            hf: splits.setdefault(tuple((region.box, region.index) for region, _ in offers), len(splits))
+            for hf, offers in self._offers.items()
+        }
+        self._known: dict[tuple[object, ...], list[Outline]] = {}
+        self._in_common: dict[tuple[ReplicaSet, ...], frozenset[int]] = {}
+
+    def pattern(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> Pattern:
+        """Cut the readers' regions into pieces that one owner has whole; merge what can be one copy."""
+        wanted: dict[str, list[Region]] = {name: [] for name in params}
+        problems = []
+        for reader in readers:
+            if reader.param in wanted:
+                wanted[reader.param].append(reader)
+            else:
+                problems.append(f"weights: the engine has no parameter {reader.param} for tensor {reader.hf}")
+        found: dict[str, ParamPieces] = {}
+        padding = {}
+        for name, regions in wanted.items():
+            pieces, missing = self._pieces(regions)
+            problems += missing
+            found[name] = ParamPieces(pieces, self._common(pieces))
+            shape = params[name].shape
+            if name.endswith(VOCAB_PARAMS) and (rows := self._padding(regions, shape[0])) > 0:
+                padding[name] = rows
+            boxes = tuple([as_box(piece.index) for piece in pieces])
+            problems += cover_problem(name, shape, boxes, padding.get(name, 0))
+        return Pattern(found, padding, problems, sum(len(each.pieces) for each in found.values()))
+
+    def _common(self, pieces: list[Piece]) -> frozenset[int]:
+        """Who holds all of these pieces: of most layers the same."""
+        key = tuple(dict.fromkeys(piece.holders for piece in pieces))
+        if key not in self._in_common:
+            sets = [holders.members for holders in key]
+            self._in_common[key] = frozenset.intersection(*sets) if sets else frozenset()
+        return self._in_common[key]
+
+    def _padding(self, readers: Sequence[Region], rows: int) -> int:
+        """Of a vocabulary parameter's rows, those after its tensor's last (0 if that lies elsewhere)."""
+        padding = 0
+        for reader in readers:
+            vocabulary = max((region.box[0][1] for region, _ in self._offers.get(reader.hf, ())), default=0)
+            last = reader.index[0]
+            if reader.box[0][1] == vocabulary and not isinstance(last, int):
+                padding = rows - last[1]
+        return padding
+
+    def _pieces(self, readers: Sequence[Region]) -> tuple[list[Piece], list[str]]:
+        """The pieces of one parameter, and a line for whatever nobody owns.
+
+        Most layers, and most ranks' experts, are cut alike: only who holds the pieces, and under which
+        name, differs. Each way of cutting is therefore worked out once.
+        """
+        sources: dict[tuple[ReplicaSet, str], int] = {}  # (holders, their parameter) -> number
+        alike: list[object] = []
+        for reader in readers:
+            alike.append((reader.box, reader.index, self._splits.get(reader.hf)))
+            for region, holders in self._offers.get(reader.hf, ()):
+                alike.append(sources.setdefault((holders, region.param), len(sources)))
+        key = tuple(alike)
+        if key in self._known:
+            made_of = list(sources)
+            return [self._again(outline, made_of) for outline in self._known[key]], []
+        cuts = [(reader, *self._cut(reader)) for reader in readers]
+        problems = [
+            f"weights: no trainer rank owns {reader.hf}{list(box)}"
+            for reader, _, left in cuts
+            for box in left
+        ]
+        merged = self._merge([piece for _, pieces, _ in cuts for piece in pieces])
+        if not problems:
+            self._known[key] = [
+                (piece.index, piece.size, [(sources[o.holders, o.param], o.index) for o in piece.offers])
+                for piece in merged
+            ]
+        return merged, problems
+
+    def _again(self, outline: Outline, sources: list[tuple[ReplicaSet, str]]) -> Piece:
+        index, size, parts = outline
+        offers = tuple([Offer(*sources[number], part) for number, part in parts])
+        return Piece(index, size, self._union(offers), offers)
+
+    def _cut(self, reader: Region) -> tuple[list[Piece], list[Box]]:
+        """Pieces of one region, and what nobody owns. Large pieces first, so that there are few."""
+        offers = self._offers.get(reader.hf, [])
+        if len(offers) == 1 and within(reader.box, offers[0][0].box):
+            region, holders = offers[0]
+            offer = Offer(holders, region.param, move(region, reader.box))
+            return [Piece(reader.index, volume(reader.box), holders, (offer,))], []
+        shared = {both for region, _ in offers if (both := intersect(reader.box, region.box)) is not None}
+        boxes, left = [], [reader.box]
+        for box in sorted(shared, key=lambda b: (-volume(b), b)):
+            remaining = []
+            for want in left:
+                both = intersect(want, box)
+                if both is None:
+                    remaining.append(want)
+                else:
+                    boxes.append(both)
+                    remaining += subtract(want, both)
+            left = remaining
+        pieces = []
+        for box in boxes:
+            having = tuple(
+                Offer(holders, region.param, move(region, box))
+                for region, holders in offers
+                if intersect(region.box, box) == box
+            )
+            pieces.append(Piece(move(reader, box), volume(box), self._union(having), having))
+        return pieces, left
+
+    def _union(self, offers: Sequence[Offer]) -> ReplicaSet:
+        if len(offers) == 1:
+            return offers[0].holders
+        places = sorted({place for offer in offers for place in offer.holders.places})
+        return intern(tuple(places), self._hosts, self._interned)
+
+    def _merge(self, pieces: list[Piece]) -> list[Piece]:
+        alike: dict[tuple[object, ...], list[Piece]] = defaultdict(list)
+        done = []
+        for piece in pieces:
+            stacked = [place for place, entry in enumerate(piece.index) if isinstance(entry, int)]
+            if all(
+                [place for place, entry in enumerate(offer.index) if isinstance(entry, int)] == stacked
+                for offer in piece.offers
+            ):
+                key = (len(piece.index), *((offer.holders, offer.param) for offer in piece.offers))
+                alike[key].append(_with_spans(piece))
+            else:  # stacked on one side only: there is no dimension to join along
+                done.append(piece)
+        for group in alike.values():
+            done += merge(group, _spaces, _join)
+        return done
+
+
+def cover_problem(name: str, shape: tuple[int, ...], boxes: tuple[Box, ...], padding: int) -> list[str]:
+    """A line saying what is wrong when the boxes do not tile the parameter without its padding rows."""
+    whole = tuple((0, size) for size in shape)
+    for box in boxes:
+        if len(box) != len(shape) or any(stop > size for (_, stop), size in zip(box, shape, strict=True)):
+            return [f"weights: engine parameter {name} {list(shape)} does not reach {box}"]
+    target = ((0, shape[0] - padding), *whole[1:]) if padding else whole
+    problem = tiling_problem(target, boxes)
+    if problem is None:
+        return []
+    covered, total = sum(volume(box) for box in boxes), math.prod(shape)
+    return [f"weights: {covered} of {total} elements of engine parameter {name} have an owner: {problem}"]
+
+
+def _with_spans(piece: Piece) -> Piece:
+    if not any(isinstance(entry, int) for entry in piece.index):
+        return piece
+    offers = tuple(Offer(offer.holders, offer.param, as_box(offer.index)) for offer in piece.offers)
+    return Piece(as_box(piece.index), piece.size, piece.holders, offers)
+
+
+def _spaces(piece: Piece) -> tuple[Box, ...]:
+    return (as_box(piece.index), *(as_box(offer.index) for offer in piece.offers))
+
+
+def _join(first: Piece, second: Piece, dim: int) -> Piece:
+    offers = tuple(
+        Offer(one.holders, one.param, joined(as_box(one.index), as_box(other.index), dim))
+        for one, other in zip(first.offers, second.offers, strict=True)
+    )
+    index = joined(as_box(first.index), as_box(second.index), dim)
+    return Piece(index, first.size + second.size, first.holders, offers)

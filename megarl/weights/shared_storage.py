@@ -1,0 +1,91 @@
+"""The trainer's parameters where an engine can map them, and the mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megarl.models.table import Region
+from megarl.weights import cuda_ipc
+from megarl.weights.memory_domain import device_id, host_id
+from megarl.weights.plan import Owner
+from megarl.weights.sync_plan import CudaStorage, SharedStorage, SourceView, Storage
+
+
+def pool_parameters(params: Mapping[str, torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
+    """Move all parameters into one flat buffer per type, so that there are few handles to share.
+
+    Values stay as they are; each parameter becomes a view, aligned to 64 bytes. Must run before an
+    optimizer or a gradient buffer looks at the parameters. Parameters that share storage are not
+    expected (tied ones are one Parameter).
+    """
+    align = 64
+    buffers = {}
+    for dtype in dict.fromkeys(param.dtype for param in params.values()):
+        members = [param for param in params.values() if param.dtype == dtype]
+        offsets = [0]
+        for param in members:
+            offsets.append(
+                offsets[-1] + -(-param.numel() * dtype.itemsize // align) * align // dtype.itemsize
+            )
+        buffer = torch.zeros(offsets[-1], dtype=dtype, device=members[0].device)
+        with torch.no_grad():
+            for param, start in zip(members, offsets[:-1], strict=True):
+                view = buffer[start : start + param.numel()].view(param.shape)
+                view.copy_(param)
+                param.data = view
+        buffers[dtype] = buffer
+    return buffers
+
+
+def share_parameters(
+    params: Mapping[str, torch.Tensor], regions: list[Region], *, mapped: bool = True
+) -> Owner:
+    """Make the parameters' storages mappable (in place: all views stay valid) and describe them.
+
+    On a CPU they move into shared memory; on a GPU they stay where they are, and without ``mapped`` have no
+    handles: engines then ask this rank for what they need.
+    """
+    storages: list[Storage] = []
+    numbers: dict[int, int] = {}
+    views = {}
+    for name, param in params.items():
+        storage = param.untyped_storage()
+        if param.device.type == "cpu" and not storage.is_shared():
+            storage._share_filename_cpu_()  # moves it: the address below is the new one
+        key = storage.data_ptr()
+        if key not in numbers:
+            numbers[key] = len(storages)
+            storages.append(_share(storage, param.device, mapped))
+        views[name] = SourceView(
+            numbers[key],
+            str(param.dtype).removeprefix("torch."),
+            int(param.storage_offset()),
+            tuple(param.shape),
+            tuple(param.stride()),
+        )
+    device = next(iter(params.values())).device
+    return Owner(regions, views, storages, host=host_id(), device=device_id(device))
+
+
+def storages_of(params: Mapping[str, torch.Tensor]) -> list[torch.UntypedStorage]:
+    """The parameters' storages, numbered as :func:`share_parameters` numbers them."""
+    found = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in params.values()}
+    return list(found.values())
+
+
+def open_storage(shared: Storage) -> torch.UntypedStorage:
+    """Map a block of the trainer's memory in this process."""
+    if isinstance(shared, CudaStorage):
+        storage: torch.UntypedStorage = cuda_ipc.open_storage(shared)
+        return storage
+    return torch.UntypedStorage._new_shared_filename_cpu(*shared.handle)
+
+
+def _share(storage: torch.UntypedStorage, device: torch.device, mapped: bool) -> Storage:
+    if device.type == "cpu":
+        return SharedStorage(tuple(storage._share_filename_cpu_()))
+    if not mapped:
+        return CudaStorage(device_id(device), (), storage.nbytes())
+    return cuda_ipc.share_storage(storage, device_id(device))
