@@ -1,0 +1,1 @@
+"""Generation with Hugging Face's own models: any AutoModelForCausalLM, decoded in continuous batches."""
