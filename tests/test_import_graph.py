@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "batching": "ops losses cluster",
     "environments": "cluster",
     "data": "environments",
-    "inference": "weights cluster platform",
+    "inference": "weights cluster ops platform",
     "trainer": "batching losses weights models ops platform cluster",
     "metrics": "run_directory",
     # tools without a run
