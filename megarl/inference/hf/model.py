@@ -19,8 +19,8 @@ _CHANGING_ROPE = {"dynamic", "longrope"}
 def build_model(model_dir: str, dtype: torch.dtype, device: torch.device, *, paged: bool) -> Any:
     """The model of ``model_dir``/config.json, its weights whatever the memory holds.
 
-    With ``paged`` it attends through :mod:`megarl.inference.hf.attention`. Raises UserError where transformers
-    cannot build it.
+    With ``paged`` it attends through :mod:`megarl.inference.hf.attention`. Raises UserError where
+    transformers cannot build it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
