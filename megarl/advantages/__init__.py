@@ -1,4 +1,4 @@
-"""Advantages: from rewards to what the policy loss multiplies ratios with."""
+"""Advantages: the factors of the policy loss's ratios, computed from rewards."""
 
 from megarl.advantages.group import group_advantages, zero_std_fraction
 

@@ -1,8 +1,8 @@
-"""Advantages of the user's own (algorithm.advantage), one function call per group, on rank 0.
+"""User-defined advantages (algorithm.advantage): one function call per group, on rank 0.
 
-The function gets the group (its prompt and its samples, graded) and their rewards [G] float64, with the
-penalties that the configuration takes off; it returns [G] advantages. Tokens of a sample share its advantage.
-Whole-batch standardisation, KL in the reward and the clip come after it as configured.
+The function takes a graded group (its prompt and samples) and its rewards [G] float64, configured penalties
+subtracted, and returns advantages [G]. All tokens of a sample share its advantage. Whole-batch
+standardisation, KL in the reward and clipping follow as configured.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ GroupAdvantage = Callable[[Group, Array], Array]
 
 
 def load_advantage(path: str | None) -> GroupAdvantage | None:
-    """The function that algorithm.advantage names, if it names one; UserError where it cannot be loaded."""
+    """Load the function that algorithm.advantage names, if any; UserError if it cannot be loaded."""
     return None if path is None else load_function(path, "algorithm.advantage")
 
 
 def custom_advantages(function: GroupAdvantage, name: str, groups: Sequence[Group], rewards: Array) -> Array:
-    """Advantages [N] of all samples of the groups, in their order, for rewards [N].
+    """Return the advantages [N] of all samples, in the groups' order, for rewards [N].
 
     Raises:
-        UserError: the function returned something else than G finite numbers; ``name`` is what the
-            configuration calls it.
+        UserError: the function returned anything but G finite numbers; ``name`` is its name in the
+            configuration, for the message.
     """
     found, start = [np.zeros(0)], 0
     for number, group in enumerate(groups):

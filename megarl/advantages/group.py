@@ -22,17 +22,16 @@ def group_advantages(
     normalize_std: bool = True,
     epsilon: float = 1e-6,
 ) -> np.ndarray:
-    """Advantages of samples relative to their group, ``A_i = (r_i - b_i) / (std + epsilon)``.
+    """Return group-relative advantages, ``A_i = (r_i - b_i) / (std + epsilon)``.
 
-    ``b_i`` is the mean of the group ("mean"), of the group without sample i ("leave_one_out", which is
-    G / (G - 1) times as far from r_i), or 0 ("none"). ``std`` is the *sample* standard deviation (divisor
-    G - 1) of the whole group, with every baseline: what TRL 1.16 and NeMo RL divide by, except that NeMo RL
-    leaves sample i out of the deviation too when it does so for the baseline.
+    ``b_i`` is the mean of the group ("mean"), the mean without sample i ("leave_one_out"; r_i - b_i is then
+    G / (G - 1) times as large), or 0 ("none"). ``std`` is the *sample* standard deviation (divisor G - 1) of
+    the whole group for every baseline, as in TRL 1.16 and NeMo RL, except that NeMo RL excludes sample i from
+    the deviation too if it does so for the baseline.
 
-    A group whose rewards are all equal has nothing to teach: its advantages are exactly 0 (without a
-    baseline they are the rewards, not divided). Equality is tested on the rewards, not on a computed
-    deviation, because rounding leaves a residue there (0.1 + 0.1 + 0.1 is not 0.3) that dividing would
-    blow up to +-1.
+    A group whose rewards are all equal gives no gradient: its advantages are exactly 0 (without a baseline
+    they are the undivided rewards). The test compares rewards, not a computed deviation, whose rounding
+    residue (0.1 + 0.1 + 0.1 is not 0.3) would be amplified to +-1.
 
     Args:
         rewards: [S], groups end to end.
@@ -66,13 +65,13 @@ def group_advantages(
 
 
 def zero_std_fraction(rewards: np.ndarray, bounds: np.ndarray) -> float:
-    """Share of the groups whose rewards are all equal and which therefore give no gradient; 0.0 of none."""
+    """Return the share of groups with all rewards equal, which give no gradient; 0.0 without groups."""
     degenerate = [is_degenerate(rewards[start:end]) for start, end in pairwise(bounds)]
     return sum(degenerate) / len(degenerate) if degenerate else 0.0
 
 
 def is_degenerate(rewards: np.ndarray) -> bool:
-    """True where all rewards [G] of a group are equal (a group of one, or of none, included)."""
+    """Return True if all rewards [G] of a group are equal (also for an empty group or a group of one)."""
     return len(rewards) == 0 or bool(np.min(rewards) == np.max(rewards))
 
 

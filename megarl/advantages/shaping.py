@@ -1,7 +1,7 @@
-"""Rewards before and advantages after the group: penalties, KL in the reward, whole-batch standardisation.
+"""Reward penalties, KL in the reward, whole-batch standardisation and clipping of advantages.
 
-Everything is float64. Advantages are one for each sequence [S] or one for each token [T]; what is averaged
-over tokens takes beside them ``counts``, how many target tokens each stands for.
+Everything is float64. Advantages are per sequence [S] or per token [T]; averages over tokens also take
+``counts``, the number of target tokens each value stands for.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import numpy as np
 
 
 def overlong_penalty(num_tokens: np.ndarray, *, max_tokens: int, buffer: int) -> np.ndarray:
-    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13) of responses of ``num_tokens`` [S].
+    """Return DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13) of ``num_tokens`` [S].
 
-    0 up to ``max_tokens - buffer``, from there falling linearly to -1 at ``max_tokens``.
+    0 up to ``max_tokens - buffer`` tokens, then falling linearly to -1 at ``max_tokens``.
     """
     return 0.0 - np.clip((num_tokens - (max_tokens - buffer)) / buffer, 0.0, 1.0)
 
 
 def add_kl_to_go(advantages: np.ndarray, kl: np.ndarray, offsets: np.ndarray, coef: float) -> np.ndarray:
-    """Per-token advantages [T], ``A_t = A - coef * sum_{j >= t} kl_j``, undiscounted (arXiv:2501.03262).
+    """Return advantages [T], ``A_t = A - coef * sum_{j >= t} kl_j``, undiscounted (arXiv:2501.03262).
 
     Args:
         advantages: [S].
         kl: [T], the KL estimate of every target, 0 elsewhere.
-        offsets: [S + 1], of the sequences in ``kl``.
-        coef: its weight.
+        offsets: [S + 1] of the sequences in ``kl``.
+        coef: weight of the KL.
     """
     found = np.empty(len(kl))
     for advantage, (start, end) in zip(advantages.tolist(), pairwise(offsets.tolist()), strict=True):
@@ -35,7 +35,7 @@ def add_kl_to_go(advantages: np.ndarray, kl: np.ndarray, offsets: np.ndarray, co
 
 
 def standardize(advantages: np.ndarray, counts: np.ndarray, epsilon: float = 1e-6) -> np.ndarray:
-    """``(A - mean) / (std + epsilon)`` over all target tokens (Reinforce++, arXiv:2501.03262).
+    """Return ``(A - mean) / (std + epsilon)`` over all target tokens (Reinforce++, arXiv:2501.03262).
 
     The deviation has divisor N, the number of tokens. Where all values are equal the result is exactly 0.
     """
@@ -49,7 +49,7 @@ def standardize(advantages: np.ndarray, counts: np.ndarray, epsilon: float = 1e-
 
 
 def clip_advantages(advantages: np.ndarray, counts: np.ndarray, bound: float) -> tuple[np.ndarray, float]:
-    """Advantages within [-bound, bound], and the share of target tokens for which that is a change."""
+    """Clip advantages to [-bound, bound]; also return the share of target tokens that this changes."""
     clipped = np.clip(advantages, -bound, bound)
     total = int(counts.sum())
     return clipped, float(counts[clipped != advantages].sum() / total) if total else 0.0

@@ -1,4 +1,4 @@
-"""Advantages and returns of tokens from a critic's values (GAE: Schulman et al. 2015, arXiv:1506.02438)."""
+"""Token advantages and returns from a critic's values (GAE: Schulman et al. 2015, arXiv:1506.02438)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from megarl.records import Sample
 
 @dataclass(frozen=True, slots=True)
 class TokenAdvantages:
-    """[T] float64 each, aligned with the batch's token ids, 0 where there is no target."""
+    """Per-token results of GAE: [T] float64 each, aligned with the batch's token ids, 0 at non-targets."""
 
     advantages: np.ndarray
     returns: np.ndarray
-    explained_variance: float | None  # 1 - Var(R - V) / Var(R) over targets; None where all R are equal
+    explained_variance: float | None  # 1 - Var(R - V) / Var(R) over targets; None if all R are equal
 
 
 def turn_rewards(samples: Sequence[Sample], offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places [K] int64 in the tokens of a batch of ``samples``, and the rewards [K] that come there.
+    """Return positions [K] int64 in the tokens of a batch of ``samples`` and the turn rewards [K] there.
 
-    Each turn's reward comes with the last token that was sampled in it; ``offsets`` [S + 1] are the batch's.
+    Each turn's reward is at the last token sampled in it; ``offsets`` [S + 1] are the batch's.
     """
-    places, rewards = [], []
+    positions, rewards = [], []
     for sample, start in zip(samples, offsets.tolist(), strict=False):
-        place = start + len(sample.prompt_ids)
+        position = start + len(sample.prompt_ids)
         if not sample.turns:
-            places.append(place + len(sample.response_ids) - 1)
+            positions.append(position + len(sample.response_ids) - 1)
             rewards.append(float(sample.reward or 0.0))
         for turn in sample.turns:
-            places.append(place + turn.num_sampled - 1)
+            positions.append(position + turn.num_sampled - 1)
             rewards.append(turn.reward)
-            place += turn.num_sampled + turn.num_observed
-    return np.array(places, dtype=np.int64), np.array(rewards, dtype=np.float64)
+            position += turn.num_sampled + turn.num_observed
+    return np.array(positions, dtype=np.int64), np.array(rewards, dtype=np.float64)
 
 
 def token_advantages(
-    places: np.ndarray,
+    positions: np.ndarray,
     rewards: np.ndarray,
     values: np.ndarray,
     targets: np.ndarray,
@@ -53,28 +53,28 @@ def token_advantages(
     kl_coef: float = 0.0,
     epsilon: float = 1e-8,
 ) -> TokenAdvantages:
-    """GAE of S sequences of T tokens, float64.
+    """Compute GAE of S sequences with T tokens in all, in float64.
 
-    A reward comes with the last target of its sequence up to its place (before the first target: with that
-    one); the reward of every target t is less by ``kl_coef * kl[t]``. Normalised advantages are
-    ``(A - mean) / (std + epsilon)`` over the targets of all sequences (divisor N), exactly 0 where all are
-    equal; returns (advantage + value) are not changed by it.
+    A reward is credited to the last target of its sequence at or before its position (to the first target if
+    there is none before it); the reward of every target t is reduced by ``kl_coef * kl[t]``. Normalised
+    advantages are ``(A - mean) / (std + epsilon)`` over the targets of all sequences (divisor N), exactly 0
+    if all are equal; returns (advantage + value) are not normalised.
 
     Args:
-        places: [K] tokens to which rewards come.
+        positions: [K], tokens with a reward.
         rewards: [K].
-        values: [T], the critic's of the targets.
+        values: [T], the critic's, at the targets.
         targets: [T] bool.
         offsets: [S + 1].
         gamma: discount.
-        gae_lambda: of GAE.
-        normalize: advantages only.
+        gae_lambda: lambda of GAE.
+        normalize: normalise the advantages.
         kl: [T].
-        kl_coef: its weight.
+        kl_coef: weight of the KL.
         epsilon: added to the deviation.
     """
     token_rewards = np.zeros(len(values)) if kl is None else -kl_coef * kl
-    _add_rewards(token_rewards, places, rewards, targets, offsets)
+    _add_rewards(token_rewards, positions, rewards, targets, offsets)
     flat_values = torch.from_numpy(np.asarray(values, dtype=np.float64))
     advantages, returns = (
         each.numpy()
@@ -93,25 +93,26 @@ def token_advantages(
     if variance > 0:
         explained = 1 - float((chosen - values[targets]).var()) / variance
     if normalize and len(chosen):
-        own = advantages[targets]
-        flat = own.min() == own.max()
-        advantages[targets] = 0.0 if flat else (own - own.mean()) / (own.std() + epsilon)
+        values_at = advantages[targets]
+        flat = values_at.min() == values_at.max()
+        advantages[targets] = 0.0 if flat else (values_at - values_at.mean()) / (values_at.std() + epsilon)
     return TokenAdvantages(advantages, returns, explained)
 
 
 def _add_rewards(
     token_rewards: np.ndarray,
-    places: np.ndarray,
+    positions: np.ndarray,
     rewards: np.ndarray,
     targets: np.ndarray,
     offsets: np.ndarray,
 ) -> None:
-    positions = np.flatnonzero(targets)
-    if not len(positions):
+    target_positions = np.flatnonzero(targets)
+    if not len(target_positions):
         return
-    rows = np.searchsorted(offsets, places, side="right") - 1
-    last = np.searchsorted(positions, places, side="right") - 1
-    before = (last < 0) | (positions[last] < offsets[rows])
-    last = np.where(before, np.minimum(last + 1, len(positions) - 1), last)
-    inside = (positions[last] >= offsets[rows]) & (positions[last] < offsets[rows + 1])
-    np.add.at(token_rewards, positions[last[inside]], rewards[inside])
+    rows = np.searchsorted(offsets, positions, side="right") - 1
+    last = np.searchsorted(target_positions, positions, side="right") - 1
+    before = (last < 0) | (target_positions[last] < offsets[rows])
+    last = np.where(before, np.minimum(last + 1, len(target_positions) - 1), last)
+    credited = target_positions[last]
+    inside = (credited >= offsets[rows]) & (credited < offsets[rows + 1])
+    np.add.at(token_rewards, credited[inside], rewards[inside])

@@ -1,1 +1,1 @@
-"""The loops: each algorithm on one page, in data order."""
+"""The training algorithms, one page each, in data order."""

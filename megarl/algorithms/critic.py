@@ -1,4 +1,4 @@
-"""The critic of PPO, a model with a score head beside the policy; both are one to checkpoints and memory."""
+"""PPO's critic: a model with a score head, saved and offloaded together with the policy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from megarl.trainer.interface import Checkpointable, PendingSave, Trainer
 
 
 def make_critic(config: PpoConfig, policy: Trainer) -> Trainer:
-    """The critic, beside ``policy`` and under its layout."""
+    """Build the critic under ``policy``'s parallel layout.
+
+    Raises:
+        UserError: critic.path has a different vocabulary size than model.path.
+    """
     path = config.critic.path or config.model.path
     architecture = load_architecture(path)
     if architecture.spec.vocab_size != policy.architecture.spec.vocab_size:
-        raise UserError(f"critic.path: {path} has another vocabulary than {config.model.path}")
+        raise UserError(f"critic.path: {path} has a different vocabulary size than {config.model.path}")
     return build_scorer(
         config,
         policy.context,
@@ -33,34 +37,34 @@ def make_critic(config: PpoConfig, policy: Trainer) -> Trainer:
 
 @dataclass(frozen=True, slots=True)
 class ActorCritic(Checkpointable):
-    """Both models as one to checkpoints and to the memory they take turns in."""
+    """Policy and critic as one unit for checkpoints and memory offloading."""
 
     policy: Trainer
     critic: Trainer
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
-        """The critic's checkpoint lies in ``critic`` of the policy's."""
+        """Save the policy to ``directory`` and the critic to its subdirectory ``critic``."""
         self.policy.save(directory, optimizer=optimizer)
         if self.critic.context.is_first:
             (directory / "critic").mkdir()
-        barrier()  # nobody writes before it is there
+        barrier()  # the directory must exist before any rank writes to it
         self.critic.save(directory / "critic", optimizer=optimizer)
 
     def start_save(self, directory: Path, *, optimizer: bool) -> PendingSave:
-        """Not for two models (checkpoint.async_save is refused)."""
+        """Not implemented for two models; validation rejects checkpoint.async_save."""
         raise NotImplementedError
 
     def sleep(self, parts: Sequence[str]) -> None:
-        """See Trained."""
+        """See Checkpointable."""
         self.policy.sleep(parts)
         self.critic.sleep(parts)
 
     def wake(self) -> None:
-        """See Trained."""
+        """See Checkpointable."""
         self.policy.wake()
         self.critic.wake()
 
     def load(self, directory: Path, *, optimizer: bool = True) -> bool:
-        """See Trained. The policy comes last: both files of random states hold the same."""
+        """See Checkpointable. The policy loads last; both files hold the same random states."""
         critic = self.critic.load(directory / "critic", optimizer=optimizer)
         return self.policy.load(directory, optimizer=optimizer) and critic

@@ -1,15 +1,15 @@
-"""On-policy distillation (GKD: Agarwal et al. 2023, arXiv:2306.13649, with samples of the student alone).
+"""On-policy distillation (GKD: Agarwal et al. 2023, arXiv:2306.13649, with student samples only).
 
-What follows the rollout in a step::
+After the rollout, a step runs::
 
     samples (rank 0) -> each rank's microbatches -> teacher's hidden states
         -> divergence of both distributions -> optimizer
 
-With p the student's distribution of a response's token, q the teacher's, both at rollout.temperature, the
+With p the student's and q the teacher's distribution of a response token, both at rollout.temperature, the
 loss is the mean over tokens of KL(q || p) (forward), KL(p || q) (reverse), or with M = (1 - beta) p + beta q
-(1 - beta) KL(p || M) + beta KL(q || M) (jensen_shannon). It is exact over the vocabulary, though neither
-model's logits ever exist in full, or, forward, over the teacher's top k. Tokens are drawn from p, and as in
-the paper no gradient goes through the drawing. Rewards are only logged.
+(1 - beta) KL(p || M) + beta KL(q || M) (jensen_shannon). It is exact over the vocabulary without
+materialising either model's full logits; forward may be restricted to the teacher's top k. Tokens are drawn
+from p; as in the paper, no gradient flows through the sampling. Rewards are only logged.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run_distill(config: DistillConfig) -> None:
 
 
 def check_vocabularies(config: DistillConfig) -> None:
-    """Refuse a teacher whose token ids mean something else."""
+    """Raise UserError unless teacher and student share their token ids."""
     student, teacher = (load_architecture(path).spec for path in (config.model.path, config.teacher.path))
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
@@ -90,7 +90,7 @@ class DistillLearner:
         return [f"teacher: {self.config.teacher.path}; {algorithm.divergence} divergence over {over}"]
 
     def learn(self, step: int, groups: list[Group]) -> Learned:
-        """See Learner. Samples get no advantage."""
+        """See Learner. Samples have no advantages."""
         algorithm = self.config.algorithm
         minis, _ = minibatches.make(groups, algorithm.num_optimizer_steps_per_batch)
         values = minibatches.pack(self.policy, minis, algorithm.loss_aggregation)
@@ -106,19 +106,19 @@ class DistillLearner:
             [result.metrics for result in results]
         ) | minibatches.split_metrics(minis)
         values |= minibatches.train_speed(self.run, values, algorithm)
-        # The first step's logprobs are those of the weights that drew the samples.
+        # The first step's logprobs are computed with the weights that drew the samples.
         return Learned(values, results[0].mismatch)
 
 
 class Distiller:
-    """Moves ``student`` towards ``teacher``, under the same layout. Every rank calls every method."""
+    """Train ``student`` towards ``teacher``, under the same layout. Every rank calls every method."""
 
     def __init__(self, student: Trainer, teacher: Trainer, options: DistillOptions) -> None:
         self.student, self.teacher, self.options = student, teacher, options
         self._teacher_at: dict[int, HiddenTokens] = {}  # by the microbatch's id, until forget()
 
     def read_teacher(self, batches: list[PackedBatch]) -> None:
-        """Forward pass of the teacher; its hidden states [N, H] at the targets stay until :meth:`forget`."""
+        """Run the teacher forward; keep its hidden states [N, H] at the targets until :meth:`forget`."""
 
         def keep(output: Output) -> None:
             self._teacher_at[id(output.batch)] = output.at_targets()
@@ -126,11 +126,11 @@ class Distiller:
         self.teacher.run(batches, keep)
 
     def forget(self) -> None:
-        """Give the teacher's hidden states up."""
+        """Release the teacher's hidden states."""
         self._teacher_at.clear()
 
     def step(self, batches: list[PackedBatch]) -> TrainStepResult:
-        """One optimizer step of the student on the divergence from what :meth:`read_teacher` read."""
+        """Take one optimizer step of the student on the divergence from :meth:`read_teacher`'s states."""
         mismatch, sampler = LogprobMismatch(), Sampler(self.options.temperature)
 
         def learn(output: Output) -> LossResult:

@@ -1,9 +1,9 @@
-"""Which samples an optimizer step learns from, and how much each counts, beside the advantages.
+"""Sample filters and weights: which samples an optimizer step trains on, apart from advantages.
 
-A sequence that is taken out of the loss has no targets in it any more: the denominators of all terms are made
-anew without it. Samples whose advantage is exactly 0 are another thing: they count in the denominators, but
-every term of the policy loss and its gradient is 0 for them, so they are not computed
-(:attr:`megarl.config.grpo.GrpoConfig.why_zero_advantages_train` says where something makes them count).
+A sequence removed from the loss keeps no targets; the denominators of all terms are recomputed without it.
+Samples whose advantage is exactly 0 still count in the denominators. Every term of the policy loss and its
+gradient is 0 for them, so their forward and backward passes are skipped
+(:attr:`megarl.config.grpo.GrpoConfig.why_zero_advantages_train` lists the settings under which they matter).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megarl.loops.minibatches import MiniBatch
 from megarl.losses.base import Aggregation, token_weights
 from megarl.records import PackedBatch
 
-_SUMS = ("loss", "policy_loss", "advantage_mean")  # to which a sample with advantage 0 adds 0
+_SUMS = ("loss", "policy_loss", "advantage_mean")  # a sample with advantage 0 adds 0 to these
 
 
 def drop_by_error(
     minis: list[MiniBatch], bound: float | None, aggregation: Aggregation, fixed_length: int
 ) -> dict[str, float]:
-    """Take sequences out of the loss whose mean |old - rollout logprob| is above ``bound``; counts them."""
+    """Remove sequences with mean |old - rollout logprob| above ``bound`` from the loss; return counts."""
     if bound is None:
         return {}
     return {"dropped_logprob_error": sum(_drop(mini, bound, aggregation, fixed_length) for mini in minis)}
@@ -57,7 +57,7 @@ def _logprob_error(batch: PackedBatch) -> torch.Tensor:
 
 
 def weigh_positives(minis: list[MiniBatch]) -> dict[str, float]:
-    """Weights 1 / (tokens with full marks) for the likelihood term (VAPO), and the share of such samples."""
+    """Set VAPO's likelihood weights, 1 / (tokens of full-reward samples); return such samples' share."""
     full = [np.array([(s.reward or 0.0) >= 1.0 for s in mini.samples], dtype=bool) for mini in minis]
     counts = [np.where(good, mini.num_targets, 0) for mini, good in zip(minis, full, strict=True)]
     minibatches.scatter(minis, "nll_weights", [token_weights(each, "token") for each in counts])
@@ -66,10 +66,10 @@ def weigh_positives(minis: list[MiniBatch]) -> dict[str, float]:
 
 
 def leave_out_zeros(minis: list[MiniBatch]) -> int:
-    """Have only sequences packed that have an advantage; how many are not (rank 0).
+    """Pack only sequences with a nonzero advantage; return how many are left out (rank 0).
 
-    If none of a mini-batch has one, all are packed: a step with a zero gradient still moves the weights by
-    Adam's momentum, and still compares engine and trainer.
+    If a mini-batch has none, all its sequences are packed: a step with a zero gradient still moves the
+    weights by Adam's momentum, and still measures the mismatch of engine and trainer.
     """
     skipped = 0
     for mini in minis:
@@ -84,7 +84,7 @@ def leave_out_zeros(minis: list[MiniBatch]) -> int:
 def with_targets(
     minis: list[MiniBatch], aggregation: Aggregation, fixed_length: int
 ) -> list[tuple[MiniBatch, float]]:
-    """The mini-batches with a target in the loss, and the share of each one's weights that is packed."""
+    """Return the mini-batches with a target in the loss, each with the packed share of its weights."""
 
     def share(mini: MiniBatch) -> float:
         counts = mini.num_targets
@@ -98,10 +98,10 @@ def with_targets(
 
 
 def over_all_samples(metrics: dict[str, Any], share: float, *, is_mean: bool) -> dict[str, Any]:
-    """Weighed figures of an optimizer step that computed ``share`` of its weights, for all its samples.
+    """Rescale weighted metrics of a step that computed ``share`` of its weights to all its samples.
 
-    Loss and advantage are exact, for what is missing adds 0; the entropy is that of the computed tokens.
-    ``is_mean`` says whether reduce_results divided by the computed weights; else these are sums.
+    Loss and advantage are exact, since skipped samples add 0; the entropy covers the computed tokens only.
+    ``is_mean`` says whether reduce_results divided by the computed weights; otherwise the values are sums.
     """
     if share == 1:
         return metrics

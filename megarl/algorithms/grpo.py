@@ -5,12 +5,12 @@ For a sample i of a group with rewards r, and rho_t the ratio of a token's proba
     A_i = (r_i - mean r) / (std r + 1e-6)
     L   = mean over tokens of max(-A_i rho_t, -A_i clamp(rho_t, 1 - c_low, 1 + c_high)) + kl_coef KL_t
 
-Variants are options (formulas: docs/algorithms.md) or functions of your own (docs/guides/custom-losses.md).
-What follows the rollout in a step::
+Variants are options (formulas: docs/algorithms.md) or user functions (docs/guides/custom-losses.md).
+After the rollout, a step runs::
 
     groups (rank 0) -> each rank's microbatches -> [logprobs] -> advantages (rank 0) -> optimizer steps
 
-Where advantages follow from the rewards alone they come first, and samples without one are not packed.
+Where advantages depend on rewards only, they come first, and samples with advantage 0 are not packed.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class GrpoLearner:
             result = minibatches.policy_step(policy, mini, self.loss, self.config)
             result.metrics = filters.over_all_samples(result.metrics, share, is_mean=self.loss.is_mean)
             results.append(result)
-        if results and not algorithm.needs_old_logprobs:  # the weights of before the step
+        if results and not algorithm.needs_old_logprobs:  # computed with the weights before the step
             mismatch = results[0].mismatch
         values |= minibatches.mean_metrics([result.metrics for result in results])
         values |= minibatches.split_metrics([mini for mini, _ in taught])
         return Learned(values | minibatches.train_speed(self.run, values, algorithm), mismatch)
 
     def split(self, step: int, groups: list[Group]) -> tuple[list[MiniBatch], dict[str, Any]]:
-        """One mini-batch per optimizer step, without filtered samples; with advantages, if known by now."""
+        """Build one mini-batch per optimizer step, filtered, with advantages if they are known already."""
         overlong = self.algorithm.filter_overlong
 
         def then(minis: list[MiniBatch]) -> dict[str, float]:
@@ -109,9 +109,10 @@ class GrpoLearner:
     def give_advantages(
         self, groups: list[Group], minis: list[MiniBatch], kl: np.ndarray | None = None
     ) -> dict[str, float]:
-        """On rank 0: advantages to every mini-batch and sample; what is logged about them.
+        """Set the advantages of every mini-batch and sample (rank 0); return metrics about them.
 
-        ``kl`` [T], with kl_reward_coef: k1 to the reference of every target, mini-batches end to end.
+        ``kl`` [T], with kl_reward_coef: the k1 estimate against the reference of every target, mini-batches
+        end to end.
         """
         algorithm, values = self.algorithm, dict[str, float]()
         samples = [sample for group in groups for sample in group.samples]

@@ -1,17 +1,17 @@
 """Proximal policy optimisation with a critic (PPO: Schulman et al. 2017, arXiv:1707.06347).
 
-What follows the rollout in a step::
+After the rollout, a step runs::
 
     graded samples (rank 0) -> each rank's microbatches -> values, [old, reference logprobs] -> GAE (rank 0)
         -> critic and policy, alternating
 
-With r_t the token's reward (each turn's with its last token, less kl_reward_coef (old - ref) of each), V
-the critic and rho the ratio of the token's probability to what it was before the step::
+With r_t the token's reward (a turn's reward at its last token, minus kl_reward_coef (old - ref) at each), V
+the critic and rho the ratio of the token's probability to that before the step::
 
     A_t = delta_t + gamma lambda A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t,  R_t = A_t + V_t
     policy: max(-A rho, -A clamp(rho, 1 - c_low, 1 + c_high))      critic: losses/value.py
 
-A is normalised over the batch. All values are gathered on rank 0, so that A depends on no layout.
+A is normalised over the batch. All values are gathered on rank 0, so A is independent of the layout.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PpoLearner:
         with self.run.timers("logprobs"):
             for mini in minis:
                 fill_values(self.critic, mini.batches)
-        # Without an optimizer step nothing else compares engine and trainer.
+        # Without an optimizer step, nothing else measures the mismatch of engine and trainer.
         old = algorithm.needs_old_logprobs or not trains_policy
         mismatch = minibatches.old_and_reference(policy, minis, self.config, self.run, old)
         values |= self.give_advantages(minis)
@@ -96,7 +96,7 @@ class PpoLearner:
         return Learned(values | minibatches.train_speed(self.run, values, algorithm), mismatch)
 
     def give_advantages(self, minis: list[MiniBatch]) -> dict[str, float]:
-        """Advantages and returns to every microbatch, and their mean to each sample."""
+        """Set advantages and returns on every microbatch, and the mean advantage on each sample."""
         asked = self.algorithm.needs_reference
         kl = minibatches.gather(minis, minibatches.kl_to_reference) if asked else None
         values = minibatches.gather(minis, _old_values)

@@ -1,4 +1,4 @@
-"""Training on preference pairs: a policy by DPO and its relatives, or a reward model.
+"""Preference training: a policy with DPO and its relatives, or a reward model.
 
 With rho = logp - logp of the reference, of the chosen (c) and rejected (r) response of a pair, lower-case
 sigma the logistic function, and r_c, r_r a reward model's scores of the last tokens::
@@ -6,9 +6,9 @@ sigma the logistic function, and r_c, r_r a reward model's scores of the last to
     dpo           -log sigma(beta (rho_c - rho_r))      Rafailov et al. 2023, arXiv:2305.18290
     reward model  -log sigma(r_c - r_r)                 Ouyang et al. 2022, arXiv:2203.02155
 
-losses/preference.py has ipo, kto, simpo and orpo, losses/reward.py the reward model's centring term. A step
+losses/preference.py adds ipo, kto, simpo and orpo, losses/reward.py the reward model's centring term. A step
 takes ``training.batch_size`` pairs; both responses of a pair share a microbatch. Reference logprobs are
-computed once, before the first step. What is exported of a reward model is a directory that
+computed once, before the first step. A reward model is exported as a directory that
 ``AutoModelForSequenceClassification`` loads.
 """
 
@@ -53,7 +53,7 @@ def run_rm(config: RmConfig) -> None:
 
 
 class DpoObjective(Objective[Pairs, PreferenceLoss]):
-    """A policy learns to prefer what was chosen."""
+    """Train a policy to prefer the chosen responses."""
 
     group_size = 2
     headlines = HEADLINES
@@ -69,7 +69,7 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
             self.reference = ReferenceLogprobs(config, run, self.trained, architecture)
 
     def begin(self, rows: Callable[[], list[tuple[Pairs, list[int]]]]) -> None:
-        """Reference logprobs of every pair; the policy is still the reference."""
+        """Compute the reference logprobs of every pair, while the policy still equals the reference."""
         if self.reference is not None:
             batches = (
                 batch for data, own in rows() for batch in (data.batch(own), self.mismatched(data, own))
@@ -77,7 +77,7 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
             self.found = self.reference.prepare(chain.from_iterable(batches))
 
     def loss(self, data: Pairs, rows: list[int], batch: TrainBatch) -> PreferenceLoss:
-        """With the pairs' reference logprobs and, for KTO, the KL as it is now."""
+        """Return the loss with the pairs' reference logprobs and, for KTO, the current KL."""
         refs = None if self.reference is None else self.reference(batch)
         kl = 0.0
         if self.options.loss == "kto":
@@ -97,7 +97,7 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
         return _held_out(evaluate_loss(self.trained, batches, loss))
 
     def mismatched(self, data: Pairs, rows: list[int]) -> TrainBatch:
-        """What KTO's KL is measured on: prompts with other prompts' responses; nothing for other losses."""
+        """Return mismatched prompts and responses to measure KTO's KL on; empty for other losses."""
         asked = rows if self.options.loss == "kto" else []
         return TrainBatch.of(sequence for i in asked for sequence in data.mismatched(i))
 
@@ -106,7 +106,7 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
         return {} if self.reference is None else {"reference": self.reference.model}
 
     def check(self, state: dict[str, Any]) -> None:
-        """The reference must be the one the run began with."""
+        """Raise UserError unless the reference is the one the run began with."""
         if self.reference is not None and "reference" in state:
             self.reference.check_same_model(state["reference"])
 
@@ -116,7 +116,7 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
 
 
 class RewardObjective(Objective[Pairs, RewardLoss]):
-    """A model learns to score what was chosen higher."""
+    """Train a model to score the chosen response higher."""
 
     group_size = 2
     headlines = HEADLINES

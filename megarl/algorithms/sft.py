@@ -31,7 +31,7 @@ def run_sft(config: SftConfig) -> None:
 
 
 class SftObjective(Objective[SftDataset, Loss]):
-    """A policy learns to say what the demonstrations say."""
+    """Train a policy on demonstrations."""
 
     def __init__(self, trained: Trainer) -> None:
         self.trained = trained
