@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.cluster.collectives import from_first_rank, gather, on_first_rank
 from megarl.errors import ToldByRankZeroError, UserError
@@ -79,11 +80,12 @@ def load(policy: Checkpointable, path: Path, state: Mapping[str, Any], num_steps
         return policy.load(path)
     except UserError:
         raise
-    except Exception as error:  # from before there were checksums: nobody has looked at it yet
-        why = (str(error).strip().splitlines() or [""])[0]
+    except (Exception, CheckpointException) as error:  # from before checksums: nobody has looked at it yet
+        causes = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+        cause = causes[0][0] if causes else error
+        why = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
         raise UserError(
-            f"checkpoint {path} is damaged ({type(error).__name__}: {why}); delete it to go on from the one "
-            "before"
+            f"checkpoint {path} is damaged ({why}); delete it to go on from the one before"
         ) from error
 
 

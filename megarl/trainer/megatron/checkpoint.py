@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint import FileSystemReader
 
 from megarl import platform
 from megarl.cluster.collectives import from_first_rank, gather_to_first_rank
@@ -90,6 +91,12 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: An
     """
     if not (directory / "metadata.json").is_file():
         raise UserError(f"checkpoint {directory} has no metadata.json: it is not a complete checkpoint")
+    try:
+        FileSystemReader(directory).read_metadata()
+    except Exception as error:  # torch would log a traceback of it
+        raise UserError(
+            f"checkpoint {directory}: .metadata cannot be read ({type(error).__name__})"
+        ) from error
     if optimizer is None:
         wanted = _sharded_state(chunks, None, is_loading=True)
     else:
