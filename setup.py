@@ -1,18 +1,21 @@
 """Builds the native extension megarl._C; everything else about the package is in pyproject.toml.
 
 CUDA kernels are built when FORCE_CUDA=1, or when both nvcc and a CUDA build of torch are present.
-CPU kernels use the widest vector instructions the building machine has.
+CPU kernels use the widest vector instructions of the building machine, as megarl._C. A wheel is carried to
+other machines: it has megarl._C_avx2 and megarl._C_avx512, of which megarl/ops/_load.py loads one
+(MEGARL_CPU_CAPABILITY=native or all overrides). Only commands that compile import torch.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 # The toolkit of NVIDIA's wheels, which a CUDA environment holds whether or not the machine has one.
@@ -26,6 +29,9 @@ CPU_FLAGS = {
         *["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"],
     ],
 }
+
+
+COMPILING = {"build", "build_ext", "bdist_wheel", "install", "develop", "editable_wheel"}
 
 
 def find_toolkit() -> str:
@@ -64,8 +70,18 @@ def decide_cuda(cuda_version: str | None, nvcc: str) -> tuple[bool, str]:
     return True, f"torch for CUDA {cuda_version}, {nvcc}"
 
 
-def native_extension() -> dict[str, Any]:
-    """What setup() takes to build the extension; prints the decisions in one line."""
+def modules_to_build(native: str) -> dict[str, str]:
+    """Extension module -> vector instructions. ``native`` is what the building machine has."""
+    wanted = os.environ.get("MEGARL_CPU_CAPABILITY", "all" if "bdist_wheel" in sys.argv else "native")
+    if wanted not in ("all", "native"):
+        raise SystemExit(f"error: MEGARL_CPU_CAPABILITY is native or all (got {wanted})")
+    if wanted == "all" and native in CPU_FLAGS:
+        return {f"megarl._C_{name.lower()}": name for name in CPU_FLAGS}
+    return {"megarl._C": native if native in CPU_FLAGS else "DEFAULT"}
+
+
+def native_extensions() -> dict[str, Any]:
+    """What setup() takes to build the extension modules; prints the decisions in one line."""
     nvcc = find_toolkit()  # before torch.utils.cpp_extension is imported, which reads CUDA_HOME
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -73,31 +89,50 @@ def native_extension() -> dict[str, Any]:
     cuda, reason = decide_cuda(torch.version.cuda, nvcc)
     if cuda and not torch.cuda.is_available():  # nobody to ask: A100, H100, B200
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = CPU_FLAGS.get(capability, [])
-    built_for = capability if flags else "DEFAULT"
-    print(f"megarl._C: CUDA {'on' if cuda else 'off'} ({reason}), CPU vector instructions {built_for}")
+    modules = modules_to_build(torch.backends.cpu.get_cpu_capability())
+    widths = ", ".join(modules.values())
+    print(f"megarl._C: CUDA {'on' if cuda else 'off'} ({reason}), CPU vector instructions {widths}")
 
     sources = [ROOT / "csrc" / "bindings.cpp", *(ROOT / "csrc").glob("*/*.cpp")]
     if cuda:
         sources += (ROOT / "csrc").glob("*/*.cu")
     cxx = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-g0"]
-    cxx += ["-Wall", "-Wno-unknown-pragmas", *flags]
-    cxx.append(f'-DMEGARL_CPU_CAPABILITY="{built_for}"')
+    cxx += ["-Wall", "-Wno-unknown-pragmas"]
     if cuda:
         cxx.append("-DMEGARL_WITH_CUDA")
-    extension = (CUDAExtension if cuda else CppExtension)(
-        name="megarl._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in sources),
-        include_dirs=[str(ROOT / "csrc")],
-        library_dirs=[cudart_directory()] if cuda and WHEEL_TOOLKIT.is_dir() else [],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
-        extra_link_args=["-fopenmp"],
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    extensions = [
+        (CUDAExtension if cuda else CppExtension)(
+            name=name,
+            sources=sorted(str(path.relative_to(ROOT)) for path in sources),
+            include_dirs=[str(ROOT / "csrc")],
+            library_dirs=[cudart_directory()] if cuda and WHEEL_TOOLKIT.is_dir() else [],
+            extra_compile_args={
+                "cxx": [*cxx, *CPU_FLAGS.get(width, []), f'-DMEGARL_CPU_CAPABILITY="{width}"'],
+                "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"],
+            },
+            extra_link_args=["-fopenmp"],
+        )
+        for name, width in modules.items()
+    ]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension}}
+
+
+def python_packages() -> dict[str, Any]:
+    """The package, and in a wheel the shipped configurations as megarl/configs beside it."""
+    packages = find_packages(include=["megarl*"])
+    if "bdist_wheel" not in sys.argv:
+        return {"packages": packages}
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    shipped = {"megarl." + ".".join(folder.parts): str(folder) for folder in folders}
+    return {
+        "packages": [*packages, *shipped],
+        "package_dir": shipped,
+        "package_data": {name: ["*"] for name in shipped},
+    }
 
 
 if __name__ == "__main__":
     # tools/setup_env.sh builds the extension in place, where ninja keeps the objects between builds;
     # its editable install then needs the metadata alone.
-    setup(**({} if os.environ.get("MEGARL_METADATA_ONLY") == "1" else native_extension()))
+    compiles = not COMPILING.isdisjoint(sys.argv) and os.environ.get("MEGARL_METADATA_ONLY") != "1"
+    setup(**python_packages(), **(native_extensions() if compiles else {}))

@@ -30,6 +30,7 @@ examples:
   megarl plan --config configs/plan_qwen3_30b_a3b.yaml --gpus 32
   megarl data inspect configs/quickstart_sft.yaml -n 5
   megarl report runs/quickstart
+  megarl recipes cp grpo_math_jsonl my.yaml
   megarl doctor
 
 Every setting is described in docs/configuration.md. Starting a command again resumes its run."""
@@ -65,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.loops.inspect_data import run as inspect
 
                 return inspect(options)
+            case "recipes":
+                from megarl.recipes import run as recipes
+
+                return recipes(options)
             case "doctor":
                 from megarl.doctor import main as doctor
 
@@ -125,6 +130,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     text = "what the data of a run look like, as the run will see them"
     with_overrides["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     _add_data_arguments(with_overrides["data"])
+    from megarl.recipes import add_arguments as add_recipes_arguments
+
+    text = "the configurations that come with MegaRL: list, show, copy"
+    add_recipes_arguments(commands.add_parser("recipes", help=text, description=text, allow_abbrev=False))
     commands.add_parser(
         "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
     )

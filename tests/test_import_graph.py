@@ -51,8 +51,9 @@ MAY_IMPORT = {
     " weights simulate convert cluster platform run_directory",
     "algorithms": "loops runs data advantages batching losses trainer models weights ops cluster",
     "launch": "cluster",
+    "recipes": "",
     "doctor": "cluster environments ops platform",
-    "cli": "launch doctor loops convert simulate metrics models weights cluster platform",
+    "cli": "launch recipes doctor loops convert simulate metrics models weights cluster platform",
     "__main__": "cli",
 }
 # Where a library may be imported (prefixes of modules).

@@ -6,12 +6,17 @@ import importlib
 import importlib.util
 import mmap
 import re
+import sys
 from pathlib import Path
 
 import torch
 
+import megarl
+
 _MARK = re.compile(rb"MEGARL_CPU_CAPABILITY=([A-Z0-9]+)\0")
 _WIDTHS = ["DEFAULT", "AVX2", "AVX512"]
+# Built for this machine, or one of a wheel's, the widest first.
+_MODULES = ("_C", "_C_avx512", "_C_avx2")
 
 
 class NativeOpsUnavailable(ImportError):
@@ -19,27 +24,41 @@ class NativeOpsUnavailable(ImportError):
 
 
 def load_native() -> None:
-    """Import megarl._C.
+    """Import the extension as megarl._C: the one built here, or the widest of a wheel that this CPU runs.
 
     Raises NativeOpsUnavailable, naming the cause and the cure, before any instruction that the
     machine lacks is executed.
     """
-    spec = importlib.util.find_spec("megarl._C")
-    if spec is None or spec.origin is None:
-        raise NativeOpsUnavailable("megarl._C, the native ops, is not built; `make setup` builds it")
-    needed = _built_for(Path(spec.origin))
+    if "megarl._C" in sys.modules:
+        return
     present = torch.backends.cpu.get_cpu_capability()
-    if needed in _WIDTHS and (present not in _WIDTHS or _WIDTHS.index(needed) > _WIDTHS.index(present)):
+    needed = {}
+    for name in _MODULES:
+        spec = importlib.util.find_spec(f"megarl.{name}")
+        if spec is not None and spec.origin is not None:
+            needed[name] = _built_for(Path(spec.origin))
+    fitting = [name for name, width in needed.items() if _runs_on(present, width)]
+    if not needed:
+        raise NativeOpsUnavailable("megarl._C, the native ops, is not built; `make setup` builds it")
+    if not fitting:
         raise NativeOpsUnavailable(
-            f"megarl._C was built for {needed} instructions, this machine has {present}; "
-            "`make setup` on this machine mends it"
+            f"megarl._C was built for {' and '.join(needed.values())} instructions, this machine has "
+            f"{present}; `make setup` on this machine mends it"
         )
     try:
-        importlib.import_module("megarl._C")
+        module = importlib.import_module(f"megarl.{fitting[0]}")
     except ImportError as error:
         raise NativeOpsUnavailable(
-            f"megarl._C does not load beside torch {torch.__version__} ({error}); `make setup` rebuilds it"
+            f"megarl.{fitting[0]} does not load beside torch {torch.__version__} ({error}); "
+            "`make setup` rebuilds it"
         ) from error
+    sys.modules["megarl._C"] = megarl._C = module  # type: ignore[attr-defined]
+
+
+def _runs_on(present: str, needed: str) -> bool:
+    if needed not in _WIDTHS:
+        return True
+    return present in _WIDTHS and _WIDTHS.index(needed) <= _WIDTHS.index(present)
 
 
 def _built_for(library: Path) -> str:
