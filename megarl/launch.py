@@ -159,9 +159,11 @@ def _run(start: Callable[[Sequence[int]], Iterable[RankProcess]], ranks_path: Pa
 
     def forward(number: int, _frame: FrameType | None) -> None:
         signalled.append(number)
-        _send(ranks, signal.SIGTERM if number == signal.SIGHUP else number)
+        _send(ranks, number)
 
-    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # One that is ignored stays so, here and in the ranks: nohup, a shell's background job.
+    heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in heard}
     try:
         for rank in start(signalled):
             ranks.append(rank)

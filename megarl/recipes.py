@@ -50,19 +50,19 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name:{width}}  {_first_sentence(path)}")
         return 0
     name = options.name.removesuffix(".yaml").removeprefix("configs/")
-    path = found.get(name) or found.get(f"recipes/{name}")
-    if path is None:
+    chosen = found.get(name) or found.get(f"recipes/{name}")
+    if chosen is None:
         raise UserError(f"megarl recipes: there is no {options.name}; `megarl recipes ls` lists them")
     if options.recipes_command == "show":
-        print(path.read_text(encoding="utf-8"), end="")
+        print(chosen.read_text(encoding="utf-8"), end="")
         return 0
-    target: Path = options.file or Path(path.name)
+    target: Path = options.file or Path(chosen.name)
     if target.is_dir():
-        target = target / path.name
+        target = target / chosen.name
     if target.exists():
         raise UserError(f"{target}: exists already; name another file")
     try:
-        shutil.copyfile(path, target)
+        shutil.copyfile(chosen, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror}") from error
     print(target)

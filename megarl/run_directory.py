@@ -4,6 +4,7 @@
 
     runs/<name>/
       config.yaml             resolved configuration
+      console.log             what the console showed, whatever became of the terminal
       metrics.jsonl           one JSON object per step
       samples/step_N.jsonl    samples of step N
       evaluations/step_N.jsonl  every answer of the evaluation after step N (0: before the first)
@@ -58,6 +59,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"
+        self.console_path = self.path / "console.log"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples"
         self.evaluations_path = self.path / "evaluations"

@@ -84,7 +84,7 @@ class ReferenceLogprobs:
                         self._write(kept)
                         saved = time.monotonic()
                     if number is not None:
-                        self._run.console.note("Stopped; the same command goes on from there")
+                        self._run.console.note("Stopped; the same command resumes from here")
                         raise Interrupted(128 + number)
             self._write(kept)
         source = f"read from {self._cache.path}" if read else "read"

@@ -7,10 +7,12 @@ log file, everything is a plain line without control codes, and a phase reports 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as RichConsole
@@ -57,7 +59,21 @@ class Console:
             rich = RichConsole(file=self._stream, highlight=False)
             self._rich = None if rich.is_dumb_terminal else rich
         self._progress: Progress | None = None
+        self._log: TextIO | None = None
         self._lines_since_header = _HEADER_EVERY
+
+    def keep_log(self, path: Path) -> None:
+        """Append every further line to a file too, whatever becomes of the stream."""
+        if self._enabled:
+            with suppress(OSError):  # a full disk: the run's own files will say so
+                self._log = path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file of :meth:`keep_log`."""
+        if self._log is not None:
+            with suppress(OSError):
+                self._log.close()
+            self._log = None
 
     def step(self, metrics: StepMetrics) -> None:
         """One aligned line with the most telling values; a value the step lacks is a dash."""
@@ -140,11 +156,31 @@ class Console:
     def _print(self, line: Text) -> None:
         if not self._enabled:
             return
-        if self._rich is None:
-            self._stream.write(line.plain + "\n")
-            self._stream.flush()
-        else:
-            self._rich.print(line, soft_wrap=True)  # a narrow terminal wraps lines, nothing is cut
+        if self._log is not None:
+            try:
+                self._log.write(line.plain + "\n")
+                self._log.flush()
+            except OSError:
+                self._log = None
+        try:
+            if self._rich is None:
+                self._stream.write(line.plain + "\n")
+                self._stream.flush()
+            else:
+                self._rich.print(line, soft_wrap=True)  # a narrow terminal wraps lines, nothing is cut
+        except OSError:
+            self._lose_stream()
+
+    def _lose_stream(self) -> None:
+        """Go on without the stream: its reader has ended, its terminal was closed, its disk is full.
+
+        Whatever the stream holds back would fail again as the process ends, so it leads nowhere from here on.
+        """
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        self._rich = None
 
 
 def _new_progress(console: RichConsole) -> Progress:

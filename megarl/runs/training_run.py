@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -36,6 +38,9 @@ from megarl.weights.hf import export_hf, fingerprint
 from megarl.weights.peft import export_adapter
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(SystemExit):
@@ -72,16 +77,19 @@ class TrainingRun:
     # --- beginning and end --------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        """Open the run directory (rank 0); from here on SIGTERM and SIGINT end the run after a step."""
+        """Open the run directory (rank 0); from here on SIGTERM, SIGINT and SIGHUP end the run after a step."""
         on_first_rank(self._open)
         self._heartbeat.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in _ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a shell's background job
+                signal.signal(number, self._on_signal)
         return self
 
     def _open(self) -> None:
         chosen = self.config.model_dump(mode="json", exclude_defaults=True)
-        for line in self.directory.open(self._resolved, chosen):
+        lines = self.directory.open(self._resolved, chosen)
+        self.console.keep_log(self.directory.console_path)
+        for line in lines:
             self.console.note(line)
         heartbeat.clear(self.directory.ranks_path)
 
@@ -93,6 +101,7 @@ class TrainingRun:
             self.console.warn("the checkpoint that was being written is given up; the one before it stays")
         for sink in self._sinks:
             sink.close()
+        self.console.close()
         self.directory.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -100,7 +109,11 @@ class TrainingRun:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._signal = number
-        self.console.note(f"{signal.Signals(number).name}: ending after this step, with a checkpoint")
+        if self.is_first:
+            # Not through the console: its stream may be in the middle of a line, or have lost its reader.
+            line = f"\n{signal.Signals(number).name}: ending after this step, with a checkpoint\n"
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), line.encode())
 
     def tell(self, *data: Any) -> None:
         """Say what became of the rows of data sets (None: there is none)."""
@@ -164,7 +177,8 @@ class TrainingRun:
         if self.is_first and (due or step % self.config.logging.report_interval == 0):
             write_report(self.directory.path)
         if number is not None and step != last_step:
-            self.console.note(f"Stopped at step {step}; the same command goes on from there")
+            name = signal.Signals(number).name
+            self.console.note(f"{name}: stopped at step {step} with a checkpoint; the same command resumes")
             # srun and torchrun end the other ranks when one has ended like this: rank 0 must be done.
             broadcast(None)
             raise Interrupted(128 + number)
