@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl import __version__
+from megarl.arguments import nearest_command, normalise
 from megarl.errors import ToldByRankZeroError, UserError
 from megarl.jobs import JOBS, Job
 
@@ -96,7 +97,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"megarl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command")
     with_overrides = {}
     for job in JOBS.values():
         with_overrides[job.name] = command = commands.add_parser(
@@ -107,7 +108,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             formatter_class=raw,
             allow_abbrev=False,
         )
-        command.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+        command.add_argument(
+            "-c",
+            "--config",
+            metavar="FILE",
+            help="YAML configuration; without it settings come from key=value",
+        )
         command.add_argument(
             "--dry-run",
             action="store_true",
@@ -138,6 +144,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
     )
 
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(0)
+    if not arguments[0].startswith("-") and arguments[0] not in commands.choices:
+        near = nearest_command(arguments[0], commands.choices)
+        parser.error(
+            f"there is no command {arguments[0]!r}; "
+            + (f"did you mean {near}?" if near else f"commands: {', '.join(commands.choices)}")
+        )
+    if arguments[0] == "data":  # its file is positional: there is no data to inspect without one
+        arguments = [each for each in arguments if each not in ("-c", "--config")]
+    elif arguments[0] in with_overrides:
+        arguments = [arguments[0], *normalise(arguments[1:])]
     options, rest = parser.parse_known_args(arguments)
     # argparse takes one block of positional arguments; overrides may stand on both sides of an option.
     strangers = [text for text in rest if text.startswith("-")] if options.command in with_overrides else rest
@@ -164,6 +183,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from megarl.config.load import load_config
     from megarl.launch import adopt_slurm, run_ranks, run_ranks_on_ray, world_size
+    from megarl.run_directory import RunDirectory
 
     job = JOBS[options.command]
     adopt_slurm(os.environ)
@@ -188,6 +208,10 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.dry_run:
         if _rank() == 0:
             print(_resolved(config), end="")
+        return 0
+    if job.trains and (line := RunDirectory(config.run.dir).check_before_start(config)) is not None:
+        if _rank() == 0:
+            print(line)
         return 0
     if job.trains and started is None:
         count, ranks_path = config.parallel.num_processes, Path(config.run.dir) / "ranks"

@@ -35,11 +35,14 @@ import socket
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from megarl.config.renamed import with_new_names
 from megarl.config.yaml_text import dump_yaml, parse_yaml
 from megarl.errors import UserError
+
+if TYPE_CHECKING:
+    from megarl.config.training import TrainingRoot
 
 # Fields a resumed run may change: they alter what is written down, where it runs or when it ends, not what
 # is learned (up to rounding).
@@ -106,6 +109,31 @@ class RunDirectory:
         self.checkpoints_path.mkdir(exist_ok=True)
         write_atomically(self.config_path, dump_yaml(dict(resolved_config)))
         return changes
+
+    def check_before_start(self, config: TrainingRoot) -> str | None:
+        """What the directory's files alone decide, before a rank is started and without taking the lock.
+
+        Returns:
+            Where the run is complete (its last checkpoint, its summary and its export are there), a line that
+            says so; else None.
+
+        Raises:
+            UserError: the run was started with other values of what changes the training.
+        """
+        if not self.config_path.exists():
+            return None
+        resolved = config.model_dump(mode="json")
+        self._compare_with_disk(resolved, config.model_dump(mode="json", exclude_defaults=True))
+        steps, saved = config.training.num_steps, self.checkpoint_steps()
+        exported = not config.checkpoint.export_hf or any(
+            (self.path / name).is_dir() for name in ("hf", "adapter")
+        )
+        if not (saved and saved[-1] >= steps and exported and self.summary_path.exists()):
+            return None
+        return (
+            f"{self.path}: complete, {saved[-1]} of {steps} steps. A larger training.num_steps goes on from "
+            f"here, another run.dir starts afresh. Report: {self.report_path}"
+        )
 
     def close(self) -> None:
         """Close metrics.jsonl and give the lock back. Safe to call twice."""

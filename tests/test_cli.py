@@ -8,15 +8,19 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import megarl
 from megarl import cli
 from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
 from megarl.errors import UserError
+from megarl.run_directory import RunDirectory
 
 ROOT = Path(megarl.__file__).resolve().parents[1]
 CLEAN = {k: v for k, v in os.environ.items() if not re.match(r"(SLURM_|MASTER_|WORLD_SIZE|RANK|LOCAL_)", k)}
@@ -88,11 +92,73 @@ def test_user_errors_have_a_line_each_and_no_traceback(folder: Path) -> None:
 
 
 def test_usage_errors(folder: Path) -> None:
-    for arguments in (["grpo"], [], ["train"], ["grpo", "--config", "c.yaml", "--dryrun"]):
+    for arguments, complaint in (
+        (["grpo", "--config", "c.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (["grop"], "there is no command 'grop'; did you mean grpo?"),
+        (["xyz"], "there is no command 'xyz'; commands: sft, dpo"),
+    ):
         done = megarl_command(*arguments)
         assert done.returncode == 2
-        assert "usage: megarl" in done.stderr
-    assert "unrecognized arguments: --dryrun" in done.stderr
+        assert "usage: megarl" in done.stderr and complaint in done.stderr
+
+
+def test_without_a_command_there_is_the_help() -> None:
+    done = megarl_command()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == megarl_command("--help").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "c.yaml", "optimizer.lr=2e-3", "run.seed=7"],
+        ["c.yaml", "--optimizer.lr=2e-3", "--run.seed", "7"],
+        ["--run.seed=7", "c.yaml", "--optimizer.lr", "2e-3"],
+        ["--config=c.yaml", "run.seed=7", "optimizer.lr=2e-3"],
+    ],
+)
+def test_settings_as_other_tools_write_them(folder: Path, arguments: list[str]) -> None:
+    expected = megarl_command("grpo", "--config", "c.yaml", "optimizer.lr=2e-3", "run.seed=7", "--dry-run")
+    done = megarl_command("grpo", *arguments, "--dry-run")
+    assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
+
+
+def test_a_run_without_a_file(folder: Path) -> None:
+    done = megarl_command("grpo", "optimizer.lr=1")
+    assert done.returncode == 2
+    assert "error: data: required but missing" in done.stderr and "[command line]" in done.stderr
+    settings = [f"{key}={value}" for key, value in _flat(yaml.safe_load(Path("c.yaml").read_text()))]
+    done, expected = (
+        megarl_command("grpo", *arguments, "--dry-run") for arguments in (settings, ["-c", "c.yaml"])
+    )
+    assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value) if not isinstance(value, str) else value
+
+
+def test_what_files_decide_is_said_before_anything_starts(folder: Path) -> None:
+    """A finished run, and one started with other values."""
+    config = load_config(GrpoConfig, "c.yaml")
+    directory = RunDirectory(config.run.dir)
+    directory.open(config.model_dump(mode="json"))
+    directory.close()
+    (directory.path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    done = megarl_command("grpo", "-c", "c.yaml", "optimizer.lr=0.5")
+    assert done.returncode == 2
+    assert "was started with other values: optimizer.lr" in done.stderr
+    (directory.checkpoints_path / f"step_{config.training.num_steps}").mkdir()
+    (directory.path / "hf").mkdir()
+    directory.summary_path.write_text("{}")
+    done = megarl_command("grpo", "-c", "c.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    count = config.training.num_steps
+    assert f"{config.run.dir}: complete, {count} of {count} steps." in done.stdout
 
 
 def test_dry_run(folder: Path) -> None:

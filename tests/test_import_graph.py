@@ -50,10 +50,12 @@ MAY_IMPORT = {
     "loops": "sampling runs data environments inference advantages batching losses trainer metrics models"
     " weights simulate convert cluster platform run_directory",
     "algorithms": "loops runs data advantages batching losses trainer models weights ops cluster",
+    "arguments": "",
     "launch": "cluster",
     "recipes": "",
     "doctor": "cluster environments ops platform",
-    "cli": "launch recipes doctor loops convert simulate metrics models weights cluster platform",
+    "cli": "arguments launch recipes run_directory doctor loops convert simulate metrics models weights"
+    " cluster platform",
     "__main__": "cli",
 }
 # Where a library may be imported (prefixes of modules).

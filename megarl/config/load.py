@@ -39,7 +39,7 @@ _NO_VALUE = object()
 
 def load_config(
     kind: type[_Config],
-    path: str | FilePath,
+    path: str | FilePath | None,
     overrides: Sequence[str] = (),
     *,
     check_files: bool = True,
@@ -50,7 +50,7 @@ def load_config(
 
     Args:
         kind: the command's root, e.g. SftConfig.
-        path: YAML file; strings in it may hold ${NAME} and ${NAME:-default}.
+        path: YAML file; strings in it may hold ${NAME} and ${NAME:-default}. None: all is in ``overrides``.
         overrides: dotted key=value pairs, later ones win. Where the schema wants a string the value is
             taken as it stands (quotes allow YAML escapes), elsewhere it is YAML.
         check_files: also check what the configuration names on disk, relative to the current directory.
@@ -61,7 +61,7 @@ def load_config(
     Raises:
         UserError: one line per violation: "field.path: what is wrong (got value) [file:line]".
     """
-    loading = _Loading(kind, FilePath(path), check_files, check_weights)
+    loading = _Loading(kind, None if path is None else FilePath(path), check_files, check_weights)
     return loading.load(overrides, num_processes)
 
 
@@ -73,15 +73,18 @@ def dump_config(config: Section) -> str:
 class _Loading:
     """One call of load_config: the raw data as it grows, and what was found wrong."""
 
-    def __init__(self, kind: type[Any], path: FilePath, check_files: bool, check_weights: bool) -> None:
+    def __init__(
+        self, kind: type[Any], path: FilePath | None, check_files: bool, check_weights: bool
+    ) -> None:
         self.kind, self.path = kind, path
         self.check_files, self.check_weights = check_files, check_weights
         self.data: dict[str, Any] = {}
-        self.origins = Origins(str(path))
+        self.origins = Origins(_COMMAND_LINE if path is None else str(path))
         self.violations: list[Violation] = []
 
     def load(self, overrides: Sequence[str], num_processes: int | None) -> Any:
-        self.read_file()
+        if self.path is not None:
+            self.read_file(self.path)
         for override in overrides:
             self.apply_override(override)
         if num_processes is not None:
@@ -91,21 +94,21 @@ class _Loading:
             raise UserError("\n".join(self.origins.report(self.violations)))
         return config
 
-    def read_file(self) -> None:
+    def read_file(self, path: FilePath) -> None:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: not a UTF-8 text file ({error.reason})") from None
+            raise UserError(f"{path}: not a UTF-8 text file ({error.reason})") from None
         except OSError as error:
-            raise UserError(f"{self.path}: cannot read the configuration: {error.strerror}") from None
-        parsed = parse_yaml(text, str(self.path))
-        self.origins.places = {p: f"{self.path}:{line}" for p, line in parsed.lines.items() if p}
-        for path, line, problem in parsed.problems:
-            self.violations.append(Violation(path, problem))
-            self.origins.places[path] = f"{self.path}:{line}"
+            raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+        parsed = parse_yaml(text, str(path))
+        self.origins.places = {p: f"{path}:{line}" for p, line in parsed.lines.items() if p}
+        for at, line, problem in parsed.problems:
+            self.violations.append(Violation(at, problem))
+            self.origins.places[at] = f"{path}:{line}"
         if parsed.value is not None and not isinstance(parsed.value, dict):
             got = show(parsed.value)
-            raise UserError(f"{self.path}: a configuration is a mapping of sections (got {got})")
+            raise UserError(f"{path}: a configuration is a mapping of sections (got {got})")
         self.data = parsed.value or {}
 
     def apply_override(self, override: str) -> None:

@@ -12,7 +12,9 @@ from megarl.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The configuration, the number of GPUs and where to write."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration (docs/plan.md)")
+    parser.add_argument(
+        "-c", "--config", required=True, metavar="FILE", help="YAML configuration (docs/plan.md)"
+    )
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs of the trainer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, per GPU, to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
