@@ -1,1 +1,1 @@
-"""Prompts to graded groups: episodes with an environment, rollout batches, prefetching."""
+"""From prompts to graded groups: episodes with an environment, rollout batches, prefetching."""

@@ -1,7 +1,7 @@
-"""What stands between two turns of the policy, as token ids: the end of its message, what it reads, its cue.
+"""Token ids between two turns of the policy: the end of its message, the observation, the next prompt.
 
-The tokens of earlier turns are never looked at again: only the environment's text is tokenised, once, with
-the markup that the chat template puts around it.
+Tokens of earlier turns are never re-tokenised. Only the environment's text is tokenised, once, with the
+markup that the chat template puts around it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-# Stands for the policy's message while the template is rendered; no template and no text has it.
+# Placeholder for the policy's message while rendering; occurs in no template and no text.
 _MARK = "\u2063megarl\u2063turn\u2063"
 
 
 class ChatContinuation:
-    """Turns observations into token ids.
+    """Convert observations to token ids.
 
     Args:
         tokenizer: the model's.
-        stop_token_ids: what ends a turn; the engine leaves that token on the sampled ones.
-        chat_template: whether prompts are chats; otherwise observations are appended as bare text.
+        stop_token_ids: tokens that end a turn; the engine keeps the stop token on the sampled ids.
+        chat_template: True if prompts are chats; otherwise observations are appended as bare text.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class ChatContinuation:
         self._stops = frozenset(stop_token_ids)
 
     def check(self, role: str) -> None:
-        """Render one observation of ``role``; a template that cannot is a UserError."""
+        """Render one observation of ``role``; raise UserError if the template cannot."""
         if self._chat:
             self._after(role, "x")
 
     def observation(self, sampled: TokenIds, role: str, text: str) -> TokenIds:
-        """Token ids to go on with after ``sampled``, the policy's turn, ending where it speaks again.
+        """Return the token ids that follow ``sampled``, the policy's turn, up to where it speaks again.
 
-        A turn that was cut off is ended first, as the template ends a message.
+        A truncated turn is first closed the way the template closes a message.
         """
         if self._chat:
             text = self._after(role, text)
@@ -53,7 +53,7 @@ class ChatContinuation:
         return token_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _after(self, role: str, text: str) -> str:
-        """What the template writes from the end of the policy's message on."""
+        """Return the text the template renders after the policy's message."""
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": _MARK},
@@ -63,9 +63,9 @@ class ChatContinuation:
             rendered = str(
                 self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             )
-        except Exception as error:  # templates raise through jinja2, in many ways
+        except Exception as error:  # template errors surface through jinja2 as many types
             raise UserError(
-                f"data.format.chat_template: the model's template cannot go on after a turn with a message"
+                f"data.format.chat_template: the model's template cannot continue after a turn with a message"
                 f" of role {role!r}: {error}"
             ) from error
         _, mark, after = rendered.rpartition(_MARK)

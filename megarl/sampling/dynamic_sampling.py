@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): groups that teach nothing are replaced."""
+"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): replace groups whose rewards are all equal."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from megarl.records import Group
 def sample_unequal(
     draw: Callable[[], list[Group]], *, step: int, num_groups: int, max_batches: int
 ) -> tuple[list[Group], dict[str, float]]:
-    """The first ``num_groups`` groups with unequal rewards, in the order of their prompts.
+    """Return the first ``num_groups`` groups with unequal rewards, in prompt order, and metrics.
 
-    ``draw`` samples and grades a batch of fresh prompts. Returned with them: num_generation_batches,
-    equal_groups (left out, for all their rewards are equal) and surplus_groups (left out, beyond what was
-    asked for).
+    ``draw`` samples and grades a batch of fresh prompts. The metrics are num_generation_batches, equal_groups
+    (dropped because all their rewards are equal) and surplus_groups (dropped beyond ``num_groups``).
 
     Raises:
-        UserError: ``max_batches`` batches did not have enough.
+        UserError: ``max_batches`` batches did not contain enough groups.
     """
     kept: list[Group] = []
     equal = batches = 0
@@ -29,7 +28,7 @@ def sample_unequal(
         if batches == max_batches:
             raise UserError(
                 f"algorithm.max_generation_batches: step {step} has {len(kept)} groups with unequal rewards "
-                f"after {batches} batches, {equal} had equal ones, {num_groups} are wanted: the problems are "
+                f"after {batches} batches, {equal} had equal ones, {num_groups} are needed: the problems are "
                 "too easy or too hard for the model"
             )
         drawn = draw()

@@ -1,8 +1,8 @@
-"""Episodes: the policy and an environment in turns, with token ids kept exactly as they were sampled.
+"""Episodes: turns of policy and environment, with token ids kept exactly as they were sampled.
 
-An environment's failure never becomes a reward. The episode is played again: what was sampled is kept and
-shown to the environment once more, and sampling goes on from where its answers differ or end. After
-``max_retries`` the episode is given up, with the reason.
+An environment's failure never becomes a reward. The episode is retried: the turns sampled so far are replayed
+to the environment, and sampling continues from where its answers differ or end. After ``max_retries``
+retries the episode is dropped, with the reason.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from megarl.sampling.chat_continuation import ChatContinuation
 if TYPE_CHECKING:
     from megarl.environments.base import EpisodeEnvironment, Observation, StepResult
 
-# How often an episode may start anew because another one took its worker process down.
+# Maximum number of free restarts of an episode whose worker process another episode killed.
 _MAX_BLAMELESS = 20
 
 
 class EpisodeFailedError(RuntimeError):
-    """An episode that was given up; the message is the environment's last failure."""
+    """An episode was dropped; the message is the environment's last failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeLimits:
-    """Budgets of one episode; tokens are those after the prompt, sampled and observed."""
+    """Budgets of one episode, in tokens after the prompt, sampled and observed."""
 
     max_new_tokens: int
     max_turns: int = 1
@@ -42,8 +42,8 @@ class EpisodeLimits:
 
 
 @dataclass(slots=True)
-class _Played:
-    """A turn that has been sampled; kept over retries."""
+class _SampledTurn:
+    """One sampled turn, kept across retries."""
 
     response: GeneratedResponse
     observation: Observation | None = None
@@ -51,19 +51,19 @@ class _Played:
 
 
 class _EnvironmentError(Exception):
-    """What the environment did instead of answering."""
+    """The environment failed or returned an invalid result."""
 
     def __init__(self, reason: str, *, blameless: bool = False) -> None:
         super().__init__(reason)
         self.blameless = blameless
 
 
-class EpisodePlayer:
-    """Plays episodes of one environment; safe to use for many at once on one event loop.
+class EpisodeRunner:
+    """Run episodes of one environment, any number concurrently on one event loop.
 
     Args:
         environment: copied for each episode.
-        turns: between text and tokens.
+        turns: converts observations to token ids.
         limits: budgets and retries.
     """
 
@@ -73,21 +73,21 @@ class EpisodePlayer:
         self._environment, self._turns, self._limits = environment, turns, limits
         self.num_retries = 0
 
-    async def play(
+    async def run(
         self,
         prompt: Prompt,
         sample: Callable[[int, TokenIds, int], Awaitable[GeneratedResponse]],
     ) -> Sample:
-        """One episode on ``prompt``; ``sample(turn, token_ids, max_new_tokens)`` asks the engine.
+        """Run one episode on ``prompt``; ``sample(turn, token_ids, max_new_tokens)`` asks the engine.
 
         Raises:
             EpisodeFailedError: the environment failed ``max_retries + 1`` times.
         """
-        played: list[_Played] = []
+        sampled: list[_SampledTurn] = []
         failures = blameless = 0
         while True:
             try:
-                return await self._attempt(prompt, sample, played)
+                return await self._attempt(prompt, sample, sampled)
             except _EnvironmentError as error:
                 if error.blameless and blameless < _MAX_BLAMELESS:
                     blameless += 1
@@ -101,77 +101,77 @@ class EpisodePlayer:
         self,
         prompt: Prompt,
         sample: Callable[[int, TokenIds, int], Awaitable[GeneratedResponse]],
-        played: list[_Played],
+        sampled: list[_SampledTurn],
     ) -> Sample:
         episode = copy.copy(self._environment)
         try:
             first: Observation = await _ask(episode.reset(prompt))
             if first.text != prompt.text:
-                raise _EnvironmentError("reset() must show the prompt's own text: the policy reads that")
+                raise _EnvironmentError("reset() must return the prompt's own text: the policy reads that")
             rewards: list[float] = []
             info: dict[str, Any] = {}
             parts = [prompt.token_ids]
             used = 0
             while True:
                 turn = len(rewards)
-                if turn == len(played):
+                if turn == len(sampled):
                     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
-                    response = await sample(turn, ids, self._room(used))
-                    played.append(_Played(response))
-                parts.append(played[turn].response.token_ids)
+                    response = await sample(turn, ids, self._remaining_tokens(used))
+                    sampled.append(_SampledTurn(response))
+                parts.append(sampled[turn].response.token_ids)
                 used += len(parts[-1])
                 result = _checked(await _ask(episode.step(parts[-1])))
                 rewards.append(float(result.reward))
                 info.update(result.info)
-                if result.done or not self._goes_on(used, result, played, turn):
-                    ended = None if result.done else self._why_ended(turn)
-                    return self._sample(prompt, played[: turn + 1], rewards, info, ended)
-                parts.append(played[turn].observed_ids)
+                if result.done or not self._continues(used, result, sampled, turn):
+                    ended = None if result.done else self._exhausted_budget(turn)
+                    return self._sample(prompt, sampled[: turn + 1], rewards, info, ended)
+                parts.append(sampled[turn].observed_ids)
                 used += len(parts[-1])
         finally:
             episode.end()
 
-    def _room(self, used: int) -> int:
+    def _remaining_tokens(self, used: int) -> int:
         room = self._limits.max_new_tokens - used
         per_turn = self._limits.max_new_tokens_per_turn
         return room if per_turn is None else min(room, per_turn)
 
-    def _goes_on(self, used: int, result: StepResult, played: list[_Played], turn: int) -> bool:
-        """Whether ``used`` tokens leave a budget for another turn; notes what the policy reads before it."""
-        now, seen = played[turn], result.observation
+    def _continues(self, used: int, result: StepResult, sampled: list[_SampledTurn], turn: int) -> bool:
+        """Return True if ``used`` tokens leave budget for another turn; record its observation."""
+        now, seen = sampled[turn], result.observation
         assert seen is not None
         if turn + 1 == self._limits.max_turns:
             return False
-        if now.observation != seen:  # new, or the environment answers otherwise than before a retry
-            del played[turn + 1 :]
+        if now.observation != seen:  # new, or different from the one before a retry
+            del sampled[turn + 1 :]
             now.observation = seen
             now.observed_ids = self._turns.observation(now.response.token_ids, seen.role, seen.text)
         return used + len(now.observed_ids) < self._limits.max_new_tokens
 
-    def _why_ended(self, turn: int) -> str:
+    def _exhausted_budget(self, turn: int) -> str:
         return "max_turns" if turn + 1 == self._limits.max_turns else "max_new_tokens"
 
     def _sample(
         self,
         prompt: Prompt,
-        played: list[_Played],
+        sampled: list[_SampledTurn],
         rewards: list[float],
         info: dict[str, Any],
         ended: str | None,
     ) -> Sample:
-        """``ended`` is the budget that ended the episode, None where the environment did."""
-        last = played[-1].response
+        """Build the sample; ``ended`` is the budget that ended the episode, None if the environment did."""
+        last = sampled[-1].response
         reason: FinishReason = last.finish_reason if ended is None else "length"
         if ended is not None:
             info = info | {"ended_by": ended}
         turns: list[Turn] = []
         spans: list[tuple[int, int]] = []
-        if len(played) == 1:
+        if len(sampled) == 1:
             response_ids, logprobs, spans = last.token_ids, last.logprobs, last.version_spans
         else:
             ids, values = [], []
-            for index, (turn, reward) in enumerate(zip(played, rewards, strict=True)):
-                observed = turn.observed_ids if index + 1 < len(played) else turn.observed_ids[:0]
+            for index, (turn, reward) in enumerate(zip(sampled, rewards, strict=True)):
+                observed = turn.observed_ids if index + 1 < len(sampled) else turn.observed_ids[:0]
                 ids += [turn.response.token_ids, observed]
                 if len(turn.response.logprobs):
                     values += [turn.response.logprobs, np.zeros(len(observed), np.float32)]
@@ -188,18 +188,18 @@ class EpisodePlayer:
             prompt.token_ids,
             response_ids,
             logprobs,
-            played[0].response.policy_version,
+            sampled[0].response.policy_version,
             reason,
             reward=sum(rewards),
             info=info,
             turns=turns,
-            experts=last.experts,  # of all tokens before it too: they were its prompt
+            experts=last.experts,  # the last turn's cover all tokens before it, which were its prompt
             version_spans=spans,
         )
 
 
 async def _ask(answer: Awaitable[Any]) -> Any:
-    """The environment's answer; whatever it raises is its failure, not the run's."""
+    """Await the environment's answer; turn any exception it raises into _EnvironmentError."""
     try:
         return await answer
     except asyncio.CancelledError:
@@ -218,5 +218,5 @@ def _checked(result: StepResult) -> StepResult:
     if not finite:
         raise _EnvironmentError(f"it returned the reward {result.reward!r}, not a finite number")
     if result.done != (result.observation is None):
-        raise _EnvironmentError("step() must give an observation exactly when the episode is not over")
+        raise _EnvironmentError("step() must return an observation exactly if the episode is not over")
     return result

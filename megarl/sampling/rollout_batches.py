@@ -1,4 +1,4 @@
-"""Where the groups of a step come from: sampled now, until there are enough, or ahead of time."""
+"""The groups of each step: sampled synchronously, dynamically, or prefetched."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ GradedBatch = tuple[list[Group], dict[str, float]]
 
 
 class RolloutBatches:
-    """Every rank asks it for the same steps, in order; rank 0, which has ``rollouts``, gets the groups.
+    """Every rank requests the same steps, in order; rank 0, which has ``rollouts``, gets the groups.
 
     Args:
-        config: the run's.
+        config: configuration of the run.
         run: for the console.
         rollouts: rank 0's.
-        train: the problems.
-        step: the last step that was learned from.
-        position: how many prompts were drawn for the steps up to that one.
+        train: the training problems.
+        step: the last step trained on.
+        position: number of prompts drawn up to and including that step.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class RolloutBatches:
         self._order = order_of(train, config.data.shuffle, config.run.seed)
         self._first, self._start = step + 1, position
         self.position = position
-        """Prompts drawn for the steps that were collected. What runs ahead does not count: a run that is
-        resumed samples it anew, so no prompt is lost and none is learned from twice."""
+        """Prompts drawn for the collected steps. Prefetched batches do not count: a resumed run samples them
+        again, so no prompt is lost and none is trained on twice."""
         self._finished: Counter[int] = Counter()
         self._loop: EventLoopThread | None = None
-        self._ahead: RolloutPrefetcher[RolloutResult] | None = None
+        self._prefetcher: RolloutPrefetcher[RolloutResult] | None = None
         if config.rollout.max_staleness and rollouts is not None:
             self._loop = EventLoopThread()
             rollouts.run_on(self._loop)
-            self._ahead = RolloutPrefetcher(
+            self._prefetcher = RolloutPrefetcher(
                 self._loop,
-                self._draw_ahead,
+                self._prefetch,
                 first=self._first,
                 last=config.training.num_steps,
                 max_staleness=config.rollout.max_staleness,
@@ -67,27 +67,26 @@ class RolloutBatches:
     def collect(
         self, step: int, describe: Callable[[list[Group]], dict[str, float]] = lambda _: {}
     ) -> GradedBatch:
-        """The graded groups of ``step`` on rank 0 (elsewhere none), and figures on every rank.
+        """Return the graded groups of ``step`` on rank 0 (none elsewhere), and metrics on every rank.
 
-        Every rank calls it. The figures are how the groups came about, and what ``describe`` says of them on
-        rank 0.
+        Every rank calls it. The metrics are those of sampling and those that ``describe`` returns on rank 0.
 
         Raises:
-            UserError: on every rank, where rank 0's rollouts or ``describe`` failed.
+            UserError: on every rank, if rank 0's rollouts or ``describe`` failed.
         """
         groups: list[Group] = []
 
         def collect() -> tuple[dict[str, float], int]:
-            found, told = self._collect(step)
+            found, metrics = self._collect(step)
             self._check_finite(step, found)
             groups.extend(found)
-            return describe(groups) | told, self.position
+            return describe(groups) | metrics, self.position
 
-        told, self.position = from_first_rank(collect)
-        return groups, told
+        metrics, self.position = from_first_rank(collect)
+        return groups, metrics
 
     def _check_finite(self, step: int, groups: list[Group]) -> None:
-        """An engine whose logprobs are no numbers draws tokens that mean nothing."""
+        """Stop or warn on NaN logprobs: the tokens they were drawn with are meaningless."""
         samples = [sample for group in groups for sample in group.samples]
         bad = [sample for sample in samples if np.isnan(sample.rollout_logprobs).any()]
         if not bad:
@@ -105,7 +104,7 @@ class RolloutBatches:
         count = self._config.rollout.num_prompts_per_step
         if self._config.rollout.max_staleness:
             self.position += count
-            return self._take(step)
+            return self._take_prefetched(step)
         if (most_batches := self._config.algorithm.most_batches) is None:
             return self._draw(step)
         counts: Counter[str] = Counter()
@@ -115,11 +114,11 @@ class RolloutBatches:
             counts.update(dropped)
             return groups
 
-        groups, told = sample_unequal(draw, step=step, num_groups=count, max_batches=most_batches)
-        return groups, dict(counts) | told
+        groups, metrics = sample_unequal(draw, step=step, num_groups=count, max_batches=most_batches)
+        return groups, dict(counts) | metrics
 
     def close(self) -> None:
-        """Abort what runs ahead."""
+        """Abort the prefetched batches."""
         if self._loop is not None:
             self._loop.close()
 
@@ -136,7 +135,7 @@ class RolloutBatches:
         }
 
     def _draw(self, step: int) -> GradedBatch:
-        """The next prompts' groups, while everything else waits."""
+        """Sample and grade the next prompts synchronously."""
         assert self._rollouts is not None
         settings = self._settings(step, self.position)
         with self._run.console.progress("rollout", total=self._total) as advance:
@@ -146,7 +145,7 @@ class RolloutBatches:
             groups, self._rollouts.counts, self._run.console, smallest=self._config.algorithm.least_group
         )
 
-    def _draw_ahead(self, step: int) -> Coroutine[Any, Any, RolloutResult]:
+    def _prefetch(self, step: int) -> Coroutine[Any, Any, RolloutResult]:
         assert self._rollouts is not None
         position = self._start + (step - self._first) * self._config.rollout.num_prompts_per_step
 
@@ -155,9 +154,9 @@ class RolloutBatches:
 
         return self._rollouts.generate(**self._settings(step, position), advance=finished)
 
-    def _take(self, step: int) -> GradedBatch:
-        """The groups of a batch that was started up to max_staleness steps ago."""
-        assert self._ahead is not None
+    def _take_prefetched(self, step: int) -> GradedBatch:
+        """Return the groups of a batch started up to max_staleness steps ago."""
+        assert self._prefetcher is not None
         console, shown = self._run.console, 0
         with self._run.timers("rollout"), console.progress("rollout", total=self._total) as advance:
 
@@ -166,7 +165,7 @@ class RolloutBatches:
                 advance(self._finished[step] - shown)
                 shown = self._finished[step]
 
-            groups, counts, _ = self._ahead.take(step, show)
+            groups, counts, _ = self._prefetcher.take(step, show)
         return usable(groups, counts, console, smallest=self._config.algorithm.least_group)
 
     @property

@@ -1,7 +1,7 @@
-"""Prompts in, graded groups out: the engine and the environment side by side.
+"""From prompts to graded groups: generation by the engine, overlapped with grading by the environment.
 
-Responses are graded as they finish, while the engine works on the rest. Their text is made where they are
-graded, and here for those that somebody wants to read.
+Responses are graded as they finish, while the engine works on the rest. Text is decoded where it is graded;
+here only for samples that are logged.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from megarl.metrics.timers import Phase, PhaseTimers
 from megarl.platform import ranges
 from megarl.records import Group, Prompt, Sample, TokenIds
 from megarl.sampling.chat_continuation import ChatContinuation
-from megarl.sampling.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
+from megarl.sampling.episode import EpisodeFailedError, EpisodeLimits, EpisodeRunner
 from megarl.sampling.rollout_prefetch import EventLoopThread
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int, generation: int) -> int:
-    """The sampling seed of one sample: a pure function, so that a resumed run draws the same tokens."""
+    """Return the sampling seed of one sample: a pure function, so a resumed run draws the same tokens."""
     name = f"{run_seed}/{step}/{prompt_index}/{generation}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
 
 
 def turn_seed(run_seed: int, step: int, prompt_index: int, generation: int, turn: int) -> int:
-    """The sampling seed of one turn of an episode; of the first, request_seed."""
+    """Return the sampling seed of one turn of an episode; request_seed for the first turn."""
     seed = request_seed(run_seed, step, prompt_index, generation)
     return seed if turn == 0 else request_seed(seed, step, prompt_index, turn)
 
 
 @dataclass(slots=True)
 class RolloutCounts:
-    """Failures of the environment in one call of sample."""
+    """Counts of the environment's failures in one call of sample."""
 
     num_episodes: int = 0
     num_retries: int = 0
     num_dropped: int = 0
-    reason: str = ""  # of the last one dropped
+    reason: str = ""  # of the last dropped episode
 
     def metrics(self) -> dict[str, float]:
-        """As they stand in metrics.jsonl."""
+        """Return them under the names of metrics.jsonl."""
         return {"episodes_retried": self.num_retries, "episodes_dropped": self.num_dropped}
 
 
@@ -62,11 +62,11 @@ RolloutResult = tuple[list[Group], RolloutCounts, float]
 
 
 class EnvironmentsFailedError(UserError):
-    """More episodes had to be dropped than the configuration allows."""
+    """More episodes were dropped than the configuration allows."""
 
 
 class RolloutManager:
-    """Samples groups with one engine and grades them with one environment (rank 0 only)."""
+    """Sample groups with one engine and grade them with one environment (rank 0 only)."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class RolloutManager:
     ) -> None:
         self._engine, self._environment = engine, environment
         self.note = environment.note
-        """What the environment has to say for the log."""
+        """The environment's line for the log."""
         self._stop_token_ids, self._timers, self._run_seed = stop_token_ids, timers, run_seed
         self._runtime = runtime or EnvironmentRuntime()
         self._turns = ChatContinuation(tokenizer, stop_token_ids, chat_template=chat_template)
@@ -92,11 +92,11 @@ class RolloutManager:
         self._run: Callable[[Coroutine[Any, Any, RolloutResult]], RolloutResult] = _run
 
     def run_on(self, loop: EventLoopThread) -> None:
-        """From now on sample on this event loop: an environment's processes serve one loop only."""
+        """Sample on this event loop from now on: an environment's processes serve one loop only."""
         self._run = loop.run
 
     def read(self, samples: Iterable[Sample]) -> None:
-        """Set the text of samples that people are to read, as their environment has read it."""
+        """Decode the text of samples to be logged, the way their environment decoded it."""
         for sample in samples:
             raw = bool(sample.turns) or self._environment.raw_actions
             sample.text = self._text(sample.response_ids, raw=raw)
@@ -114,15 +114,15 @@ class RolloutManager:
         advance: Callable[[int], None] = lambda _: None,
         phase: Phase = "rollout",
     ) -> list[Group]:
-        """One group of ``generations`` samples per prompt, in the order of ``prompts``.
+        """Return one group of ``generations`` samples per prompt, in the order of ``prompts``.
 
         All requests are batched continuously; ``advance(1)`` is called for each finished sample.
-        Temperature 0 is greedy and carries no logprobs.
-        Time is booked under ``phase``; in a training rollout, time in which the engine has nothing to do
-        because the environment is at work is booked under "reward".
+        Temperature 0 is greedy and returns no logprobs.
+        Time is booked under ``phase``; in a training rollout, time in which the engine idles while the
+        environment works is booked under "reward".
 
-        A sample whose environment failed to the end is missing from its group (see ``counts``); a group
-        may be empty.
+        A sample whose environment kept failing is missing from its group (see ``counts``); a group may be
+        empty.
 
         Raises:
             EnvironmentsFailedError: more than ``runtime.max_dropped_fraction`` of the episodes failed.
@@ -155,7 +155,7 @@ class RolloutManager:
         top_p: float = 1.0,
         advance: Callable[[int], None] = lambda _: None,
     ) -> RolloutResult:
-        """As :meth:`sample`; also what was dropped, and the seconds the engine had nothing to do."""
+        """See :meth:`sample`; also returns the failure counts and the engine's idle seconds."""
         greedy = temperature == 0
         sampling = SamplingConfig(
             temperature, self._stop_token_ids, logprobs=not greedy, top_k=top_k, top_p=top_p
@@ -164,7 +164,7 @@ class RolloutManager:
         limits = EpisodeLimits(
             max_new_tokens, runtime.max_turns, runtime.max_new_tokens_per_turn, runtime.max_retries
         )
-        player = EpisodePlayer(self._environment, self._turns, limits)
+        runner = EpisodeRunner(self._environment, self._turns, limits)
         counts = RolloutCounts(num_episodes=len(prompts) * generations)
 
         def finished(_: object) -> None:
@@ -176,7 +176,7 @@ class RolloutManager:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     [
-                        group.create_task(self._episode(player, client, counts, prompt, step, number, greedy))
+                        group.create_task(self._episode(runner, client, counts, prompt, step, number, greedy))
                         for number in range(p, len(prompts) * generations, len(prompts))
                     ]
                     for p, prompt in enumerate(prompts)
@@ -187,7 +187,7 @@ class RolloutManager:
             raise errors.exceptions[0] from None
         finally:
             client.close()
-        counts.num_retries = player.num_retries
+        counts.num_retries = runner.num_retries
         samples = [[task.result() for task in row] for row in tasks]
         groups = [
             Group(prompt, [sample for sample in row if sample is not None])
@@ -197,7 +197,7 @@ class RolloutManager:
 
     async def _episode(
         self,
-        player: EpisodePlayer,
+        runner: EpisodeRunner,
         client: SessionClient,
         counts: RolloutCounts,
         prompt: Prompt,
@@ -205,7 +205,7 @@ class RolloutManager:
         number: int,
         greedy: bool,
     ) -> Sample | None:
-        """One sample; None where it was dropped. ``number`` tells the step's episodes apart."""
+        """Run one episode; None if it was dropped. ``number`` identifies it within the step."""
 
         async def ask(turn: int, ids: TokenIds, room: int) -> GeneratedResponse:
             seed = None if greedy else turn_seed(self._run_seed, step, prompt.index, number, turn)
@@ -213,7 +213,7 @@ class RolloutManager:
             return await client.generate(GenerateRequest(f"{step}-{number}-{turn}", ids, room, seed, lineage))
 
         try:
-            return await player.play(prompt, ask)
+            return await runner.run(prompt, ask)
         except EpisodeFailedError as error:
             self._drop(counts, error)
             return None
@@ -230,7 +230,7 @@ class RolloutManager:
 
 
 def _run(work: Coroutine[Any, Any, RolloutResult]) -> RolloutResult:
-    """As asyncio.run, but the main task has no result: restoring SIGINT, Python makes a string of it."""
+    """Like asyncio.run, but the main task has no result: Python formats it when restoring SIGINT."""
     found: list[RolloutResult] = []
 
     async def keep() -> None:
@@ -247,7 +247,7 @@ def make_rollout_manager(
     tokenizer: PreTrainedTokenizerBase,
     timers: PhaseTimers,
 ) -> RolloutManager:
-    """The rollouts of a training run; waits for the environment's processes."""
+    """Build the rollouts of a training run; waits for the environment's processes."""
     return RolloutManager(
         engine,
         workers.wait_ready(),
@@ -263,16 +263,16 @@ def make_rollout_manager(
 def usable(
     groups: list[Group], counts: RolloutCounts, console: Console, *, smallest: int = 2
 ) -> tuple[list[Group], dict[str, float]]:
-    """The groups to learn from, and what was dropped: alone in its group, a sample has no baseline.
+    """Return the groups that can be trained on, and counts of what was dropped.
 
-    ``smallest`` samples a group must have: 1 where no baseline is taken.
+    A group needs ``smallest`` samples: a sample alone in its group has no baseline; 1 if no baseline is used.
     """
     kept = [group for group in groups if len(group.samples) >= smallest]
     dropped = len(groups) - len(kept)
     if counts.num_dropped:
         console.warn(
             f"{counts.num_dropped} of {counts.num_episodes} episodes dropped, their environment failed"
-            f" ({dropped} groups with them, of which fewer than {smallest} samples were left); the last:"
+            f" ({dropped} groups dropped with fewer than {smallest} samples left); the last:"
             f" {counts.reason}"
         )
     if not kept:
@@ -287,9 +287,9 @@ def usable(
 
 
 def split_groups(groups: list[Group], parts: int) -> list[list[Sample]]:
-    """The samples of ``parts`` optimizer steps, their groups whole and as equal in number as can be.
+    """Split samples into ``parts`` optimizer steps of about equally many whole groups.
 
-    Fewer parts where there are fewer groups.
+    Returns fewer parts if there are fewer groups.
     """
     parts = min(parts, len(groups))
     edges = [len(groups) * i // parts for i in range(parts + 1)]
@@ -300,7 +300,7 @@ def split_groups(groups: list[Group], parts: int) -> list[list[Sample]]:
 
 
 def sample_row(step: int, group: Group, sample: Sample) -> dict[str, Any]:
-    """What samples/step_N.jsonl says of any sample, trained on or evaluated."""
+    """Return the row of samples/step_N.jsonl shared by training and evaluation samples."""
     return {
         "step": step,
         "prompt_index": sample.prompt_index,

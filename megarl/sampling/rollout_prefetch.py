@@ -1,8 +1,8 @@
-"""Rollouts that run ahead of training, on an event loop of their own (rank 0 only).
+"""Asynchronous rollouts: batches prefetched during training, on a separate event loop (rank 0 only).
 
-Batches are drawn and trained on in the order of their prompts, never in the order in which they finish: what
-finishes first is short, and learning from it first would favour short answers. Batch b is started when the
-engine has version b - 1 - k, so that no token is older than k updates when it is learned from.
+Batches are drawn and trained on in prompt order, never in order of completion: what finishes first is short,
+and training on it first would favour short answers. Batch b starts when the engine has version b - 1 - k, so
+no token is more than k updates old when it is trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class EventLoopThread:
-    """An event loop in a thread: what several threads ask for runs side by side."""
+    """An event loop in a background thread, shared by the callers of several threads."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -25,15 +25,15 @@ class EventLoopThread:
         self._thread.start()
 
     def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run in the background."""
+        """Start ``work`` in the background."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run and wait."""
+        """Run ``work`` and wait for its result."""
         return self.start(work).result()
 
     def close(self) -> None:
-        """Cancel what still runs and end the thread."""
+        """Cancel running work and end the thread."""
 
         async def cancel() -> None:
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -43,21 +43,21 @@ class EventLoopThread:
 
         try:
             self.start(cancel()).result(timeout=10)
-        except concurrent.futures.TimeoutError:  # it hangs in a call: the thread ends with the process
+        except concurrent.futures.TimeoutError:  # stuck in a call: the thread ends with the process
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
 
 class RolloutPrefetcher(Generic[T]):
-    """Batches by number, of which up to ``max_staleness`` beyond the one that is asked for are under way.
+    """Batches by number; up to ``max_staleness`` beyond the requested one are in flight.
 
     Args:
-        loop: where they run.
+        loop: runs the batches.
         draw: starts batch number b; called in ascending order.
-        first: the first batch that will be taken.
-        last: the last batch there is.
-        max_staleness: k.
+        first: the first batch to be taken.
+        last: the last batch of the run.
+        max_staleness: k, in steps.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class RolloutPrefetcher(Generic[T]):
 
     @property
     def in_flight(self) -> list[int]:
-        """Numbers of the batches that were started and not taken."""
+        """Return the numbers of the batches that were started and not yet taken."""
         return sorted(self._started)
 
     def take(self, number: int, wait: Callable[[], None] = lambda: None) -> T:
-        """Batch ``number``, when it is complete; starts those that may be started now.
+        """Return batch ``number`` once it is complete; start the batches that may start now.
 
-        ``wait`` is called now and then meanwhile. Raises what drawing it raised.
+        ``wait`` is called regularly while waiting. Re-raises the exception that drawing the batch raised.
         """
         while self._next <= min(number + self._ahead, self._last):
             self._started[self._next] = self._loop.start(self._draw(self._next))
@@ -92,7 +92,7 @@ class RolloutPrefetcher(Generic[T]):
             try:
                 result = future.result(timeout=0.2)
             except concurrent.futures.TimeoutError:
-                if future.done():  # the batch itself ran into a time limit
+                if future.done():  # the timeout is the batch's own, not that of this wait
                     raise
                 continue
             del self._started[number]

@@ -22,7 +22,7 @@ from megarl.errors import UserError
 from megarl.inference.interface import GeneratedResponse
 from megarl.records import NO_LOGPROBS, Prompt, TokenIds, token_ids
 from megarl.sampling.chat_continuation import ChatContinuation
-from megarl.sampling.episode import EpisodeFailedError, EpisodeLimits, EpisodePlayer
+from megarl.sampling.episode import EpisodeFailedError, EpisodeLimits, EpisodeRunner
 from tests.cluster.events import recorded_tasks
 from tests.sampling.test_episode import Letters
 
@@ -194,7 +194,7 @@ def test_episodes_keep_to_their_worker_and_survive_the_death_of_a_neighbour(read
     tokenizer: Any = Letters()
 
     async def play() -> list[Any]:
-        player = EpisodePlayer(
+        runner = EpisodeRunner(
             environment, ChatContinuation(tokenizer, (1,), chat_template=True), EpisodeLimits(500, 4, None, 1)
         )
 
@@ -203,7 +203,7 @@ def test_episodes_keep_to_their_worker_and_survive_the_death_of_a_neighbour(read
             return GeneratedResponse("", ids_of(text), NO_LOGPROBS, "stop", 0)
 
         def episode(index: int) -> Any:
-            return player.play(Prompt(index, "p", token_ids([1])), lambda *a: sample(index, *a))
+            return runner.run(Prompt(index, "p", token_ids([1])), lambda *a: sample(index, *a))
 
         return await asyncio.gather(*map(episode, range(12)), return_exceptions=True)
 

@@ -47,5 +47,5 @@ def test_the_bound_ends_the_run_and_says_why() -> None:
         sample_unequal(draw, step=7, num_groups=2, max_batches=2)
     assert str(error.value).startswith(
         "algorithm.max_generation_batches: step 7 has 1 groups with unequal rewards after 2 batches, 3 had "
-        "equal ones, 2 are wanted"
+        "equal ones, 2 are needed"
     )
