@@ -1,1 +1,1 @@
-"""The loops that jobs share: online, offline and evaluation."""
+"""The loops shared by jobs: online, offline and evaluation."""

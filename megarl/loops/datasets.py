@@ -1,4 +1,4 @@
-"""The data of every kind of job, from its root configuration; what loops and `megarl data inspect` read."""
+"""Load the data of every kind of job from its root configuration, for loops and `megarl data inspect`."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _Data = TypeVar("_Data")
 def load_sequences(
     config: SftConfig, tokenizer: PreTrainedTokenizerBase, longest: int, split: Split
 ) -> SftDataset:
-    """Demonstrations of at most ``longest`` tokens."""
+    """Load demonstrations of at most ``longest`` tokens."""
     return load_demonstrations(config.data, tokenizer, max_sequence_length=longest, split=split)
 
 
 def load_preference_pairs(
     config: DpoConfig | RmConfig, tokenizer: PreTrainedTokenizerBase, longest: int, split: Split
 ) -> Pairs:
-    """Pairs whose responses have at most ``longest`` tokens each, the prompt included."""
+    """Load pairs whose sequences (prompt and response) have at most ``longest`` tokens each."""
     return load_pairs(config.data, tokenizer, max_sequence_length=longest, split=split)
 
 
 def load_problems(
     config: OnlineConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, longest: int, split: Split
 ) -> PromptDataset:
-    """Problems that leave room for the longest response within ``longest`` tokens."""
+    """Load problems that leave room for the longest response within ``longest`` tokens."""
     room = longest - config.longest_response
     return load_prompts(config.data, tokenizer, max_prompt_tokens=room, split=split)
 
@@ -46,6 +46,6 @@ def load_splits(
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
 ) -> tuple[_Data, _Data | None]:
-    """Training and, where there are any, held-out examples."""
+    """Load training and, if configured, held-out examples."""
     train = load(config, tokenizer, longest, "train")
     return train, None if config.data.held_out is None else load(config, tokenizer, longest, "held_out")

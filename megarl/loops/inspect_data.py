@@ -1,4 +1,4 @@
-"""`megarl data inspect`: what a run will learn from, as it will see it, with what became of the rows."""
+"""`megarl data inspect`: show a run's examples as the run will see them, and what became of the rows."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _LEARNED = "bold green"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show what ``options`` ask for; the exit code."""
+    """Show the examples selected by ``options``; return the exit code."""
     if options.n < 0:
         raise UserError(f"-n: expected a whole number >= 0 (got {options.n})")
     jobs, config = _read_config(options)
     _, tokenizer, longest = read_model(config)
     split = options.split
     if getattr(config.data, split) is None:
-        raise UserError(f"data.{split}: missing, so there is nothing to show")
+        raise UserError(f"data.{split}: missing, nothing to show")
     data = jobs[0].data.loader()(config, tokenizer, longest, split)
     console = Console(highlight=False, soft_wrap=True)
     shuffle = split == "train" and bool(getattr(config.data, "shuffle", False))
@@ -60,12 +60,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _legend(console: Console) -> Text | str:
     if console.color_system is None:
-        return "what is learned stands between [[ and ]]"
+        return "tokens with a loss are between [[ and ]]"
     return Text.assemble("what is learned is ", ("green", _LEARNED))
 
 
 def _read_config(options: argparse.Namespace) -> tuple[list[Job], TrainingRoot | EvalConfig]:
-    """The configuration, and the jobs that accept it: they read the same data."""
+    """Return the configuration and the jobs that accept it; they read the same data."""
     candidates = list(JOBS.values()) if options.job is None else [JOBS[options.job]]
     accepted, failures = {}, {}
     for job in candidates:
@@ -86,7 +86,7 @@ def _read_config(options: argparse.Namespace) -> tuple[list[Job], TrainingRoot |
 
 
 def _views(example: TokenSequence | Pair | Prompt, index: int) -> Iterator[tuple[str, TokenSequence, str]]:
-    """Title, sequence and a note for each sequence of an example."""
+    """Yield title, sequence and a note for each sequence of an example."""
     match example:
         case Pair():
             yield f"pair {index}, chosen", example.chosen, ""
@@ -101,7 +101,7 @@ def _views(example: TokenSequence | Pair | Prompt, index: int) -> Iterator[tuple
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, *, colour: bool) -> Text:
-    """The tokens as text, what is learned in green, or between [[ and ]] without colour."""
+    """Return the tokens as text, those with a loss in green, or between [[ and ]] without colour."""
     text, position = Text(), 0
     for learned, run_ in groupby(sequence.loss_mask.tolist()):
         length = len(list(run_))

@@ -1,4 +1,4 @@
-"""What every command reads of a model directory before anything is started."""
+"""Read and check a model directory before any process is started."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megarl.trainer.interface import RankContext
 
 
 def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
-    """Architecture, a tokenizer that fits it, and the longest sequence in tokens."""
+    """Return the architecture, a tokenizer that fits it, and the longest sequence in tokens."""
     path = config.model.path
     architecture = load_architecture(path)
     tokenizer = load_tokenizer(path)
@@ -31,10 +31,10 @@ def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrai
 
 
 def check_fits(config: TrainingRoot, architecture: Architecture, context: RankContext) -> None:
-    """Refuse GPUs that are too small, before anything is built; every rank calls it.
+    """Check that the model fits into GPU memory before it is built; every rank calls it.
 
     Raises:
-        UserError: what does not fit, of the first rank where it does not.
+        UserError: the first violation of the first rank that has one.
     """
     device = context.platform.device
     if device.type == "cpu":
@@ -45,15 +45,15 @@ def check_fits(config: TrainingRoot, architecture: Architecture, context: RankCo
     )
     problems = [each for each in gather(problem) if each is not None]
 
-    def refuse() -> None:
+    def check() -> None:
         if problems:
             raise UserError(problems[0])
 
-    from_first_rank(refuse)
+    from_first_rank(check)
 
 
 def describe_model(device: str, config: TrainingRoot, architecture: Architecture) -> list[str]:
-    """Lines for the log: who computes each kind of the trainer's layers, and which adapters are trained."""
+    """Return log lines: the implementation of each kind of trainer layer, and the trained adapters."""
     ring, experts = config.parallel.context_attention == "ring", architecture.spec.moe is not None
     found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)
     layers = "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())

@@ -241,7 +241,7 @@ class OnlineLoop:
             learned = self.learner.learn(step, groups)
             values = told | learned.metrics | learned.mismatch.metrics()
             run.check(step, values)
-            self._check_agreement(step, learned.mismatch)
+            self._warn_on_mismatch(step, learned.mismatch)
             with run.timers("weights"):
                 values |= self.sync_weights(step)
             interval = config.evaluation.interval
@@ -322,7 +322,7 @@ class OnlineLoop:
     def _decode(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id]))
 
-    def _check_agreement(self, step: int, mismatch: LogprobMismatch) -> None:
+    def _warn_on_mismatch(self, step: int, mismatch: LogprobMismatch) -> None:
         if line := disagreement(mismatch, self.config.model.dtype, self._decode):
             self.run_.console.warn(f"step {step}: {line}")
 

@@ -1,8 +1,8 @@
-"""Reference logprobs on disk, under a name made of the model's content, each under its sequence's content.
+"""Reference logprobs on disk: one file per model, named by its content, keyed by sequence content.
 
-One safetensors file per model: ``digests`` [n, 16] uint8 (of token ids and loss mask), ``logps`` [n] float64
-(the summed logprobs of the targets), and in its metadata the model's digest, the format and a checksum of
-both tensors. A file that says something else in any of these is never used.
+Each is a safetensors file: ``digests`` [n, 16] uint8 (of token ids and loss mask), ``logps`` [n] float64 (the
+summed logprobs of the targets), and as metadata the model's digest, the format and a checksum of both
+tensors. A file that differs in any of these is never used.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from safetensors.numpy import save_file
 from megarl.records import TokenSequence
 from megarl.weights.hf import safetensors_files
 
-# Part of every model digest: raise it when the same weights and tokens are to give other numbers.
+# Part of every model digest: increase it when the same weights and tokens give other numbers.
 _FORMAT = "megarl reference logprobs 1"
 _DIGEST_BYTES = 16
 
 
 class CacheError(Exception):
-    """Why a cache file cannot be used, in a few words."""
+    """The reason why a cache file cannot be used, in a few words."""
 
 
 def model_digest(model_dir: str | Path, dtype: str) -> str:
-    """SHA-256 of what the logprobs depend on: configuration, weights, and the type they are computed in."""
+    """Return the SHA-256 of what the logprobs depend on: configuration, weights and compute dtype."""
     model_dir = Path(model_dir)
     files = [model_dir / "config.json", *sorted(set(safetensors_files(model_dir).values()))]
     with ThreadPoolExecutor() as pool:
@@ -45,21 +45,21 @@ def _file_digest(path: Path) -> str:
 
 
 def sequence_digest(sequence: TokenSequence) -> bytes:
-    """BLAKE2b of token ids and loss mask."""
+    """Return the BLAKE2b of token ids and loss mask."""
     digest = hashlib.blake2b(sequence.token_ids.astype(np.int64).tobytes(), digest_size=_DIGEST_BYTES)
     digest.update(sequence.loss_mask.tobytes())
     return digest.digest()
 
 
 class ReferenceCache:
-    """The file of one model in a directory."""
+    """The cache file of one model in a directory."""
 
     def __init__(self, directory: Path, model: str) -> None:
         self._model = model
         self.path = directory / f"{model[:16]}.safetensors"
 
     def read(self) -> dict[bytes, float]:
-        """Sequence digest -> summed logprob; empty where there is no file.
+        """Return summed logprobs by sequence digest; empty without a file.
 
         Raises:
             CacheError: the file is damaged, or of another model or format.
@@ -81,7 +81,7 @@ class ReferenceCache:
         return dict(zip(map(bytes, digests), logps.tolist(), strict=True))
 
     def write(self, logps: Mapping[bytes, float]) -> None:
-        """Replace the file, all at once."""
+        """Replace the file atomically."""
         digests = np.frombuffer(b"".join(logps), dtype=np.uint8).reshape(-1, _DIGEST_BYTES)
         values = np.fromiter(logps.values(), dtype=np.float64, count=len(logps))
         metadata = {"format": _FORMAT, "model": self._model, "checksum": _checksum(digests, values)}

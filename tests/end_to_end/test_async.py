@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_with_the_same_prompts(tmp_path: Path, sft_run: Fin
     finally:
         command.kill()
     output = run("grpo", "--config", config, output=tmp_path / "resumed.log")
-    assert "is sampled anew, from the same prompts" in output
+    assert "are sampled again, from the same prompts" in output
     check(directory)
 
 

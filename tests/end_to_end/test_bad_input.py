@@ -160,5 +160,5 @@ def test_what_rank_0_finds_once_ranks_run_is_one_line(tmp_path: Path, model: Pat
     command = Command("grpo", "--config", config, "parallel.num_processes=2", output=tmp_path / "log")
     assert command.wait() == 2
     [line] = [line for line in command.output.splitlines() if "error" in line.lower()]
-    assert line.startswith("error: evaluation.num_prompts: 64 problems wanted")
+    assert line.startswith("error: evaluation.num_prompts: 64 problems requested")
     assert "Traceback" not in command.output
