@@ -1,4 +1,4 @@
-"""Starting an engine beside the trainer and giving it the trainer's weights."""
+"""Start an engine alongside the trainer and attach it to the trainer's weights."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def start_engine(
     ranks: Sequence[TrainerPlace] = (),
     while_training: bool = False,
 ) -> Engine:
-    """Start in the background; the caller builds the trainer meanwhile and joins with attach_weights.
+    """Start the engine in the background; build the trainer meanwhile, then join with attach_weights.
 
-    ``ranks`` are where the trainer's are, for several engines to be put beside them. With
-    ``while_training`` it shares the cores with a trainer at work.
+    ``ranks`` are the trainer ranks' locations, which several engines are placed by. With ``while_training``
+    the engine shares the cores with a working trainer.
 
-    Raises UserError for a model that the engine's ranks cannot share, or whose logprobs this platform's
-    engine is known to get wrong, and where the engines cannot be dealt to the ranks' hosts.
+    Raises:
+        UserError: the engine's ranks cannot split the model, this platform's engine computes wrong logprobs
+        for
+            it, or the engines cannot be distributed over the ranks' hosts.
     """
     check_engine(architecture, engine)
     check_batch_invariance(engine)
@@ -53,8 +55,8 @@ def start_engine(
     if architecture.spec.mla and platform.chosen_name() == "cpu":
         # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
         raise UserError(
-            f"model.path: {model.path} has latent attention, of which vLLM computes wrong logprobs on a CPU: "
-            "no rollouts or evaluation of it here (sft, dpo, rm and convert work)"
+            f"model.path: {model.path} has latent attention; vLLM computes wrong logprobs for it on a CPU: "
+            "no rollouts or evaluation here (sft, dpo, rm and convert work)"
         )
     return start_engines(
         Path(model.path),
@@ -71,7 +73,7 @@ def start_engine(
 
 
 def check_batch_invariance(engine: EngineConfig) -> None:
-    """Raise UserError where vLLM has no batch-invariant kernels for this machine's GPUs."""
+    """Raise UserError if vLLM has no batch-invariant kernels for this machine's GPUs."""
     if engine.batch_invariant and platform.chosen_name() == "cuda":
         import torch
 
@@ -85,20 +87,20 @@ def check_batch_invariance(engine: EngineConfig) -> None:
 
 
 def rounding_note(engine: EngineConfig) -> list[str]:
-    """A line for the log where seeds alone do not fix what several engines draw."""
+    """Return a line for the log if seeds alone do not determine what several engines draw."""
     if platform.chosen_name() == "cpu" or engine.batch_invariant or engine.data_parallel_size == 1:
         return []
     return [
-        "on a GPU rounding depends on what is decoded side by side: which engine draws a response may change "
+        "on a GPU rounding depends on what is decoded together: the engine that draws a response may change "
         "it (not with rollout.engine.batch_invariant)"
     ]
 
 
 def check_offload(weights: WeightsConfig) -> None:
-    """Raise UserError for parts that this platform has nowhere to put."""
+    """Raise UserError for parts that this platform cannot offload."""
     if "optimizer" in weights.offload and platform.current().name == "cpu":
         raise UserError(
-            "weights.offload: optimizer needs a GPU (on a CPU it lies in host memory as it is); gradients "
+            "weights.offload: optimizer needs a GPU (on a CPU it is in host memory already); gradients "
             "and kv_cache can be freed here"
         )
 
@@ -106,9 +108,10 @@ def check_offload(weights: WeightsConfig) -> None:
 def attach_weights(
     engine: Engine, architecture: Architecture, owners: list[Owner], transport: Transport = "auto"
 ) -> list[str]:
-    """Wait for the engine, plan and bind. Returns lines for the log: what is aliased, what copied and why.
+    """Wait for the engine, plan and bind. Return lines for the log: what is aliased or copied, and why.
 
-    Raises UserError when ``transport`` is shared_memory and an owner lies on another host.
+    Raises:
+        UserError: ``transport`` is shared_memory and an owner is on another host.
     """
     engine.wait_ready()
     described, places = engine.describe_parameters(), engine.places()
@@ -118,8 +121,8 @@ def attach_weights(
     regions = [architecture.engine_regions(layout, place) for place in coordinates]
     plans = []
     for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):
-        coordinate = rank % layout.world_size  # engines lie end to end, each with all of them
-        if params == described[coordinate]:  # the very same objects are planned once
+        coordinate = rank % layout.world_size  # ranks of all engines, end to end
+        if params == described[coordinate]:  # identical engine ranks share one plan
             params = described[coordinate]
         plans.append(planner.plan(Reader(regions[coordinate], params, host, device)))
     far = sorted({peer.rank for plan in plans for peer in plan.peers})
@@ -134,7 +137,7 @@ def attach_weights(
 
 
 def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
-    """What one engine rank's plan does at every weight sync."""
+    """Yield log lines about one engine rank's work at every weight sync."""
     yield (
         f"{len(report.aliased)} parameters are the trainer's memory "
         f"({report.aliased_bytes / 2**20:.1f} MiB, 0 bytes to move)"
@@ -151,15 +154,16 @@ def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
     if plan.peers:
         ranks = sorted({peer.rank for peer in plan.peers})
         yield (
-            f"{report.received_bytes / 2**20:.1f} MiB of them come point to point from trainer "
+            f"{report.received_bytes / 2**20:.1f} MiB of them arrive point to point from trainer "
             f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         )
 
 
 def verify_weights(engine: Engine | None, policy: Trainer) -> None:
-    """Compare checksums of every region on both sides; every trainer rank calls it, rank 0 has the engine.
+    """Compare checksums of every region; every trainer rank calls it, rank 0 has the engine.
 
-    Raises UserError naming the first region that differs and the number of those that do.
+    Raises:
+        UserError: regions differ; names the first and gives their number.
     """
     queries: list[RegionQuery] = []
     theirs: list[tuple[int, RegionChecksum]] = []
@@ -179,7 +183,7 @@ def verify_weights(engine: Engine | None, policy: Trainer) -> None:
 
 
 def region_queries(plan: WeightPlan, sums: list[RegionChecksum]) -> list[RegionQuery]:
-    """Where the trainer has what the engine's checksums are of, in their order."""
+    """Return the trainer regions that hold the data of the engine's checksums, in their order."""
     mapped: list[Alias | Copy] = [*plan.aliases, *plan.copies]
     places: list[tuple[SourceView, Storage | None, int]]
     places = [(piece.source, plan.storages[piece.source.storage], -1) for piece in mapped]

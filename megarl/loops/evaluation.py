@@ -1,4 +1,4 @@
-"""Accuracy, pass@k and cons@k on held-out problems: inside a run, and as `megarl eval` of a checkpoint."""
+"""Accuracy, pass@k and cons@k on held-out problems, within a run and as `megarl eval` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from megarl.run_directory import RunDirectory
 from megarl.sampling.rollout_manager import RolloutManager, sample_row
 from megarl.trainer.build import build_frozen, finalize, initialize
 
-_CONVERTED = "model"  # in the run directory: the Hugging Face form of a Megatron checkpoint
+_CONVERTED = "model"  # subdirectory of the run: the Hugging Face form of a Megatron checkpoint
 _ORIGIN = "converted_from.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Graded answers and what they come to."""
+    """Graded answers and their scores."""
 
     groups: list[Group]
     total: Scores
-    categories: dict[str, Scores]  # empty where problems have none
+    categories: dict[str, Scores]  # empty if problems have none
 
     def metrics(self) -> dict[str, float]:
-        """For a line of metrics.jsonl."""
+        """Return the scores for a line of metrics.jsonl."""
         return {"accuracy": self.total.accuracy, **self.total.values}
 
     def rows(self, step: int) -> list[dict[str, Any]]:
-        """Every answer, as it is saved."""
+        """Return one row per answer, as saved."""
         rows = []
         for group in self.groups:
             for number, sample in enumerate(group.samples):
@@ -64,13 +64,12 @@ class Evaluation:
 
 
 def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, console: Console) -> list[Prompt]:
-    """The first ``num_prompts`` held-out problems (null: all) that are not among the training problems."""
+    """Return the first ``num_prompts`` held-out problems (null: all) that do not occur in training."""
     with console.waiting("comparison of held-out and training problems"):
         unseen = held_out.unseen
     if unseen is None:
         console.warn(
-            "held-out problems were not compared with the training problems, to leave out those that "
-            "occur there: "
+            "held-out problems were not checked against the training problems: "
             f"there are more than {MAX_COMPARED_PROBLEMS} of them (data.train.size)"
         )
         unseen = list(range(len(held_out)))
@@ -80,11 +79,11 @@ def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, conso
     if not unseen or (count is not None and len(unseen) < count):
         wanted = "some" if count is None else str(count)
         raise UserError(
-            f"evaluation.num_prompts: {wanted} problems wanted, {len(unseen)} of {len(held_out)} held-out "
-            "problems do not occur in training; enlarge data.held_out, or set it to null for all there are"
+            f"evaluation.num_prompts: {wanted} problems requested, {len(unseen)} of {len(held_out)} held-out "
+            "problems do not occur in training; enlarge data.held_out, or set it to null for all of them"
         )
     chosen = unseen[:count]
-    if held_out.is_mixture and count is not None:  # sources lie end to end: some of each
+    if held_out.is_mixture and count is not None:  # sources are end to end: take some of each
         chosen = [unseen[i * len(unseen) // count] for i in range(count)]
     problems = [held_out[i] for i in chosen]
     if settings.category_field is None:
@@ -111,7 +110,7 @@ def evaluate(
     seed: int,
     console: Console,
 ) -> Evaluation:
-    """Answer every problem as ``settings`` say, and say how many answers were right."""
+    """Answer every problem under ``settings`` and score the answers."""
     n = settings.num_samples_per_prompt
     with console.progress("evaluation", total=len(problems) * n) as advance:
         groups = rollouts.sample(
@@ -128,7 +127,7 @@ def evaluate(
     rollouts.read(sample for group in groups for sample in group.samples)
     if rollouts.counts.num_dropped:
         console.warn(
-            f"{rollouts.counts.num_dropped} of {len(problems) * n} answers could not be judged, left out;"
+            f"{rollouts.counts.num_dropped} of {len(problems) * n} answers could not be graded, left out;"
             f" the last: {rollouts.counts.reason}"
         )
     draws = settings.consensus_draws if settings.consensus == "sampled" else 0
@@ -214,7 +213,7 @@ def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: 
 
 
 def _with_hugging_face_model(config: EvalConfig, run_dir: Path, console: Console) -> EvalConfig:
-    """``config`` with a Hugging Face ``model.path``: a Megatron checkpoint is converted once, bit for bit."""
+    """Return ``config`` with a Hugging Face ``model.path``; converts a Megatron checkpoint once, bitwise."""
     source = Path(config.model.path)
     if not is_megatron_checkpoint(source):
         return config

@@ -1,4 +1,4 @@
-"""The optimizer steps of an online step: rank 0's samples, every rank's microbatches, passes over them."""
+"""Mini-batches of an online step: split the groups, pack microbatches, iterate over epochs."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ Item = TypeVar("Item")
 
 @dataclass(slots=True)
 class MiniBatch:
-    """One optimizer step. All but what is packed is rank 0's; other ranks have an empty batch."""
+    """One optimizer step. All but the packed microbatches is on rank 0; other ranks have an empty batch."""
 
     samples: list[Sample] = field(default_factory=list)
     numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """[S]: which of the step's samples they are, groups end to end."""
+    """[S] indices of the samples within the step, groups end to end."""
     batch: TrainBatch = field(default_factory=lambda: TrainBatch.of([]))  # sequence s is sample s
     num_targets: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """[S]: how many tokens of a sequence are in the loss; 0 of one that was taken out."""
-    advantages: np.ndarray | None = None  # [S] float64, or [T] where tokens differ
-    only: np.ndarray | None = None  # [.] ascending: the sequences that are packed, where not all are
+    """[S] tokens of each sequence in the loss; 0 for a sequence that was filtered out."""
+    advantages: np.ndarray | None = None  # [S] float64, or [T] if they differ between tokens
+    only: np.ndarray | None = None  # [.] ascending: the packed sequences; None: all
     _packed: PackedStep | None = None
 
     @property
     def packed(self) -> PackedStep:
-        """What :func:`pack` made of it."""
+        """The result of :func:`pack`."""
         assert self._packed is not None, "pack() comes first"
         return self._packed
 
@@ -51,7 +51,7 @@ class MiniBatch:
 
     @property
     def known_advantages(self) -> np.ndarray:
-        """The advantages, on rank 0; empty elsewhere."""
+        """The advantages on rank 0; empty elsewhere."""
         return np.zeros(0) if self.advantages is None else self.advantages
 
     @property
@@ -60,7 +60,7 @@ class MiniBatch:
         return self.packed.batches
 
     def targets(self) -> np.ndarray:
-        """[T] bool: the tokens that are in the loss."""
+        """Return [T] bool: the tokens in the loss."""
         return self.batch.targets() & np.repeat(self.num_targets > 0, self.batch.lengths)
 
 
@@ -74,18 +74,18 @@ def make(
 ) -> tuple[list[MiniBatch], dict[str, Any]]:
     """Split the groups, whole and in order, into at most ``number`` mini-batches of about equal size.
 
-    Every rank calls it and gets as many, and the dict that ``then`` returned; ``groups`` are rank 0's, which
-    alone calls the functions.
+    Every rank calls it and gets the same number of mini-batches and the dict that ``then`` returned. Only
+    rank 0 has ``groups`` and calls the functions.
 
     Args:
         groups: graded.
-        number: how many optimizer steps; fewer where there are fewer groups.
-        version: the trainer's, where tokens of older ones are to be marked.
-        leave_out: samples that are not trained on.
-        then: what else rank 0 does with the mini-batches; small figures that go to every rank.
+        number: number of optimizer steps; fewer if there are fewer groups.
+        version: the trainer's policy version, if tokens of older ones are to be marked.
+        leave_out: returns True for samples to filter out.
+        then: rank 0's further work on the mini-batches; its metrics are sent to every rank.
 
     Raises:
-        UserError: on every rank, where a function did.
+        UserError: on every rank, if a function raised it.
     """
     minis: list[MiniBatch] = []
 
@@ -107,7 +107,7 @@ def make(
 def pack(
     trainer: Trainer, minis: list[MiniBatch], aggregation: Aggregation, fixed_length: int | None = None
 ) -> dict[str, float]:
-    """Every rank's microbatches of every mini-batch; how many there are, and of how many tokens."""
+    """Pack every mini-batch into every rank's microbatches; return counts of microbatches and tokens."""
     for mini in minis:
         mini.packed = trainer.prepare(
             mini.batch,
@@ -126,7 +126,7 @@ def pack(
 
 
 def split_metrics(minis: list[MiniBatch]) -> dict[str, float]:
-    """Sequences split over context-parallel ranks and sequences kept whole, means over mini-batches."""
+    """Return mean numbers of sequences split over context-parallel ranks and kept whole per mini-batch."""
     found = [mini.packed.placed for mini in minis]
     return {name: sum(each[name] for each in found) / len(found) for name in (found[0] if found else ())}
 
@@ -138,9 +138,9 @@ def old_and_reference(
     run: TrainingRun,
     old: bool | Literal["rollout"],
 ) -> LogprobMismatch:
-    """Fill the old and reference logprobs that are needed; how the old ones agree with the engine's.
+    """Compute the old and reference logprobs that are needed; return the old ones' mismatch to the engine's.
 
-    ``old`` "rollout" takes the engine's for them, without a pass.
+    ``old`` "rollout" uses the engine's logprobs as old ones, without a forward pass.
     """
     temperature, mismatch = config.rollout.temperature, LogprobMismatch()
     with run.timers("logprobs"):
@@ -157,14 +157,14 @@ def old_and_reference(
 
 
 def policy_step(policy: Trainer, mini: MiniBatch, loss: Loss, config: OnlineConfig) -> TrainStepResult:
-    """One optimizer step on the distribution that the engine draws from."""
+    """Take one optimizer step, on the distribution the engine samples from."""
     rollout = config.rollout
     temperature, top_k, top_p = rollout.temperature, rollout.top_k, rollout.top_p
     return train_step(policy, mini.batches, loss, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def epochs(run: TrainingRun, items: list[Item], num_epochs: int) -> Iterator[Item]:
-    """What the optimizer steps of a batch are taken on, in order, under the clock and the progress bar."""
+    """Yield the items of all epochs in order, timed and with a progress bar."""
     total = num_epochs * len(items)
     with run.timers("train"), run.console.progress("train", total=total) as advance:
         for item in items * num_epochs:
@@ -173,7 +173,7 @@ def epochs(run: TrainingRun, items: list[Item], num_epochs: int) -> Iterator[Ite
 
 
 def mean_metrics(results: list[dict[str, float]]) -> dict[str, float]:
-    """Means over optimizer steps, and the last learning rate; nothing of none."""
+    """Return means over optimizer steps and the last learning rate; empty without results."""
     if not results:
         return {}
     means = {name: sum(each[name] for each in results) / len(results) for name in results[0]}
@@ -181,13 +181,13 @@ def mean_metrics(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def train_speed(run: TrainingRun, values: dict[str, float], algorithm: OnlineAlgorithm) -> dict[str, float]:
-    """Tokens trained on per second of the train phase, all passes over ``num_tokens`` counted."""
+    """Return tokens per second of the train phase, ``num_tokens`` counted once per epoch."""
     tokens = values["num_tokens"] * algorithm.num_epochs_per_batch
     return {"tokens_per_second_train": tokens / run.timers.seconds("train")}
 
 
 def kl_to_reference(batch: PackedBatch) -> torch.Tensor:
-    """k1 = old - reference logprob of every target [T]."""
+    """Return k1 = old - reference logprob of every target [T]."""
     assert batch.old_logprobs is not None
     assert batch.ref_logprobs is not None
     return batch.old_logprobs - batch.ref_logprobs
@@ -201,7 +201,7 @@ def scatter(minis: list[MiniBatch], into: Field, values: list[np.ndarray]) -> No
 
 
 def token_offsets(minis: list[MiniBatch]) -> np.ndarray:
-    """[S + 1] int64: where each sequence's tokens begin, mini-batches end to end (rank 0)."""
+    """Return [S + 1] int64 token offsets of the sequences, mini-batches end to end (rank 0)."""
     lengths = [np.zeros(1, dtype=np.int64), *(mini.batch.lengths for mini in minis)]
     return np.concatenate(lengths).cumsum()
 
@@ -209,7 +209,7 @@ def token_offsets(minis: list[MiniBatch]) -> np.ndarray:
 def set_advantages(minis: list[MiniBatch], advantages: np.ndarray) -> None:
     """Set advantages [S] or [T], end to end, on the mini-batches, and their means on the samples.
 
-    A sample without a target in the loss keeps what it has.
+    A sample without a target in the loss keeps its advantage.
     """
     per_token = len(advantages) == sum(mini.batch.num_tokens for mini in minis)  # more than sequences
     start = 0
@@ -227,6 +227,6 @@ def set_advantages(minis: list[MiniBatch], advantages: np.ndarray) -> None:
 
 
 def gather(minis: list[MiniBatch], of: Callable[[PackedBatch], Any]) -> np.ndarray:
-    """What ``of`` says of each target, mini-batches end to end: float64 on rank 0, empty elsewhere."""
+    """Gather ``of``'s value of each target, mini-batches end to end: float64 on rank 0, empty elsewhere."""
     found = [gather_from_packed(mini.packed, of) for mini in minis]
     return np.concatenate([np.zeros(0), *found])

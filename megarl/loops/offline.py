@@ -1,12 +1,12 @@
-"""The loop of every job that learns from examples that are given: demonstrations or pairs.
+"""The loop of every job that trains on given examples: demonstrations or preference pairs.
 
-One step, on every rank, with nothing to wait for but the other ranks::
+One step, on every rank; ranks wait for each other only::
 
     training.batch_size rows -> batch -> [the objective's loss] -> packing -> forward/backward -> optimizer
 
-Every rank reads the data itself and packs its own microbatches. What is learned is an :class:`Objective`, one
-class per algorithm (sft.py, preference.py); held-out rows are measured every training.validation_interval
-steps and after the last.
+Every rank reads the data and packs its microbatches. The loss is an :class:`Objective`, one class per
+algorithm (sft.py, preference.py); held-out rows are evaluated every training.validation_interval steps and
+after the last.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from megarl.trainer.interface import RankContext, Trainer
 
 
 class Examples(Ordered, Protocol):
-    """A data set whose rows are training sequences."""
+    """A dataset whose rows are training sequences."""
 
     def batch(self, rows: Sequence[int]) -> TrainBatch:
-        """The sequences of these rows, end to end."""
+        """Return the sequences of these rows, end to end."""
         ...
 
 
@@ -41,42 +41,42 @@ Loss = TypeVar("Loss")
 
 
 class Objective(ABC, Generic[Data, Loss]):
-    """What is learned from examples. Every rank calls every method, with the same rows."""
+    """The loss and metrics of one algorithm. Every rank calls every method, with the same rows."""
 
     trained: Trainer
     group_size = 1
-    """Sequences that one row is, which share a microbatch."""
+    """Sequences per row; they share a microbatch."""
     headlines: tuple[str, ...] = ("loss",)
-    """Metrics of the last step that stand in summary.json."""
+    """Metrics of the last step that summary.json reports."""
 
     @abstractmethod
     def loss(self, data: Data, rows: list[int], batch: TrainBatch) -> Loss:
-        """The loss of these rows, whose sequences are ``batch``."""
+        """Return the loss of these rows, whose sequences are ``batch``."""
 
     @abstractmethod
     def step(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
-        """One optimizer step; what is logged about it."""
+        """Take one optimizer step; return its metrics."""
 
     @abstractmethod
     def validate(self, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
-        """The same without learning, of held-out rows: what is logged, and kept for summary.json."""
+        """Evaluate held-out rows; return metrics for the log and summary.json."""
 
     def notes(self) -> list[str]:
-        """Lines for the log before the first step."""
+        """Return lines for the log before the first step."""
         return []
 
     def begin(self, rows: Callable[[], list[tuple[Data, list[int]]]]) -> None:
-        """Prepare before a checkpoint is loaded; ``rows()`` are all that the run will use."""
+        """Prepare before a checkpoint is loaded; ``rows()`` returns all rows the run will use."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint says beside the weights."""
+        """Return the state a checkpoint holds apart from the weights."""
         return {}
 
     def check(self, state: dict[str, Any]) -> None:
-        """Refuse to go on from the state of a checkpoint that does not fit; UserError."""
+        """Raise UserError if the state of a checkpoint does not fit this run."""
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says beside the headlines."""
+        """Return entries of summary.json apart from the headlines."""
         return {}
 
 
@@ -107,7 +107,7 @@ def run_offline(
 
 
 class OfflineLoop(Generic[Data]):
-    """The loop with all it drives."""
+    """The training loop of one objective."""
 
     def __init__(
         self,
@@ -125,14 +125,14 @@ class OfflineLoop(Generic[Data]):
             self.validation = held_out_rows(held_out, min(config.training.validation_size, len(held_out)))
 
     def rows(self) -> list[tuple[Data, list[int]]]:
-        """Every row that the run will see, each once."""
+        """Return every row the run will see, each once."""
         training = self.config.training
         drawn = sorted(set(self.order.batch(0, training.num_steps * training.batch_size)))
         found = [(self.train, drawn)]
         return found if self.held_out is None else [*found, (self.held_out, self.validation)]
 
     def run(self, state: dict[str, Any]) -> dict[str, Any]:
-        """From the state of the last finished step to the last step; what summary.json is to say."""
+        """Run from the state of the last finished step to the last step; return summary.json's entries."""
         run, objective, training = self.run_, self.objective, self.config.training
         position, totals = state["position"], dict(state["totals"])
         run.timers.start_step()
@@ -160,13 +160,13 @@ class OfflineLoop(Generic[Data]):
         return totals
 
     def take(self, data: Data, rows: list[int]) -> tuple[PackedStep, Any]:
-        """This rank's microbatches of some rows, and their loss."""
+        """Return this rank's microbatches of the rows, and their loss."""
         batch = data.batch(rows)
         loss = self.objective.loss(data, rows, batch)
         return self.objective.trained.prepare(batch, "token", group_size=self.objective.group_size), loss
 
     def validates(self, step: int) -> bool:
-        """Whether held-out rows are measured after ``step``."""
+        """Return True if held-out rows are evaluated after ``step``."""
         training = self.config.training
         at_interval = bool(training.validation_interval) and step % training.validation_interval == 0
         return at_interval or step == training.num_steps

@@ -4,9 +4,9 @@ One step, in data order (rank 0 drives the engine; every rank trains)::
 
     prompts -> rollout -> rewards -> [the algorithm's Learner] -> weights to the engine
 
-consumes ``rollout.num_prompts_per_step`` prompts, produces one line of metrics and policy version
-``step``, and waits for the engine once: when the last response of the step is in. What makes of graded
-groups optimizer steps is a :class:`Learner`, one file per algorithm (grpo.py).
+consumes ``rollout.num_prompts_per_step`` prompts, produces one line of metrics and policy version ``step``,
+and waits for the engine once, until the last response of the step has arrived. A :class:`Learner`, one file
+per algorithm (grpo.py), turns graded groups into optimizer steps.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from megarl.weights.plan import Owner
 
 @dataclass(slots=True)
 class Learned:
-    """What one step's optimizer steps report: metrics (the same on every rank) and engine against trainer.
+    """Result of one step's optimizer steps: metrics (equal on every rank) and mismatch to the engine.
 
     ``metrics`` has at least num_tokens, the tokens of all sequences trained on.
     """
@@ -62,19 +62,19 @@ class Learned:
 
 
 class Learner(Protocol):
-    """An algorithm: from graded groups to optimizer steps. Every rank calls it; rank 0 has the groups."""
+    """An algorithm: turns graded groups into optimizer steps. Every rank calls it; rank 0 has the groups."""
 
     @property
     def trained(self) -> Checkpointable:
-        """What checkpoints hold: the policy, and what is trained beside it."""
+        """The models in a checkpoint: the policy and any others trained with it."""
         ...
 
     def notes(self) -> list[str]:
-        """Lines for the log, before the first step: what it computes and what it skips."""
+        """Return log lines before the first step: what it computes and what it skips."""
         ...
 
     def learn(self, step: int, groups: list[Group]) -> Learned:
-        """Set every sample's ``advantage`` and take this batch's optimizer steps; elsewhere no ``groups``."""
+        """Set every sample's ``advantage`` and take the optimizer steps; only rank 0 has ``groups``."""
         ...
 
 
@@ -119,7 +119,7 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
 
 @dataclass(frozen=True, slots=True)
 class _Rollout:
-    """What rank 0 alone drives: the engine, the environments' workers, and the held-out problems."""
+    """Rank 0's side of the rollout: the engine, the environments' workers, and the held-out problems."""
 
     engine: Engine
     workers: EnvironmentWorkers
@@ -134,7 +134,7 @@ class _Rollout:
         tokenizer: PreTrainedTokenizerBase,
         policy_version: int,
     ) -> RolloutManager:
-        """Join the engine, give it the trainer's weights, and be ready to sample."""
+        """Wait for the engine, attach it to the trainer's weights and return the rollouts."""
         with run.console.waiting("vLLM engine"):
             for line in attach_weights(self.engine, architecture, owners, config.weights.transport):
                 run.console.note(line)
@@ -145,7 +145,7 @@ class _Rollout:
         return rollouts
 
     def shutdown(self) -> None:
-        """End the engine and the workers."""
+        """Shut the engine and the workers down."""
         self.engine.shutdown()
         self.workers.shutdown()
 
@@ -159,7 +159,7 @@ def _start_rollout(
     held_out: PromptDataset | None,
     ranks: list[TrainerPlace],
 ) -> _Rollout:
-    """Start both in the background, while the trainer is built."""
+    """Start engine and workers in the background, while the trainer is built."""
     problems = []
     if held_out is not None and config.evaluates:
         problems = pick_problems(held_out, config.evaluation, run.console)
@@ -181,7 +181,7 @@ def _start_rollout(
 
 
 class OnlineLoop:
-    """The loop with all it drives; ``rollouts``, ``engine`` and the held-out ``problems`` are rank 0's."""
+    """The training loop; ``rollouts``, ``engine`` and the held-out ``problems`` are rank 0's."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class OnlineLoop:
         self.overlaps = config.rollout.max_staleness > 0
 
     def run(self, state: dict[str, Any]) -> None:
-        """From the state of the last finished step to the last step."""
+        """Run from the state of the last finished step to the last step."""
         collector = RolloutBatches(
             self.config,
             self.run_,
@@ -261,7 +261,7 @@ class OnlineLoop:
         run.finish(run_summary(run.kind, last, totals))
 
     def _describe(self, step: int, groups: list[Group]) -> dict[str, float]:
-        """Figures of the groups of ``step``, which the curriculum, if there is one, learns from (rank 0)."""
+        """Return metrics of the groups of ``step``; update the curriculum, if any (rank 0)."""
         values, curriculum = rollout_metrics(groups), self.train.curriculum
         if curriculum is not None:
             values |= curriculum.metrics()
@@ -270,7 +270,7 @@ class OnlineLoop:
         return values | (staleness_metrics(groups, step - 1) if self.overlaps else {})
 
     def sync_weights(self, step: int) -> dict[str, float]:
-        """The engine gets policy version ``step``; counts the bytes that had to move."""
+        """Sync policy version ``step`` to the engine; return the bytes moved."""
         self.policy.weights.publish()
         self.give_memory_to("engine")
         moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
@@ -281,26 +281,26 @@ class OnlineLoop:
         return {"weights_bytes_moved": moved, "policy_version": step}
 
     def _pause_engine(self) -> None:
-        """No rank may write to parameters that the engine shares while it computes with them."""
+        """Pause the engine, so no rank writes to shared parameters while it computes with them."""
         if self.engine is not None:
             self.engine.pause()
         broadcast(None)
 
     def give_memory_to(self, side: Literal["engine", "trainer"]) -> None:
-        """Let the other side's ``weights.offload`` sleep first, so that both never hold all of theirs."""
+        """Put the other side's ``weights.offload`` to sleep first, so both never hold all of theirs."""
         parts = self.config.weights.offload
         if side == "engine":
             self.learner.trained.sleep([part for part in parts if part != "kv_cache"])
         elif "kv_cache" in parts and self.engine is not None:
             self.engine.sleep()
-        barrier()  # no rank takes memory that another has not given up yet
+        barrier()  # no rank allocates memory that another has not freed yet
         if side == "trainer":
             self.learner.trained.wake()
         elif "kv_cache" in parts and self.engine is not None:
             self.engine.wake()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Accuracy, and what else evaluation.k asks for, on the held-out problems (every rank gets it)."""
+        """Return accuracy and the metrics of evaluation.k on the held-out problems, on every rank."""
 
         def run() -> dict[str, float]:
             assert self.rollouts is not None
@@ -327,7 +327,7 @@ class OnlineLoop:
             self.run_.console.warn(f"step {step}: {line}")
 
     def _log(self, step: int, values: dict[str, float], totals: dict[str, float]) -> None:
-        # Where both sides work at once, sampling takes the whole step and not what the trainer waits for it.
+        # With overlap, sampling takes the whole step, not just the time the trainer waits for it.
         phases = PHASES if self.overlaps else ("rollout",)
         rollout_seconds = sum(self.run_.timers.seconds(phase) for phase in phases)
         tokens = values.pop("num_response_tokens")

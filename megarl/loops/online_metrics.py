@@ -1,4 +1,4 @@
-"""What an online run tells: figures of a rollout, of the whole run, and samples for people to read."""
+"""Metrics of an online run: per rollout, per run, and samples for the log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megarl.sampling.rollout_manager import sample_row
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards, lengths and endings of the samples of one step."""
+    """Return rewards, lengths and finish reasons of the samples of one step."""
     samples = [sample for group in groups for sample in group.samples]
     bounds = np.array([0, *accumulate(len(group.samples) for group in groups)])
     rewards = np.array([float(s.reward or 0.0) for s in samples])
@@ -38,7 +38,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
 
 
 def staleness_metrics(groups: list[Group], version: int) -> dict[str, float]:
-    """How old the samples are that a policy of ``version`` updates learns from."""
+    """Return the staleness of the samples relative to a policy of ``version`` updates."""
     samples = [sample for group in groups for sample in group.samples]
     ages = [version - sample.policy_version for sample in samples]
     spans = [
@@ -56,24 +56,24 @@ def staleness_metrics(groups: list[Group], version: int) -> dict[str, float]:
 
 
 def describe_overlap(config: OnlineConfig, step: int) -> list[str]:
-    """What rollout.max_staleness amounts to, for the log of a run that begins after ``step``."""
+    """Return log lines on rollout.max_staleness, for a run that begins after ``step``."""
     k, algorithm = config.rollout.max_staleness, config.algorithm
     lines = [
         f"rollouts run up to {k} step(s) ahead of training; the engine pauses from the first optimizer step "
         "of a batch until it has the new weights"
     ]
     if step:
-        lines.append(f"what was under way after step {step} is sampled anew, from the same prompts")
+        lines.append(f"rollouts in flight after step {step} are sampled again, from the same prompts")
     if not algorithm.corrects_staleness:
         lines.append(
             "neither algorithm.off_policy_correction nor algorithm.old_logprobs = rollout is set: samples of "
-            "older weights are learned from as if they had been drawn now"
+            "older weights are trained on as if they were on-policy"
         )
     return lines
 
 
 def first_samples(groups: list[Group], count: int) -> list[tuple[Group, Sample]]:
-    """The first ``count`` samples of a step, whole groups first."""
+    """Return the first ``count`` samples of a step, whole groups first."""
     every = ((group, sample) for group in groups for sample in group.samples)
     return list(itertools.islice(every, count))
 
@@ -81,7 +81,7 @@ def first_samples(groups: list[Group], count: int) -> list[tuple[Group, Sample]]
 def sample_rows(
     step: int, chosen: list[tuple[Group, Sample]], decode: Callable[[int], str]
 ) -> list[dict[str, Any]]:
-    """What samples/step_N.jsonl says of samples trained on; ``decode`` makes text of one token id."""
+    """Return samples/step_N.jsonl's rows of trained samples; ``decode`` turns one token id into text."""
     return [
         sample_row(step, group, sample)
         | {
@@ -98,19 +98,19 @@ def sample_rows(
 
 
 def disagreement(mismatch: LogprobMismatch, dtype: str, decode: Callable[[int], str]) -> str | None:
-    """A line about the token on which engine and trainer differ most, where that is too much."""
+    """Return a line about the token with the largest mismatch, if it is above the bound for ``dtype``."""
     bound, worst = DIFFERENCE_LIMITS[dtype], mismatch.worst
     if worst is None or worst.difference <= bound:
         return None
     return (
         f"engine and trainer differ by {worst.difference:.2e} (above {bound:g}) on token {worst.label} "
         f"{decode(worst.label)!r}: trainer {worst.trainer_logprob:.5f}, engine {worst.rollout_logprob:.5f}. "
-        "They are not the same policy: compare their types and weights."
+        "They are not the same policy: compare their dtypes and weights."
     )
 
 
 def run_summary(kind: str, num_steps: int, totals: dict[str, float]) -> dict[str, Any]:
-    """What summary.json says about the run, its earlier parts included when it was resumed."""
+    """Return summary.json's entries about the whole run, across resumes."""
     seconds = {phase: totals.get(f"seconds_{phase}", 0.0) for phase in PHASES}
     wall = totals.get("wall_seconds", 0.0)  # start-up and evaluation included, under "other"
     seconds["other"] = wall - sum(seconds[phase] for phase in PHASES if phase != "other")

@@ -21,14 +21,14 @@ from megarl.runs.training_run import Interrupted, TrainingRun
 from megarl.trainer.interface import Trainer
 from megarl.trainer.passes import sequence_logprobs
 
-_CHUNK = 64  # sequences per data-parallel rank between two looks at signals and the clock
+_CHUNK = 64  # sequences per data-parallel rank between two checks of signals and the clock
 _SAVE_SECONDS = 60.0
 
 
 class ReferenceLogprobs:
     """Summed reference logprobs by sequence, the same on every rank.
 
-    Every rank calls every method, with the same sequences; rank 0 alone looks at the disk.
+    Every rank calls every method, with the same sequences; only rank 0 accesses the disk.
     """
 
     def __init__(
@@ -36,14 +36,15 @@ class ReferenceLogprobs:
     ) -> None:
         """Hash the reference model; ``policy`` must still hold the weights of ``model.path``.
 
-        Raises UserError where the two models' architectures differ.
+        Raises:
+            UserError: the two models' architectures differ.
         """
         self._run, self._policy = run, policy
         self._path = config.reference.path or config.model.path
         self._is_own = Path(self._path) == Path(config.model.path)
         if not self._is_own and load_architecture(self._path).spec != architecture.spec:
             raise UserError(
-                f"reference.path: {self._path} is of another architecture than {config.model.path}"
+                f"reference.path: {self._path} has a different architecture than {config.model.path}"
             )
         self.model: str = from_first_rank(lambda: model_digest(self._path, config.model.dtype))
         directory = config.reference.cache_dir or run.directory.path / "reference"
@@ -52,18 +53,18 @@ class ReferenceLogprobs:
         self._logps: dict[bytes, float] = {}
 
     def __call__(self, batch: TrainBatch) -> torch.Tensor:
-        """Summed logprobs [S] float64 of sequences that were prepared."""
+        """Return the summed logprobs [S] float64 of prepared sequences."""
         return torch.tensor([self._logps[sequence_digest(s)] for s in batch], dtype=torch.float64)
 
     def prepare(self, sequences: Iterable[TokenSequence]) -> dict[str, float]:
-        """Have the logprobs of all ``sequences``, from the cache or computed; says which on the log.
+        """Read the logprobs of all ``sequences`` from the cache or compute them; log how many of each.
 
-        Returns how many were read and computed, and the seconds it took. What is computed is kept every
-        minute, so an interrupted run goes on from there.
+        Returns the numbers of read and computed sequences, and the seconds it took. Computed logprobs are
+        saved every minute, so an interrupted run resumes from there.
         """
         started = time.perf_counter()
         wanted = {sequence_digest(s): s for s in sequences}
-        kept: dict[bytes, float] = {}  # on rank 0 all that is in the cache, for other runs too
+        kept: dict[bytes, float] = {}  # on rank 0 the whole cache file, other runs' sequences included
 
         def read_wanted() -> dict[bytes, float]:
             kept.update(self._read())
@@ -94,7 +95,7 @@ class ReferenceLogprobs:
         return {"read": read, "computed": len(missing), "seconds": time.perf_counter() - started}
 
     def check_same_model(self, earlier: str) -> None:
-        """Refuse to go on with another reference than the run began with (``model`` of its state)."""
+        """Raise UserError unless the reference is the one the run began with (``model`` of its state)."""
         if earlier != self.model:
             field = "model.path" if self._is_own else "reference.path"
             raise UserError(
@@ -122,6 +123,6 @@ class ReferenceLogprobs:
             return {}
 
     def _write(self, kept: dict[bytes, float]) -> None:
-        """Keep what this run computed beside what was there (sequences of other runs)."""
+        """Save this run's logprobs together with the file's others (sequences of other runs)."""
         if self._run.is_first:
             self._cache.write(kept | self._logps)
