@@ -58,7 +58,7 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
                     own[key].append(value)
             own |= {"gathered_bytes": gathered, "microbatches": len(batches)}
             own["padding"] = packed.num_computed_tokens - data.num_tokens
-            own["split"] = packed.placed.get("num_split_sequences", len(data))
+            own["split"] = packed.split_counts.get("num_split_sequences", len(data))
     finalize()
     for own in found.values():
         own |= {key: statistics.median(own[key]) for key in ("seconds", "cpu_seconds")}

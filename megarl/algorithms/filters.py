@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megarl.batching.rank_microbatches import gather_from_packed, weigh_anew
+from megarl.batching.rank_microbatches import gather_from_packed, reweight
 from megarl.cluster.collectives import from_first_rank
 from megarl.loops import minibatches
 from megarl.loops.minibatches import MiniBatch
@@ -46,7 +46,7 @@ def _drop(mini: MiniBatch, bound: float, aggregation: Aggregation, fixed_length:
 
     count: int = from_first_rank(drop)
     if count:
-        weigh_anew(mini.packed, mini.num_targets, aggregation, fixed_length)
+        reweight(mini.packed, mini.num_targets, aggregation, fixed_length)
     return count
 
 

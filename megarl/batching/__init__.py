@@ -1,4 +1,4 @@
-"""Packing: which sequences form a microbatch (plan), and the tensors they become (pack)."""
+"""Batching: which sequences form a microbatch (plan), and its packed tensors (pack)."""
 
 from megarl.batching.context_parallel import context_parallel_slice
 from megarl.batching.microbatch_plan import CostModel, PackingPlan, plan_groups, plan_microbatches

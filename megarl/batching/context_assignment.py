@@ -1,10 +1,10 @@
-"""Which sequences the context-parallel ranks share, and which one of them computes whole.
+"""Assign sequences to context-parallel ranks: split over all of them, or computed whole by one.
 
-A short sequence split over ranks costs more than it saves: padding to 2 * ranks, and a gather of keys and
-values in every layer. With ``split_from`` an optimizer step has two kinds of microbatches. *Split* ones hold
-the long sequences, each over all context-parallel ranks. *Whole* ones hold the short ones: there every
-context-parallel rank has a pack of its own, as if it were one more data-parallel rank, of at most its share
-of the token budget, so that a rank holds no more tokens than in a split one.
+Splitting a short sequence costs more than it saves: padding to 2 * ranks, and a gather of keys and values in
+every layer. With ``split_from`` an optimizer step has two kinds of microbatches. *Split* ones hold the long
+sequences, each over all context-parallel ranks. *Whole* ones hold the short ones: every context-parallel rank
+packs its own, like one more data-parallel rank, up to its share of the token budget, so a rank holds no more
+tokens than in a split microbatch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from megarl.records import TrainBatch
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchLimits:
-    """What the plan of a step must keep to."""
+    """Constraints on the plan of a step."""
 
     max_tokens: int  # of a microbatch, over its context-parallel ranks
-    group_size: int = 1  # neighbours that share a microbatch
+    group_size: int = 1  # consecutive sequences that share a microbatch
     share_prefixes: bool = False
-    split_from: int | None = None  # tokens from which on a sequence is split; None: all are
+    split_from: int | None = None  # length in tokens from which a sequence is split; None: all are
 
 
 @dataclass(frozen=True, slots=True)
 class ContextAssignment:
-    """The microbatches of one kind, of all ranks; the plan counts ``segments``."""
+    """All ranks' microbatches of one kind; the plan indexes ``segments``."""
 
     split: bool
     segments: Segments
@@ -40,17 +40,17 @@ class ContextAssignment:
     pad_to_multiple: int
 
     def microbatches(self, layout: ParallelLayout, data: int, context: int) -> list[list[int]]:
-        """Those of a rank by its coordinates; a split one is the same for all context-parallel ranks."""
+        """Return a rank's microbatches; split ones are the same for all context-parallel ranks."""
         return self.plan.microbatches[data if self.split else data * layout.context + context]
 
 
 def assign_contexts(
     batch: TrainBatch, rows: np.ndarray, limits: MicrobatchLimits, costs: CostModel, layout: ParallelLayout
 ) -> list[ContextAssignment]:
-    """Plan sequences ``rows`` of ``batch``: split microbatches, and with split_from whole ones after them.
+    """Plan sequences ``rows`` of ``batch``: split microbatches and, with split_from, whole ones after them.
 
-    All ranks take the parts in this order, and each part has equal counts: the collectives of its passes
-    meet. Kinds without a sequence are left out, unless there is none at all. A group is whole if all its
+    All ranks process the parts in this order, and each part has equal counts, so the collectives of their
+    passes match. A kind without sequences is left out, unless both are empty. A group is whole if all its
     sequences are shorter than split_from and it fits one rank's share of the budget together.
 
     Raises:
@@ -61,11 +61,11 @@ def assign_contexts(
         whole = _are_whole(batch.lengths[rows], limits, layout)
     kinds = [(True, rows[~whole])] if not whole.all() or not len(rows) else []
     kinds += [(False, rows[whole])] if whole.any() else []
-    return [_part(is_split, batch, kind, limits, costs, layout) for is_split, kind in kinds]
+    return [_assignment(is_split, batch, kind, limits, costs, layout) for is_split, kind in kinds]
 
 
 def multiple_of(split: bool, layout: ParallelLayout) -> int:
-    """What every sequence is padded to a multiple of."""
+    """Return the multiple that every sequence is padded to."""
     multiple = layout.tensor if layout.sequence_parallel else 1
     return multiple * 2 * layout.context if split and layout.context > 1 else multiple
 
@@ -79,7 +79,7 @@ def _are_whole(lengths: np.ndarray, limits: MicrobatchLimits, layout: ParallelLa
     return np.repeat(whole, limits.group_size)
 
 
-def _part(
+def _assignment(
     split: bool,
     batch: TrainBatch,
     rows: np.ndarray,

@@ -1,4 +1,4 @@
-"""The share of a packed microbatch that one context-parallel rank computes."""
+"""Slice a packed microbatch for one context-parallel rank."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NOT_PER_TOKEN = frozenset({"cu_seqlens", "lengths", "prefixes", "token_share", 
 
 
 def zigzag_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Positions [T / size] int64 of the packed row that ``rank`` of ``size`` computes, in its order.
+    """Return the positions [T / size] int64 of the packed row that ``rank`` of ``size`` computes, in order.
 
-    Each sequence is cut into 2 * size equal chunks, of which rank r holds chunks r and 2 * size - 1 - r:
-    with causal attention an early (cheap) and a late (dear) one, so all ranks do the same work.
+    Each sequence is cut into 2 * size equal chunks; rank r holds chunks r and 2 * size - 1 - r: with causal
+    attention an early (cheap) and a late (expensive) one, so all ranks do the same work.
     """
     bounds = cu_seqlens.tolist()
     pieces = []
@@ -29,13 +29,13 @@ def zigzag_indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tens
 
 
 def context_parallel_slice(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
-    """Cut every per-token field [T] of a packed batch to the [T / size] of one context-parallel rank.
+    """Slice every per-token field [T] of a packed batch to the [T / size] of one context-parallel rank.
 
-    Sequences must have been padded to a multiple of 2 * size (``pack(pad_to_multiple=...)``).
-    ``cu_seqlens`` and ``lengths`` stay global, as Megatron's packed_seq_params want them: its rotary
-    embedding and attention divide by the context-parallel size themselves. The boundaries of the slice
-    are ``cu_seqlens // size``. Labels were made before the cut, so a chunk's last label is the first
-    token of the next chunk, wherever that one lives.
+    Sequences must be padded to a multiple of 2 * size (``pack(pad_to_multiple=...)``). ``cu_seqlens`` and
+    ``lengths`` stay global, as Megatron's packed_seq_params require: its rotary embedding and attention
+    divide by the context-parallel size themselves. The boundaries of the slice are ``cu_seqlens // size``.
+    Labels are shifted before slicing, so a chunk's last label is the first token of the next chunk, on
+    whichever rank.
     """
     assert 0 <= rank < size, f"context-parallel rank {rank} of {size}"
     if size == 1:

@@ -1,4 +1,4 @@
-"""Choices of experts and padding of a packed microbatch, token by token."""
+"""Expert choices and padding mask of a packed microbatch, per token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarl.records import PackedBatch
 
 
 def real_tokens(batch: PackedBatch, cp_rank: int = 0, cp_size: int = 1) -> torch.Tensor:
-    """Which of a context-parallel rank's tokens are no padding: [T] bool."""
+    """Return a mask [T] bool of a context-parallel rank's tokens that are not padding."""
     bounds = batch.cu_seqlens.long()
     padded = bounds.diff()
     place = torch.arange(int(bounds[-1]), device=bounds.device) - bounds[:-1].repeat_interleave(padded)
@@ -26,14 +26,14 @@ def pack_experts(
     cp_rank: int = 0,
     cp_size: int = 1,
 ) -> torch.Tensor:
-    """Experts to replay [T, layers, k] int16: those of ``spans`` (start, length) of [., layers, k], packed.
+    """Pack the experts to replay, [T, layers, k] int16, from ``spans`` (start, length) of [., layers, k].
 
-    ``batch`` holds the same spans as segments. -1 in padding. Unlike what belongs to labels, the value at t
-    is that of token t itself.
+    ``batch`` holds the same spans as segments. Padding gets -1. Unlike fields aligned with labels, the value
+    at t is that of token t itself.
     """
     bounds = batch.cu_seqlens.tolist()
     packed = np.full((bounds[-1], *experts.shape[1:]), -1, dtype=np.int16)
-    for to, (start, length) in zip(bounds[:-1], spans, strict=False):  # none: a dummy
+    for to, (start, length) in zip(bounds[:-1], spans, strict=False):  # no spans in a dummy microbatch
         packed[to : to + length] = experts[start : start + length]
     tensor = torch.from_numpy(packed).to(batch.token_ids.device)
     return tensor[zigzag_indices(batch.cu_seqlens, cp_rank, cp_size)] if cp_size > 1 else tensor

@@ -1,8 +1,8 @@
-"""Which sequences share a microbatch, and which rank computes it.
+"""Assign sequences to microbatches, and microbatches to ranks.
 
-The plan decides how long a step takes: ranks wait for the costliest one, so what must be equal over
-ranks is not the number of tokens but the time they take, modelled as ``a * len + b * len^2`` (matrix
-products are linear in a sequence's length, causal attention is quadratic).
+The plan decides how long a step takes: ranks wait for the slowest one, so the balanced quantity is not the
+number of tokens but the time they take, modelled as ``a * len + b * len^2`` (matrix products are linear in a
+sequence's length, causal attention is quadratic).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megarl.errors import UserError
 from megarl.ops._load import load_native
 
 load_native()
-from megarl import _C  # noqa: E402  once it is known that this machine can load it
+from megarl import _C  # noqa: E402  after checking that this machine can load it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,13 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class PackingPlan:
-    """Microbatches of every rank. ``microbatches[rank][i]`` lists positions in the caller's ``lengths``.
+    """Microbatches of every rank. ``microbatches[rank][i]`` lists indices into the caller's ``lengths``.
 
-    Invariants, asserted when a plan is made: every sequence occurs exactly once; no microbatch exceeds
-    the token budget, padding included; with equal counts all ranks have the same number of microbatches.
-    The i-th microbatches of all ranks cost about the same; the costliest come first. An empty microbatch
-    (pack gives a dummy sequence without loss for it) occurs only where there are fewer sequences than
-    microbatches, and a rank with nothing else only where there are fewer sequences than ranks.
+    Invariants, asserted when a plan is made: every sequence occurs exactly once; no microbatch exceeds the
+    token budget, padding included; with equal counts all ranks have the same number of microbatches. The i-th
+    microbatches of all ranks cost about the same; the most expensive come first. An empty microbatch (packed
+    as a dummy sequence without loss) occurs only if there are fewer sequences than microbatches, and a rank
+    with only empty ones only if there are fewer sequences than ranks.
     """
 
     microbatches: list[list[list[int]]]  # [num_ranks][num_microbatches][sequences]
@@ -62,12 +62,12 @@ class PackingPlan:
 
     @property
     def num_microbatches(self) -> int:
-        """Microbatches of the rank that has most (all have as many with equal counts)."""
+        """Number of microbatches of the rank with the most (equal on all ranks with equal counts)."""
         return max(len(rank) for rank in self.microbatches)
 
     @property
     def cost_imbalance(self) -> float:
-        """Cost of the costliest rank / mean over ranks: 1.0 is perfect, 1.1 wastes a tenth of the machine."""
+        """Cost of the most expensive rank / mean over ranks: 1.0 is perfect, 1.1 wastes a tenth."""
         mean = sum(self.rank_costs) / len(self.rank_costs)
         return max(self.rank_costs) / mean if mean > 0 else 1.0
 
@@ -82,22 +82,22 @@ def plan_microbatches(
     equal_counts: bool = True,
     microbatch_group_size: int = 1,
 ) -> PackingPlan:
-    """Divide sequences into microbatches of at most ``max_tokens`` and those among data-parallel ranks.
+    """Divide sequences into microbatches of at most ``max_tokens``, and these among data-parallel ranks.
 
-    As few microbatches as best-fit decreasing finds (within 1 % of total tokens / budget on real length
-    distributions), rounded up to equal counts; costs balanced over ranks and microbatches. The same
-    arguments give the same plan on every machine, so ranks plan for themselves and need not talk.
+    The number of microbatches is that of best-fit decreasing (within 1 % of total tokens / budget on real
+    length distributions), rounded up to equal counts; costs are balanced over ranks and microbatches. The
+    same arguments give the same plan on every machine, so ranks plan without communicating.
 
     Args:
-        lengths: tokens per sequence, [n]; a list, or an array to spare the conversion.
+        lengths: tokens per sequence, [n]; a list, or an array to avoid a conversion.
         max_tokens: token budget of one microbatch (packing.max_tokens_per_microbatch).
         num_ranks: data-parallel ranks.
         pad_to_multiple: every sequence is padded to a multiple of this, 2 * context_parallel_size.
-        costs: what a sequence costs.
+        costs: cost model of a sequence.
         equal_counts: the same number of microbatches on every rank, which pipelines and collectives
             inside the microbatch loop (expert parallelism) need.
         microbatch_group_size: every rank's count is a multiple of it (Megatron's interleaved schedule
-            wants a multiple of pipeline_parallel_size); needs equal_counts.
+            needs a multiple of pipeline_parallel_size); needs equal_counts.
 
     Raises:
         UserError: a sequence is empty or longer than the budget.
@@ -135,10 +135,10 @@ def plan_groups(
     costs: CostModel = CostModel(),
     microbatch_group_size: int = 1,
 ) -> PackingPlan:
-    """As plan_microbatches with equal counts, but every ``group_size`` neighbours share a microbatch.
+    """See plan_microbatches, with equal counts; ``group_size`` consecutive sequences share a microbatch.
 
     Sequences 0 to group_size - 1 are the first group, and so on: preference pairs, whose loss needs both
-    responses at once. Groups stay in order inside a microbatch.
+    responses together. Groups stay in order inside a microbatch.
 
     Raises:
         UserError: a sequence is empty, or a group longer than the budget.
@@ -181,8 +181,8 @@ def plan_groups(
 
 
 def _nested_lists(indices: np.ndarray, offsets: np.ndarray, rank_ends: np.ndarray) -> list[list[list[int]]]:
-    # A million sequences make 100,000 lists, during which the cycle collector would walk the whole heap
-    # again and again, for half of the planner's time; lists of ints form no cycles.
+    # A million sequences make 100,000 lists; the cycle collector would scan the whole heap again and again,
+    # for half of the planner's time. Lists of ints form no cycles.
     collecting = gc.isenabled()
     gc.disable()
     flat = indices.tolist()
@@ -208,7 +208,7 @@ def _check_lengths(lengths: np.ndarray, padded: np.ndarray, max_tokens: int, mul
 
 
 def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Sum of values between consecutive bounds, empty stretches included."""
+    """Sum values between consecutive bounds, empty ranges included."""
     return np.diff(np.concatenate([[0], values.cumsum()])[bounds])
 
 

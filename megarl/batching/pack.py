@@ -1,4 +1,4 @@
-"""Segments of one microbatch to the tensors of a PackedBatch, and values per token back to sequences."""
+"""Pack segments into the tensors of a PackedBatch, and unpack per-token values into sequences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megarl.records import PackedBatch, TrainBatch
 
 
 class Packer:
-    """Packs segments of one batch, whose tokens it moves to the device once."""
+    """Pack segments of one batch, whose tokens are moved to the device once."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Packer:
         advantages: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``advantages`` [S] float are those of all targets of a sequence, where they are known (else 0)."""
+        """``advantages`` [S] float, for all targets of a sequence; 0 if not given."""
         self._batch, self._device = batch, device
         self._segments = segments or Segments.whole(batch)
         self._starts = self._segments.starts(batch)
@@ -44,30 +44,30 @@ class Packer:
     def pack(
         self, indices: list[int], *, pad_to_multiple: int = 1, cp_rank: int = 0, cp_size: int = 1
     ) -> PackedBatch:
-        """Lay segments ``indices`` end to end, in this order, fields aligned with the labels.
+        """Pack segments ``indices`` end to end, in this order, with fields aligned with the labels.
 
-        Position t of a sequence predicts its token t + 1, so ``loss_mask`` and ``rollout_logprobs`` move one
-        to the left; the last position, padding, and tokens that are no targets hold 0 in loss_mask,
-        advantages and rollout_logprobs (whatever the batch held there, NaN included). Each segment is
-        padded with token 0 to a multiple of ``pad_to_multiple``; padding comes last, so causal attention
-        never lets it touch a real token, and ``position_ids`` count on through it. Those of a segment with a
-        prefix begin after it. ``sequence_ids`` are rows of the batch.
+        Position t of a sequence predicts its token t + 1, so ``loss_mask`` and ``rollout_logprobs`` shift one
+        to the left; the last position, padding and non-target tokens are 0 in loss_mask, advantages and
+        rollout_logprobs (whatever the batch holds there, NaN included). Each segment is padded with token 0
+        to a multiple of ``pad_to_multiple``; padding comes last, so causal attention never reads it from a
+        real token, and ``position_ids`` count on through it. Those of a segment with a prefix start after the
+        prefix. ``sequence_ids`` are rows of the batch.
 
-        Empty ``indices`` (a rank that has no sequence in this microbatch) give one dummy sequence of
+        Empty ``indices`` (a rank without sequences in this microbatch) give one dummy sequence of
         ``pad_to_multiple`` tokens with loss_mask 0 and length 0.
 
         Args:
-            indices: which segments.
+            indices: the segments.
             pad_to_multiple: 2 * context_parallel_size, or 1.
-            cp_rank: with cp_size, write only the share of this context-parallel rank: the same as
-                :func:`megarl.batching.context_parallel_slice` of the whole, without making the whole.
+            cp_rank: with cp_size, write only this context-parallel rank's slice: equal to
+                :func:`megarl.batching.context_parallel_slice` of the whole, without building the whole.
             cp_size: context-parallel size.
         """
         device, of = self._device, self._segments
         chosen = np.asarray(indices, dtype=np.int64)
         rows, lengths = of.rows[chosen], of.lengths[chosen]
         if not indices:
-            lengths = np.zeros(1, dtype=np.int64)  # the dummy
+            lengths = np.zeros(1, dtype=np.int64)  # the dummy sequence
         padded = np.maximum(1, -(-lengths // pad_to_multiple)) * pad_to_multiple
 
         def tensor(values: np.ndarray, dtype: type, dummy: bool = True) -> torch.Tensor:
@@ -119,17 +119,17 @@ def pack(
     cp_rank: int = 0,
     cp_size: int = 1,
 ) -> PackedBatch:
-    """One microbatch of ``batch``: its sequences ``indices``, or those of ``segments`` (see Packer.pack)."""
+    """Pack sequences (or ``segments``) ``indices`` of ``batch`` as one microbatch (see Packer.pack)."""
     packer = Packer(batch, segments, device=device)
     return packer.pack(indices, pad_to_multiple=pad_to_multiple, cp_rank=cp_rank, cp_size=cp_size)
 
 
 def unpack(values: torch.Tensor, batch: PackedBatch) -> list[torch.Tensor]:
-    """The inverse of pack for one per-token field: values [T] to one [n] tensor per segment.
+    """Invert pack for one per-token field: values [T] to one [n] tensor per segment.
 
-    Back in the alignment of :class:`megarl.records.TrainBatch`: element i belongs to the prediction of
-    token i, element 0 (which nothing predicts) is 0. In the order of pack's ``indices``; padding and
-    the dummy sequence are left out. No gradient; ``values`` must cover the whole batch, so gather
+    The result is aligned as :class:`megarl.records.TrainBatch` is: element i belongs to the prediction of
+    token i; element 0, which nothing predicts, is 0. Segments are in the order of pack's ``indices``, without
+    padding and the dummy sequence. No gradient; ``values`` must cover the whole batch, so gather
     context-parallel slices first. The tensors are views of one.
     """
     lengths = batch.cu_seqlens.diff() if batch.lengths is None else batch.lengths

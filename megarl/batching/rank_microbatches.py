@@ -1,8 +1,8 @@
-"""From a batch of sequences to the microbatches of every rank, and values of tokens there and back.
+"""Build every rank's microbatches from a batch of sequences; scatter and gather per-token values.
 
 Rank 0 has the batch of a rollout. It plans for all ranks, from lengths and prompts, and sends each
-(data, context) coordinate of the layout its own :class:`~megarl.batching.rank_share.Share`, nothing else.
-Data that every rank reads itself takes the same way without the sending.
+(data, context) coordinate of the layout only its own :class:`~megarl.batching.rank_share.Share`. Data that
+every rank reads itself takes the same path without the sending.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from megarl.batching.context_assignment import ContextAssignment, MicrobatchLimits, assign_contexts
 from megarl.batching.microbatch_plan import CostModel
-from megarl.batching.rank_share import Share, pack_share, share_of
+from megarl.batching.rank_share import Share, make_share, pack_share
 from megarl.batching.token_values import add_targets, at_targets, per_sequence
 from megarl.cluster.collectives import broadcast_arrays, from_first_rank, gather, receive_arrays, send_arrays
 from megarl.config.packing import PackingConfig
@@ -28,29 +28,29 @@ from megarl.records import PackedBatch, TrainBatch, take_rows
 
 @dataclass(slots=True)
 class PackedStep:
-    """One optimizer step: this rank's microbatches, and what they are part of.
+    """One optimizer step: this rank's microbatches, and the whole step's plan.
 
-    ``batch`` is the whole step's, on rank 0 and wherever the data is every rank's own; elsewhere None.
+    ``batch`` is the whole step's, on rank 0 and on every rank that read the data itself; None elsewhere.
     """
 
     batches: list[PackedBatch]
     batch: TrainBatch | None
     layout: ParallelLayout
     rank: int
-    rows: np.ndarray  # [R] int64, ascending: the sequences of the step in this rank's microbatches
-    offsets: np.ndarray  # [R + 1] int64: theirs, end to end
-    num_tokens: int  # of the sequences that are packed, over all ranks
-    num_computed_tokens: int  # over all ranks: padding counts, and a shared prompt once
-    placed: dict[str, float] = field(default_factory=dict)
-    """With parallel.context_split_from num_split_sequences and num_whole_sequences."""
+    rows: np.ndarray  # [R] int64, ascending: the step's sequences in this rank's microbatches
+    offsets: np.ndarray  # [R + 1] int64: their token offsets, end to end
+    num_tokens: int  # of the packed sequences, over all ranks
+    num_computed_tokens: int  # over all ranks, padding included, a shared prompt counted once
+    split_counts: dict[str, float] = field(default_factory=dict)
+    """With parallel.context_split_from: num_split_sequences and num_whole_sequences."""
     shares: list[np.ndarray] = field(default_factory=list)
     """On rank 0: ``rows`` of every coordinate, context fastest."""
     bytes_sent: int = 0
-    """By rank 0, of the arrays in the other coordinates' shares."""
+    """Bytes of the arrays that rank 0 sent to other coordinates."""
 
 
 class BatchMaker:
-    """Makes the microbatches of one rank under one layout. Every rank calls every method."""
+    """Build the microbatches of one rank under one layout. Every rank calls every method."""
 
     def __init__(
         self,
@@ -78,17 +78,18 @@ class BatchMaker:
         """Plan and pack one optimizer step.
 
         Args:
-            batch: on every rank; with ``scatter`` on rank 0, which alone plans (others pass anything).
-            aggregation: how token_weights weighs targets, those of sequences that are not packed included.
-            group_size: so many neighbours share a microbatch, in their order (pairs); prompts are then
-                not shared, nor where packing.share_prefix is off.
-            fixed_length: for that aggregation.
-            only: the sequences to pack, ascending (default: all).
-            advantages: [S] of all targets of a sequence, where they are known.
-            scatter: rank 0 sends every rank its share.
+                batch: on every rank; with ``scatter`` on rank 0 only, which plans (others pass anything).
+                aggregation: how token_weights weighs targets; unpacked sequences count in its denominators.
+                group_size: number of consecutive sequences that share a microbatch, in their order (pairs).
+                    Prompts are
+                    not shared then, nor with packing.share_prefix off.
+                fixed_length: for that aggregation.
+                only: the sequences to pack, ascending (default: all).
+                advantages: [S], of all targets of a sequence, if known already.
+                scatter: rank 0 sends every rank its share.
 
-        Raises:
-            UserError: on every rank, where a sequence or group is longer than the budget.
+            Raises:
+                UserError: on every rank, if a sequence or group is longer than the budget.
         """
         parts: list[ContextAssignment] = []
 
@@ -102,11 +103,11 @@ class BatchMaker:
                 split_from=self.split_from,
             )
             parts.extend(assign_contexts(batch, rows, limits, self.costs, self.layout))
-            return _figures(batch, rows, parts, counts=self.split_from is not None)
+            return _plan_facts(batch, rows, parts, counts=self.split_from is not None)
 
         def share(data: int, context: int) -> Share:
             assert batch is not None
-            return share_of(batch, parts, weights, advantages, self.layout, data, context)
+            return make_share(batch, parts, weights, advantages, self.layout, data, context)
 
         facts = from_first_rank(plan) if scatter else plan()
         packed_tokens = facts.pop("packed_tokens")
@@ -118,10 +119,10 @@ class BatchMaker:
             shares = [rows_of(parts, self.layout, *each) for each in coordinates(self.layout)]
         if scatter:
             arrays, bytes_sent = scatter_arrays(self.layout, self.rank, lambda *to: share(*to).arrays())
-            mine = Share.of_arrays(arrays)
+            mine = Share.from_arrays(arrays)
         else:
             mine = share(at.data, at.context)
-            self._assert_shared(mine)
+            self._assert_same_split(mine)
         return PackedStep(
             pack_share(mine, packed_tokens, self.layout, at, self.device),
             batch if self.rank == 0 or not scatter else None,
@@ -134,8 +135,8 @@ class BatchMaker:
             bytes_sent=bytes_sent,
         )
 
-    def _assert_shared(self, share: Share) -> None:
-        """Sums over a split sequence's tokens are taken over context-parallel ranks, slot by slot."""
+    def _assert_same_split(self, share: Share) -> None:
+        """Assert that context-parallel ranks hold the same split sequences; sums go slot by slot."""
         if self.layout.context == 1:
             return
         bounds = share.bounds[: int(share.split.sum()) + 1]  # of split microbatches, which come first
@@ -144,19 +145,19 @@ class BatchMaker:
         at = self.layout.coordinates(self.rank)
         others = replace(at, context=0, expert=0, expert_tensor=0, expert_data=0)  # equal in its group
         theirs = {found for group, found in gather((others, mine)) if group == others}
-        assert theirs == {mine}, "context-parallel ranks hold other sequences"
+        assert theirs == {mine}, "context-parallel ranks hold different sequences"
 
 
-def _figures(
+def _plan_facts(
     batch: TrainBatch, rows: np.ndarray, parts: list[ContextAssignment], *, counts: bool
 ) -> dict[str, Any]:
-    """What every rank knows of the step's plan."""
-    placed = {}
+    """Return the figures of the step's plan that every rank needs."""
+    split_counts = {}
     if counts:
         number = {True: 0, False: 0}
         for part in parts:
             number[part.split] += len(np.unique(part.segments.rows))
-        placed = {
+        split_counts = {
             "num_split_sequences": float(number[True]),
             "num_whole_sequences": float(number[False]),
         }
@@ -164,20 +165,20 @@ def _figures(
         "num_tokens": int(batch.lengths[rows].sum()),
         "num_computed_tokens": sum(part.plan.num_tokens for part in parts),
         "packed_tokens": sum(int(part.segments.lengths.sum()) for part in parts),
-        "placed": placed,
+        "split_counts": split_counts,
     }
 
 
-# --- between rank 0 and the coordinates of the layout ---------------------------------------------------
+# --- communication between rank 0 and the coordinates of the layout ------------------------------------
 
 
 def coordinates(layout: ParallelLayout) -> list[tuple[int, int]]:
-    """Every (data, context)."""
+    """Return every (data, context)."""
     return [(data, context) for data in range(layout.data) for context in range(layout.context)]
 
 
 def rows_of(parts: list[ContextAssignment], layout: ParallelLayout, data: int, context: int) -> np.ndarray:
-    """[R] ascending: the sequences in the microbatches of a coordinate."""
+    """Return the sequences [R] in a coordinate's microbatches, ascending."""
     chosen = [
         part.segments.rows[[i for each in part.microbatches(layout, data, context) for i in each]]
         for part in parts
@@ -188,10 +189,10 @@ def rows_of(parts: list[ContextAssignment], layout: ParallelLayout, data: int, c
 def scatter_arrays(
     layout: ParallelLayout, rank: int, arrays_of: Callable[[int, int], dict[str, np.ndarray | None]]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """``arrays_of(data, context)`` of a rank's own coordinate, on every rank; and the bytes rank 0 sent.
+    """Send ``arrays_of(data, context)`` to every rank of that coordinate; also return the bytes rank 0 sent.
 
-    Rank 0 alone calls it, for one coordinate after another. The lowest rank of each hands them on to those
-    that differ in tensor and pipeline coordinates.
+    Only rank 0 calls ``arrays_of``, for one coordinate after another. The lowest rank of each coordinate
+    forwards the arrays to those that differ in tensor and pipeline coordinates.
     """
     at = layout.coordinates(rank)
     first = layout.rank_of(data=at.data, context=at.context)
@@ -211,10 +212,10 @@ def scatter_arrays(
 
 
 def scatter_to_packed(step: PackedStep, values: np.ndarray | None) -> list[torch.Tensor]:
-    """Rank 0's values as a field [T] float32 of each of this rank's microbatches, 0 where there is no target.
+    """Scatter rank 0's values to a field [T] float32 of each of this rank's microbatches, 0 at non-targets.
 
-    Every rank calls it. ``values`` (rank 0's; others pass anything) are one for each sequence of the step
-    [S], which all ranks get, or one for each token of its batch [T], of which ranks get their sequences'.
+    Every rank calls it. ``values`` (rank 0's; others pass anything) are one per sequence of the step [S],
+    which all ranks get, or one per token of its batch [T], of which each rank gets its sequences'.
     """
 
     def for_sequences() -> bool:
@@ -239,10 +240,10 @@ def scatter_to_packed(step: PackedStep, values: np.ndarray | None) -> list[torch
 
 
 def gather_from_packed(step: PackedStep, of: Callable[[PackedBatch], torch.Tensor]) -> np.ndarray:
-    """What ``of`` says [T] of each microbatch's targets: [T] float64 of the step's batch, on rank 0.
+    """Gather ``of``'s values [T] at each microbatch's targets: [T] float64 of the step's batch, on rank 0.
 
-    Aligned with its token ids, 0 where there is no target; empty on other ranks, which all call it. ``of`` is
-    called where logprobs are: on the last pipeline stage.
+    The result is aligned with the batch's token ids, 0 at non-targets; empty on other ranks, which all call
+    it. ``of`` is called on the last pipeline stage, which has the logprobs.
     """
     layout, at = step.layout, step.layout.coordinates(step.rank)
     last = layout.pipeline - 1
@@ -261,23 +262,23 @@ def gather_from_packed(step: PackedStep, of: Callable[[PackedBatch], torch.Tenso
         source = layout.rank_of(data=data, context=context, pipeline=last)
         values = mine if source == 0 else receive_arrays(source)["values"]
         begin = 0
-        for row in rows.tolist():  # context-parallel ranks have other tokens of the same sequence, and zeros
+        for row in rows.tolist():  # context-parallel ranks hold zeros at each other's tokens of a sequence
             length = starts[row + 1] - starts[row]
             whole[starts[row] : starts[row + 1]] += values[begin : begin + length]
             begin += length
     return whole
 
 
-def weigh_anew(
+def reweight(
     step: PackedStep,
     num_targets: np.ndarray,
     aggregation: Aggregation,
     fixed_length: int | None = None,
 ) -> None:
-    """Set the weights of a step of whose sequences some were taken out of the loss.
+    """Recompute the weights of a step after removing sequences from the loss.
 
-    ``num_targets`` [S] (rank 0's) is 0 for those: they weigh nothing, and are no targets of any loss or
-    figure from now on.
+    ``num_targets`` [S] (rank 0's) is 0 for removed sequences: they get weight 0 and have no targets in any
+    loss or metric from now on.
     """
     given = token_weights(num_targets, aggregation, fixed_length)
     for batch, weights in zip(step.batches, scatter_to_packed(step, given), strict=True):

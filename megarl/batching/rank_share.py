@@ -1,4 +1,4 @@
-"""What one (data, context) coordinate of the layout computes in an optimizer step, as arrays."""
+"""One (data, context) coordinate's share of an optimizer step, as arrays."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from megarl.records import PackedBatch, TrainBatch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
-    """The R sequences of a coordinate's M microbatches, each once, and what to pack of them.
+    """The R sequences of a coordinate's M microbatches, each once, and the segments to pack.
 
-    Ranks that differ from one another in their tensor or pipeline coordinate alone have the same share.
+    Ranks that differ only in their tensor or pipeline coordinate have the same share.
     """
 
     batch: TrainBatch
-    rows: np.ndarray  # [R] int64, ascending: which sequences of the step they are
-    weights: np.ndarray  # [R] float64: of each target in the loss
-    advantages: np.ndarray | None  # [R] float64: of each target, where they are known
+    rows: np.ndarray  # [R] int64, ascending: indices of the sequences within the step
+    weights: np.ndarray  # [R] float64: weight of each target in the loss
+    advantages: np.ndarray | None  # [R] float64: advantage of each target, if known
     segments: Segments  # of ``batch``, in the order of the microbatches
     bounds: np.ndarray  # [M + 1] int64: microbatch m has segments bounds[m] to bounds[m + 1]
-    split: np.ndarray  # [M] uint8: whether context-parallel ranks share it
+    split: np.ndarray  # [M] uint8: 1 if split over context-parallel ranks
 
     def arrays(self) -> dict[str, np.ndarray | None]:
-        """Everything by name, as it is sent."""
+        """Return all fields by name, for sending."""
         return {
             f"{prefix}{each.name}": getattr(record, each.name)
             for prefix, record in (("", self), ("batch.", self.batch), ("segments.", self.segments))
@@ -41,8 +41,8 @@ class Share:
         }
 
     @classmethod
-    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> Share:
-        """From what ``arrays`` gave."""
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> Share:
+        """Rebuild a share from ``arrays``'s result."""
 
         def record(kind: Any, prefix: str, **inner: Any) -> Any:
             names = [each.name for each in fields(kind) if each.name not in inner]
@@ -53,7 +53,7 @@ class Share:
         return share
 
 
-def share_of(
+def make_share(
     batch: TrainBatch,
     parts: list[ContextAssignment],
     weights: np.ndarray,
@@ -62,7 +62,7 @@ def share_of(
     data: int,
     context: int,
 ) -> Share:
-    """The share of a coordinate in what ``place`` planned; weights and advantages are [S]."""
+    """Return a coordinate's share of the plan of ``assign_contexts``; weights and advantages are [S]."""
     sizes: list[int] = []
     split: list[bool] = []
     segments: list[Segments] = []
@@ -71,7 +71,7 @@ def share_of(
         sizes += [len(each) for each in microbatches]
         split += [part.split] * len(microbatches)
         chosen = np.array([i for each in microbatches for i in each], dtype=np.int64)
-        number = np.full(len(part.segments) + 1, -1)  # of each segment in the share; the last for "none"
+        number = np.full(len(part.segments) + 1, -1)  # of each segment in the share; last: "none"
         number[chosen] = np.arange(len(chosen)) + sum(map(len, segments))
         of = part.segments
         prefixes = number[of.prefixes[chosen]]
@@ -100,7 +100,7 @@ def pack_share(
     at: RankCoordinates,
     device: torch.device | str,
 ) -> list[PackedBatch]:
-    """The microbatches of the rank at ``at``; num_packed_tokens are those of all ranks' segments."""
+    """Pack the microbatches of the rank at ``at``; num_packed_tokens are those of all ranks' segments."""
     packer = Packer(share.batch, share.segments, advantages=share.advantages, device=device)
     rows, weights = (torch.from_numpy(each).to(device) for each in (share.rows, share.weights))
     stale = share.batch.stale

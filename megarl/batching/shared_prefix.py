@@ -1,10 +1,10 @@
-"""The prompt of a group computed once: [prompt | response 1 | response 2 ...], each response attending to it.
+"""Shared prompts: a group's prompt computed once, [prompt | response 1 | response 2 ...].
 
 A group's sequences become one *prefix*, the prompt without its last token, and *branches*, each of which
-repeats that last token and goes on with its response. A branch therefore predicts every token of its
-response from a position of its own, labels and per-token values stay aligned as in any packed sequence,
-and only attention and positions need to know the prefix. Exact: a token attends to the same tokens at the
-same positions as in the flat packing. Nothing is copied: prefixes and branches are segments of the batch.
+repeats that last token and continues with its response. A branch therefore predicts every token of its
+response from its own positions, labels and per-token values stay aligned as in any packed sequence, and only
+attention and positions need to know the prefix. Exact: a token attends to the same tokens at the same
+positions as in the flat packing. Nothing is copied: prefixes and branches are segments of the batch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megarl.batching.segments import Segments
 from megarl.records import TrainBatch
 
 MIN_SAVED_FRACTION = 0.1
-"""Share of a group's tokens that must be saved: below, the mask costs more than the tokens would."""
+"""Minimum saved share of a group's tokens: below it, the mask costs more than the tokens would."""
 
 
 def share_prefixes(
     batch: TrainBatch, rows: np.ndarray, *, max_tokens: int, pad_to_multiple: int
 ) -> tuple[Segments, np.ndarray]:
-    """Find neighbours among ``rows`` with equal prompts (``prompt_lengths``), split where that saves enough.
+    """Share the prompt of consecutive ``rows`` with equal prompts (``prompt_lengths``) if that saves enough.
 
-    A group that does not fit ``max_tokens`` together is cut, each part with a prefix of its own. Returned
-    with the segments: bounds [U + 1] of the U units, the runs of segments that must share a microbatch.
+    A group that does not fit ``max_tokens`` is divided, each part with its own prefix. Also returns bounds [U
+    + 1] of the U units, the runs of segments that must share a microbatch.
     """
     lengths = batch.lengths.tolist()
     segments: list[tuple[int, int, int, int]] = []  # as Segments: row, skip, length, prefix
@@ -61,7 +61,7 @@ def plan_units(
     costs: CostModel,
     microbatch_group_size: int,
 ) -> PackingPlan:
-    """As plan_microbatches with equal counts; the segments of a unit share a microbatch."""
+    """See plan_microbatches, with equal counts; the segments of a unit share a microbatch."""
     padded = -(-segments.lengths // pad_to_multiple) * pad_to_multiple
     totals = np.add.reduceat(padded, bounds[:-1]) if len(padded) else padded
     plan = plan_microbatches(
@@ -81,7 +81,7 @@ def plan_units(
 
 
 def _groups(batch: TrainBatch, rows: list[int]) -> Iterator[list[int]]:
-    """Neighbours with the same prompt."""
+    """Yield runs of consecutive rows with the same prompt."""
     ids, starts, prompts = batch.token_ids, batch.offsets.tolist(), batch.prompt_lengths.tolist()
     group: list[int] = []
     first = np.zeros(0, dtype=np.int32)
@@ -101,7 +101,7 @@ def _groups(batch: TrainBatch, rows: list[int]) -> Iterator[list[int]]:
 def _fitting(
     lengths: list[int], group: list[int], prompt: int, max_tokens: int, multiple: int
 ) -> list[list[int]]:
-    """Parts of the group that fit a microbatch with one prefix each."""
+    """Divide the group into parts that fit a microbatch with one prefix each."""
 
     def padded(length: int) -> int:
         return -(-length // multiple) * multiple

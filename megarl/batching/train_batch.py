@@ -1,4 +1,4 @@
-"""Samples of a rollout as the batch that is trained on."""
+"""Convert samples of a rollout to a training batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megarl.records import Sample, TrainBatch
 
 
 def train_batch(samples: Sequence[Sample], version: int | None = None) -> TrainBatch:
-    """One sequence for each sample, prompt and response; the tokens the policy sampled are the targets.
+    """Return one sequence per sample, prompt and response; the tokens sampled by the policy are the targets.
 
-    With ``version``, the trainer's, tokens of older versions are marked as stale. Choices of experts are
-    there if any sample has them; the last token of a sequence, which no engine saw, has none.
+    With ``version``, the trainer's, tokens of older versions are marked as stale. Expert choices are included
+    if any sample has them; a sequence's last token, which the engine never processed, has none.
     """
     prompts = np.array([len(s.prompt_ids) for s in samples], dtype=np.int64)
     offsets = np.zeros(len(samples) + 1, dtype=np.int64)
@@ -46,7 +46,7 @@ def train_batch(samples: Sequence[Sample], version: int | None = None) -> TrainB
 
 
 def _sampled(sample: Sample) -> Iterator[tuple[int, int]]:
-    """Where in the response runs of sampled tokens begin, and how long they are."""
+    """Yield (start, length) of the response's runs of sampled tokens."""
     if not sample.turns:
         yield 0, len(sample.response_ids)
     begin = 0
@@ -56,7 +56,7 @@ def _sampled(sample: Sample) -> Iterator[tuple[int, int]]:
 
 
 def _older(sample: Sample, version: int) -> Iterator[tuple[int, int]]:
-    """The same for tokens that versions before ``version`` drew."""
+    """Yield (start, length) of the runs sampled by versions before ``version``."""
     begin = 0
     for drawn_by, count in sample.version_spans or [(sample.policy_version, len(sample.response_ids))]:
         if drawn_by < version:
@@ -65,6 +65,6 @@ def _older(sample: Sample, version: int) -> Iterator[tuple[int, int]]:
 
 
 def _no_experts(samples: Sequence[Sample], num_tokens: int) -> np.ndarray | None:
-    """[T, layers, k] of -1, where any sample has choices."""
+    """Return [T, layers, k] filled with -1 if any sample has expert choices, else None."""
     shape = next((s.experts.shape[1:] for s in samples if s.experts is not None), None)
     return None if shape is None else np.full((num_tokens, *shape), -1, dtype=np.int16)

@@ -127,7 +127,7 @@ def pack(
 
 def split_metrics(minis: list[MiniBatch]) -> dict[str, float]:
     """Return mean numbers of sequences split over context-parallel ranks and kept whole per mini-batch."""
-    found = [mini.packed.placed for mini in minis]
+    found = [mini.packed.split_counts for mini in minis]
     return {name: sum(each[name] for each in found) / len(found) for name in (found[0] if found else ())}
 
 

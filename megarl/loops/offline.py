@@ -142,7 +142,7 @@ class OfflineLoop(Generic[Data]):
             with run.timers("train"):
                 values = objective.step(packed.batches, loss)
             run.check(step, values)
-            values |= packed.placed | {
+            values |= packed.split_counts | {
                 "num_tokens": packed.num_tokens,
                 "num_microbatches": len(packed.batches),
                 "tokens_per_second_train": packed.num_tokens / run.timers.seconds("train"),

@@ -73,7 +73,7 @@ def both_ways(context: Any) -> dict[str, Any]:
     """The step scattered from rank 0 and packed from data of every rank; values there and back."""
     import torch.distributed as dist
 
-    from megarl.batching.rank_microbatches import gather_from_packed, scatter_to_packed, weigh_anew
+    from megarl.batching.rank_microbatches import gather_from_packed, reweight, scatter_to_packed
 
     maker, whole = maker_of(context), make_batch()
     advantages = np.array([random.Random(i).gauss(0, 1) for i in range(len(whole))])
@@ -97,7 +97,7 @@ def both_ways(context: Any) -> dict[str, Any]:
         assert_same(ours, theirs)
     assert (scattered.batch is None) == (not context.is_first)
     assert np.array_equal(scattered.rows, selected.rows)
-    assert scattered.placed == selected.placed
+    assert scattered.split_counts == selected.split_counts
 
     # A value for each token, and one for each sequence, to the targets and back.
     values = np.random.RandomState(1).randn(whole.num_tokens)
@@ -114,7 +114,7 @@ def both_ways(context: Any) -> dict[str, Any]:
     # Two sequences out of the loss.
     counts = whole.num_targets()
     counts[[0, 5]] = 0
-    weigh_anew(scattered, counts if context.is_first else np.zeros(0), "token")
+    reweight(scattered, counts if context.is_first else np.zeros(0), "token")
     kept = gather_from_packed(scattered, lambda batch: batch.loss_mask)
     dropped = gather_from_packed(
         scattered, lambda batch: torch.zeros(0) if batch.loss_weights is None else batch.loss_weights
@@ -125,7 +125,7 @@ def both_ways(context: Any) -> dict[str, Any]:
         "at": (at.data, at.context, at.tensor, at.pipeline),
         "sent": sent,
         "bytes_sent": scattered.bytes_sent,
-        "placed": scattered.placed,
+        "split_counts": scattered.split_counts,
         "figures": (scattered.num_tokens, scattered.num_computed_tokens),
         "back": back,
         "weights": weights,
@@ -153,9 +153,9 @@ def test_every_rank_gets_the_share_it_would_have_chosen(name: str) -> None:
     assert {rank["figures"] for rank in ranks} == {first["figures"]}
     assert first["figures"][0] == batch.lengths[packed].sum() > first["figures"][1] - 200
     if "whole" in name:
-        assert sum(first["placed"].values()) == len(packed) and min(first["placed"].values()) > 0
+        assert sum(first["split_counts"].values()) == len(packed) and min(first["split_counts"].values()) > 0
     else:
-        assert first["placed"] == {}
+        assert first["split_counts"] == {}
 
     targets = batch.targets() & np.isin(np.repeat(np.arange(len(batch)), batch.lengths), packed)
     assert np.array_equal(first["back"], np.where(targets, first["values"].astype(np.float32), 0))

@@ -63,7 +63,7 @@ def preference_steps(
         loss = PreferenceLoss(options, num_targets(pairs), ref if needs_reference else None, kl)
         packed = policy.prepare(pairs, "token", group_size=2)
         batches = packed.batches
-        log.append(train_step(policy, batches, loss, temperature=1.0).metrics | packed.placed)
+        log.append(train_step(policy, batches, loss, temperature=1.0).metrics | packed.split_counts)
     return {
         "log": log,
         "held_out": evaluate_loss(policy, batches, loss),

@@ -46,7 +46,7 @@ def reward_steps(
         loss = RewardLoss(len(pairs) // 2, center_coef)
         packed = scorer.prepare(pairs, "token", group_size=2)
         batches = packed.batches
-        log.append(score_step(scorer, batches, loss, "last") | packed.placed)
+        log.append(score_step(scorer, batches, loss, "last") | packed.split_counts)
     if export_dir is not None:
         export(scorer, model_dir, export_dir)
     return {

@@ -378,7 +378,7 @@ def _step(policy: Any, number: int) -> list[dict[str, float]]:
 
     def step(packed: PackedStep, loss: Any) -> dict[str, float]:
         result = train_step(policy, packed.batches, loss, temperature=TEMPERATURE)
-        return result.metrics | packed.placed | _flat("train", result.mismatch)
+        return result.metrics | packed.split_counts | _flat("train", result.mismatch)
 
     if kind == 0:
         packed = prepare(policy, sequences, "token")
@@ -464,7 +464,9 @@ def train_groups(
             fill_logprobs(policy, batches, "ref_logprobs", temperature=TEMPERATURE)
         result = train_step(policy, batches, loss, temperature=TEMPERATURE)
         log.append(
-            result.metrics | packed.placed | {"worst": result.mismatch.metrics()["logprob_abs_diff_max"]}
+            result.metrics
+            | packed.split_counts
+            | {"worst": result.mismatch.metrics()["logprob_abs_diff_max"]}
         )
         if seed == 0:
             gradients = {name: param.main_grad.numpy().copy() for name, param in policy.params.items()}
