@@ -88,7 +88,7 @@ class BatchMaker:
                 advantages: [S], of all targets of a sequence, if known already.
                 scatter: rank 0 sends every rank its share.
 
-            Raises:
+        Raises:
                 UserError: on every rank, if a sequence or group is longer than the budget.
         """
         parts: list[ContextAssignment] = []
