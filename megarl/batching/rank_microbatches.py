@@ -78,18 +78,17 @@ class BatchMaker:
         """Plan and pack one optimizer step.
 
         Args:
-                batch: on every rank; with ``scatter`` on rank 0 only, which plans (others pass anything).
-                aggregation: how token_weights weighs targets; unpacked sequences count in its denominators.
-                group_size: number of consecutive sequences that share a microbatch, in their order (pairs).
-                    Prompts are
-                    not shared then, nor with packing.share_prefix off.
-                fixed_length: for that aggregation.
-                only: the sequences to pack, ascending (default: all).
-                advantages: [S], of all targets of a sequence, if known already.
-                scatter: rank 0 sends every rank its share.
+            batch: on every rank; with ``scatter`` on rank 0 only, which plans (others pass anything).
+            aggregation: how token_weights weighs targets; unpacked sequences count in its denominators.
+            group_size: number of consecutive sequences that share a microbatch, in order (pairs). Prompts
+                are not shared then, nor with packing.share_prefix off.
+            fixed_length: for that aggregation.
+            only: the sequences to pack, ascending (default: all).
+            advantages: [S], of all targets of a sequence, if known already.
+            scatter: rank 0 sends every rank its share.
 
         Raises:
-                UserError: on every rank, if a sequence or group is longer than the budget.
+            UserError: on every rank, if a sequence or group is longer than the budget.
         """
         parts: list[ContextAssignment] = []
 

@@ -1,4 +1,4 @@
-"""When an engine's parameter can be the trainer's memory."""
+"""Decide when an engine parameter can alias the trainer's memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 def alias_of(
     info: ParamInfo, pieces: Sequence[tuple[object, SourceView]], storages: Sequence[Storage]
 ) -> SourceView | str:
-    """The one view that is the whole parameter, given its pieces (index, source); else why there is none."""
+    """Return the one view that is the whole parameter, given pieces (index, source), or why there is none."""
     first = pieces[0][1]
     if any(source.dtype != info.dtype for _, source in pieces):
         return f"the trainer stores {first.dtype}, the engine {info.dtype}"
@@ -24,7 +24,7 @@ def alias_of(
     for index, source in pieces:
         assert isinstance(index, tuple)
         own = [step for step, entry in zip(strides, index, strict=True) if not isinstance(entry, int)]
-        # The stride of a dimension of size 1 means nothing.
+        # The stride of a dimension of size 1 is irrelevant.
         if any(a != b for a, b, size in zip(own, source.stride, source.shape, strict=True) if size > 1):
             return "its rows are laid out differently in the trainer"
         start = sum(box[0] * step for box, step in zip(as_box(index), strides, strict=True))
@@ -39,7 +39,7 @@ def alias_of(
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a row-major tensor."""
+    """Return the strides of a row-major tensor."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)

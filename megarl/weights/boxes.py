@@ -1,4 +1,4 @@
-"""Boxes of index spaces: intersect, subtract, move, merge, and prove that some tile another."""
+"""Boxes of index spaces: intersect, subtract, move, merge, and prove tilings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ T = TypeVar("T")
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """The common part, or None when there is none."""
+    """Return the intersection, or None if it is empty."""
     box = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
     return box if all(start < stop for start, stop in box) else None
 
 
 def within(inner: Box, outer: Box) -> bool:
-    """Whether ``outer`` has all of ``inner``."""
+    """Return True if ``outer`` contains ``inner``."""
     return all(b[0] <= a[0] and a[1] <= b[1] for a, b in zip(inner, outer, strict=True))
 
 
 def subtract(a: Box, hole: Box) -> list[Box]:
-    """What is left of ``a`` without ``hole`` (which lies inside it), as disjoint boxes."""
+    """Return ``a`` without ``hole`` (inside it), as disjoint boxes."""
     rest, core = [], list(a)
     for dim, ((a0, a1), (h0, h1)) in enumerate(zip(a, hole, strict=True)):
         for span in ((a0, h0), (h1, a1)):
@@ -35,17 +35,17 @@ def subtract(a: Box, hole: Box) -> list[Box]:
 
 
 def volume(box: Box) -> int:
-    """Elements of a box."""
+    """Return the number of elements."""
     return math.prod(stop - start for start, stop in box)
 
 
 def as_box(index: Index) -> Box:
-    """An index as a box: an int picks one row."""
+    """Convert an index to a box; an int selects one row."""
     return tuple((entry, entry + 1) if isinstance(entry, int) else entry for entry in index)
 
 
 def move(region: Region, box: Box) -> Index:
-    """Where ``box`` (inside region.box) lies in the region's parameter."""
+    """Return the index of ``box`` (inside region.box) in the region's parameter."""
     if box == region.box:
         return region.index
     index: list[int | tuple[int, int]] = []
@@ -60,11 +60,11 @@ def move(region: Region, box: Box) -> Index:
 
 
 def merge(pieces: list[T], boxes: Callable[[T], tuple[Box, ...]], join: Callable[[T, T, int], T]) -> list[T]:
-    """Join neighbours until none are left to join.
+    """Join neighbours until none are left.
 
-    ``boxes`` gives the boxes of one piece in several index spaces whose dimensions correspond. Two
-    pieces are neighbours along a dimension when, in every space, one ends where the other starts
-    and the other dimensions agree. ``join(first, second, dim)`` makes one piece of two neighbours.
+    ``boxes`` returns a piece's boxes in several index spaces whose dimensions correspond. Two pieces are
+    neighbours along a dimension if, in every space, one ends where the other starts and the other dimensions
+    agree. ``join(first, second, dim)`` makes one piece of two neighbours.
     """
     if len(pieces) < 2:
         return pieces
@@ -84,7 +84,7 @@ def _merge_along(
     join: Callable[[T, T, int], T],
 ) -> list[tuple[tuple[Box, ...], T]]:
     merged: list[tuple[tuple[Box, ...], T]] = []
-    last: dict[tuple[object, ...], int] = {}  # what must agree -> place of the piece that may grow
+    last: dict[tuple[object, ...], int] = {}  # dimensions that must agree -> index of the piece to extend
     for spaces, piece in sorted(pieces, key=lambda item: item[0][0][dim]):
         start = spaces[0][dim][0]
         key = tuple([(box[:dim], box[dim + 1 :], box[dim][0] - start) for box in spaces])
@@ -99,16 +99,16 @@ def _merge_along(
 
 
 def joined(first: Box, second: Box, dim: int) -> Box:
-    """Two neighbours along ``dim`` as one box."""
+    """Return the union of two neighbours along ``dim``."""
     return (*first[:dim], (first[dim][0], second[dim][1]), *first[dim + 1 :])
 
 
 @lru_cache(maxsize=65536)
 def tiling_problem(target: Box, boxes: tuple[Box, ...]) -> str | None:
-    """None when every element of ``target`` lies in exactly one of ``boxes``; else what is wrong.
+    """Return None if every element of ``target`` is in exactly one of ``boxes``, else a description.
 
-    The proof cuts the target where no box crosses the cut and looks at the two sides, so that n boxes
-    of a grid take n log n steps; only what no cut separates is compared pairwise.
+    The proof recursively cuts the target where no box crosses the cut, so n boxes of a grid take n log n
+    steps; only boxes that no cut separates are compared pairwise.
     """
     for box in boxes:
         if len(box) != len(target) or any(
@@ -146,7 +146,7 @@ def _prove(target: Box, boxes: Sequence[Box]) -> str | None:
 
 
 def _separate(dim: int, boxes: Iterable[Box]) -> list[tuple[int, int, list[Box]]]:
-    """Groups of boxes (start, stop, boxes) in order, such that along ``dim`` no two groups overlap."""
+    """Yield groups of boxes (start, stop, boxes) in order; no two groups overlap along ``dim``."""
     groups: list[tuple[int, int, list[Box]]] = []
     for box in sorted(boxes, key=lambda b: b[dim]):
         start, stop = box[dim]

@@ -1,7 +1,7 @@
-"""Are the engine's weights the trainer's? Checksums of every region of a plan, each computed where it lies.
+"""Checksums that compare the engine's weights with the trainer's, each computed where its region is stored.
 
-A checksum is the sum of the elements' bit patterns, each times an odd number that depends on its
-place, modulo 2^64: a changed element always changes it, exchanged ones nearly always.
+A checksum is the sum of the elements' bit patterns, each times an odd number that depends on its position,
+modulo 2^64: changing one element always changes it, exchanging elements nearly always.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 
 from megarl.weights.sync_plan import SourceView, Storage
 
-_CHUNK = 1 << 18  # elements at a time, so that temporaries stay at a few MiB
-_STEP = 0x1E3779B97F4A7C15  # no pattern in its bits, and twice it is still a signed 64-bit number
+_CHUNK = 1 << 18  # elements at a time, to keep temporaries at a few MiB
+_STEP = 0x1E3779B97F4A7C15  # no pattern in its bits; twice it still fits a signed 64-bit integer
 _BITS = {4: torch.int32, 2: torch.int16}
 
 
@@ -29,9 +29,9 @@ class RegionChecksum:
 
 @dataclass(frozen=True, slots=True)
 class RegionQuery:
-    """A region in a trainer's memory whose checksum, as ``dtype``, is asked for.
+    """A region of a trainer's memory whose checksum, as ``dtype``, is requested.
 
-    It lies in ``storage``, or, where that is None, in a storage of trainer rank ``rank``.
+    It is in ``storage`` or, if that is None, in a storage of trainer rank ``rank``.
     """
 
     source: SourceView
@@ -41,7 +41,7 @@ class RegionQuery:
 
 
 def region_checksum(tensor: torch.Tensor, dtype: str | None = None) -> int:
-    """Checksum of a tensor's elements in row-major order, converted to ``dtype`` (None: as they are)."""
+    """Return the checksum of a tensor's elements in row-major order, converted to ``dtype`` if given."""
     total = 0
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):

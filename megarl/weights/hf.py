@@ -1,7 +1,7 @@
-"""Hugging Face directories into local parameters and back, region by region.
+"""Load Hugging Face directories into local parameters and export them, region by region.
 
-Both directions follow the architecture table alone. Names, shapes and coverage are checked before
-the first byte is written; everything that disagrees is listed in one error.
+Both directions follow the architecture table alone. Names, shapes and coverage are checked before the first
+byte is written; one error lists every mismatch.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ CARRIED_OVER = (
 
 
 def region_index(index: tuple[int | tuple[int, int], ...]) -> tuple[int | slice, ...]:
-    """A region's index as Python indexing of a tensor."""
+    """Convert a region's index to Python indexing of a tensor."""
     return tuple(i if isinstance(i, int) else slice(*i) for i in index)
 
 
 def has_score(model_dir: str | Path) -> bool:
-    """Whether a Hugging Face directory has a score head of its own."""
+    """Return True if a Hugging Face directory has a score head."""
     return SCORE in safetensors_files(Path(model_dir))
 
 
 def safetensors_files(model_dir: Path) -> dict[str, Path]:
-    """Tensor name -> file, for sharded and single-file checkpoints."""
+    """Return the file of each tensor name, for sharded and single-file checkpoints."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
         names = json.loads(index.read_text())["weight_map"]
@@ -68,9 +68,9 @@ def safetensors_files(model_dir: Path) -> dict[str, Path]:
 
 
 def fingerprint(model_dir: str | Path) -> str:
-    """SHA-256 of config.json and of every tensor's name, shape, type and first row.
+    """Return the SHA-256 of config.json and of every tensor's name, shape, dtype and first row.
 
-    It tells a model from one with other weights in a moment, whatever the size; it proves nothing beyond.
+    It distinguishes models with different weights in a moment, at any size; it is no proof of equality.
     """
     model_dir = Path(model_dir)
     digest = hashlib.sha256((model_dir / "config.json").read_bytes())
@@ -92,12 +92,13 @@ def load_hf(
     params: Mapping[str, torch.Tensor],
     initial: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Fill this rank's parameters from a Hugging Face directory; only the bytes it needs are read.
+    """Fill this rank's parameters from a Hugging Face directory, reading only the bytes it needs.
 
-    ``initial`` has whole tensors for names that the directory may lack.
+    ``initial`` has whole tensors for names that the directory may lack. Vocabulary padding rows become zero.
 
-    Raises UserError listing missing, left-over and misshapen tensors, and parameters that no
-    region fills; or naming a tensor that has a NaN or an infinity. Vocabulary padding rows become zero.
+    Raises:
+        UserError: lists missing, left-over and misshapen tensors, and parameters that no region fills; or
+            names a tensor with a NaN or an infinity.
     """
     model_dir = Path(model_dir)
     files = safetensors_files(model_dir)
@@ -112,7 +113,7 @@ def load_hf(
         expected = architecture.hf_shapes()
         head, embedding = "lm_head.weight", EMBEDDING
         wrong = []
-        if architecture.spec.tied_embeddings and head in files:  # it may repeat the embedding
+        if architecture.spec.tied_embeddings and head in files:  # the file may repeat the embedding
             if embedding in files and not torch.equal(read(head)[:], read(embedding)[:]):
                 wrong.append(f"{model_dir}: {head} differs from {embedding} though they are tied")
             del files[head]
@@ -146,7 +147,7 @@ def _check_finite(name: str, part: torch.Tensor, model_dir: Path) -> None:
 def uncovered(
     architecture: Architecture, regions: list[Region], params: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """Parameters whose elements are not each in exactly one region (padding rows excepted)."""
+    """Return parameters whose elements are not each in exactly one region (padding rows excepted)."""
     problems = []
     counts: dict[str, int] = dict.fromkeys(params, 0)
     for region in regions:
@@ -166,7 +167,7 @@ def uncovered(
 
 
 def _is_padding(param: str, vocab_size: int, regions: list[Region]) -> bool:
-    """Whether rows of ``param`` without a tensor are vocabulary padding: the vocabulary ends before them."""
+    """Return True if rows of ``param`` without a tensor are vocabulary padding, after its end."""
     if not param.endswith(("word_embeddings.weight", "output_layer.weight")):
         return False
     return all(region.box[0][1] == vocab_size for region in regions if region.param == param)
@@ -178,8 +179,8 @@ def export_hf(
     architecture: Architecture,
     tensors: Iterator[tuple[str, torch.Tensor]],
 ) -> None:
-    """Write a Hugging Face directory: safetensors (sharded above 5 GiB), configuration and tokenizer
-    files of ``source_dir``. The directory appears complete or not at all."""
+    """Write a Hugging Face directory: safetensors (sharded above 5 GiB), and the configuration and tokenizer
+    files of ``source_dir``. The directory appears atomically, complete or not at all."""
     directory, source_dir = Path(directory), Path(source_dir)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -188,7 +189,7 @@ def export_hf(
     size = 0
     dtype = None
     for name, tensor in tensors:
-        if name == EMBEDDING:  # a router's bias may have another type than the weights
+        if name == EMBEDDING:  # a router's bias may have another dtype than the weights
             dtype = tensor.dtype
         num_bytes = tensor.numel() * tensor.element_size()
         if shards[-1] and size + num_bytes > _MAX_SHARD_BYTES:

@@ -1,4 +1,4 @@
-"""Names for where memory lies, equal exactly where it can be mapped (host) or is one device's (device)."""
+"""Ids of memory domains: equal if memory can be mapped (host) or belongs to one device (device)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def host_id() -> str:
-    """Equal in two processes that can map each other's shared memory.
+    """Return an id that is equal in two processes that can map each other's shared memory.
 
-    Containers of one machine have different /dev/shm file systems, and so different names.
+    Containers of one machine have different /dev/shm file systems, hence different ids.
     """
     try:
         return f"{_BOOT_ID.read_text().strip()}/{os.stat('/dev/shm').st_dev}"
@@ -23,14 +23,14 @@ def host_id() -> str:
 
 
 def device_id(device: torch.device) -> str:
-    """Either "cpu" or the UUID of the GPU: its index may differ between processes."""
+    """Return "cpu" or the UUID of the GPU: its index may differ between processes."""
     if device.type == "cpu":
         return "cpu"
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def address_towards(other: str) -> str:
-    """This machine's address on the way to ``other`` (a name or an address)."""
+    """Return this machine's address on the route to ``other`` (a name or an address)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((other, 1))  # sends nothing: asks for the route
         return str(probe.getsockname()[0])

@@ -1,12 +1,12 @@
-"""Weights between hosts: point to point from the shard that owns them into the engine's parameter.
+"""Weight sync between hosts: point to point from the owning shard into the engine's parameter.
 
 Every trainer rank runs a :class:`PieceServer`; an engine rank whose plan has pieces of it opens a
-:class:`PieceReader` there. The two form a process group of their own (gloo; NCCL between two GPUs),
-apart from the trainer's: an engine that is started again opens a new one and the trainer's ranks need
-not notice. The server reads the live parameters in a thread, so that it must not be asked while the
-optimizer writes; the algorithms sync between training and rollout.
+:class:`PieceReader` to it. The two form a process group (gloo; NCCL between two GPUs) apart from the
+trainer's, so a restarted engine opens a new one without involving the trainer's ranks. The server reads the
+live parameters in a thread, so it must not be asked while the optimizer writes; the loops sync between
+training and rollout.
 
-A request is JSON in the server's TCP store: nothing that comes over the network is unpickled.
+A request is JSON in the server's TCP store: nothing received over the network is unpickled.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from megarl.errors import UserError
 from megarl.weights.memory_domain import address_towards, device_id, host_id
 from megarl.weights.sync_plan import SourceView
 
-dist: Any = distributed  # its type hints do not know the stores and groups it exports
+dist: Any = distributed  # its type hints lack the stores and groups it exports
 log = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 64 * 2**20
-"""Largest message: bounds the memory of pieces that cannot be sent or received where they lie."""
+"""Largest message: bounds the memory of pieces that cannot be sent or received in place."""
 _CONNECT = timedelta(seconds=60)
 _TRANSFER = timedelta(minutes=10)
-_IDLE = timedelta(days=30)  # between two weight syncs lies a step, of any length
+_IDLE = timedelta(days=30)  # a step of any length passes between two weight syncs
 _SERVER, _READER = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class WantedPiece:
-    """A view of the server's storages and the type in which to send it."""
+    """A view of the server's storages and the dtype to send it in."""
 
     source: SourceView
     dtype: str
 
 
 class PieceServer:
-    """Sends regions of this process's storages to whoever asks at :attr:`address` ("host:port")."""
+    """Send regions of this process's storages to clients of :attr:`address` ("host:port")."""
 
     def __init__(self, storages: Sequence[torch.UntypedStorage], device: torch.device, host: str) -> None:
         self._storages, self._device, self._host = storages, device, host
@@ -63,7 +63,7 @@ class PieceServer:
         threading.Thread(target=self._accept, name="weights-server", daemon=True).start()
 
     def _accept(self) -> None:
-        store = _connect(self.address)  # a client that waits blocks its other callers: one per thread
+        store = _connect(self.address)  # a waiting client blocks its other callers: one per thread
         store.set_timeout(_IDLE)
         while True:
             request = json.loads(store.queue_pop("requests"))
@@ -71,22 +71,22 @@ class PieceServer:
             threading.Thread(target=self._serve, args=(request,), name=name, daemon=True).start()
 
     def _serve(self, request: dict[str, Any]) -> None:
-        if self._device.type == "cuda":  # a new thread's device is GPU 0, whatever the process trains on
+        if self._device.type == "cuda":  # a new thread's device is GPU 0, whichever GPU the process uses
             torch.cuda.set_device(self._device)
         store = _connect(self.address)
         pieces = [_decode(entry) for entry in request["pieces"]]
         problems = [problem for piece in pieces if (problem := self._problem(piece)) is not None]
-        place = _place(self._device)
+        place = _device_key(self._device)
         store.set(f"answer/{request['id']}", json.dumps({"problems": problems, "place": place}))
         if problems:
             return
         try:
-            nccl = _takes_nccl(place, request["place"])
-            pair = _Pair(store, request["id"], _SERVER, self._host, nccl=nccl)
+            nccl = _can_use_nccl(place, request["place"])
+            pair = _Connection(store, request["id"], _SERVER, self._host, nccl=nccl)
             while pair.wait_for_start():
                 for piece in pieces:
                     pair.send(self._view(piece.source), getattr(torch, piece.dtype))
-        except RuntimeError as error:  # the engine is gone; its successor sends a request of its own
+        except RuntimeError as error:  # the engine is gone; its successor sends a new request
             log.debug("an engine rank left: %s", error)
 
     def _problem(self, piece: WantedPiece) -> str | None:
@@ -106,9 +106,10 @@ class PieceServer:
 
 
 class PieceReader:
-    """Receives the same pieces of one server again and again, each into its place.
+    """Receive the same pieces of one server repeatedly, each into its target tensor.
 
-    Raises UserError when the server refuses a piece.
+    Raises:
+        UserError: the server rejects a piece.
     """
 
     def __init__(self, address: str, pieces: Sequence[tuple[torch.Tensor, SourceView]]) -> None:
@@ -116,32 +117,32 @@ class PieceReader:
         store = _connect(address)
         name = uuid.uuid4().hex
         wanted = [_encode(WantedPiece(view, _wire_dtype(tensor, view))) for tensor, view in pieces]
-        place = _place(pieces[0][0].device)
+        place = _device_key(pieces[0][0].device)
         store.queue_push("requests", json.dumps({"id": name, "pieces": wanted, "place": place}))
         answer = json.loads(store.get(f"answer/{name}"))
         if answer["problems"]:
             raise UserError("\n".join(f"weights: trainer rank at {address}: {p}" for p in answer["problems"]))
         host = address_towards(address.rsplit(":", 1)[0])
-        self._pair = _Pair(store, name, _READER, host, nccl=_takes_nccl(place, answer["place"]))
+        self._pair = _Connection(store, name, _READER, host, nccl=_can_use_nccl(place, answer["place"]))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes written into the parameters by one :meth:`receive`."""
+        """Return the bytes that one :meth:`receive` writes into the parameters."""
         return sum(tensor.nbytes for tensor, _ in self._pieces)
 
     def start(self) -> None:
-        """Let the server begin; several servers then send side by side."""
+        """Let the server begin; several servers can send concurrently."""
         self._pair.start()
 
     def receive(self) -> int:
-        """Write every piece; returns bytes."""
+        """Write every piece; return the number of bytes."""
         for tensor, dtype in self._pieces:
             self._pair.receive(tensor, dtype)
         return self.num_bytes
 
 
-class _Pair:
-    """The two ends of one connection: a word of control by gloo, tensors by NCCL or gloo (on the host)."""
+class _Connection:
+    """One end of a connection: control messages by gloo, tensors by NCCL or gloo (on the host)."""
 
     def __init__(self, store: Any, name: str, rank: int, host: str, *, nccl: bool) -> None:
         self._other = 1 - rank
@@ -173,13 +174,13 @@ class _Pair:
                 part.copy_(buffer)
 
 
-def _place(device: torch.device) -> str:
-    """The device, among those of all hosts."""
+def _device_key(device: torch.device) -> str:
+    """Return an id of the device that is unique among hosts."""
     return "cpu" if device.type == "cpu" else f"{host_id()} {device_id(device)}"
 
 
-def _takes_nccl(one: str, other: str) -> bool:
-    """Whether two places are two GPUs; NCCL refuses two ranks on one ("Duplicate GPU detected")."""
+def _can_use_nccl(one: str, other: str) -> bool:
+    """Return True for two different GPUs; NCCL rejects two ranks on one ("Duplicate GPU detected")."""
     return "cpu" not in (one, other) and one != other
 
 
@@ -191,7 +192,7 @@ def _gloo(store: Any, rank: int, host: str) -> Any:
 
 
 def _messages(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Parts along the first dimension, the same for both ends: of at most MESSAGE_BYTES, or one row."""
+    """Yield parts along the first dimension, equal at both ends: at most MESSAGE_BYTES, or one row."""
     if tensor.dim() == 0:
         yield tensor
         return
@@ -200,7 +201,7 @@ def _messages(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor
 
 
 def _wire_dtype(tensor: torch.Tensor, view: SourceView) -> str:
-    """The narrower of both types, the trainer's if they are equally wide: fewer bytes travel."""
+    """Return the narrower dtype, the trainer's if both are equally wide: fewer bytes to send."""
     own = str(tensor.dtype).removeprefix("torch.")
     return own if tensor.dtype.itemsize < getattr(torch, view.dtype).itemsize else view.dtype
 

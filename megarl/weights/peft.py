@@ -23,9 +23,9 @@ def export_adapter(
     lora: LoraConfig,
     tensors: Iterator[tuple[str, torch.Tensor]],
 ) -> None:
-    """Write a directory that ``peft.PeftModel.from_pretrained`` loads beside the model ``base``.
+    """Write a directory that ``peft.PeftModel.from_pretrained`` loads on top of the model ``base``.
 
-    ``tensors`` are all A and B by PEFT's names. The directory appears complete or not at all.
+    ``tensors`` are all A and B under PEFT's names. The directory appears atomically, complete or not at all.
 
     Raises:
         UserError: tensors are missing or left over.
@@ -60,5 +60,5 @@ def export_adapter(
 
 
 def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """weight [out, in] + scale * b [out, r] a [r, in], added in fp32 and rounded once to weight's type."""
+    """Return weight [out, in] + scale * b [out, r] a [r, in], added in fp32, rounded once to its dtype."""
     return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""How much each trainer rank sends in the plans made so far, so that no source becomes a hot spot."""
+"""Balance the bytes that trainer ranks send in the plans made so far, to avoid hot spots."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from megarl.weights.shard_index import ReplicaSet
 
 
 class SendBalancer:
-    """Bytes sent by owner (its place in the list of owners), within the host and to other hosts."""
+    """Bytes sent by owner id, within the host and to other hosts."""
 
     def __init__(self, num_owners: int) -> None:
         self._sent = [[0] * num_owners, [0] * num_owners]  # to other hosts, within the host
         self._queues: dict[tuple[ReplicaSet, bool], list[tuple[int, int]]] = {}
 
-    def least(self, candidates: ReplicaSet, near: bool) -> int:
-        """The place that has sent least; its load must then be raised with :meth:`add`.
+    def least(self, candidates: ReplicaSet, within_host: bool) -> int:
+        """Return the owner id that has sent least; call :meth:`add` for it next.
 
-        Loads only grow, so that a heap whose entries are mended when they come up finds it quickly.
+        Loads only grow, so a heap whose stale entries are fixed when they reach the top finds it quickly.
         """
-        load, key = self._sent[near], (candidates, near)
+        load, key = self._sent[within_host], (candidates, within_host)
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = [(load[place], place) for place in candidates.places]
+            queue = self._queues[key] = [(load[owner_id], owner_id) for owner_id in candidates.owner_ids]
             heapq.heapify(queue)
         while load[queue[0][1]] != queue[0][0]:
-            place = queue[0][1]
-            heapq.heapreplace(queue, (load[place], place))
+            owner_id = queue[0][1]
+            heapq.heapreplace(queue, (load[owner_id], owner_id))
         return queue[0][1]
 
-    def add(self, place: int, near: bool, num_bytes: int) -> None:
-        """``place`` sends this much more."""
-        self._sent[near][place] += num_bytes
+    def add(self, owner_id: int, within_host: bool, num_bytes: int) -> None:
+        """Add to the bytes that ``owner_id`` sends."""
+        self._sent[within_host][owner_id] += num_bytes
 
-    def add_far(self, sent: Mapping[int, int]) -> None:
-        """These places send this much more to other hosts."""
+    def add_remote(self, sent: Mapping[int, int]) -> None:
+        """Add to the bytes that these owners send to other hosts."""
         load = self._sent[False]
-        for place, num_bytes in sent.items():
-            load[place] += num_bytes
+        for owner_id, num_bytes in sent.items():
+            load[owner_id] += num_bytes

@@ -31,36 +31,36 @@ VOCAB_PARAMS = ("embed_tokens.weight", "lm_head.weight")
 
 
 class ReplicaSet:
-    """Owners (by place in the list of owners) that have the same bytes. Equal sets are one object.
+    """Owners (by owner_id in the list of owners) that have the same bytes. Equal sets are one object.
 
     That object is its own key in tables: identity is equality here.
     """
 
     def __init__(
-        self, places: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], ReplicaSet]
+        self, owner_ids: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], ReplicaSet]
     ):
-        self.places, self.members = places, frozenset(places)
+        self.owner_ids, self.members = owner_ids, frozenset(owner_ids)
         self._hosts, self._interned = hosts, interned
         self._on_host: dict[str, ReplicaSet] | None = None
         self._narrowed: dict[tuple[ReplicaSet, ...], ReplicaSet] = {}
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.owner_ids)
 
-    def _of(self, places: Iterable[int]) -> ReplicaSet:
-        return intern(tuple(places), self._hosts, self._interned)
+    def _of(self, owner_ids: Iterable[int]) -> ReplicaSet:
+        return intern(tuple(owner_ids), self._hosts, self._interned)
 
-    def only(self, place: int) -> ReplicaSet:
+    def only(self, owner_id: int) -> ReplicaSet:
         """Just this one."""
-        return self._of((place,))
+        return self._of((owner_id,))
 
     def on_host(self, host: str) -> ReplicaSet | None:
         """Those on one host, None when there are none."""
         if self._on_host is None:
             by_host: dict[str, list[int]] = defaultdict(list)
-            for place in self.places:
-                by_host[self._hosts[place]].append(place)
-            self._on_host = {name: self._of(places) for name, places in by_host.items()}
+            for owner_id in self.owner_ids:
+                by_host[self._hosts[owner_id]].append(owner_id)
+            self._on_host = {name: self._of(owner_ids) for name, owner_ids in by_host.items()}
         return self._on_host.get(host)
 
     def narrowed(self, others: Sequence[ReplicaSet]) -> ReplicaSet:
@@ -70,21 +70,21 @@ class ReplicaSet:
             members = self.members
             for other in others:
                 members = (members & other.members) or members
-            self._narrowed[key] = self._of(place for place in self.places if place in members)
+            self._narrowed[key] = self._of(owner_id for owner_id in self.owner_ids if owner_id in members)
         return self._narrowed[key]
 
 
 def intern(
-    places: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], ReplicaSet]
+    owner_ids: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], ReplicaSet]
 ) -> ReplicaSet:
-    """The one object for these places."""
-    if places not in interned:
-        interned[places] = ReplicaSet(places, hosts, interned)
-    return interned[places]
+    """The one object for these owner_ids."""
+    if owner_ids not in interned:
+        interned[owner_ids] = ReplicaSet(owner_ids, hosts, interned)
+    return interned[owner_ids]
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class Source:
     """``param[index]`` of these holders."""
 
     holders: ReplicaSet
@@ -94,23 +94,25 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``index`` of an engine parameter, and who holds it (several offers: under different names)."""
+    """``index`` of an engine parameter, and who holds it (several sources: under different names)."""
 
     index: Index
     size: int  # elements
     holders: ReplicaSet
-    offers: tuple[Offer, ...]
-    made: dict[int, PeerCopy] = field(default_factory=dict, compare=False)  # the same for many engine ranks
+    sources: tuple[Source, ...]
+    peer_copies: dict[int, PeerCopy] = field(
+        default_factory=dict, compare=False
+    )  # the same for many engine ranks
 
-    def source(self, place: int) -> tuple[str, Index]:
-        """Parameter and index in which the owner at ``place`` holds this piece."""
-        for offer in self.offers:
-            if place in offer.holders.members:
-                return offer.param, offer.index
-        raise AssertionError(place)
+    def source_of(self, owner_id: int) -> tuple[str, Index]:
+        """Parameter and index in which the owner at ``owner_id`` holds this piece."""
+        for source in self.sources:
+            if owner_id in source.holders.members:
+                return source.param, source.index
+        raise AssertionError(owner_id)
 
 
-class Sender(NamedTuple):
+class PieceSenders(NamedTuple):
     """Who may send one piece of a parameter, given where the engine rank runs."""
 
     number: int  # of the piece
@@ -119,8 +121,8 @@ class Sender(NamedTuple):
     mapped: bool
 
 
-Outline = tuple[Index, int, list[tuple[int, Index]]]
-"""A piece without its sources: index, elements, and (number of the source, index there) of each offer."""
+PieceTemplate = tuple[Index, int, list[tuple[int, Index]]]
+"""A piece without its source_ids: index, elements, and (number of the source, index there) of each source."""
 
 
 @dataclass(eq=False, slots=True)
@@ -132,7 +134,7 @@ class ParamPieces:
 
 
 @dataclass(frozen=True, slots=True)
-class Pattern:
+class ReaderPieces:
     """The pieces of every parameter of one kind of engine rank."""
 
     params: dict[str, ParamPieces]
@@ -148,31 +150,31 @@ class ShardIndex:
         self._hosts = [host for _, host in owners]
         self._interned: dict[tuple[int, ...], ReplicaSet] = {}
         replicas: dict[int, tuple[list[Region], list[int]]] = {}  # replicas may be given one list
-        for place, (regions, _) in enumerate(owners):
-            replicas.setdefault(id(regions), (regions, []))[1].append(place)
+        for owner_id, (regions, _) in enumerate(owners):
+            replicas.setdefault(id(regions), (regions, []))[1].append(owner_id)
         found: dict[str, dict[Box, dict[tuple[str, Index], list[int]]]] = {}
-        for regions, places in replicas.values():
+        for regions, owner_ids in replicas.values():
             for region in regions:
                 boxes = found.setdefault(region.hf, {})
                 held = boxes.setdefault(region.box, {})
-                held.setdefault((region.param, region.index), []).extend(places)
-        self._offers = {
+                held.setdefault((region.param, region.index), []).extend(owner_ids)
+        self._sources = {
             hf: [
-                (Region(hf, box, param, index), intern(tuple(sorted(places)), self._hosts, self._interned))
+                (Region(hf, box, param, index), intern(tuple(sorted(owner_ids)), self._hosts, self._interned))
                 for box, held in boxes.items()
-                for (param, index), places in held.items()
+                for (param, index), owner_ids in held.items()
             ]
             for hf, boxes in found.items()
         }
         splits: dict[tuple[tuple[Box, Index], ...], int] = {}
         self._splits = {
-            hf: splits.setdefault(tuple((region.box, region.index) for region, _ in offers), len(splits))
-            for hf, offers in self._offers.items()
+            hf: splits.setdefault(tuple((region.box, region.index) for region, _ in sources), len(splits))
+            for hf, sources in self._sources.items()
         }
-        self._known: dict[tuple[object, ...], list[Outline]] = {}
+        self._templates: dict[tuple[object, ...], list[PieceTemplate]] = {}
         self._in_common: dict[tuple[ReplicaSet, ...], frozenset[int]] = {}
 
-    def pattern(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> Pattern:
+    def reader_pieces(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> ReaderPieces:
         """Cut the readers' regions into pieces that one owner has whole; merge what can be one copy."""
         wanted: dict[str, list[Region]] = {name: [] for name in params}
         problems = []
@@ -192,7 +194,7 @@ class ShardIndex:
                 padding[name] = rows
             boxes = tuple([as_box(piece.index) for piece in pieces])
             problems += cover_problem(name, shape, boxes, padding.get(name, 0))
-        return Pattern(found, padding, problems, sum(len(each.pieces) for each in found.values()))
+        return ReaderPieces(found, padding, problems, sum(len(each.pieces) for each in found.values()))
 
     def _common(self, pieces: list[Piece]) -> frozenset[int]:
         """Who holds all of these pieces: of most layers the same."""
@@ -206,7 +208,7 @@ class ShardIndex:
         """Of a vocabulary parameter's rows, those after its tensor's last (0 if that lies elsewhere)."""
         padding = 0
         for reader in readers:
-            vocabulary = max((region.box[0][1] for region, _ in self._offers.get(reader.hf, ())), default=0)
+            vocabulary = max((region.box[0][1] for region, _ in self._sources.get(reader.hf, ())), default=0)
             last = reader.index[0]
             if reader.box[0][1] == vocabulary and not isinstance(last, int):
                 padding = rows - last[1]
@@ -218,16 +220,16 @@ class ShardIndex:
         Most layers, and most ranks' experts, are cut alike: only who holds the pieces, and under which
         name, differs. Each way of cutting is therefore worked out once.
         """
-        sources: dict[tuple[ReplicaSet, str], int] = {}  # (holders, their parameter) -> number
+        source_ids: dict[tuple[ReplicaSet, str], int] = {}  # (holders, their parameter) -> number
         alike: list[object] = []
         for reader in readers:
             alike.append((reader.box, reader.index, self._splits.get(reader.hf)))
-            for region, holders in self._offers.get(reader.hf, ()):
-                alike.append(sources.setdefault((holders, region.param), len(sources)))
+            for region, holders in self._sources.get(reader.hf, ()):
+                alike.append(source_ids.setdefault((holders, region.param), len(source_ids)))
         key = tuple(alike)
-        if key in self._known:
-            made_of = list(sources)
-            return [self._again(outline, made_of) for outline in self._known[key]], []
+        if key in self._templates:
+            made_of = list(source_ids)
+            return [self._from_template(template, made_of) for template in self._templates[key]], []
         cuts = [(reader, *self._cut(reader)) for reader in readers]
         problems = [
             f"weights: no trainer rank owns {reader.hf}{list(box)}"
@@ -236,25 +238,25 @@ class ShardIndex:
         ]
         merged = self._merge([piece for _, pieces, _ in cuts for piece in pieces])
         if not problems:
-            self._known[key] = [
-                (piece.index, piece.size, [(sources[o.holders, o.param], o.index) for o in piece.offers])
+            self._templates[key] = [
+                (piece.index, piece.size, [(source_ids[o.holders, o.param], o.index) for o in piece.sources])
                 for piece in merged
             ]
         return merged, problems
 
-    def _again(self, outline: Outline, sources: list[tuple[ReplicaSet, str]]) -> Piece:
-        index, size, parts = outline
-        offers = tuple([Offer(*sources[number], part) for number, part in parts])
-        return Piece(index, size, self._union(offers), offers)
+    def _from_template(self, template: PieceTemplate, source_ids: list[tuple[ReplicaSet, str]]) -> Piece:
+        index, size, parts = template
+        sources = tuple([Source(*source_ids[number], part) for number, part in parts])
+        return Piece(index, size, self._union(sources), sources)
 
     def _cut(self, reader: Region) -> tuple[list[Piece], list[Box]]:
         """Pieces of one region, and what nobody owns. Large pieces first, so that there are few."""
-        offers = self._offers.get(reader.hf, [])
-        if len(offers) == 1 and within(reader.box, offers[0][0].box):
-            region, holders = offers[0]
-            offer = Offer(holders, region.param, move(region, reader.box))
-            return [Piece(reader.index, volume(reader.box), holders, (offer,))], []
-        shared = {both for region, _ in offers if (both := intersect(reader.box, region.box)) is not None}
+        sources = self._sources.get(reader.hf, [])
+        if len(sources) == 1 and within(reader.box, sources[0][0].box):
+            region, holders = sources[0]
+            source = Source(holders, region.param, move(region, reader.box))
+            return [Piece(reader.index, volume(reader.box), holders, (source,))], []
+        shared = {both for region, _ in sources if (both := intersect(reader.box, region.box)) is not None}
         boxes, left = [], [reader.box]
         for box in sorted(shared, key=lambda b: (-volume(b), b)):
             remaining = []
@@ -269,29 +271,29 @@ class ShardIndex:
         pieces = []
         for box in boxes:
             having = tuple(
-                Offer(holders, region.param, move(region, box))
-                for region, holders in offers
+                Source(holders, region.param, move(region, box))
+                for region, holders in sources
                 if intersect(region.box, box) == box
             )
             pieces.append(Piece(move(reader, box), volume(box), self._union(having), having))
         return pieces, left
 
-    def _union(self, offers: Sequence[Offer]) -> ReplicaSet:
-        if len(offers) == 1:
-            return offers[0].holders
-        places = sorted({place for offer in offers for place in offer.holders.places})
-        return intern(tuple(places), self._hosts, self._interned)
+    def _union(self, sources: Sequence[Source]) -> ReplicaSet:
+        if len(sources) == 1:
+            return sources[0].holders
+        owner_ids = sorted({owner_id for source in sources for owner_id in source.holders.owner_ids})
+        return intern(tuple(owner_ids), self._hosts, self._interned)
 
     def _merge(self, pieces: list[Piece]) -> list[Piece]:
         alike: dict[tuple[object, ...], list[Piece]] = defaultdict(list)
         done = []
         for piece in pieces:
-            stacked = [place for place, entry in enumerate(piece.index) if isinstance(entry, int)]
+            stacked = [dim for dim, entry in enumerate(piece.index) if isinstance(entry, int)]
             if all(
-                [place for place, entry in enumerate(offer.index) if isinstance(entry, int)] == stacked
-                for offer in piece.offers
+                [dim for dim, entry in enumerate(source.index) if isinstance(entry, int)] == stacked
+                for source in piece.sources
             ):
-                key = (len(piece.index), *((offer.holders, offer.param) for offer in piece.offers))
+                key = (len(piece.index), *((source.holders, source.param) for source in piece.sources))
                 alike[key].append(_with_spans(piece))
             else:  # stacked on one side only: there is no dimension to join along
                 done.append(piece)
@@ -317,18 +319,18 @@ def cover_problem(name: str, shape: tuple[int, ...], boxes: tuple[Box, ...], pad
 def _with_spans(piece: Piece) -> Piece:
     if not any(isinstance(entry, int) for entry in piece.index):
         return piece
-    offers = tuple(Offer(offer.holders, offer.param, as_box(offer.index)) for offer in piece.offers)
-    return Piece(as_box(piece.index), piece.size, piece.holders, offers)
+    sources = tuple(Source(source.holders, source.param, as_box(source.index)) for source in piece.sources)
+    return Piece(as_box(piece.index), piece.size, piece.holders, sources)
 
 
 def _spaces(piece: Piece) -> tuple[Box, ...]:
-    return (as_box(piece.index), *(as_box(offer.index) for offer in piece.offers))
+    return (as_box(piece.index), *(as_box(source.index) for source in piece.sources))
 
 
 def _join(first: Piece, second: Piece, dim: int) -> Piece:
-    offers = tuple(
-        Offer(one.holders, one.param, joined(as_box(one.index), as_box(other.index), dim))
-        for one, other in zip(first.offers, second.offers, strict=True)
+    sources = tuple(
+        Source(one.holders, one.param, joined(as_box(one.index), as_box(other.index), dim))
+        for one, other in zip(first.sources, second.sources, strict=True)
     )
     index = joined(as_box(first.index), as_box(second.index), dim)
-    return Piece(index, first.size + second.size, first.holders, offers)
+    return Piece(index, first.size + second.size, first.holders, sources)

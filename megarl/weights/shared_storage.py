@@ -1,4 +1,4 @@
-"""The trainer's parameters where an engine can map them, and the mapping."""
+"""Move the trainer's parameters into memory an engine can map, and map it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megarl.weights.sync_plan import CudaStorage, SharedStorage, SourceView, Sto
 
 
 def pool_parameters(params: Mapping[str, torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
-    """Move all parameters into one flat buffer per type, so that there are few handles to share.
+    """Move all parameters into one flat buffer per dtype, so there are few handles to share.
 
-    Values stay as they are; each parameter becomes a view, aligned to 64 bytes. Must run before an
-    optimizer or a gradient buffer looks at the parameters. Parameters that share storage are not
-    expected (tied ones are one Parameter).
+    Values do not change; each parameter becomes a view, aligned to 64 bytes. Must run before an optimizer or
+    a gradient buffer references the parameters. Parameters must not share storage (tied ones are one
+    Parameter).
     """
     align = 64
     buffers = {}
@@ -44,8 +44,8 @@ def share_parameters(
 ) -> Owner:
     """Make the parameters' storages mappable (in place: all views stay valid) and describe them.
 
-    On a CPU they move into shared memory; on a GPU they stay where they are, and without ``mapped`` have no
-    handles: engines then ask this rank for what they need.
+    On a CPU they move into shared memory; on a GPU they stay, and without ``mapped`` they get no handles:
+    engines then request their pieces from this rank.
     """
     storages: list[Storage] = []
     numbers: dict[int, int] = {}
@@ -53,11 +53,11 @@ def share_parameters(
     for name, param in params.items():
         storage = param.untyped_storage()
         if param.device.type == "cpu" and not storage.is_shared():
-            storage._share_filename_cpu_()  # moves it: the address below is the new one
+            storage._share_filename_cpu_()  # moves the storage: the address below is the new one
         key = storage.data_ptr()
         if key not in numbers:
             numbers[key] = len(storages)
-            storages.append(_share(storage, param.device, mapped))
+            storages.append(_shared_handle(storage, param.device, mapped))
         views[name] = SourceView(
             numbers[key],
             str(param.dtype).removeprefix("torch."),
@@ -70,7 +70,7 @@ def share_parameters(
 
 
 def storages_of(params: Mapping[str, torch.Tensor]) -> list[torch.UntypedStorage]:
-    """The parameters' storages, numbered as :func:`share_parameters` numbers them."""
+    """Return the parameters' storages, in :func:`share_parameters`'s order."""
     found = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in params.values()}
     return list(found.values())
 
@@ -83,7 +83,7 @@ def open_storage(shared: Storage) -> torch.UntypedStorage:
     return torch.UntypedStorage._new_shared_filename_cpu(*shared.handle)
 
 
-def _share(storage: torch.UntypedStorage, device: torch.device, mapped: bool) -> Storage:
+def _shared_handle(storage: torch.UntypedStorage, device: torch.device, mapped: bool) -> Storage:
     if device.type == "cpu":
         return SharedStorage(tuple(storage._share_filename_cpu_()))
     if not mapped:

@@ -1,8 +1,8 @@
-"""What the trainer tells an engine about its weights: which memory, and what lies where.
+"""The weight sync plan: which memory an engine maps, and what it aliases or copies from it.
 
-A :class:`WeightPlan` is plain data (picklable, no tensors). On a CPU the trainer's storages live in
-shared memory; the engine maps each once and then either *aliases* a parameter (the parameter is
-the trainer's memory, nothing is ever copied) or *copies* regions straight into their place.
+A :class:`WeightPlan` is plain data (picklable, no tensors). On a CPU the trainer's storages are in shared
+memory; the engine maps each once and then either *aliases* a parameter (it is the trainer's memory, nothing
+is ever copied) or *copies* regions straight into it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class SharedStorage:
-    """One shared memory block of the trainer: ``handle`` is what torch's
-    ``UntypedStorage._share_filename_cpu_()`` returned in the owning process."""
+    """One shared memory block of the trainer: ``handle`` is the return value of torch's
+    ``UntypedStorage._share_filename_cpu_()`` in the owning process."""
 
     handle: tuple[bytes, bytes, int]  # manager, name, bytes
 
@@ -25,8 +25,8 @@ class SharedStorage:
 
 @dataclass(frozen=True, slots=True)
 class CudaStorage:
-    """One block of the trainer's GPU memory: what torch's ``UntypedStorage._share_cuda_()`` returned in
-    the owning process, without the device number, which means nothing elsewhere."""
+    """One block of the trainer's GPU memory: the return value of torch's ``UntypedStorage._share_cuda_()`` in
+    the owning process, without the device index, which is invalid elsewhere."""
 
     device_uuid: str
     ipc: tuple[object, ...]
@@ -57,10 +57,10 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """``param[index]`` of the engine is written from ``source`` (same shape; dtype converts).
+    """Write ``param[index]`` of the engine from ``source`` (same shape; dtype converts).
 
-    ``index`` has one entry per dimension of the parameter: (start, stop), or an int that picks
-    one row and drops the dimension.
+    ``index`` has one entry per dimension of the parameter: (start, stop), or an int that selects one row and
+    drops the dimension.
     """
 
     param: str
@@ -70,10 +70,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class PeerCopy:
-    """``param[index]`` of the engine is sent by trainer rank ``rank``, whose memory the engine cannot map.
+    """Receive ``param[index]`` of the engine from trainer rank ``rank``, whose memory it cannot map.
 
-    ``source.storage`` counts that rank's own storages. Sender and receiver walk the plan in the same
-    order, so that messages need no names.
+    ``source.storage`` indexes that rank's own storages. Sender and receiver follow the plan in the same
+    order, so messages need no names.
     """
 
     param: str
@@ -85,7 +85,7 @@ class PeerCopy:
 
 @dataclass(frozen=True, slots=True)
 class ParamInfo:
-    """One engine parameter as its worker describes it."""
+    """Shape and dtype of one engine parameter, as its worker reports them."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -93,10 +93,10 @@ class ParamInfo:
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
-    """Everything one engine rank needs; every element of every parameter is covered exactly once.
+    """The plan of one engine rank; every element of every parameter is covered exactly once.
 
-    The one exception is ``padding``: the last rows of a vocabulary parameter, which no tensor owns and
-    no result reads; copies leave them as they are.
+    The one exception is ``padding``: the last rows of a vocabulary parameter, which no tensor owns and no
+    result reads; copies leave them unchanged.
     """
 
     storages: list[Storage]
@@ -104,5 +104,5 @@ class WeightPlan:
     copies: list[Copy]
     copy_reasons: dict[str, str] = field(default_factory=dict)  # param -> why it is not aliased
     peers: list[PeerCopy] = field(default_factory=list)
-    addresses: dict[int, str] = field(default_factory=dict)  # trainer rank -> where its server listens
+    addresses: dict[int, str] = field(default_factory=dict)  # trainer rank -> address of its server
     padding: dict[str, int] = field(default_factory=dict)  # param -> number of its padding rows
