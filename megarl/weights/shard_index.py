@@ -1,7 +1,7 @@
-"""What a plan is made of: the pieces of each engine parameter, and which trainer ranks hold each.
+"""Index of shards: the pieces of each engine parameter, and the trainer ranks that hold each.
 
-This half of the planner knows regions only. It does not depend on where an engine rank runs, so that
-one answer serves all engine ranks with the same regions.
+This half of the planner knows regions only. It does not depend on where an engine rank runs, so one result
+serves all engine ranks with the same regions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megarl.weights.boxes import (
 from megarl.weights.sync_plan import ParamInfo, PeerCopy
 
 VOCAB_PARAMS = ("embed_tokens.weight", "lm_head.weight")
-"""Their last rows may be padding that no tensor owns and no result reads."""
+"""Parameters whose last rows may be padding that no tensor owns and no result reads."""
 
 
 class ReplicaSet:
-    """Owners (by owner_id in the list of owners) that have the same bytes. Equal sets are one object.
+    """Owners that hold the same bytes, by owner id (index in the list of owners). Equal sets are one object.
 
-    That object is its own key in tables: identity is equality here.
+    The object is its own key in tables: identity is equality.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class ReplicaSet:
         return intern(tuple(owner_ids), self._hosts, self._interned)
 
     def only(self, owner_id: int) -> ReplicaSet:
-        """Just this one."""
+        """Return the set of this owner alone."""
         return self._of((owner_id,))
 
     def on_host(self, host: str) -> ReplicaSet | None:
-        """Those on one host, None when there are none."""
+        """Return the owners on one host, None if there are none."""
         if self._on_host is None:
             by_host: dict[str, list[int]] = defaultdict(list)
             for owner_id in self.owner_ids:
@@ -64,7 +64,7 @@ class ReplicaSet:
         return self._on_host.get(host)
 
     def narrowed(self, others: Sequence[ReplicaSet]) -> ReplicaSet:
-        """Those that are also in the others, taken one after another as long as any remain."""
+        """Intersect with each of ``others`` in turn, skipping those that would leave no owner."""
         key = tuple(others)
         if key not in self._narrowed:
             members = self.members
@@ -77,7 +77,7 @@ class ReplicaSet:
 def intern(
     owner_ids: tuple[int, ...], hosts: Sequence[str], interned: dict[tuple[int, ...], ReplicaSet]
 ) -> ReplicaSet:
-    """The one object for these owner_ids."""
+    """Return the unique object for these owners."""
     if owner_ids not in interned:
         interned[owner_ids] = ReplicaSet(owner_ids, hosts, interned)
     return interned[owner_ids]
@@ -85,7 +85,7 @@ def intern(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """``param[index]`` of these holders."""
+    """``param[index]`` in the memory of these holders."""
 
     holders: ReplicaSet
     param: str
@@ -94,18 +94,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``index`` of an engine parameter, and who holds it (several sources: under different names)."""
+    """``index`` of an engine parameter, and its holders (several sources: under different names)."""
 
     index: Index
     size: int  # elements
     holders: ReplicaSet
     sources: tuple[Source, ...]
-    peer_copies: dict[int, PeerCopy] = field(
-        default_factory=dict, compare=False
-    )  # the same for many engine ranks
+    peer_copies: dict[int, PeerCopy] = field(default_factory=dict, compare=False)  # by owner_id
 
     def source_of(self, owner_id: int) -> tuple[str, Index]:
-        """Parameter and index in which the owner at ``owner_id`` holds this piece."""
+        """Return the parameter and index under which the owner holds this piece."""
         for source in self.sources:
             if owner_id in source.holders.members:
                 return source.param, source.index
@@ -113,21 +111,21 @@ class Piece:
 
 
 class PieceSenders(NamedTuple):
-    """Who may send one piece of a parameter, given where the engine rank runs."""
+    """The possible senders of one piece, given where the engine rank runs."""
 
-    number: int  # of the piece
+    number: int  # index of the piece
     candidates: ReplicaSet
-    narrowed: ReplicaSet  # to those that can also send other pieces
+    narrowed: ReplicaSet  # those that can also send other pieces
     mapped: bool
 
 
 PieceTemplate = tuple[Index, int, list[tuple[int, Index]]]
-"""A piece without its source_ids: index, elements, and (number of the source, index there) of each source."""
+"""A piece without its holders: index, elements, and (source id, index there) of each source."""
 
 
 @dataclass(eq=False, slots=True)
 class ParamPieces:
-    """The pieces of one parameter, for all engine ranks of a kind. Compared by identity: a key of tables."""
+    """The pieces of one parameter, for all engine ranks of a kind. A key of tables, compared by identity."""
 
     pieces: list[Piece]
     common: frozenset[int]  # owners that hold all of them
@@ -138,18 +136,18 @@ class ReaderPieces:
     """The pieces of every parameter of one kind of engine rank."""
 
     params: dict[str, ParamPieces]
-    padding: dict[str, int]  # rows at the end of a vocabulary parameter that no tensor has
+    padding: dict[str, int]  # rows at the end of a vocabulary parameter without a tensor
     problems: list[str]
     num_pieces: int
 
 
 class ShardIndex:
-    """All owners' regions by tensor and box: replicas are found together."""
+    """All owners' regions by tensor and box, replicas merged."""
 
     def __init__(self, owners: Sequence[tuple[list[Region], str]]) -> None:
         self._hosts = [host for _, host in owners]
         self._interned: dict[tuple[int, ...], ReplicaSet] = {}
-        replicas: dict[int, tuple[list[Region], list[int]]] = {}  # replicas may be given one list
+        replicas: dict[int, tuple[list[Region], list[int]]] = {}  # replicas may share one list
         for owner_id, (regions, _) in enumerate(owners):
             replicas.setdefault(id(regions), (regions, []))[1].append(owner_id)
         found: dict[str, dict[Box, dict[tuple[str, Index], list[int]]]] = {}
@@ -175,7 +173,7 @@ class ShardIndex:
         self._in_common: dict[tuple[ReplicaSet, ...], frozenset[int]] = {}
 
     def reader_pieces(self, readers: Sequence[Region], params: Mapping[str, ParamInfo]) -> ReaderPieces:
-        """Cut the readers' regions into pieces that one owner has whole; merge what can be one copy."""
+        """Cut the readers' regions into pieces that one owner holds whole; merge what one copy can cover."""
         wanted: dict[str, list[Region]] = {name: [] for name in params}
         problems = []
         for reader in readers:
@@ -197,7 +195,7 @@ class ShardIndex:
         return ReaderPieces(found, padding, problems, sum(len(each.pieces) for each in found.values()))
 
     def _common(self, pieces: list[Piece]) -> frozenset[int]:
-        """Who holds all of these pieces: of most layers the same."""
+        """Return the owners that hold all these pieces; cached, since most layers have the same."""
         key = tuple(dict.fromkeys(piece.holders for piece in pieces))
         if key not in self._in_common:
             sets = [holders.members for holders in key]
@@ -205,7 +203,7 @@ class ShardIndex:
         return self._in_common[key]
 
     def _padding(self, readers: Sequence[Region], rows: int) -> int:
-        """Of a vocabulary parameter's rows, those after its tensor's last (0 if that lies elsewhere)."""
+        """Return how many rows of a vocabulary parameter follow its tensor's last (0 if elsewhere)."""
         padding = 0
         for reader in readers:
             vocabulary = max((region.box[0][1] for region, _ in self._sources.get(reader.hf, ())), default=0)
@@ -215,12 +213,12 @@ class ShardIndex:
         return padding
 
     def _pieces(self, readers: Sequence[Region]) -> tuple[list[Piece], list[str]]:
-        """The pieces of one parameter, and a line for whatever nobody owns.
+        """Return the pieces of one parameter, and a line for each part without an owner.
 
-        Most layers, and most ranks' experts, are cut alike: only who holds the pieces, and under which
-        name, differs. Each way of cutting is therefore worked out once.
+        Most layers, and most ranks' experts, are cut alike and differ only in the holders and names of the
+        pieces. Each way of cutting is therefore computed once.
         """
-        source_ids: dict[tuple[ReplicaSet, str], int] = {}  # (holders, their parameter) -> number
+        source_ids: dict[tuple[ReplicaSet, str], int] = {}  # (holders, their parameter) -> id
         alike: list[object] = []
         for reader in readers:
             alike.append((reader.box, reader.index, self._splits.get(reader.hf)))
@@ -250,7 +248,7 @@ class ShardIndex:
         return Piece(index, size, self._union(sources), sources)
 
     def _cut(self, reader: Region) -> tuple[list[Piece], list[Box]]:
-        """Pieces of one region, and what nobody owns. Large pieces first, so that there are few."""
+        """Return the pieces of one region, large ones first to have few, and boxes without an owner."""
         sources = self._sources.get(reader.hf, [])
         if len(sources) == 1 and within(reader.box, sources[0][0].box):
             region, holders = sources[0]
@@ -295,7 +293,7 @@ class ShardIndex:
             ):
                 key = (len(piece.index), *((source.holders, source.param) for source in piece.sources))
                 alike[key].append(_with_spans(piece))
-            else:  # stacked on one side only: there is no dimension to join along
+            else:  # stacked on one side only: no dimension to join along
                 done.append(piece)
         for group in alike.values():
             done += merge(group, _spaces, _join)
@@ -303,7 +301,7 @@ class ShardIndex:
 
 
 def cover_problem(name: str, shape: tuple[int, ...], boxes: tuple[Box, ...], padding: int) -> list[str]:
-    """A line saying what is wrong when the boxes do not tile the parameter without its padding rows."""
+    """Return a line if the boxes do not tile the parameter without its padding rows."""
     whole = tuple((0, size) for size in shape)
     for box in boxes:
         if len(box) != len(shape) or any(stop > size for (_, stop), size in zip(box, shape, strict=True)):

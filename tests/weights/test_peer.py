@@ -86,7 +86,7 @@ def test_what_the_server_does_not_have_is_refused(server: PieceServer) -> None:
     ],
 )
 def test_nccl_joins_two_gpus_only(mine: str, theirs: str, nccl: bool) -> None:
-    assert peer._takes_nccl(mine, theirs) == peer._takes_nccl(theirs, mine) == nccl
+    assert peer._can_use_nccl(mine, theirs) == peer._can_use_nccl(theirs, mine) == nccl
 
 
 def test_trainer_and_engine_on_one_gpu_go_through_the_host(
