@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from megarl import __version__
 from megarl.arguments import nearest_command, normalise
 from megarl.errors import ToldByRankZeroError, UserError
+from megarl.files import as_user_error
 from megarl.jobs import JOBS, Job
+from megarl.terminal import one_line
 
 if TYPE_CHECKING:
     from megarl.config.evaluate import EvalConfig
@@ -84,6 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if (mendable := as_user_error(error)) is None:
+            raise
+        _print_error(mendable)
+        return 2
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -283,7 +290,7 @@ def _print_error(error: UserError) -> None:
     rank = _rank()
     prefix = "error" if rank == 0 else f"error (rank {rank})"
     for line in str(error).splitlines():
-        print(f"{prefix}: {line}", file=sys.stderr)
+        print(f"{prefix}: {one_line(line)}", file=sys.stderr)
 
 
 def _rank() -> int:

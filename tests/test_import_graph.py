@@ -21,10 +21,12 @@ PACKAGE = "megarl"
 # All may import errors, and all below config what stands above it.
 MAY_IMPORT = {
     "errors": "",
+    "terminal": "",
+    "files": "",
     "records": "",
     "layout": "",
     "jobs": "",
-    "config": "jobs",
+    "config": "jobs files",
     "run_directory": "",
     # devices and processes
     "ops": "",

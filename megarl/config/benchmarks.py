@@ -6,7 +6,7 @@ import string
 from typing import Literal
 
 from megarl.config.environments import CodeConfig, MathEnvironmentConfig, MultipleChoiceConfig
-from megarl.config.section import Section, Text
+from megarl.config.section import PathText, Section, Text
 
 BenchmarkName = Literal["gsm8k", "math500", "aime", "gpqa", "mmlu", "mmlu_pro", "humaneval", "mbpp"]
 
@@ -34,7 +34,7 @@ class BenchmarkSource(Section):
     """Selects this kind of source."""
     name: BenchmarkName
     """Which benchmark: its columns, its instruction to the model and how answers are judged."""
-    directory: Text | None = None
+    directory: PathText | None = None
     """Local copy: a directory as on the hub, or one parquet, JSONL or JSON file; null asks the hub."""
     hub: Text | None = None
     """Hub name in place of the benchmark's usual one (docs/guides/eval.md), e.g. of a later AIME."""

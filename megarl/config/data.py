@@ -18,6 +18,7 @@ from megarl.config.curriculum import CurriculumConfig
 from megarl.config.environments import EnvironmentConfig, EnvironmentSource, MathEnvironmentConfig
 from megarl.config.section import (
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Problems,
@@ -60,7 +61,7 @@ class FileLocation(Section):
 
     source: Literal["jsonl", "file"]
     """jsonl reads a JSON object per line; file goes by the ending: .jsonl .json .parquet .csv .arrow."""
-    path: Text
+    path: PathText
     """The file."""
 
     @rule
@@ -75,7 +76,7 @@ class HfLocation(Section):
 
     source: Literal["hf"]
     """Selects this kind of source."""
-    dataset: Text
+    dataset: PathText
     """Hub name, or a local directory: saved by save_to_disk, or with data files."""
     subset: Text | None = None
     """The dataset's configuration; null is its default."""
@@ -273,7 +274,7 @@ def _overlap(train_at: str, train: Any, at: str, held_out: Any) -> Problems:
 class TrainingDataReading(DataReading):
     """What happens to rows, and where their tokens are kept."""
 
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """Keep tokenised rows here, by content of data, tokenizer and settings; null tokenises at every start."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
-from megarl.config.section import PositiveInt, Problems, Section, Text, rule
+from megarl.config.section import PathText, PositiveInt, Problems, Section, rule
 
 
 class DistillAlgorithmConfig(OnlineAlgorithm):
@@ -44,7 +44,7 @@ class DistillAlgorithmConfig(OnlineAlgorithm):
 class TeacherConfig(Section):
     """The frozen model whose distribution is learned."""
 
-    path: Text
+    path: PathText
     """Hugging Face directory with the student's vocabulary; any supported family and size."""
 
 

@@ -11,9 +11,12 @@ from megarl.config.dotted import is_dotted
 from megarl.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Problems,
+    ProcessCount,
+    Seconds,
     Section,
     Text,
     rule,
@@ -37,11 +40,11 @@ Response:
 class EnvironmentRuntime(Section):
     """Worker processes in which environments run, and what happens when they fail."""
 
-    num_workers: PositiveInt = 1
+    num_workers: ProcessCount = 1
     """Processes (Ray actors) that play episodes of one environment side by side."""
-    timeout_seconds: PositiveFloat = 60.0
+    timeout_seconds: Seconds = 60.0
     """Longest a single call (judging a response, one turn) may take; then its process is ended."""
-    start_timeout_seconds: PositiveFloat = 300.0
+    start_timeout_seconds: Seconds = 300.0
     """Longest a worker process may take to start."""
     max_retries: NonNegativeInt = 2
     """How often a failed episode is played again, what was sampled kept, before it is dropped."""
@@ -136,11 +139,11 @@ class JudgeConfig(Judging):
     """The judge's temperature."""
     max_tokens: PositiveInt = 512
     """The judge's longest reply."""
-    num_attempts: PositiveInt = 3
+    num_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     """Requests per grading until one is answered with a score."""
-    request_timeout_seconds: PositiveFloat = 15.0
+    request_timeout_seconds: Seconds = 15.0
     """Longest a request may take."""
-    retry_seconds: PositiveFloat = 1.0
+    retry_seconds: Seconds = 1.0
     """Pause before the second request; doubled before each further one."""
     max_concurrency: PositiveInt = 32
     """Requests of one worker at a time."""
@@ -180,7 +183,7 @@ class CodeConfig(Judging):
     """Reward the share of tests passed; otherwise 1 for all of them and 0 for less."""
     isolation: Literal["auto", "bubblewrap", "namespaces", "landlock"] = "auto"
     """auto: the first of these that works here; the log and `megarl doctor` say which."""
-    timeout_seconds: PositiveFloat = 10.0
+    timeout_seconds: Seconds = 10.0
     """Longest run of one program (all `tests`, or one case), in wall-clock and in CPU time."""
     memory_mib: PositiveInt = 512
     """Memory of a program: of each process by address space, of all together by what is resident."""
@@ -244,7 +247,7 @@ class RewardModelConfig(Judging):
 
     kind: Literal["reward_model"]
     """Selects this environment."""
-    path: Text
+    path: PathText
     """Sequence classification directory with one label, e.g. <run.dir>/hf of `megarl rm`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type it computes in."""
@@ -281,11 +284,11 @@ class ToolsConfig(Judging):
     """Selects this environment."""
     tools: Annotated[list[Literal["calculator", "python", "search"]], Field(min_length=1)]
     """What the model may call: arithmetic, Python in a sandbox, or a search over `corpus` (BM25)."""
-    corpus: Text | None = None
+    corpus: PathText | None = None
     """JSONL file with the documents of `search`: {"text": ..., "title": ...}, the title optional."""
     num_results: PositiveInt = 3
     """Documents that a search returns."""
-    python_timeout_seconds: PositiveFloat = 10.0
+    python_timeout_seconds: Seconds = 10.0
     """Longest run of one program."""
     error_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Taken off for each call that was wrong."""

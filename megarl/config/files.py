@@ -6,14 +6,16 @@ failed the schema lack fields: what is asked for here may not be there.
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
 from megarl.config.data import parts_of
 from megarl.config.model import is_megatron_checkpoint, read_model_config
 from megarl.config.section import Problems, Section, as_violation
-from megarl.config.violation import Violation
+from megarl.config.violation import Violation, show
+from megarl.errors import UserError
+from megarl.files import read_index
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -37,34 +39,45 @@ def _get(section: Any, *names: str) -> Any:
 
 def _run_directory(config: Section) -> Problems:
     directory = _get(config, "run", "dir")
-    if directory is not None and Path(directory).exists() and not Path(directory).is_dir():
-        yield "run.dir", f"is a file, not a directory (got {directory!r})"
+    if directory is None:
+        return
+    try:
+        if Path(directory).exists() and not Path(directory).is_dir():
+            yield "run.dir", f"is a file, not a directory (got {show(directory)})"
+        os.stat(directory)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a name too long, below a file, a loop of links
+        yield "run.dir", f"{error.strerror} (got {show(directory)})"
 
 
 def _data_files(config: Section) -> Problems:
     for split in ("train", "held_out"):
         for at, source in parts_of(_get(config, "data", split), f"data.{split}"):
             copy, file = _get(source, "directory"), _get(source, "path")
-            if copy is not None and not Path(copy).exists():
-                yield f"{at}.directory", f"nothing there (got {copy!r}){_from_here(copy)}"
-            if file is not None and not Path(file).is_file():
-                yield f"{at}.path", f"no such file (got {file!r}){_from_here(file)}"
+            if copy is not None and not _exists(copy):
+                yield f"{at}.directory", f"nothing there (got {show(copy)}){_from_here(copy)}"
+            if file is not None and not (_exists(file) and Path(file).is_file()):
+                yield f"{at}.path", f"no such file (got {show(file)}){_from_here(file)}"
             elif file is not None and Path(file).stat().st_size == 0:
-                yield f"{at}.path", f"the file is empty (got {file!r})"
+                yield f"{at}.path", f"the file is empty (got {show(file)})"
 
 
 def _model(config: Section, weights: bool) -> Problems:
     path = _get(config, "model", "path")
     if path is None or (_get(config, "converts_checkpoints") and is_megatron_checkpoint(path)):
         return  # a checkpoint is converted first, with checks of its own
+    if not _exists(path):
+        yield from _directory("model.path", path, [], weights)
+        return
     tokenizer = any((Path(path) / name).is_file() for name in _TOKENIZER_FILES)
     lacks = [] if tokenizer else ["a tokenizer (tokenizer.json)"]
     yield from _directory("model.path", path, lacks, weights)
     if (Path(path) / "config.json").is_file():
         try:
             model_config = read_model_config(path)
-        except (OSError, ValueError) as error:
-            yield "model.path", f"config.json cannot be read: {error} (got {path!r})"
+        except UserError as error:
+            yield "model.path", str(error).removeprefix("model.path: ")
         else:
             yield from _lengths_fit(config, model_config)
             yield from _kv_cache_fits(config, model_config)
@@ -78,12 +91,12 @@ def _other_models(config: Section) -> Problems:
 
 def _directory(field: str, path: str, lacks: list[str], weights: bool) -> Problems:
     directory = Path(path)
-    if not directory.is_dir():
-        yield field, f"no such directory (got {path!r}){_from_here(path)}"
+    if not (_exists(path) and directory.is_dir()):
+        yield field, f"no such directory (got {show(path)}){_from_here(path)}"
         return
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
     if missing := [*missing, *lacks, *(_missing_weights(directory) if weights else ())]:
-        yield field, f"the directory lacks {', '.join(missing)} (got {path!r})"
+        yield field, f"the directory lacks {', '.join(missing)} (got {show(path)})"
 
 
 def _missing_weights(directory: Path) -> list[str]:
@@ -91,10 +104,10 @@ def _missing_weights(directory: Path) -> list[str]:
     if not index.is_file():
         return [] if any(directory.glob("*.safetensors")) else ["weights (*.safetensors)"]
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError):
-        return [f"a readable {index.name}"]
-    return [shard for shard in shards if not (directory / shard).is_file()]
+        shards = read_index(index)
+    except UserError as error:
+        return [f"a readable {index.name} ({str(error).removeprefix(f'{index}: ')})"]
+    return [file for file in sorted(set(shards.values())) if not (directory / file).is_file()]
 
 
 def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Problems:
@@ -103,6 +116,9 @@ def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Problems:
         _get(config, "packing", "max_sequence_length"),
     )
     if positions is None:
+        return
+    if type(positions) is not int or positions < 1:
+        yield "model.path", f"config.json: max_position_embeddings is no count (got {show(positions)})"
         return
     limit = f"max_position_embeddings = {positions}"
     if longest is not None and longest > positions:
@@ -126,8 +142,21 @@ def _kv_cache_fits(config: Section, model_config: dict[str, Any]) -> Problems:
                 takes = f"one sequence of {longest} tokens takes {gib:.2f} GiB"
                 reason = f"{takes}; raise it, or lower {name} (got {cache})"
                 yield "rollout.engine.kv_cache_gib", reason, name, "model.path"
-    except (AttributeError, KeyError):  # a field that failed the schema, or that config.json does not have
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ZeroDivisionError,
+    ):  # a field that failed the schema, or that config.json does not have
         return
+
+
+def _exists(path: str) -> bool:
+    """Whether there is something; a name that the file system does not take names nothing."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
 
 
 def _from_here(path: str) -> str:

@@ -26,10 +26,17 @@ from megarl.config.introspect import (
     tag_field,
     tags_of,
 )
-from megarl.config.section import Section, find_violations
+from megarl.config.section import SAID_ITSELF, Section, find_violations
 from megarl.config.suggest import REPLACED, explain_unknown
 from megarl.config.violation import Origins, Path, Violation, dotted, show
-from megarl.config.yaml_text import YamlText, dump_yaml, expand_variables, parse_yaml
+from megarl.config.yaml_text import (
+    MAX_BYTES,
+    YamlText,
+    check_text,
+    dump_yaml,
+    expand_variables,
+    parse_yaml,
+)
 from megarl.errors import UserError
 
 _Config = TypeVar("_Config", bound=Section)
@@ -96,11 +103,15 @@ class _Loading:
 
     def read_file(self, path: FilePath) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not a UTF-8 text file ({error.reason})") from None
         except OSError as error:
             raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+        if len(data) > MAX_BYTES:
+            raise UserError(f"{path}: more than {MAX_BYTES // 2**10} KiB: not a configuration")
         parsed = parse_yaml(text, str(path))
         self.origins.places = {p: f"{path}:{line}" for p, line in parsed.lines.items() if p}
         for at, line, problem in parsed.problems:
@@ -132,7 +143,7 @@ class _Loading:
         annotations = [field.annotation for field in fields_at(self.kind, path)]
         is_null = text in ("null", "~") and any(map(accepts_null, annotations))
         if any(map(accepts_text, annotations)) and not is_null and not text.startswith(('"', "'")):
-            return YamlText(expand_variables(text))
+            return YamlText(check_text(expand_variables(text)))
         return parse_yaml(text, _COMMAND_LINE)
 
     def fail_override(self, path: Path, message: str) -> None:
@@ -191,6 +202,8 @@ class _Loading:
                 return Violation((*path, tag), f"required but missing: {tags}")
             instead = f"; {REPLACED[source]}" if isinstance(source, str) and source in REPLACED else ""
             return Violation((*path, tag), f"expected {tags}{instead} (got {show(source)})")
+        if detail["type"] == SAID_ITSELF:
+            return Violation(path, f"{detail['msg']} (got {show(detail['input'])})")
         if detail["loc"] and not fields:  # inside a free mapping
             return Violation(path, f"{detail['msg'].lower()} (got {show(detail['input'])})")
         return Violation(path, f"expected {expected} (got {show(detail['input'])})")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from megarl.config.section import Section, Text
+from megarl.config.section import PathText, Section
+from megarl.files import read_json_object
 
 
 class ModelConfig(Section):
     """The model to train."""
 
-    path: Text
+    path: PathText
     """Hugging Face directory: config.json, safetensors, tokenizer (eval: or a Megatron checkpoint)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type. fp32 is the fast one on CPUs without AMX/AVX512-BF16."""
@@ -24,8 +24,5 @@ def is_megatron_checkpoint(path: str | Path) -> bool:
 
 
 def read_model_config(path: str) -> dict[str, Any]:
-    """config.json of a Hugging Face directory (OSError or ValueError where it cannot be read)."""
-    value = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError("config.json does not hold an object")
-    return value
+    """config.json of a Hugging Face directory; UserError where it cannot be read."""
+    return read_json_object(Path(path) / "config.json", "model.path")

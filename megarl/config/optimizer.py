@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from megarl.config.section import (
     HERE,
     Decay,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     Problems,
     Section,
     rule,
@@ -19,7 +20,7 @@ from megarl.config.section import (
 class OptimizerConfig(Section):
     """Megatron's AdamW, its schedule and gradient clipping."""
 
-    lr: PositiveFloat
+    lr: Annotated[float, Field(gt=0, le=1000)]
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
     """Where linear and cosine schedules end."""
@@ -27,13 +28,13 @@ class OptimizerConfig(Section):
     """Shape after warm-up, over the run's optimizer steps."""
     lr_warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up from 0."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Decoupled weight decay (norms and biases excluded)."""
     adam_beta1: Decay = 0.9
     """First-moment decay."""
     adam_beta2: Decay = 0.95
     """Second-moment decay."""
-    adam_eps: PositiveFloat = 1e-8
+    adam_eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm to clip to; 0 switches clipping off."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megarl.config.section import PositiveInt, Problems, Section, rule
+from megarl.config.section import PositiveInt, Problems, ProcessCount, Section, rule
 
 
 class ParallelConfig(Section):
     """How the trainer is split over processes. data_parallel_size is what remains."""
 
-    num_processes: PositiveInt = 1
+    num_processes: ProcessCount = 1
     """Trainer ranks `megarl` starts on this machine; under torchrun or srun WORLD_SIZE replaces it."""
-    tensor_parallel_size: PositiveInt = 1
+    tensor_parallel_size: ProcessCount = 1
     """Ranks that share each layer's matrices."""
-    pipeline_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: ProcessCount = 1
     """Ranks that share the stack of layers."""
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: ProcessCount = 1
     """Ranks that share each sequence."""
     context_attention: Literal["all_gather", "ring"] = "all_gather"
     """How context-parallel ranks see each other's keys: gathered a layer at a time, or passed around in
@@ -26,11 +26,11 @@ class ParallelConfig(Section):
     a shorter one whole. Needs context_parallel_size > 1; null splits all."""
     sequence_parallel: bool = False
     """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
-    virtual_pipeline_parallel_size: PositiveInt = 1
+    virtual_pipeline_parallel_size: ProcessCount = 1
     """Model chunks per pipeline stage (interleaved schedule); needs pipeline_parallel_size > 1."""
-    expert_parallel_size: PositiveInt = 1
+    expert_parallel_size: ProcessCount = 1
     """Ranks of a pipeline stage that share each layer's experts, whole experts each."""
-    expert_tensor_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: ProcessCount = 1
     """Ranks that share each expert's matrices; experts are not split by tensor_parallel_size."""
     expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts: each to its ranks, or all to all ranks (for few, large groups)."""

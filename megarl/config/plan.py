@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field
 
 from megarl.config.lora import LoraLayers
-from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section, Text
+from megarl.config.section import NonNegativeFloat, PathText, PositiveFloat, PositiveInt, Section
 
 
 class PlanModelConfig(Section):
     """The model, by its shape alone."""
 
-    path: Text
+    path: PathText
     """Directory with a Hugging Face config.json; weights are not looked for."""
 
 

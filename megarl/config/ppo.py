@@ -11,11 +11,11 @@ from megarl.config.optimizer import OptimizerConfig
 from megarl.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Problems,
     Section,
-    Text,
     rule,
 )
 
@@ -70,7 +70,7 @@ class PpoAlgorithmConfig(OnlineAlgorithm):
 class CriticConfig(Section):
     """The model that predicts each token's return; it shares the policy's parallel layout and packing."""
 
-    path: Text | None = None
+    path: PathText | None = None
     """Language model, or reward model of `megarl rm` (its head is kept); null is model.path."""
     optimizer: OptimizerConfig | None = None
     """Its own optimizer and schedule; null is the policy's section, over the critic's steps."""

@@ -17,6 +17,7 @@ from megarl.config.data import (
 from megarl.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Problems,
@@ -142,9 +143,9 @@ class PreferenceAlgorithmConfig(Section):
 class ReferenceConfig(Section):
     """The frozen model that dpo, ipo and kto compare with; its logprobs are computed once and kept."""
 
-    path: Text | None = None
+    path: PathText | None = None
     """Hugging Face directory of the same architecture; null is model.path."""
-    cache_dir: Text | None = None
+    cache_dir: PathText | None = None
     """Where the logprobs are kept, for other runs too; null is <run.dir>/reference."""
 
 

@@ -10,7 +10,16 @@ from megarl.config.data import DataReading, parts_of
 from megarl.config.environments import EnvironmentRuntime, Judging
 from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.model import ModelConfig
-from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Problems, Section, rule
+from megarl.config.section import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Problems,
+    ProcessCount,
+    Seconds,
+    Section,
+    rule,
+)
 
 
 class EngineConfig(Section):
@@ -18,7 +27,7 @@ class EngineConfig(Section):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is the trainer's type, the one with which weights can be aliased."""
-    kv_cache_gib: PositiveFloat = 0.5
+    kv_cache_gib: Annotated[float, Field(gt=0, le=1_000_000)] = 0.5
     """Memory for the KV cache, on each rank of each engine."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded side by side, by each engine."""
@@ -26,18 +35,18 @@ class EngineConfig(Section):
     """Tokens per engine step (prefill and decode together), raised to hold one whole sequence."""
     enable_prefix_caching: bool = True
     """Compute the prompt of a group once."""
-    tensor_parallel_size: PositiveInt = 1
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Ranks that share each layer's matrices; independent of the trainer's."""
-    data_parallel_size: PositiveInt = 1
+    data_parallel_size: ProcessCount = 1
     """Whole engines side by side, that share the requests; with several hosts as many on each of them."""
     expert_parallel: bool = False
     """Each of these ranks holds whole experts, not a part of all of them (vLLM's enable_expert_parallel)."""
-    num_threads: PositiveInt | None = None
+    num_threads: ProcessCount | None = None
     """CPU threads of an engine, over all its ranks; null: its host's cores, shared with what runs beside."""
     batch_invariant: bool = False
     """On a GPU, draw the same tokens whatever is decoded beside them, with slower kernels (compute capability
     9.0 or later). On a CPU it changes nothing."""
-    start_timeout_seconds: PositiveFloat = 300.0
+    start_timeout_seconds: Seconds = 300.0
     """How long an engine that starts may show no progress before the run ends with an error."""
 
     def describe(self) -> list[str]:

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarl.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Problems, Section, Text, rule
+from megarl.config.section import (
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Problems,
+    Seconds,
+    Section,
+    Seed,
+    rule,
+)
 
 Launcher = Literal["auto", "ray"]
 StepRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
@@ -15,11 +24,11 @@ StepRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*-[1-9][0-9]*$")]
 class RunConfig(Section):
     """Where a run lives, what makes it repeatable, and when it counts as hung."""
 
-    dir: Text
+    dir: PathText
     """Run directory; starting the same command again resumes from it."""
-    seed: NonNegativeInt = 1
+    seed: Seed = 1
     """Seeds model initialisation, data order and sampling."""
-    hang_timeout_seconds: PositiveFloat = 1800.0
+    hang_timeout_seconds: Seconds = 1800.0
     """End the run when a rank gives no sign of life, or no rank finishes anything, for this long."""
     on_non_finite: Literal["stop", "warn"] = "stop"
     """What NaN or infinity in a loss, a gradient norm or the weights does: stop ends the run at once, warn

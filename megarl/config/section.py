@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from megarl.config.violation import Path, Violation, show
 
@@ -14,8 +17,30 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0, le=100_000_000)]
+"""Three years at most: longer ones overflow in the clocks of threads and sockets."""
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every library's generator takes."""
+ProcessCount = Annotated[int, Field(ge=1, le=65_536)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+MAX_NUMBER = 10**15
+"""No field counts or measures more: beyond it floats lose units, and libraries' integers end."""
+SAID_ITSELF = "said_itself"
+"""Type of a pydantic error whose message is the whole explanation."""
+
+
+def _path(text: str) -> str:
+    if re.search(r"\$[A-Za-z_]", text):
+        raise PydanticCustomError(SAID_ITSELF, "$NAME is not expanded; write ${NAME}")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise PydanticCustomError(SAID_ITSELF, "~ names no home directory here")
+    return expanded
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+"""A path: ~ is the home directory, as in a shell."""
 
 Problems = Iterator[tuple[str, ...]]
 """What a rule yields: a field, what is wrong with it, and other fields that take part; the fields with dots,
@@ -31,6 +56,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _in_reach(cls, value: Any) -> Any:
+        if type(value) in (int, float) and abs(value) > MAX_NUMBER:
+            raise PydanticCustomError(SAID_ITSELF, f"expected at most {MAX_NUMBER:.0e}".replace("+", ""))
+        return value
 
     def changed(self, *names: str) -> Iterator[tuple[str, Any]]:
         """Those of these fields, which may lie in sections of this one, that are not at their default."""

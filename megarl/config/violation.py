@@ -61,4 +61,6 @@ def show(value: Any) -> str:
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return "a number of more than 60 digits"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,20 +15,33 @@ from typing import Any
 
 import yaml
 
-from megarl.config.violation import Path
+from megarl.config.violation import Path, show
 from megarl.errors import UserError
 
 _CORE_SCHEMA: dict[str, tuple[str, Callable[[str], Any]]] = {
     "null": (r"~|null|Null|NULL|", lambda text: None),
     "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[1:2] in "ox" else 10)),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: _integer(text)),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         lambda text: float(re.sub(r"\.(?=inf|nan)", "", text.lower())),
     ),
 }
+MAX_BYTES = 512 * 2**10
+"""Largest text that is parsed. PyYAML takes 30 us per value."""
+_MAX_VALUES = 100_000  # that aliases may expand to
 _TAG = "tag:yaml.org,2002:"
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 1000:  # Python's own limit depends on how it was started
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text, 0 if text[1:2] in ("o", "x") else 10)
+
+
+class _TooMuchError(Exception):
+    """A text that says more than a configuration does."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,6 +73,7 @@ class YamlText:
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[tuple[Path, int, str]] = field(default_factory=list)
     _open: set[yaml.Node] = field(default_factory=set)
+    _num_values: int = 0
 
     def _fail(self, path: Path, line: int, problem: str) -> object:
         self.problems.append((path, line, problem))
@@ -68,6 +82,9 @@ class YamlText:
     def _read(self, node: yaml.Node, path: Path, line: int) -> Any:
         """The value of a node; lines and problems are noted on the way."""
         self.lines.setdefault(path, line)
+        self._num_values += 1
+        if self._num_values > _MAX_VALUES:
+            raise _TooMuchError(f"aliases (*) expand it to more than {_MAX_VALUES} values")
         if isinstance(node, yaml.ScalarNode):
             return self._read_scalar(node, path, line)
         if node in self._open:
@@ -105,8 +122,13 @@ class YamlText:
                 if node.style is None:  # unquoted: the type is that of the text as if written in place
                     tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
             if (name := tag.removeprefix(_TAG)) in _CORE_SCHEMA:
-                return _CORE_SCHEMA[name][1](text)
-            return text if name == "str" else self._fail(path, line, f"unknown YAML tag {tag}")
+                pattern, read = _CORE_SCHEMA[name]
+                if re.fullmatch(pattern, text) is None:
+                    return self._fail(path, line, f"!!{name} on what is none (got {show(text)})")
+                return read(text)
+            if name == "str":
+                return check_text(text)
+            return self._fail(path, line, f"unknown YAML tag {tag}")
         except ValueError as error:
             return self._fail(path, line, str(error))
 
@@ -121,10 +143,32 @@ def parse_yaml(text: str, name: str) -> YamlText:
         why = " ".join(filter(None, parts)) or " ".join(str(error).split())
         where = f":{mark.line + 1}" if mark is not None else ""
         raise UserError(f"{name}{where}: not valid YAML: {why}") from None
+    except RecursionError:
+        raise UserError(f"{name}: its values are nested too deeply") from None
     parsed = YamlText()
-    if node is not None:
-        parsed.value = parsed._read(node, (), node.start_mark.line + 1)
+    try:
+        if node is not None:
+            parsed.value = parsed._read(node, (), node.start_mark.line + 1)
+    except _TooMuchError as error:
+        raise UserError(f"{name}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{name}: its values are nested too deeply") from None
     return parsed
+
+
+def check_text(text: str) -> str:
+    """``text`` itself.
+
+    Raises:
+        ValueError: it holds what no file name, prompt or option can.
+    """
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    try:
+        text.encode("utf-8", "surrogateescape")  # bytes of a file name that are no UTF-8 are good ones
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair") from None
+    return text
 
 
 def dump_yaml(value: Any) -> str:

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
 from megarl.convert.adapters import has_adapters
 from megarl.convert.commands import Checkpoint, config_places, dialect_of, find_iteration
 from megarl.convert.distcp import DistcpReader
 from megarl.errors import UserError
+from megarl.files import read_json_object
 from megarl.models import load_architecture
-from megarl.weights.hf import safetensors_files
+from megarl.terminal import printable
+from megarl.weights.hf import open_weights, safetensors_files
 
 _NUM_TOKENS = 64
 _TOLERANCE = 1e-4  # fp32 on both sides, relative to the largest logit
@@ -69,7 +70,7 @@ def inspect(path: Path, *, as_json: bool) -> str:
     """Format, family, type, size and tensors of a Hugging Face, Megatron-LM or MegaRL checkpoint."""
     facts = _describe(path)
     if as_json:
-        return json.dumps(facts, indent=2)
+        return json.dumps(facts, indent=2)  # which escapes them itself
     table = Table("tensor", "shape", "type", "MiB", title=str(path), title_justify="left")
     for tensor in facts["tensors"]:
         mib = f"{tensor['bytes'] / 2**20:.2f}"
@@ -80,14 +81,14 @@ def inspect(path: Path, *, as_json: bool) -> str:
             value = facts[key]
             console.print(f"{key}: {value:,}" if isinstance(value, int) and value > 9 else f"{key}: {value}")
         console.print(table)
-    return capture.get()
+    return printable(capture.get())
 
 
 def _describe(path: Path) -> dict[str, Any]:
     if (path / "config.json").is_file():
         tensors = _hf_tensors(path)
         facts: dict[str, Any] = {"format": "Hugging Face", "iteration": None}
-        family: str | None = json.loads((path / "config.json").read_text()).get("model_type")
+        family: str | None = read_json_object(path / "config.json").get("model_type")
         optimizer = False
     else:
         directory = find_iteration(path)
@@ -99,7 +100,7 @@ def _describe(path: Path) -> dict[str, Any]:
         names = {"megatron": "Megatron-LM (torch_dist)", "megarl": "MegaRL (torch_dist)"}
         facts = {"format": names[dialect_of(reader)], "iteration": _iteration(directory)}
         place = next((p for p in config_places(path, directory) if p), None)
-        family = json.loads((place / "config.json").read_text()).get("model_type") if place else None
+        family = read_json_object(place / "config.json").get("model_type") if place else None
         optimizer = any(name.startswith(("optimizer.", "chained_")) for name in reader.shapes)
     model = [t for t in tensors if not t["name"].startswith(("optimizer.", "chained_"))]
     return facts | {
@@ -115,7 +116,7 @@ def _hf_tensors(path: Path) -> list[dict[str, Any]]:
     names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     entries = []
     for name, file in safetensors_files(path).items():
-        with safe_open(file, framework="pt") as handle:
+        with open_weights(file) as handle:
             part = handle.get_slice(name)
             entries.append(
                 _entry(name, tuple(part.get_shape()), names.get(part.get_dtype(), part.get_dtype()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,7 +174,9 @@ def find_iteration(path: Path) -> Path:
         raise UserError(
             f"{path}: neither a Megatron checkpoint (.metadata) nor a directory of them ({tracker.name})"
         )
-    text = tracker.read_text().strip()
+    text = tracker.read_text(errors="replace").strip()
+    if text != RELEASE and not re.fullmatch("[0-9]{1,12}", text):
+        raise UserError(f"{tracker}: names no iteration (got {text[:40]!r})")
     directory = path / (text if text == RELEASE else f"iter_{int(text):07}")
     if not (directory / ".metadata").is_file():
         raise UserError(f"{tracker} names {text}, but {directory} is not a distributed checkpoint")

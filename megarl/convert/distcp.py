@@ -29,7 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megarl.convert.pieces import Piece
+from megarl.convert.unpickle import read_metadata
 from megarl.errors import UserError
+from megarl.files import stand_in
+from megarl.terminal import one_line
 
 _MEGATRON_METADATA = {
     "sharded_backend": "torch_dist",
@@ -43,11 +46,7 @@ class DistcpReader:
     """The tensors of one distributed checkpoint directory."""
 
     def __init__(self, directory: Path) -> None:
-        try:
-            with (directory / ".metadata").open("rb") as file:
-                metadata: Metadata = pickle.load(file)
-        except FileNotFoundError:
-            raise UserError(f"{directory}: not a distributed checkpoint (no .metadata in it)") from None
+        metadata = read_metadata(directory)
         self._directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -59,6 +58,8 @@ class DistcpReader:
             if index.fqn in self.shapes:
                 if getattr(info, "transform_descriptors", None):
                     raise UserError(f"{directory}: {index.fqn} is stored compressed, which is not supported")
+                if Path(info.relative_path).name != info.relative_path or info.offset < 0 or info.length < 0:
+                    raise UserError(f"{directory}/.metadata: sends {index.fqn} to {info.relative_path!r}")
                 self._chunks[index.fqn].append((tuple(index.offset), info))
         self._last: tuple[Any, torch.Tensor] | None = None
 
@@ -103,10 +104,19 @@ class DistcpReader:
     def _load(self, info: Any) -> torch.Tensor:
         place = (info.relative_path, info.offset)
         if self._last is None or self._last[0] != place:
-            with (self._directory / info.relative_path).open("rb") as file:
-                file.seek(info.offset)
-                data = file.read(info.length)
-            self._last = (place, torch.load(io.BytesIO(data), weights_only=True))
+            path = self._directory / info.relative_path
+            try:
+                with path.open("rb") as file:
+                    file.seek(info.offset)
+                    data = file.read(info.length)
+                tensor = torch.load(io.BytesIO(data), weights_only=True)
+                assert isinstance(tensor, torch.Tensor), "no tensor where .metadata says one is"
+                self._last = (place, tensor)
+            except FileNotFoundError:
+                raise UserError(f"{path}: missing, and .metadata names it") from None
+            except Exception as error:  # torch's reader and its unpickler raise types of their own
+                reason = stand_in(path) or f"damaged or cut short ({one_line(str(error))[:200]})"
+                raise UserError(f"{path}: {reason}") from error
         return self._last[1]
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
 from megarl.models.table import Architecture, name_problems
-from megarl.weights.hf import CARRIED_OVER, safetensors_files
+from megarl.weights.hf import CARRIED_OVER, open_weights, safetensors_files
 
 _MAX_MAPPED_BYTES = 64 * 2**20
 """Files are mapped while they are read; pages of an open mapping count as the process's memory."""
@@ -62,7 +61,7 @@ class HfReader:
     def _slice(self, name: str) -> Any:
         path = self._files[name]
         if path not in self._handles:
-            self._handles[path] = safe_open(path, framework="pt")
+            self._handles[path] = open_weights(path)
         return self._handles[path].get_slice(name)
 
 
@@ -73,7 +72,7 @@ class IgnoredTensors:
         self._dtype = dtype
         self._slices: dict[str, Any] = {}
         for path in sorted(hf_files.glob(f"{_IGNORED}*.safetensors")):
-            handle = safe_open(path, framework="pt")
+            handle = open_weights(path)
             self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
         self.sizes = {
             name: math.prod(slice_.get_shape()) * (dtype or _dtype(slice_)).itemsize

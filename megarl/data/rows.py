@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from megarl.config.data import FileLocation, HfLocation
 from megarl.errors import UserError
 
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # may begin one: cheaper than a look at every value
 Row = tuple[str, dict[str, Any] | UserError]
 """Where ("file:line", "file row 3") and the record, or what is wrong with it."""
 
@@ -208,9 +210,24 @@ def read_json(text: str) -> Any:
             what Python reads. json.JSONDecodeError where it is no JSON.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
+        if _HALF_PAIR.search(text) and (half := _half_pair(value)) is not None:
+            raise ValueError(f"holds half of a surrogate pair (in {half!r})")
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+    return value
+
+
+def _half_pair(value: Any) -> str | None:
+    """The first string with a surrogate of its own, which no tokenizer takes and no file can hold."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return value[max(0, error.start - 10) : error.end]
+        return None
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((half for part in parts if (half := _half_pair(part)) is not None), None)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.data.template_limits import check_template
 from megarl.errors import UserError
+from megarl.files import read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +68,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_
             problems.append(
                 "data.format.chat_template: the tokenizer has no chat template; false gives bare prompts"
             )
+        else:
+            check_template(tokenizer.chat_template, "model.path")
     else:
         if prompt_format.system_prompt is not None:
             problems.append("data.format.system_prompt: needs data.format.chat_template: true")
@@ -134,10 +138,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) ->
 def _eos_ids(path: Path) -> list[int]:
     if not path.is_file():
         return []
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise UserError(f"model.path: {path} is not a JSON object: {error}") from error
+    eos = read_json_object(path, "model.path").get("eos_token_id")
     if eos is None:
         return []
     ids = eos if isinstance(eos, list) else [eos]

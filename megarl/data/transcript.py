@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# A template may put this much after the last turn's EOS (a line break, as a rule); it is cut off.
+_MAX_AFTER_EOS = 64
+
+
 class Transcripts:
     """Tokenises under one format; ``where`` begins the message of any UserError."""
 
@@ -61,7 +65,7 @@ class Transcripts:
         turns = self._with_format(where, messages)
         try:
             first = first_learned + len(turns) - len(messages)
-            token_ids, loss_mask = self._mask_turns(turns, first, tools)
+            token_ids, loss_mask = self._mask_turns(where, turns, first, tools)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         return self._checked(where, token_ids, loss_mask)
@@ -100,7 +104,7 @@ class Transcripts:
         return turns
 
     def _mask_turns(
-        self, turns: list[Message], first: int, tools: Sequence[Any] | None
+        self, where: str, turns: list[Message], first: int, tools: Sequence[Any] | None
     ) -> tuple[list[int], list[int]]:
         eos = self._eos()
 
@@ -108,6 +112,8 @@ class Transcripts:
             return chat_ids(self._tokenizer, messages, add_generation_prompt=prompt, tools=tools)
 
         token_ids = ids_of(turns, prompt=False)
+        # Before the template is applied up to every turn: that takes the square of their number.
+        self._check_length(where, len(token_ids), spare=_MAX_AFTER_EOS)
         loss_mask = [0] * len(token_ids)
         for position, turn in enumerate(turns):
             if turn["role"] != "assistant" or position < first:
@@ -138,12 +144,15 @@ class Transcripts:
         return eos
 
     def _checked(self, where: str, token_ids: list[int], loss_mask: list[int]) -> TokenSequence:
-        if len(token_ids) > self._max_sequence_length:
+        self._check_length(where, len(token_ids))
+        return _sequence(token_ids, loss_mask)
+
+    def _check_length(self, where: str, length: int, spare: int = 0) -> None:
+        if length - spare > self._max_sequence_length:
             raise TooLongError(
-                f"{where}: the {self._noun} has {len(token_ids)} tokens, but at most "
+                f"{where}: the {self._noun} has {length} tokens, but at most "
                 f"{self._max_sequence_length} are allowed (packing.max_sequence_length)"
             )
-        return _sequence(token_ids, loss_mask)
 
 
 def _sequence(token_ids: list[int], loss_mask: list[int]) -> TokenSequence:

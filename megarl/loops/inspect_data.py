@@ -18,6 +18,7 @@ from megarl.errors import UserError
 from megarl.jobs import JOBS, Job
 from megarl.loops.model_files import read_model
 from megarl.records import Pair, Prompt, TokenSequence
+from megarl.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     data = jobs[0].data.loader()(config, tokenizer, longest, split)
     console = Console(highlight=False, soft_wrap=True)
     shuffle = split == "train" and bool(getattr(config.data, "shuffle", False))
-    indices = order_of(data, shuffle, config.run.seed).batch(0, options.n)
+    indices = order_of(data, shuffle, config.run.seed).batch(0, min(options.n, len(data)))
     names = " or ".join(job.name for job in jobs)
     console.print(f"megarl {names}, data.{split}: {len(data)} {jobs[0].data.noun}; {_legend(console)}")
     for index in indices:
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
                 console.print(Text(note, style="dim"))
     console.rule("all of them", align="left", characters="-")
     for line in _summary(data, longest):
-        console.print(Text(line))
+        console.print(Text(printable(line)))
     return 0
 
 
@@ -95,7 +96,7 @@ def _views(example: TokenSequence | Pair | Prompt, index: int) -> Iterator[tuple
             source = example.metadata.get("source")
             title = f"problem {index}" + (f" ({source})" if source else "")
             sequence = TokenSequence(example.token_ids, np.zeros(len(example.token_ids)))
-            yield title, sequence, f"reference answer: {example.metadata.get('answer')!r}"
+            yield printable(title), sequence, f"reference answer: {example.metadata.get('answer')!r}"
         case TokenSequence():
             yield f"sequence {index}", example, ""
 
@@ -105,7 +106,8 @@ def rendered(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence, *, col
     text, position = Text(), 0
     for learned, run_ in groupby(sequence.loss_mask.tolist()):
         length = len(list(run_))
-        part = tokenizer.decode(sequence.token_ids[position : position + length], skip_special_tokens=False)
+        ids = sequence.token_ids[position : position + length]
+        part = printable(tokenizer.decode(ids, skip_special_tokens=False))
         position += length
         if not learned:
             text.append(part, style="dim" if colour else "")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
+from megarl.files import read_json_object
 from megarl.models import deepseek_v3, gemma, llama, mixtral, qwen2, qwen3, qwen3_moe
 from megarl.models.options import check_options, with_defaults
 from megarl.models.table import Architecture
@@ -30,12 +30,9 @@ def load_architecture(model_dir: str | Path) -> Architecture:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise UserError(f"model.path: {path} does not exist")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    config = read_json_object(path)
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, 1)
         hint = f"; nearest is {near[0]}" if near else ""
         raise UserError(

@@ -194,6 +194,50 @@ def check_options(family: str, config: dict[str, Any]) -> None:
         raise UserError("\n".join(f"config.json: {problem}" for problem in problems))
 
 
+# Sizes: what each may be, null meaning that it is missing. The bounds are beyond any model there is.
+_COUNTS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(["hidden_size", "intermediate_size", "moe_intermediate_size"], (1, 2**24)),
+    **dict.fromkeys(["vocab_size", "max_position_embeddings"], (1, 2**31 - 1)),
+    **dict.fromkeys(["num_attention_heads", "num_key_value_heads", "head_dim", "kv_lora_rank"], (1, 2**20)),
+    **dict.fromkeys(["qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "q_lora_rank"], (1, 2**20)),
+    **dict.fromkeys(
+        ["num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"], (1, 2**16)
+    ),
+    **dict.fromkeys(["n_group", "topk_group", "decoder_sparse_step"], (1, 2**16)),
+    "num_hidden_layers": (1, 10_000),
+    **dict.fromkeys(["n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"], (0, 10_000)),
+    "num_mtp_layers": (0, 10_000),
+}
+_POSITIVE = ["rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"]
+_ROPE_POSITIVE = [
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+]
+_MOST = 1e30
+
+
+def _size_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Numbers with which nothing can be built."""
+    for key, (least, most) in _COUNTS.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            yield f"{key} must be a whole number from {least} to {most} (got {value!r})"
+    for key in _POSITIVE:
+        if (value := config.get(key)) is not None and not _is_positive(value):
+            yield f"{key} must be a number above 0 (got {value!r})"
+    if (value := config.get("tie_word_embeddings")) is not None and not isinstance(value, bool):
+        yield f"tie_word_embeddings must be true or false (got {value!r})"
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < _MOST
+
+
 def _problems(family: str, config: dict[str, Any]) -> Iterator[str]:
     own = _FAMILY_NEUTRAL.get(family, {})
     for key, value in config.items():
@@ -206,13 +250,14 @@ def _problems(family: str, config: dict[str, Any]) -> Iterator[str]:
                 "take the key out of the file"
             )
         elif key == "layer_types":
-            if set(value) != {"full_attention"}:
+            if not isinstance(value, list) or any(each != "full_attention" for each in value) or not value:
                 yield f"layer_types is not supported for {family} but for full_attention (got {value!r})"
         elif key == "sliding_window" and family.startswith("qwen"):
             continue  # counts with use_sliding_window alone
         elif value not in (allowed := own.get(key, NEUTRAL[key])):
             built = f"; built is {allowed[0]!r}" if allowed else ""
             yield f"{key} {value!r} is not supported for {family}{built}"
+    yield from _size_problems(config)
     yield from _rope_problems(config)
 
 
@@ -229,5 +274,7 @@ def _rope_problems(config: dict[str, Any]) -> Iterator[str]:
             for key, value in part.items():
                 if key not in _ROPE_KEYS:
                     yield f"{section}.{key} is not supported (known: {', '.join(sorted(_ROPE_KEYS))})"
+                elif key in _ROPE_POSITIVE and value is not None and not _is_positive(value):
+                    yield f"{section}.{key} must be a number above 0 (got {value!r})"
                 elif key == "partial_rotary_factor" and value not in (None, 1):
                     yield f"{section}.partial_rotary_factor {value!r} is not supported; built is 1"

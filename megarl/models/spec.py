@@ -34,7 +34,7 @@ class RopeSpec:
         rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config.get("rope_theta", default_theta)))
-        if kind not in ("default", "linear", "llama3", "yarn"):
+        if not isinstance(kind, str) or kind not in ("default", "linear", "llama3", "yarn"):
             raise UserError(
                 f"config.json: rope_type {kind!r} is not supported (default, linear, llama3, yarn)"
             )

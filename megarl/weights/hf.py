@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
+from megarl.files import read_index, stand_in
 from megarl.models.score import SCORE, score_config
 from megarl.models.table import Architecture, Region, name_problems
 
@@ -54,8 +55,7 @@ def safetensors_files(model_dir: Path) -> dict[str, Path]:
     """Return the file of each tensor name, for sharded and single-file checkpoints."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        files = {name: model_dir / file for name, file in names.items()}
+        files = {name: model_dir / file for name, file in read_index(index).items()}
         missing = sorted({str(path) for path in files.values() if not path.is_file()})
         if missing:
             raise UserError("\n".join(f"{index}: shard {path} does not exist" for path in missing))
@@ -63,8 +63,21 @@ def safetensors_files(model_dir: Path) -> dict[str, Path]:
     single = model_dir / "model.safetensors"
     if not single.is_file():
         raise UserError(f"model.path: {model_dir} has neither model.safetensors nor its index")
-    with safe_open(single, framework="pt") as file:
+    with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def open_weights(path: Path) -> Any:
+    """A safetensors file to read tensors of; a context manager.
+
+    Raises:
+        UserError: the file is damaged, cut short, or stands in for one that was not downloaded.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = stand_in(path) or f"not a whole safetensors file ({error})"
+        raise UserError(f"{path}: {reason}") from error
 
 
 def fingerprint(model_dir: str | Path) -> str:
@@ -76,7 +89,7 @@ def fingerprint(model_dir: str | Path) -> str:
     digest = hashlib.sha256((model_dir / "config.json").read_bytes())
     with ExitStack() as stack:
         files = safetensors_files(model_dir)
-        handles = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
+        handles = {path: stack.enter_context(open_weights(path)) for path in set(files.values())}
         for name, path in sorted(files.items()):
             part = handles[path].get_slice(name)
             first = part[:1].contiguous()
@@ -103,7 +116,7 @@ def load_hf(
     model_dir = Path(model_dir)
     files = safetensors_files(model_dir)
     with ExitStack() as stack:
-        handles = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(files.values())}
+        handles = {path: stack.enter_context(open_weights(path)) for path in set(files.values())}
 
         absent = {name: tensor for name, tensor in (initial or {}).items() if name not in files}
 

@@ -1,0 +1,83 @@
+"""A checkpoint's ``.metadata`` without running what it says: pickles of plain records, and of nothing else.
+
+A pickle names the functions that rebuild its objects, and unpickling calls them: in a file from elsewhere
+they may be any. Here the names are those that torch.distributed.checkpoint's own records need.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megarl.errors import UserError
+from megarl.files import stand_in
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    _METADATA: {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint._extension": {"StreamTransformExtension"},
+    "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "builtins": {"set", "frozenset", "dict", "list", "tuple"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+}
+_MAX_BYTES = 4 * 2**30
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """``directory``/.metadata.
+
+    Raises:
+        UserError: there is none, it is damaged, or it asks for anything but the records of a checkpoint.
+    """
+    path = directory / ".metadata"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{directory}: not a distributed checkpoint (no .metadata in it)") from None
+    try:
+        value = _Unpickler(io.BytesIO(data)).load()
+    except _ForbiddenError as error:
+        raise UserError(
+            f"{path}: asks for {error}, which no checkpoint needs: it would run code; nothing was run"
+        ) from None
+    except Exception as error:  # damaged pickles raise some ten types
+        reason = stand_in(path) or f"damaged or cut short ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {reason}") from error
+    if not isinstance(value, Metadata):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not the metadata of a checkpoint")
+    return value
+
+
+class _ForbiddenError(Exception):
+    """A name that is not in the list."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """The object of this name, where it is one of a checkpoint's records."""
+        is_dtype = module == "torch" and name.isidentifier() and _is_dtype(name)
+        if not is_dtype and name not in _ALLOWED.get(module, ()):
+            raise _ForbiddenError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _is_dtype(name: str) -> bool:
+    import torch
+
+    return isinstance(getattr(torch, name, None), torch.dtype)
