@@ -19,6 +19,7 @@ from megarl.config.section import (
     Seconds,
     Section,
     Text,
+    at_most,
     rule,
 )
 
@@ -139,7 +140,7 @@ class JudgeConfig(Judging):
     """The judge's temperature."""
     max_tokens: PositiveInt = 512
     """The judge's longest reply."""
-    num_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    num_attempts: Annotated[int, Field(ge=1), at_most(100)] = 3
     """Requests per grading until one is answered with a score."""
     request_timeout_seconds: Seconds = 15.0
     """Longest a request may take."""

@@ -43,12 +43,12 @@ def _run_directory(config: Section) -> Problems:
         return
     try:
         if Path(directory).exists() and not Path(directory).is_dir():
-            yield "run.dir", f"is a file, not a directory (got {show(directory)})"
+            yield "run.dir", f"is a file, not a directory (got {directory!r})"
         os.stat(directory)
     except FileNotFoundError:
         return
     except OSError as error:  # a name too long, below a file, a loop of links
-        yield "run.dir", f"{error.strerror} (got {show(directory)})"
+        yield "run.dir", f"{error.strerror} (got {directory!r})"
 
 
 def _data_files(config: Section) -> Problems:
@@ -56,11 +56,11 @@ def _data_files(config: Section) -> Problems:
         for at, source in parts_of(_get(config, "data", split), f"data.{split}"):
             copy, file = _get(source, "directory"), _get(source, "path")
             if copy is not None and not _exists(copy):
-                yield f"{at}.directory", f"nothing there (got {show(copy)}){_from_here(copy)}"
+                yield f"{at}.directory", f"nothing there (got {copy!r}){_from_here(copy)}"
             if file is not None and not (_exists(file) and Path(file).is_file()):
-                yield f"{at}.path", f"no such file (got {show(file)}){_from_here(file)}"
+                yield f"{at}.path", f"no such file (got {file!r}){_from_here(file)}"
             elif file is not None and Path(file).stat().st_size == 0:
-                yield f"{at}.path", f"the file is empty (got {show(file)})"
+                yield f"{at}.path", f"the file is empty (got {file!r})"
 
 
 def _model(config: Section, weights: bool) -> Problems:
@@ -92,11 +92,11 @@ def _other_models(config: Section) -> Problems:
 def _directory(field: str, path: str, lacks: list[str], weights: bool) -> Problems:
     directory = Path(path)
     if not (_exists(path) and directory.is_dir()):
-        yield field, f"no such directory (got {show(path)}){_from_here(path)}"
+        yield field, f"no such directory (got {path!r}){_from_here(path)}"
         return
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
     if missing := [*missing, *lacks, *(_missing_weights(directory) if weights else ())]:
-        yield field, f"the directory lacks {', '.join(missing)} (got {show(path)})"
+        yield field, f"the directory lacks {', '.join(missing)} (got {path!r})"
 
 
 def _missing_weights(directory: Path) -> list[str]:

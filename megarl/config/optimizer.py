@@ -13,6 +13,7 @@ from megarl.config.section import (
     NonNegativeInt,
     Problems,
     Section,
+    at_most,
     rule,
 )
 
@@ -20,7 +21,7 @@ from megarl.config.section import (
 class OptimizerConfig(Section):
     """Megatron's AdamW, its schedule and gradient clipping."""
 
-    lr: Annotated[float, Field(gt=0, le=1000)]
+    lr: Annotated[float, Field(gt=0), at_most(1000)]
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
     """Where linear and cosine schedules end."""
@@ -28,13 +29,13 @@ class OptimizerConfig(Section):
     """Shape after warm-up, over the run's optimizer steps."""
     lr_warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up from 0."""
-    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0), at_most(1000)] = 0.0
     """Decoupled weight decay (norms and biases excluded)."""
     adam_beta1: Decay = 0.9
     """First-moment decay."""
     adam_beta2: Decay = 0.95
     """Second-moment decay."""
-    adam_eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    adam_eps: Annotated[float, Field(gt=0), at_most(1)] = 1e-8
     """Added to the root of the second moment."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm to clip to; 0 switches clipping off."""

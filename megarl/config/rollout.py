@@ -18,6 +18,7 @@ from megarl.config.section import (
     ProcessCount,
     Seconds,
     Section,
+    at_most,
     rule,
 )
 
@@ -27,7 +28,7 @@ class EngineConfig(Section):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is the trainer's type, the one with which weights can be aliased."""
-    kv_cache_gib: Annotated[float, Field(gt=0, le=1_000_000)] = 0.5
+    kv_cache_gib: Annotated[float, Field(gt=0), at_most(1_000_000)] = 0.5
     """Memory for the KV cache, on each rank of each engine."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded side by side, by each engine."""
@@ -35,7 +36,7 @@ class EngineConfig(Section):
     """Tokens per engine step (prefill and decode together), raised to hold one whole sequence."""
     enable_prefix_caching: bool = True
     """Compute the prompt of a group once."""
-    tensor_parallel_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    tensor_parallel_size: Annotated[int, Field(ge=1), at_most(4096)] = 1
     """Ranks that share each layer's matrices; independent of the trainer's."""
     data_parallel_size: ProcessCount = 1
     """Whole engines side by side, that share the requests; with several hosts as many on each of them."""

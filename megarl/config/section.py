@@ -17,11 +17,6 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0, le=100_000_000)]
-"""Three years at most: longer ones overflow in the clocks of threads and sockets."""
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-"""What every library's generator takes."""
-ProcessCount = Annotated[int, Field(ge=1, le=65_536)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 MAX_NUMBER = 10**15
@@ -30,11 +25,29 @@ SAID_ITSELF = "said_itself"
 """Type of a pydantic error whose message is the whole explanation."""
 
 
+def at_most(limit: int) -> AfterValidator:
+    """For ``Annotated``: a bound beyond anything sensible, which descriptions of the field leave out."""
+
+    def check(value: Any) -> Any:
+        if value > limit:
+            raise PydanticCustomError(SAID_ITSELF, f"expected at most {limit}")
+        return value
+
+    return AfterValidator(check)
+
+
+Seconds = Annotated[float, Field(gt=0), at_most(100_000_000)]
+"""Three years at most: longer ones overflow in the clocks of threads and sockets."""
+Seed = Annotated[int, Field(ge=0), at_most(2**32 - 1)]
+"""What every library's generator takes."""
+ProcessCount = Annotated[int, Field(ge=1), at_most(65_536)]
+
+
 def _path(text: str) -> str:
     if re.search(r"\$[A-Za-z_]", text):
         raise PydanticCustomError(SAID_ITSELF, "$NAME is not expanded; write ${NAME}")
     expanded = os.path.expanduser(text)
-    if expanded.startswith("~"):
+    if re.match("~[^~]*(/|$)", expanded):
         raise PydanticCustomError(SAID_ITSELF, "~ names no home directory here")
     return expanded
 

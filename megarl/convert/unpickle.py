@@ -36,7 +36,8 @@ _ALLOWED = {
     "builtins": {"set", "frozenset", "dict", "list", "tuple"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
-_MAX_BYTES = 4 * 2**30
+# Nothing of these is looked up: a stand-in takes the place of each.
+_NOT_READ = ("torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.")
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -59,9 +60,22 @@ def read_metadata(directory: Path) -> Metadata:
     except Exception as error:  # damaged pickles raise some ten types
         reason = stand_in(path) or f"damaged or cut short ({type(error).__name__}: {error})"
         raise UserError(f"{path}: {reason}") from error
+    if isinstance(value, _Unread) and vars(value).keys() >= {"state_dict_metadata", "storage_data"}:
+        held = vars(value)  # Megatron's own kind
+        value = Metadata(held["state_dict_metadata"], storage_data=held["storage_data"])
     if not isinstance(value, Metadata):
         raise UserError(f"{path}: holds a {type(value).__name__}, not the metadata of a checkpoint")
     return value
+
+
+class _Unread:
+    """Stands for a record that nobody here reads, such as the plan by which a checkpoint was written."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
 
 
 class _ForbiddenError(Exception):
@@ -71,6 +85,8 @@ class _ForbiddenError(Exception):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The object of this name, where it is one of a checkpoint's records."""
+        if module.startswith(_NOT_READ):
+            return _Unread
         is_dtype = module == "torch" and name.isidentifier() and _is_dtype(name)
         if not is_dtype and name not in _ALLOWED.get(module, ()):
             raise _ForbiddenError(f"{module}.{name}")

@@ -94,14 +94,15 @@ def test_missing_shard(folder: Path) -> None:
     assert lines() == ["model.path: the directory lacks model-2-of-2.safetensors (got 'model')"]
     index.write_text("[")
     assert lines() == [
-        "model.path: the directory lacks a readable model.safetensors.index.json (got 'model')"
+        "model.path: the directory lacks a readable model.safetensors.index.json "
+        "(model/model.safetensors.index.json:1: not valid JSON: Expecting value) (got 'model')"
     ]
 
 
 def test_broken_config_json(folder: Path) -> None:
     (folder / "model" / "config.json").write_text("{")
     (line,) = lines()
-    assert line.startswith("model.path: config.json cannot be read: ")
+    assert line.startswith("model.path: model/config.json:1: not valid JSON: ")
 
 
 def test_lengths_against_the_model(folder: Path) -> None:

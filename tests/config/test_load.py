@@ -77,12 +77,12 @@ def test_round_trip_of_every_field(folder: Path) -> None:
         "logging.wandb.project=1e5",
         "optimizer.adam_eps=1e-30",
         "packing.max_sequence_length=512",
-        "run.dir=~",
+        "run.dir=~~",
     )
     assert isinstance(config.data.train, ReasoningGymSource)
     assert config.data.train.arguments["ops"] == ["+", "on", "1e5", "007", "${X}", None, True]
     assert config.data.format.prompt_suffix == "\nThe answer: # ${X}\t"
-    assert config.run.dir == "~"
+    assert config.run.dir == "~~"
     assert grpo(folder, text=dump_config(config)) == config
 
 
@@ -364,4 +364,4 @@ def test_world_size_replaces_num_processes(folder: Path) -> None:
 
 def test_a_tag_that_its_text_does_not_fit(folder: Path) -> None:
     (line,) = errors(folder, text=GRPO.replace("lr: 1e-5", "lr: !!float fast"))
-    assert line == "optimizer.lr: could not convert string to float: 'fast' [c.yaml:6]"
+    assert line == "optimizer.lr: !!float on what is none (got 'fast') [c.yaml:6]"

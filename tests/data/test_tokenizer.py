@@ -86,7 +86,7 @@ def test_bad_stop_tokens_are_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match="generation_config.json is '<|end|>'"):
         stop_token_ids(tokenizer, tmp_path)
     (tmp_path / "generation_config.json").write_text("[")
-    with pytest.raises(UserError, match="generation_config.json is not a JSON object"):
+    with pytest.raises(UserError, match="generation_config.json:1: not valid JSON"):
         stop_token_ids(tokenizer, tmp_path)
     (tmp_path / "generation_config.json").unlink()
     tokenizer = copy.deepcopy(tokenizer)
