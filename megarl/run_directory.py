@@ -5,6 +5,7 @@
     runs/<name>/
       config.yaml             resolved configuration
       console.log             what the console showed, whatever became of the terminal
+      inputs.json             sizes and checksums of what the run reads beside it
       metrics.jsonl           one JSON object per step
       samples/step_N.jsonl    samples of step N
       evaluations/step_N.jsonl  every answer of the evaluation after step N (0: before the first)
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
 # Fields a resumed run may change: they alter what is written down, where it runs or when it ends, not what
 # is learned (up to rounding).
 _FREE_FIELDS = (
-    *("run.dir", "run.hang_timeout_seconds", "run.on_non_finite", "logging", "checkpoint", "profile"),
-    *("launcher", "parallel", "training.num_steps", "reference.cache_dir", "lora.export"),
-    "rollout.engine.data_parallel_size",
+    *("run.dir", "run.hang_timeout_seconds", "run.on_non_finite", "run.on_changed_inputs"),
+    *("logging", "checkpoint", "profile", "launcher", "parallel", "training.num_steps"),
+    *("reference.cache_dir", "lora.export", "rollout.engine.data_parallel_size"),
 )
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")

@@ -77,6 +77,7 @@ class DistillLearner:
                 top_k=algorithm.teacher_top_k,
                 renormalize=algorithm.renormalize_top_k is not False,
             ),
+            Sampler(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p),
         )
 
     def notes(self) -> list[str]:
@@ -111,10 +112,17 @@ class DistillLearner:
 
 
 class Distiller:
-    """Train ``student`` towards ``teacher``, under the same layout. Every rank calls every method."""
+    """Train ``student`` towards ``teacher``, under the same layout. Every rank calls every method.
 
-    def __init__(self, student: Trainer, teacher: Trainer, options: DistillOptions) -> None:
+    ``drawn_by`` is what the engine drew the samples with: its logprobs are compared with the student's of the
+    same distribution, though the divergence is over the whole vocabulary. None: at the options' temperature.
+    """
+
+    def __init__(
+        self, student: Trainer, teacher: Trainer, options: DistillOptions, drawn_by: Sampler | None = None
+    ) -> None:
         self.student, self.teacher, self.options = student, teacher, options
+        self.drawn_by = drawn_by or Sampler(options.temperature)
         self._teacher_at: dict[int, HiddenTokens] = {}  # by the microbatch's id, until forget()
 
     def read_teacher(self, batches: list[PackedBatch]) -> None:
@@ -137,7 +145,8 @@ class Distiller:
             nonlocal mismatch
             with torch.no_grad():
                 tokens = output.logprobs(sampler)
-            mismatch = mismatch + mismatch_of(tokens)
+                drawn = output.logprobs(self.drawn_by) if self.drawn_by.truncates else tokens
+            mismatch = mismatch + mismatch_of(drawn)
             teacher = self._teacher_at[id(output.batch)]
             return distill_loss(self.options, output.at_targets(), teacher, tokens)
 

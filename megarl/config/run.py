@@ -33,6 +33,9 @@ class RunConfig(Section):
     on_non_finite: Literal["stop", "warn"] = "stop"
     """What NaN or infinity in a loss, a gradient norm or the weights does: stop ends the run at once, warn
     says so and goes on. Neither saves such a step."""
+    on_changed_inputs: Literal["warn", "refuse"] = "warn"
+    """What a resumed run does when its data, model directories, tokenizer, code of your own or packages have
+    changed: go on with a line for each, or end with it."""
 
 
 class ProfileConfig(Section):

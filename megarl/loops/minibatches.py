@@ -142,11 +142,13 @@ def old_and_reference(
 
     ``old`` "rollout" uses the engine's logprobs as old ones, without a forward pass.
     """
-    temperature, mismatch = config.rollout.temperature, LogprobMismatch()
+    rollout, mismatch = config.rollout, LogprobMismatch()
+    temperature, top_k, top_p = rollout.temperature, rollout.top_k, rollout.top_p
     with run.timers("logprobs"):
         for mini in minis if old is True else ():
-            filled = fill_logprobs(policy, mini.batches, "old_logprobs", temperature=temperature)
-            mismatch = mismatch + filled
+            mismatch = mismatch + fill_logprobs(
+                policy, mini.batches, "old_logprobs", temperature=temperature, top_k=top_k, top_p=top_p
+            )
         for batch in (each for mini in minis for each in mini.batches) if old == "rollout" else ():
             batch.old_logprobs = batch.rollout_logprobs
         if config.algorithm.needs_reference:

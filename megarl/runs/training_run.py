@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megarl import platform
+from megarl.runs.inputs import INPUTS_FILE, changes, find_inputs, read_inputs
 from megarl.runs.resuming import load, newest_whole, told_once
 from megarl.runs.checkpoint_manager import CheckpointManager
 from megarl.cluster import heartbeat
@@ -31,7 +32,7 @@ from megarl.metrics.timers import PhaseTimers
 from megarl.models.table import Architecture
 from megarl.platform import ranges
 from megarl.records import StepMetrics
-from megarl.run_directory import RunDirectory
+from megarl.run_directory import RunDirectory, to_json, write_atomically
 from megarl.cluster.collectives import broadcast, from_first_rank, on_first_rank
 from megarl.trainer.interface import Checkpointable, Trainer
 from megarl.weights.hf import export_hf, fingerprint
@@ -91,7 +92,23 @@ class TrainingRun:
         self.console.keep_log(self.directory.console_path)
         for line in lines:
             self.console.note(line)
+        self._look_at_inputs()
         heartbeat.clear(self.directory.ranks_path)
+
+    def _look_at_inputs(self) -> None:
+        """Say what else has changed since the run began, and keep what there is now."""
+        before = read_inputs(self.directory.path)
+        now = find_inputs(self.config, before)
+        has_begun = before is not None and bool(self.directory.checkpoint_steps())
+        if lines := changes(before or {}, now) if has_begun else []:
+            if self.config.run.on_changed_inputs == "refuse":
+                raise UserError(
+                    f"run.on_changed_inputs: {'; '.join(lines)} since this run began: restore it, choose another "
+                    "run.dir, or set it to warn"
+                )
+            for line in lines:
+                self.console.warn(f"{line} since this run began; it goes on with what is there now")
+        write_atomically(self.directory.path / INPUTS_FILE, to_json(now, indent=1) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -36,13 +36,20 @@ class TrainStepResult:
 
 
 def fill_logprobs(
-    trainer: Trainer, batches: list[PackedBatch], into: LogprobField, *, temperature: float
+    trainer: Trainer,
+    batches: list[PackedBatch],
+    into: LogprobField,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> LogprobMismatch:
     """Forward only: set ``into`` of every microbatch to the present weights' logprobs (last stage).
 
-    Returns how they agree with the rollout's, over all ranks.
+    They are of the sampler's distribution, as the engine's are. Returns how they agree with those, over all
+    ranks.
     """
-    mismatch, sampler = LogprobMismatch(), Sampler(temperature)
+    mismatch, sampler = LogprobMismatch(), Sampler(temperature, top_k, top_p)
 
     def read(output: Output) -> None:
         nonlocal mismatch

@@ -34,6 +34,34 @@ def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, A
     return Distiller(student, teacher, DistillOptions(**options))
 
 
+def mismatch(
+    context: Any,
+    student_dir: str,
+    teacher_dir: str,
+    options: dict[str, Any],
+    drawn_by: dict[str, Any],
+    sequences: list[TokenSequence],
+) -> dict[str, float]:
+    """Engine against trainer in one step on samples with the engine's logprobs."""
+    from megarl.trainer.outputs import Sampler
+
+    distiller = build(context, student_dir, teacher_dir, options)
+    distiller.drawn_by = Sampler(**drawn_by)
+    batches = prepare(distiller.student, sequences, "token").batches
+    distiller.read_teacher(batches)
+    found: dict[str, float] = distiller.step(batches).mismatch.metrics()
+    return found
+
+
+def filled(context: Any, model_dir: str, drawn_by: dict[str, Any], sequences: list[TokenSequence]) -> Any:
+    """The same of a pass for old logprobs, as a step that trains the critic alone takes it."""
+    from megarl.trainer.passes import fill_logprobs
+
+    policy = build(context, model_dir, model_dir, {}).student
+    batches = prepare(policy, sequences, "token").batches
+    return fill_logprobs(policy, batches, "old_logprobs", **drawn_by).metrics()
+
+
 def steps(
     context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any], count: int
 ) -> dict[str, Any]:

