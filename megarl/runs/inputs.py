@@ -65,7 +65,8 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
         old, new = before[key], now[key]
         if key.startswith("package "):
             if old != new:
-                lines.append(f"{key.removeprefix('package ')} is {new['version']}, it was {old['version']}")
+                name = key.removeprefix("package ")
+                lines.append(f"{name} is {new['version']}, and was {old['version']} when this run began")
             continue
         different = [
             f"{name} {'is gone' if name not in new else 'is new' if name not in old else 'has changed'}"
@@ -74,7 +75,7 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
         ]
         if different:
             more = f", and {len(different) - 1} more" if len(different) > 1 else ""
-            lines.append(f"{key}: {different[0]}{more}")
+            lines.append(f"{key}: {different[0]} since this run began{more}")
     return sorted(lines)
 
 

@@ -103,11 +103,11 @@ class TrainingRun:
         if lines := changes(before or {}, now) if has_begun else []:
             if self.config.run.on_changed_inputs == "refuse":
                 raise UserError(
-                    f"run.on_changed_inputs: {'; '.join(lines)} since this run began: restore it, choose another "
-                    "run.dir, or set it to warn"
+                    f"run.on_changed_inputs: {'; '.join(lines)}: restore it, choose another run.dir, or set warn "
+                    "to go on with what is there now"
                 )
             for line in lines:
-                self.console.warn(f"{line} since this run began; it goes on with what is there now")
+                self.console.warn(f"{line}; it goes on with what is there now")
         write_atomically(self.directory.path / INPUTS_FILE, to_json(now, indent=1) + "\n")
 
     def __exit__(

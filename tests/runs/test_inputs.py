@@ -83,7 +83,8 @@ def test_each_change_is_told(tmp_path: Path, config: GrpoConfig, name: str) -> N
     content = bytearray(file.read_bytes() if file.exists() else b"{}")
     content[len(content) // 2] ^= 1
     file.write_bytes(content)  # as long as before
-    assert changes(before, find_inputs(config, before)) == EDITS[name]
+    expected = [f"{line} since this run began" for line in EDITS[name]]
+    assert changes(before, find_inputs(config, before)) == expected
     file.unlink()
     gone = changes(before, find_inputs(config, before))
     assert all("is gone" in line for line in gone) or name in ("rows.jsonl", "docs.jsonl", "model/added.json")
@@ -107,7 +108,7 @@ def test_packages_that_make_data_count(config: GrpoConfig) -> None:
     before["package reasoning-gym"] = {"version": "0.0.1"}
     [line] = changes(before, find_inputs(config))
     assert line.startswith("reasoning-gym is ")
-    assert line.endswith(", it was 0.0.1")
+    assert line.endswith(", and was 0.0.1 when this run began")
 
 
 def test_large_weights_are_sampled_and_data_is_not(
@@ -123,8 +124,8 @@ def test_large_weights_are_sampled_and_data_is_not(
         content[place] = 1
         file.write_bytes(content)
     told = changes(before, find_inputs(config, before))
-    assert "model.path: model.safetensors has changed" in told
-    assert EDITS["rows.jsonl"][0] in told
+    assert "model.path: model.safetensors has changed since this run began" in told
+    assert f"{EDITS['rows.jsonl'][0]} since this run began" in told
 
 
 def _fields(kind: Any, seen: set[Any]) -> Iterator[str]:
