@@ -276,6 +276,26 @@ class CustomEnvironmentConfig(Judging):
             yield "path", f'is written "package.module:Class" (got {self.path!r})'
 
 
+class FunctionConfig(Judging):
+    """Rewards from plain functions of your own: (prompt, response, answer) -> float, all texts."""
+
+    kind: Literal["function"]
+    """Selects this environment."""
+    paths: Annotated[list[Text], Field(min_length=1)]
+    """Where they are: "package.module:function" each, installed or in the current directory."""
+    weights: list[float] | None = None
+    """What each value is multiplied with before they are added up (null: 1)."""
+
+    @rule
+    def _functions(self) -> Problems:
+        for number, path in enumerate(self.paths):
+            if not is_dotted(path):
+                yield "paths", f'item {number} is written "package.module:function" (got {path!r})'
+        if self.weights is not None and len(self.weights) != len(self.paths):
+            counts = f"{len(self.weights)} for {len(self.paths)} functions"
+            yield "weights", f"has one number for each of paths (got {counts})", "paths"
+
+
 class ToolsConfig(Judging):
     """A loop of tool calls in the model's own form, and an answer that is judged."""
 
@@ -334,6 +354,7 @@ EnvironmentConfig = Annotated[
     | Annotated[CodeConfig, Tag("code")]
     | Annotated[NumberGuessingConfig, Tag("number_guessing")]
     | Annotated[SlidingPuzzleConfig, Tag("sliding_puzzle")]
+    | Annotated[FunctionConfig, Tag("function")]
     | Annotated[ToolsConfig, Tag("tools")]
     | Annotated[CustomEnvironmentConfig, Tag("custom")],
     Discriminator(_kind),

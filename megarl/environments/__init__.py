@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megarl.config.environments import (
     CodeConfig,
     CustomEnvironmentConfig,
+    FunctionConfig,
     JudgeConfig,
     MathEnvironmentConfig,
     MultipleChoiceConfig,
@@ -99,6 +100,10 @@ def make_environment(config: EnvironmentConfig, field: str) -> Environment:
         from megarl.environments.code import CodeEnvironment
 
         return CodeEnvironment(config, field)
+    if isinstance(config, FunctionConfig):
+        from megarl.environments.function import FunctionEnvironment
+
+        return FunctionEnvironment(config, field)
     return _make_of_turns(config, field)
 
 
@@ -176,6 +181,11 @@ def wrong_references(
                 yield position, f"{where}: {problem}"
     elif isinstance(config, ToolsConfig):
         yield from wrong_references(config.answer, f"{field}.answer", lines)
+    elif isinstance(config, FunctionConfig):
+        from megarl.config.dotted import load_function
+
+        for path in config.paths:
+            load_function(path, f"{field}.paths")
     elif isinstance(config, CustomEnvironmentConfig):
         from megarl.environments.custom import load_class
 

@@ -52,7 +52,7 @@ def load_native() -> None:
             f"megarl.{fitting[0]} does not load beside torch {torch.__version__} ({error}); "
             "`make setup` rebuilds it"
         ) from error
-    sys.modules["megarl._C"] = megarl._C = module  # type: ignore[attr-defined]
+    sys.modules["megarl._C"] = megarl._C = module
 
 
 def _runs_on(present: str, needed: str) -> bool:
