@@ -186,6 +186,9 @@ class CodeConfig(Judging):
     """auto: the first of these that works here; the log and `megarl doctor` say which."""
     timeout_seconds: Seconds = 10.0
     """Longest run of one program (all `tests`, or one case), in wall-clock and in CPU time."""
+    total_timeout_seconds: PositiveFloat = 45.0
+    """Longest that the cases of a problem may run in all: those left then are not passed. With `tests`, what
+    the program and they may take together: beyond it judging has failed."""
     memory_mib: PositiveInt = 512
     """Memory of a program: of each process by address space, of all together by what is resident."""
     disk_mib: PositiveInt = 16
@@ -197,11 +200,17 @@ class CodeConfig(Judging):
     max_concurrency: PositiveInt | None = None
     """Programs of one worker at a time; null: as many as there are cores."""
 
+    @rule
+    def _times(self) -> Problems:
+        if self.timeout_seconds > self.total_timeout_seconds:
+            least = f"must be at least timeout_seconds = {self.timeout_seconds:g}"
+            yield "total_timeout_seconds", f"{least} (got {self.total_timeout_seconds:g})", "timeout_seconds"
+
     def within(self, limit: float) -> Problems:
-        """One program's run."""
-        if (longest := self.timeout_seconds) >= limit:
+        """All of one response's runs."""
+        if (longest := self.total_timeout_seconds) >= limit:
             below = f"must be below rollout.environments.timeout_seconds = {limit:g}"
-            yield "timeout_seconds", f"{below}, which would end the whole judging (got {longest:g})"
+            yield "total_timeout_seconds", f"{below}, which would end the whole judging (got {longest:g})"
 
 
 class NumberGuessingConfig(Judging):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import functools
 import json
 import os
 import re
-import secrets
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl.environments import sandbox
-from megarl.environments.base import Verifier
-from megarl.environments.sandbox_streams import Finished, Limits
+from megarl.environments.base import Verifier, VerifierError
+from megarl.environments.sandbox_streams import Finished, Limits, SandboxError
 
 if TYPE_CHECKING:
     from megarl.config.environments import CodeConfig
@@ -20,33 +25,8 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _SHOWN = 300
 
-# Reads tests and key before the solution runs, and says after each test that it passed: a solution that ends
-# the process, or prints what a test would, has passed nothing.
-_HARNESS = """\
-import os, json
-
-
-def _run():
-    data = b""
-    while chunk := os.read(3, 65536):
-        data += chunk
-    os.close(3)
-    request = json.loads(data)
-    with open("solution.py") as file:
-        source = file.read()
-    space = {"__name__": "__main__", "__file__": "solution.py"}
-    exec(compile(source, "solution.py", "exec"), space)
-    for number, test in enumerate(request["tests"]):
-        try:
-            exec(compile(test, f"test {number}", "exec"), space)
-        except Exception as error:
-            os.write(2, f"test {number}: {type(error).__name__}: {error}\\n".encode())
-        else:
-            os.write(4, f"{request['key']} {number}\\n".encode())
-
-
-_run()
-"""
+_FOLDER = Path(__file__).parent
+_JUDGE_OUTPUT = 1 << 20
 
 
 class CodeEnvironment(Verifier):
@@ -74,18 +54,25 @@ class CodeEnvironment(Verifier):
             output_bytes=config.output_kib << 10,
             num_processes=config.num_processes,
         )
+        self._judge_limits = dataclasses.replace(
+            self._limits,
+            wall_seconds=config.total_timeout_seconds,
+            cpu_seconds=max(1, round(config.total_timeout_seconds)),
+            output_bytes=_JUDGE_OUTPUT,
+        )
         self.max_concurrency = config.max_concurrency or len(os.sched_getaffinity(0))
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
         """Reward in [0, 1]."""
         entry = {**prompt.metadata.get("entry", {}), **prompt.metadata}
-        program = str(entry.get("prefix", "")) + "\n" + extract_program(response_text)
+        prefix = str(entry.get("prefix", ""))
+        program = prefix + "\n" + extract_program(response_text)
         cases, tests = entry.get(self._config.cases_field), entry.get(self._config.tests_field)
         if cases is not None:
             passed, last = await self._run_cases(program, read_cases(cases))
             total = len(read_cases(cases))
         else:
-            passed, last = await self._run_tests(program, read_tests(tests))
+            passed, last = await self._run_tests(program, prefix, read_tests(tests))
             total = len(read_tests(tests))
         info: dict[str, Any] = {"passed": passed, "total": total}
         if passed < total and last is not None:
@@ -94,33 +81,84 @@ class CodeEnvironment(Verifier):
             return passed / total, info
         return float(passed == total), info
 
-    async def _run_tests(self, program: str, tests: list[str]) -> tuple[int, Finished]:
-        key = secrets.token_hex(16)
-        done = await self._run(
-            sandbox.Program(
-                {"main.py": _HARNESS, "solution.py": program},
-                secret=json.dumps({"key": key, "tests": tests}).encode(),
-            )
-        )
-        lines = {line for line in done.extra.decode(errors="replace").splitlines() if line.startswith(key)}
-        passed = sum(f"{key} {number}" in lines for number in range(len(tests)))
-        return (passed if done.outcome == "exited" else 0), done
+    async def _run_tests(self, program: str, prefix: str, tests: list[str]) -> tuple[int, Finished]:
+        return await asyncio.to_thread(self._judge_tests, program, prefix, tests)
+
+    def _judge_tests(self, program: str, prefix: str, tests: list[str]) -> tuple[int, Finished]:
+        """The program in one sandbox, the tests in another, a pipe between them."""
+        requests, answers = os.pipe(), os.pipe()
+        ended = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            judging = pool.submit(self._run_judge, (answers[0], requests[1]), prefix, tests, ended)
+            try:
+                files = {"main.py": _text("code_program"), "solution.py": program, **_shared()}
+                ran = sandbox.run(
+                    sandbox.Program(files, channel=(requests[0], answers[1])),
+                    dataclasses.replace(self._limits, wall_seconds=self._judge_limits.wall_seconds),
+                    self.isolation,
+                    ended,
+                )
+            finally:
+                done = judging.result()
+        report = _read_report(done)
+        if report["problem"]:
+            raise VerifierError(f"the tests cannot be judged: {report['problem']}")
+        outcome = ran.outcome if report["outcome"] == "exited" else report["outcome"]
+        if outcome == "stopped":  # by us, when the tests were through
+            outcome = "exited"
+        said = "\n".join([*report["said"], ran.stderr.decode(errors="replace")[-_SHOWN:]]).strip()
+        passed = sum(report["passed"]) if outcome == "exited" else 0
+        return passed, dataclasses.replace(ran, outcome=outcome, stderr=said.encode())
+
+    def _run_judge(
+        self, channel: tuple[int, int], prefix: str, tests: list[str], ended: threading.Event
+    ) -> Finished:
+        request = {"tests": tests, "prefix": prefix, "seconds": self._config.timeout_seconds}
+        files = {"main.py": _text("code_judge"), **_shared()}
+        judge = sandbox.Program(files, stdin=json.dumps(request).encode(), channel=channel)
+        try:
+            return sandbox.run(judge, self._judge_limits, self.isolation)
+        finally:
+            ended.set()
 
     async def _run_cases(self, program: str, cases: list[tuple[str, str]]) -> tuple[int, Finished | None]:
-        passed, failed = 0, None
+        passed, failed, left = 0, None, self._config.total_timeout_seconds
         for given, expected in cases:
-            done = await self._run(sandbox.Program({"main.py": program}, stdin=given.encode()))
+            limits = dataclasses.replace(self._limits, wall_seconds=min(self._limits.wall_seconds, left))
+            run = sandbox.Program({"main.py": program}, stdin=given.encode())
+            done = await asyncio.to_thread(sandbox.run, run, limits, self.isolation)
+            left -= done.seconds
             right = done.outcome == "exited" and done.code == 0
             if right and _plain(done.stdout.decode(errors="replace")) == _plain(expected):
                 passed += 1
             else:
                 failed = done
-                if not self._config.partial_credit:
-                    break  # the reward is 0 whatever the others give
+            if left <= 0 and passed < len(cases):
+                failed = dataclasses.replace(done, outcome="timeout")
+            if left <= 0 or (failed is not None and not self._config.partial_credit):
+                break  # else the reward is 0 whatever the others give
         return passed, failed
 
-    async def _run(self, program: sandbox.Program) -> Finished:
-        return await asyncio.to_thread(sandbox.run, program, self._limits, self.isolation)
+
+@functools.cache
+def _text(name: str) -> str:
+    return (_FOLDER / f"{name}.py").read_text(encoding="utf-8")
+
+
+def _shared() -> dict[str, str]:
+    return {f"{name}.py": _text(name) for name in ("code_wire", "code_mirror")}
+
+
+def _read_report(done: Finished) -> dict[str, Any]:
+    """What the judge's process says. Raises SandboxError where it did not come to its end."""
+    if done.outcome == "exited" and done.code == 0:
+        with contextlib.suppress(ValueError):
+            report: dict[str, Any] = json.loads(done.stdout)
+            return report
+    how = f"status {done.code}" if done.outcome == "exited" else done.outcome
+    raise SandboxError(
+        f"the judge of the tests ended early ({how}): {done.stderr.decode(errors='replace')[-_SHOWN:]}"
+    )
 
 
 def extract_program(text: str) -> str:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _WORKER = Path(__file__).with_name("math_worker.py")
 # The worker's own alarms (5 s each) do not fire inside one long C call, e.g. a huge integer power.
 _DEADLINE_SECONDS = 30.0
+# A limit that was reached with less computing than this share of it says nothing of the response: the process
+# was stopped, or the machine was busy.
+_COMPUTING = 0.1
+_ALARM_SECONDS = 5.0  # the worker's
 # Importing sympy on a busy machine is part of the first request.
 _START_SECONDS = 120.0
 
@@ -34,11 +38,11 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, reference: str, response: str | None) -> dict[str, str]:
+    def ask(self, reference: str, response: str | None) -> dict[str, Any]:
         """The worker's reply (see math_worker.py); outcome "timeout" where it had to be killed.
 
         Raises:
-            RuntimeError: the worker ended by itself.
+            RuntimeError: the worker ended by itself, or was held up.
         """
         with self._lock:
             deadline = _DEADLINE_SECONDS
@@ -52,19 +56,25 @@ class _Worker:
             assert process.stdin is not None
             assert process.stdout is not None
             request = json.dumps({"reference": reference, "response": response}) + "\n"
+            before = _cpu_seconds(process.pid)
             try:
                 process.stdin.write(request.encode())
                 process.stdin.flush()
                 line = _read_line(process.stdout.fileno(), deadline)
             except TimeoutError:
+                used = _cpu_seconds(process.pid) - before
                 self._stop()
+                if used < _COMPUTING * deadline:
+                    raise RuntimeError(_held_up(deadline, used)) from None
                 return {"outcome": "timeout", "detail": f"killed after {deadline:.0f} s"}
             except BrokenPipeError:
                 line = b""
             if not line:
                 self._process = None
                 raise RuntimeError(f"the math-verify process ended (exit status {process.wait()})")
-            reply: dict[str, str] = json.loads(line)
+            reply: dict[str, Any] = json.loads(line)
+            if reply["outcome"] == "timeout" and reply["cpu_seconds"] < _COMPUTING * _ALARM_SECONDS:
+                raise RuntimeError(_held_up(_ALARM_SECONDS, reply["cpu_seconds"]))
             return reply
 
     def _stop(self) -> None:
@@ -80,6 +90,19 @@ class _Worker:
         """End the process; the next request starts another."""
         with self._lock:
             self._stop()
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process has computed so far; 0 where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _held_up(seconds: float, used: float) -> str:
+    return f"the math-verify process was held up: {used:.1f} s of computing in {seconds:g} s"
 
 
 def _read_line(descriptor: int, seconds: float) -> bytes:
@@ -106,7 +129,8 @@ class MathEnvironment(Verifier):
     differ (18 = 17) is no answer. Decimals are compared to six places, or four digits of a reference near
     zero. ``extract`` boxed or last_number lets it see that part of the response only, and a response
     without one gets 0 (``unparsed``). ``info`` has the parsed answer (``answer``) or why there is none:
-    ``unparsed``, ``timeout`` or ``incomparable``, each True with ``detail``.
+    ``unparsed``, ``timeout`` or ``incomparable``, each True with ``detail``. A process that was stopped, or
+    got too little of the machine, is an error and no reward.
     """
 
     def __init__(self, extract: Literal["any", "boxed", "last_number"] = "any") -> None:

@@ -4,9 +4,10 @@ math-verify bounds its run time with SIGALRM, which only the main thread of a pr
 it has one. Requests and replies are JSON objects, one per line, on stdin and stdout:
 
     {"reference": "\\frac{1}{2}", "response": "It is $0.5$."}     response null: only parse the reference
-    {"outcome": "equal", "detail": "1/2"}
+    {"outcome": "equal", "detail": "1/2", "cpu_seconds": 0.01}
 
-``outcome`` is one of equal, different, incomparable, unparsed, timeout, bad_reference.
+``outcome`` is one of equal, different, incomparable, unparsed, timeout, bad_reference. ``cpu_seconds`` tells
+a request that was hard from one that was held up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,8 +240,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(judge(request["reference"], request["response"])), flush=True)
+        request, start = json.loads(line), time.process_time()
+        reply = judge(request["reference"], request["response"])
+        print(json.dumps({**reply, "cpu_seconds": time.process_time() - start}), flush=True)
 
 
 if __name__ == "__main__":

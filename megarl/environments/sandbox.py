@@ -15,6 +15,7 @@ resource limits hold. Where none works nothing is run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,30 +46,38 @@ _FIRST_UID, _NUM_UIDS = 1 << 30, 1 << 29
 class Program:
     """A Python program: ``files`` by name in its working directory, of which ``main`` is run.
 
-    ``secret`` can be read from descriptor 3; what is written to descriptor 4 is ``Finished.extra``.
+    ``channel``: two descriptors, which it finds as 3 (to read) and 4 (to write); they are closed here.
     """
 
     files: dict[str, str]
     main: str = "main.py"
     stdin: bytes = b""
-    secret: bytes | None = None
+    channel: tuple[int, int] | None = None
     arguments: list[str] = field(default_factory=list)
 
 
-def run(program: Program, limits: Limits, isolation: Isolation) -> Finished:
-    """Run it to its end, or to a limit.
+def run(
+    program: Program, limits: Limits, isolation: Isolation, stop: threading.Event | None = None
+) -> Finished:
+    """Run it to its end, to a limit, or until ``stop`` is set (outcome "stopped").
 
     Raises:
         SandboxError: the isolation could not be made; no line of the program has run.
     """
     folder = tempfile.mkdtemp(prefix="megarl-sandbox-")
     try:
-        return _run(program, limits, isolation, folder)
+        return _run(program, limits, isolation, folder, stop)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for descriptor in program.channel or ():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        program.channel = None
 
 
-def _run(program: Program, limits: Limits, isolation: Isolation, folder: str) -> Finished:
+def _run(
+    program: Program, limits: Limits, isolation: Isolation, folder: str, stop: threading.Event | None
+) -> Finished:
     uid = 0
     if os.geteuid() == 0:
         uid = _FIRST_UID + random.SystemRandom().randrange(_NUM_UIDS)
@@ -86,8 +96,8 @@ def _run(program: Program, limits: Limits, isolation: Isolation, folder: str) ->
         "disk_bytes": limits.disk_bytes,
         "num_processes": limits.num_processes,
     }
-    pipes = request, report, secret, extra = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-    inherited = (request[0], report[1], secret[0], extra[1])
+    pipes = request, report = os.pipe(), os.pipe()
+    inherited = (request[0], report[1], *(program.channel or ()))
     child, wrapper = str(_CHILD), []
     if isolation == "bubblewrap":
         child, wrapper = f"/megarl/{_CHILD.name}", _bubblewrap(folder, visible, limits, uid)
@@ -109,13 +119,12 @@ def _run(program: Program, limits: Limits, isolation: Isolation, folder: str) ->
             os.close(pipe[0])
             os.close(pipe[1])
         raise
+    program.channel = None
     for descriptor in inherited:
         os.close(descriptor)
-    streams = Streams(process, limits)
+    streams = Streams(process, limits, stop)
     streams.read("report", report[0])
-    streams.read("extra", extra[0])
     streams.write(request[1], json.dumps(spec).encode())
-    streams.write(secret[1], program.secret or b"")
     assert process.stdin is not None
     streams.write(os.dup(process.stdin.fileno()), program.stdin)
     process.stdin.close()

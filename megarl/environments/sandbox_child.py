@@ -1,9 +1,9 @@
 """Runs one program in isolation; started as a file by :mod:`megarl.environments.sandbox`.
 
-Arguments are four descriptors: request, report, secret, extra. The request is JSON. The report gets a line
-"ready" when the program is about to start, "memory" when it was ended for its memory, and "error ..." when
-isolation failed: then no line of the program has run. The program finds secret and extra as descriptors 3 and
-4. Exit status: the program's own, 128 + n where signal n ended it.
+Arguments are descriptors: request, report, and the two that the program finds as 3 and 4, if any. The
+request is JSON. The report gets a line "ready" when the program is about to start, "memory" when it was ended
+for its memory, and "error ..." when isolation failed: then no line of the program has run. Exit status: the
+program's own, 128 + n where signal n ended it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def main() -> None:
     """Isolate this process, then become the program."""
-    request, report, secret, extra = (
-        fcntl.fcntl(int(text), fcntl.F_DUPFD_CLOEXEC, 20) for text in sys.argv[1:]
-    )
+    request, report, *channel = (fcntl.fcntl(int(text), fcntl.F_DUPFD_CLOEXEC, 20) for text in sys.argv[1:])
     os.closerange(3, 20)
     try:
         with os.fdopen(request, "rb") as stream:
@@ -51,8 +49,8 @@ def main() -> None:
             devices = ["/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"]
             system.landlock(spec["visible"], [folder, *devices])
         system.seccomp(beside_others=spec["isolation"] == "landlock")
-        os.dup2(secret, 3)
-        os.dup2(extra, 4)
+        for number, descriptor in enumerate(channel, start=3):
+            os.dup2(descriptor, number)
         os.write(report, b"ready\n")
     except BaseException as error:
         os.write(report, f"error {type(error).__name__}: {error}\n".encode())

@@ -7,11 +7,12 @@ import os
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["exited", "timeout", "memory", "output"]
+Outcome = Literal["exited", "timeout", "memory", "output", "stopped"]
 
 _ISOLATION_SECONDS = 60.0  # to make the isolation, on a busy machine; the program's own time begins after it
 _DRAIN_SECONDS = 1.0  # for what is still in the pipes of a process that has ended
@@ -42,14 +43,17 @@ class Finished:
     code: int
     stdout: bytes
     stderr: bytes
-    extra: bytes  # what it wrote to descriptor 4
+    seconds: float = 0.0  # of wall-clock time, without those in which the sandbox was made
 
 
 class Streams:
     """Feeds and reads a process until it ends or a limit is reached; then ends it, children included."""
 
-    def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
-        self._process, self._limits = process, limits
+    def __init__(
+        self, process: subprocess.Popen[bytes], limits: Limits, stop: threading.Event | None = None
+    ) -> None:
+        self._process, self._limits, self._stop = process, limits, stop
+        self._start = self._seconds = 0.0
         self._selector = selectors.DefaultSelector()
         self._got: dict[str, bytes] = {}
         self._names: dict[int, str] = {}
@@ -75,6 +79,7 @@ class Streams:
     def finish(self) -> Finished:
         """Wait for the end. Raises SandboxError where the program was never started."""
         outcome = self._wait()
+        self._seconds = time.monotonic() - self._start if self._start else 0.0
         self._end()
         report = self._got["report"].decode(errors="replace")
         if not report.startswith("ready"):
@@ -84,9 +89,8 @@ class Streams:
             outcome = "memory"
         stdout, stderr = self._got["stdout"], self._got["stderr"]
         limit = self._limits.output_bytes
-        return Finished(
-            outcome, _exit_status(self._process), stdout[:limit], stderr[-limit:], self._got["extra"]
-        )
+        code, seconds = _exit_status(self._process), self._seconds
+        return Finished(outcome, code, stdout[:limit], stderr[-limit:], seconds)
 
     def close(self) -> None:
         """End the process and close what is open."""
@@ -100,12 +104,15 @@ class Streams:
         deadline = time.monotonic() + _ISOLATION_SECONDS
         while True:
             if not ready and self._got["report"]:
-                ready, deadline = True, time.monotonic() + self._limits.wall_seconds
+                ready, self._start = True, time.monotonic()
+                deadline = self._start + self._limits.wall_seconds
             if self._process.poll() is not None:
                 self._drain()
                 return "exited"
             if time.monotonic() > deadline:
                 return "timeout"
+            if self._stop is not None and self._stop.is_set():
+                return "stopped"
             self._pump(0.02)
             if max(len(data) for data in self._got.values()) > self._limits.output_bytes:
                 return "output"

@@ -105,17 +105,45 @@ def test_a_dead_worker_is_an_error_and_is_replaced():
     environment.close()
 
 
-def test_a_worker_that_hangs_in_c_is_killed(monkeypatch):
+def test_a_worker_that_stands_still_is_a_failure_and_no_reward(monkeypatch):
     environment = MathEnvironment()
     assert judge(environment, "1", "1")[0] == 1.0
     process = environment._worker._process
     os.kill(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(math_environment, "_DEADLINE_SECONDS", 0.5)
-    reward, info = judge(environment, "1", "1")
-    assert (reward, info["timeout"]) == (0.0, True)
+    with pytest.raises(VerifierError, match=r"held up: 0\.\d s of computing in 0\.5 s"):
+        judge(environment, "1", "1")
     assert process.poll() == -signal.SIGKILL
     monkeypatch.undo()
     assert judge(environment, "1", "1")[0] == 1.0
+    environment.close()
+
+
+WORKER = """
+import json, sys
+for line in sys.stdin:
+    if "spin" in line:
+        while True:
+            pass
+    cpu = 4.0 if "hard" in line else 0.1
+    print(json.dumps({"outcome": "timeout", "detail": "parsing", "cpu_seconds": cpu}), flush=True)
+"""
+
+
+def test_what_computes_for_too_long_earns_nothing_and_what_was_held_up_fails(monkeypatch, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(math_environment, "_WORKER", script)
+    monkeypatch.setattr(math_environment, "_COMPUTING", 0.01)  # this machine may be busy
+    environment = MathEnvironment()
+    assert judge(environment, "1", "hard")[1]["timeout"] is True
+    monkeypatch.setattr(math_environment, "_DEADLINE_SECONDS", 2.0)
+    assert judge(environment, "1", "spin") == (0.0, {"timeout": True, "detail": "killed after 2 s"})
+    monkeypatch.undo()
+    monkeypatch.setattr(math_environment, "_WORKER", script)
+    assert judge(environment, "1", "hard")[0] == 0.0
+    with pytest.raises(VerifierError, match="held up: 0.1 s of computing in 5 s"):
+        judge(environment, "1", "easy")  # the worker's alarm went off, but it had hardly computed
     environment.close()
 
 
