@@ -127,8 +127,10 @@ def _describe(files: dict[str, Path], before: dict[str, Any]) -> dict[str, Any]:
         stat = path.stat()
         old = before.get(name)
         told = {"size": stat.st_size, "time": stat.st_mtime_ns}
-        same = isinstance(old, dict) and all(old.get(key) == value for key, value in told.items())
-        found[name] = told | {"content": old["content"] if same and "content" in old else _content(path)}
+        known = None
+        if isinstance(old, dict) and all(old.get(key) == value for key, value in told.items()):
+            known = old.get("content")
+        found[name] = told | {"content": known if known is not None else _content(path)}
     return found
 
 
