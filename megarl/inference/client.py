@@ -1,4 +1,4 @@
-"""An engine's session as awaitable requests, for episodes that run side by side on one event loop."""
+"""Awaitable requests on an engine's session, for concurrent episodes on one event loop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megarl.inference.interface import Engine, GeneratedResponse, GenerateReques
 
 
 class SessionClient:
-    """``await client.generate(request)``; make and close it on the event loop that awaits.
+    """``await client.generate(request)``; create and close it on the event loop that awaits.
 
-    Requests of one pass over the event loop go to the engine together, in order.
+    Requests of one pass over the event loop are submitted to the engine together, in order.
     """
 
     def __init__(self, engine: Engine, sampling: SamplingConfig) -> None:
@@ -25,7 +25,7 @@ class SessionClient:
         self._reading = self._loop.create_task(self._read())
 
     def generate(self, request: GenerateRequest) -> asyncio.Future[GeneratedResponse]:
-        """Sample one request. Raises what the engine raises."""
+        """Sample one request. Raises the engine's exceptions."""
         future: asyncio.Future[GeneratedResponse] = self._loop.create_future()
         if self._error is not None:
             future.set_exception(self._error)
@@ -41,12 +41,12 @@ class SessionClient:
         return future
 
     def idle_seconds(self) -> float:
-        """Wall time during which the engine had nothing to do, since its first request."""
+        """Return the wall time in which the engine was idle since its first request."""
         now = 0.0 if self._idle_since is None else time.perf_counter() - self._idle_since
         return self._idle_seconds + now
 
     def close(self) -> None:
-        """End the session; whatever is still being sampled is aborted."""
+        """End the session and abort unfinished requests."""
         self._session.close()
         self._reading.cancel()
 
@@ -66,7 +66,7 @@ class SessionClient:
                         future.set_result(response)
                 if not self._waiting:
                     self._idle_since = time.perf_counter()
-        except Exception as error:  # the waiting episodes raise it
+        except Exception as error:  # raised in the waiting episodes
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:

@@ -1,8 +1,8 @@
-"""Several whole engines behind the interface of one (rollout.engine.data_parallel_size).
+"""Several complete engines behind one engine's interface (rollout.engine.data_parallel_size).
 
-Requests carry their seeds, so that a response does not depend on which engine draws it (on a GPU with
-rollout.engine.batch_invariant: see GenerateRequest). Each engine replaces
-its own dead actor; nothing here knows of deaths.
+Requests carry their seeds, so a response does not depend on the engine that draws it (on a GPU with
+rollout.engine.batch_invariant: see GenerateRequest). Each engine replaces its dead actor itself; the group
+does not handle failures.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ T = TypeVar("T")
 def start_engines(
     model_dir: Path, config: EngineConfig, places: Sequence[EnginePlace], **options: Any
 ) -> Engine:
-    """Start an engine at each place in the background; ``options`` are those of VllmEngine.start.
+    """Start one engine per place in the background; ``options`` are those of VllmEngine.start.
 
-    One engine is the VllmEngine itself. Several write engine-0.log, engine-1.log ...
+    A single engine is returned as a VllmEngine. Several write engine-0.log, engine-1.log ...
     """
     if len(places) == 1:
         return VllmEngine.start(model_dir, config, **options, place=places[0])
@@ -54,9 +54,9 @@ def start_engines(
 
 
 class EngineGroup:
-    """An :class:`megarl.inference.interface.Engine` of several. Its ranks are theirs, end to end.
+    """Several engines as one :class:`megarl.inference.interface.Engine`; their ranks are end to end.
 
-    Calls go to all members at once and return when all have answered; the first error is raised.
+    Calls go to all members concurrently and return when all have answered; the first error is raised.
     """
 
     def __init__(self, members: Sequence[Engine]) -> None:
@@ -69,16 +69,16 @@ class EngineGroup:
 
     @property
     def max_model_len(self) -> int:
-        """See Engine.max_model_len; the same of all members."""
+        """See Engine.max_model_len; equal for all members."""
         return self.members[0].max_model_len
 
     @property
     def plans(self) -> list[WeightPlan]:
-        """What is attached, one plan per engine rank."""
+        """The attached plans, one per engine rank."""
         return [plan for member in self.members for plan in member.plans]
 
     def wait_ready(self) -> None:
-        """See Engine.wait_ready; of all members."""
+        """See Engine.wait_ready; waits for all members."""
         self._each(lambda member: member.wait_ready())
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
@@ -102,7 +102,7 @@ class EngineGroup:
                 return error
 
         reports = []
-        for number, answer in enumerate(_side_by_side(attach, range(len(self.members)))):
+        for number, answer in enumerate(_concurrently(attach, range(len(self.members)))):
             if isinstance(answer, WeightPlanError):
                 violations += [f"engine {number}: {violation}" for violation in answer.violations]
             else:
@@ -112,7 +112,7 @@ class EngineGroup:
         return reports
 
     def sync(self, policy_version: int) -> SyncReport:
-        """See Engine.sync: the bytes of all members, the time of the slowest."""
+        """See Engine.sync: the sum of the members' bytes, the time of the slowest."""
         reports = self._each(lambda member: member.sync(policy_version))
         return SyncReport(sum(r.bytes_moved for r in reports), max(r.seconds for r in reports))
 
@@ -129,7 +129,7 @@ class EngineGroup:
         self._each(lambda member: member.abort(request_ids))
 
     def pause(self) -> None:
-        """See Engine.pause; when it returns no member decodes."""
+        """See Engine.pause; no member decodes after it returns."""
         self._each(lambda member: member.pause())
 
     def resume(self) -> None:
@@ -160,7 +160,7 @@ class EngineGroup:
         self._each(lambda member: member.shutdown())
 
     def _each(self, call: Callable[[Engine], T]) -> list[T]:
-        return _side_by_side(call, self.members)
+        return _concurrently(call, self.members)
 
 
 class GroupSession:
@@ -180,7 +180,7 @@ class GroupSession:
                 session.submit(share)
 
     async def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
-        # Responses, what a member raised, and None for each member whose session has ended.
+        # Items: responses, an exception of a member, and None for each member whose session has ended.
         answers: asyncio.Queue[list[GeneratedResponse] | Exception | None] = asyncio.Queue()
 
         async def read(session: EngineSession) -> None:
@@ -214,10 +214,10 @@ class GroupSession:
             session.close()
 
 
-def _side_by_side(call: Callable[[Any], T], arguments: Sequence[Any]) -> list[T]:
-    """``call`` of each argument in a thread of its own. The first error is raised at once.
+def _concurrently(call: Callable[[Any], T], arguments: Sequence[Any]) -> list[T]:
+    """Run ``call`` of each argument in a separate thread; raise the first error at once.
 
-    The threads are daemons: one that waits for an engine must not keep the process from ending.
+    The threads are daemons, so one that waits for an engine does not keep the process alive.
     """
     answers: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = queue.SimpleQueue()
 

@@ -1,7 +1,7 @@
-"""What a rollout engine is, seen from the trainer: token ids in, token ids and logprobs out.
+"""The interface of a rollout engine: token ids in, token ids and logprobs out.
 
-Text never crosses this interface, so nothing is re-tokenised on the way back. What there is one of per token
-is a numpy array, made in the engine's process.
+Text never crosses this interface, so nothing is re-tokenised. Per-token values are numpy arrays, created in
+the engine's process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megarl.weights.sync_plan import ParamInfo, WeightPlan
 
 
 class EngineError(RuntimeError):
-    """The engine could not start, or died too often; the message shows its cause and log."""
+    """The engine could not start, or died too often; the message has the cause and the log's end."""
 
 
 class WeightPlanError(ValueError):
@@ -34,11 +34,11 @@ class WeightPlanError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest(ArrayRecord):
-    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only; on a GPU that
-    takes rollout.engine.batch_invariant, else rounding depends on what is decoded in the same step.
+    """One sequence to sample. With a seed, its tokens depend on the weights and the seed only; on a GPU this
+    requires rollout.engine.batch_invariant, else rounding depends on the other sequences of the step.
 
-    ``lineage`` tells what it begins with: requests of one (prompt, episode) continue each other, those of
-    one prompt begin alike. None is not known.
+    ``lineage`` identifies its prefix: requests of one (prompt, episode) continue each other, those of one
+    prompt share its tokens. None: unknown.
     """
 
     request_id: str
@@ -50,12 +50,12 @@ class GenerateRequest(ArrayRecord):
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """How tokens are drawn; the same for all requests of one call.
+    """How tokens are drawn; the same for all requests of a session.
 
-    ``temperature`` 0 is greedy. Sampling ends at the first of ``stop_token_ids`` (kept, with its
-    logprob, as the last token) and nowhere else: an end-of-sequence id that is not listed is a
-    token like any other. With ``logprobs``, responses carry log p(token) after temperature, top-k and
-    top-p: renormalised over the tokens that could be drawn. ``top_k`` 0 and ``top_p`` 1 keep all.
+    ``temperature`` 0 is greedy. Sampling ends at the first of ``stop_token_ids`` (kept, with its logprob, as
+    the last token) and nowhere else: an end-of-sequence id that is not listed is an ordinary token. With
+    ``logprobs``, responses carry log p(token) after temperature, top-k and top-p, renormalised over the
+    remaining tokens. ``top_k`` 0 and ``top_p`` 1 keep all.
     """
 
     temperature: float
@@ -67,35 +67,35 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GeneratedResponse(ArrayRecord):
-    """What was sampled for one request. ``finish_reason`` is "length" at max_new_tokens and at the
-    engine's max_model_len; "abort" keeps the tokens there were.
+    """The sampled tokens of one request. ``finish_reason`` is "length" at max_new_tokens and at the engine's
+    max_model_len; "abort" keeps the tokens sampled so far.
 
-    ``experts`` are those chosen by every token but the last, which the model never saw: prompt and response
-    tokens by layers with experts by experts per token. Only from an engine that records them, and not of
-    an aborted response.
+    ``experts`` are those chosen by every token but the last, which the model never processed: prompt and
+    response tokens by MoE layers by experts per token. Only from an engine that records them, and not for an
+    aborted response.
     """
 
     request_id: str
     token_ids: TokenIds  # [N] int32
-    logprobs: Logprobs  # [N] float32, or [0] when not asked for
+    logprobs: Logprobs  # [N] float32, or [0] if not requested
     finish_reason: FinishReason
-    policy_version: int  # the weights that drew the first token
+    policy_version: int  # of the weights that drew the first token
     experts: np.ndarray | None = field(
         default=None, repr=False, compare=False
     )  # [P + N - 1, layers, k] int16
-    # (policy version, number of tokens) in order, where several versions drew the tokens; else empty
+    # (policy version, number of tokens) in order, if several versions drew the tokens; else empty
     version_spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class AttachReport:
-    """How one engine rank reaches its weights. ``aliased`` parameters are the trainer's memory."""
+    """An engine rank's aliased and copied parameters. ``aliased`` ones are the trainer's memory."""
 
     aliased: list[str]
     copied: list[str]
     aliased_bytes: int
     copied_bytes: int  # written into the engine's own parameters at every sync
-    received_bytes: int = 0  # the same, from trainer ranks whose memory the engine cannot map
+    received_bytes: int = 0  # likewise, from trainer ranks whose memory the engine cannot map
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class SyncReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """A sign of life. ``policy_version`` is None before the first sync."""
+    """The state of a live engine. ``policy_version`` is None before the first sync."""
 
     pid: int
     policy_version: int | None
@@ -117,7 +117,7 @@ class EngineHealth:
 
 
 def check_requests(requests: Sequence[GenerateRequest], max_model_len: int) -> None:
-    """Raise ValueError where a prompt is empty or leaves no room, or an id occurs twice."""
+    """Raise ValueError if a prompt is empty or leaves no room, or an id is repeated."""
     seen: set[str] = set()
     for request in requests:
         if request.request_id in seen:
@@ -131,61 +131,62 @@ def check_requests(requests: Sequence[GenerateRequest], max_model_len: int) -> N
 
 
 class EngineSession(Protocol):
-    """Requests that come one by one, as episodes ask for them; all are decoded together.
+    """Requests submitted as episodes make them; all are decoded together.
 
-    It is used on one event loop. :class:`megarl.inference.client.SessionClient` makes of it
+    Use it on one event loop. :class:`megarl.inference.client.SessionClient` wraps it as
     ``await client.generate(request)``.
     """
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
-        """Add requests; does not wait. Raises ValueError as :func:`check_requests`, and then adds none."""
+        """Add requests without waiting. Raises check_requests's ValueError, and then adds none."""
         ...
 
     def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
-        """Responses when they finish, those of one decoding step together; ends with :meth:`close`.
+        """Yield responses as they finish, those of one decoding step together; ends with :meth:`close`.
 
-        Raises EngineError where the engine failed for good.
+        Raises:
+            EngineError: the engine failed permanently.
         """
         ...
 
     def close(self) -> None:
-        """End the session and what is unfinished in it."""
+        """End the session and abort its unfinished requests."""
         ...
 
 
 class Engine(Protocol):
-    """An engine the trainer drives. Order: wait_ready, attach, sync, then sessions and sync in turns.
+    """An engine driven by the trainer. Order: wait_ready, attach, sync, then sessions alternate with sync.
 
-    Requests are awaited on an event loop (:meth:`session`); all other calls block, and come from the thread
-    that trains. Another kind of engine is a class with these methods, and its line in
+    Requests are awaited on an event loop (:meth:`session`); all other calls block, and come from the training
+    thread. To add a kind of engine, write a class with these methods and add it to
     :func:`megarl.inference.engine_group.start_engines`.
     """
 
     @property
     def config(self) -> EngineConfig:
-        """The settings of the engine; of several, of each."""
+        """The engine's settings; for several, the settings of each."""
         ...
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of prompt and response together."""
+        """Maximum number of tokens of prompt and response together."""
         ...
 
     @property
     def plans(self) -> list[WeightPlan]:
-        """What is attached, one plan per engine rank."""
+        """The attached plans, one per engine rank."""
         ...
 
     def wait_ready(self) -> None:
-        """Return when the engine takes calls; raises EngineError with the cause otherwise."""
+        """Wait until the engine accepts calls; raises EngineError with the cause on failure."""
         ...
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
-        """The parameters of every engine rank, tied ones once."""
+        """Return the parameters of every engine rank, tied ones once."""
         ...
 
     def places(self) -> list[tuple[str, str]]:
-        """Host and device of every engine rank, as :mod:`megarl.weights.memory_domain` names them."""
+        """Return host and device of every engine rank, as :mod:`megarl.weights.memory_domain` names them."""
         ...
 
     def attach(self, plans: list[WeightPlan]) -> list[AttachReport]:
@@ -193,27 +194,27 @@ class Engine(Protocol):
         ...
 
     def sync(self, policy_version: int) -> SyncReport:
-        """Make the trainer's present weights the engine's, forget cached KV, set the version."""
+        """Sync the trainer's current weights, drop cached keys and values, set the policy version."""
         ...
 
     def checksums(self) -> list[list[RegionChecksum]]:
-        """Of every region of the attached plans, per engine rank, as they lie in its parameters."""
+        """Return checksums of every region of the attached plans, per engine rank, as stored there."""
         ...
 
     def session(self, sampling: SamplingConfig) -> EngineSession:
-        """Sample requests, which need not all be known yet."""
+        """Open a session, to which requests can be submitted at any time."""
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End these requests now; unknown and finished ids are ignored."""
+        """Abort these requests now; unknown and finished ids are ignored."""
         ...
 
     def pause(self) -> None:
-        """Stop decoding; unfinished requests keep their place."""
+        """Stop decoding; unfinished requests are kept."""
         ...
 
     def resume(self) -> None:
-        """Go on after pause."""
+        """Resume decoding after pause."""
         ...
 
     def sleep(self) -> None:
@@ -221,11 +222,11 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Have a KV cache again, empty."""
+        """Allocate the KV cache again, empty."""
         ...
 
     def health(self) -> EngineHealth:
-        """A sign of life."""
+        """Return the engine's state, or raise EngineError if it does not answer."""
         ...
 
     def shutdown(self) -> None:

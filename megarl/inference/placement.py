@@ -1,4 +1,4 @@
-"""Which node and GPUs each of several engines gets: those of trainer ranks, whose memory it aliases."""
+"""Placement of engines: the node and GPUs of each, chosen near the trainer ranks whose memory it aliases."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _FIELD = "rollout.engine.data_parallel_size"
 
 @dataclass(frozen=True, slots=True)
 class TrainerPlace:
-    """Where trainer ranks are: one of them, or all of a host, in rank order."""
+    """Location of one trainer rank, or of all ranks of a host in rank order."""
 
-    host: str  # as megarl.weights.memory_domain names it
-    node: str  # Ray's name of it, "" where Ray has not started the ranks
+    host: str  # id of megarl.weights.memory_domain
+    node: str  # Ray's node id, "" if Ray has not started the ranks
     devices: tuple[str, ...]  # GPUs, as CUDA_VISIBLE_DEVICES names them; empty on a CPU
-    cores: int  # CPU cores, as many as one rank may use
+    cores: int  # CPU cores that one rank may use
 
 
 @dataclass(frozen=True, slots=True)
 class EnginePlace:
-    """Where an engine goes. Its ranks take the first of ``devices``; the others are there to be read."""
+    """Placement of an engine. Its ranks run on the first of ``devices`` and can read the others."""
 
-    node: str = ""  # Ray's name of it; "" is the driver's
-    devices: str = ""  # as CUDA_VISIBLE_DEVICES lists them; "" are those that the driver sees
-    cores: int = 0  # CPU cores for it alone while it generates; 0 are all that the driver may use
+    node: str = ""  # Ray's node id; "" is the driver's
+    devices: str = ""  # in the form of CUDA_VISIBLE_DEVICES; "": those visible to the driver
+    cores: int = 0  # CPU cores for it alone while it generates; 0: all that the driver may use
 
 
 BESIDE_DRIVER = EnginePlace()
 
 
 def this_rank() -> TrainerPlace:
-    """This trainer rank's place, with the GPU it trains on; ``platform.install`` has been called."""
+    """Return this trainer rank's location, with its training GPU; call ``platform.install`` first."""
     device = platform.current().device
     devices = () if device.type == "cpu" else (_visible_devices()[device.index],)
     return TrainerPlace(host_id(), os.environ.get(NODE_VARIABLE, ""), devices, cores())
 
 
 def this_machine() -> TrainerPlace:
-    """The same with every GPU that this process sees, where it alone is the trainer."""
+    """Return this process's location with every visible GPU, for a trainer of one process."""
     devices = () if platform.chosen_name() == "cpu" else _visible_devices()
     return TrainerPlace(host_id(), os.environ.get(NODE_VARIABLE, ""), devices, cores())
 
@@ -57,14 +57,15 @@ def this_machine() -> TrainerPlace:
 def place_engines(
     engine: EngineConfig, ranks: Sequence[TrainerPlace], *, while_training: bool = False
 ) -> list[EnginePlace]:
-    """A place for each engine: hosts in rank order, on each as many engines beside its first ranks.
+    """Place each engine: hosts in rank order, equally many per host, near the host's first ranks.
 
-    A single engine stays beside the driver, whatever ``ranks`` are. Engines that generate
-    ``while_training`` leave half of the cores to the trainer.
+    A single engine stays with the driver, whatever ``ranks`` are. Engines that generate ``while_training``
+    leave half of the cores to the trainer.
 
     Raises:
-        UserError: the engines do not divide by the hosts, a host has too few GPUs, or Ray does not know the
-            hosts but the first.
+        UserError: the number of engines is no multiple of the number of hosts, a host has too few GPUs, or
+        Ray
+            does not manage the other hosts.
     """
     count, size = engine.data_parallel_size, engine.tensor_parallel_size
     if count == 1:
@@ -98,12 +99,12 @@ def place_engines(
 
 
 def threads_per_rank(config: EngineConfig, place: EnginePlace) -> int:
-    """CPU threads of each rank of an engine at ``place``."""
+    """Return the number of CPU threads of each rank of an engine at ``place``."""
     return max(1, (config.num_threads or place.cores or cores()) // config.tensor_parallel_size)
 
 
 def _hosts(ranks: Sequence[TrainerPlace]) -> list[TrainerPlace]:
-    """The hosts in the order of their first ranks, each with what all its ranks have."""
+    """Merge ranks into hosts, in the order of their first ranks."""
     hosts: dict[tuple[str, str], list[TrainerPlace]] = {}
     for rank in ranks:
         hosts.setdefault((rank.host, rank.node), []).append(rank)

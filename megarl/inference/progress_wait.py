@@ -1,4 +1,4 @@
-"""Waiting for what may take long, as long as it gets on."""
+"""Wait for slow operations as long as they make progress."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def wait_while_progressing(
     *,
     interval: float = 5.0,
 ) -> bool:
-    """Whether ``is_done`` came true before ``patience`` seconds had passed without progress.
+    """Return True if ``is_done`` became true before ``patience`` seconds passed without progress.
 
     Args:
-        is_done: waits up to so many seconds.
-        progress: whatever changes with every sign of it; None, or an answer that takes more than so many
-            seconds, is none.
-        patience: seconds, for each step of progress.
-        interval: seconds between two looks.
+        is_done: waits up to the given number of seconds.
+        progress: returns a value that changes with every progress; None, or no answer within the given number
+            of
+            seconds, counts as no progress.
+        patience: seconds allowed for each step of progress.
+        interval: seconds between two checks.
     """
     seen, deadline = None, time.monotonic() + patience
     while True:
@@ -40,7 +41,7 @@ def wait_while_progressing(
 
 
 def kinds_of_lines(log: Path) -> int:
-    """Lines of a log that differ in more than numbers: what a hanging process says again and again is one."""
+    """Count lines of a log that differ in more than numbers: a hanging process repeats one kind of line."""
     if not log.exists():
         return 0
     return len({_DIGITS.sub("", line) for line in log.read_text(errors="replace").splitlines()})

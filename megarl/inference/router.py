@@ -1,4 +1,4 @@
-"""Which of several engines samples which request: like beginnings together, equal loads otherwise."""
+"""Route requests among several engines: shared prefixes together, loads balanced otherwise."""
 
 from __future__ import annotations
 
@@ -8,55 +8,59 @@ from megarl.inference.interface import GenerateRequest
 
 
 class RequestRouter:
-    """Deals the requests of one session; a load is a number of unfinished requests.
+    """Assign the requests of one session; an engine's load is its number of unfinished requests.
 
-    - A request that continues an episode goes where the episode is: its engine has the keys and values of
-      what came before.
-    - Requests of one prompt that come together go to one engine, which computes the prompt once, for as many
-      prompts as divide by the engines.
-    - The requests of what is left over, and of fewer prompts than engines, go one by one to the engine with
-      the least to do: the prompts are computed again there, but no engine stands idle.
+    - A request that continues an episode goes to the episode's engine, which has the keys and values of its
+      prefix cached.
+    - Requests of one prompt submitted together go to one engine, which computes the prompt once, for the
+    largest
+      number of prompts that is a multiple of the number of engines.
+    - The remaining requests go one by one to the least loaded engine: their prompts are computed several
+    times,
+      but no engine idles.
     """
 
     def __init__(self, num_engines: int) -> None:
         self.loads = [0] * num_engines
-        self._owners: dict[str, int] = {}  # of unfinished requests
-        self._homes: dict[Hashable, int] = {}  # of episodes, and of prompts that were dealt whole
+        self._engine_of_request: dict[str, int] = {}  # unfinished requests
+        self._engine_of_lineage: dict[Hashable, int] = {}  # episodes, and prompts assigned whole
 
     def route(self, requests: Sequence[GenerateRequest]) -> list[list[GenerateRequest]]:
-        """A share for each engine, in the order of ``requests``; raises ValueError for an id in use."""
+        """Return each engine's requests, in the order of ``requests``; ValueError for an id in use."""
         for request in requests:
-            if request.request_id in self._owners:
+            if request.request_id in self._engine_of_request:
                 raise ValueError(f"request {request.request_id}: the id occurs twice")
         chosen: dict[str, int] = {}
         fresh: dict[Hashable, list[GenerateRequest]] = {}
         for request in requests:
             prompt = _prompt(request)
-            home = self._homes.get(("episode", request.lineage), self._homes.get(prompt))
+            home = self._engine_of_lineage.get(
+                ("episode", request.lineage), self._engine_of_lineage.get(prompt)
+            )
             if home is None:
                 fresh.setdefault(prompt, []).append(request)
             else:
-                self._give(request, home, chosen)
+                self._assign(request, home, chosen)
         num_whole = len(fresh) - len(fresh) % len(self.loads)
         for number, (prompt, group) in enumerate(fresh.items()):
             if number < num_whole:
-                self._homes[prompt] = self._least_loaded()
+                self._engine_of_lineage[prompt] = self._least_loaded()
             for request in group:
-                self._give(request, self._homes.get(prompt, self._least_loaded()), chosen)
+                self._assign(request, self._engine_of_lineage.get(prompt, self._least_loaded()), chosen)
         shares: list[list[GenerateRequest]] = [[] for _ in self.loads]
         for request in requests:
             shares[chosen[request.request_id]].append(request)
         return shares
 
     def finish(self, request_id: str) -> None:
-        """Its response has come."""
-        self.loads[self._owners.pop(request_id)] -= 1
+        """Record that the request's response has arrived."""
+        self.loads[self._engine_of_request.pop(request_id)] -= 1
 
-    def _give(self, request: GenerateRequest, engine: int, chosen: dict[str, int]) -> None:
-        chosen[request.request_id] = self._owners[request.request_id] = engine
+    def _assign(self, request: GenerateRequest, engine: int, chosen: dict[str, int]) -> None:
+        chosen[request.request_id] = self._engine_of_request[request.request_id] = engine
         self.loads[engine] += 1
         if request.lineage is not None:
-            self._homes["episode", request.lineage] = engine
+            self._engine_of_lineage["episode", request.lineage] = engine
 
     def _least_loaded(self) -> int:
         return min(range(len(self.loads)), key=self.loads.__getitem__)

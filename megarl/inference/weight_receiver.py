@@ -1,4 +1,4 @@
-"""Carry out a weight plan inside an engine process: check it, map the trainer's memory, alias, copy."""
+"""Execute a weight plan inside an engine process: check it, map the trainer's memory, alias, copy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ Box = tuple[tuple[int, int], ...]  # one (start, stop) per dimension of a parame
 
 
 def check_plan(plan: WeightPlan, params: Mapping[str, torch.Tensor]) -> list[str]:
-    """Every way in which ``plan`` does not fit ``params``, a sentence each; empty when it fits.
+    """Return a sentence for each violation of ``plan`` against ``params``; empty if it fits.
 
-    A plan fits when each element of each parameter is written exactly once, by a source of its
-    shape that lies within its storage, and aliases have the parameter's dtype. Rows that the plan calls
-    padding are not to be written.
+    A plan fits if each element of each parameter is written exactly once, by a source of its shape inside its
+    storage, and aliases have the parameter's dtype. Rows that the plan marks as padding must not be written.
     """
     written: list[Copy | PeerCopy] = [*plan.copies, *plan.peers]
     named = {alias.param for alias in plan.aliases} | {copy.param for copy in written}
@@ -64,16 +63,16 @@ def check_plan(plan: WeightPlan, params: Mapping[str, torch.Tensor]) -> list[str
 
 
 class AttachedWeights:
-    """A plan bound to an engine's parameters: the mapped storages, and the copies left to do.
+    """A plan bound to an engine's parameters: the mapped storages, and the copies to do at each sync.
 
-    Aliased parameters point into the trainer's memory from construction on. The plan must have
-    passed :func:`check_plan`.
+    Aliased parameters point into the trainer's memory from construction on. The plan must have passed
+    :func:`check_plan`.
     """
 
     def __init__(
         self, plan: WeightPlan, params: Mapping[str, torch.Tensor], before: AttachedWeights | None = None
     ) -> None:
-        # What is copied from now on must not be written into the last trainer's memory.
+        # Parameters that are copied now must not be written into the previous trainer's memory.
         aliased = {alias.param for alias in before.aliases} if before is not None else set()
         written = {copy.param for copy in plan.copies} | {peer.param for peer in plan.peers}
         for name in aliased & written:
@@ -91,7 +90,7 @@ class AttachedWeights:
         self._readers = [PieceReader(plan.addresses[rank], pieces) for rank, pieces in sent.items()]
 
     def copy_(self) -> int:
-        """Write all copied regions (dtypes convert on the way); returns the bytes written."""
+        """Write all copied regions (converting dtypes); return the bytes written."""
         with torch.inference_mode():
             for reader in self._readers:
                 reader.start()
@@ -112,7 +111,7 @@ class AttachedWeights:
         return sum(reader.num_bytes for reader in self._readers)
 
     def regions(self) -> Iterator[tuple[str, ParamIndex, torch.Tensor]]:
-        """Every region of the plan (aliases, copies, peers): parameter, index, the engine's values there."""
+        """Yield every region of the plan (aliases, copies, peers): parameter, index, the engine's values."""
         for alias in self.aliases:
             yield alias.param, tuple((0, n) for n in alias.source.shape), self._params[alias.param]
         written: list[Copy | PeerCopy] = [*self._plan.copies, *self._plan.peers]
@@ -120,7 +119,7 @@ class AttachedWeights:
             yield copy.param, copy.index, self._params[copy.param].detach()[_as_slices(copy)]
 
     def report(self) -> AttachReport:
-        """What is aliased, read from the parameters' addresses rather than from the plan."""
+        """Report what is aliased, from the parameters' addresses rather than from the plan."""
         ranges = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in self._storages]
         aliased = [
             name
@@ -145,7 +144,7 @@ class AttachedWeights:
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """The dtype as plans write it, e.g. "float32"."""
+    """Return the dtype as in plans, e.g. "float32"."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -154,7 +153,7 @@ def _as_slices(copy: Copy | PeerCopy) -> tuple[int | slice, ...]:
 
 
 def _check_source(param: str, source: SourceView, plan: WeightPlan) -> list[str]:
-    """Does the view lie in its storage? A view past the end would read or crash on foreign memory."""
+    """Check that the view is inside its storage; past the end it would read foreign memory or crash."""
     if not 0 <= source.storage < len(plan.storages):
         return [f"{param}: source names storage {source.storage}, the plan has {len(plan.storages)}"]
     dtype = getattr(torch, source.dtype, None)
@@ -173,7 +172,7 @@ def _check_source(param: str, source: SourceView, plan: WeightPlan) -> list[str]
 
 
 def _copy_box(copy: Copy | PeerCopy, shape: tuple[int, ...]) -> tuple[Box | None, list[str]]:
-    """The region of the parameter that ``copy`` writes, or why there is none."""
+    """Return the region of the parameter that ``copy`` writes, or a violation."""
     if len(copy.index) != len(shape):
         return None, [
             f"{copy.param}: copy index {copy.index} has {len(copy.index)} dimensions, the engine {len(shape)}"
@@ -190,13 +189,13 @@ def _copy_box(copy: Copy | PeerCopy, shape: tuple[int, ...]) -> tuple[Box | None
 
 
 def _check_coverage(name: str, shape: tuple[int, ...], boxes: list[Box]) -> list[str]:
-    """Disjoint boxes whose volumes add up to the parameter's cover it exactly."""
+    """Check coverage: disjoint boxes with the parameter's total volume cover it exactly."""
     violations = [f"{name}: written twice" for _, count in Counter(boxes).items() if count > 1]
     ordered = sorted(set(boxes))
     for i, one in enumerate(ordered):
         for other in ordered[i + 1 :]:
             if one and other[0][0] >= one[0][1]:
-                break  # sorted by start on dimension 0: nothing from here on meets ``one``
+                break  # sorted by start on dimension 0: no later box meets ``one``
             if all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in zip(one, other, strict=True)):
                 violations.append(f"{name}: regions {one} and {other} overlap")
     covered = sum(math.prod(stop - start for start, stop in box) for box in boxes)

@@ -76,12 +76,12 @@ class PieceServer:
         store = _connect(self.address)
         pieces = [_decode(entry) for entry in request["pieces"]]
         problems = [problem for piece in pieces if (problem := self._problem(piece)) is not None]
-        place = _device_key(self._device)
-        store.set(f"answer/{request['id']}", json.dumps({"problems": problems, "place": place}))
+        device_key = _device_key(self._device)
+        store.set(f"answer/{request['id']}", json.dumps({"problems": problems, "device": device_key}))
         if problems:
             return
         try:
-            nccl = _can_use_nccl(place, request["place"])
+            nccl = _can_use_nccl(device_key, request["device"])
             pair = _Connection(store, request["id"], _SERVER, self._host, nccl=nccl)
             while pair.wait_for_start():
                 for piece in pieces:
@@ -117,13 +117,13 @@ class PieceReader:
         store = _connect(address)
         name = uuid.uuid4().hex
         wanted = [_encode(WantedPiece(view, _wire_dtype(tensor, view))) for tensor, view in pieces]
-        place = _device_key(pieces[0][0].device)
-        store.queue_push("requests", json.dumps({"id": name, "pieces": wanted, "place": place}))
+        device_key = _device_key(pieces[0][0].device)
+        store.queue_push("requests", json.dumps({"id": name, "pieces": wanted, "device": device_key}))
         answer = json.loads(store.get(f"answer/{name}"))
         if answer["problems"]:
             raise UserError("\n".join(f"weights: trainer rank at {address}: {p}" for p in answer["problems"]))
         host = address_towards(address.rsplit(":", 1)[0])
-        self._pair = _Connection(store, name, _READER, host, nccl=_can_use_nccl(place, answer["place"]))
+        self._pair = _Connection(store, name, _READER, host, nccl=_can_use_nccl(device_key, answer["device"]))
 
     @property
     def num_bytes(self) -> int:

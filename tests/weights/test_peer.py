@@ -94,7 +94,7 @@ def test_trainer_and_engine_on_one_gpu_go_through_the_host(
 ) -> None:
     """A GPU in name alone: NCCL would refuse its two ranks, and is not here at all."""
     set_to = []
-    monkeypatch.setattr(peer, "_place", lambda device: "host GPU-1")
+    monkeypatch.setattr(peer, "_device_key", lambda device: "host GPU-1")
     monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
     monkeypatch.setattr(peer.dist, "ProcessGroupNCCL", None, raising=False)
     server = PieceServer([memory.untyped_storage()], torch.device("cuda", 3), "127.0.0.1")

@@ -1,1 +1,1 @@
-"""The vLLM engine: the driver's handle, its actor process, its workers."""
+"""The vLLM engine: the driver's handle, its actor process, and its workers."""

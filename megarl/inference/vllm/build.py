@@ -1,4 +1,4 @@
-"""The vLLM engine as MegaRL needs it: with unset weights, its parameters what its kernels read."""
+"""Build a vLLM engine with unset weights, whose kernels read its parameters directly."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
-# Prefixes are shared in whole blocks; with the default of 128 tokens, short prompts would share nothing.
+# Prefixes are shared in whole blocks; with the default of 128 tokens, short prompts would share none.
 KV_BLOCK_SIZE = 32
-_NO_SHARE = 1e-6  # of the card, a few hundred KiB; 0 is refused
-LATENT_KV_BLOCK_SIZE = 16  # the only one of the CPU's kernel; of latent attention on GPUs nothing has run yet
+_NO_SHARE = 1e-6  # of the GPU's memory, a few hundred KiB; vLLM rejects 0
+LATENT_KV_BLOCK_SIZE = 16  # the only size of the CPU kernel; latent attention on GPUs is untested
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """All an actor needs to build its engine."""
+    """Everything an actor needs to build its engine."""
 
     model_dir: str
     config: EngineConfig
     dtype: str
     max_model_len: int
     seed: int
-    temp_dir: str  # for the files vLLM leaves behind, such as gloo's rendezvous
-    keep_kv_cache: bool = False  # over a sync
-    offload_kv_cache: bool = False  # sleep can free it
-    record_routing: bool = False  # responses bring the experts their tokens chose
+    temp_dir: str  # for vLLM's temporary files, such as gloo's rendezvous
+    keep_kv_cache: bool = False  # across syncs
+    offload_kv_cache: bool = False  # lets sleep free it
+    record_routing: bool = False  # responses include their tokens' experts
 
 
 def build_engine(settings: EngineSettings) -> LLMEngine:
-    """An in-process vLLM engine with unset weights, whose parameters are what its kernels read.
+    """Build an in-process vLLM engine with unset weights, whose kernels read its parameters directly.
 
-    Raises UserError for what the user can mend, in a worker process too.
+    Raises:
+        UserError: the settings do not work here; also if a worker process found out.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -48,10 +49,10 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
     try:
         engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(settings, model, _on_gpu())))
     except RuntimeError as error:
-        if (told := _told_by_worker(error)) is not None:
-            raise UserError(told) from error
+        if (error_text := _worker_user_error(error)) is not None:
+            raise UserError(error_text) from error
         raise
-    # A worker process that dies takes the actor with it: the driver then starts both anew.
+    # A worker process that dies takes the actor with it; the driver then restarts both.
     engine.model_executor.register_failure_callback(lambda: os._exit(1))
     _check_head_sizes(engine)
     if settings.record_routing and not returns_routing(engine):
@@ -60,7 +61,7 @@ def build_engine(settings: EngineSettings) -> LLMEngine:
 
 
 def engine_arguments(settings: EngineSettings, model: PretrainedConfig, on_gpu: bool) -> dict[str, Any]:
-    """vLLM's EngineArgs, by name."""
+    """Return vLLM's EngineArgs by name."""
     config = settings.config
     latent = getattr(model, "kv_lora_rank", None) is not None
     arguments: dict[str, Any] = {
@@ -71,16 +72,16 @@ def engine_arguments(settings: EngineSettings, model: PretrainedConfig, on_gpu: 
         "max_model_len": settings.max_model_len,
         "seed": settings.seed,
         "enforce_eager": True,
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),  # the default misreads the free memory
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),  # the default misjudges the free memory
         "max_num_seqs": config.max_num_seqs,
-        # Prompts are prefilled whole: for a partial one vLLM takes back the seeded generator's last draw,
-        # which a CPU generator cannot do ("CPU Generator does not use offset").
+        # Prompts are prefilled whole: for a partial prefill vLLM takes back the seeded generator's last
+        # draw, which a CPU generator cannot do ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(config.max_num_batched_tokens, settings.max_model_len),
         "block_size": LATENT_KV_BLOCK_SIZE if latent else KV_BLOCK_SIZE,
         "enable_prefix_caching": config.enable_prefix_caching,
-        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p, as the trainer's
-        # Without this field, which transformers does not write, vLLM leaves the router's bias out.
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p, like the trainer's
+        # Without this field, which transformers does not write, vLLM ignores the router's bias.
         "hf_overrides": {"topk_method": "noaux_tc"} if model.model_type == "deepseek_v3" else {},
         "generation_config": "vllm",  # the model's generation_config.json must not change sampling
         "async_scheduling": False,
@@ -93,10 +94,10 @@ def engine_arguments(settings: EngineSettings, model: PretrainedConfig, on_gpu: 
     if on_gpu:
         arguments |= {
             "worker_cls": "megarl.inference.vllm.gpu_worker.GpuWorker",
-            # vLLM wants this share of the whole card to be free, whatever it is told of the KV cache; the
-            # trainer is there already. GpuWorker compares what is needed with what is free.
+            # vLLM requires this share of the whole GPU to be free, whatever the KV cache's size; the trainer
+            # uses it already. GpuWorker compares the needed memory with the free memory.
             "gpu_memory_utilization": _NO_SHARE,
-            "moe_backend": "triton",  # the one that leaves experts as they are stored; see layout.py
+            "moe_backend": "triton",  # the one that keeps experts as stored; see layout.py
             "enable_sleep_mode": settings.offload_kv_cache,
             "enable_return_routed_experts": settings.record_routing,
         }
@@ -104,7 +105,7 @@ def engine_arguments(settings: EngineSettings, model: PretrainedConfig, on_gpu: 
 
 
 def returns_routing(engine: LLMEngine) -> bool:
-    """Whether vLLM itself returns the experts that tokens chose; its second model runner can, on GPUs."""
+    """Return True if vLLM returns the tokens' experts; its second model runner does, on GPUs."""
     return bool(engine.vllm_config.aux_output_config.enable_return_routed_experts)
 
 
@@ -112,8 +113,8 @@ def _on_gpu() -> bool:
     return platform.chosen_name() != "cpu"
 
 
-def _told_by_worker(error: RuntimeError) -> str | None:
-    """The UserError of a worker process, of which vLLM hands on the text alone."""
+def _worker_user_error(error: RuntimeError) -> str | None:
+    """Recover a worker process's UserError from its text, which is all that vLLM passes on."""
     found = re.search(
         r"Worker failed with error '(rollout\.[\w.]+: .*)', please check", str(error), re.DOTALL
     )
@@ -121,7 +122,7 @@ def _told_by_worker(error: RuntimeError) -> str | None:
 
 
 def _check_head_sizes(engine: LLMEngine) -> None:
-    """vLLM's CPU attention takes some head sizes only, and says so no sooner than at the first request."""
+    """Raise UserError for head sizes that vLLM's CPU attention rejects, else only at the first request."""
     for layer in engine.vllm_config.compilation_config.static_forward_context.values():
         if hasattr(layer, "head_size") and not layer.attn_backend.supports_head_size(layer.head_size):
             sizes = ", ".join(map(str, layer.attn_backend.get_supported_head_sizes()))
@@ -132,7 +133,7 @@ def _check_head_sizes(engine: LLMEngine) -> None:
 
 
 def _register_architecture(model_dir: str) -> PretrainedConfig:
-    """Register the model's class by object: by name, vLLM inspects it in a child process (15 s once)."""
+    """Register the model's class as an object: by name, vLLM inspects it in a child process (15 s once)."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

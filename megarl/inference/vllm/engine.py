@@ -1,6 +1,6 @@
-"""The driver's side of the vLLM engine: what the trainer calls.
+"""The driver's handle of a vLLM engine, called by the trainer.
 
-Plans and policy version are kept here and unfinished requests by their sessions, so a new actor can take up
+Plans and policy version are kept here and unfinished requests by their sessions, so a new actor can continue
 where a dead one stopped: seeded requests give the tokens they would have given.
 """
 
@@ -21,7 +21,7 @@ from megarl.weights.sync_plan import ParamInfo, WeightPlan
 
 
 class VllmEngine:
-    """An :class:`megarl.inference.interface.Engine` in a Ray actor. Make it with :meth:`start`."""
+    """An :class:`megarl.inference.interface.Engine` in a Ray actor. Create it with :meth:`start`."""
 
     def __init__(self, settings: EngineSettings, log_path: Path, place: EnginePlace = BESIDE_DRIVER) -> None:
         self._settings = settings
@@ -51,14 +51,14 @@ class VllmEngine:
 
         Args:
             model_dir: Hugging Face directory; only config.json is read.
-            config: the engine's own settings.
-            dtype: the trainer's parameter type, which ``config.dtype`` "auto" follows.
-            max_model_len: most tokens of prompt and response together.
-            seed: seeds requests that bring none.
-            keep_kv_cache: whether cached keys and values outlive a sync (they are then stale).
-            offload_kv_cache: whether sleep can free the KV cache (on a GPU).
-            record_routing: whether responses bring the experts that their tokens chose.
-            log_dir: where the log goes; None keeps it among Ray's files, while Ray runs.
+            config: the engine's settings.
+            dtype: the trainer's parameter dtype, used for ``config.dtype`` "auto".
+            max_model_len: maximum number of tokens of prompt and response together.
+            seed: seeds requests without a seed.
+            keep_kv_cache: keep cached keys and values across a sync (they are then stale).
+            offload_kv_cache: let sleep free the KV cache (on a GPU).
+            record_routing: include the experts of their tokens in responses.
+            log_dir: directory of the log; None keeps it among Ray's files, while Ray runs.
             place: the node, the devices and the cores.
             log_name: the log's file name.
 
@@ -90,20 +90,20 @@ class VllmEngine:
 
     @property
     def log_path(self) -> Path:
-        """Everything the engine's process prints."""
+        """The log of everything the engine's process prints."""
         return self._process.log_path
 
     @property
     def plans(self) -> list[WeightPlan]:
-        """What is attached, one plan per engine rank."""
+        """The attached plans, one per engine rank."""
         return self._plans
 
     def wait_ready(self) -> None:
-        """Wait until the engine takes calls.
+        """Wait until the engine accepts calls.
 
         Raises:
-            EngineError: it crashed (at once, with the cause), or start_timeout_seconds passed without a sign
-                of progress.
+            EngineError: it crashed (at once, with the cause), or start_timeout_seconds passed without
+            progress.
         """
         try:
             self._process.wait_started()
@@ -142,7 +142,7 @@ class VllmEngine:
         return VllmSession(self._process, sampling, self.max_model_len)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """See Engine.abort; the aborted responses come out of their session with what they had."""
+        """See Engine.abort; the session yields the aborted responses with the tokens sampled so far."""
         self._process.call("abort", list(request_ids))
 
     def pause(self) -> None:
@@ -156,7 +156,7 @@ class VllmEngine:
         self._process.call("set_paused", False)
 
     def sleep(self) -> None:
-        """See Engine.sleep; only an engine started with offload_kv_cache can."""
+        """See Engine.sleep; needs an engine started with offload_kv_cache."""
         if not self._asleep:
             self._process.call("sleep")
             self._asleep = True
@@ -168,22 +168,22 @@ class VllmEngine:
             self._asleep = False
 
     def health(self) -> EngineHealth:
-        """See Engine.health. Raises EngineError when the actor does not answer; restarts nothing."""
+        """See Engine.health. Raises EngineError if the actor does not answer; restarts nothing."""
         try:
             return self._process.value(self._process.actor.health.remote(), timeout=30)
         except (actor_died(), TimeoutError) as error:
             raise EngineError(self._process.explain(f"the vLLM engine does not answer: {error}")) from error
 
     def shutdown(self) -> None:
-        """End the actor. Ray goes on running (:func:`megarl.cluster.ray_runtime.stop_ray`)."""
+        """End the actor. Ray keeps running (:func:`megarl.cluster.ray_runtime.stop_ray`)."""
         self._process.kill()
 
     def _restore(self, call: Call) -> None:
-        """What a successor must have to be as its predecessor was."""
+        """Give a successor the state of its predecessor."""
         self._asleep = False
         if self._plans:
             call("attach", self._plans)
         if self._policy_version is not None:
             call("sync", self._policy_version)
-        if self._paused:  # the weights may be half written: nothing may be sampled with them
+        if self._paused:  # the weights may be half written: do not sample with them
             call("set_paused", True)

@@ -1,7 +1,7 @@
-"""What MegaRL adds to vLLM's workers (worker_extension_cls): their parameters bound to the trainer's memory.
+"""MegaRL's extension of vLLM's workers (worker_extension_cls): parameters bound to the trainer's memory.
 
-Importing this module also makes vLLM's CPU layers compute with the parameters themselves. vLLM imports
-it in every worker process, before the model is built; nothing else may import it elsewhere.
+Importing this module also makes vLLM's CPU layers compute with the parameters themselves. vLLM imports it in
+every worker process, before the model is built; import it nowhere else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megarl.weights.sync_plan import ParamInfo, WeightPlan
 
 
 class WeightReceiver:
-    """Methods that vLLM's workers get; each worker picks its own plan out of all ranks'."""
+    """Methods added to vLLM's workers; each worker selects its own plan from all ranks'."""
 
     rank: int
     model_runner: Any
@@ -41,44 +41,44 @@ class WeightReceiver:
     _routing: RoutingRecorder | None = None
 
     def megarl_describe(self) -> dict[str, ParamInfo]:
-        """Shape and dtype of every parameter; a tied head is listed once, as the embedding."""
+        """Return shape and dtype of every parameter; a tied head is listed once, as the embedding."""
         return {name: ParamInfo(tuple(p.shape), dtype_name(p)) for name, p in self._parameters().items()}
 
     def megarl_place(self) -> tuple[str, str]:
-        """Host and device of this worker's parameters."""
+        """Return host and device of this worker's parameters."""
         return host_id(), device_id(next(iter(self._parameters().values())).device)
 
     def megarl_shared_memory(self) -> list[str]:
-        """Names of the message queues that this worker holds."""
+        """Return the names of the message queues that this worker holds."""
         return own_shared_memory()
 
     def megarl_check(self, plans: list[WeightPlan]) -> list[str]:
-        """Violations of this rank's plan; changes nothing."""
+        """Return the violations of this rank's plan; changes nothing."""
         violations = foreign_layouts(self.model_runner.model)
         violations += check_plan(plans[self.rank], self._parameters())
         return [f"engine rank {self.rank}: {v}" for v in violations] if len(plans) > 1 else violations
 
     def megarl_attach(self, plans: list[WeightPlan]) -> AttachReport:
-        """Bind a plan that megarl_check found good."""
+        """Bind a plan that megarl_check accepted."""
         self._attached = AttachedWeights(plans[self.rank], self._parameters(), self._attached)
-        memory.release_unused()  # the weights that the engine was built with
+        memory.release_unused()  # the engine's initial weights
         return self._attached.report()
 
     def megarl_copy(self) -> int:
-        """Write what is not aliased, derive what vLLM keeps in another form; returns bytes written."""
+        """Write parameters that are not aliased and vLLM's derived ones; return the bytes written."""
         assert self._attached is not None
         num_bytes = self._attached.copy_()
-        for layer in self._latent_layers().values():  # kv_b_proj is also kept cut in two and transposed
+        for layer in self._latent_layers().values():  # kv_b_proj is also kept split in two and transposed
             layer.process_weights_after_loading(self.model_runner.dtype)
         memory.wait_for(self.model_runner.device)  # the trainer may write once this returns
         return num_bytes
 
     def megarl_discard_cache(self) -> None:
-        """Give up the key-value cache's memory until it is written again (on a CPU, where vLLM cannot)."""
+        """Release the KV cache's memory until it is written again (on a CPU, where vLLM cannot)."""
         memory.discard(self.model_runner.kv_caches)
 
     def megarl_checksums(self) -> list[RegionChecksum]:
-        """Of every region of the plan, as it lies in the engine's parameters."""
+        """Return checksums of every region of the plan, read from the engine's parameters."""
         assert self._attached is not None
         return [
             RegionChecksum(param, index, dtype_name(tensor), region_checksum(tensor))
@@ -86,11 +86,11 @@ class WeightReceiver:
         ]
 
     def megarl_record_routing(self) -> None:
-        """From now on keep the experts that every token chose."""
+        """Record the experts of every token from now on."""
         self._routing = record_routing(self.model_runner)
 
     def megarl_expert_layers(self) -> list[int]:
-        """Numbers of the layers that have experts."""
+        """Return the indices of the layers with experts."""
         return expert_layers(self.model_runner.model)
 
     def megarl_routing(self, requests: list[tuple[str, int]]) -> list[np.ndarray]:
@@ -112,8 +112,8 @@ def _use_parameter(layer: torch.nn.Module, remove_weight: bool) -> None:
     setattr(layer, "cpu_linear", cpu_linear)  # noqa: B010 - not declared on Module
 
 
-def _keep_experts_as_they_are(self: Any, layer: torch.nn.Module) -> None:
-    """In place of packing: the stacked experts stay what the trainer's memory holds."""
+def _keep_experts_stacked(self: Any, layer: torch.nn.Module) -> None:
+    """Replace the packing of experts: they stay stacked as in the trainer's memory."""
 
 
 def _run_experts(
@@ -134,7 +134,7 @@ def _run_experts(
     expert_tokens_meta: Any,
     apply_router_weight_on_input: bool,
 ) -> None:
-    """Gated experts on stacked weights w1 [E, 2I, H] and w2 [E, H, I]: a loop over those that have tokens.
+    """Compute gated experts on stacked w1 [E, 2I, H] and w2 [E, H, I] in a loop over those with tokens.
 
     vLLM's signature; hidden_states [M, H], topk_weights and topk_ids [M, k], output [M, H].
     """
@@ -154,13 +154,13 @@ def _run_experts(
 
 
 def _die_with_parent() -> None:
-    """End a tensor-parallel worker with the actor that spawned it, even while both are starting.
+    """End a tensor-parallel worker together with the actor that spawned it, even while both are starting.
 
-    vLLM's own watch begins later: until then a worker whose parent was killed waits for ranks that
-    will never come.
+    vLLM's own watch begins later: until then, a worker whose parent was killed waits forever for the other
+    ranks.
     """
     parent = multiprocessing.parent_process()
-    if parent is None:  # the only rank lives in the actor itself
+    if parent is None:  # the only rank runs in the actor itself
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent.pid:
@@ -170,8 +170,8 @@ def _die_with_parent() -> None:
 _PR_SET_PDEATHSIG = 1
 _die_with_parent()
 
-# vLLM 0.32 packs weights into private buffers (oneDNN, AMX, zentorch) after loading and empties or
-# replaces the parameter, so a write to the trainer's memory would not be seen.
+# After loading, vLLM 0.32 packs weights into private buffers (oneDNN, AMX, zentorch) and empties or replaces
+# the parameter, so writes to the trainer's memory would have no effect.
 vllm_layers.dispatch_cpu_unquantized_gemm = _use_parameter
-CPUUnquantizedExperts.process_weights_after_loading = _keep_experts_as_they_are
+CPUUnquantizedExperts.process_weights_after_loading = _keep_experts_stacked
 CPUUnquantizedExperts.apply = _run_experts

@@ -1,4 +1,4 @@
-"""vLLM's worker on a GPU that the trainer shares. vLLM imports it where there is one; see build.py."""
+"""vLLM's worker on a GPU shared with the trainer. vLLM imports it on machines with a GPU; see build.py."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from megarl.platform import memory
 
 
 class GpuWorker(Worker):
-    """Takes what memory there is, and says so in one line where it is too little."""
+    """Use the configured KV cache, and report in one line if it does not fit."""
 
     def determine_available_memory(self) -> int:
-        """Bytes of the KV cache, as configured; UserError where they are not free."""
+        """Return the configured bytes of the KV cache; UserError if they are not free."""
         wanted = int(super().determine_available_memory())
-        memory.release_unused()  # of the pass that measured
+        memory.release_unused()  # of the profiling pass
         free, total = torch.cuda.mem_get_info(self.device)
         check_cache_fits(wanted, free, total, self.device.index)
         return wanted
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
-        # The weights that the engine is built with are freed at attach. In the pool of sleep mode their
-        # memory would stay, and be copied to the host and back whenever the KV cache is given up.
+        # The engine's initial weights are freed at attach. In the sleep-mode pool their memory would stay,
+        # and be copied to the host and back whenever the KV cache is freed.
         if tag == "weights":
             return nullcontext()
         pool: AbstractContextManager[None] = super()._maybe_get_memory_pool_context(tag)
@@ -32,7 +32,7 @@ class GpuWorker(Worker):
 
 
 def check_cache_fits(wanted: int, free: int, total: int, device: int) -> None:
-    """Raise UserError unless ``wanted`` bytes are ``free`` on a GPU of ``total``."""
+    """Raise UserError unless ``wanted`` bytes are ``free`` on a GPU of ``total`` bytes."""
     if wanted > free:
         gib = 2**30
         raise UserError(

@@ -1,8 +1,8 @@
-"""Which of vLLM's layers read a weight as it is stored, and so from the trainer's memory.
+"""Find vLLM layers that do not read weights as stored, and so cannot use the trainer's memory.
 
-Some kernels want another order and have the weight rewritten once, after loading: for experts FlashInfer's
+Some kernels need another order and rewrite the weight once, after loading: FlashInfer's expert kernels
 exchange gate and up (Cutlass) or shuffle rows into blocks (TensorRT-LLM), and on Blackwell they are vLLM's
-first choice. A weight that is written later, by the trainer or a copy, would be read in the wrong order.
+first choice. A weight written later, by the trainer or a copy, would be read in the wrong order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _AS_STORED = (
 
 
 def foreign_layouts(model: torch.nn.Module) -> list[str]:
-    """A sentence for each kind of layer whose kernel reads its weights in an order of its own."""
+    """Return a sentence for each kind of layer whose kernel reads its weights in a different order."""
     first: dict[str, str] = {}
     for name, sentence in _foreign(model):
         first.setdefault(sentence, name)
@@ -37,7 +37,7 @@ def _foreign(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(method, UnquantizedFusedMoEMethod):
             if method.unquantized_backend not in _AS_STORED:
                 kernel = method.unquantized_backend.value
-                yield name, f"its {kernel} kernel wants the experts rearranged (want: Triton)"
+                yield name, f"its {kernel} kernel rearranges the experts (needed: Triton)"
         elif isinstance(method, QuantizeMethodBase) and not isinstance(
             method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod
         ):

@@ -1,4 +1,4 @@
-"""The actor in which a vLLM engine lives, and its successors: start, calls, death and replacement."""
+"""The actor process of a vLLM engine and its successors: start, calls, failure and replacement."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MAX_DEATHS_IN_A_ROW = 3
 _LOG_TAIL_LINES = 25
 _LOG_LINE_WIDTH = 300  # vLLM prints its whole configuration in one line
-# Calls that only wait (stream, wait_started) each hold one of the actor's threads.
+# Calls that only wait (stream, wait_started) hold one of the actor's threads each.
 _ACTOR_THREADS = 16
 
 Call = Callable[..., Any]
@@ -35,10 +35,10 @@ class EngineProcess:
     """One actor at a time; a dead one is replaced. MAX_DEATHS_IN_A_ROW deaths without an answer are an error.
 
     Args:
-        settings: what the actor builds its engine of.
-        log_path: everything it prints.
+        settings: for building the engine.
+        log_path: receives everything the actor prints.
         place: the node, the devices and the cores.
-        restore: gives a successor, by calls, what its predecessor had; may raise as calls do.
+        restore: gives a successor the state of its predecessor through calls; may raise as calls do.
     """
 
     def __init__(
@@ -58,10 +58,11 @@ class EngineProcess:
         self._spawn()
 
     def wait_started(self) -> None:
-        """Join the actor's start, which on a cold host, with others beside it, takes minutes.
+        """Wait for the actor's start, which can take minutes on a cold, busy host.
 
-        Raises EngineError where it makes no progress for start_timeout_seconds, and Ray's error of an actor
-        that died.
+        Raises:
+            EngineError: no progress for start_timeout_seconds.
+            ray.exceptions.RayActorError: the actor died.
         """
         patience = self._settings.config.start_timeout_seconds
 
@@ -86,7 +87,7 @@ class EngineProcess:
             raise EngineError(self.explain(message))
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Call the actor; if it dies, once more on its successor."""
+        """Call the actor; if it dies, retry once on its successor."""
         while True:
             actor = self.actor
             try:
@@ -95,7 +96,7 @@ class EngineProcess:
                 self.replace(death, f"{method} is called again", actor)
 
     def value(self, reference: Any, timeout: float | None = None) -> Any:
-        """The value of a Ray reference. Raises TimeoutError, and what :meth:`told` makes of errors."""
+        """Return the value of a Ray reference. Raises TimeoutError, or :meth:`translated` errors."""
         import ray
         from ray.exceptions import GetTimeoutError
 
@@ -104,28 +105,28 @@ class EngineProcess:
         except GetTimeoutError:
             raise TimeoutError(f"no answer within {timeout:g} s") from None
         except task_failed() as error:
-            raise self.told(error) from error
+            raise self.translated(error) from error
 
-    def told(self, error: Any) -> Exception:
-        """What to raise for a call that raised in the actor: a user's error as it is, else EngineError."""
+    def translated(self, error: Any) -> Exception:
+        """Translate an exception raised in the actor: keep a UserError, turn others into EngineError."""
         if isinstance(error.cause, UserError | WeightPlanError | AssertionError):
             return error.cause
         return EngineError(self.explain(f"the vLLM engine failed: {error.cause!r}"))
 
     def explain(self, message: str) -> str:
-        """``message`` with the end of the engine's log below it."""
+        """Append the end of the engine's log to ``message``."""
         lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
         tail = "\n".join(f"  | {line[:_LOG_LINE_WIDTH]}" for line in lines[-_LOG_TAIL_LINES:])
         return f"{message}\nEnd of {self.log_path}:\n{tail or '  | (empty)'}"
 
     def answered(self) -> None:
-        """The actor works: deaths are counted anew."""
+        """Record that the actor works: the count of deaths starts again."""
         self._deaths_in_a_row = 0
 
     def replace(self, death: Exception, then: str, dead: Any) -> None:
-        """Start a successor and restore it; or raise EngineError. Blocks.
+        """Start a successor and restore it, or raise EngineError. Blocks.
 
-        Several threads may meet the same death: all but one find ``dead`` replaced.
+        If several threads see the same death, all but one find ``dead`` already replaced.
         """
         with self._replacing:
             if self.actor is dead:
@@ -136,7 +137,7 @@ class EngineProcess:
         import ray
 
         ray.kill(self.actor, no_restart=True)
-        # Its workers' message queues: killed processes do not remove them.
+        # Remove its workers' message queues, which killed processes leave behind.
         unlink_on_node(self._shared_memory, self._place.node)
         self._shared_memory = []
 
@@ -152,7 +153,7 @@ class EngineProcess:
             num_cpus=0,
             max_restarts=0,
             max_concurrency=_ACTOR_THREADS,
-            enable_task_events=False,  # the GCS would keep every call
+            enable_task_events=False,  # otherwise the GCS keeps every call
             **beside_ranks(self._place.node, self._place.devices, variables),
         ).remote(self._settings, str(self.log_path))
         self._started: Any = self.actor.wait_started.remote()
@@ -166,7 +167,7 @@ class EngineProcess:
                 )
                 raise EngineError(self.explain(message)) from death
             log.warning("The vLLM engine died (%s). Restarting it; %s.", _cause(death), then)
-            self.kill()  # it may be unreachable rather than dead
+            self.kill()  # the actor may be unreachable rather than dead
             self._spawn()
             try:
                 self.wait_started()
@@ -177,21 +178,21 @@ class EngineProcess:
 
 
 def actor_died() -> type[Exception]:
-    """What a call raises whose actor is gone."""
+    """Return the exception type of a call whose actor is gone."""
     from ray.exceptions import RayActorError
 
     return RayActorError
 
 
 def task_failed() -> type[Exception]:
-    """What a call raises that raised in the actor."""
+    """Return the exception type of a call that raised in the actor."""
     from ray.exceptions import RayTaskError
 
     return RayTaskError
 
 
 def _cause(death: Exception) -> str:
-    """The telling part of Ray's description, in one line."""
+    """Extract the cause from Ray's description, in one line."""
     text = " ".join(str(death).split())
     detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
     pid = re.search(r"pid: (\d+)", text)

@@ -1,9 +1,8 @@
-"""The experts vLLM chose for each token.
+"""Record the experts vLLM chose for each token.
 
-On a GPU vLLM returns them itself (enable_return_routed_experts), by its second model runner. A CPU has the
-first one alone: there they are kept beside the keys and values of the token that chose them, in the slots of
-the key-value cache, so that prompts found in the prefix cache bring theirs along, and a preempted request has
-those of its last computation.
+On a GPU vLLM returns them itself (enable_return_routed_experts), with its second model runner. A CPU has only
+the first one: there they are stored in the same slots as the token's keys and values in the KV cache. Prompts
+found in the prefix cache so have theirs, and a preempted request has those of its last computation.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from megarl.errors import UserError
 
 
 class RoutingRecorder:
-    """Experts [slots, layers with experts, k] int16 of every token in the key-value cache of one worker."""
+    """Experts [slots, MoE layers, k] int16 of every token in the KV cache of one worker."""
 
     def __init__(self, model: torch.nn.Module, num_slots: int, device: torch.device) -> None:
         routers = [runner.router for runner in _runners(model)]
         for router in routers:
             if not isinstance(router, BaseRouter):
-                raise UserError(f"rollout.router_replay: vLLM's {type(router).__name__} tells no choices")
+                raise UserError(f"rollout.router_replay: vLLM's {type(router).__name__} reports no experts")
         top_k = {router.top_k for router in routers}
         assert len(top_k) == 1, top_k
-        # The last row takes what padding chose.
+        # The last row receives the experts of padding.
         shape = (num_slots + 1, len(routers), top_k.pop())
         self._experts = torch.full(shape, -1, dtype=torch.int16, device=device)
         for number, router in enumerate(routers):
             router.set_capture_fn(partial(self._keep, number))
 
     def _keep(self, number: int, chosen: torch.Tensor) -> None:
-        """Called by the router of layer ``number`` (of those with experts): chosen [tokens, k]."""
+        """Store the experts chosen by MoE layer ``number``: chosen [tokens, k]. Called by its router."""
         mappings = get_forward_context().slot_mapping
         assert isinstance(mappings, dict), "micro-batched forward passes"
-        if not mappings:  # vLLM measures itself with made-up tokens
+        if not mappings:  # vLLM's profiling pass with dummy tokens
             return
         slots = next(iter(mappings.values()))
         assert slots.shape[0] == chosen.shape[0], (
@@ -49,7 +48,7 @@ class RoutingRecorder:
         self._experts[slots.long(), number] = chosen.to(torch.int16)
 
     def read(self, blocks: list[int], block_size: int, num_tokens: int) -> np.ndarray:
-        """Experts [num_tokens, layers with experts, k] of the sequence whose cache has these blocks."""
+        """Return the experts [num_tokens, MoE layers, k] of the sequence with these cache blocks."""
         steps = torch.arange(block_size)
         slots = (torch.tensor(blocks)[:, None] * block_size + steps).flatten()[:num_tokens]
         assert slots.shape[0] == num_tokens, f"{len(blocks)} blocks for {num_tokens} tokens"
@@ -57,12 +56,12 @@ class RoutingRecorder:
 
 
 def expert_layers(model: torch.nn.Module) -> list[int]:
-    """Numbers of the layers that have experts, ascending."""
+    """Return the indices of the layers with experts, ascending."""
     return [int(runner.layer_id) for runner in _runners(model)]
 
 
 def returned_routing(returned: np.ndarray, layers: list[int]) -> np.ndarray:
-    """vLLM's experts [tokens, all layers, k] as [tokens, layers with experts, k] int16."""
+    """Convert vLLM's experts [tokens, all layers, k] to [tokens, MoE layers, k] int16."""
     return np.asarray(returned[:, layers], dtype=np.int16)
 
 
@@ -74,9 +73,9 @@ def _runners(model: torch.nn.Module) -> list[MoERunner]:
 
 
 def record_routing(model_runner: Any) -> RoutingRecorder:
-    """Start recording in a worker whose cache is allocated."""
+    """Start recording in a worker whose KV cache is allocated."""
     cache = model_runner.kv_cache_config
-    assert len(cache.kv_cache_groups) == 1, "router replay knows one kind of key-value cache"
+    assert len(cache.kv_cache_groups) == 1, "router replay supports one kind of KV cache"
     block_size = cache.kv_cache_groups[0].kv_cache_spec.block_size
     return RoutingRecorder(model_runner.model, cache.num_blocks * block_size, model_runner.device)
 
@@ -84,9 +83,9 @@ def record_routing(model_runner: Any) -> RoutingRecorder:
 def read_routing(
     model_runner: Any, recorder: RoutingRecorder, requests: list[tuple[str, int]]
 ) -> list[np.ndarray]:
-    """Experts of the first ``n`` tokens of each (vLLM's request id, n).
+    """Return the experts of the first ``n`` tokens of each (vLLM's request id, n).
 
-    Right after the step that finished them: the worker forgets a request at the next one.
+    Call it right after the step that finished them: the worker forgets a request at the next step.
     """
     block_size = model_runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
     return [recorder.read(model_runner.requests[name].block_ids[0], block_size, n) for name, n in requests]

@@ -1,4 +1,4 @@
-"""The driver's side of a session: requests that come while others are being decoded."""
+"""The driver's side of a session: requests submitted while others are being decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megarl.inference.vllm.process import EngineProcess, actor_died, task_failed
 
 
 class VllmSession:
-    """An :class:`megarl.inference.interface.EngineSession`; unfinished requests outlive the actor."""
+    """An :class:`megarl.inference.interface.EngineSession`; unfinished requests survive the actor's death."""
 
     def __init__(self, process: EngineProcess, sampling: SamplingConfig, max_model_len: int) -> None:
         self._process, self._sampling, self._max_model_len = process, sampling, max_model_len
@@ -26,14 +26,14 @@ class VllmSession:
         """See EngineSession.submit."""
         check_requests(requests, self._max_model_len)
         self._unfinished.update((request.request_id, request) for request in requests)
-        # To the actor of the stream: if it is dead, they go to its successor with all that is unfinished.
+        # To the stream's actor: if it is dead, its successor gets them with all other unfinished requests.
         self._actor.submit.remote(self._id, list(requests), self._sampling)
 
     async def __aiter__(self) -> AsyncIterator[list[GeneratedResponse]]:
         while True:
             try:
                 async for responses in stream(self._stream):
-                    # An actor that was given up for dead may still answer.
+                    # An actor that was declared dead may still answer.
                     fresh = [r for r in responses if self._unfinished.pop(r.request_id, None) is not None]
                     if fresh:
                         self._process.answered()
@@ -43,7 +43,7 @@ class VllmSession:
                 if self._closed or not await self._move(death):
                     return
             except task_failed() as error:
-                raise self._process.told(error) from error
+                raise self._process.translated(error) from error
 
     def close(self) -> None:
         """See EngineSession.close."""
@@ -52,7 +52,7 @@ class VllmSession:
         self._actor.end_session.remote(self._id)
 
     async def _move(self, death: Exception) -> bool:
-        """Go on with the successor of the actor that died; not where the session was closed meanwhile."""
+        """Continue on the successor of the dead actor; False if the session was closed meanwhile."""
         then = f"{len(self._unfinished)} unfinished requests are sampled again"
         await in_thread(lambda: self._process.replace(death, then, self._actor))
         if self._closed:
@@ -67,7 +67,7 @@ class VllmSession:
 
 
 def _own(response: GeneratedResponse) -> GeneratedResponse:
-    """With memory of its own: arrays from Ray are views of its object store, which they would keep full."""
+    """Copy the arrays: those from Ray are views of its object store, which they would keep full."""
     return replace(
         response,
         token_ids=response.token_ids.copy(),

@@ -1,7 +1,7 @@
-"""The vLLM side: an actor process with one thread that owns the engine.
+"""The vLLM side: an actor process with one thread that runs the engine.
 
-Only this process and its workers import vllm. The engine runs in the actor's own process (no EngineCore
-child), and so does its worker unless there are several (tensor parallelism).
+Only this process and its workers import vllm. The engine runs in the actor's process (no EngineCore child),
+and so does its worker unless there are several (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ ResponseQueue = queue.SimpleQueue["list[GeneratedResponse] | BaseException | Non
 
 
 class EngineActor:
-    """Body of the Ray actor. Ray calls its methods on several threads; all but the waiting is done
-    on one engine thread, between decoding steps, so no call ever meets a half-done step.
+    """Body of the Ray actor. Ray calls its methods on several threads; all work except waiting is done
+    on one engine thread, between decoding steps, so no call sees a half-finished step.
     """
 
     def __init__(self, settings: EngineSettings, log_path: str) -> None:
         _redirect_output(log_path)
-        # The driver's folder, unless this is another host.
+        # The driver's directory, unless this is another host.
         temp_dir = settings.temp_dir if os.path.isdir(settings.temp_dir) else str(make_temp_dir())
         # Variables that are read once are set before this process starts (megarl.cluster.variables).
         os.environ["TMPDIR"] = tempfile.tempdir = temp_dir
@@ -64,20 +64,20 @@ class EngineActor:
         self._internal_ids: dict[str, str] = {}  # vLLM's own, by id
         self._policy_version: int | None = None
         self._paused = False
-        self._expert_layers: list[int] = []  # where vLLM returns the experts that tokens chose, all layers'
+        self._expert_layers: list[int] = []  # the MoE layers, if vLLM returns all layers' experts
         self._engine: LLMEngine
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     # ---- called by the driver, on Ray's threads ----
 
     def wait_started(self) -> list[str]:
-        """Return when the engine is built, or raise what stopped it; the shared memory of its processes."""
+        """Wait until the engine is built, or raise its error; return its processes' shared memory."""
         self._started.result()
         workers = self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_shared_memory"))
         return sorted({*own_shared_memory(), *(name for names in workers for name in names)})
 
     def progress(self) -> tuple[int, int]:
-        """What grows while the engine starts: modules that are imported, and what the log says."""
+        """Return counters that grow while the engine starts: imported modules, and kinds of log lines."""
         return len(sys.modules), kinds_of_lines(self._log_path)
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
@@ -90,7 +90,7 @@ class EngineActor:
 
     def wake(self) -> None:
         """See Engine.wake."""
-        if not self._on_cpu():  # there the cache is backed again where it is written
+        if not self._on_cpu():  # on a CPU, memory returns when the cache is written
             self._on_engine_thread(lambda: self._engine.wake_up())
 
     def places(self) -> list[tuple[str, str]]:
@@ -110,9 +110,9 @@ class EngineActor:
         return self._on_engine_thread(lambda: self._engine.collective_rpc("megarl_checksums"))
 
     def stream(self, session: str) -> Iterator[list[GeneratedResponse]]:
-        """Stream what finishes of the requests submitted to ``session``, until it is ended.
+        """Stream the finished requests of ``session`` until it is ended.
 
-        What finishes in one decoding step comes together.
+        Requests that finish in one decoding step come together.
         """
         responses = self._session(session)
         while (finished := responses.get()) is not None:
@@ -121,7 +121,7 @@ class EngineActor:
             yield finished
 
     def submit(self, session: str, requests: list[GenerateRequest], sampling: SamplingConfig) -> None:
-        """Add requests to a session; what is wrong with them comes out of its stream."""
+        """Add requests to a session; its stream raises any error about them."""
         responses = self._session(session)
         try:
             self._on_engine_thread(lambda: self._admit(requests, sampling, responses))
@@ -129,7 +129,7 @@ class EngineActor:
             responses.put(error)
 
     def end_session(self, session: str) -> None:
-        """Abort what is unfinished and end the stream."""
+        """Abort unfinished requests and end the stream."""
         responses = self._session(session)
         unfinished = [name for name, owner in self._requests.copy().items() if owner is responses]
         self._on_engine_thread(lambda: self._abort(unfinished))
@@ -137,7 +137,7 @@ class EngineActor:
         del self._sessions[session]
 
     def _session(self, session: str) -> ResponseQueue:
-        # Ray's threads may run submit before stream; setdefault is one step for either.
+        # Ray's threads may run submit before stream; setdefault is atomic.
         return self._sessions.setdefault(session, queue.SimpleQueue())
 
     def abort(self, request_ids: list[str]) -> None:
@@ -149,7 +149,7 @@ class EngineActor:
         self._on_engine_thread(lambda: setattr(self, "_paused", paused))
 
     def health(self) -> EngineHealth:
-        """See Engine.health; answers while a step is running too."""
+        """See Engine.health; answers during a step too."""
         return EngineHealth(os.getpid(), self._policy_version, len(self._requests), self._paused)
 
     # ---- on the engine thread ----
@@ -172,10 +172,10 @@ class EngineActor:
                     self._deliver([output for output in self._engine.step() if output.finished])
         except BaseException as error:
             end_with_lost_worker(self._engine.model_executor, error)
-            self._refuse_all(error)
+            self._fail_all(error)
 
-    def _refuse_all(self, error: BaseException) -> None:
-        """A decoding step failed and left the engine in an unknown state: every call gets the cause."""
+    def _fail_all(self, error: BaseException) -> None:
+        """Fail every call with the cause: a decoding step failed and left the engine in an unknown state."""
         traceback.print_exception(error)
         for responses in set(self._requests.values()):
             responses.put(error)
@@ -189,7 +189,7 @@ class EngineActor:
         return done.result()
 
     def _run_commands(self, *, wait: bool) -> None:
-        """Run what is queued; with ``wait``, sleep until something is."""
+        """Run the queued commands; with ``wait``, block until there is one."""
         while wait or not self._commands.empty():
             wait = False
             command, done = self._commands.get()
@@ -213,7 +213,7 @@ class EngineActor:
         if not self._on_cpu():
             self._engine.sleep(level=1)
             return
-        assert not self._requests, "the cache of running requests cannot be given up"
+        assert not self._requests, "cannot free the cache of running requests"
         self._engine.reset_prefix_cache()
         self._engine.collective_rpc("megarl_discard_cache")
 
@@ -273,7 +273,7 @@ class EngineActor:
             caller.put(finished)
 
     def _experts(self, outputs: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Of the responses that are whole, by request id; tensor ranks choose alike."""
+        """Return the experts of complete responses, by request id; equal on all tensor ranks."""
         whole = [output for output in outputs if output.outputs[0].finish_reason != "abort"]
         if whole and self._expert_layers:
             from megarl.inference.vllm.routing import returned_routing
@@ -322,12 +322,12 @@ class EngineActor:
 
 
 def sampled_logprobs(flat: Any) -> Logprobs:
-    """[N] float32 of the sampled tokens: the first entry of each position of vLLM's FlatLogprobs."""
+    """Return [N] float32 of the sampled tokens: the first entry of each position of vLLM's FlatLogprobs."""
     return np.array(flat.logprobs, np.float32)[np.array(flat.start_indices, np.intp)]
 
 
 def _redirect_output(log_path: str) -> None:
-    """Send everything this process prints, from C++ too, to one file instead of the console."""
+    """Redirect everything this process prints, from C++ too, to one file."""
     Path(log_path).parent.mkdir(parents=True, exist_ok=True)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
@@ -335,6 +335,6 @@ def _redirect_output(log_path: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    # Ray may have put file objects of its own in place of the standard streams.
+    # Ray may have replaced the standard streams.
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115

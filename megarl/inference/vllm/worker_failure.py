@@ -1,4 +1,4 @@
-"""Telling an engine's error from the death of one of its worker processes, which the driver mends."""
+"""Distinguish an engine's error from a worker process's death, from which the driver recovers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PATIENCE_SECONDS = 5.0
 
 
 def end_with_lost_worker(executor: Any, error: BaseException) -> None:
-    """End this process if ``error`` comes of a dead tensor-parallel worker; else return.
+    """End this process if a dead tensor-parallel worker caused ``error``; else return.
 
-    vLLM's monitor of its workers cancels what is under way before it calls back (build.build_engine), so
-    a dead worker first shows as an error of a step or of a call. Handed on as such it would end the run; as
-    the death of the actor it has the driver start both anew.
+    vLLM's monitor of its workers cancels running work before it calls back (build.build_engine), so a dead
+    worker first shows as an error of a step or a call. Raised as such, it would end the run; as the actor's
+    death, it makes the driver restart both.
 
     Args:
-        executor: the engine's; without worker processes there is nothing to lose.
-        error: what a step or a call raised. vLLM's own failures are RuntimeErrors: for these a death is
-            waited for, PATIENCE_SECONDS long. Others, such as a refused request, are not held up.
+        executor: the engine's; without worker processes there is nothing to check.
+        error: raised by a step or a call. vLLM's own failures are RuntimeErrors: for these, wait up to
+            PATIENCE_SECONDS for a death. Others, such as a rejected request, are not delayed.
     """
     patience = PATIENCE_SECONDS if isinstance(error, RuntimeError) else 0.0
     if not lost_worker(executor, patience):
@@ -34,7 +34,7 @@ def end_with_lost_worker(executor: Any, error: BaseException) -> None:
 
 
 def lost_worker(executor: Any, patience: float) -> bool:
-    """Whether a worker process of the executor is dead, or dies within ``patience`` seconds."""
+    """Return True if a worker process of the executor is dead, or dies within ``patience`` seconds."""
     if getattr(executor, "is_failed", False):
         return True
     sentinels = [worker.proc.sentinel for worker in getattr(executor, "workers", None) or []]
