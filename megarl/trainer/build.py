@@ -1,6 +1,6 @@
-"""Trainers of the configured backend: the one place that names a backend's classes.
+"""Build trainers of the configured backend; the only module that names a backend's classes.
 
-Imports of a backend are inside: they are heavy, and come after the platform is known.
+Backends are imported inside functions: they are heavy, and must come after the platform is known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
 
 
 def finalize() -> None:
-    """Leave the process groups."""
+    """Destroy the process groups."""
     from megarl.trainer.megatron.initialize import finalize
 
     finalize()
@@ -37,7 +37,7 @@ def finalize() -> None:
 def build_trainer(
     config: TrainingRoot, context: RankContext, architecture: Architecture, num_optimizer_steps: int
 ) -> Trainer:
-    """The model that the run trains, loaded from ``model.path``, with its optimizer."""
+    """Build the run's trained model, loaded from ``model.path``, with its optimizer."""
     return _trainer_class()(
         context,
         architecture,
@@ -59,7 +59,7 @@ def build_scorer(
     optimizer: OptimizerConfig,
     num_optimizer_steps: int,
 ) -> Trainer:
-    """A model with a score head, with its optimizer; ``architecture`` is that of ``model.path``.
+    """Build a model with a score head and its optimizer; ``architecture`` is that of ``model.path``.
 
     A language model gets a new head, drawn with run.seed; a sequence classification model with one label
     keeps its own (:func:`megarl.weights.hf.has_score`).
@@ -81,7 +81,7 @@ def build_scorer(
 def build_frozen(
     context: RankContext, architecture: Architecture, model: ModelConfig, packing: PackingConfig | None = None
 ) -> Trainer:
-    """A model without an optimizer: it computes and exports."""
+    """Build a model without an optimizer: it computes and exports."""
     return _trainer_class()(context, architecture, model, packing)
 
 

@@ -1,8 +1,8 @@
-"""Checksums of a checkpoint's files: what is read is what was written, or the file is named.
+"""Checksums of a checkpoint's files, to detect files that changed after they were written.
 
 ``checksums.json`` of a checkpoint has every other file's size and the CRC-32 of each 64 MiB of it. A rank
-sums up what it has written itself, in the thread that writes; the first rank adds the small files and what a
-backend left out. Two bytes that a disk or a copy has flipped are found before anything is loaded.
+sums what it has written in the writing thread; the first rank adds the small files and those a backend left
+out. Two bytes that a disk or a copy has flipped are found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 CHECKSUMS_FILE = "checksums.json"
 _BLOCK = 64 * 2**20
 _PIECE = 2**20  # bytes in memory per thread
-_THREADS = 4  # 1.3 GB/s each where it was measured; the interpreter is free meanwhile
+_THREADS = 4  # 1.3 GB/s each as measured; CRC-32 releases the interpreter lock
 
 Checksum = dict[str, Any]
 """Of one file: its ``size`` in bytes, and ``crc32``, a list of numbers."""
 
 
 def checksums_of(folder: Path, names: Iterable[str]) -> dict[str, Checksum]:
-    """The checksums of these files of ``folder``, by name; OSError where one cannot be read."""
+    """Return the checksums of these files of ``folder``, by name; OSError if one cannot be read."""
     sizes = {name: (folder / name).stat().st_size for name in names}
     blocks = [(name, start) for name, size in sizes.items() for start in range(0, size, _BLOCK)]
     found: dict[str, Checksum] = {name: {"size": size, "crc32": []} for name, size in sizes.items()}
@@ -46,12 +46,12 @@ def _sum_block(path: Path, start: int) -> int:
 
 
 def write_checksums(folder: Path, found: dict[str, Checksum]) -> None:
-    """Keep them with the files."""
+    """Write the checksums next to the files."""
     (folder / CHECKSUMS_FILE).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def seal(folder: Path) -> None:
-    """Complete the checksums of all files in ``folder``: those written so far, and of what has none yet."""
+    """Complete the checksums of all files in ``folder``: merge those written, compute the missing ones."""
     found: dict[str, Checksum] = {}
     for file in sorted(folder.rglob(CHECKSUMS_FILE)):
         place = file.parent.relative_to(folder)
@@ -62,14 +62,14 @@ def seal(folder: Path) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether there are checksums: checkpoints of before they were introduced have none."""
+    """Return True if there are checksums: older checkpoints have none."""
     return (folder / CHECKSUMS_FILE).is_file()
 
 
 def damage(folder: Path, share: int = 0, of: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, a phrase per file; nothing where it is whole or has no checksums.
+    """Return a phrase per damaged file of a checkpoint; none if it is intact or has no checksums.
 
-    Of ``of`` ranks, which find everything together, this is number ``share``.
+    ``of`` ranks divide the files between them; this is number ``share``.
     """
     if not folder.is_dir():
         return ["it is no directory"] if share == 0 else []

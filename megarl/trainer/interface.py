@@ -1,9 +1,8 @@
-"""The trainer as algorithms see it. A backend is one folder beside ``megatron`` that implements it.
+"""The trainer's interface for algorithms. A backend is one folder next to ``megatron`` that implements it.
 
-A trainer holds one model, sharded over all ranks, and knows no algorithm: it computes passes over packed
-microbatches, and a function that the caller brings looks at the last stage's :class:`Output`. What PPO's
-critic, a reward model, distillation and every policy loss need of a pass is in
-:mod:`megarl.trainer.passes`, which works with any backend.
+A trainer holds one model, sharded over all ranks, and knows no algorithm: it runs passes over packed
+microbatches and calls the caller's function on the last stage's :class:`Output`. The passes of PPO's critic,
+reward models, distillation and policy losses are in :mod:`megarl.trainer.passes`, for any backend.
 """
 
 from __future__ import annotations
@@ -30,40 +29,40 @@ from megarl.weights.plan import Owner
 
 Transport = Literal["auto", "shared_memory", "peer"]
 Read = Callable[[Output], LossResult | None]
-"""What a pass does with each microbatch: its loss and figures, or None where it only reads."""
+"""The function of a pass: returns a microbatch's loss and metrics, or None if it only reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankContext:
-    """Who this process is."""
+    """This process's rank, layout and platform."""
 
     rank: int
     layout: ParallelLayout
     at: RankCoordinates
     platform: platform.Platform
     parallel: ParallelConfig
-    seed: int = 0  # of whatever is drawn alike on all ranks
+    seed: int = 0  # of random numbers that are equal on all ranks
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, the one that talks to engines and people."""
+        """True on rank 0, which drives the engines and writes the logs."""
         return self.rank == 0
 
     @property
     def has_results(self) -> bool:
-        """Whether this rank reports a pass's results: on the last stage, one of the tensor ranks."""
+        """True if this rank reports a pass's results: on the last stage, one of the tensor ranks."""
         return self.at.tensor == 0 and self.at.pipeline == self.layout.pipeline - 1
 
 
 class PendingSave(Protocol):
-    """A checkpoint that is being written in the background."""
+    """A checkpoint being written in the background."""
 
     def done(self) -> bool:
-        """Whether this rank's files are on disk."""
+        """Return True if this rank's files are on disk."""
         ...
 
     def finish(self) -> None:
-        """Wait until every rank's files are; all ranks call it. UserError where one could not be written."""
+        """Wait for every rank's files; all ranks call it. UserError if one could not be written."""
         ...
 
 
@@ -71,11 +70,11 @@ class Checkpointable(Protocol):
     """One or several models with their optimizers. Every rank calls every method, in the same order."""
 
     def sleep(self, parts: Sequence[str]) -> None:
-        """Give up the memory of "gradients" (freed) and "optimizer" (to the host) until :meth:`wake`."""
+        """Release the memory of "gradients" (freed) and "optimizer" (to the host) until :meth:`wake`."""
         ...
 
     def wake(self) -> None:
-        """Undo :meth:`sleep`; without it, nothing. Training and saving do it by themselves."""
+        """Undo :meth:`sleep`; otherwise do nothing. Training and saving call it themselves."""
         ...
 
     def save(self, directory: Path, *, optimizer: bool) -> None:
@@ -83,49 +82,49 @@ class Checkpointable(Protocol):
         ...
 
     def start_save(self, directory: Path, *, optimizer: bool) -> PendingSave:
-        """As ``save``, but return when this rank's part is copied to host memory and training may go on.
+        """See ``save``; returns once this rank's part is in host memory, so training can continue.
 
-        Every rank then calls ``finish`` of the result, at the latest before another save.
+        Every rank then calls ``finish`` of the result, before the next save at the latest.
         """
         ...
 
     def load(self, directory: Path, *, optimizer: bool = True) -> bool:
-        """Read what ``save`` wrote, under this run's layout; whether random states were restored too.
+        """Read what ``save`` wrote, under this run's layout; return True if random states were restored too.
 
-        Without ``optimizer`` what was saved without one can be read: for its weights.
+        Without ``optimizer``, a checkpoint saved without one can be read, for its weights.
         """
         ...
 
 
 class Weights(Protocol):
-    """A trainer's weights as others read them. Every rank calls every method, in the same order."""
+    """A trainer's weights for engines, checks and export. Every rank calls every method, in order."""
 
     def owners(self, transport: Transport = "auto") -> list[Owner]:
-        """What every rank offers to engines, on rank 0 (elsewhere empty); complete on every rank's device.
+        """Return every rank's parameters for engines, on rank 0 (elsewhere empty), complete on every device.
 
-        Until the process ends its parameters must stay where they are; ``transport`` is weights.transport.
-        With LoRA what is offered is a copy of the adapted layers with the adapters merged in.
+        The parameters must not move until the process ends; ``transport`` is weights.transport. With LoRA,
+        engines get a copy of the adapted layers with the adapters merged in.
         """
         ...
 
     def publish(self) -> None:
-        """Bring what was offered to engines up to date, before every weight sync and while they rest.
+        """Update the weights that engines read, before every weight sync and while engines are paused.
 
         When it returns, on any rank, the weights are complete on every rank's device: engines may read them.
-        With LoRA adapters are merged; without it nothing is written, since engines read the parameters.
+        With LoRA, adapters are merged; otherwise nothing is written, since engines read the parameters.
         """
         ...
 
     def checksums(self, queries: Sequence[RegionQuery]) -> dict[int, int]:
-        """Number in ``queries`` -> checksum, of those that lie in this rank's memory."""
+        """Return checksums by index in ``queries``, for the regions in this rank's memory."""
         ...
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the Hugging Face checkpoint, adapters merged, on rank 0 (elsewhere none)."""
+        """Yield every tensor of the Hugging Face checkpoint, adapters merged, on rank 0 (elsewhere none)."""
         ...
 
     def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """With LoRA: every A and B by its name in PEFT's format, on rank 0 (elsewhere none)."""
+        """With LoRA, yield every A and B by its name in PEFT's format, on rank 0 (elsewhere none)."""
         ...
 
 
@@ -137,12 +136,12 @@ class Trainer(Checkpointable, Protocol):
 
     @property
     def context(self) -> RankContext:
-        """This rank."""
+        """This rank's context."""
         ...
 
     @property
     def architecture(self) -> Architecture:
-        """The model."""
+        """The model's architecture."""
         ...
 
     @property
@@ -165,13 +164,13 @@ class Trainer(Checkpointable, Protocol):
         ...
 
     def run(self, batches: list[PackedBatch], fn: Read, *, grad: bool = False) -> list[LossResult]:
-        """A pass over this rank's microbatches: ``fn`` of each one's output on the last stage.
+        """Run a pass over this rank's microbatches, calling ``fn`` on each one's output on the last stage.
 
-        With ``grad`` gradients of the losses are added to those there are. Returns what ``fn`` returned
-        (None left out), and nothing where these results are copies of another rank's.
+        With ``grad``, gradients of the losses are accumulated. Returns ``fn``'s results (without None), and
+        nothing on ranks whose results duplicate another rank's.
 
         Raises:
-            UserError: with debug.check_numerics, a value that is not finite; it names the token.
+            UserError: with debug.check_numerics, a value is not finite; names the token.
         """
         ...
 
@@ -180,23 +179,23 @@ class Trainer(Checkpointable, Protocol):
     ) -> dict[str, float]:
         """Forward, backward, gradient reduction, clipping, optimizer and schedule.
 
-        Returns the losses' figures over all ranks (reduce_results) with ``grad_norm``, ``lr`` and
+        Returns the losses' metrics over all ranks (reduce_results) with ``grad_norm``, ``lr`` and
         ``non_finite_weights`` (weights_report), equal on every rank.
         """
         ...
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference; with LoRA it is the model without its adapters."""
+        """Keep the current weights as the reference; with LoRA it is the model without its adapters."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, the model computes with the reference weights (an exchange of pointers)."""
+        """Inside, the model computes with the reference weights (pointers are swapped)."""
         ...
 
     def weights_of(self, model_dir: str) -> AbstractContextManager[None]:
         """Inside, the model computes with the weights of another directory of the same architecture.
 
-        Outside come the weights of the trainer's own directory again: for use before training. UserError
-        where the tensors of ``model_dir`` have other names or shapes.
+        On exit the weights of the trainer's own directory are loaded again, so use it before training.
+        UserError if the tensors of ``model_dir`` have other names or shapes.
         """
         ...

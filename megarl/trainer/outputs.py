@@ -1,7 +1,7 @@
-"""What the last stage of a pass has to offer for one microbatch, whatever the backend.
+"""The last stage's output for one microbatch, for any backend.
 
-The hidden states of a whole vocabulary's logits never exist: a view names what it wants of the rows that
-have a loss, and computes that alone.
+Logits of the whole vocabulary are never stored: each method computes only what it needs of the rows that have
+a loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megarl.records import PackedBatch
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """What tokens were drawn with; logprobs are of the same distribution. top_k 0 and top_p 1 keep all."""
+    """Sampling parameters; logprobs are of the same distribution. top_k 0 and top_p 1 keep all tokens."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -31,7 +31,7 @@ class Sampler:
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens cannot be drawn."""
+        """True if some tokens cannot be drawn."""
         return self.top_k > 0 or self.top_p < 1
 
 
@@ -41,13 +41,14 @@ class Output:
 
     Args:
         batch: the microbatch.
-        hidden: hidden states [N, H] of some rows [N] for a function that every rank of the head's group
-            computes with its own rows of the vocabulary (gradients are summed over the group).
-        whole_hidden: the same for a function that every rank of the group computes alike.
+        hidden: hidden states [N, H] of some rows [N], for a function that every rank of the head's group
+            computes
+            with its own rows of the vocabulary (gradients are summed over the group).
+        whole_hidden: the same for a function that every rank of the group computes equally.
         head: of a language model.
         score: [H] of a score head, in a model that has one.
-        sharing_group: the ranks that have parts of this microbatch's sequences; None: they are whole here.
-        check_numerics: whether a logprob or score that is not finite is an error.
+        sharing_group: the ranks that share this microbatch's sequences; None if they are whole here.
+        check_numerics: raise an error for a logprob or score that is not finite.
     """
 
     batch: PackedBatch
@@ -59,18 +60,18 @@ class Output:
     check_numerics: bool
 
     def targets(self) -> torch.Tensor:
-        """Rows [N] int64 that have a loss, ascending; maybe none, on any rank."""
+        """Return the rows [N] int64 that have a loss, ascending; maybe none, on any rank."""
         return self.batch.loss_mask.nonzero().flatten()
 
     def at_targets(self) -> HiddenTokens:
-        """Hidden states of the targets: what a loss over the whole vocabulary starts from."""
+        """Return the hidden states of the targets, for a loss over the whole vocabulary."""
         rows = self.targets()
         return HiddenTokens(rows, self.hidden(rows), self.head())
 
     def logprobs(self, sampler: Sampler = Sampler()) -> LossTokens:
-        """Logprob and entropy [N] float32 of the targets under ``sampler``, with a loss's other fields.
+        """Return the targets' logprob and entropy [N] float32 under ``sampler``, with a loss's other fields.
 
-        A sampler that truncates takes another pass over the logits, for its support; that gets no gradient.
+        A truncating sampler takes another pass over the logits, for its support, without gradient.
         """
         at, batch = self.at_targets(), self.batch
         support = None
@@ -119,10 +120,10 @@ class Output:
         )
 
     def scores(self, of: Literal["targets", "last"]) -> ScoreTokens:
-        """The score head's numbers, float32: of the token before each target, or each sequence's last token.
+        """Return the score head's output, float32: at the token before each target, or each sequence's last.
 
         Raises:
-            UserError: with check_numerics, a score that is not finite.
+            UserError: with check_numerics, a score is not finite.
         """
         assert self.score is not None, "the model has no score head"
         batch = self.batch
@@ -148,10 +149,10 @@ class Output:
         )
 
     def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequence ids [S] of the slots, and every token's slot [T].
+        """Return sequence ids [S] of the slots, and every token's slot [T].
 
-        Of all tokens, not of those with a loss: then context-parallel ranks agree on the slots. A shared
-        prefix, which has no targets, counts to the slot of its first branch.
+        Slots cover all tokens, not only those with a loss, so context-parallel ranks agree on them. A shared
+        prefix, which has no targets, belongs to the slot of its first branch.
         """
         ids, slots = torch.unique_consecutive(self.batch.sequence_ids, return_inverse=True)
         return ids, slots

@@ -1,7 +1,7 @@
-"""Causal attention of sequences packed end to end, whatever the backend.
+"""Causal attention of sequences packed end to end, for any backend.
 
-A row of sequences is attended to in one call where torch has a kernel for it (:mod:`megarl.trainer.varlen`),
-else in one call for each bucket of sequences of similar length.
+A row of sequences takes one call if torch has a kernel for it (:mod:`megarl.trainer.varlen`), else one call
+for each bucket of sequences of similar length.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _MAX_PADDED_RATIO = 1.3
 
 @dataclass
 class PackedRow:
-    """The sequences of a packed row, and what every layer would compute of them again.
+    """The sequences of a packed row, and values that every layer would otherwise recompute.
 
-    ``lengths`` are padded lengths. ``prefixes`` gives, for each sequence that goes on from another one, that
+    ``lengths`` are padded lengths. ``prefixes`` gives, for each sequence that continues another one, that
     one's tokens [start, stop) in the row.
     """
 
@@ -45,7 +45,7 @@ class Bucket:
     prefix: tuple[int, int] | None = None
 
     def keys(self) -> torch.Tensor:
-        """Token indices [B, m] of what the rows attend to, in order of position."""
+        """Return the indices [B, m] of the tokens that the rows attend to, in order of position."""
         if self.prefix is None:
             return self.index
         prefix = torch.arange(*self.prefix, device=self.index.device)
@@ -53,7 +53,7 @@ class Bucket:
 
 
 def prefix_spans(batch: PackedBatch) -> list[tuple[int, int] | None] | None:
-    """Where in the packed row each sequence's prefix lies, padding left out."""
+    """Return each sequence's prefix as a span of the packed row, without padding."""
     if batch.prefixes is None:
         return None
     assert batch.lengths is not None
@@ -64,10 +64,10 @@ def prefix_spans(batch: PackedBatch) -> list[tuple[int, int] | None] | None:
 def make_buckets(
     lengths: list[int], device: torch.device, prefixes: list[tuple[int, int] | None] | None = None
 ) -> tuple[list[Bucket], torch.Tensor]:
-    """Group sequences so that few attention calls serve all, and the way back to packed order.
+    """Group sequences into few attention calls; also return the indices back to packed order.
 
-    Padding slots repeat a sequence's last token; under a causal mask no real token sees them. Sequences
-    share a bucket only if they have the same prefix, or none.
+    Padding slots repeat a sequence's last token; under a causal mask no real token sees them. Sequences share
+    a bucket only if they have the same prefix, or none.
     """
     starts = [0]
     for length in lengths:
@@ -102,10 +102,10 @@ def make_buckets(
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How attention of a model differs from plain causal attention.
+    """A model's differences from plain causal attention.
 
-    ``window``: a token sees so many tokens, itself among them; None: all before it. ``softcap`` bounds the
-    scores: cap * tanh(score / cap). ``sinks`` [heads] are scores of a key without a value.
+    ``window``: number of tokens that a token attends to, itself included; None: all before it. ``softcap``
+    bounds the scores: cap * tanh(score / cap). ``sinks`` [heads] are scores of a key without a value.
     """
 
     window: int | None = None
@@ -114,7 +114,7 @@ class Variant:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether no kernel of torch's computes it."""
+        """True if no torch kernel computes it."""
         return self.softcap is not None or self.sinks is not None
 
 
@@ -131,7 +131,7 @@ def packed_causal_attention(
 ) -> torch.Tensor:
     """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d].
 
-    One call where torch has a kernel for it, else one for each bucket of sequences of similar length.
+    Takes one call if torch has a kernel for it, else one for each bucket of sequences of similar length.
     """
     if takes(q) and not variant.needs_scores:
         if packed.spans is None:
@@ -159,8 +159,8 @@ def _bucket_attention(
     if variant.needs_scores:
         return _plain_attention(q, k, v, bucket, scale, variant)
     if q.device.type != "cpu" and k.shape[1] < q.shape[1]:
-        # Elsewhere only FlashAttention takes fewer keys than queries, and it takes neither masks nor
-        # float32: torch would fall back on whole matrices of scores.
+        # Otherwise only FlashAttention accepts fewer keys than queries, but neither masks nor float32:
+        # torch would fall back to whole matrices of scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask = _mask(bucket, k.shape[2], variant.window, q.device)
     return F.scaled_dot_product_attention(
@@ -171,7 +171,7 @@ def _bucket_attention(
 def _plain_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bucket: Bucket, scale: float, variant: Variant
 ) -> torch.Tensor:
-    """As :func:`_bucket_attention`, with the matrix of scores [B, heads, n, m] in memory, softmax in fp32."""
+    """See :func:`_bucket_attention`; stores the scores [B, heads, n, m], softmax in fp32."""
     heads, count = q.shape[1], k.shape[2]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)) * scale
@@ -188,9 +188,9 @@ def _plain_attention(
 
 
 def _mask(bucket: Bucket, count: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """What the tokens of a bucket's rows may see of ``count`` keys: the prefix, and causally each other.
+    """Return the mask [n, count] bool of a bucket's rows: the prefix, and causally each other.
 
-    [n, count] bool, the last ``window`` of them where that is fewer; None where it is SDPA's causal mask.
+    Only the last ``window`` keys, if fewer. None if it equals SDPA's causal mask.
     """
     limited = window is not None and window < count
     if bucket.prefix is None and not limited:

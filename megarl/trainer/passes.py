@@ -1,4 +1,4 @@
-"""Passes that algorithms have in common, over any :class:`megarl.trainer.interface.Trainer`.
+"""Passes shared by algorithms, over any :class:`megarl.trainer.interface.Trainer`.
 
 Every rank calls every function, with its own microbatches.
 """
@@ -44,10 +44,10 @@ def fill_logprobs(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> LogprobMismatch:
-    """Forward only: set ``into`` of every microbatch to the present weights' logprobs (last stage).
+    """Forward only: set ``into`` of every microbatch to the current weights' logprobs (last stage).
 
-    They are of the sampler's distribution, as the engine's are. Returns how they agree with those, over all
-    ranks.
+    The logprobs are of the sampler's distribution, like the engine's. Returns their mismatch to the engine's,
+    over all ranks.
     """
     mismatch, sampler = LogprobMismatch(), Sampler(temperature, top_k, top_p)
 
@@ -70,9 +70,9 @@ def train_step(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> TrainStepResult:
-    """One optimizer step on a loss over logprobs and entropies of the sampler's distribution.
+    """Take one optimizer step on a loss over logprobs and entropies of the sampler's distribution.
 
-    The support of a sampler that truncates is taken from the weights as they are now.
+    A truncating sampler's support is computed with the current weights.
     """
     mismatch, sampler = LogprobMismatch(), Sampler(temperature, top_k, top_p)
 
@@ -87,12 +87,12 @@ def train_step(
 
 
 def evaluate_loss(trainer: Trainer, batches: list[PackedBatch], loss: Loss) -> dict[str, float]:
-    """Forward only: the loss's figures over all ranks."""
+    """Forward only: return the loss's metrics over all ranks."""
     return reduce_results(trainer.run(batches, lambda output: loss(output.logprobs())))
 
 
 def sequence_logprobs(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
-    """Forward only: the summed logprob of each sequence's targets, [S] float64 on every rank."""
+    """Forward only: return the summed logprob of each sequence's targets, [S] float64 on every rank."""
     batches = trainer.prepare(batch, "token").batches
 
     def read(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +107,7 @@ def sequence_logprobs(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
 
 
 def fill_values(trainer: Trainer, batches: list[PackedBatch]) -> None:
-    """Forward only: set ``old_values`` of every microbatch to the critic's present values (last stage)."""
+    """Forward only: set ``old_values`` of every microbatch to the critic's current values (last stage)."""
 
     def read(output: Output) -> None:
         tokens = output.scores("targets")
@@ -117,7 +117,7 @@ def fill_values(trainer: Trainer, batches: list[PackedBatch]) -> None:
 
 
 def sequence_scores(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
-    """Forward only: the score of each sequence, [S] float64 on every rank. Pairs share microbatches."""
+    """Forward only: return each sequence's score, [S] float64 on every rank. Pairs share microbatches."""
     batches = trainer.prepare(batch, "token", group_size=2).batches
 
     def read(output: Output) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,22 +130,22 @@ def sequence_scores(trainer: Trainer, batch: TrainBatch) -> torch.Tensor:
 def score_step(
     trainer: Trainer, batches: list[PackedBatch], loss: ScoreLoss, of: Literal["targets", "last"]
 ) -> dict[str, float]:
-    """One optimizer step on a loss over scores; its figures over all ranks."""
+    """Take one optimizer step on a loss over scores; return its metrics over all ranks."""
     return trainer.optimizer_step(batches, lambda output: loss(output.scores(of)))
 
 
 def evaluate_score_loss(
     trainer: Trainer, batches: list[PackedBatch], loss: ScoreLoss, of: Literal["targets", "last"]
 ) -> dict[str, float]:
-    """Forward only: the loss's figures over all ranks."""
+    """Forward only: return the loss's metrics over all ranks."""
     return reduce_results(trainer.run(batches, lambda output: loss(output.scores(of))))
 
 
-# --- what they share --------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------
 
 
 def _at_rows(batch: PackedBatch, rows: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-    """A field [T] float32 that holds ``values`` [N] at ``rows`` and 0 elsewhere."""
+    """Return a field [T] float32 with ``values`` [N] at ``rows`` and 0 elsewhere."""
     assert rows is not None
     whole = torch.zeros(batch.token_ids.shape[0], device=values.device)
     whole[rows] = values
@@ -158,7 +158,7 @@ def _per_sequence(
     read: Callable[[Output], tuple[torch.Tensor, torch.Tensor]],
     count: int,
 ) -> torch.Tensor:
-    """[count] float64 on every rank of what ``read`` says: (sequence ids, values) of a microbatch's slots."""
+    """Return [count] float64 on every rank from ``read``'s (sequence ids, values) of a microbatch's slots."""
     mine: dict[int, float] = {}
 
     def keep(output: Output) -> None:

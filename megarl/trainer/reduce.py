@@ -1,4 +1,4 @@
-"""What the microbatches of all ranks report, as one set of figures."""
+"""Reduce the results of all ranks' microbatches to metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megarl.trainer.interface import RankContext
 
 
 def reduce_results(results: list[LossResult]) -> dict[str, float]:
-    """Means and maxima over microbatches and ranks, of what each rank's ``run`` returned."""
+    """Return means and maxima over microbatches and ranks of the ranks' ``run`` results."""
     local = [
         [{name: float(value) for name, value in part.items()} for part in (r.sums, r.token_sums, r.maxima)]
         for r in results
@@ -33,14 +33,14 @@ def reduce_results(results: list[LossResult]) -> dict[str, float]:
 
 
 def _largest(values: Iterable[float]) -> float:
-    """The maximum; NaN where one is, which ``max`` finds or not as the order has it."""
+    """Return the maximum; NaN if any value is, whatever the order (unlike ``max``)."""
     found = list(values)
     return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def weights_report(tensors: Iterable[torch.Tensor]) -> LossResult:
-    """Whether trained tensors have a NaN or an infinity, for :func:`reduce_results`: ``non_finite_weights``,
-    their number on the rank that has most."""
+    """Check trained tensors for NaN or infinity, for :func:`reduce_results`: ``non_finite_weights`` is their
+    number on the rank that has most."""
     held = [tensor.detach() for tensor in tensors if tensor.numel()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(held, math.inf)]) if held else None
     count = torch.zeros(()) if norms is None else (~torch.isfinite(norms)).sum()
@@ -48,7 +48,7 @@ def weights_report(tensors: Iterable[torch.Tensor]) -> LossResult:
 
 
 def mismatch_of(tokens: LossTokens) -> LogprobMismatch:
-    """Engine against trainer on these tokens; empty where the engine said nothing."""
+    """Measure the mismatch of engine and trainer on these tokens; empty without the engine's logprobs."""
     if tokens.rollout_logprobs is None:
         return LogprobMismatch()
     return measure_mismatch(
@@ -57,5 +57,5 @@ def mismatch_of(tokens: LossTokens) -> LogprobMismatch:
 
 
 def reduce_mismatch(context: RankContext, mismatch: LogprobMismatch) -> LogprobMismatch:
-    """The sum over the ranks whose results are their own."""
+    """Sum over the ranks with results of their own (not replicas)."""
     return sum(gather(mismatch if context.has_results else LogprobMismatch()), LogprobMismatch())

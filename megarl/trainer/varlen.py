@@ -1,7 +1,7 @@
 """Attention of packed sequences in one call: torch's variable-length FlashAttention, on a GPU and in 16 bits.
 
-Nothing is padded, and without shared prefixes nothing is gathered. The kernel aligns the causal mask of
-fewer queries than keys to their ends, so that a sequence sees all of the prefix it goes on from.
+Nothing is padded, and without shared prefixes nothing is gathered. With fewer queries than keys, the kernel
+aligns the causal mask to their ends, so a sequence sees all of the prefix that it continues.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 
 _HEAD_MULTIPLE, _LARGEST_HEAD = 8, 256
 _LARGEST_HEAD_ELSEWHERE = 192
-"""Heads up to this have a backward pass on every GPU since Ampere, larger ones on those below."""
+"""Heads up to this size have a backward pass on every GPU since Ampere, larger ones on those below."""
 _LARGE_HEADS = ((8, 0), (9, 0), (10, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where the sequences of a microbatch, and what each attends to, begin and end.
+    """Bounds of the sequences of a microbatch, and of the keys each attends to.
 
-    ``keys`` [K] are the tokens attended to, sequence by sequence; None where they are the packed row itself.
+    ``keys`` [K] are the tokens attended to, sequence by sequence; None if they are the packed row itself.
     """
 
     cu_queries: torch.Tensor  # [S + 1] int32
@@ -37,7 +37,7 @@ class Spans:
     def of(
         cls, lengths: list[int], device: torch.device, prefixes: list[tuple[int, int] | None] | None = None
     ) -> Spans:
-        """Of sequences that lie in a row; ``prefixes`` as PackedRow has them."""
+        """Return the spans of sequences in a row; ``prefixes`` as in PackedRow."""
         starts = [0, *accumulate(lengths)]
         cu_queries = torch.tensor(starts, dtype=torch.int32).to(device)
         if prefixes is None or not any(prefixes):
@@ -54,7 +54,7 @@ class Spans:
 
 
 def takes(q: torch.Tensor) -> bool:
-    """Whether the kernel takes heads like those of ``q`` [T, heads, d], forward and backward."""
+    """Return True if the kernel supports heads like those of ``q`` [T, heads, d], forward and backward."""
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return False
     if not {"window_size", "scale"} <= _parameters():
@@ -66,7 +66,7 @@ def takes(q: torch.Tensor) -> bool:
 
 @cache
 def _parameters() -> frozenset[str]:
-    """Of the kernel's Python face in this torch; none where there is none."""
+    """Return the parameters of torch's Python function for the kernel; empty if there is none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -84,13 +84,13 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Causal attention within each sequence: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads, d].
 
-    With ``window`` a token sees so many tokens, itself among them.
+    With ``window`` a token attends to that many tokens, itself included.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     if spans.keys is not None:
         k, v = k.index_select(0, spans.keys), v.index_select(0, spans.keys)
-    # Fewer heads of keys than of queries are the kernel's own doing; torch 2.11 has no word for it.
+    # The kernel supports fewer key heads than query heads itself; torch 2.11 has no argument for it.
     grouped: dict[str, Any] = {}
     if q.shape[1] != k.shape[1] and "enable_gqa" in _parameters():
         grouped["enable_gqa"] = True
@@ -103,7 +103,7 @@ def varlen_attention(
         spans.longest_queries,
         spans.longest_keys,
         scale=scale,
-        # Of those before all or the last few, nothing behind: causal.
+        # All tokens before, or the last few, and none after: causal.
         window_size=(-1 if window is None else window - 1, 0),
         **grouped,
     )

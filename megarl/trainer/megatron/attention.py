@@ -1,9 +1,9 @@
 """MegaRL's attention inside Megatron's transformer layer.
 
-Two differences from Megatron's own: the q|k|v projection is stored flat, as the engine stores it
-(so the engine can alias it), and the core attention works on packed (THD) sequences on any device,
-with context parallelism by all-gathering K and V. Rotary embedding is applied here, from the
-microbatch's position ids, in one vectorised step for all sequences.
+It differs from Megatron's in two ways: the q|k|v projection is stored flat, as in the engine (so the engine
+can alias it), and the core attention works on packed (THD) sequences on any device, with context parallelism
+by all-gathering K and V. Rotary embedding is applied here, from the microbatch's position ids, in one
+vectorised step for all sequences.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from megarl.trainer.packed_attention import PackedRow, packed_causal_attention, 
 
 @dataclass
 class PackedMicrobatch(PackedSeqParams, PackedRow):
-    """Megatron's packed-sequence parameters plus what every layer would compute again.
+    """Megatron's packed-sequence parameters plus values that every layer would otherwise recompute.
 
-    ``lengths`` are the padded lengths of the sequences over all context-parallel ranks;
-    ``position_ids`` [T local] are those of this rank's tokens. ``prefixes`` gives, for each sequence that
-    goes on from another one, that one's tokens [start, stop) in the packed row over all ranks. Without
-    ``split`` the row is this rank's alone, and no other one has to be asked for keys.
+    ``lengths`` are the padded lengths of the sequences over all context-parallel ranks; ``position_ids`` [T
+    local] are those of this rank's tokens. ``prefixes`` gives, for each sequence that continues another one,
+    that one's tokens [start, stop) in the packed row over all ranks. Without ``split`` the row is this rank's
+    alone, and no keys are gathered from other ranks.
     """
 
     position_ids: torch.Tensor | None = None
@@ -45,7 +45,7 @@ class PackedMicrobatch(PackedSeqParams, PackedRow):
 
     @classmethod
     def of(cls, batch: PackedBatch, routing: Routing | None) -> PackedMicrobatch:
-        """What the layers need to know of ``batch``."""
+        """Collect what the layers need of ``batch``."""
         return cls(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -71,7 +71,7 @@ def attend(
     q [T, heads, d], k [T, kv_heads, d] and v [T, kv_heads, w] with w <= d -> [T, heads, w].
     """
     width = v.shape[-1]
-    if width < q.shape[-1]:  # the fast kernels want equal heads; zeros beside the values change nothing
+    if width < q.shape[-1]:  # the fast kernels need equal head sizes; zero-padding the values changes nothing
         v = F.pad(v, (0, q.shape[-1] - width))
     if packed.split and group.size() > 1:
         out = context_parallel_attention(q, k, v, packed.lengths, packed.prefixes, scale, group)
@@ -161,7 +161,7 @@ class FlatQkvSelfAttention(SelfAttention):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Checkpoint q, k and v as three tensors, so that another tensor-parallel size can read them."""
+        """Checkpoint q, k and v as three tensors, so another tensor-parallel size can read them."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for kind in ("weight", "bias"):
             name = f"{prefix}linear_qkv.{kind}"

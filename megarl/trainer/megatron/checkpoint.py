@@ -28,7 +28,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 
 class PendingSave:
-    """A checkpoint whose files a thread is writing from host memory; see trainer.interface.PendingSave."""
+    """A checkpoint whose files a thread writes from host memory; see trainer.interface.PendingSave."""
 
     def __init__(self, files: RankFiles, *, background: bool) -> None:
         self._files = files
@@ -43,11 +43,11 @@ class PendingSave:
         self._report = self._files.write()
 
     def done(self) -> bool:
-        """Whether this rank's files are on disk."""
+        """Return True if this rank's files are on disk."""
         return self._report is not None
 
     def finish(self) -> None:
-        """Wait for every rank's files and write what makes them a checkpoint; all ranks call it.
+        """Wait for every rank's files and complete the checkpoint; all ranks call it.
 
         Raises:
             UserError: a rank could not write, e.g. the disk is full.
@@ -69,8 +69,8 @@ def start_save(
 ) -> PendingSave:
     """Begin to write into ``directory`` (existing, empty); every rank then calls ``finish`` of the result.
 
-    With ``background`` the call returns when this rank's part has been copied to host memory, and
-    training may go on; otherwise its files are written when the call returns. One save at a time.
+    With ``background``, the call returns once this rank's part is in host memory, and training can continue;
+    otherwise once its files are written. One save at a time.
     """
     shards = OptimizerShards(optimizer)
     with shards.described():
@@ -86,7 +86,7 @@ def start_save(
 def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: Any) -> bool:
     """Read weights, optimizer and schedule; the layout may differ from the writer's.
 
-    Without an ``optimizer`` its state is not read. Returns whether the random state was restored too, which
+    Without an ``optimizer`` its state is not read. Returns True if the random state was restored too, which
     needs as many ranks as wrote it, and the same kind of device.
     """
     if not (directory / "metadata.json").is_file():
@@ -102,10 +102,10 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: An
     else:
         for part in distributed_parts(optimizer):
             if not part.optimizer.state:
-                part._init_optimizer_states_with_dummy_values()  # something to load into; all is overwritten
+                part._init_optimizer_states_with_dummy_values()  # allocate state to load into
         with read_whole(optimizer):
             wanted = _sharded_state(chunks, optimizer, is_loading=True)
-    with warnings.catch_warnings():  # Megatron calls torch by names that torch is giving up
+    with warnings.catch_warnings():  # Megatron uses deprecated names of torch
         warnings.simplefilter("ignore")
         state = dist_checkpointing.load(wanted, str(directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
@@ -116,16 +116,15 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: An
         assert not wrong, f"checkpoint and model disagree on {wrong}"
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
-    _go_on(schedule, state["schedule"])
+    _resume(schedule, state["schedule"])
     same_ranks = not _rng_file(directory, dist.get_world_size()).exists()
     file = _rng_file(directory, dist.get_rank())
     return same_ranks and file.exists() and _set_rng_state(torch.load(file, weights_only=False))
 
 
-def _go_on(schedule: Any, saved: dict[str, Any]) -> None:
-    """The schedule at the step that was saved. Its form and length stay what this run's configuration says:
-    Megatron would read them back too, and a run with more steps than before would go on at the end of the
-    old schedule."""
+def _resume(schedule: Any, saved: dict[str, Any]) -> None:
+    """Set the schedule to the saved step, with the form and length of this run's configuration: Megatron
+    would restore them too, and a run extended to more steps would continue at the end of the old schedule."""
     schedule.num_steps = 0
     schedule.step(increment=int(saved["num_steps"]))
 
@@ -133,12 +132,12 @@ def _go_on(schedule: Any, saved: dict[str, Any]) -> None:
 def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_METADATA)  # Megatron writes process groups into it
     state: dict[str, Any] = {
-        key: _saved(chunk.sharded_state_dict(metadata=metadata))
+        key: _saved_entries(chunk.sharded_state_dict(metadata=metadata))
         for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True)
     }
     if optimizer is not None:
         model = state["model"] if len(chunks) == 1 else dict(state)
-        with _counted(optimizer):
+        with _shared_step_count(optimizer):
             state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
 
@@ -147,12 +146,12 @@ _NO_PARAMETER = "no parameter"
 
 
 @contextmanager
-def _counted(optimizer: Any) -> Iterator[None]:
-    """Lend the optimizer's parts that have no parameter on this rank the step count of the others.
+def _shared_step_count(optimizer: Any) -> Iterator[None]:
+    """Give optimizer parts without a parameter on this rank the step count of the others.
 
-    A pipeline stage without experts has an empty part for them, and a data-parallel rank may own nothing
-    of a part. The count is a parameter's state in torch: without one Megatron's distributed optimizer
-    asserts, and the other writes no count for all ranks if rank 0 has none.
+    A pipeline stage without experts has an empty part for them, and a data-parallel rank may own nothing of a
+    part. The count is a parameter's state in torch: without one, Megatron's distributed optimizer asserts,
+    and the other writes no count for all ranks if rank 0 has none.
     """
     parts = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
     counts = [state["step"] for part in parts for state in part.state.values() if "step" in state]
@@ -167,8 +166,8 @@ def _counted(optimizer: Any) -> Iterator[None]:
             part.state.pop(_NO_PARAMETER, None)
 
 
-def _saved(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a model with adapters only these: the frozen weights are those of model.path."""
+def _saved_entries(state: dict[str, Any]) -> dict[str, Any]:
+    """Select the saved entries: only the adapters if there are any, as model.path has the frozen weights."""
     return {name: part for name, part in state.items() if _of_adapter(name)} or state
 
 
@@ -187,7 +186,7 @@ def _rng_file(directory: Path, rank: int) -> Path:
 def _rng_state() -> dict[str, Any]:
     state = {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),  # noqa: NPY002  what libraries draw from
+        "numpy": numpy.random.get_state(),  # noqa: NPY002  used by libraries
         "torch": torch.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
@@ -197,7 +196,7 @@ def _rng_state() -> dict[str, Any]:
 
 
 def _set_rng_state(state: dict[str, Any]) -> bool:
-    """Go on with these random states; whether that is possible: a GPU's generators are not a CPU's."""
+    """Restore these random states; False for a GPU's generators on a CPU or the reverse."""
     if ("cuda" in state) != (platform.current().name == "cuda"):
         return False
     random.setstate(state["python"])

@@ -1,8 +1,8 @@
-"""A rank's part of a sharded state dict as files of torch's distributed checkpoint (DCP).
+"""Write a rank's part of a sharded state dict as files of torch's distributed checkpoint (DCP).
 
-Nothing is exchanged until every rank has written: a rank's files need no other rank's, and the first rank
-makes a checkpoint of them from what all report. Megatron's own background saves have a manager process on
-every rank, and another implementation in every version; the files are the same.
+Ranks communicate only after writing: a rank's files need no other rank's, and the first rank completes the
+checkpoint from all reports. Megatron's own background saves have a manager process on every rank, and another
+implementation in every version; the files are the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMON_FILE = "common.pt"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one rank has written, or why it could not."""
+    """What one rank has written, or its error."""
 
     items: list[WriteItem]
     results: list[WriteResult]
@@ -49,7 +49,7 @@ class Report:
 
 
 class RankFiles:
-    """What one rank writes: its own pieces of tensors, objects, and whole small files."""
+    """The files of one rank: its pieces of tensors, objects, and whole small files."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class RankFiles:
     ) -> None:
         """``state`` is a sharded state dict; its unsharded part goes into the first rank's common.pt.
 
-        ``small`` has further files by name, ``shards`` the values of tensors that were described without.
-        What is no tensor is serialised here, as it is now.
+        ``small`` has further files by name, ``shards`` the values of tensors described without values.
+        Objects that are no tensors are serialised here, with their current values.
         """
         self._directory, self._rank = directory, rank
         sharded, common = save_preprocess(state, validate_access_integrity=False)
@@ -74,9 +74,9 @@ class RankFiles:
             if isinstance(part, ShardedTensor) and shards.holds(part):
                 for offset, values in shards.pieces(part):
                     self._add_piece(part, offset, values)
-            elif is_main_replica(part.replica_id):  # one of several that have it
+            elif is_main_replica(part.replica_id):  # one of several replicas writes it
                 self._add(part)
-        # Reads on the CPU as it writes: what is on a GPU still is copied tensor by tensor.
+        # CPU tensors are read while writing; those still on a GPU are copied one by one.
         self._writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
 
     def _add(self, part: ShardedTensor | ShardedObject) -> None:
@@ -96,12 +96,12 @@ class RankFiles:
         self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=whole))
 
     def detach(self) -> None:
-        """Copy every tensor to host memory of its own: what it came from may change from now on."""
+        """Copy every tensor to separate host memory, so that its source may change."""
         devices = set()
         for index, value in self._values.items():
             if isinstance(value, torch.Tensor):
                 on_gpu = value.device.type == "cuda"
-                # Page-locked, so that the copies run at the full rate and the host waits once, for all.
+                # Page-locked, so the copies run at full rate and the host waits once for all.
                 copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=on_gpu)
                 self._values[index] = copy.copy_(value, non_blocking=on_gpu)
                 devices.add(value.device)
@@ -109,7 +109,7 @@ class RankFiles:
             wait_for(device)
 
     def write(self) -> Report:
-        """Write everything; it is on disk when the call returns. No other rank takes part."""
+        """Write everything; it is on disk when the call returns. No communication."""
         try:
             for name, content in self._small.items():
                 with (self._directory / name).open("wb") as file:
@@ -118,17 +118,17 @@ class RankFiles:
                     os.fsync(file.fileno())
             plan = SavePlan(self._items)
             [*_, plan] = self._writer.prepare_global_plan([*([SavePlan([])] * self._rank), plan])
-            results = self._writer.write_data(plan, _Held(self._values)).wait()
+            results = self._writer.write_data(plan, _PlannedValues(self._values)).wait()
             names = {result.storage_data.relative_path for result in results} | self._small.keys()
             checksums = checksums_of(self._directory, sorted(names))
-        except Exception as error:  # whatever it is, all ranks have to hear of it
+        except Exception as error:  # all ranks must learn of any error
             return Report([], [], str(error) or type(error).__name__)
         finally:
             self._values.clear()
         return Report(self._items, results, checksums=checksums)
 
     def complete(self, reports: list[Report]) -> None:
-        """On the first rank, with every rank's report: write what makes a checkpoint of the files.
+        """On the first rank, with every rank's report: write what completes the checkpoint.
 
         Raises:
             UserError: a rank could not write, e.g. the disk is full.
@@ -151,8 +151,8 @@ class RankFiles:
         return UserError(f"checkpoint {self._directory}: rank {rank} could not write it: {why}")
 
 
-class _Held(DefaultSavePlanner):
-    """Tells the writer the values of a plan's items."""
+class _PlannedValues(DefaultSavePlanner):
+    """Give the writer the values of a plan's items."""
 
     def __init__(self, values: Mapping[MetadataIndex, torch.Tensor | io.BytesIO]) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def _serialised(value: Any) -> io.BytesIO:
 
 
 def _check_whole(state: Mapping[str, Any]) -> None:
-    """Every tensor's pieces are all of it, each once: what one rank's layout says fits the others'."""
+    """Assert that every tensor's pieces cover it exactly once: the ranks' layouts are consistent."""
     for key, tensor in state.items():
         if isinstance(tensor, TensorStorageMetadata):
             sizes = [chunk.sizes.numel() for chunk in tensor.chunks]

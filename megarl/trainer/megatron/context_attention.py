@@ -1,10 +1,10 @@
-"""Causal attention of packed sequences over context-parallel ranks, in memory that falls with their number.
+"""Causal attention of packed sequences over context-parallel ranks, with memory divided among them.
 
 A rank holds the zigzag chunks of each sequence (batching/context_parallel.py). K and V are all-gathered for
-the queries of one layer at a time, in the forward pass and again in the backward pass, so that between the
-two a rank keeps nothing but its own share. The queries of a chunk see the tokens before it without a mask and
-their own chunk causally: two calls of a fused kernel, whose softmaxes are joined by their log-sum-exp (as
-FlashAttention, Dao et al. 2022, joins its blocks). No mask, and no matrix of queries by keys, is ever made.
+the queries of one layer at a time, in the forward pass and again in the backward pass, so in between a rank
+keeps only its own share. The queries of a chunk see the tokens before it without a mask and their own chunk
+causally: two calls of a fused kernel, whose softmaxes are joined by their log-sum-exp (as FlashAttention, Dao
+et al. 2022, joins its blocks). Neither a mask nor a matrix of queries by keys is ever built.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megarl.batching.context_parallel import zigzag_indices
 
 _aten = torch.ops.aten
 _CUDA_LSE_MULTIPLE = 32
-"""The CUDA kernel's backward reads log-sum-exps in rows padded to this."""
+"""The CUDA kernel's backward reads log-sum-exps in rows padded to a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Rows of this rank's queries, and the spans of the whole row of tokens that they see.
+    """Rows of this rank's queries, and the spans of the whole token row that they attend to.
 
     They see all of ``before``, and ``own`` causally.
     """
@@ -36,7 +36,7 @@ class _Chunk:
     own: slice
 
     def spans(self) -> list[tuple[slice, bool]]:
-        """Each span of keys with whether it is causal."""
+        """Return each span of keys, with True for the causal one."""
         return [*((span, False) for span in self.before), (self.own, True)]
 
 
@@ -52,7 +52,7 @@ def context_parallel_attention(
     """q [T, heads, d], k and v [T, kv_heads, d], this rank's chunks of each sequence -> [T, heads, d].
 
     ``lengths`` are those of the whole sequences, multiples of 2 * group.size(). A sequence with a prefix
-    [start, stop), tokens of the row over all ranks, sees those first.
+    [start, stop), tokens of the row over all ranks, attends to those first.
     """
     size, rank = group.size(), group.rank()
     bounds = torch.tensor([0, *accumulate(lengths)])
@@ -105,7 +105,7 @@ class _ContextAttention(torch.autograd.Function):
         for chunk in ctx.chunks:
             rows = chunk.rows
             for span, causal in chunk.spans():
-                # With the joined output and log-sum-exp each span's part of the gradient is exact by itself.
+                # With the joined output and log-sum-exp, each span's part of the gradient is exact.
                 part = (grad[rows], q[rows], keys[span], values[span], out[rows], lse[rows])
                 part_q, part_k, part_v = _attend_backward(*part, causal, ctx.scale)
                 grad_q[rows] += part_q
@@ -119,7 +119,7 @@ class _ContextAttention(torch.autograd.Function):
 def _gather(
     k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, group: dist.ProcessGroup
 ) -> list[torch.Tensor]:
-    """K and V of all ranks in order of position: two of [T all, kv_heads, d]."""
+    """Gather K and V of all ranks in order of position: two of [T all, kv_heads, d]."""
     whole = []
     for x in (k, v):
         ranks = x.new_empty((order.shape[0], *x.shape[1:]))
@@ -129,7 +129,7 @@ def _gather(
 
 
 def _scatter(grad: torch.Tensor, order: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over ranks of the gradient [T all, ...], of this rank's tokens."""
+    """Reduce-scatter the gradient [T all, ...] to this rank's tokens."""
     mine = grad.new_empty((grad.shape[0] // group.size(), *grad.shape[1:]))
     dist.reduce_scatter_tensor(mine, grad.index_select(0, order), group=group)
     return mine
@@ -178,7 +178,7 @@ def _attend_backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, ``out`` and ``lse`` being those over all keys and k, v a part of them."""
+    """Gradients of q, k, v; ``out`` and ``lse`` are those over all keys, k and v a part of them."""
     if q.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *_batched(grad, q, k, v, out), lse.transpose(0, 1)[None], 0.0, causal, scale=scale
@@ -203,12 +203,12 @@ def _attend_backward(
 
 
 def _cuda_lse(lse: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exps [t, heads] as the CUDA kernel's backward reads them: rows [1, heads, t padded]."""
+    """Pad log-sum-exps [t, heads] as the CUDA kernel's backward reads them: rows [1, heads, t padded]."""
     rest = -lse.shape[0] % _CUDA_LSE_MULTIPLE
-    # Padding by nothing would keep the transposed strides.
+    # Padding by 0 would keep the transposed strides.
     return F.pad(lse.transpose(0, 1)[None], (0, rest), value=float("inf")).contiguous()
 
 
 def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """K and V once for every query head: this kernel wants as many of each."""
+    """Repeat K and V for every query head: this kernel needs equally many."""
     return [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)]

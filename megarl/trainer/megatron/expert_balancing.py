@@ -1,4 +1,4 @@
-"""All routers of one rank's model chunks: what a step told of them, and the rule that moves their bias."""
+"""Expert balancing: routing metrics of a rank's model chunks, and the update rule of the routers' bias."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megarl.trainer.megatron.router import Balance, PolicyRouter, Routing, Tally
 
 
 class Routers:
-    """The routers of one rank, as one thing to the policy. A dense model has none."""
+    """All routers of one rank's model. A dense model has none."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Routers:
             router.balance = self._balance
 
     def routing(self, batch: PackedBatch) -> Routing | None:
-        """What the routers need to know of a microbatch, with the choices it carries if they are replayed."""
+        """Build the routers' input for a microbatch, with the experts to replay, if any."""
         if self._moe is None:
             return None
         at, layout = self._context.at, self._context.layout
@@ -46,9 +46,9 @@ class Routers:
         return Routing(real, batch.token_share, batch.experts if self.replays else None, batch.split)
 
     def finish_step(self) -> dict[str, float]:
-        """After the optimizer's step: move the bias, start counting anew, and say what was counted.
+        """Finish the optimizer's step: update the bias, reset the counters, and return their metrics.
 
-        Every rank calls it. Figures are those of all layers and ranks.
+        Every rank calls it. Metrics cover all layers and ranks.
         """
         if self._moe is None:
             return {}
@@ -65,7 +65,7 @@ class Routers:
         return _figures(layers, self._balance)
 
     def _move_bias(self, router: PolicyRouter, load: torch.Tensor) -> None:
-        """Up for experts below the mean load, down for those above (arXiv:2408.15664, algorithm 1)."""
+        """Raise the bias of experts below the mean load, lower it above (arXiv:2408.15664, algorithm 1)."""
         if router.expert_bias is not None and self._balance.bias_update_rate:
             step = (load.mean() - load).sign().to(router.expert_bias.dtype)
             with torch.no_grad():

@@ -1,8 +1,8 @@
-"""A rank's experts as two stacked parameters, laid out as the engine lays them out.
+"""A rank's experts as two stacked parameters, with the engine's layout.
 
-Megatron's own expert modules keep one matrix per expert or need kernels that exist on GPUs only;
-stacked, the engine's parameter can be the trainer's memory, and a layer of 256 experts is two
-parameters instead of 512.
+Megatron's expert modules keep one matrix per expert or need kernels that exist on GPUs only; stacked, the
+engine's parameter can alias the trainer's memory, and a layer of 256 experts is two parameters instead of
+512.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class StackedExperts(MegatronModule):
     """Gated experts: w13 [E_local, 2I, H] (gate rows above up rows) and w2 [E_local, H, I].
 
     Takes and returns tokens sorted by expert, as Megatron's token dispatchers deliver them. With
-    expert-tensor parallelism I is this rank's part of the inner size, and the dispatcher adds up what the
-    ranks return.
+    expert-tensor parallelism, I is this rank's part of the inner size, and the dispatcher adds up the ranks'
+    results.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class StackedExperts(MegatronModule):
         self.w2 = torch.nn.Parameter(torch.empty(num_local_experts, hidden, inner, dtype=config.params_dtype))
         for param in (self.w13, self.w2):
             # Reduced over the ranks that hold the same experts, not over all data-parallel ranks. Also with
-            # one expert rank: so checkpoints have the same two optimizers under every layout.
+            # one expert rank, so checkpoints have the same two optimizers under every layout.
             param.allreduce = False  # type: ignore[attr-defined]
-            # No copy of the first tensor rank's: the gradient norm counts every rank's experts.
+            # Not a replica of the first tensor rank's: the gradient norm counts every rank's experts.
             set_tensor_model_parallel_attributes(param, True, 0, 1)
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Each expert's MLP on its share of ``tokens`` [N, H], scaled by ``probs`` [N]; no bias."""
+        """Apply each expert's MLP to its ``tokens`` [N, H], scaled by ``probs`` [N]; no bias."""
         counts = tokens_per_expert.tolist()
         linear = grouped_linear if uses_grouped_gemm(tokens) else looped_linear
         inner = swiglu(linear(tokens, self.w13, counts)) * probs[:, None]
@@ -65,21 +65,21 @@ class StackedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """One tensor per parameter over all layers and experts, so that any expert split can load it."""
+        """Save one tensor per parameter over all layers and experts, so any expert split can load it."""
         axis = len(sharded_offsets)
         experts = (axis, self._ep_group.rank(), self._ep_group.size())
         rank, ranks = self._tensor_group.rank(), self._tensor_group.size()
         replica_id = (0, 0, self._expt_dp_group.rank())
 
         def shard(key: str, part: torch.Tensor, inner: tuple[int, int, int]) -> ShardedTensor:
-            # One rank has the whole inner size: its tensors are those of a run without expert-tensor ranks.
+            # A single rank has the whole inner size: its tensors equal those without expert-tensor ranks.
             offsets = (*sharded_offsets, experts, *((inner,) if ranks > 1 else ()))
             return ShardedTensor.from_rank_offsets(
                 key, part, *offsets, replica_id=replica_id, prepend_axis_num=axis
             )
 
         def build_w13(key: str, tensor: torch.Tensor, replica: Any, flattened: Any) -> list[ShardedTensor]:
-            """Gate and up rows: two pieces of the tensor all ranks hold together, all gates above all ups."""
+            """Gate and up rows: two pieces of the global tensor, all gates above all ups."""
             assert flattened is None
             return [
                 shard(key, part, (axis + 1, rank + half * ranks, 2 * ranks))
@@ -98,7 +98,7 @@ class StackedExperts(MegatronModule):
 
 
 def uses_grouped_gemm(tokens: torch.Tensor) -> bool:
-    """Whether the experts are one kernel; torch's takes bfloat16, and on a CPU it is a loop itself."""
+    """Return True to run the experts in one kernel; torch's needs bfloat16, and is a loop on a CPU."""
     return tokens.device.type == "cuda" and tokens.dtype == torch.bfloat16
 
 
@@ -110,21 +110,21 @@ def grouped_linear(tokens: torch.Tensor, weight: torch.Tensor, counts: list[int]
 
 
 def looped_linear(tokens: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """As :func:`grouped_linear`, one expert after another."""
+    """See :func:`grouped_linear`; one expert after another."""
     parts = tokens.split(counts)
     return torch.cat([torch.nn.functional.linear(part, weight[expert]) for expert, part in enumerate(parts)])
 
 
 class PaddedAllGather(MoEAllGatherTokenDispatcher):
-    """Megatron's dispatcher, which all-gathers, with every rank's tokens padded to the most of any.
+    """Megatron's all-gathering dispatcher, with every rank's tokens padded to the maximum of all ranks.
 
-    What is padded in chose no expert, comes back as zeros and is cut off.
+    Padding chooses no expert, comes back as zeros and is cut off.
     """
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Before the gathering: pad [T, H], [T, E] and [T, E]."""
+        """Pad [T, H], [T, E] and [T, E] before gathering."""
         hidden, probs = super().dispatch_preprocess(hidden_states, routing_map, probs)
         most = torch.tensor(hidden.shape[0], device=hidden.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.tp_ep_group)
@@ -135,6 +135,6 @@ class PaddedAllGather(MoEAllGatherTokenDispatcher):
         return pad(hidden, rows), pad(probs, rows)
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """After the scattering: cut the padding off."""
+        """Cut the padding off after scattering."""
         combined: torch.Tensor = super().combine_postprocess(hidden_states[: self._num_tokens])
         return combined

@@ -1,8 +1,8 @@
-"""A layer's elementwise parts as single steps of autograd, which keep their input and compute the rest again.
+"""Elementwise parts of a layer as single autograd steps that keep their input and recompute the rest.
 
-Written as torch operations one by one, SwiGLU keeps five tensors of the MLP's width for the backward pass and
-the norm two of the hidden size. Here SwiGLU keeps its input and the norm its own and one number per token: a
-third less for a layer, in fewer passes over memory.
+As separate torch operations, SwiGLU keeps five tensors of the MLP's width for the backward pass and the norm
+two of the hidden size. Here SwiGLU keeps its input and the norm its input and one number per token: a third
+less for a layer, in fewer passes over memory.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 class SwiGlu(torch.nn.Module):
-    """:func:`swiglu` with the constructor that Megatron's MLP wants of an activation."""
+    """:func:`swiglu` with the constructor that Megatron's MLP expects of an activation."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As :func:`swiglu`."""
+        """See :func:`swiglu`."""
         return swiglu(x)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """Nothing to save; Megatron's MLP asks every module it holds."""
+        """Return no state; Megatron's MLP asks every submodule."""
         return {}
 
 
@@ -69,7 +69,7 @@ class _RmsNorm(torch.autograd.Function):
         unit, grad = x.to(scale.dtype) * scale, grad.to(scale.dtype)
         product = grad * unit
         grad_weight = product.flatten(0, -2).sum(0)
-        # x / |x| changes at right angles to x: the part of the gradient along x is taken out.
+        # x / |x| changes orthogonally to x: the gradient's component along x is removed.
         along = product.mul_(weight).mean(-1, keepdim=True)
         grad_x = (grad * weight).sub_(unit.mul_(along)).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
@@ -78,7 +78,7 @@ class _RmsNorm(torch.autograd.Function):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467), in fp32 inside.
 
-    Elsewhere than on a CPU torch has a fused kernel of its own.
+    On other devices than a CPU, torch's fused kernel is used.
     """
     if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)

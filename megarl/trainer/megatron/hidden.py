@@ -1,4 +1,4 @@
-"""Hidden states of Megatron's last stage, at the rows that a loss looks at."""
+"""Select the rows of the last stage's hidden states that a loss reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megarl.trainer.megatron.model import PolicyModel
 
 
 def head_of(last_chunk: PolicyModel, spec: ModelSpec, context: RankContext) -> Head:
-    """The rows of the head that the last stage's chunk of this rank holds."""
+    """Return this rank's rows of the head, from the last stage's chunk."""
     size = context.layout.tensor
     start = context.at.tensor * (spec.padded_vocab(size) // size)
     group = parallel_state.get_tensor_model_parallel_group() if size > 1 else None
@@ -27,10 +27,10 @@ def head_of(last_chunk: PolicyModel, spec: ModelSpec, context: RankContext) -> H
 
 
 def rows_for_head(hidden: torch.Tensor, rows: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
-    """hidden[rows] [N, H] for an op on this tensor rank's rows of the head.
+    """Return hidden[rows] [N, H] for an op on this tensor rank's rows of the head.
 
-    hidden [T, H], with sequence parallelism this rank's share of it. Gradients of the result, of this rank's
-    part of the vocabulary alone, are summed over tensor ranks.
+    hidden [T, H]; with sequence parallelism, this rank's share of it. Gradients of the result, each from one
+    rank's part of the vocabulary, are summed over tensor ranks.
     """
     if layout.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -39,12 +39,12 @@ def rows_for_head(hidden: torch.Tensor, rows: torch.Tensor, layout: ParallelLayo
 
 
 def whole_rows(hidden: torch.Tensor, rows: torch.Tensor, layout: ParallelLayout) -> torch.Tensor:
-    """hidden[rows] [N, H] for what every tensor rank computes alike; its gradient is not summed."""
+    """Return hidden[rows] [N, H] for computations equal on every tensor rank; the gradient is not summed."""
     if layout.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     return hidden.index_select(0, rows)
 
 
 def sharing_group(batch: PackedBatch, layout: ParallelLayout) -> dist.ProcessGroup | None:
-    """The ranks that have parts of this microbatch's sequences; None where this rank has them whole."""
+    """Return the ranks that share this microbatch's sequences; None if this rank has them whole."""
     return parallel_state.get_context_parallel_group() if batch.split and layout.context > 1 else None

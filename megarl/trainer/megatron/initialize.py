@@ -1,4 +1,4 @@
-"""One rank's process groups and random state."""
+"""Initialise one rank's process groups and random state."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megarl.trainer.interface import RankContext
 
 def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
     """Install the platform, join the process group (RANK, WORLD_SIZE, MASTER_ADDR from the
-    launcher; alone without one) and build Megatron's groups."""
-    # megatron-core warns at import of each optional package it does without; `megarl doctor` lists them.
+    launcher; a single process without one) and build Megatron's groups."""
+    # megatron-core warns at import about each missing optional package; `megarl doctor` lists them.
     known = ("Transformer Engine", "Apex", "full scope is deprecated", "is experimental and still under")
     warnings.filterwarnings("ignore", message=f".*({'|'.join(known)}).*")
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one
@@ -41,7 +41,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         first_stage_layers=parallel.first_stage_layers,
         last_stage_layers=parallel.last_stage_layers,
     )
-    timeout = timedelta(minutes=60)  # of a step's collectives; rollouts are waited for by control's group
+    timeout = timedelta(minutes=60)  # of a step's collectives; rollouts are awaited on the control group
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(chosen.backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -57,7 +57,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
         expert_tensor_parallel_size=layout.expert_tensor,
     )
     random.seed(seed)
-    numpy.random.seed(seed)  # noqa: NPY002  what libraries draw from
+    numpy.random.seed(seed)  # noqa: NPY002  used by libraries
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     here = parallel.model_copy(update={"num_processes": world_size})
@@ -65,7 +65,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
 
 
 def finalize() -> None:
-    """Leave the process groups."""
+    """Destroy the process groups."""
     from megatron.core import parallel_state
 
     collectives.leave()

@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) inside Megatron's layer.
 
-Keys and values are expanded from their latent before the attention, which then is MegaRL's packed one
-(attention.py): with packing, shared prefixes and context parallelism as for any other model. The two
-projections down are whole on every tensor rank, as the engine has them; those up from the latents are
-split by head.
+Keys and values are expanded from their latent before the attention, which is then MegaRL's packed one
+(attention.py): with packing, shared prefixes and context parallelism like any other model. The two
+down-projections are replicated on every tensor rank, as in the engine; the up-projections from the latents
+are split by head.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from megarl.trainer.megatron.attention import PackedMicrobatch, attend
 from megarl.trainer.megatron.norm import RmsNorm
 
 _LATENT_NORM_EPS = 1e-6
-"""Hugging Face's layers leave it at their default, whatever config.json says of the other norms."""
+"""Hugging Face's layers use this default, whatever config.json specifies for the other norms."""
 
 
 class _WholeLinear(torch.nn.Module):
-    """A projection every tensor rank has all of; with sequence parallelism each sees its own tokens.
+    """A projection replicated on every tensor rank; with sequence parallelism each sees its own tokens.
 
-    Made without drawing random numbers: ranks' states stay alike whatever layers they have.
+    Created without drawing random numbers, so ranks' random states stay equal whatever layers they have.
     """
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig) -> None:
@@ -135,7 +135,7 @@ class LatentAttention(MegatronModule):
     def _heads(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """query and key [T, heads, nope + rope], value [T, heads, v]; heads are this tensor rank's."""
+        """Return this tensor rank's query and key [T, heads, nope + rope] and value [T, heads, v]."""
         sizes = self.sizes
         if sizes.q_lora_rank is None:
             query, _ = self.linear_q_proj(hidden)

@@ -1,4 +1,4 @@
-"""Megatron's transformer layer, with what MegaRL adds to its experts."""
+"""Megatron's transformer layer with MegaRL's routing and dispatch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megarl.trainer.megatron.router import PolicyRouter
 
 
 class PolicyLayer(TransformerLayer):
-    """Its router knows the microbatch, its dispatcher takes ranks with different numbers of tokens."""
+    """Passes the microbatch to its router; its dispatcher accepts ranks with different numbers of tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

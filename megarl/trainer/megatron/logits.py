@@ -1,4 +1,4 @@
-"""Logits of a model on one process, from whatever can deliver its Hugging Face tensors."""
+"""Compute logits of a model in one process, from any source of its Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from megarl.models.table import Architecture
 def logits(
     architecture: Architecture, read: Callable[[str], torch.Tensor], token_ids: list[int]
 ) -> torch.Tensor:
-    """Logits [n, V] in fp32 of one sequence, computed by MegaRL's Megatron model.
+    """Return fp32 logits [n, V] of one sequence, computed by MegaRL's Megatron model.
 
-    ``read`` gives a whole Hugging Face tensor by name; each is asked for once per parameter it fills.
-    Raises UserError for an architecture that cannot be built.
+    ``read`` returns a whole Hugging Face tensor by name; it is called once per parameter the tensor fills.
+
+    Raises:
+        UserError: the architecture cannot be built.
     """
     from megarl.trainer.megatron.initialize import finalize, initialize
 

@@ -1,9 +1,9 @@
-"""Low-rank adapters beside frozen parallel linear layers (LoRA: Hu et al. 2021, arXiv:2106.09685).
+"""Low-rank adapters of frozen parallel linear layers (LoRA: Hu et al. 2021, arXiv:2106.09685).
 
 A projection W [out, in] computes x W^T + (x A^T) B^T * alpha / rank, A [rank, in] and B [out, rank]. Ranks
-that share a layer exchange only what has the adapter's rank for width: a column-parallel layer has all of
-A and its own rows of B, a row-parallel one its own columns of A and all of B. Fused layers have one adapter
-for each Hugging Face projection in them, as PEFT has.
+that share a layer communicate only activations of the adapter's rank: a column-parallel layer has all of A
+and its own rows of B, a row-parallel one its own columns of A and all of B. Fused layers have one adapter for
+each Hugging Face projection in them, as in PEFT.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megarl.weights.peft import merged
 from megarl.weights.shared_storage import pool_parameters
 
 SUFFIX = "_lora"
-"""An adapter's name is that of its layer and this."""
+"""Suffix of an adapter's name after its layer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Projection:
 
     @property
     def key(self) -> str:
-        """Its name within the layer, q_proj for example."""
+        """Its name within the layer, e.g. q_proj."""
         return self.module.rpartition(".")[2]
 
 
 class Adapter(torch.nn.Module):
-    """The adapters of one layer: for each projection ``<key>_A`` and ``<key>_B``, this rank's parts."""
+    """The adapters of one layer: ``<key>_A`` and ``<key>_B`` for each projection, this rank's parts."""
 
     def __init__(self, layer: torch.nn.Module, projections: list[Projection], lora: LoraConfig) -> None:
         super().__init__()
@@ -71,20 +71,20 @@ class Adapter(torch.nn.Module):
             b = torch.nn.Parameter(layer.weight.new_zeros(outputs, lora.rank))
             split, whole, dim = (a, b, 1) if self.is_row else (b, a, 0)
             set_tensor_model_parallel_attributes(split, True, dim, 1)
-            # Each tensor rank sees its own tokens: Megatron then sums the gradients over them.
+            # Each tensor rank sees its own tokens, so Megatron sums the gradients over them.
             whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(f"{p.key}_A", a)
             self.register_parameter(f"{p.key}_B", b)
 
     def matrix(self, projection: Projection, which: Matrix) -> torch.nn.Parameter:
-        """A or B of a projection."""
+        """Return A or B of a projection."""
         param = getattr(self, f"{projection.key}_{which}")
         assert isinstance(param, torch.nn.Parameter)
         return param
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """As PEFT: A uniform in +-1/sqrt(in), B 0. The numbers depend on seed and name, on no layout."""
+        """Initialise as PEFT: A uniform in +-1/sqrt(in), B 0; depends on seed and name, not on the layout."""
         for p in self.projections:
             digest = hashlib.sha256(f"{seed} {p.module}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -94,13 +94,13 @@ class Adapter(torch.nn.Module):
             self.matrix(p, "B").zero_()
 
     def forward(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """x [T, 1, in] as the layer took it, ``out`` [T, 1, outputs] as it gave it; the sum of both paths."""
+        """Add the adapters' output: x [T, 1, in] is the layer's input, ``out`` [T, 1, outputs] its output."""
         matrices: list[torch.Tensor] = [self.matrix(p, "A") for p in self.projections]
         low = torch.nn.functional.linear(x, matrices[0] if len(matrices) == 1 else torch.cat(matrices))
         low = self._exchange(low) * self.scale
         parts, stop = [], 0
         for p, part in zip(self.projections, low.split(self.rank, dim=-1), strict=True):
-            parts.append(out[..., stop : p.rows[0]])  # without an adapter, mostly empty
+            parts.append(out[..., stop : p.rows[0]])  # rows without an adapter, mostly none
             stop = p.rows[1]
             delta = torch.nn.functional.linear(part, self.matrix(p, "B"))
             parts.append(out[..., p.rows[0] : stop] + delta)
@@ -109,7 +109,7 @@ class Adapter(torch.nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _exchange(self, low: torch.Tensor) -> torch.Tensor:
-        """What tensor ranks exchange of the layer's input or output, where it has the rank for width."""
+        """Communicate between tensor ranks for the layer's input or output, in the adapter's rank."""
         if self.is_row:
             if self.sequence_parallel:
                 low = reduce_scatter_to_sequence_parallel_region(low, group=self.group)
@@ -123,9 +123,9 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self, weight: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-        """``into`` becomes weight + B A * alpha / rank, added in fp32 and rounded once; returns it.
+        """Write weight + B A * alpha / rank to ``into``, added in fp32 and rounded once; return it.
 
-        Each element is written once: where nothing has changed a reader notices nothing.
+        Each element is written once, so a concurrent reader of unchanged weights sees no change.
         """
         stop = 0
         for p in self.projections:
@@ -138,7 +138,7 @@ class Adapter(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """One tensor per matrix over all ranks, so that any layout can read it."""
+        """Save one tensor per matrix over all ranks, so any layout can read it."""
         assert metadata is not None
         split, dim = ("A", 1) if self.is_row else ("B", 0)
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -153,7 +153,7 @@ class Adapter(torch.nn.Module):
 
 
 class Lora:
-    """All adapters of one rank's chunks, beside weights that are frozen from then on."""
+    """All adapters of one rank's chunks; freezes the model's weights."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Lora:
         self._params, self._on = params, True
         self.shapes = adapter_shapes(adapted_modules(architecture, lora), lora.rank)
         whole, targets = architecture.hf_shapes(), targets_of(architecture, lora)
-        self._adapters: dict[str, Adapter] = {}  # by the name of the weight they stand beside
+        self._adapters: dict[str, Adapter] = {}  # by the name of the adapted weight
         self._merged: dict[str, torch.Tensor] = {}
         for param in params.values():
             param.requires_grad_(False)
@@ -188,7 +188,7 @@ class Lora:
                     self._adapters[weight] = self._attach(chunk, name, Adapter(layer, found, lora))
                     self._adapters[weight].initialize(seed)
             if chunk.pre_process:
-                # Recomputed layers have gradients only where their input asks for one.
+                # Recomputed layers have gradients only if their input requires one.
                 chunk.embedding.register_forward_hook(_require_grad)
         assert not in_weight, f"no layers for {sorted(in_weight)}"
 
@@ -212,13 +212,13 @@ class Lora:
             self._on = True
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
-        """This rank's parts of all A and B."""
+        """Return this rank's parts of all A and B."""
         return (param for adapter in self._adapters.values() for param in adapter.parameters())
 
-    # --- for others -----------------------------------------------------------------------------
+    # --- for engines and export -----------------------------------------------------------------
 
     def adapter_tensors(self) -> tuple[dict[str, torch.nn.Parameter], list[Region]]:
-        """This rank's parts of the tensors in PEFT's file: parameters by name, and where each belongs."""
+        """Return this rank's parts of PEFT's tensors: parameters by name, and their regions."""
         params, regions = {}, []
         for weight, adapter in self._adapters.items():
             for p in adapter.projections:
@@ -231,9 +231,9 @@ class Lora:
         return params, regions
 
     def publish(self) -> None:
-        """Write merged weights where engines read them: a copy of the adapted layers, made at the first call.
+        """Write merged weights for engines: a copy of the adapted layers, allocated at the first call.
 
-        The frozen weights are never written to, so nothing drifts and nothing has to be restored.
+        The frozen weights are never written to, so they neither drift nor need restoring.
         """
         if not self._merged:
             self._merged.update({name: torch.empty_like(self._params[name]) for name in self._adapters})
@@ -241,12 +241,12 @@ class Lora:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring published weights up to date; nothing where none are."""
+        """Update published weights, if any."""
         for name, published in self._merged.items():
             self._adapters[name].merge(self._params[name], published)
 
     def merged_weights(self) -> Mapping[str, torch.Tensor]:
-        """The model's parameters with adapters merged in: the published ones, or made when asked for."""
+        """Return the parameters with adapters merged in: the published ones, or computed on access."""
         return _MergedWeights(self._params, self._adapters, self._merged)
 
 

@@ -1,7 +1,7 @@
 """A Megatron GPTModel built from an architecture's spec, ending in hidden states instead of logits.
 
-The language-model head is applied by the losses (megarl/ops/linear_token_logprob.py) to the rows
-that have a loss, so that logits of prompt tokens, and the full [T, V] matrix, never exist.
+The losses apply the language-model head (megarl/ops/linear_token_logprob.py) to the rows that have a loss, so
+logits of prompt tokens, and the full [T, V] matrix, are never computed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from megarl.trainer.megatron.router import PolicyRouter
 
 
 class _BiasedColumnParallelLinear(ColumnParallelLinear):
-    """Megatron has one switch for all biases; models have them layer by layer."""
+    """Megatron has one switch for all biases; models differ by layer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"bias": True}))
@@ -66,7 +66,7 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def head_weight(self) -> torch.Tensor:
-        """Rows of the head this tensor rank owns, padding rows cut off: [V_local, H]."""
+        """Return the head's rows owned by this tensor rank, without padding rows: [V_local, H]."""
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -75,13 +75,13 @@ class PolicyModel(GPTModel):
         return weight[: self.real_vocab_rows(weight.shape[0])]
 
     def real_vocab_rows(self, local_rows: int) -> int:
-        """How many of the local rows are real vocabulary."""
+        """Return the number of local rows that are real vocabulary."""
         start = parallel_state.get_tensor_model_parallel_rank() * local_rows
         return max(0, min(local_rows, int(self.config.real_vocab_size) - start))
 
 
 class ScoreModel(PolicyModel):
-    """A PolicyModel with ``score`` [1, H] for a head; megarl.trainer.outputs applies it."""
+    """A PolicyModel with a head ``score`` [1, H]; megarl.trainer.outputs applies it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,7 +95,7 @@ class ScoreModel(PolicyModel):
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> Any:
-        """As Megatron's modules have it; its language models ask for an output layer."""
+        """Like other Megatron modules; its language models require an output layer."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
@@ -108,7 +108,7 @@ def transformer_config(
     recompute: Literal["off", "selective", "full"] = "off",
     dispatcher: Literal["alltoall", "allgather"] = "alltoall",
 ) -> TransformerConfig:
-    """Megatron's configuration for this model and layout."""
+    """Return Megatron's configuration for this model and layout."""
     config = TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -123,7 +123,7 @@ def transformer_config(
         add_qkv_bias=spec.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
-        use_te_activation_func=True,  # Megatron's name for an activation that is a module: SwiGlu
+        use_te_activation_func=True,  # Megatron's switch for an activation module: SwiGlu
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=spec.init_std,
@@ -136,14 +136,14 @@ def transformer_config(
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=layout.pipeline > 1,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        # Batched p2p mixes up the messages of virtual stages on gloo, without an error.
+        # On gloo, batched p2p silently mixes up the messages of virtual stages.
         overlap_p2p_comm=layout.virtual > 1,
         batch_p2p_comm=layout.virtual == 1,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers,
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        moe_token_dispatcher_type="alltoall",  # allgather refuses variable lengths; see layer.py
+        moe_token_dispatcher_type="alltoall",  # allgather rejects variable lengths; see layer.py
         **_moe_options(spec),
         **_RECOMPUTE[recompute],
         use_cpu_initialization=device.type == "cpu",
@@ -154,8 +154,8 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # Interleaved stages free an output while it is being sent. A CUDA stream keeps the memory until then,
-        # gloo does not: its thread would read what lies there by then.
+        # Interleaved stages free an output while it is being sent. A CUDA stream keeps the memory until
+        # then; gloo does not, and its thread would read other data.
         deallocate_pipeline_outputs=layout.pipeline > 1 and (layout.virtual == 1 or device.type == "cuda"),
     )
     config.rope_inverse_frequencies = inverse_frequencies(spec.rope, spec.rope_dim).to(device)
@@ -186,14 +186,14 @@ def _moe_options(spec: ModelSpec) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.intermediate_size,
         "moe_shared_expert_intermediate_size": moe.shared_intermediate_size or None,
         "moe_layer_freq": [int(n in moe.layers) for n in range(spec.num_layers)] if spec.dense_layers else 1,
-        "moe_router_topk": moe.experts_per_token,  # and the rest of the routing: router.py
+        "moe_router_topk": moe.experts_per_token,  # router.py has the other routing options
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
     }
 
 
 def layer_spec(spec: ModelSpec, layer: int, core_attention: type = PackedAttention) -> ModuleSpec:
-    """MegaRL's transformer layer: Megatron's modules, MegaRL's attention, norms and experts."""
+    """Return MegaRL's transformer layer: Megatron's modules with MegaRL's attention, norms and experts."""
     return ModuleSpec(
         module=PolicyLayer,
         submodules=TransformerLayerSubmodules(
@@ -252,10 +252,12 @@ def build_model(
     dispatcher: Literal["alltoall", "allgather"] = "alltoall",
     context_attention: Literal["all_gather", "ring"] = "all_gather",
 ) -> PolicyModel:
-    """This rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf.
+    """Build this rank's part of the model, uninitialised; fill it with megarl.weights.hf.load_hf.
 
-    With virtual pipeline stages it is one of this rank's ``layout.virtual`` chunks. Raises UserError for
-    an architecture that has a table but cannot be trained yet, and for a ring that cannot be had here.
+    With virtual pipeline stages it is one of this rank's ``layout.virtual`` chunks.
+
+    Raises:
+        UserError: the architecture cannot be trained yet, or ring attention is not available here.
     """
     if spec.not_trainable is not None:
         raise UserError(f"model.path: training {spec.family} is not supported: {spec.not_trainable}")
@@ -291,7 +293,7 @@ def build_chunks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[PolicyModel]:
-    """All of this rank's chunks (:func:`build_model`)."""
+    """Build all of this rank's chunks (:func:`build_model`)."""
     return [
         build_model(
             spec,
@@ -308,7 +310,7 @@ def build_chunks(
 
 
 def named_parameters(chunks: list[PolicyModel]) -> dict[str, torch.nn.Parameter]:
-    """Every parameter by the name that the architecture table has for it."""
+    """Return every parameter by its name in the architecture table."""
     return {
         f"chunk{number}.{name}" if len(chunks) > 1 else name: param
         for number, chunk in enumerate(chunks)
@@ -317,9 +319,9 @@ def named_parameters(chunks: list[PolicyModel]) -> dict[str, torch.nn.Parameter]
 
 
 def _mark_tensor_parallel(model: torch.nn.Module) -> None:
-    """Mark the weights that tensor ranks share, which Megatron leaves to the initialisation done without.
+    """Mark the weights sharded over tensor ranks; Megatron does so in its initialisation, which is skipped.
 
-    Without the mark a rank's part counts as a replica, and the gradient norm has only the first rank's.
+    Without the mark a rank's shard counts as a replica, and the gradient norm has only the first rank's.
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):

@@ -1,4 +1,4 @@
-"""RMS norm as Megatron's layers construct it."""
+"""RMS norm with the constructor Megatron's layers call."""
 
 from __future__ import annotations
 

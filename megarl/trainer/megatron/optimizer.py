@@ -1,4 +1,4 @@
-"""Megatron's AdamW and learning-rate schedule from MegaRL's configuration."""
+"""Build Megatron's AdamW and learning-rate schedule from MegaRL's configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megarl.config.parallel import ParallelConfig
 
 
 def wrap_chunks(chunks: list[Any], parallel: ParallelConfig, *, distributed: bool) -> list[Any]:
-    """Megatron's data parallelism around each chunk: gradient buffers of what is trained, and their sums."""
+    """Wrap each chunk in Megatron's data parallelism: gradient buffers and their reduction."""
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -33,14 +33,14 @@ def wrap_chunks(chunks: list[Any], parallel: ParallelConfig, *, distributed: boo
 
 
 def _finalize_without_scaling(model: list[Any], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
-    """Megatron's gradient reduction; the division by tokens is left out, the loss weights did it."""
+    """Run Megatron's gradient reduction without dividing by tokens, which the loss weights have done."""
     finalize_model_grads(model, None, **kwargs)
 
 
 def build_optimizer(
     config: OptimizerConfig, chunks: list[Any], dtype: torch.dtype, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Optimizer over DDP-wrapped model chunks and its schedule over ``total_steps`` optimizer steps."""
+    """Build the optimizer of DDP-wrapped model chunks and its schedule over ``total_steps`` steps."""
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -50,7 +50,7 @@ def build_optimizer(
             adam_beta1=config.adam_beta1,
             adam_beta2=config.adam_beta2,
             adam_eps=config.adam_eps,
-            # Without clipping Megatron does not compute the norm at all; an infinite bound logs it.
+            # Without clipping Megatron does not compute the norm; an infinite bound logs it.
             clip_grad=config.max_grad_norm or float("inf"),
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,

@@ -1,10 +1,10 @@
 """A data-parallel rank's share of a distributed optimizer's state, as pieces of the model's tensors.
 
-Megatron (``fully_reshardable``) gathers the state of all data-parallel ranks on each of them before a save,
-into tensors that leave out the padding between buckets, and cuts them at places that count it: with several
-buckets the states of parameters are mixed up. Here Megatron says which tensors there are, none is gathered,
-and each rank writes what it holds: a stretch of a parameter in row-major order is a few boxes of it. Megatron
-reads them as it reads its own.
+Before a save, Megatron (``fully_reshardable``) gathers the state of all data-parallel ranks on each of them,
+into tensors without the padding between buckets, but cuts them at offsets that include it: with several
+buckets the states of parameters are mixed up. Here Megatron only describes the tensors, none is gathered, and
+each rank writes what it holds: a range of a parameter in row-major order is a few boxes of it. Megatron reads
+the result like its own files.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 _ADAM = ("param", "exp_avg", "exp_avg_sq")
-"""What Adam's distributed optimizer keeps of a parameter, under Megatron's names."""
+"""The state of Adam's distributed optimizer per parameter, under Megatron's names."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and sizes."""
 
 
 @dataclass(slots=True)
-class _Held:
-    """Stretches of one flat buffer that this rank holds, in order: where each begins, and its values."""
+class _BufferRanges:
+    """Ranges of one flat buffer that this rank holds, in order: their offsets and values."""
 
     starts: list[int] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
 
 
 def distributed_parts(optimizer: Any | None) -> list[DistributedOptimizer]:
-    """The distributed optimizers among those that one consists of; none without one."""
+    """Return the distributed optimizers among an optimizer's parts; empty without an optimizer."""
     chained = [] if optimizer is None else optimizer.chained_optimizers
     return [part for part in chained if isinstance(part, DistributedOptimizer)]
 
 
 class OptimizerShards:
-    """The state that this rank holds of the distributed optimizers of one model, if there are any."""
+    """This rank's state of the distributed optimizers of one model, if any."""
 
     def __init__(self, optimizer: Any | None) -> None:
         self._parts = distributed_parts(optimizer)
-        self._wholes: list[torch.Tensor] = []  # without values, each for a flat buffer of one kind of state
-        self._held: dict[int, _Held] = {}  # by the storage of that tensor
+        self._wholes: list[torch.Tensor] = []  # without values, one per flat buffer and kind of state
+        self._held: dict[int, _BufferRanges] = {}  # by the storage of that tensor
 
     @contextmanager
     def described(self) -> Iterator[None]:
-        """Inside, Megatron describes the optimizers' state with tensors that have no values: no rank's."""
+        """Inside, Megatron describes the optimizers' state with tensors without values."""
         with _buffers_by(self._parts, self._without_values):
             yield
 
@@ -59,7 +59,7 @@ class OptimizerShards:
         buffer = part.buffers[index]
         whole = torch.empty(buffer.numel, dtype=torch.float32, device="meta")
         self._wholes.append(whole)
-        held = self._held[_storage(whole)] = _Held()
+        held = self._held[_storage(whole)] = _BufferRanges()
         own = []
         for ranges in part.gbuf_ranges[index].values():
             for bucket in ranges:
@@ -72,11 +72,11 @@ class OptimizerShards:
         return whole
 
     def holds(self, part: ShardedTensor) -> bool:
-        """Whether ``part`` was described here: then :meth:`pieces` has the values."""
+        """Return True if ``part`` was described here, so :meth:`pieces` has its values."""
         return part.data.is_meta
 
     def pieces(self, part: ShardedTensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """This rank's pieces of a described tensor: offset in the whole one over all ranks, and values."""
+        """Yield this rank's pieces of a described tensor: offset in the global tensor, and values."""
         *replica, _ = part.replica_id
         if not is_main_replica(
             (*replica, 0)
@@ -101,7 +101,7 @@ class OptimizerShards:
 
 @contextmanager
 def read_whole(optimizer: Any) -> Iterator[None]:
-    """Inside, Megatron describes the optimizers' state with empty host memory, to be read into."""
+    """Inside, Megatron describes the optimizers' state with empty host memory to read into."""
 
     def zeros(part: DistributedOptimizer, key: str, index: int) -> torch.Tensor:
         return torch.zeros(part.buffers[index].numel, dtype=torch.float32, device="cpu")
@@ -112,7 +112,7 @@ def read_whole(optimizer: Any) -> Iterator[None]:
 
 @contextmanager
 def _buffers_by(parts: list[Any], make: Any) -> Iterator[None]:
-    """Have ``make`` give the flat tensors, padding included, from which Megatron cuts those of parameters."""
+    """Have ``make`` provide the flat tensors, padding included, that Megatron cuts into parameters."""
 
     def state_of(part: Any) -> Any:
         def state(**_: Any) -> dict[Any, Any]:
@@ -124,7 +124,7 @@ def _buffers_by(parts: list[Any], make: Any) -> Iterator[None]:
         return state
 
     for part in parts:
-        part.get_parameter_state_dp_zero = state_of(part)  # before that of its class
+        part.get_parameter_state_dp_zero = state_of(part)  # shadows the class's method
     try:
         yield
     finally:
@@ -137,7 +137,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _count_before(view: torch.Tensor, address: int) -> int:
-    """How many elements of ``view``, whose strides are in falling order, lie before ``address``."""
+    """Count the elements of ``view``, whose strides are descending, before ``address``."""
     count, rest = 0, address - view.storage_offset()
     for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
         index = min(max(rest, 0) // stride, size)
@@ -145,13 +145,13 @@ def _count_before(view: torch.Tensor, address: int) -> int:
         if index == size:
             break
         rest -= index * stride
-        if dim == view.dim() - 1 and rest > 0:  # a stretch that begins between two elements
+        if dim == view.dim() - 1 and rest > 0:  # a range that begins between two elements
             count += 1
     return count
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Elements [start, stop) of a tensor in row-major order, as boxes: fewer than two for each dimension."""
+    """Yield elements [start, stop) of a tensor in row-major order as boxes, fewer than two per dimension."""
     if start >= stop:
         return
     if len(shape) == 1:

@@ -1,4 +1,4 @@
-"""A frozen copy of a rank's parameters, and its taking their place."""
+"""A frozen copy of a rank's parameters that can be swapped in for them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 class FrozenCopy(dict[str, torch.Tensor]):
-    """The parameters as they were, by name."""
+    """A copy of the parameters, by name."""
 
     def __init__(self, params: Mapping[str, torch.nn.Parameter]) -> None:
         super().__init__({name: param.detach().clone() for name, param in params.items()})
 
     @contextmanager
     def in_place_of(self, params: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
-        """Inside, the model computes with this copy: storage pointers are exchanged, nothing is moved."""
+        """Inside, the model computes with this copy: storage pointers are swapped, nothing is moved."""
         self._exchange(params)
         try:
             yield

@@ -1,10 +1,10 @@
 """Context-parallel attention by Transformer Engine: keys and values pass from rank to rank in a ring.
 
-The other way than context_attention.py, which gathers them. Transformer Engine's ring (Ring Attention with
-blockwise transformers, Liu et al. 2023, arXiv:2310.01889) hides the exchange behind the attention of what is
-there already, and keeps no more than two ranks' keys at a time; it runs on GPUs only. It expects the same
-zigzag chunks of each packed sequence. Written against Megatron-Core's wrapper of it; tests stand a
-replacement in for that wrapper, on the GPU it has not been run.
+The alternative to context_attention.py, which gathers them. Transformer Engine's ring (Ring Attention with
+blockwise transformers, Liu et al. 2023, arXiv:2310.01889) overlaps the exchange with the attention of the
+keys already received, and keeps at most two ranks' keys at a time; it runs on GPUs only. It expects the same
+zigzag chunks of each packed sequence. Written against Megatron-Core's wrapper of it; tests replace that
+wrapper, and it has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megarl.trainer.megatron.attention import PackedAttention, PackedMicrobatch
 
 
 def check_ring(spec: ModelSpec) -> None:
-    """Raise UserError for a model that cannot have its context-parallel attention in a ring."""
+    """Raise UserError for a model without support for ring attention."""
     if spec.mla is not None:
         raise UserError(
             f"parallel.context_attention: ring: {spec.family} has latent attention, for which there is only "
@@ -44,7 +44,7 @@ class RingAttention(PackedAttention):
     ) -> None:
         super().__init__(config, layer_number, attn_mask_type, attention_type, pg_collection=pg_collection)
         self._left_ring = False
-        # Only here: the module asks for Transformer Engine.
+        # Imported here: the module requires Transformer Engine.
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         self.ring = TEDotProductAttention(
@@ -61,12 +61,12 @@ class RingAttention(PackedAttention):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedMicrobatch
     ) -> torch.Tensor:
         """query [T, heads, d], key and value [T, kv_heads, d], this rank's -> [T, heads, d]."""
-        assert packed.prefixes is None, "packing.share_prefix is refused with a ring"
+        assert packed.prefixes is None, "packing.share_prefix is rejected with a ring"
         alone = {} if packed.split else {"local_cp_size": 1}  # no group: attention of this rank's own tokens
         if packed.split and self._left_ring:  # the wrapper remembers the last microbatch's group
             alone = {"cp_group": self.context_group, "local_cp_size": self.context_group.size()}
         self._left_ring = not packed.split
-        # Padding lies behind each sequence, where causal attention does not look: it counts as tokens.
+        # Padding follows each sequence, where causal attention does not look: it counts as tokens.
         whole = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=packed.cu_seqlens_q,

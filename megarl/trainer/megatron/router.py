@@ -1,7 +1,7 @@
-"""The router of MegaRL's mixture-of-experts layers: as each Hugging Face model has it, in fp32.
+"""The router of MegaRL's mixture-of-experts layers: equal to each Hugging Face model's, in fp32.
 
-It knows the microbatch it works on (layer.py hands it over, in recomputed forward passes too), so that
-padding counts for nothing, choices made elsewhere can be replayed, and the load of the experts is measured.
+It knows its microbatch (passed in by layer.py, in recomputed forward passes too), so padding is ignored,
+recorded choices can be replayed, and the load of the experts is measured.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from megarl.models.spec import MoeSpec
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What the routers of all layers know of a microbatch; tokens are this context-parallel rank's.
+    """The routers' input for a microbatch; tokens are this context-parallel rank's.
 
-    ``share`` is the microbatch's part of the step's tokens, padding left out on both sides. ``experts`` are
-    choices to replay, for all layers that have experts; -1 leaves the choice to the router. Without ``split``
-    the microbatch is this context-parallel rank's alone.
+    ``share`` is the microbatch's fraction of the step's tokens, padding excluded. ``experts`` are choices to
+    replay, for all MoE layers; -1 leaves the choice to the router. Without ``split`` the microbatch is this
+    context-parallel rank's alone.
     """
 
     real: torch.Tensor  # [T] bool: not padding
@@ -33,7 +33,7 @@ class Routing:
     split: bool = True
 
     def part(self, rank: int, size: int) -> Routing:
-        """The tokens of one of ``size`` sequence-parallel ranks."""
+        """Return the tokens of one of ``size`` sequence-parallel ranks."""
         if size == 1:
             return self
         length = self.real.shape[0] // size
@@ -44,34 +44,34 @@ class Routing:
 
 @dataclass(slots=True)
 class Tally:
-    """What one router saw in the training passes of a step, on this rank."""
+    """Counters of one router over the training passes of a step, on this rank."""
 
     load: torch.Tensor  # [E] float64: real tokens that chose each expert
     aux_loss: torch.Tensor  # [] float64, without its coefficient
     replayed: torch.Tensor  # [] float64: real tokens with choices to replay
-    rerouted: torch.Tensor  # [] float64: those of them for which the router had chosen another set
+    rerouted: torch.Tensor  # [] float64: replayed tokens for which the router chose a different set
 
     @classmethod
     def zero(cls, num_experts: int, device: torch.device) -> Tally:
-        """Nothing seen yet."""
+        """Return counters at 0."""
         zeros = torch.zeros(num_experts + 3, dtype=torch.float64, device=device)
         return cls(zeros[:num_experts], zeros[-3], zeros[-2], zeros[-1])
 
     def flat(self) -> torch.Tensor:
-        """[E + 3]: load, auxiliary loss, replayed, rerouted."""
+        """Return [E + 3]: load, auxiliary loss, replayed, rerouted."""
         return torch.cat((self.load, torch.stack((self.aux_loss, self.replayed, self.rerouted))))
 
 
 @dataclass(slots=True)
 class Balance:
-    """How experts are kept evenly busy; one for all routers of a model."""
+    """Load-balancing settings; one for all routers of a model."""
 
     aux_loss_coef: float = 0.0
     bias_update_rate: float = 0.0
 
 
 class PolicyRouter(Router):
-    """Top-k routing by softmax or sigmoid, with a bias and limited to groups where the model has them."""
+    """Top-k routing by softmax or sigmoid, with bias and group limits if the model has them."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, **options: Any
@@ -82,23 +82,23 @@ class PolicyRouter(Router):
         self.microbatch: Routing | None = None
         self.tally = Tally.zero(moe.num_experts, self.weight.device)
         self.expert_bias: torch.nn.Parameter | None = None
-        if moe.router_bias:  # fp32 whatever the other weights are; moved by its own rule, not by gradients
+        if moe.router_bias:  # always fp32; updated by its own rule, not by gradients
             bias = torch.zeros(moe.num_experts, dtype=torch.float32, device=self.weight.device)
             self.expert_bias = torch.nn.Parameter(bias, requires_grad=False)
 
     @property
     def number(self) -> int:
-        """Among the model's layers that have experts, from 0."""
+        """Index among the model's MoE layers, from 0."""
         return self.moe.layers.index(self.layer_number - 1)
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """input [T, 1, H] -> weights of the experts [T, E], 0 where not chosen, and the choice as bool."""
+        """input [T, 1, H] -> weights of the experts [T, E], 0 if not chosen, and the choice as bool."""
         return self.routing(self.gating(input).view(-1, self.moe.num_experts))
 
     def routing(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As forward, from the logits [T, E] in fp32."""
+        """See forward; takes the logits [T, E] in fp32."""
         own = choose_experts(logits, self.moe, self.expert_bias)
         chosen, routing = own, None
         if self.microbatch is not None:
@@ -123,7 +123,7 @@ class PolicyRouter(Router):
         routing: Routing,
         probs: torch.Tensor,
     ) -> torch.Tensor:
-        """Count, and tie the load-balancing loss to ``probs`` so that it is in the backward pass."""
+        """Update the counters, and tie the load-balancing loss to ``probs`` to include it in backward."""
         real, tally = routing.real, self.tally
         load = choice[real].sum(0, dtype=torch.float64)
         tally.load += load
@@ -146,7 +146,7 @@ class PolicyRouter(Router):
         return tied
 
     def _apply(self, fn: Any, recurse: bool = True) -> PolicyRouter:
-        """Conversions of the model's type leave the bias in fp32."""
+        """Keep the bias in fp32 when the model is converted."""
         before = self.expert_bias.data.clone() if self.expert_bias is not None else None
         super()._apply(fn, recurse)
         if self.expert_bias is not None and before is not None:
@@ -157,10 +157,10 @@ class PolicyRouter(Router):
 
 @torch.no_grad()
 def choose_experts(logits: torch.Tensor, moe: MoeSpec, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The experts of each token: logits [T, E] fp32 -> [T, k] int64, in the order of their numbers.
+    """Choose the experts of each token: logits [T, E] fp32 -> [T, k] int64, ascending.
 
-    With groups (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) only experts of the ``top_groups`` groups
-    whose two best scores have the greatest sum are eligible. The bias takes part in the choice alone.
+    With groups (DeepSeek-V3, arXiv:2412.19437, section 2.1.2) only experts of the ``top_groups`` groups with
+    the greatest sum of two best scores are eligible. The bias affects the choice alone.
     """
     scores = logits.sigmoid() if moe.score == "sigmoid" else logits.softmax(-1)
     if bias is not None:
@@ -176,15 +176,15 @@ def choose_experts(logits: torch.Tensor, moe: MoeSpec, bias: torch.Tensor | None
 
 @torch.no_grad()
 def replay(own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """``given`` [T, k] in place of the router's own choice, but for tokens where it is -1."""
+    """Use ``given`` [T, k] instead of the router's own choice, except where it is -1."""
     given = (
         given.to(own.dtype).sort(-1).values
-    )  # the order in which weights are normalised is part of the bits
+    )  # weights are normalised in this order, which the bits depend on
     return torch.where(given >= 0, given, own)
 
 
 def expert_weights(logits: torch.Tensor, chosen: torch.Tensor, moe: MoeSpec) -> torch.Tensor:
-    """What the outputs of the experts ``chosen`` [T, k] are weighted by: [T, k], with gradient."""
+    """Return the weights [T, k] of the ``chosen`` experts' outputs, with gradient."""
     if moe.score == "sigmoid":
         weights = logits.gather(1, chosen).sigmoid()
         if moe.normalize_top_k:
@@ -197,11 +197,11 @@ def expert_weights(logits: torch.Tensor, chosen: torch.Tensor, moe: MoeSpec) -> 
 
 
 def balance_loss(scores: torch.Tensor, load: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Load-balancing loss of Switch Transformers (arXiv:2101.03961, eq. 4) as Hugging Face has it.
+    """Load-balancing loss of Switch Transformers (arXiv:2101.03961, eq. 4), in Hugging Face's form.
 
     E * sum_e (share of the tokens that chose e) * (mean score of e); at least top_k. ``scores`` [T, E] are
-    this rank's tokens, ``load`` [E] counts those of all ranks that share the microbatch: the sum over those
-    ranks of what they return is the loss.
+    this rank's tokens, ``load`` [E] counts those of all ranks that share the microbatch: the loss is the sum
+    of those ranks' results.
     """
     num_tokens = load.sum() / top_k
     shares = load / num_tokens.clamp(min=1)
@@ -209,7 +209,7 @@ def balance_loss(scores: torch.Tensor, load: torch.Tensor, top_k: int) -> torch.
 
 
 class _TieLoss(torch.autograd.Function):
-    """Pass a tensor through; backward, the loss tied to it gets a gradient of 1."""
+    """Pass a tensor through; in backward, give the loss tied to it a gradient of 1."""
 
     @staticmethod
     def forward(ctx: Any, through: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The trainer's memory while engines generate: gradients freed, optimizer state in host memory.
+"""Release the trainer's memory while engines generate: gradients freed, optimizer state in host memory.
 
-Gradient buffers shrink to nothing by Megatron's own means: their storages are resized, every view stays
-valid. Megatron's way of moving the optimizer is not used: without master weights it would move the
-parameters themselves, which engines alias.
+Gradient buffers shrink by Megatron's own means: their storages are resized to 0, every view stays valid.
+Megatron's offloading of the optimizer is not used: without master weights it would move the parameters
+themselves, which engines alias.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Put = Callable[[torch.Tensor], None]
 
 
 class Sleeper:
-    """Puts parts of one rank's trainer to sleep and wakes them."""
+    """Put parts of one rank's trainer to sleep and wake them."""
 
     def __init__(self, ddp: list[Any], optimizer: Any, device: torch.device) -> None:
         self._ddp, self._optimizer, self._device = ddp, optimizer, device
         self._on_gpu = device.type == "cuda"
         self._asleep: frozenset[str] = frozenset()
-        self._host: dict[tuple[int, str], torch.Tensor] = {}  # pinned; kept, since pinning is slow
-        self._moved: list[tuple[Put, torch.Tensor]] = []  # where each tensor goes back to, and what is in it
+        self._host: dict[tuple[int, str], torch.Tensor] = {}  # pinned; reused, since pinning is slow
+        self._moved: list[tuple[Put, torch.Tensor]] = []  # setter of each tensor, and its host copy
 
     def sleep(self, parts: Iterable[str]) -> None:
-        """Give up the memory of ``parts``; those asleep already stay so."""
+        """Release the memory of ``parts``; no effect on those asleep."""
         parts = frozenset(parts) - self._asleep
         assert parts <= set(PARTS), parts
         if "gradients" in parts:
@@ -39,12 +39,12 @@ class Sleeper:
         if "optimizer" in parts:
             self._move_optimizer()
         if self._on_gpu and parts:
-            torch.cuda.empty_cache()  # the engine's allocator is another process's
+            torch.cuda.empty_cache()  # the engine allocates in another process
         self._asleep |= parts
 
     def wake(self) -> None:
-        """Bring back what sleeps. Gradients are zero then."""
-        for put, on_host in self._moved:  # in stream order: what reads them waits, this does not
+        """Restore what sleeps; gradients are zero."""
+        for put, on_host in self._moved:  # in stream order: later kernels wait, the host does not
             put(on_host.to(self._device, non_blocking=True, copy=True))
         self._moved.clear()
         if "gradients" in self._asleep:
@@ -53,7 +53,7 @@ class Sleeper:
         self._asleep = frozenset()
 
     def _move_optimizer(self) -> None:
-        """Put copies in host memory in the place of all tensors, the copies under way at the same time."""
+        """Replace all tensors by copies in host memory; the copies run concurrently."""
         for key, tensor, put in self._tensors():
             if tensor.device.type != self._device.type:  # a step counter on the host
                 continue
@@ -68,7 +68,7 @@ class Sleeper:
             put(on_host)
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor, Put]]:
-        """Master parameters and optimizer state: a lasting name, the tensor, and what replaces it."""
+        """Yield master parameters and optimizer state: a stable key, the tensor, and its setter."""
         params = {id(param) for chunk in self._ddp for param in chunk.parameters()}
         for megatron in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
             inner = megatron.optimizer

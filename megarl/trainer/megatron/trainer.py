@@ -63,10 +63,9 @@ class MegatronTrainer:
     ) -> None:
         """Build this rank's part and load ``model.path``; without an optimizer it only computes and exports.
 
-        With ``lora`` the loaded weights stay as they are, and adapters are trained beside them.
-        With check_numerics a logprob or loss input that is not finite ends every pass with a UserError
-        that names its token. ``initial`` has whole tensors, by their Hugging Face names, that the directory
-        may lack.
+        With ``lora`` the loaded weights are frozen, and adapters are trained. With check_numerics, a
+        non-finite logprob or loss input ends the pass with a UserError that names its token. ``initial`` has
+        whole tensors, by their Hugging Face names, that the directory may lack.
         """
         router = router or RouterConfig()
         check_layout(architecture, context.parallel)
@@ -83,7 +82,7 @@ class MegatronTrainer:
         self.regions = architecture.trainer_regions(context.layout, context.at)
         self._model_dir, self._initial = model.path, initial
         self._load_hf(model.path)
-        # The distributed optimizer brings a flat buffer of its own, for what it trains.
+        # The distributed optimizer allocates its own flat buffer for trained parameters.
         if optimizer is None or not optimizer.distributed or lora is not None:
             pool_parameters(self.params)
         self.lora = None
@@ -164,9 +163,9 @@ class MegatronTrainer:
     def _read(
         self, batch: PackedBatch, fn: Read, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, LossResult | None]:
-        """What Megatron's schedule wants of a microbatch on the last stage: loss, token count, result.
+        """Return loss, token count and result of a microbatch on the last stage, for Megatron's schedule.
 
-        A dummy, or one context-parallel rank, may have no rows: all take part in every collective.
+        A dummy microbatch, or one context-parallel rank, may have no rows; all take part in every collective.
         """
         flat, layout = hidden[:, 0], self.context.layout
         last: Any = self.chunks[-1]
@@ -189,14 +188,14 @@ class MegatronTrainer:
                 f"(id {int(batch.labels[row])}) of sequence {int(batch.sequence_ids[row])} of the step"
             ) from error
         loss = hidden.new_zeros(()) if result is None else result.loss
-        no_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # denominators are in the weights
+        no_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # the weights have the denominators
         return loss, no_tokens, result
 
     # --- reference ----------------------------------------------------------------------------
 
     def keep_reference(self) -> None:
         """See Trainer."""
-        if self.lora is not None:  # the frozen weights are there already
+        if self.lora is not None:  # the frozen weights are the reference
             return
         self._finish_param_gather()
         self._reference = FrozenCopy(self.params)
@@ -204,7 +203,7 @@ class MegatronTrainer:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """See Trainer."""
-        self._routers.replays = False  # the reference chooses for itself: it is a policy of its own
+        self._routers.replays = False  # the reference is another policy and chooses its own experts
         self._finish_param_gather()
         try:
             if self.lora is not None:
@@ -232,7 +231,7 @@ class MegatronTrainer:
     # --- memory -------------------------------------------------------------------------------
 
     def _finish_param_gather(self) -> None:
-        """Have the last step's parameters now, not at the next forward pass."""
+        """Complete the last step's parameters now rather than at the next forward pass."""
         if self.context.parallel.overlap_param_gather:
             for chunk in self.ddp:
                 chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""What one trainer rank's weights are to others: owners for engines, checksums, Hugging Face tensors."""
+"""A trainer rank's weights for others: owners for engines, checksums, Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from megarl.weights.shared_storage import share_parameters, storages_of
 
 
 class TrainerWeights:
-    """Implements :class:`megarl.trainer.interface.Weights`: one rank's parameters and whose parts they are.
+    """Implements :class:`megarl.trainer.interface.Weights`: one rank's parameters and their regions.
 
     Args:
         context: this rank.
         architecture: the model.
         params: the model's parameters.
-        regions: of the Hugging Face tensors, those that ``params`` hold.
-        lora: the adapters, where there are some; engines and exports then get merged weights.
-        finish_step: has the last optimizer step's parameters complete on this rank.
+        regions: regions of the Hugging Face tensors that ``params`` hold.
+        lora: the adapters, if any; engines and exports then get merged weights.
+        finish_step: completes the last optimizer step's parameters on this rank.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class TrainerWeights:
         self._offered: Owner | None = None
 
     def owners(self, transport: Transport = "auto") -> list[Owner]:
-        """See Weights. A server is started where an engine may have to ask for weights.
+        """See Weights. Starts a server if an engine may request weights.
 
-        Every rank offers all it holds; the planner chooses among replicas.
+        Every rank lists all it holds; the planner chooses among replicas.
         """
         self._finish_step()
         if self._lora is not None:
             self._lora.publish()
-        if self._offered is None:  # a GPU's memory has another handle each time it is asked for one
+        if self._offered is None:  # shared once: a GPU's memory gets another handle at each request
             self._offered = share_parameters(self._params, self._regions, mapped=transport != "peer")
         mine = self._offered
         several_hosts = len(set(gather(mine.host))) > 1
@@ -83,7 +83,7 @@ class TrainerWeights:
 
     def checksums(self, queries: Sequence[RegionQuery]) -> dict[int, int]:
         """See Weights."""
-        assert self._offered is not None, "queries are about what was offered"
+        assert self._offered is not None, "call owners before checksums"
         self._finish_step()
         storages = storages_of(self._params)
         number_of = {storage: number for number, storage in enumerate(self._offered.storages)}
@@ -100,13 +100,13 @@ class TrainerWeights:
         return sums
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Weights. One tensor at a time is whole on rank 0."""
+        """See Weights. One whole tensor at a time is on rank 0."""
         self.publish()
         return gather_tensors(self._context, self._architecture.hf_shapes(), self._regions, self._params)
 
     def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Weights."""
-        assert self._lora is not None, "there are adapters with lora only"
+        assert self._lora is not None, "only a model with lora has adapters"
         self._finish_step()
         params, regions = self._lora.adapter_tensors()
         return gather_tensors(self._context, self._lora.shapes, regions, params)
@@ -118,9 +118,9 @@ def gather_tensors(
     regions: list[Region],
     params: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of ``shapes`` on rank 0 (elsewhere none), from the ``regions`` of it that ranks hold.
+    """Yield every tensor of ``shapes`` on rank 0 (elsewhere none), assembled from the ranks' ``regions``.
 
-    Rank 0 holds one whole tensor at a time and one piece of it, other ranks one piece.
+    Rank 0 holds one whole tensor and one piece of it at a time, other ranks one piece.
     """
     mine: dict[str, list[Region]] = {}
     for region in regions:
@@ -151,12 +151,12 @@ def gather_tensors(
 
 
 def is_first_replica(param: str, at: RankCoordinates) -> bool:
-    """Whether a rank is the first of those that hold the same values of ``param``."""
+    """Return True if the rank is the first of those with the same values of ``param``."""
     if param.endswith((".experts.w13", ".experts.w2")):
         return at.expert_data == 0
     return at.data == 0 and at.context == 0
 
 
 def _own_address() -> str:
-    """This rank's address as the other ranks see it: the one on the way to rank 0."""
+    """Return this rank's address on the route to rank 0."""
     return address_towards(os.environ.get("MASTER_ADDR") or "127.0.0.1")
