@@ -320,8 +320,8 @@ def test_memory_that_no_engine_can_map_is_refused_before_ranks_start(
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("cpu", "is Transformer Engine's and needs a GPU; all_gather works on any device"),
-        ("cuda", "needs the package transformer-engine; all_gather does without"),
+        ("cpu", "uses Transformer Engine and needs a GPU; all_gather works on any device"),
+        ("cuda", "needs the package transformer-engine; all_gather works without"),
     ],
 )
 def test_an_option_of_transformer_engine_is_refused_before_ranks_start(

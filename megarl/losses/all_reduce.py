@@ -1,4 +1,4 @@
-"""Sums over ranks with their gradient."""
+"""Differentiable sums over ranks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 
 def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of every rank's ``values``; its gradient is the sum of every rank's gradients.
+    """Return the sum of every rank's ``values``; its gradient is the sum of every rank's gradients.
 
-    For ranks that all compute the same loss of the sum and each count their share of it.
+    For ranks that all compute the same loss from the sum and each count a share of it.
     """
     total: torch.Tensor = _SumOverRanks.apply(values, group)
     return total

@@ -1,11 +1,11 @@
-"""A policy term of the user's own (algorithm.loss), in plain torch, under every parallel layout.
+"""User-defined policy terms (algorithm.loss), in plain torch, under every parallel layout.
 
-The function gets a microbatch's :class:`megarl.losses.base.LossTokens` and returns one value per token, [N],
+The function takes a microbatch's :class:`megarl.losses.base.LossTokens` and returns one value per token, [N],
 with gradient to ``tokens.logprobs`` (or ``tokens.entropy``). The loss is their sum times ``tokens.weights``,
-which carry the denominators of the whole step: the function never divides by a number of tokens, sequences
-or ranks. ``tokens.sequence_means`` gives it means over whole sequences, whichever ranks hold their tokens. It
-may return ``(values, {name: values})``: further values [N] per token whose weighted means are logged under
-these names. KL to the reference, entropy bonus and the likelihood term are added as configured.
+which carry the denominators of the whole step: the function never divides by a number of tokens, sequences or
+ranks. ``tokens.sequence_means`` computes means over whole sequences, whichever ranks hold their tokens. The
+function may return ``(values, {name: values})``: further values [N] per token whose weighted means are logged
+under these names. KL to the reference, entropy bonus and the likelihood term are added as configured.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from megarl.losses.base import LossResult, LossTokens
 from megarl.losses.policy import PolicyLoss, options_of
 
 TokenLoss = Callable[[LossTokens], torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
-_NOT_OURS = ("clip_fraction", "dual_clip_fraction")  # of the built-in term
+_NOT_OURS = ("clip_fraction", "dual_clip_fraction")  # metrics of the built-in term
 
 
 @dataclass(frozen=True, slots=True)
 class CustomPolicyLoss:
-    """A loss whose policy term is ``function``; ``rest`` computes the other terms and the figures.
+    """A loss whose policy term is ``function``; ``rest`` computes the other terms and the metrics.
 
-    ``name`` is what the configuration calls the function, for error messages.
+    ``name`` is the function's name in the configuration, for error messages.
     """
 
     function: TokenLoss
@@ -38,18 +38,18 @@ class CustomPolicyLoss:
 
     @property
     def is_mean(self) -> bool:
-        """Whether weights sum to 1 over the step."""
+        """True if weights sum to 1 over the step."""
         return self.rest.is_mean
 
     def __call__(self, tokens: LossTokens) -> LossResult:
-        """Loss with gradient to what the function and the configured terms read.
+        """Return the loss, with gradient to the inputs of the function and of the configured terms.
 
         Raises:
-            UserError: the function returned something else than [N] values.
+            UserError: the function did not return [N] values.
         """
         advantages = tokens.advantages
         assert advantages is not None
-        if tokens.old_logprobs is None:  # one optimizer step per batch: those of before it are these
+        if tokens.old_logprobs is None:  # one optimizer step per batch: the current logprobs are the old ones
             tokens = replace(tokens, old_logprobs=tokens.logprobs.detach())
         counted = tokens.counted()
         found = self.function(counted)
@@ -80,7 +80,7 @@ class CustomPolicyLoss:
 
 
 def configured_loss(algorithm: GrpoAlgorithmConfig, *, check_numerics: bool) -> PolicyLoss | CustomPolicyLoss:
-    """The loss of a valid configuration.
+    """Build the loss of a valid configuration.
 
     Raises:
         UserError: algorithm.loss cannot be imported, or is no function.

@@ -3,9 +3,9 @@
     forward KL(q || p)    reverse KL(p || q)    jensen_shannon (1 - beta) KL(p || M) + beta KL(q || M)
 
 with M = (1 - beta) p + beta q (GKD: Agarwal et al. 2023, arXiv:2306.13649), both at one temperature. It is
-exact over the vocabulary, though neither model's logits ever exist in full; forward may be taken over the
-teacher's top k instead. What is logged: ``loss`` and ``entropy`` are weighted means, ``divergence_max`` is
-the largest of a token.
+exact over the vocabulary without materialising either model's full logits; forward may be restricted to the
+teacher's top k. Metrics: ``loss`` and ``entropy`` are weighted means, ``divergence_max`` is the largest of a
+token.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megarl.losses.hidden import Head, HiddenTokens
 from megarl.ops.linear_vocab_kl import linear_vocab_kl
 from megarl.ops.vocab_kl import vocab_kl_topk
 
-_TOP_K_ROWS = 1024  # teacher's logits that exist at a time
+_TOP_K_ROWS = 1024  # rows of teacher logits computed at a time
 
 
 @dataclass(frozen=True, slots=True)
 class DistillOptions:
-    """Which divergence, at which temperature of both distributions; ``top_k`` None: the whole vocabulary."""
+    """Kind of divergence and temperature of both distributions; ``top_k`` None: the whole vocabulary."""
 
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "reverse"
     beta: float = 0.5
@@ -39,13 +39,13 @@ class DistillOptions:
 def distill_loss(
     options: DistillOptions, student: HiddenTokens, teacher: HiddenTokens, tokens: LossTokens
 ) -> LossResult:
-    """The loss of one microbatch, with gradient to ``student.hidden``.
+    """Return the loss of one microbatch, with gradient to ``student.hidden``.
 
     Args:
-        options: which divergence.
+        options: kind of divergence.
         student: at the targets, with gradient.
-        teacher: at the same targets, without.
-        tokens: the student's logprobs at options.temperature, for the weights and what is logged.
+        teacher: at the same targets, without gradient.
+        tokens: the student's logprobs at options.temperature, for the weights and metrics.
     """
     head = student.head
     if options.top_k is None:
@@ -83,9 +83,9 @@ def distill_loss(
 def top_k_logprobs(
     hidden: torch.Tensor, head: Head, k: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [N, k] and logprobs [N, k] (of the whole vocabulary) of the likeliest tokens, on every rank.
+    """Return ids [N, k] and full-vocabulary logprobs [N, k] of the most likely tokens, on every rank.
 
-    hidden [N, H]. No gradient. ``k`` beyond the vocabulary takes all of it.
+    hidden [N, H]. No gradient. ``k`` is limited to the size of the vocabulary.
     """
     parts = list(_top_k_parts(hidden, head, k, temperature))
     if not parts:
@@ -101,7 +101,7 @@ def _top_k_parts(
     for start in range(0, hidden.shape[0], _TOP_K_ROWS):
         with torch.no_grad():
             logits = (hidden[start : start + _TOP_K_ROWS] @ head.weight.t()).float() / temperature
-            # Shards may hold fewer real rows than k, and not all as many: filled up with -inf.
+            # Shards may hold fewer real rows than k, in different numbers: pad with -inf.
             padded = torch.nn.functional.pad(logits, (0, max(0, k - logits.shape[1])), value=-torch.inf)
             values, ids = padded.topk(k)
             ids = ids + head.vocab_start

@@ -1,4 +1,4 @@
-"""What a loss over the whole vocabulary sees: hidden states and the head they meet (distillation)."""
+"""Inputs of losses over the whole vocabulary: hidden states and the head (distillation)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """This rank's rows of the language-model head without padding: [V_local, H], from ``vocab_start`` on.
+    """This rank's rows of the language-model head, without padding: [V_local, H], from ``vocab_start`` on.
 
-    ``group`` are the ranks that hold the rest of the vocabulary; None: the head is whole.
+    The ranks of ``group`` hold the rest of the vocabulary; None: the head is whole.
     """
 
     weight: torch.Tensor
@@ -22,7 +22,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class HiddenTokens:
-    """Hidden states [N, H] of a microbatch's targets, in the order of ``rows``, and the head they meet."""
+    """Hidden states [N, H] of a microbatch's targets, in the order of ``rows``, and the head."""
 
     rows: torch.Tensor  # [N] int64, rows of the microbatch
     hidden: torch.Tensor  # [N, H]

@@ -1,6 +1,6 @@
-"""How far the engine's logprobs are from the trainer's for the same tokens and weights.
+"""Mismatch of the engine's and the trainer's logprobs for the same tokens and weights.
 
-The first thing to look at when RL goes wrong: engine and trainer must be the same policy.
+Check it first when RL fails: engine and trainer must be the same policy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class WorstToken:
-    """The token on which engine and trainer disagree most."""
+    """The token with the largest mismatch."""
 
     difference: float
     sequence_id: int
@@ -30,7 +30,7 @@ class LogprobMismatch:
     abs_diff_sum: float = 0.0
     kl_sum: float = 0.0  # k3 estimate of KL(rollout || trainer), tokens drawn from the engine
     worst: WorstToken | None = None
-    num_stale: int = 0  # tokens drawn by older weights, which are in none of the above
+    num_stale: int = 0  # tokens drawn by older weights, excluded from the sums above
     stale_abs_diff_sum: float = 0.0
     stale_kl_sum: float = 0.0
 
@@ -47,7 +47,7 @@ class LogprobMismatch:
         )
 
     def metrics(self) -> dict[str, float]:
-        """logprob_abs_diff_mean, logprob_abs_diff_max, kl_rollout_trainer; and what staleness did, if any."""
+        """Return logprob_abs_diff_mean and _max, kl_rollout_trainer, and those of stale tokens, if any."""
         count = max(self.num_tokens, 1)
         stale = {
             "stale_logprob_abs_diff_mean": self.stale_abs_diff_sum / max(self.num_stale, 1),
@@ -69,8 +69,8 @@ def measure_mismatch(
 ) -> LogprobMismatch:
     """Compare logprobs [N] of the same tokens, computed with the same weights and temperature.
 
-    Tokens that older weights drew (``stale`` [N] not 0) differ by what was learned since: they are summed
-    up apart.
+    Tokens drawn by older weights (``stale`` [N] not 0) also differ by the updates since; they are summed
+    separately.
     """
     if stale is not None and stale.any():
         old = stale != 0

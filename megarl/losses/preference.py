@@ -1,4 +1,4 @@
-"""Losses over pairs of responses to one prompt, of which the first is preferred.
+"""Losses over pairs of responses to one prompt; the first response is preferred.
 
 A pair has logp_c and logp_r, the summed logprobs of the n_c and n_r tokens of its chosen and rejected
 response. With rho = logp - logp of the reference, lower-case sigma the logistic function and b = beta:
@@ -12,15 +12,15 @@ response. With rho = logp - logp of the reference, lower-case sigma the logistic
     orpo    -b log sigma(o(logp_c / n_c) - o(logp_r / n_r)), o(l) = l - log(1 - e^l) the log odds
                                                                       Hong et al. 2024, arXiv:2403.07691
 
-Length normalisation divides rho by n in dpo and ipo (for IPO its authors do, though the paper does not
-say so). Label smoothing eps, for dpo and simpo, takes (1 - eps) of -log sigma(x) and eps of -log sigma(-x):
-the labels are believed to be right with probability 1 - eps (Mitchell 2023, "A note on DPO with noisy
-preferences", conservative DPO). The loss of a step is the mean over its pairs, plus sft_coef times the mean
-negative logprob of all its chosen tokens (which ORPO's paper has with weight 1).
+Length normalisation divides rho by n in dpo and ipo (IPO's authors do so, though the paper does not say it).
+Label smoothing eps, for dpo and simpo, mixes (1 - eps) of -log sigma(x) and eps of -log sigma(-x): labels are
+assumed correct with probability 1 - eps (Mitchell 2023, "A note on DPO with noisy preferences", conservative
+DPO). The loss of a step is the mean over its pairs, plus sft_coef times the mean negative logprob of all its
+chosen tokens (which ORPO's paper has with weight 1).
 
-What is logged: ``reward_chosen`` and ``reward_rejected`` are b rho (b logp / n for simpo and orpo; divided by
-n where the loss does so), ``reward_margin`` their difference, ``reward_accuracy`` the share of pairs with a
-margin above 0, ``logps_chosen`` and ``logps_rejected`` the means of logp.
+Metrics: ``reward_chosen`` and ``reward_rejected`` are b rho (b logp / n for simpo and orpo; divided by n if
+the loss does so), ``reward_margin`` their difference, ``reward_accuracy`` the share of pairs with a margin
+above 0, ``logps_chosen`` and ``logps_rejected`` the means of logp.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from megarl.records import TrainBatch
 
 @dataclass(frozen=True, slots=True)
 class PreferenceOptions:
-    """Which loss; the module's docstring has the formulas."""
+    """Kind of loss and its parameters; formulas are in the module's docstring."""
 
     loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
-    length_normalization: bool = False  # simpo and orpo always do
+    length_normalization: bool = False  # always on for simpo and orpo
     sft_coef: float = 0.0
     simpo_gamma: float = 0.0
     desirable_weight: float = 1.0
@@ -53,7 +53,7 @@ class PreferenceOptions:
 
 
 def options_of(algorithm: PreferenceAlgorithmConfig) -> PreferenceOptions:
-    """The loss of a valid configuration, its defaults filled in."""
+    """Return the options of a valid configuration, with defaults filled in."""
 
     def value(given: float | None, default: float) -> float:
         return default if given is None else given
@@ -76,11 +76,11 @@ class Responses(NamedTuple):
 
     logps: torch.Tensor  # summed logprobs of the response's tokens
     num_tokens: torch.Tensor
-    ref_logps: torch.Tensor | None  # the reference's; None where the loss needs none
+    ref_logps: torch.Tensor | None  # the reference's; None if the loss needs none
 
 
 class PairValues(NamedTuple):
-    """What becomes of P pairs, each field [P]; rewards are without gradient."""
+    """Loss and rewards of P pairs, each field [P]; rewards are without gradient."""
 
     loss: torch.Tensor
     reward_chosen: torch.Tensor
@@ -90,7 +90,7 @@ class PairValues(NamedTuple):
 def pair_values(
     options: PreferenceOptions, chosen: Responses, rejected: Responses, kl: float = 0.0
 ) -> PairValues:
-    """Loss and rewards of P pairs, without the SFT term; ``kl`` is KTO's z."""
+    """Return loss and rewards of P pairs, without the SFT term; ``kl`` is KTO's z."""
     score_chosen, score_rejected = _score(options, chosen), _score(options, rejected)
     beta, margin = options.beta, score_chosen - score_rejected
     if options.loss == "ipo":
@@ -117,22 +117,22 @@ def _score(options: PreferenceOptions, responses: Responses) -> torch.Tensor:
 
 
 def _log_odds(logprob: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 - p)) of a mean logprob below 0, exact for p near 0 and near 1."""
+    """Return log(p / (1 - p)) of a mean logprob below 0, exact for p near 0 and near 1."""
     return logprob - torch.log(-torch.expm1(logprob))
 
 
 def num_targets(batch: TrainBatch) -> torch.Tensor:
-    """Response tokens of each sequence, [S] float64."""
+    """Return the number of response tokens of each sequence, [S] float64."""
     return torch.from_numpy(batch.num_targets().astype(np.float64))
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """The loss of one step, whose sequences 2p and 2p + 1 are the chosen and the rejected one of pair p.
+    """The loss of one step; sequences 2p and 2p + 1 are the chosen and the rejected one of pair p.
 
-    num_targets and ref_logps are [2P] float64 of all the step's sequences, whatever part of them a rank
-    holds: the denominators are global. A microbatch holds whole pairs. Context-parallel ranks all compute
-    the loss of the pairs they share, so each counts its share of it.
+    num_targets and ref_logps are [2P] float64 of all the step's sequences, whichever a rank holds: the
+    denominators are global. A microbatch holds whole pairs. Context-parallel ranks all compute the loss of
+    the pairs they share, so each counts its share of it.
     """
 
     options: PreferenceOptions
@@ -141,10 +141,10 @@ class PreferenceLoss:
     kl: float = 0.0
 
     def __call__(self, tokens: LossTokens) -> LossResult:
-        """Loss with gradient to ``tokens.logprobs``."""
+        """Return the loss, with gradient to ``tokens.logprobs``."""
         assert tokens.slot_ids is not None
         options, sums = self.options, tokens.sequence_sums(tokens.logprobs)
-        real = tokens.slot_ids >= 0  # all, or in a dummy microbatch none
+        real = tokens.slot_ids >= 0  # all, or none in a dummy microbatch
         ids, sums = tokens.slot_ids[real], sums[real]
         assert torch.equal(ids[1::2], ids[0::2] + 1), "microbatches hold whole pairs"
         counts = self.num_targets.to(sums.device)

@@ -1,14 +1,14 @@
-"""The loss of a reward model on pairs of which the first response is preferred.
+"""The reward model's loss on pairs of responses; the first response is preferred.
 
     -log sigma(r_c - r_r) + c (r_c + r_r)^2
 
-r_c and r_r are the scores of the last tokens, lower-case sigma the logistic function: the first term is the
-likelihood of the preference under Bradley and Terry's model (Ouyang et al. 2022, arXiv:2203.02155), the
-second, with a small c = center_coef, keeps scores around 0 (Eisenstein et al. 2023, arXiv:2312.09244), which
-differences alone leave open. The loss of a step is the mean over its pairs.
+r_c and r_r are the scores of the last tokens, lower-case sigma the logistic function. The first term is the
+likelihood of the preference under the Bradley-Terry model (Ouyang et al. 2022, arXiv:2203.02155). The second,
+with a small c = center_coef, keeps scores around 0 (Eisenstein et al. 2023, arXiv:2312.09244), which
+differences alone do not determine. The loss of a step is the mean over its pairs.
 
-What is logged: means over pairs; ``reward_accuracy`` is the share of pairs with r_c > r_r, ``reward_margin``
-the mean r_c - r_r, ``center_loss`` the mean (r_c + r_r)^2 whether or not it is in the loss.
+Metrics are means over pairs: ``reward_accuracy`` is the share of pairs with r_c > r_r, ``reward_margin`` the
+mean r_c - r_r, ``center_loss`` the mean (r_c + r_r)^2 whether or not it is in the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megarl.losses.score_inputs import ScoreTokens
 
 
 def last_scores(tokens: ScoreTokens) -> torch.Tensor:
-    """The score of every slot's sequence [num_slots] float64, whichever context-parallel rank holds it."""
+    """Return every slot's score [num_slots] float64, whichever context-parallel rank holds it."""
     own = tokens.scores.new_zeros(tokens.num_slots, dtype=torch.float64)
     own = own.index_copy(0, tokens.slots, tokens.scores.double())
     return own if tokens.cp_group is None else all_reduce_sum(own, tokens.cp_group)
@@ -42,8 +42,8 @@ class RewardLoss:
     center_coef: float = 0.0
 
     def __call__(self, tokens: ScoreTokens) -> LossResult:
-        """Loss with gradient to ``tokens.scores``."""
-        real = tokens.slot_ids >= 0  # all, or in a dummy microbatch none
+        """Return the loss, with gradient to ``tokens.scores``."""
+        real = tokens.slot_ids >= 0  # all, or none in a dummy microbatch
         ids, scores = tokens.slot_ids[real], last_scores(tokens)[real]
         assert torch.equal(ids[1::2], ids[0::2] + 1), "microbatches hold whole pairs"
         chosen, rejected = scores[0::2], scores[1::2]

@@ -1,4 +1,4 @@
-"""What a loss over scores sees: one number per token from a score head (reward models and critics)."""
+"""Inputs of losses over scores: one number per token from a score head (reward models and critics)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megarl.losses.base import LossResult
 class ScoreTokens:
     """A microbatch's scores, N rows: the targets' (critics) or each sequence's last token's (reward models).
 
-    The score of a target is that of the token before it: what is to be expected before it is drawn.
+    A target's score is computed at the token before it: the expected return before it is drawn.
     """
 
     scores: torch.Tensor  # [N] float32, with gradient
-    weights: torch.Tensor  # [N] share of each token in the mean; means nothing for last tokens
-    old_values: torch.Tensor | None  # [N] the critic's before the step
+    weights: torch.Tensor  # [N] share of each token in the mean; unused for last tokens
+    old_values: torch.Tensor | None  # [N] the critic's, before the step
     returns: torch.Tensor | None  # [N]
     # As in LossTokens.
     slots: torch.Tensor
@@ -34,5 +34,5 @@ class ScoreLoss(Protocol):
     """A loss as the trainer calls it, once per microbatch."""
 
     def __call__(self, tokens: ScoreTokens) -> LossResult:
-        """Loss and sums of these scores."""
+        """Return loss and sums of these scores."""
         ...

@@ -6,7 +6,7 @@ from megarl.losses.base import LossResult, LossTokens
 
 
 def sft_loss(tokens: LossTokens) -> LossResult:
-    """``-sum_t weight_t * log p(label_t)``, with weights 1 / T the mean over all targets of the step."""
+    """Return ``-sum_t weight_t * log p(label_t)``; with weights 1 / T, the mean over the step's targets."""
     loss = -(tokens.weights * tokens.logprobs).sum()
     detached = loss.detach()
     return LossResult(

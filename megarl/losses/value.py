@@ -2,9 +2,10 @@
 
     1/2 max((V - R)^2, (clamp(V, V_old - c, V_old + c) - R)^2)
 
-V is the value before a token, R its return, c = value_clip: once a value has moved by c towards its return it
+V is the value before a token, R its return, c = value_clip: a value that has moved by c towards its return
 gets no more gradient from this batch. Without c the loss is 1/2 (V - R)^2. ``value_loss`` and ``value_mean``
-are weighted as the policy's loss; ``value_clip_fraction`` is the share of tokens without gradient for it.
+are weighted like the policy's loss; ``value_clip_fraction`` is the share of tokens without gradient because
+of the clip.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from megarl.losses.score_inputs import ScoreTokens
 
 @dataclass(frozen=True, slots=True)
 class ValueLoss:
-    """Configured loss; ``clip`` None leaves the clip out."""
+    """Configured loss; ``clip`` None: no clipping."""
 
     clip: float | None
 
     def __call__(self, tokens: ScoreTokens) -> LossResult:
-        """Loss with gradient to ``tokens.scores``."""
+        """Return the loss, with gradient to ``tokens.scores``."""
         assert tokens.returns is not None
         values, weights = tokens.scores, tokens.weights
         errors = (values - tokens.returns) ** 2
@@ -34,7 +35,7 @@ class ValueLoss:
             assert tokens.old_values is not None
             near = torch.clamp(values, tokens.old_values - self.clip, tokens.old_values + self.clip)
             clipped = (near - tokens.returns) ** 2
-            # Where both are equal torch.maximum would split the gradient; nothing is clipped there.
+            # Where both are equal, torch.maximum would split the gradient; nothing is clipped there.
             token_sums["value_clip_fraction"] = (clipped > errors).double().sum()
             errors = torch.where(clipped > errors, clipped, errors)
         loss = 0.5 * (weights * errors).sum()

@@ -1,4 +1,4 @@
-"""The Python face of csrc: one file per op, with its fake and autograd registrations.
+"""Python interface of csrc: one file per op, with its fake and autograd registrations.
 
 Importing this package loads megarl._C; without it NativeOpsUnavailable says how to build it.
 """

@@ -1,4 +1,4 @@
-"""Loads megarl._C, which registers torch.ops.megarl.*, or says what is missing."""
+"""Load megarl._C, which registers torch.ops.megarl.*, or report what is missing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _runs_on(present: str, needed: str) -> bool:
 
 
 def _built_for(library: Path) -> str:
-    """The vector instructions a built extension needs, read from the file without loading it."""
+    """Return the vector instructions a built extension needs, read from the file without loading it."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         found = _MARK.search(view)
         return found.group(1).decode() if found else "DEFAULT"

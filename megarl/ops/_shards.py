@@ -1,4 +1,4 @@
-"""What the vocabulary ops share: gathering row statistics over shards, and their checks."""
+"""Helpers of the vocabulary ops: gather row statistics over shards, and check inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOGITS_CAUSE = ": its logits hold NaN or inf, or give the target no probability"
 
 
 class NumericsError(FloatingPointError):
-    """A value that is not finite, found by check_numerics; ``row`` is its row among the op's rows."""
+    """A non-finite value found by check_numerics; ``row`` is its row among the op's rows."""
 
     def __init__(self, message: str, row: int) -> None:
         super().__init__(message)
@@ -20,22 +20,22 @@ class NumericsError(FloatingPointError):
 
 
 def group_size(tp_group: dist.ProcessGroup | None) -> int:
-    """Ranks that share the vocabulary."""
+    """Return the number of ranks that share the vocabulary."""
     return 1 if tp_group is None else tp_group.size()
 
 
 def gather_shards(
     stats: torch.Tensor, tp_group: dist.ProcessGroup | None, extent: tuple[int, int]
 ) -> tuple[torch.Tensor, list[tuple[int, int]] | None]:
-    """Row statistics of every rank [P, R, K], differentiable in this rank's own, in one all_gather.
+    """Gather every rank's row statistics [P, R, K] in one all_gather, differentiable in this rank's own.
 
-    extent is this shard's (vocab_start, columns). Every rank's extent travels along as one more row, and
-    comes back where reading it is free: on CPUs. Accelerators get None.
+    extent is this shard's (vocab_start, columns). Every rank's extent is sent along as one more row, and
+    returned where reading it is free: on CPUs. Accelerators get None.
     """
     if group_size(tp_group) == 1:
         return stats.unsqueeze(0), [extent] if stats.device.type == "cpu" else None
     assert tp_group is not None
-    # float32 holds whole numbers up to 2^24, well above any vocabulary
+    # float32 represents whole numbers up to 2^24, well above any vocabulary
     last = stats.new_zeros(1, stats.shape[1])
     last[0, 0], last[0, 1] = extent
     own = torch.cat([stats.detach(), last])
@@ -50,7 +50,7 @@ def gather_shards(
 
 
 def check_extents(op: str, extents: list[tuple[int, int]]) -> tuple[int, int]:
-    """The range of global ids that the shards cover, without gap or overlap; ValueError otherwise."""
+    """Return the range of global ids that the shards cover; ValueError for gaps or overlaps."""
     ordered = sorted(extents)
     for (start, columns), (following, _) in pairwise(ordered):
         if start + columns != following:
@@ -88,14 +88,14 @@ def check_finite(op: str, result: NamedTuple, row_index: torch.Tensor | None = N
 
 
 def temperature_tensor(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Temperature as the ops take it: float32, [1] or [R], on the logits' device."""
+    """Convert a temperature to the ops' form: float32, [1] or [R], on the logits' device."""
     if isinstance(temperature, torch.Tensor):
         return temperature.to(torch.float32).reshape(-1)
     return torch.full((1,), temperature, dtype=torch.float32, device=device)
 
 
 def zero_other_rows(matrix: torch.Tensor, row_index: torch.Tensor | None) -> None:
-    """Set the rows that row_index does not name to 0, in place."""
+    """Set the rows that are not in row_index to 0, in place."""
     if row_index is not None:
         other = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
         other[row_index] = False

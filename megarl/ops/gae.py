@@ -15,7 +15,7 @@ class AdvantagesAndReturns(NamedTuple):
     """Per token, 0 where the mask is 0."""
 
     advantages: torch.Tensor  # [T]
-    returns: torch.Tensor  # [T], advantages + values: what the value head learns
+    returns: torch.Tensor  # [T], advantages + values: the value head's targets
 
 
 def gae(
@@ -27,16 +27,17 @@ def gae(
     gamma: float,
     gae_lambda: float,
 ) -> AdvantagesAndReturns:
-    """``delta_t = r_t + gamma V_t' - V_t`` and ``A_t = delta_t + gamma lambda A_t'``, t' the next token.
+    """Compute ``delta_t = r_t + gamma V_t' - V_t``, ``A_t = delta_t + gamma lambda A_t'``, t' the next token.
 
-    "Next" is the next position with mask of the same sequence, so that prompt, tool output and padding
-    cost neither discount nor a bootstrap from a value nobody trains; after the last one both V' and A'
-    are 0 (an episode that was cut off is not bootstrapped).
+    "Next" is the next position with mask in the same sequence, so prompt, tool output and padding cause
+    neither a discount nor a bootstrap from an untrained value; after the last one both V' and A' are 0 (a
+    truncated episode is not bootstrapped).
 
-    rewards and values [T] in one of fp32, fp64 (computed in fp64); mask [T] float32; cu_seqlens
-    [S + 1] int32. On the host. No gradient: advantages are constants of the loss.
+    rewards and values [T] in one of fp32, fp64 (computed in fp64); mask [T] float32; cu_seqlens [S + 1]
+    int32. On the host. No gradient: advantages are constants of the loss.
 
-    Raises ValueError for wrong shapes, dtypes, boundaries, or gamma and gae_lambda outside [0, 1].
+    Raises:
+        ValueError: wrong shapes, dtypes, boundaries, or gamma and gae_lambda outside [0, 1].
     """
     detached = (rewards.detach(), values.detach())
     return AdvantagesAndReturns(*torch.ops.megarl.gae(*detached, mask, cu_seqlens, gamma, gae_lambda))

@@ -17,12 +17,13 @@ def group_advantage(
     normalize_std: bool = True,
     epsilon: float = 1e-6,
 ) -> torch.Tensor:
-    """rewards [N] (fp32 or fp64) of groups bounded by cu_groups [G + 1] int32 to advantages [N].
+    """Return advantages [N] of rewards [N] (fp32 or fp64); cu_groups [G + 1] int32 bounds the groups.
 
-    On the host, in float64. A group whose rewards are all equal (one of size 1 included) gets exactly 0.
-    Whether rewards are finite is for the caller to look at (megarl.advantages does). No gradient.
+    On the host, in float64. A group whose rewards are all equal (one of size 1 included) gets exactly 0. The
+    caller checks that rewards are finite (megarl.advantages does). No gradient.
 
-    Raises ValueError for wrong shapes, dtypes, boundaries or a negative epsilon.
+    Raises:
+        ValueError: wrong shapes, dtypes, boundaries or a negative epsilon.
     """
     advantages: torch.Tensor = torch.ops.megarl.group_advantage(
         rewards.detach(), cu_groups, leave_one_out, normalize_std, epsilon

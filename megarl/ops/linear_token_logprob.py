@@ -1,8 +1,8 @@
-"""Logprob and entropy of each token from hidden states and the head's weight; the logits never exist in full.
+"""Logprob and entropy of each token from hidden states and the head's weight, without the full logits.
 
-The forward computes the logits a tile at a time and keeps four floats per row (token_logprob.py has the
-formulas); the backward computes each tile again, turns it into its gradient in place, and multiplies it
-into the gradients of hidden and weight. One GEMM forward, three backward.
+The forward computes the logits one tile at a time and keeps four floats per row (token_logprob.py has the
+formulas); the backward recomputes each tile, turns it into its gradient in place, and multiplies it into the
+gradients of hidden and weight. One GEMM forward, three backward.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def linear_token_logprob(
     min_logit: torch.Tensor | None = None,
     check_numerics: bool = False,
 ) -> TokenLogprobs:
-    """Logprob of ``targets`` and entropy under softmax(hidden @ weight.T / temperature).
+    """Return logprob of ``targets`` and entropy under softmax(hidden @ weight.T / temperature).
 
-    hidden [T, H] and weight [V_shard, H] of one dtype; weight is this rank's rows ``vocab_start ...`` of
-    the head, without rows that only pad the vocabulary. targets [R] int64: global ids. temperature:
-    positive, one number or [R]. row_index [R]: rows of hidden to evaluate (R = T without). A tile of
-    logits takes at most max_extra_bytes; rows without a loss should not be passed at all.
+    hidden [T, H] and weight [V_shard, H] of one dtype; weight is this rank's rows ``vocab_start ...`` of the
+    head, without rows that only pad the vocabulary. targets [R] int64: global ids. temperature: positive, one
+    number or [R]. row_index [R]: rows of hidden to evaluate (R = T without). A tile of logits takes at most
+    max_extra_bytes; do not pass rows without a loss.
 
-    With tensor parallelism the gradient of hidden is **this shard's contribution alone**: the caller
-    sums it over the group, as Megatron's copy_to_tensor_model_parallel_region does when hidden passed
-    through it. The gradient of weight goes through autograd to weight.grad; Megatron's main_grad is
-    not written.
+    With tensor parallelism the gradient of hidden is **this shard's contribution only**: the caller sums it
+    over the group, as Megatron's copy_to_tensor_model_parallel_region does if hidden passed through it. The
+    gradient of weight goes through autograd to weight.grad; Megatron's main_grad is not written.
 
-    Raises as :func:`megarl.ops.token_logprob` does.
+    Raises:
+        ValueError, FloatingPointError: as :func:`megarl.ops.token_logprob`.
     """
     if row_index is not None:
         hidden = hidden.index_select(0, row_index)

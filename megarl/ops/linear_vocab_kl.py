@@ -1,7 +1,7 @@
-"""vocab_kl from hidden states and heads: neither the student's nor the teacher's logits exist in full.
+"""vocab_kl from hidden states and heads, without the student's or the teacher's full logits.
 
-Tiles of both logits are computed one after the other, forward and again backward, as in
-linear_token_logprob; the GEMMs are torch's, the sums and gradients those of vocab_kl.
+Tiles of both logits are computed one after the other, forward and again backward, as in linear_token_logprob;
+the GEMMs are torch's, the sums and gradients those of vocab_kl.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ def linear_vocab_kl(
     max_extra_bytes: int = DEFAULT_MAX_EXTRA_BYTES,
     check_numerics: bool = False,
 ) -> torch.Tensor:
-    """Divergence [R] of the softmaxes behind (hidden [R, H], weight [V_shard, H]) and the teacher's pair.
+    """Return the divergence [R] of softmax(hidden [R, H] @ weight [V_shard, H].T) from the teacher's.
 
-    The teacher may have another hidden size; vocabulary shards must be the same. The two tiles of
-    logits take at most max_extra_bytes together. As in ``linear_token_logprob``, the gradient of hidden
-    is this shard's contribution alone. Raises ValueError for shapes that do not match.
+    The teacher may have another hidden size; vocabulary shards must be the same. The two tiles of logits take
+    at most max_extra_bytes together. As in ``linear_token_logprob``, the gradient of hidden is this shard's
+    contribution only.
+
+    Raises:
+        ValueError: shapes do not match.
     """
     _check_direction(direction)
     if teacher_hidden.shape[0] != hidden.shape[0] or teacher_weight.shape[0] != weight.shape[0]:
@@ -69,7 +72,7 @@ def linear_vocab_kl(
 
 
 class _Tiles:
-    """Pairs of logits tiles, all columns of a block of rows before the next; and their gradients."""
+    """Pairs of logits tiles, all columns of a block of rows before the next block; and their gradients."""
 
     def __init__(self, heads: tuple[torch.Tensor, ...], heat: torch.Tensor, max_extra_bytes: int) -> None:
         self.hidden, self.weight, self.teacher_hidden, self.teacher_weight = heads
@@ -80,7 +83,7 @@ class _Tiles:
         self.rows = max(1, min(rows, logits // self.columns))
 
     def __iter__(self) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(rows, columns, student tile, teacher tile, temperature of the rows)."""
+        """Yield (rows, columns, student tile, teacher tile, temperature of the rows)."""
         for row in range(0, self.hidden.shape[0], self.rows):
             rows = slice(row, min(row + self.rows, self.hidden.shape[0]))
             heat = self.heat if self.heat.numel() == 1 else self.heat[rows]
@@ -96,7 +99,7 @@ class _Tiles:
                 )
 
     def zero_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accumulators of the gradients of hidden and weight, float32 for 16-bit types."""
+        """Return zeroed accumulators of the gradients of hidden and weight, float32 for 16-bit dtypes."""
         dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         return torch.zeros_like(self.hidden, dtype=dtype), torch.zeros_like(self.weight)
 

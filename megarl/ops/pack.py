@@ -1,7 +1,7 @@
-"""Ragged sequences to the tensors of a packed microbatch in one pass, and values per token back.
+"""Pack ragged sequences into a microbatch's tensors in one pass, and unpack per-token values.
 
-The layout is :class:`megarl.records.PackedBatch`; :mod:`megarl.batching` makes the arguments. None of
-the fields carries a gradient.
+The layout is :class:`megarl.records.PackedBatch`; :mod:`megarl.batching` builds the arguments. None of the
+fields carries a gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ load_native()
 
 
 class RaggedTokens(NamedTuple):
-    """Sequences as they come, end to end or with gaps; per-token fields aligned with the tokens."""
+    """Sequences end to end or with gaps; per-token fields are aligned with the tokens."""
 
     token_ids: torch.Tensor  # [N] int64
     loss_mask: torch.Tensor  # [N] uint8, 1 where the token is a target
@@ -24,11 +24,11 @@ class RaggedTokens(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """Which of them to pack, in which order, and what all tokens of one share."""
+    """The sequences to pack, in order, and values that all tokens of a sequence share."""
 
     starts: torch.Tensor  # [S] int64, first token in RaggedTokens
     lengths: torch.Tensor  # [S] int32, 0 for a dummy
-    rows: torch.Tensor  # [S] int64, what sequence_ids say
+    rows: torch.Tensor  # [S] int64, written to sequence_ids
     advantages: torch.Tensor  # [S] float32
     cu_seqlens: torch.Tensor  # [S + 1] int32, padded
 
@@ -48,13 +48,15 @@ class PackedFields(NamedTuple):
 def pack_sequences(
     tokens: RaggedTokens, rows: PackedRows, *, num_tokens: int, cp_rank: int = 0, cp_size: int = 1
 ) -> PackedFields:
-    """Pack ``rows`` of ``tokens``; num_tokens = cu_seqlens[-1] / cp_size, known without asking the device.
+    """Pack ``rows`` of ``tokens``; num_tokens = cu_seqlens[-1] / cp_size, passed to avoid a device sync.
 
     With context parallelism only the zigzag share of ``cp_rank`` is written (see
     :func:`megarl.batching.context_parallel_slice`).
 
-    Raises ValueError for wrong shapes and dtypes and, on CPUs, for rows outside the tokens, too
-    little room in cu_seqlens, or padded lengths that do not divide by 2 * cp_size.
+    Raises:
+        ValueError: wrong shapes and dtypes and, on CPUs, rows outside the tokens, too little room in
+        cu_seqlens,
+            or padded lengths not divisible by 2 * cp_size.
     """
     return PackedFields(*torch.ops.megarl.pack_sequences(*tokens, *rows, num_tokens, cp_rank, cp_size))
 
@@ -66,10 +68,13 @@ def unpack_values(
     starts: torch.Tensor,
     num_values: int,
 ) -> torch.Tensor:
-    """values [T] in label alignment to [num_values] in token alignment, without padding.
+    """Unpack values [T] in label alignment to [num_values] in token alignment, without padding.
 
-    Sequence s (lengths [S] int32 of them real) goes to starts [S] int64 on; its element 0, which nothing
-    predicts, is 0. Any type of 2, 4 or 8 bytes. Raises ValueError where the arguments disagree.
+    Sequence s (lengths [S] int32 of them real) starts at starts [S] int64; its element 0, which nothing
+    predicts, is 0. Any dtype of 2, 4 or 8 bytes.
+
+    Raises:
+        ValueError: the arguments are inconsistent.
     """
     unpacked: torch.Tensor = torch.ops.megarl.unpack_values(values, cu_seqlens, lengths, starts, num_values)
     return unpacked

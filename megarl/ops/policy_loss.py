@@ -1,4 +1,4 @@
-"""The policy-gradient loss of a packed microbatch, its gradient and every sum that is logged.
+"""The policy-gradient loss of a packed microbatch, its gradient and every logged sum.
 
 Per token, with r = exp(logprob - old_logprob) (level "sequence": of the sequence's mean of that
 difference, GSPO, arXiv:2507.18071) and A the advantage:
@@ -44,11 +44,11 @@ load_native()
 
 # In the order of csrc/policy_loss/policy_loss_math.h.
 SUM_NAMES = (
-    "loss",  # what is differentiated
-    "policy_loss",  # its parts, weighted by `weights` and not yet by their coefficients
+    "loss",  # the differentiated value
+    "policy_loss",  # its terms, weighted by `weights` but not by their coefficients
     "kl_loss",
     "entropy_loss",
-    "tokens",  # from here on plain sums over tokens of weight != 0
+    "tokens",  # from here on, plain sums over tokens with nonzero weight
     "ratio",
     "clipped_low",
     "clipped_high",
@@ -66,7 +66,7 @@ SUM_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossOptions:
-    """Which loss; the module's docstring has the formulas."""
+    """Kind of loss and its parameters; formulas are in the module's docstring."""
 
     objective: Literal["clip", "cispo"] = "clip"
     level: Literal["token", "sequence"] = "token"
@@ -83,14 +83,14 @@ class PolicyLossOptions:
 
     @property
     def by_sequence(self) -> bool:
-        """Whether sequence means are needed."""
+        """True if sequence means are needed."""
         return self.level == "sequence" or self.correction in ("sequence_mask", "sequence_tis")
 
 
 class PolicyLoss(NamedTuple):
     """The loss [] in the dtype of logprobs, and the float64 sums [17] in the order of SUM_NAMES.
 
-    sequence_sums [S, 3] float64, where options.by_sequence: per sequence the sums over its tokens of
+    sequence_sums [S, 3] float64, with options.by_sequence: per sequence the sums over its tokens of
     logprob - old_logprob and of old_logprob - rollout_logprob, and their number (0: no token here).
     """
 
@@ -114,13 +114,15 @@ def policy_loss(
     cp_group: dist.ProcessGroup | None = None,
     check_numerics: bool = False,
 ) -> PolicyLoss:
-    """Loss over R tokens, and what is logged about it; sums are bitwise repeatable.
+    """Return the loss over R tokens and its logged sums; sums are bitwise repeatable.
 
-    All per-token tensors are [R]; tokens of weight 0 are left out, whatever their values. Gradients flow
-    to logprobs (fp32 or fp64) and entropy. Sequence level and sequence corrections need sequence_ids
-    [R] int64, ascending, below num_sequences; cp_group sums the sequence means over the ranks that
-    share sequences. Raises ValueError naming the argument and its value, with check_numerics
-    FloatingPointError naming the row.
+    All per-token tensors are [R]; tokens of weight 0 are ignored, whatever their values. Gradients flow to
+    logprobs (fp32 or fp64) and entropy. Sequence level and sequence corrections need sequence_ids [R] int64,
+    ascending, below num_sequences; cp_group sums the sequence means over the ranks that share sequences.
+
+    Raises:
+        ValueError: names the argument and its value.
+        FloatingPointError: with check_numerics, names the row.
     """
     if check_numerics:
         _check_inputs(logprobs, old_logprobs, advantages, weights, entropy, ref_logprobs, rollout_logprobs)
@@ -176,7 +178,7 @@ class _Inputs(NamedTuple):
 
 
 def _check_inputs(logprobs: torch.Tensor, *others: torch.Tensor | None) -> None:
-    """check_finite over the tokens that count."""
+    """Run check_finite over the tokens with nonzero weight."""
     counted = others[2] != 0 if others[2] is not None else torch.ones_like(logprobs, dtype=torch.bool)
     fields = (torch.zeros_like(logprobs) if field is None else field for field in (logprobs, *others))
     check_finite("policy_loss", _Inputs(*(field.detach().masked_fill(~counted, 0.0) for field in fields)))

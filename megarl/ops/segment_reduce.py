@@ -18,16 +18,17 @@ def segment_reduce(
     mask: torch.Tensor | None = None,
     reduction: Literal["sum", "mean"] = "sum",
 ) -> torch.Tensor:
-    """``out[s] = sum of values[t] over cu_seqlens[s] <= t < cu_seqlens[s + 1] where mask[t] != 0``.
+    """Return ``out[s] = sum of values[t] over cu_seqlens[s] <= t < cu_seqlens[s + 1] where mask[t] != 0``.
 
-    values [T] (fp32, bf16, fp16, fp64), cu_seqlens [S + 1] int32 from 0 to T, mask [T] float32; returns
-    [S] in the type of values, added up in float64 in a fixed order. A mean divides by the number of
-    values with mask, and is 0 over none. Values without mask are never read into the sum, so NaN may
-    stand there. The gradient goes to values.
+    values [T] (fp32, bf16, fp16, fp64), cu_seqlens [S + 1] int32 from 0 to T, mask [T] float32; returns [S]
+    in the dtype of values, summed in float64 in a fixed order. A mean divides by the number of values with
+    mask, and is 0 over none. Values without mask are not read, so they may be NaN. The gradient goes to
+    values.
 
     In a context-parallel slice pass ``cu_seqlens // size``, and add the ranks' sums (not their means).
 
-    Raises ValueError for wrong shapes, dtypes and boundaries.
+    Raises:
+        ValueError: wrong shapes, dtypes or boundaries.
     """
     reduced: torch.Tensor = torch.ops.megarl.segment_reduce(values, cu_seqlens, mask, reduction == "mean")
     return reduced

@@ -1,10 +1,11 @@
-"""The part of the vocabulary a sampler with top-k and top-p draws from, as a smallest logit per row.
+"""The support of a sampler with top-k and top-p, as the smallest kept logit per row.
 
 An engine that reports logprobs after top-k and top-p (vLLM's processed_logprobs) renormalises over that
-support. Passing its smallest logit to ``token_logprob(min_logit=...)`` makes the trainer's logprobs
-mean the same; without it the ratio is off by log(kept mass) (vllm#42259).
+support. With its smallest logit as ``token_logprob(min_logit=...)`` the trainer's logprobs mean the same;
+without it the ratio is off by log(kept mass) (vllm#42259).
 
-The support is that of the logits given: it is the sampler's as long as the weights are those that sampled.
+The support is computed from the given logits: it equals the sampler's as long as the weights are those that
+sampled.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch.distributed as dist
 
 from megarl.ops._shards import group_size
 
-# Without top-k, top-p is looked for among so many logits first: sorting a whole vocabulary takes longer
-# than everything else, and few rows need it.
+# Without top-k, top-p is first searched among this many logits: sorting a whole vocabulary takes longer than
+# everything else, and few rows need it.
 _FIRST_CANDIDATES = 1024
 
 
@@ -31,12 +32,15 @@ def support_min_logit(
     tp_group: dist.ProcessGroup | None = None,
     max_extra_bytes: int = 64 * 2**20,
 ) -> torch.Tensor:
-    """Smallest logit [T] of the support: the top_k largest (0: all), of those the fewest with mass >= top_p.
+    """Return the smallest logit [T] of the support.
 
-    logits [T, V_shard]. Logits equal to the smallest one all belong to the support (a sampler breaks
-    such ties by position). Returns float32 (float64 for float64), ready for ``min_logit``. Rows are
-    sorted a block at a time, within about max_extra_bytes; with tensor parallelism a block is gathered
-    first. Raises ValueError for top_k < 0 or top_p outside (0, 1].
+    The support is the top_k largest logits (0: all), and of those the fewest with mass >= top_p. logits [T,
+    V_shard]. Logits equal to the smallest one all belong to the support (a sampler breaks such ties by
+    position). Returns float32 (float64 for float64), for ``min_logit``. Rows are sorted a block at a time,
+    within about max_extra_bytes; with tensor parallelism a block is gathered first.
+
+    Raises:
+        ValueError: top_k < 0 or top_p outside (0, 1].
     """
     _check("support_min_logit", top_k, top_p)
     return _by_blocks(
@@ -60,11 +64,12 @@ def linear_support_min_logit(
     tp_group: dist.ProcessGroup | None = None,
     max_extra_bytes: int = 64 * 2**20,
 ) -> torch.Tensor:
-    """The same [T] for logits hidden [T, H] @ weight [V_shard, H].T, as ``linear_token_logprob`` takes it.
+    """See support_min_logit; for logits hidden [T, H] @ weight [V_shard, H].T, returns [T].
 
-    That op computes the logits again, in tiles of another shape, and rounding may put the smallest kept
-    one a little lower. So what is returned lies halfway between it and the largest logit left out (-inf
-    where none is). A pass of its own over the logits: one more GEMM, a block of rows at a time.
+    The op ``linear_token_logprob`` recomputes the logits in tiles of another shape, and rounding may make the
+    smallest kept one slightly smaller. The result is therefore halfway between it and the largest excluded
+    logit (-inf if there is none). Takes a separate pass over the logits: one more GEMM, a block of rows at a
+    time.
     """
     _check("linear_support_min_logit", top_k, top_p)
 
@@ -95,7 +100,7 @@ def _by_blocks(
 ) -> torch.Tensor:
     dtype = torch.promote_types(source.dtype, torch.float32)
     widths = _shard_widths(columns, source.device, tp_group)
-    # a block is widened, sorted (values and indices), and turned into probabilities and their sums
+    # a block is widened, sorted (values and indices), and converted to probabilities and their sums
     bytes_per_row = sum(widths) * (4 * dtype.itemsize + 8)
     rows = max(1, max_extra_bytes // bytes_per_row)
     thresholds = [
@@ -113,8 +118,8 @@ def _smallest_kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: 
         mass = ((logits - ordered[:, :1]) / temperature).exp_().sum(-1, keepdim=True)
         weights = ((ordered - ordered[:, :1]) / temperature).exp_()
         if bool((weights.sum(-1, keepdim=True) >= top_p * mass).all()):
-            return _where_mass_is_reached(ordered, weights, mass, top_p)
-    # the sorted prefix top-k keeps; ties beyond it carry the same logit as its last
+            return _logit_at_mass(ordered, weights, mass, top_p)
+    # the sorted prefix kept by top-k; ties beyond it have the same logit as its last
     ordered = logits.topk(count, -1).values
     last = ordered[:, -1:]
     if top_p == 1:
@@ -122,13 +127,13 @@ def _smallest_kept(logits: torch.Tensor, temperature: float, top_k: int, top_p: 
     ties = (logits == last).sum(-1, keepdim=True) - (ordered == last).sum(-1, keepdim=True)
     weights = ((ordered - ordered[:, :1]) / temperature).exp_()
     mass = weights.sum(-1, keepdim=True) + ties * weights[:, -1:]
-    return _where_mass_is_reached(ordered, weights, mass, top_p)
+    return _logit_at_mass(ordered, weights, mass, top_p)
 
 
-def _where_mass_is_reached(
+def _logit_at_mass(
     ordered: torch.Tensor, weights: torch.Tensor, mass: torch.Tensor, top_p: float
 ) -> torch.Tensor:
-    """The first of the descending logits at which the sum of weights reaches top_p of the mass [T, 1]."""
+    """Return the first of the descending logits where the sum of weights reaches top_p of the mass [T, 1]."""
     before = weights.cumsum(-1) - weights
     kept = (before < top_p * mass).sum(-1, keepdim=True)
     return ordered.gather(1, (kept - 1).clamp(min=0)).squeeze(1)

@@ -5,9 +5,9 @@ With x the row's logits over temperature, M their maximum and p = softmax(x):
     logprob = x[target] - M - log(sum_j exp(x_j - M))
     entropy = log(sum_j exp(x_j - M)) - sum_j p_j (x_j - M)
 
-Each vocabulary shard yields four floats per row (:class:`RowStats`); tensor parallelism gathers those,
-in one collective, and combines them. The combination is ordinary autograd on [R] tensors; the native
-backward turns its gradients into the gradient of the logits.
+Each vocabulary shard yields four floats per row (:class:`RowStats`); tensor parallelism gathers those in one
+collective and combines them. The combination is ordinary autograd on [R] tensors; the native backward turns
+its gradients into the gradient of the logits.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def token_logprob(
     inplace_backward: bool = True,
     check_numerics: bool = False,
 ) -> TokenLogprobs:
-    """Logprob of ``targets`` and entropy under softmax(logits / temperature).
+    """Return logprob of ``targets`` and entropy under softmax(logits / temperature).
 
-    logits [T, V_shard]: fp32, bf16, fp16 or fp64, any row stride; this rank's columns
-    ``vocab_start ...`` of the vocabulary. targets [R] int64: global ids. temperature: positive, one
-    number or [R]. row_index [R]: distinct rows to evaluate; all rows (R = T) when None.
-    min_logit [R]: the softmax runs over logits at or above it (see ``support_min_logit``); the
-    target always counts as inside, for it was sampled.
+    logits [T, V_shard]: fp32, bf16, fp16 or fp64, any row stride; this rank's columns ``vocab_start ...`` of
+    the vocabulary. targets [R] int64: global ids. temperature: positive, one number or [R]. row_index [R]:
+    distinct rows to evaluate; all rows (R = T) if None. min_logit [R]: the softmax runs over logits at or
+    above it (see ``support_min_logit``); the target always counts as inside, since it was sampled.
 
-    **The backward overwrites the logits** by their gradient, which saves one [T, V] buffer. Pass
-    ``inplace_backward=False`` where the logits are needed after backward; autograd refuses a second
-    backward through overwritten logits.
+    **The backward overwrites the logits** with their gradient, which saves one [T, V] buffer. Pass
+    ``inplace_backward=False`` if the logits are needed after backward; autograd rejects a second backward
+    through overwritten logits.
 
-    Raises ValueError for wrong shapes, dtypes, devices and (on CPUs, where looking is free) targets
-    outside the vocabulary; elsewhere such targets get logprob -inf. With check_numerics a result
-    that is not finite raises FloatingPointError naming the row.
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or (on CPUs, where checking is free) targets outside the
+            vocabulary; elsewhere such targets get logprob -inf.
+        FloatingPointError: with check_numerics, a result is not finite; names the row.
     """
     heat = temperature_tensor(temperature, logits.device)
     stats = torch.ops.megarl.token_logprob(
@@ -87,8 +87,8 @@ def combine(
 ) -> TokenLogprobs:
     """Merge the shards' row statistics [R, 4] (one all_gather) into logprob and entropy, differentiably.
 
-    extent is this shard's (vocab_start, columns). Every rank of the group must go on to compute the same
-    loss: the gradient each rank sends back to its own shard is not summed over ranks.
+    extent is this shard's (vocab_start, columns). Every rank of the group must compute the same loss from the
+    result: the gradient each rank sends back to its own shard is not summed over ranks.
     """
     shards, extents = gather_shards(stats, tp_group, extent)  # [P, R, 4]
     if extents is not None:
@@ -99,7 +99,7 @@ def combine(
     else:
         shard_max = shards[..., 0].detach()
         maximum = shard_max.amax(0)
-        # A shard without any finite logit has sums of 0, and its shift is -inf.
+        # A shard without finite logits has sums of 0, and its shift is -inf.
         shift = ((shard_max - maximum) / temperature).masked_fill(shard_max == -torch.inf, 0.0)
         scale = shift.exp()
         total = (scale * shards[..., 1]).sum(0)
@@ -142,7 +142,7 @@ def _backward(ctx: Any, grad_stats: torch.Tensor) -> tuple[torch.Tensor | None, 
         grad, targets, temperature, ctx.vocab_start, row_index, min_logit, stats[:, 0], grad_stats
     )
     zero_other_rows(grad, row_index)
-    # Custom ops do not count as writes by themselves; a later backward must notice this one.
+    # Custom ops do not count as writes to autograd's version counter; a later backward must notice this one.
     torch.autograd.graph.increment_version(grad)
     return grad, None, None, None, None, None, None
 

@@ -7,9 +7,9 @@ With p the student's softmax, q the teacher's, both at the same temperature:
     jensen_shannon  (1 - beta) KL(p || M) + beta KL(q || M),  M = (1 - beta) p + beta q
                     (the generalised form of GKD, arXiv:2306.13649)
 
-Gradients flow to the student alone. Forward and reverse take one pass and one collective; Jensen-Shannon
-needs both normalisers first and takes two of each. Values are exact to about 1e-6 absolute in float32:
-they are differences of normalisers of order 10.
+Gradients flow to the student only. Forward and reverse take one pass and one collective; Jensen-Shannon needs
+both normalisers first and takes two of each. Values are exact to about 1e-6 absolute in float32: they are
+differences of normalisers of order 10.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ def vocab_kl(
     inplace_backward: bool = True,
     check_numerics: bool = False,
 ) -> torch.Tensor:
-    """Divergence [R] between softmaxes of two logits shards [R, V_shard] of one dtype.
+    """Return the divergence [R] between softmaxes of two logits shards [R, V_shard] of one dtype.
 
-    temperature: positive, one number or [R]. beta only counts for jensen_shannon. The backward
-    **overwrites the student's logits** unless inplace_backward is False (see ``token_logprob``).
-    Raises ValueError for wrong shapes and dtypes, with check_numerics FloatingPointError naming the row.
+    temperature: positive, one number or [R]. beta is used by jensen_shannon only. The backward **overwrites
+        the student's logits** unless inplace_backward is False (see ``token_logprob``).
+
+    Raises:
+        ValueError: wrong shapes and dtypes.
+        FloatingPointError: with check_numerics, names the row.
     """
     _check_direction(direction)
     heat = temperature_tensor(temperature, student.device)
@@ -74,11 +77,12 @@ def vocab_kl_topk(
     vocab_start: int = 0,
     tp_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Forward KL [R] from a teacher's top-k: sum_k q_k (log q_k - log p[id_k]); gradient to the student.
+    """Return the forward KL [R] from a teacher's top-k: sum_k q_k (log q_k - log p[id_k]).
 
-    logits [R, V_shard]; teacher_ids [R, K] int64 global and distinct within a row; teacher_logprobs
-    [R, K]. With renormalize the K probabilities are scaled to sum to 1 (then 0 means mismatch on the
-    K); without, the teacher's remaining mass is left out. The backward overwrites logits.
+    Gradient to the student only. logits [R, V_shard]; teacher_ids [R, K] int64 global and distinct within a
+    row; teacher_logprobs [R, K]. With renormalize the K probabilities are scaled to sum to 1 (a mismatch on
+    the K ids is then above 0); without, the teacher's remaining mass is ignored. The backward overwrites
+    logits.
     """
     if teacher_ids.shape != teacher_logprobs.shape or teacher_ids.shape[:1] != logits.shape[:1]:
         raise ValueError(
@@ -105,14 +109,14 @@ def vocab_kl_topk(
 
 
 def merge_parts(parts: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """From statistics of parts of a row [P, R, 6] to the whole row's [R, 6], differentiably."""
+    """Merge statistics of parts of a row [P, R, 6] to the whole row's [R, 6], differentiably."""
     if parts.shape[0] == 1:
         return parts[0]
 
     def shifts(column: int) -> tuple[torch.Tensor, torch.Tensor]:
         maxima = parts[..., column].detach()
         maximum = maxima.amax(0)
-        # a part without any finite logit has sums of 0, and its shift is -inf
+        # a part without finite logits has sums of 0, and its shift is -inf
         return maximum, ((maxima - maximum) / heat).masked_fill(maxima == -torch.inf, 0.0)
 
     (student_max, ds), (teacher_max, dt) = shifts(0), shifts(2)
@@ -127,7 +131,7 @@ def merge_parts(parts: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
 
 
 def divergence(stats: torch.Tensor, direction: Direction) -> torch.Tensor:
-    """Forward or reverse KL [R] from a whole row's statistics [R, 6]."""
+    """Return the forward or reverse KL [R] from a whole row's statistics [R, 6]."""
     student, teacher = stats[:, 1].log(), stats[:, 3].log()
     if direction == "reverse":
         return stats[:, 4] / stats[:, 1] - student + teacher
@@ -135,7 +139,7 @@ def divergence(stats: torch.Tensor, direction: Direction) -> torch.Tensor:
 
 
 def log_normalisers(stats: torch.Tensor, heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp of student and of teacher logits over temperature, [R] each."""
+    """Return the log-sum-exp of student and of teacher logits over temperature, [R] each."""
     return stats[:, 0] / heat + stats[:, 1].log(), stats[:, 2] / heat + stats[:, 3].log()
 
 
@@ -151,7 +155,7 @@ def _check_direction(direction: str) -> None:
 
 
 class _JensenShannon(torch.autograd.Function):
-    """Sums over the shard, one all-reduce; the backward needs the reduced first sum."""
+    """Sum over the shard, with one all-reduce; the backward needs the reduced first sum."""
 
     @staticmethod
     def forward(
@@ -185,7 +189,7 @@ class _JensenShannon(torch.autograd.Function):
 
 
 class _TopKStats(torch.autograd.Function):
-    """This shard's maximum, sum of exp, and sum of q_k x[id_k], [R, 3]; the maximum is a constant."""
+    """Return this shard's maximum, sum of exp, and sum of q_k x[id_k], [R, 3]; the maximum is a constant."""
 
     @staticmethod
     def forward(

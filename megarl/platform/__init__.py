@@ -1,9 +1,8 @@
-"""Where the trainer runs: CUDA + NCCL, or a CPU + gloo. The only package that knows the difference.
+"""The trainer's platform: CUDA + NCCL, or a CPU + gloo. Only this package distinguishes them.
 
-``install()`` is called once per trainer process, before megatron.core is imported, and says which
-platform it chose. Importing this package changes nothing, and does not import torch: a launcher asks
-before it starts ranks. cuda.py has what only a GPU needs, cpu.py what only a CPU needs, megatron.py what
-both need of megatron-core.
+``install()`` is called once per trainer process, before megatron.core is imported, and returns the chosen
+platform. Importing this package changes nothing and does not import torch: launchers ask it before they start
+ranks. cuda.py is for GPUs only, cpu.py for CPUs only, megarl/platform/megatron.py for megatron-core on both.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """What the rest of MegaRL may know about the device."""
+    """The device as the rest of MegaRL sees it."""
 
     name: Literal["cuda", "cpu"]
     device: torch.device
@@ -30,7 +29,7 @@ _installed: Platform | None = None
 
 
 def chosen_name() -> Literal["cuda", "cpu"]:
-    """The platform that ``install()`` takes; changes nothing. MEGARL_PLATFORM=cpu forces the CPU."""
+    """Return the platform that ``install()`` will choose. MEGARL_PLATFORM=cpu forces the CPU."""
     if os.environ.get("MEGARL_PLATFORM") == "cpu":
         return "cpu"
     import torch
@@ -39,9 +38,9 @@ def chosen_name() -> Literal["cuda", "cpu"]:
 
 
 def install() -> Platform:
-    """Choose the platform and fit torch and megatron-core to it; imports megatron.core.
+    """Choose the platform and adapt torch and megatron-core to it; imports megatron.core.
 
-    A second call returns the first one's answer.
+    A second call returns the first one's result.
     """
     global _installed
     if _installed is not None:
@@ -65,20 +64,20 @@ def install() -> Platform:
 
 
 def current() -> Platform:
-    """The installed platform; asking before ``install()`` is a programming error."""
+    """Return the installed platform; call ``install()`` first."""
     assert _installed is not None, "megarl.platform.install() has not been called"
     return _installed
 
 
 def synchronize() -> None:
-    """Wait until what this process has launched on its device is done."""
+    """Wait for all work that this process has launched on its device."""
     from megarl.platform.memory import wait_for
 
     wait_for(current().device)
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process so far: device memory on CUDA, resident memory on a CPU."""
+    """Return this process's peak memory so far: device memory on CUDA, resident memory on a CPU."""
     if current().name == "cuda":
         import torch
 

@@ -1,12 +1,13 @@
-"""megatron-core on a CPU: every mapping of a torch.cuda entry point, in this one file.
+"""megatron-core on a CPU: all mappings of torch.cuda entry points.
 
-megatron-core asks torch.cuda for the current device, streams, events and RNG state, and creates a few
-tensors with ``device="cuda"``. On a CPU each of these has an exact equivalent (the CPU device, program
-order, the CPU generator) or is meaningless (pinning, stream waits). megatron-core itself stays as it is
-on disk. A GPU needs nothing of this file: what both platforms need is in megatron.py.
+megatron-core asks torch.cuda for the current device, streams, events and RNG state, and creates a few tensors
+with ``device="cuda"``. On a CPU each of these has an exact equivalent (the CPU device, program order, the CPU
+generator) or no meaning (pinning, stream waits). megatron-core's files are not changed. GPUs do not use this
+file; what both platforms need is in megatron.py.
 
-:func:`map_torch` comes before megatron.core is imported (its modules bind some names at import),
-:func:`map_megatron` after: the names inside it that only exist for CUDA, and what gloo cannot do.
+Call :func:`map_torch` before megatron.core is imported (its modules bind some names at import) and
+:func:`map_megatron` after: it maps the names inside megatron.core that only exist for CUDA, and adds what
+gloo lacks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like"
 
 
 class _Stream:
-    """Program order is the only stream a CPU has: waiting for it is always already done."""
+    """The only stream of a CPU is program order: waiting for it returns at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -53,7 +54,7 @@ class _Stream:
 
 
 class _Event:
-    """An event in program order has happened by the time anyone can ask."""
+    """An event in program order has always happened already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -73,7 +74,7 @@ class _Event:
 
 def map_torch() -> None:
     """Map torch.cuda for megatron-core. Called by :func:`megarl.platform.install`, once."""
-    for package in ("transformer_engine", "apex"):  # where they are installed, megatron-core would take them
+    for package in ("transformer_engine", "apex"):  # megatron-core would use them if installed
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]
     _map_torch_cuda()
     _map_tensor_methods()
@@ -150,7 +151,7 @@ def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 def map_megatron() -> None:
-    """Have Megatron's random states be the CPU generator's, and gloo do what NCCL does."""
+    """Map Megatron's random states to the CPU generator, and give gloo NCCL's abilities."""
     import megatron.core.tensor_parallel.mappings as mappings
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -165,7 +166,7 @@ def map_megatron() -> None:
 
 
 def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Gloo gathers equal parts only (NCCL any): where sizes are given, all are padded to the largest."""
+    """Gather uneven parts: gloo gathers equal ones only (unlike NCCL), so all are padded to the largest."""
 
     @functools.wraps(gather)
     def gather_along(
@@ -185,7 +186,7 @@ def _gather_uneven(gather: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
 
 def _scatter_uneven(scatter: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """As :func:`_gather_uneven`, the way back: summed over ranks, each gets its part."""
+    """Invert :func:`_gather_uneven`: sum over ranks, each gets its part."""
 
     @functools.wraps(scatter)
     def scatter_along(
@@ -224,5 +225,5 @@ def _fork_rng(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 
 
 def _to_numpy_if_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """The CUDA original leaves CPU tensors alone, but the dispatcher then wants numpy split sizes."""
+    """Convert to numpy if requested: the CUDA original ignores CPU tensors, but the dispatcher needs it."""
     return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor

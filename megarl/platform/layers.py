@@ -1,4 +1,4 @@
-"""Which implementation each kind of layer gets, here and with these packages installed."""
+"""Report the implementation of each kind of layer on this platform, with the installed packages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from importlib.util import find_spec
 def layer_implementations(
     device: str, dtype: str, *, experts: bool = True, ring: bool = False
 ) -> dict[str, str]:
-    """Kind of layer -> who computes it, for ``device`` "cpu" or "cuda" and parameters of ``dtype``.
+    """Return implementation by kind of layer, for ``device`` "cpu" or "cuda" and parameters of ``dtype``.
 
-    Transformer Engine and Apex are taken where Megatron-Core takes them of its own accord, and left alone
-    where they are not installed. Norms and matrix products are torch's in any case: the weights lie as the
-    engine has them, which Transformer Engine's fused layers would not allow. Attention is its only where
-    context-parallel ranks form a ``ring``.
+    Transformer Engine and Apex are used where Megatron-Core uses them by default, if they are installed.
+    Norms and matrix products always use torch: the weights are stored as in the engine, which Transformer
+    Engine's fused layers would not allow. It computes attention only where context-parallel ranks form a
+    ``ring``.
     """
     engine = find_spec("transformer_engine") is not None
     fused = "Transformer Engine" if engine else "Apex" if find_spec("apex") is not None else "torch"

@@ -1,6 +1,6 @@
-"""What megatron-core needs on every platform where neither Transformer Engine nor Apex is installed.
+"""Adapt megatron-core on every platform without Transformer Engine and Apex.
 
-Their absence is a supported state, on a GPU as on a CPU. megatron-core itself stays as it is on disk.
+Their absence is supported, on GPUs and CPUs. megatron-core's files are not changed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ _ANNOUNCED = {
     "distributed.distributed_data_parallel": "full_param_layout not provided",
     "dist_checkpointing.strategies.common": "load_common is deprecated",
 }
-"""What 0.19 tells its callers at every start, by module; docs/architecture.md says why GPTModel stays."""
+"""Deprecation notices of 0.19 at every start, by module; docs/architecture.md says why GPTModel stays."""
 
 
 def install() -> None:
-    """Mend what megatron-core gets wrong without these packages; imports it. Called once."""
+    """Fix megatron-core's errors without these packages; imports it. Called once."""
     import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     for module, message in _ANNOUNCED.items():
         logging.getLogger(f"megatron.core.{module}").addFilter(_without(message))
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 reads it without having defined it
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 reads it without defining it
         moe_utils.te_general_gemm = None
-    if not distributed.HAVE_APEX_OR_TE:  # then Adam is torch's
+    if not distributed.HAVE_APEX_OR_TE:  # then torch's Adam is used
         optimizer = distributed.DistributedOptimizer
         optimizer._set_main_param_and_optimizer_states = _with_own_step(
             optimizer._set_main_param_and_optimizer_states
@@ -40,10 +40,10 @@ def _without(message: str) -> Callable[[logging.LogRecord], bool]:
 
 
 def _with_own_step(set_states: Callable[..., None]) -> Callable[..., None]:
-    """Torch's AdamW, which stands in for the fused one, counts steps in every parameter's state.
+    """Fix the step count of torch's AdamW, which keeps one in every parameter's state.
 
-    A checkpoint has the count once: the original misses it among a parameter's tensors, after having
-    given all parameters one tensor to count in, so that each step would count as many as there are.
+    A checkpoint has the count once: the original does not find it among a parameter's tensors, and gives all
+    parameters one shared tensor, so each step would count once per parameter.
     """
 
     @functools.wraps(set_states)

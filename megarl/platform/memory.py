@@ -1,4 +1,4 @@
-"""Giving memory back, where an allocator or an idle buffer would keep it: a host's, and a GPU's."""
+"""Return unused memory to the host and the GPU, from allocators and idle buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MADV_DONTNEED = 4
 
 
 def trim_heap() -> None:
-    """Have malloc give back what was freed (glibc's; others do so by themselves or not at all).
+    """Make malloc return freed memory (glibc's only; others do so themselves or not at all).
 
     Blocks below 32 MiB, such as the layers of a model that was built and then replaced, otherwise stay in
     malloc's arenas.
@@ -24,7 +24,7 @@ def trim_heap() -> None:
 
 
 def release_unused() -> None:
-    """Give back what this process has freed and its allocators keep, on the host and on its GPU."""
+    """Return memory that this process has freed but its allocators keep, on the host and on its GPU."""
     gc.collect()
     trim_heap()
     if torch.cuda.is_initialized():
@@ -32,15 +32,15 @@ def release_unused() -> None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when what this process has launched on ``device`` is done."""
+    """Wait for all work that this process has launched on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def discard(tensors: Iterable[torch.Tensor]) -> int:
-    """Give up the memory behind CPU tensors whose values nobody needs; returns bytes.
+    """Release the memory of CPU tensors whose values are no longer needed; return bytes.
 
-    They stay valid, and read as zeros where a whole page lay in them. Linux, and not for shared memory.
+    They stay valid, and read as zeros where they cover a whole page. Linux only, and not for shared memory.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}

@@ -1,4 +1,4 @@
-"""Options that need a package, or a GPU, that a machine may lack: told in one line before anything starts."""
+"""Check options that need an optional package or a GPU, before anything starts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _RING = "parallel.context_attention: ring"
 
 
 def check_packages(parallel: ParallelConfig) -> None:
-    """Whether the trainer's ranks can have what ``parallel`` asks for on this machine.
+    """Check that this machine supports the options of ``parallel``.
 
     Raises:
-        UserError: no GPU or no Transformer Engine for an option of its own. Everything else does without.
+        UserError: an option needs a GPU or Transformer Engine. All other options work without them.
     """
     if parallel.context_attention != "ring":
         return
     if chosen_name() != "cuda":
-        raise UserError(f"{_RING} is Transformer Engine's and needs a GPU; all_gather works on any device")
+        raise UserError(f"{_RING} uses Transformer Engine and needs a GPU; all_gather works on any device")
     if find_spec("transformer_engine") is None:
-        raise UserError(f"{_RING} needs the package transformer-engine; all_gather does without")
+        raise UserError(f"{_RING} needs the package transformer-engine; all_gather works without")

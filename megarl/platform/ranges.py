@@ -1,7 +1,7 @@
-"""Named ranges: what this process is doing, for NVTX, the profiler and whoever looks for a hang.
+"""Named ranges of this process's work, for NVTX, the profiler and the diagnosis of hangs.
 
-A range is pushed on a stack that another thread may read at any time; on a GPU it is an NVTX range as
-well, and while a torch profiler runs, a labelled event of its trace. Only the main thread opens ranges.
+A range is pushed on a stack that another thread may read at any time; on a GPU it is also an NVTX range, and
+while a torch profiler runs, a labelled event of its trace. Only the main thread opens ranges.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from contextlib import contextmanager
 import torch
 
 _stack: list[str] = []
-_broken: tuple[str, ...] = ()  # the stack that the latest error came out of
+_broken: tuple[str, ...] = ()  # the stack at the latest error
 _progress = 0
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Everything inside the ``with`` block belongs to ``name``; may be nested."""
+    """Attribute everything inside the ``with`` block to ``name``; may be nested."""
     global _broken
-    on_gpu = torch.cuda.is_initialized()  # on a CPU there is nobody to show NVTX ranges to
+    on_gpu = torch.cuda.is_initialized()  # NVTX ranges are useless on a CPU
     if on_gpu:
         torch.cuda.nvtx.range_push(name)
     _stack.append(name)
@@ -40,16 +40,16 @@ def phase(name: str) -> Iterator[None]:
 
 
 def tick() -> None:
-    """Something was finished: a microbatch, a sample, a phase. Long silence is taken for a hang."""
+    """Record progress: a finished microbatch, sample or phase. Without it for long, a hang is assumed."""
     global _progress
     _progress += 1
 
 
 def phase_stack() -> tuple[str, ...]:
-    """The open ranges, outermost first; after an error has left all of them, those it came out of."""
+    """Return the open ranges, outermost first; after an error, those it came out of."""
     return tuple(_stack) or _broken
 
 
 def progress() -> int:
-    """A number that grows with every range that begins or ends and every :func:`tick`."""
+    """Return a counter of ranges that began or ended and calls of :func:`tick`."""
     return _progress

@@ -122,5 +122,5 @@ def test_whole_sequences_gather_no_keys(model_dirs: dict[str, str]) -> None:
 
 def test_a_ring_is_refused_without_a_gpu(model_dirs: dict[str, str]) -> None:
     parallel = {"context_parallel_size": 2, "context_attention": "ring"}
-    with pytest.raises(RankError, match="parallel.context_attention: ring is Transformer Engine's and needs"):
+    with pytest.raises(RankError, match="parallel.context_attention: ring uses Transformer Engine and needs"):
         world(2).run(context_ranks.build, model_dirs["llama-deep-tied"], parallel=parallel)
