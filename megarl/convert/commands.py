@@ -21,7 +21,7 @@ from megarl.convert.adapters import AdapterCheckpoint, has_adapters
 from megarl.convert.pieces import Dialect, Piece, extra_states, pieces_of
 from megarl.errors import UserError
 from megarl.models import load_architecture
-from megarl.models.spec import ModelSpec
+from megarl.models.spec import ModelSpec, MoeSpec
 from megarl.models.table import Architecture
 
 RELEASE = "release"
@@ -74,6 +74,11 @@ def hf_to_megatron(
                 if not distcp.is_finished(directory, file):
                     distcp.write_file(directory, file, tensors(file))
         arguments = megatron_arguments(architecture, wanted or reader.dtype)
+        if architecture.spec.output_bias != architecture.spec.mlp_bias:
+            print(
+                "only one of attention and MLP has biases in this model; Megatron-LM's --add-bias-linear "
+                "means both, so that its own models cannot load this checkpoint (MegaRL can)"
+            )
         common = {"iteration": 0, "checkpoint_version": 3.0, "args": arguments}
         distcp.finish(directory, files, extra_states(architecture), common)
         hf_side.carry_over(source, partial / HF_FILES)
@@ -245,7 +250,7 @@ def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argpar
         normalization="RMSNorm",
         norm_epsilon=spec.norm_eps,
         swiglu=True,
-        add_bias_linear=False,
+        add_bias_linear=spec.output_bias or spec.mlp_bias,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
         untie_embeddings_and_output_weights=not spec.tied_embeddings,
@@ -253,7 +258,7 @@ def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argpar
         padded_vocab_size=next(p.rows for p in pieces_of(architecture, "megatron") if p.rows),
         num_experts=moe.num_experts if moe else None,
         moe_ffn_hidden_size=moe.intermediate_size if moe else None,
-        moe_router_topk=moe.experts_per_token if moe else None,
+        **(_moe_arguments(spec, moe) if moe else {}),
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         params_dtype=dtype,
@@ -263,6 +268,24 @@ def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argpar
         dist_ckpt_format="torch_dist",
         iteration=0,
     )
+
+
+def _moe_arguments(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    """How the router chooses and weighs: Megatron-LM would take its own defaults."""
+    return {
+        "moe_router_topk": moe.experts_per_token,
+        # With sigmoid scores Megatron normalises the chosen ones in any case.
+        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize_top_k,
+        "moe_router_score_function": moe.score,
+        "moe_router_enable_expert_bias": moe.router_bias,
+        "moe_router_topk_scaling_factor": moe.scaling_factor if moe.scaling_factor != 1 else None,
+        "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
+        "moe_router_group_topk": moe.top_groups if moe.num_groups > 1 else None,
+        "moe_shared_expert_intermediate_size": moe.shared_intermediate_size or None,
+        # A list, even of ones, gives megatron-core's tensors a name per layer.
+        "moe_layer_freq": [int(n in moe.layers) for n in range(spec.num_layers)] if spec.dense_layers else 1,
+        "moe_aux_loss_coeff": moe.aux_loss_coef,
+    }
 
 
 @contextmanager

@@ -13,56 +13,44 @@ import torch
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
-from megarl.models.table import Architecture, name_problems
-from megarl.weights.hf import CARRIED_OVER, open_weights, safetensors_files
+from megarl.models.table import Architecture
+from megarl.weights.hf import CARRIED_OVER, WeightFiles, open_weights
 
 _MAX_MAPPED_BYTES = 64 * 2**20
 """Files are mapped while they are read; pages of an open mapping count as the process's memory."""
 
 
-class HfReader:
-    """The tensors of a Hugging Face directory, checked against the architecture at once."""
+class HfReader(WeightFiles):
+    """The tensors of a Hugging Face directory, whole and one at a time, in bounded memory.
+
+    Raises:
+        UserError: lists the tensors that do not fit the architecture.
+    """
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:
-        self._files = safetensors_files(directory)
-        self._handles: dict[Path, Any] = {}
+        super().__init__(directory, architecture)
+        if self.problems:
+            raise UserError("\n".join(self.problems))
         self._mapped = 0
-        shapes = architecture.hf_shapes()
-        names = {name for name in self._files if not architecture.ignores(name)}
-        if architecture.spec.tied_embeddings:
-            names -= {"lm_head.weight"}  # may repeat the embedding
-        wrong = name_problems(shapes, names, str(directory))
-        for name, shape in shapes.items():
-            if name in self._files and (found := tuple(self._slice(name).get_shape())) != shape:
-                wrong.append(f"{directory}: tensor {name} has shape {list(found)}, expected {list(shape)}")
-        if wrong:
-            raise UserError("\n".join(wrong))
-        self.ignored = sorted(name for name in self._files if architecture.ignores(name))
-        self.dtype = self.dtype_of(next(iter(shapes)))
+        self.dtype = self.dtype_of(next(iter(architecture.hf_shapes())))
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The stored type."""
-        return _dtype(self._slice(name))
+        return _dtype(self.slice(name))
 
     def num_bytes(self, name: str, dtype: torch.dtype | None) -> int:
         """Size of a tensor, stored as ``dtype`` (None: as it is)."""
-        shape = self._slice(name).get_shape()
+        shape = self.slice(name).get_shape()
         return math.prod(shape) * (dtype or self.dtype_of(name)).itemsize
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor."""
-        tensor: torch.Tensor = self._slice(name)[:]
+        tensor: torch.Tensor = self.slice(name)[:]
         self._mapped += tensor.nbytes
         if self._mapped > _MAX_MAPPED_BYTES:
-            self._handles.clear()
+            self.unmap()
             self._mapped = 0
         return tensor
-
-    def _slice(self, name: str) -> Any:
-        path = self._files[name]
-        if path not in self._handles:
-            self._handles[path] = open_weights(path)
-        return self._handles[path].get_slice(name)
 
 
 class IgnoredTensors:

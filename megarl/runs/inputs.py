@@ -125,12 +125,11 @@ def _describe(files: dict[str, Path], before: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, path in files.items():
         stat = path.stat()
-        old = before.get(name)
         told = {"size": stat.st_size, "time": stat.st_mtime_ns}
-        known = None
-        if isinstance(old, dict) and all(old.get(key) == value for key, value in told.items()):
-            known = old.get("content")
-        found[name] = told | {"content": known if known is not None else _content(path)}
+        known = before.get(name)
+        old = known if isinstance(known, dict) else {}
+        same = "content" in old and all(old.get(key) == value for key, value in told.items())
+        found[name] = told | {"content": old["content"] if same else _content(path)}
     return found
 
 

@@ -26,6 +26,7 @@ from megarl.models.table import Architecture, Region, name_problems
 
 _MAX_SHARD_BYTES = 5 * 2**30
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 CARRIED_OVER = (
     "config.json",
     "generation_config.json",
@@ -98,6 +99,55 @@ def fingerprint(model_dir: str | Path) -> str:
     return digest.hexdigest()
 
 
+class WeightFiles:
+    """The tensors of a Hugging Face directory as an architecture reads them: what loads and what converts.
+
+    Args:
+        model_dir: the directory.
+        architecture: which tensors there are.
+        initial: whole tensors for names that the directory may lack.
+    """
+
+    def __init__(
+        self, model_dir: Path, architecture: Architecture, initial: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self._files = safetensors_files(model_dir)
+        self._initial = {name: part for name, part in (initial or {}).items() if name not in self._files}
+        self._handles: dict[Path, Any] = {}
+        self.ignored = sorted(name for name in self._files if architecture.ignores(name))
+        """Tensors that no layer reads."""
+        self.problems = self._find_problems(model_dir, architecture)
+        """What does not fit, one line each."""
+
+    def _find_problems(self, model_dir: Path, architecture: Architecture) -> list[str]:
+        expected, found = architecture.hf_shapes(), []
+        if architecture.spec.tied_embeddings and HEAD in self._files:  # the file may repeat the embedding
+            if EMBEDDING in self._files and not torch.equal(self.slice(HEAD)[:], self.slice(EMBEDDING)[:]):
+                found.append(
+                    f"{model_dir}: {HEAD} differs from {EMBEDDING} though they are tied (tie_word_embeddings)"
+                )
+            del self._files[HEAD]
+        used = [name for name in self._files if name not in set(self.ignored)]
+        found += name_problems(expected, [*used, *self._initial], str(model_dir))
+        for name, shape in expected.items():
+            if name in self._files and (actual := tuple(self.slice(name).get_shape())) != shape:
+                found.append(f"{model_dir}: tensor {name} has shape {list(actual)}, expected {list(shape)}")
+        return found
+
+    def slice(self, name: str) -> Any:
+        """A tensor of which parts can be read by indexing."""
+        if name in self._initial:
+            return self._initial[name]
+        path = self._files[name]
+        if path not in self._handles:
+            self._handles[path] = open_weights(path)
+        return self._handles[path].get_slice(name)
+
+    def unmap(self) -> None:
+        """Close the files until they are asked for again: what was read of them counts as memory."""
+        self._handles.clear()
+
+
 def load_hf(
     model_dir: str | Path,
     architecture: Architecture,
@@ -113,40 +163,16 @@ def load_hf(
         UserError: lists missing, left-over and misshapen tensors, and parameters that no region fills; or
             names a tensor with a NaN or an infinity.
     """
-    model_dir = Path(model_dir)
-    files = safetensors_files(model_dir)
-    with ExitStack() as stack:
-        handles = {path: stack.enter_context(open_weights(path)) for path in set(files.values())}
-
-        absent = {name: tensor for name, tensor in (initial or {}).items() if name not in files}
-
-        def read(name: str) -> Any:
-            return absent[name] if name in absent else handles[files[name]].get_slice(name)
-
-        expected = architecture.hf_shapes()
-        head, embedding = "lm_head.weight", EMBEDDING
-        wrong = []
-        if architecture.spec.tied_embeddings and head in files:  # the file may repeat the embedding
-            if embedding in files and not torch.equal(read(head)[:], read(embedding)[:]):
-                wrong.append(f"{model_dir}: {head} differs from {embedding} though they are tied")
-            del files[head]
-        used = [name for name in files if not architecture.ignores(name)]
-        wrong += name_problems(expected, [*used, *absent], str(model_dir))
-        wrong += [
-            f"{model_dir}: tensor {name} has shape {list(read(name).get_shape())}, expected {list(shape)}"
-            for name, shape in expected.items()
-            if name in files and tuple(read(name).get_shape()) != shape
-        ]
-        wrong += uncovered(architecture, regions, params)
-        if wrong:
-            raise UserError("\n".join(wrong))
-        with torch.no_grad():
-            for param in params.values():
-                param.zero_()
-            for region in regions:
-                part = read(region.hf)[tuple(slice(*span) for span in region.box)]
-                _check_finite(region.hf, part, model_dir)
-                params[region.param][region_index(region.index)].copy_(part)
+    files = WeightFiles(Path(model_dir), architecture, initial)
+    if wrong := [*files.problems, *uncovered(architecture, regions, params)]:
+        raise UserError("\n".join(wrong))
+    with torch.no_grad():
+        for param in params.values():
+            param.zero_()
+        for region in regions:
+            part = files.slice(region.hf)[tuple(slice(*span) for span in region.box)]
+            _check_finite(region.hf, part, Path(model_dir))
+            params[region.param][region_index(region.index)].copy_(part)
 
 
 def _check_finite(name: str, part: torch.Tensor, model_dir: Path) -> None:

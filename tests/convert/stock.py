@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,11 @@ def may_have_children() -> Iterator[None]:
         filesystem_async._results_queue = None  # its process is gone
 
 
-def logits_and_save(
-    context: Any, checkpoint: str, model_dir: str, token_ids: list[int], save_dir: str
-) -> np.ndarray:
+def logits_and_save(context: Any, checkpoint: str, token_ids: list[int], save_dir: str) -> np.ndarray:
     """Load ``checkpoint`` strictly, compute logits [n, V] of one sequence, and save the model again."""
     from megatron.core import dist_checkpointing
 
-    model = _build(model_dir)
+    model = _build(checkpoint)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, checkpoint)
     model.load_state_dict(state["model"])
     with may_have_children():
@@ -46,7 +45,8 @@ def logits_and_save(
     return out[0].float().numpy()
 
 
-def _build(model_dir: str) -> Any:
+def _build(checkpoint: str) -> Any:
+    """The model that the arguments in the checkpoint describe, as --use-checkpoint-args takes them."""
     import torch.nn.functional as F
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -55,34 +55,34 @@ def _build(model_dir: str) -> Any:
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megarl.models import load_architecture
-
-    spec = load_architecture(model_dir).spec
+    args = torch.load(Path(checkpoint) / "common.pt", weights_only=False)["args"]
     moe: dict[str, Any] = {}
-    if spec.moe is not None:
+    if args.num_experts is not None:
         moe = {
-            "num_moe_experts": spec.moe.num_experts,
-            "moe_ffn_hidden_size": spec.moe.intermediate_size,
-            "moe_router_topk": spec.moe.experts_per_token,
-            "moe_router_pre_softmax": not spec.moe.normalize_top_k,
-            "moe_layer_freq": [int(n in spec.moe.layers) for n in range(spec.num_layers)]
-            if spec.dense_layers
-            else 1,
+            "num_moe_experts": args.num_experts,
+            "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
+            "moe_router_topk": args.moe_router_topk,
+            "moe_router_pre_softmax": args.moe_router_pre_softmax,
+            "moe_router_score_function": args.moe_router_score_function,
+            "moe_router_enable_expert_bias": args.moe_router_enable_expert_bias,
+            "moe_router_topk_scaling_factor": args.moe_router_topk_scaling_factor,
+            "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
+            "moe_layer_freq": args.moe_layer_freq,
             "moe_router_load_balancing_type": "none",
         }
     config = TransformerConfig(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        ffn_hidden_size=spec.intermediate_size,
-        num_attention_heads=spec.num_heads,
-        num_query_groups=spec.num_kv_heads,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.norm_eps,
-        add_bias_linear=False,
-        add_qkv_bias=spec.qkv_bias,
-        qk_layernorm=spec.qk_norm,
-        gated_linear_unit=True,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups,
+        kv_channels=args.kv_channels,
+        normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        qk_layernorm=args.qk_layernorm,
+        gated_linear_unit=args.swiglu,
         activation_func=F.silu,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -97,13 +97,13 @@ def _build(model_dir: str) -> Any:
     if moe:
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     else:
-        layers = get_gpt_layer_local_spec(qk_layernorm=spec.qk_norm, normalization="RMSNorm")
+        layers = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm")
     return GPTModel(
         config,
         layers,
-        vocab_size=-(-spec.vocab_size // 128) * 128,
-        max_sequence_length=spec.max_position_embeddings,
-        share_embeddings_and_output_weights=spec.tied_embeddings,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_base=spec.rope.theta,
+        rotary_base=args.rotary_base,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from megarl.cli import main
 from megarl.convert import commands, distcp
 from megarl.convert.cli import parse_size
 from megarl.errors import UserError
+from megarl.models import load_architecture
+from megarl.weights.hf import load_hf
 from tests.convert import stock
 from tests.models.test_families import MODELS as FAMILIES
 from tests.models.test_families import SIZES
@@ -107,7 +110,7 @@ def test_layers_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2-tied", "qwen3", "qwen3-moe", "qwen3-moe-mixed-tied", "mixtral"]
+    "name", ["llama", "llama-biases", "qwen2-tied", "qwen3", "qwen3-moe", "qwen3-moe-mixed-tied", "mixtral"]
 )
 def test_stock_megatron_computes_the_same_logits(name: str, tmp_path: Path) -> None:
     """Loaded by megatron-core's own loader into megatron-core's own model; and written by it, read by us."""
@@ -119,7 +122,6 @@ def test_stock_megatron_computes_the_same_logits(name: str, tmp_path: Path) -> N
     [found] = world(1).run(
         stock.logits_and_save,
         str(tmp_path / "megatron" / "release"),
-        str(tmp_path / "hf"),
         token_ids,
         str(saved),
     )
@@ -249,3 +251,70 @@ def test_verify_and_inspect(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "other")]
     other = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "logits differ from those of" in other.stderr
+
+
+def test_a_tied_head_that_is_another_one_is_refused_by_trainer_and_converter_alike(tmp_path: Path) -> None:
+    save_model("qwen2-tied", tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    for change, refused in ((0.0, False), (0.5, True)):
+        head[3, 4] += change
+        save_file(tensors | {"lm_head.weight": head}, tmp_path / "hf" / "model.safetensors")
+        target = tmp_path / f"megatron-{change}"
+        if not refused:
+            commands.hf_to_megatron(tmp_path / "hf", target, dtype=None, max_bytes=10**9)
+            continue
+        with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight") as told:
+            commands.hf_to_megatron(tmp_path / "hf", target, dtype=None, max_bytes=10**9)
+        architecture = load_architecture(tmp_path / "hf")
+        with pytest.raises(UserError) as same:
+            load_hf(tmp_path / "hf", architecture, [], {})
+        assert str(told.value) in str(same.value)
+        assert not target.exists()
+
+
+def test_arguments_say_how_a_router_chooses(tmp_path: Path) -> None:
+    """What Megatron-LM's load_args_from_checkpoint reads of a mixture, for what config.json says."""
+    common = {
+        "moe_router_group_topk": None,
+        "moe_router_num_groups": None,
+        "moe_router_topk_scaling_factor": None,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax",
+    }
+    expected = {
+        "qwen3-moe": common | {"moe_router_pre_softmax": False, "moe_layer_freq": 1},
+        "qwen3-moe-mixed-tied": common | {"moe_router_pre_softmax": True, "moe_layer_freq": [0, 1]},
+        "deepseek-v3": {
+            "moe_router_pre_softmax": False,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_topk_scaling_factor": 2.5,
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_layer_freq": [0, 1],
+        },
+    }
+    for name, values in expected.items():
+        save_model(name, tmp_path / name)
+        architecture = load_architecture(tmp_path / name)
+        found = vars(commands.megatron_arguments(architecture, torch.float32))
+        assert {key: found[key] for key in values} == values, name
+        assert not found["add_bias_linear"]
+
+
+def test_biases_on_one_side_alone_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model("llama-biases", tmp_path / "hf")
+    for key, said in (("mlp_bias", True), (None, False)):
+        config = json.loads((tmp_path / "hf" / "config.json").read_text())
+        tensors = load_file(tmp_path / "hf" / "model.safetensors")
+        place = tmp_path / str(key)
+        shutil.copytree(tmp_path / "hf", place)
+        if key is not None:
+            (place / "config.json").write_text(json.dumps(config | {key: False}))
+            kept = {n: t for n, t in tensors.items() if not (".mlp." in n and n.endswith("bias"))}
+            save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
+        commands.hf_to_megatron(place, tmp_path / f"{key}-megatron", dtype=None, max_bytes=10**9)
+        assert ("--add-bias-linear" in capsys.readouterr().out) == said
