@@ -21,8 +21,8 @@ help:  ## List the targets
 setup:  ## Make .venv: locked packages, native extension, the megarl command (PYTHON=... picks the interpreter)
 	@PYTHON="$(PYTHON)" bash tools/setup_env.sh
 
-quickstart: setup  ## Run the main job, small: SFT, then GRPO on arithmetic; ends with a report to open
-	@$(VENV_PYTHON) tools/quickstart.py
+quickstart: setup  ## Run the main job, small: SFT, then GRPO on arithmetic; ends with a report to open (ARGS=... are overrides)
+	@$(VENV_PYTHON) tools/quickstart.py $(ARGS)
 
 test: setup  ## Run the tests, without those marked slow, gpu or fake_cuda (ARGS=... goes to pytest)
 	@$(PYTEST) -m "not slow and not gpu and not fake_cuda" $(ARGS)

@@ -36,9 +36,9 @@ from megarl.config.rollout import EngineConfig
 from megarl.data.tokenizer import TurnReader
 from megarl.environments.base import Verifier
 from megarl.environments.remote import EnvironmentWorkers
+from megarl.inference.actor.session import ActorSession
 from megarl.inference.engine_group import EngineGroup
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
-from megarl.inference.vllm.session import VllmSession
 from megarl.metrics.timers import PhaseTimers
 from megarl.records import Group, Prompt, token_ids
 from megarl.sampling.rollout_manager import RolloutManager
@@ -149,10 +149,10 @@ class RemoteStandIn:
     def answered(self) -> None:
         """See EngineProcess.answered."""
 
-    def session(self, sampling: SamplingConfig) -> VllmSession:
+    def session(self, sampling: SamplingConfig) -> ActorSession:
         """See Engine.session."""
         process: Any = self
-        return VllmSession(process, sampling, MAX_MODEL_LEN)
+        return ActorSession(process, sampling, MAX_MODEL_LEN)
 
 
 def make_tokenizer(directory: Path) -> Any:

@@ -180,7 +180,8 @@ def start_engine(model_dir: Path) -> Any:
     """vLLM in this process, set up as the engine of a run is."""
     from megarl.cluster.variables import engine_variables
     from megarl.config.rollout import EngineConfig
-    from megarl.inference.vllm.build import EngineSettings, build_engine
+    from megarl.inference.actor.settings import EngineSettings
+    from megarl.inference.vllm.build import build_engine
 
     os.environ.update(engine_variables(torch.get_num_threads()))
     config = EngineConfig(kv_cache_gib=0.05, max_num_seqs=4)

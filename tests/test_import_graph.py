@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "batching": "ops losses cluster",
     "environments": "cluster",
     "data": "environments",
-    "inference": "weights cluster ops platform",
+    "inference": "models weights cluster ops platform",
     "trainer": "batching losses weights models ops platform cluster",
     "metrics": "run_directory",
     # tools without a run

@@ -1,13 +1,14 @@
-"""The main job in one command: tiny model -> SFT warm-up -> GRPO with a vLLM engine -> report.
+"""The main job in one command: tiny model -> SFT warm-up -> GRPO with an engine -> report.
 
-Interrupted, it goes on where it stopped when started again. ``--seed N`` (N > 1) runs another seed in
-a directory of its own.
+Interrupted, it goes on where it stopped when started again. ``--seed N`` (N > 1) and overrides such as
+``rollout.engine.backend=hf`` run in a directory of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,8 +21,13 @@ def main() -> int:
     """Run the three commands a user would, and show the outcome."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="seed of model, data and sampling")
-    seed = parser.parse_args().seed
-    run = Path("runs/quickstart" if seed == 1 else f"runs/quickstart-seed{seed}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of both parts; rollout.* of GRPO's"
+    )
+    arguments = parser.parse_args()
+    seed, overrides = arguments.seed, arguments.overrides
+    names = [f"seed{seed}"] * (seed != 1) + [re.sub(r"[^\w.=]+", "-", each) for each in overrides]
+    run = Path("-".join(["runs/quickstart", *names]))
     started = time.perf_counter()
     if (ROOT / run / "summary.json").exists():
         print(f"{run} is complete; remove it to run again (rm -r {run}).")
@@ -30,11 +36,16 @@ def main() -> int:
     if not (ROOT / run / "model" / "config.json").exists():
         commands.append(["tools/make_tiny_model.py", "--output", f"{run}/model", "--seed", str(seed)])
     at = [f"run.seed={seed}"]
+    general = [each for each in overrides if not each.startswith("rollout.")]
     if not (ROOT / run / "sft" / "summary.json").exists():
         paths = [f"run.dir={run}/sft", f"model.path={run}/model"]
-        commands.append(["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml", *at, *paths])
+        commands.append(
+            ["-m", "megarl.cli", "sft", "--config", "configs/quickstart_sft.yaml", *at, *paths, *general]
+        )
     paths = [f"run.dir={run}", f"model.path={run}/sft/hf"]
-    commands.append(["-m", "megarl.cli", "grpo", "--config", "configs/quickstart_grpo.yaml", *at, *paths])
+    commands.append(
+        ["-m", "megarl.cli", "grpo", "--config", "configs/quickstart_grpo.yaml", *at, *paths, *overrides]
+    )
     for command in commands:
         print(f"$ python {' '.join(command)}", flush=True)
         code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode

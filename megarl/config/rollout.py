@@ -11,6 +11,7 @@ from megarl.config.environments import EnvironmentRuntime, Judging
 from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.model import ModelConfig
 from megarl.config.section import (
+    HERE,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -24,8 +25,10 @@ from megarl.config.section import (
 
 
 class EngineConfig(Section):
-    """The colocated vLLM engine, or engines."""
+    """The colocated engine, or engines."""
 
+    backend: Literal["vllm", "hf"] = "vllm"
+    """vllm; or hf, the models of transformers: for those that vLLM lacks, and to compare vLLM with."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is the trainer's type, the one with which weights can be aliased."""
     kv_cache_gib: Annotated[float, Field(gt=0), at_most(1_000_000)] = 0.5
@@ -64,6 +67,12 @@ class EngineConfig(Section):
             yield "max_num_batched_tokens", f"must be at least {least} (got {tokens})", "max_num_seqs"
 
     @rule
+    def _what_the_backend_has(self) -> Problems:
+        if self.backend != "vllm":
+            names = "tensor_parallel_size expert_parallel batch_invariant"
+            yield from self.unused(names, f"needs {HERE}backend = vllm", "backend")
+
+    @rule
     def _ranks_of_experts(self) -> Problems:
         if self.expert_parallel and self.tensor_parallel_size == 1:
             needs = "rollout.engine.tensor_parallel_size > 1, whose ranks then share the experts"
@@ -76,7 +85,7 @@ class GenerationConfig(Section):
     max_new_tokens: PositiveInt
     """Longest response; longer ones end with finish_reason length."""
     engine: EngineConfig = EngineConfig()
-    """The colocated vLLM engine."""
+    """The colocated engine."""
     environments: EnvironmentRuntime = EnvironmentRuntime()
     """Where and how episodes are judged."""
 
@@ -98,6 +107,11 @@ class RolloutConfig(GenerationConfig):
     """Train with the experts that the engine chose for each token; for models that have experts."""
     max_staleness: Annotated[int, Field(ge=0, le=8)] = 0
     """Generate while training: samples may be so many policy versions old when learned from (0: none)."""
+
+    @rule
+    def _experts_are_recorded(self) -> Problems:
+        if self.router_replay and self.engine.backend != "vllm":
+            yield "router_replay", "needs rollout.engine.backend = vllm (got true)", "engine.backend"
 
     @property
     def num_samples(self) -> int:

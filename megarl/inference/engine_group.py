@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megarl.config.rollout import EngineConfig
+from megarl.inference.backends import engine_class
 from megarl.inference.interface import (
     AttachReport,
     Engine,
@@ -29,7 +30,7 @@ from megarl.inference.interface import (
 )
 from megarl.inference.placement import EnginePlace
 from megarl.inference.router import RequestRouter
-from megarl.inference.vllm.engine import VllmEngine
+from megarl.models.table import Region
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.sync_plan import ParamInfo, WeightPlan
 
@@ -39,15 +40,16 @@ T = TypeVar("T")
 def start_engines(
     model_dir: Path, config: EngineConfig, places: Sequence[EnginePlace], **options: Any
 ) -> Engine:
-    """Start one engine per place in the background; ``options`` are those of VllmEngine.start.
+    """Start one engine per place in the background; ``options`` are those of ActorEngine.start.
 
-    A single engine is returned as a VllmEngine. Several write engine-0.log, engine-1.log ...
+    A single engine is returned as it is. Several write engine-0.log, engine-1.log ...
     """
+    engine = engine_class(config.backend)
     if len(places) == 1:
-        return VllmEngine.start(model_dir, config, **options, place=places[0])
+        return engine.start(model_dir, config, **options, place=places[0])
     return EngineGroup(
         [
-            VllmEngine.start(model_dir, config, **options, place=place, log_name=f"engine-{number}.log")
+            engine.start(model_dir, config, **options, place=place, log_name=f"engine-{number}.log")
             for number, place in enumerate(places)
         ]
     )
@@ -84,6 +86,10 @@ class EngineGroup:
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """See Engine.describe_parameters."""
         return _flat(self._each(lambda member: member.describe_parameters()))
+
+    def regions(self, names: Collection[str]) -> list[Region] | None:
+        """See Engine.regions; the same of all members."""
+        return self.members[0].regions(names)
 
     def places(self) -> list[tuple[str, str]]:
         """See Engine.places."""

@@ -6,13 +6,14 @@ the engine's process.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from megarl.config.rollout import EngineConfig
+from megarl.models.table import Region
 from megarl.records import ArrayRecord, FinishReason, Logprobs, TokenIds
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.sync_plan import ParamInfo, WeightPlan
@@ -30,6 +31,9 @@ class WeightPlanError(ValueError):
             "the weight plan does not fit the engine:\n" + "\n".join(f"  {v}" for v in violations)
         )
         self.violations = list(violations)
+
+    def __reduce__(self) -> tuple[type[WeightPlanError], tuple[list[str]]]:
+        return type(self), (self.violations,)  # between processes; what was passed is not the message
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +100,7 @@ class AttachReport:
     aliased_bytes: int
     copied_bytes: int  # written into the engine's own parameters at every sync
     received_bytes: int = 0  # likewise, from trainer ranks whose memory the engine cannot map
+    note: str = ""  # what else there is to know of how the engine computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,13 @@ class Engine(Protocol):
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """Return the parameters of every engine rank, tied ones once."""
+        ...
+
+    def regions(self, names: Collection[str]) -> list[Region] | None:
+        """What the parameters are made of, by the names of a checkpoint's tensors; the same on all ranks.
+
+        None: the architecture's table says it.
+        """
         ...
 
     def places(self) -> list[tuple[str, str]]:

@@ -46,18 +46,8 @@ def start_engine(
             it, or the engines cannot be distributed over the ranks' hosts.
     """
     check_engine(architecture, engine)
-    check_batch_invariance(engine)
-    if record_routing and not engine.enable_prefix_caching and platform.chosen_name() == "cuda":
-        raise UserError(
-            "rollout.router_replay: needs rollout.engine.enable_prefix_caching = true on a GPU, where vLLM "
-            "keeps the experts of a prompt with its cached blocks"
-        )
-    if architecture.spec.mla and platform.chosen_name() == "cpu":
-        # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
-        raise UserError(
-            f"model.path: {model.path} has latent attention; vLLM computes wrong logprobs for it on a CPU: "
-            "no rollouts or evaluation here (sft, dpo, rm and convert work)"
-        )
+    if engine.backend == "vllm":
+        _check_vllm(model, architecture, engine, record_routing=record_routing)
     return start_engines(
         Path(model.path),
         engine,
@@ -70,6 +60,24 @@ def start_engine(
         offload_kv_cache=weights is not None and "kv_cache" in weights.offload,
         record_routing=record_routing,
     )
+
+
+def _check_vllm(
+    model: ModelConfig, architecture: Architecture, engine: EngineConfig, *, record_routing: bool
+) -> None:
+    """Raise UserError for what vLLM cannot do on this platform."""
+    check_batch_invariance(engine)
+    if record_routing and not engine.enable_prefix_caching and platform.chosen_name() == "cuda":
+        raise UserError(
+            "rollout.router_replay: needs rollout.engine.enable_prefix_caching = true on a GPU, where vLLM "
+            "keeps the experts of a prompt with its cached blocks"
+        )
+    if architecture.spec.mla and platform.chosen_name() == "cpu":
+        # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
+        raise UserError(
+            f"model.path: {model.path} has latent attention; vLLM computes wrong logprobs for it on a CPU: "
+            "rollout.engine.backend = hf computes it (sft, dpo, rm and convert need no engine)"
+        )
 
 
 def check_batch_invariance(engine: EngineConfig) -> None:
@@ -118,7 +126,8 @@ def attach_weights(
     layout = engine_layout(engine.config)
     planner = Planner(owners, peers_only=transport == "peer")
     coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
-    regions = [architecture.engine_regions(layout, place) for place in coordinates]
+    own = engine.regions({region.hf for owner in owners for region in owner.regions})
+    regions = [own or architecture.engine_regions(layout, place) for place in coordinates]
     plans = []
     for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):
         coordinate = rank % layout.world_size  # ranks of all engines, end to end
@@ -138,6 +147,8 @@ def attach_weights(
 
 def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
     """Yield log lines about one engine rank's work at every weight sync."""
+    if report.note:
+        yield report.note
     yield (
         f"{len(report.aliased)} parameters are the trainer's memory "
         f"({report.aliased_bytes / 2**20:.1f} MiB, 0 bytes to move)"

@@ -140,7 +140,7 @@ def evaluate(
 
 
 def run_eval(config: EvalConfig) -> None:
-    """Evaluate ``model.path`` with a vLLM engine; writes summary.json and samples/step_0.jsonl."""
+    """Evaluate ``model.path`` with an engine; writes summary.json and samples/step_0.jsonl."""
     console, timers = Console("eval"), PhaseTimers()
     with RunDirectory(config.run.dir) as directory:
         directory.open(config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True))
@@ -168,7 +168,7 @@ def run_eval(config: EvalConfig) -> None:
         )
         context = initialize(ParallelConfig(), config.run.seed)
         owners = build_frozen(context, architecture, config.model).weights.owners()
-        with console.waiting("vLLM engine"):
+        with console.waiting("engine"):
             attach_weights(engine, architecture, owners)
         engine.sync(0)
         rollouts = RolloutManager(

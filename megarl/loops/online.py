@@ -135,7 +135,7 @@ class _Rollout:
         policy_version: int,
     ) -> RolloutManager:
         """Wait for the engine, attach it to the trainer's weights and return the rollouts."""
-        with run.console.waiting("vLLM engine"):
+        with run.console.waiting("engine"):
             for line in attach_weights(self.engine, architecture, owners, config.weights.transport):
                 run.console.note(line)
         rollouts = make_rollout_manager(config, self.engine, self.workers, tokenizer, run.timers)

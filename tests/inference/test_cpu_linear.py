@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megarl.inference.vllm.cpu_linear import cpu_linear
+from megarl.inference.cpu_linear import cpu_linear
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (1024, 512)])

@@ -14,8 +14,9 @@ import transformers
 
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
+from megarl.inference.actor.settings import EngineSettings
 from megarl.inference.vllm import build
-from megarl.inference.vllm.build import EngineSettings, engine_arguments
+from megarl.inference.vllm.build import engine_arguments
 
 GIB = 2**30
 

@@ -23,7 +23,7 @@ from megarl.inference.interface import (
     SamplingConfig,
     WeightPlanError,
 )
-from megarl.inference.vllm import process
+from megarl.inference.vllm import engine as vllm_engine
 from megarl.inference.vllm.engine import VllmEngine
 from megarl.records import TokenIds, token_ids
 from megarl.weights.sync_plan import Alias, SourceView
@@ -298,7 +298,7 @@ def test_the_third_death_in_a_row_is_an_error(trainer: Any, monkeypatch: pytest.
         def sync(self, policy_version: int) -> None: ...
 
     with monkeypatch.context() as patched:
-        patched.setattr(process, "EngineActor", Dying)
+        patched.setattr(vllm_engine, "VllmEngineActor", Dying)
         engine = VllmEngine(trainer.engine._settings, trainer.engine.log_path.with_name("dying.log"))
         with pytest.raises(EngineError, match=r"died while starting[\s\S]*the last words"):
             engine.wait_ready()

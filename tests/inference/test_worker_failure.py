@@ -23,7 +23,7 @@ import sys
 from types import SimpleNamespace
 from megarl.config.rollout import EngineConfig
 from megarl.inference.vllm import worker
-from megarl.inference.vllm.build import EngineSettings
+from megarl.inference.actor.settings import EngineSettings
 
 class Engine:
     model_executor = SimpleNamespace(is_failed=False, workers=[])
@@ -37,7 +37,7 @@ class Engine:
 
 worker.build_engine = lambda settings: Engine()
 settings = EngineSettings("", EngineConfig(), "float32", 8, 1, sys.argv[1])
-actor = worker.EngineActor(settings, sys.argv[1] + "/log")
+actor = worker.VllmEngineActor(settings, sys.argv[1] + "/log")
 actor.wait_started()
 try:
     actor.describe_parameters()

@@ -13,8 +13,9 @@ from megarl import platform
 from megarl.config.model import ModelConfig
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
-from megarl.inference.vllm import engine as vllm_engine
-from megarl.inference.vllm import process as vllm_process
+from megarl.inference.actor import engine as actor_engine
+from megarl.inference.actor import process as actor_process
+from megarl.inference.vllm.engine import VllmEngine
 from megarl.loops.engine_setup import check_batch_invariance, rounding_note, start_engine
 from megarl.models import load_architecture
 
@@ -47,15 +48,15 @@ def test_seeds_alone_fix_no_tokens_on_a_gpu_and_the_log_says_so(
     asked: list[dict[str, str]] = []
     actor = MagicMock()
     monkeypatch.setattr(ray, "remote", lambda _: actor)
-    monkeypatch.setattr(vllm_engine, "start_ray", lambda: None)
-    monkeypatch.setattr(vllm_engine, "ray_temp_dir", lambda: tmp_path)
+    monkeypatch.setattr(actor_engine, "start_ray", lambda: None)
+    monkeypatch.setattr(actor_engine, "ray_temp_dir", lambda: tmp_path)
     monkeypatch.setattr(
-        vllm_process, "beside_ranks", lambda _node, _devices, variables: (asked.append(variables), {})[1]
+        actor_process, "beside_ranks", lambda _node, _devices, variables: (asked.append(variables), {})[1]
     )
     engine = EngineConfig(batch_invariant=invariant, data_parallel_size=2)
     for device in ("cuda", "cpu"):
         monkeypatch.setattr(platform, "chosen_name", lambda device=device: device)
-        vllm_engine.VllmEngine.start(tmp_path, engine, dtype="bfloat16", max_model_len=64, seed=1)
+        VllmEngine.start(tmp_path, engine, dtype="bfloat16", max_model_len=64, seed=1)
         assert bool(rounding_note(engine)) == (device == "cuda" and not invariant)
     on_gpu, on_cpu = (variables.get("VLLM_BATCH_INVARIANT") for variables in asked)
     assert on_gpu == ("1" if invariant else None) and on_cpu is None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 import torch
 
 from megarl.errors import UserError
+from megarl.inference.cpu_linear import cpu_linear
 from megarl.inference.hf.attention import NAME, LayerShape, NotPackable, attention_function, measuring
 
 # transformers' layer types whose attention goes through its interface, with a causal mask or a window.
@@ -16,11 +18,11 @@ _PAGED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _CHANGING_ROPE = {"dynamic", "longrope"}
 
 
-def build_model(model_dir: str, dtype: torch.dtype, device: torch.device, *, paged: bool) -> Any:
+def build_model(model_dir: str, dtype: torch.dtype, device: torch.device, attention: str = NAME) -> Any:
     """The model of ``model_dir``/config.json, its weights whatever the memory holds.
 
-    With ``paged`` it attends through :mod:`megarl.inference.hf.attention`. Raises UserError where
-    transformers cannot build it.
+    It attends through :mod:`megarl.inference.hf.attention`, or by an ``attention`` of transformers'. Raises
+    UserError where transformers cannot build it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -29,13 +31,20 @@ def build_model(model_dir: str, dtype: torch.dtype, device: torch.device, *, pag
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention_function)
     try:
         config = AutoConfig.from_pretrained(model_dir)
-        how = NAME if paged else "eager"  # which leaves no rule of a layer out, unlike sdpa
         with no_init_weights(), device:
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=how)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"model.path: transformers cannot build {model_dir}: {error}") from error
     model.tie_weights()  # part of the initialization that was left out
+    if device.type == "cpu":
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.forward = functools.partial(_linear, module)
     return model.eval().requires_grad_(False)
+
+
+def _linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return cpu_linear(x, module.weight, module.bias)
 
 
 def why_not_paged(model: Any, max_model_len: int) -> str | None:

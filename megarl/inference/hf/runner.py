@@ -119,7 +119,7 @@ class PagedRunner:
     """Every request in one forward pass, keys and values in pages of a pool.
 
     Args:
-        model: built with ``paged``.
+        model: of :func:`megarl.inference.hf.model.build_model`.
         shapes: of its layers (:func:`megarl.inference.hf.model.measure`).
         num_pages: of the pool.
         keep_prefixes: whether pages of requests are found by others.
@@ -264,7 +264,7 @@ class RowRunner:
     """One request after another, each with the cache that the model makes itself (a batch of one).
 
     Args:
-        model: built without ``paged``.
+        model: with an attention of transformers' own.
         max_bytes: of all caches; one request is always let in.
     """
 

@@ -66,7 +66,7 @@ def _invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, to
     largest = logits.amax(-1, keepdim=True)
     weights = (logits - largest).exp_()
     blocks = functional.pad(weights, (0, -logits.shape[1] % _BLOCK)).view(len(weights), -1, _BLOCK)
-    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, V / _BLOCK]
+    upto = blocks.sum(-1).double().cumsum(-1)  # [B, V / _BLOCK]
     total = upto[:, -1:]
     target = torch.minimum(noise[:, None] * total, total.nextafter(torch.zeros_like(total)))
     block = torch.searchsorted(upto, target, right=True).clamp_(max=upto.shape[1] - 1)  # NaN goes beyond

@@ -39,7 +39,7 @@ class Scheduler:
         share_prompts: bool,
         seed: int,
     ) -> None:
-        self._runner, self._max_model_len, self._seed = runner, max_model_len, seed
+        self.runner, self._max_model_len, self._seed = runner, max_model_len, seed
         self._max_num_seqs, self._max_tokens, self._share_prompts = max_num_seqs, max_tokens, share_prompts
         self._waiting: deque[Decoding] = deque()
         self._running: list[Decoding] = []
@@ -65,11 +65,11 @@ class Scheduler:
         """Draw the next token of as many requests as there is room for; those that finished."""
         decoded = self._keep_running()
         started, followers = self._start()
-        logits = self._runner.compute(decoded, started)
+        logits = self.runner.compute(decoded, started)
         rows = list(range(len(decoded) + len(started)))
         later = []
         for one, leader in followers:  # the leader's prompt is computed now
-            if self._runner.share(one, started[leader]):
+            if self.runner.share(one, started[leader]):
                 rows.append(len(decoded) + leader)
                 started.append(one)
             else:
@@ -85,14 +85,14 @@ class Scheduler:
         waiting = [one for one in self._waiting if one.request.request_id in wanted]
         self._running = [one for one in self._running if one.request.request_id not in wanted]
         self._waiting = deque(one for one in self._waiting if one.request.request_id not in wanted)
-        self._runner.release(running, keep=True)
+        self.runner.release(running, keep=True)
         return [one.response("abort", self.policy_version) for one in (*running, *waiting)]
 
     def forget(self) -> None:
         """Give up all keys and values; running requests are computed again, and go on with their tokens."""
         self._wait_again(self._running)
         self._running = []
-        self._runner.clear()
+        self.runner.clear()
 
     def _keep_running(self) -> list[Decoding]:
         """The running requests that have memory for their newest token; the youngest make room."""
@@ -100,7 +100,7 @@ class Scheduler:
         for number, one in enumerate(self._running):
             if number >= len(kept):
                 break
-            while not self._runner.extend(one):
+            while not self.runner.extend(one):
                 assert len(kept) > 1, "memory for less than one request"
                 self._wait_again(kept[-1:])
                 kept = kept[:-1]
@@ -109,7 +109,7 @@ class Scheduler:
         return kept
 
     def _wait_again(self, those: Sequence[Decoding]) -> None:
-        self._runner.release(those, keep=False)
+        self.runner.release(those, keep=False)
         self._waiting.extendleft(reversed(those))
 
     def _start(self) -> tuple[list[Decoding], list[tuple[Decoding, int]]]:
@@ -126,7 +126,7 @@ class Scheduler:
                 continue
             if started and tokens + len(one.tokens) > self._max_tokens:
                 break
-            if not self._runner.admit(one):
+            if not self.runner.admit(one):
                 break
             tokens += len(one.tokens) - one.cached
             leaders[key] = len(started)
@@ -149,7 +149,7 @@ class Scheduler:
         reasons = [one.finish_reason() for one in those]
         finished = [one for one, reason in zip(those, reasons, strict=True) if reason]
         self._running = [one for one, reason in zip(those, reasons, strict=True) if not reason]
-        self._runner.release(finished, keep=True)
+        self.runner.release(finished, keep=True)
         return [
             one.response(reason, self.policy_version)
             for one, reason in zip(those, reasons, strict=True)

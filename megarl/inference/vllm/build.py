@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megarl import platform
-from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
+from megarl.inference.actor.settings import EngineSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,21 +18,6 @@ if TYPE_CHECKING:
 KV_BLOCK_SIZE = 32
 _NO_SHARE = 1e-6  # of the GPU's memory, a few hundred KiB; vLLM rejects 0
 LATENT_KV_BLOCK_SIZE = 16  # the only size of the CPU kernel; latent attention on GPUs is untested
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """Everything an actor needs to build its engine."""
-
-    model_dir: str
-    config: EngineConfig
-    dtype: str
-    max_model_len: int
-    seed: int
-    temp_dir: str  # for vLLM's temporary files, such as gloo's rendezvous
-    keep_kv_cache: bool = False  # across syncs
-    offload_kv_cache: bool = False  # lets sleep free it
-    record_routing: bool = False  # responses include their tokens' experts
 
 
 def build_engine(settings: EngineSettings) -> LLMEngine:

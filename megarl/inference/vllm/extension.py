@@ -21,8 +21,8 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
 from megarl.cluster.processes import own_shared_memory
+from megarl.inference.cpu_linear import cpu_linear
 from megarl.inference.interface import AttachReport
-from megarl.inference.vllm.cpu_linear import cpu_linear
 from megarl.inference.vllm.layout import foreign_layouts
 from megarl.inference.vllm.routing import RoutingRecorder, expert_layers, read_routing, record_routing
 from megarl.inference.weight_receiver import AttachedWeights, check_plan, dtype_name

@@ -88,7 +88,8 @@ class Core:
         self.reference = make_model(family)
         with tempfile.TemporaryDirectory() as directory:
             self.reference.config.save_pretrained(directory)
-            self.model = build_model(directory, torch.float32, torch.device("cpu"), paged=paged)
+            how = {} if paged else {"attention": "eager"}
+            self.model = build_model(directory, torch.float32, torch.device("cpu"), **how)
         self.copy_weights()
         self.runner: Any = RowRunner(self.model, 2**30)
         if paged:

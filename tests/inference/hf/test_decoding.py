@@ -10,6 +10,7 @@ import torch
 
 from megarl.inference.hf.attention import NotPackable
 from megarl.inference.hf.model import measure, why_not_paged
+from megarl.inference.hf.packing_check import packing_error
 from megarl.inference.hf.pages import PAGE
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.records import token_ids
@@ -55,9 +56,26 @@ def test_models_that_cannot_be_packed_are_computed_row_by_row(family: str) -> No
 def test_why_a_model_cannot_be_packed_is_said(family: str) -> None:
     core = Core(family, paged=False)
     assert type(core.model).__name__ in (why_not_paged(core.model, 256) or "")
-    if family != "lfm2":  # its attention is, its convolution mixes tokens beside it
+    if family != "lfm2":  # its attention can, its convolution mixes tokens beside it
         with pytest.raises(NotPackable):
             measure(core.model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gpt2"])
+def test_packing_is_tried_with_the_weights_at_hand(family: str) -> None:
+    core = Core(family)
+    assert packing_error(core.model, core.runner) is None
+    requests = make_requests(3)
+    assert core.logprob_error(requests, core.run(requests)) < TOLERANCE, "the engine is as it was"
+
+
+def test_a_model_that_mixes_its_neighbours_is_found_out() -> None:
+    """As a convolution would that no configuration tells of."""
+    core = Core()
+    layer = core.model.model.layers[1].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(x + 0.3 * torch.roll(x, 1, 1))
+    assert "LlamaForCausalLM differ by" in (packing_error(core.model, core.runner) or "")
 
 
 def test_greedy_is_what_generate_gives() -> None:

@@ -1,4 +1,4 @@
-"""The actor process of a vLLM engine and its successors: start, calls, failure and replacement."""
+"""The actor process of an engine and its successors: start, calls, failure and replacement."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from megarl import platform
 from megarl.cluster.ray_runtime import beside_ranks, unlink_on_node
 from megarl.cluster.variables import engine_variables
 from megarl.errors import UserError
+from megarl.inference.actor.settings import EngineSettings
 from megarl.inference.interface import EngineError, WeightPlanError
 from megarl.inference.placement import EnginePlace, threads_per_rank
 from megarl.inference.progress_wait import wait_while_progressing
-from megarl.inference.vllm.build import EngineSettings
-from megarl.inference.vllm.worker import EngineActor
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,8 @@ class EngineProcess:
     """One actor at a time; a dead one is replaced. MAX_DEATHS_IN_A_ROW deaths without an answer are an error.
 
     Args:
+        name: of the engine, in messages.
+        actor_class: the body of the actor, made of the settings and the log's path.
         settings: for building the engine.
         log_path: receives everything the actor prints.
         place: the node, the devices and the cores.
@@ -43,11 +44,14 @@ class EngineProcess:
 
     def __init__(
         self,
+        name: str,
+        actor_class: Callable[[EngineSettings, str], Any],
         settings: EngineSettings,
         log_path: Path,
         place: EnginePlace,
         restore: Callable[[Call], None],
     ) -> None:
+        self._name, self._actor_class = name, actor_class
         self._settings, self._place, self._restore = settings, place, restore
         self.log_path = log_path
         self.actor: Any
@@ -81,7 +85,7 @@ class EngineProcess:
 
         if not wait_while_progressing(started, progress, patience):
             message = (
-                f"the vLLM engine was not ready and made no progress for {patience:g} s "
+                f"the {self._name} engine was not ready and made no progress for {patience:g} s "
                 "(rollout.engine.start_timeout_seconds)"
             )
             raise EngineError(self.explain(message))
@@ -111,7 +115,7 @@ class EngineProcess:
         """Translate an exception raised in the actor: keep a UserError, turn others into EngineError."""
         if isinstance(error.cause, UserError | WeightPlanError | AssertionError):
             return error.cause
-        return EngineError(self.explain(f"the vLLM engine failed: {error.cause!r}"))
+        return EngineError(self.explain(f"the {self._name} engine failed: {error.cause!r}"))
 
     def explain(self, message: str) -> str:
         """Append the end of the engine's log to ``message``."""
@@ -148,7 +152,7 @@ class EngineProcess:
         threads = threads_per_rank(config, self._place)
         invariant = config.batch_invariant and platform.chosen_name() == "cuda"
         variables = engine_variables(threads, batch_invariant=invariant)
-        actor_class: Any = ray.remote(EngineActor)
+        actor_class: Any = ray.remote(self._actor_class)
         self.actor = actor_class.options(
             num_cpus=0,
             max_restarts=0,
@@ -162,11 +166,10 @@ class EngineProcess:
         while True:
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
-                message = (
-                    f"the vLLM engine died {MAX_DEATHS_IN_A_ROW} times in a row; last cause: {_cause(death)}"
-                )
+                times = f"{MAX_DEATHS_IN_A_ROW} times in a row"
+                message = f"the {self._name} engine died {times}; last cause: {_cause(death)}"
                 raise EngineError(self.explain(message)) from death
-            log.warning("The vLLM engine died (%s). Restarting it; %s.", _cause(death), then)
+            log.warning("The %s engine died (%s). Restarting it; %s.", self._name, _cause(death), then)
             self.kill()  # the actor may be unreachable rather than dead
             self._spawn()
             try:

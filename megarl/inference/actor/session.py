@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from megarl.cluster.ray_async import in_thread, stream
+from megarl.inference.actor.process import EngineProcess, actor_died, task_failed
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig, check_requests
-from megarl.inference.vllm.process import EngineProcess, actor_died, task_failed
 
 
-class VllmSession:
+class ActorSession:
     """An :class:`megarl.inference.interface.EngineSession`; unfinished requests survive the actor's death."""
 
     def __init__(self, process: EngineProcess, sampling: SamplingConfig, max_model_len: int) -> None:

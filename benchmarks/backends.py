@@ -1,0 +1,190 @@
+"""The second backends beside the first: ``python -m benchmarks backends --json FILE [--quick]``.
+
+Generation: SmolLM2-135M's sizes with random weights in float32, 64 requests side by side, responses of
+log-normal lengths, sampled at temperature 1, with all cores. ``generate`` is transformers' own, a batch of 64
+after another, each until its longest response has ended; the engines take all requests at once and fill
+slots as they become free. Weights are handed over once, untimed; a warm-up comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from benchmarks.common import Row
+from megarl.config.rollout import EngineConfig
+from megarl.inference.interface import GenerateRequest, SamplingConfig
+from megarl.records import token_ids
+
+BATCH = 64
+SIDES = ["generate", "hf", "vllm"]
+MAX_MODEL_LEN = 1024
+SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "pad_token_id": 2,
+    "eos_token_id": 0,
+}
+Generate = Callable[[list[GenerateRequest]], int]
+"""Samples all; the number of tokens drawn."""
+
+
+def make_requests(count: int, median: float, longest: int) -> list[GenerateRequest]:
+    """Prompts of 32 to 96 tokens; lengths of responses log-normal (sigma 0.9), cut at ``longest``."""
+    generator = np.random.default_rng(1)
+    lengths = np.clip(generator.lognormal(np.log(median), 0.9, count), 4, longest).astype(int)
+    prompts = [token_ids(generator.integers(3, 49152, generator.integers(32, 97))) for _ in lengths]
+    return [GenerateRequest(f"r{i}", prompts[i], int(n), seed=i) for i, n in enumerate(lengths)]
+
+
+def plain_generate(model: Any) -> Generate:
+    """``model.generate`` on left-padded batches."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class Lengths(StoppingCriteria):  # type: ignore[misc]
+        """Each row ends at its own length."""
+
+        def __init__(self, limits: torch.Tensor) -> None:
+            self.limits = limits
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return input_ids.shape[1] >= self.limits
+
+    def run(requests: list[GenerateRequest]) -> int:
+        for start in range(0, len(requests), BATCH):
+            batch = requests[start : start + BATCH]
+            width = max(len(request.prompt_ids) for request in batch)
+            ids = torch.full((len(batch), width), SMOLLM2["pad_token_id"])
+            mask = torch.zeros_like(ids)
+            for row, request in enumerate(batch):
+                ids[row, width - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids).long()
+                mask[row, width - len(request.prompt_ids) :] = 1
+            limits = torch.tensor([width + request.max_new_tokens for request in batch])
+            model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                eos_token_id=None,
+                max_new_tokens=max(request.max_new_tokens for request in batch),
+                stopping_criteria=StoppingCriteriaList([Lengths(limits)]),
+            )
+        return sum(request.max_new_tokens for request in requests)
+
+    return run
+
+
+def through(engine: Any) -> Generate:
+    """An engine, as episodes use it."""
+    import asyncio
+
+    from megarl.inference.client import SessionClient
+
+    sampling = SamplingConfig(1.0, (), True)
+
+    async def sample(requests: list[GenerateRequest]) -> int:
+        client = SessionClient(engine, sampling)
+        responses = await asyncio.gather(*(client.generate(request) for request in requests))
+        client.close()
+        return sum(len(response.token_ids) for response in responses)
+
+    return lambda requests: asyncio.run(sample(requests))
+
+
+def start_engine(backend: Literal["vllm", "hf"], model: Any, directory: Path) -> Any:
+    """With the model's weights."""
+    from megarl.inference.engine_group import start_engines
+    from megarl.inference.placement import BESIDE_DRIVER
+    from megarl.loops.engine_setup import attach_weights
+    from megarl.models import load_architecture
+    from megarl.models.table import Region
+    from megarl.weights.shared_storage import share_parameters
+
+    config = EngineConfig(backend=backend, kv_cache_gib=1.5, max_num_seqs=BATCH)
+    options = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "seed": 1, "log_dir": directory / backend}
+    engine = start_engines(directory, config, [BESIDE_DRIVER], **options)
+    params = dict(model.named_parameters())
+    boxes = {name: tuple((0, size) for size in param.shape) for name, param in params.items()}
+    owner = share_parameters(params, [Region(name, box, name, box) for name, box in boxes.items()])
+    attach_weights(engine, load_architecture(directory), [owner])
+    engine.sync(0)
+    return engine
+
+
+def measure_generation(quick: bool, sides: list[str]) -> list[Row]:
+    """A row per side: tokens per second over all requests."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2)).eval().requires_grad_(False)
+    requests = make_requests(128, 24, 160) if quick else make_requests(384, 64, 512)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="megarl-bench-") as name:
+        directory = Path(name)
+        model.save_pretrained(directory)
+        for side in sides:
+            engine = None if side == "generate" else start_engine(side, model, directory)  # type: ignore[arg-type]
+            run = plain_generate(model) if engine is None else through(engine)
+            run([GenerateRequest(f"w{i}", r.prompt_ids, 4, i) for i, r in enumerate(requests[:8])])
+            start = time.perf_counter()
+            tokens = run(requests)
+            seconds = time.perf_counter() - start
+            assert tokens == sum(request.max_new_tokens for request in requests)
+            rows.append(
+                {
+                    "case": "generation",
+                    "impl": side,
+                    "requests": len(requests),
+                    "tokens": tokens,
+                    "longest": max(request.max_new_tokens for request in requests),
+                    "seconds": seconds,
+                    "tokens_per_second": tokens / seconds,
+                }
+            )
+            print(f"generation {side:9} {tokens / seconds:8.1f} tokens/s", file=sys.stderr)
+            if engine is not None:
+                engine.shutdown()
+    return rows
+
+
+def ratios(rows: list[Row]) -> dict[str, float]:
+    """Of what was measured."""
+    speed = {row["impl"]: row["tokens_per_second"] for row in rows if row["case"] == "generation"}
+    return {
+        f"hf_engine_vs_{peer}": speed["hf"] / speed[peer]
+        for peer in ("generate", "vllm")
+        if "hf" in speed and peer in speed
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Measure and write ``{rows, ratios}``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks backends")
+    parser.add_argument("--json", type=Path, required=True, help="the results")
+    parser.add_argument("--quick", action="store_true", help="128 requests of at most 160 tokens")
+    parser.add_argument("--side", action="append", choices=SIDES, help="some of them only")
+    args = parser.parse_args(argv)
+    from megarl.cluster.ray_runtime import stop_ray
+
+    rows = measure_generation(args.quick, args.side or SIDES)
+    stop_ray()
+    result = {"rows": rows, "ratios": ratios(rows), "num_threads": len(os.sched_getaffinity(0))}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["ratios"], indent=2))
