@@ -39,7 +39,7 @@ def build_model(model_dir: str, dtype: torch.dtype, device: torch.device, attent
     if device.type == "cpu":
         for module in model.modules():
             if type(module) is torch.nn.Linear:
-                module.forward = functools.partial(_linear, module)
+                module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
     return model.eval().requires_grad_(False)
 
 
