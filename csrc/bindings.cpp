@@ -1,10 +1,10 @@
 // Every native op of MegaRL on one page.
 //
 // Kernels register themselves (TORCH_LIBRARY_IMPL) in csrc/<op>/; fake and autograd registrations
-// are in megarl/ops/<op>.py, beside the call. Collectives stay in Python, around the ops: with tensor
-// parallelism an op sees its shard and returns per-row statistics that combine over shards.
+// are in megarl/ops/<op>.py, next to the call. Collectives stay in Python, around the ops: with tensor
+// parallelism an op gets its shard and returns per-row statistics that are merged over shards.
 //
-// Words: T rows (tokens) of the logits, R rows evaluated (R = T without row_index), V columns of this
+// Notation: T rows (tokens) of the logits, R rows evaluated (R = T without row_index), V columns of this
 // vocabulary shard. temperature is [1] or [R]; statistics are float32 (float64 for float64 logits).
 
 #include <pybind11/numpy.h>
@@ -13,8 +13,8 @@
 
 #include "packing/planner.h"
 
-// Read by megarl/ops/_load.py *before* this library is loaded: on a machine that lacks these
-// instructions even its static initialisers would not run.
+// Read by megarl/ops/_load.py *before* this library is loaded: on a machine without these instructions
+// even its static initialisers would crash.
 extern "C" __attribute__((used, visibility("default"))) const char megarl_cpu_capability[] =
     "MEGARL_CPU_CAPABILITY=" MEGARL_CPU_CAPABILITY;
 
@@ -26,14 +26,14 @@ TORCH_LIBRARY(megarl, m) {
   m.def(
       "token_logprob(Tensor logits, Tensor targets, Tensor temperature, int vocab_start, "
       "Tensor? row_index, Tensor? min_logit, bool inplace_backward) -> Tensor");
-  // Overwrites the R rows of logits by the gradient that grad_stats [R, 4] makes; column 0 (max) of
-  // grad_stats is ignored: results do not depend on the shift. row_max [R] is the shift of stats.
+  // Overwrites the R rows of logits with the gradient of grad_stats [R, 4]; column 0 (max) of grad_stats
+  // is ignored: results do not depend on the shift. row_max [R] is the shift of stats.
   m.def(
       "token_logprob_backward_(Tensor(a!) logits, Tensor targets, Tensor temperature, int vocab_start, "
       "Tensor? row_index, Tensor? min_logit, Tensor row_max, Tensor grad_stats) -> ()");
 
-  // The same statistics of the logits hidden [R, H] x weight [V, H]^T, a tile of at most max_extra_bytes
-  // at a time; the backward recomputes the tiles. A gradient not asked for comes back empty.
+  // The same statistics of the logits hidden [R, H] x weight [V, H]^T, one tile of at most max_extra_bytes
+  // at a time; the backward recomputes the tiles. A gradient that is not needed is returned empty.
   m.def(
       "linear_token_logprob(Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, int vocab_start, "
       "Tensor? min_logit, int max_extra_bytes) -> Tensor");
@@ -46,8 +46,8 @@ TORCH_LIBRARY(megarl, m) {
   // sum of exp(ds) (ds - dt), sum of exp(dt) (dt - ds), with d = (x - max) / temperature of each.
   // Gradients flow to the student; inplace_backward as above.
   m.def("vocab_kl(Tensor student, Tensor teacher, Tensor temperature, bool inplace_backward) -> Tensor");
-  // Overwrites the student's logits by the gradient that grad_stats [R, 6] makes; the columns that hold
-  // maxima are ignored. row_max [R, 2] are the shifts: student's, teacher's.
+  // Overwrites the student's logits with the gradient of grad_stats [R, 6]; the columns of the maxima
+  // are ignored. row_max [R, 2] are the shifts: student's, teacher's.
   m.def(
       "vocab_kl_backward_(Tensor(a!) student, Tensor teacher, Tensor temperature, Tensor row_max, "
       "Tensor grad_stats) -> ()");
@@ -57,7 +57,7 @@ TORCH_LIBRARY(megarl, m) {
   m.def(
       "vocab_js(Tensor student, Tensor teacher, Tensor temperature, Tensor student_lse, Tensor teacher_lse, "
       "float beta) -> Tensor");
-  // Overwrites the student's logits by grad [R] times the gradient of the divergence; student_sum [R]
+  // Overwrites the student's logits with grad [R] times the gradient of the divergence; student_sum [R]
   // is the first sum over all shards.
   m.def(
       "vocab_js_backward_(Tensor(a!) student, Tensor teacher, Tensor temperature, Tensor student_lse, "
@@ -68,7 +68,7 @@ TORCH_LIBRARY(megarl, m) {
   m.def(
       "policy_sequence_sums(Tensor logprobs, Tensor old_logprobs, Tensor? rollout_logprobs, Tensor weights, "
       "Tensor sequence_ids, int num_sequences) -> Tensor");
-  // Per-token tensors are [R]; tokens of weight 0 are left out, whatever they hold. -> [17] float64: the loss, then
+  // Per-token tensors are [R]; tokens of weight 0 are ignored, whatever their values. -> [17] float64: the loss, then
   // the logged sums in the order of megarl/ops/policy_loss.py. Only the loss has a gradient.
   // sequence_sums [S, 3] is needed by level "sequence" and by correction "sequence_mask".
   m.def(
@@ -85,22 +85,22 @@ TORCH_LIBRARY(megarl, m) {
       "str correction, float correction_low, float correction_high, str kl, bool kl_score_gradient, "
       "float kl_coef, float entropy_coef) -> (Tensor, Tensor)");
 
-  // Packing (layout: PackedBatch in megarl/records.py). Ragged sequences lie in token_ids [N] int64, loss_mask [N] uint8
-  // and rollout_logprobs [N] float32. Sequence s of S is lengths [S] int32 (0: a dummy) tokens from starts [S] int64 on;
-  // its row in the caller's list is rows [S] int64, its advantage advantages [S] float32, and it gets the padded room
-  // of cu_seqlens [S + 1] int32. Returns the share of context-parallel rank cp_rank, T = num_tokens =
+  // Packing (layout: PackedBatch in megarl/records.py). Ragged sequences are in token_ids [N] int64, loss_mask [N]
+  // uint8 and rollout_logprobs [N] float32. Sequence s of S has lengths [S] int32 (0: a dummy) tokens from starts [S]
+  // int64 on; its row in the caller's list is rows [S] int64, its advantage advantages [S] float32, its padded range
+  // that of cu_seqlens [S + 1] int32. Returns the share of context-parallel rank cp_rank, T = num_tokens =
   // cu_seqlens[S] / cp_size: token_ids, labels, loss_mask, position_ids, sequence_ids, advantages, rollout_logprobs
-  // ([0] where none came in).
+  // ([0] if none were given).
   m.def(
       "pack_sequences(Tensor token_ids, Tensor loss_mask, Tensor? rollout_logprobs, Tensor starts, Tensor lengths, "
       "Tensor rows, Tensor advantages, Tensor cu_seqlens, int num_tokens, int cp_rank, int cp_size) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Its inverse for one field: values [T] -> [num_values = sum of lengths [S] int32], one to the right (element 0
-  // of a sequence is 0), padding left out. starts [S] int64 is where each sequence goes.
+  // Its inverse for one field: values [T] -> [num_values = sum of lengths [S] int32], shifted one to the right
+  // (element 0 of a sequence is 0), without padding. starts [S] int64 is each sequence's offset in the result.
   m.def(
       "unpack_values(Tensor values, Tensor cu_seqlens, Tensor lengths, Tensor starts, int num_values) -> Tensor");
 
-  // values [T], cu_seqlens [S + 1] int32, mask [T] float32 (0 leaves a value out, NaN or not) -> [S] in the type of
+  // values [T], cu_seqlens [S + 1] int32, mask [T] float32 (0 skips a value, NaN or not) -> [S] in the dtype of
   // values: masked sums, or means (0 over nothing). The backward returns [T = num_values].
   m.def("segment_reduce(Tensor values, Tensor cu_seqlens, Tensor? mask, bool mean) -> Tensor");
   m.def(

@@ -1,4 +1,4 @@
-// Sums and maxima over a warp, in a fixed order: results are equal bit by bit from run to run.
+// Sums and maxima over a warp, in a fixed order: results are bitwise repeatable.
 #pragma once
 
 #include "common/simt_portable.cuh"

@@ -1,4 +1,4 @@
-// What the CUDA launchers share: dispatch on the element type, grid sizes, checks that need no look at device memory.
+// Helpers of the CUDA launchers: dispatch on the element type, grid sizes, and checks without a device sync.
 #pragma once
 
 #include <ATen/core/Tensor.h>

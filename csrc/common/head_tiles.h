@@ -14,10 +14,10 @@
 
 namespace megarl {
 
-// Tiles are wide in rows and narrow in columns: each GEMM then reads its part of the weight once, and
-// the weight's gradient is written once. 4096 columns keep a GEMM efficient on GPUs; on CPUs 2048 are
-// faster, for more of the tile is still in a cache when it is read. More rows per tile than the budget
-// allows only cost another pass over the weight.
+// Tiles are wide in rows and narrow in columns: each GEMM then reads its part of the weight once, and the
+// weight's gradient is written once. 4096 columns keep a GEMM efficient on GPUs; on CPUs 2048 are faster, since
+// more of the tile is still in a cache when it is read. If the budget allows fewer rows per tile, the weight
+// is read in more passes.
 struct HeadTiles {
   static constexpr int64_t kColumns = 4096, kCpuColumns = 2048;
   static constexpr int64_t kFewestRows = 128;
@@ -59,7 +59,7 @@ inline void check_head(const char* op, const at::Tensor& hidden, const at::Tenso
                hidden.device());
 }
 
-// One head and the buffer its tiles of logits appear in.
+// One head and the buffer that holds its current tile of logits.
 class Head {
  public:
   Head(const at::Tensor& hidden, const at::Tensor& weight, const HeadTiles& tiles)
@@ -87,7 +87,7 @@ class HeadGradient {
     if (need_hidden) grad_hidden_ = at::empty(hidden.sizes(), hidden.options());
     if (need_hidden && narrow) sum_ = at::empty({tiles.rows, hidden.size(1)}, hidden.options().dtype(at::kFloat));
     if (need_weight) {
-      // Without rows there is no tile that would write it.
+      // Without rows no tile would write it.
       grad_weight_ = tiles.num_rows == 0 ? at::zeros(weight.sizes(), weight.options())
                                          : at::empty(weight.sizes(), weight.options());
     }
@@ -120,7 +120,7 @@ class HeadGradient {
     }
   }
 
-  // The gradients; empty tensors for those not asked for.
+  // The gradients; empty tensors for those not requested.
   std::tuple<at::Tensor, at::Tensor> take() const {
     const at::Tensor none = at::empty({0}, hidden_.options());
     return {grad_hidden_.defined() ? grad_hidden_ : none, grad_weight_.defined() ? grad_weight_ : none};

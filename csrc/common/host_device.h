@@ -1,4 +1,4 @@
-// MEGARL_HD marks the maths of an op: the same function runs in its CPU kernel, its CUDA kernel and the SIMT executor.
+// MEGARL_HD marks an op's math: the same function runs in its CPU kernel, its CUDA kernel and the SIMT executor.
 #pragma once
 
 #if defined(MEGARL_SIMT)

@@ -1,4 +1,4 @@
-// Two distributions over one vocabulary, read side by side: the student's logits and the teacher's.
+// Two distributions over one vocabulary, read together: the student's logits and the teacher's.
 #pragma once
 
 #include "common/online_softmax.cuh"
@@ -39,7 +39,7 @@ __device__ __forceinline__ void add_pairs(const Vector<T> (&student)[kPairsInFli
 }
 
 // Calls add(student's elements, teacher's elements) with arrays of the same, constant length until this thread's share
-// of the part is through. Missing elements are -inf in both.
+// of the part is done. Missing elements are -inf in both.
 template <class T, int kThreads, class Add>
 __device__ __forceinline__ void for_pairs(const T* student, const T* teacher, const RowPart& part, const Add& add) {
   using A = acc_t<T>;

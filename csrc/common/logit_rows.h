@@ -1,4 +1,4 @@
-// Reading and writing rows of logits in blocks that stay in the L1 cache; CPU only.
+// Read and write rows of logits in blocks that stay in the L1 cache; CPU only.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +20,7 @@ using at::vec::Vectorized;
 // 4 KiB of float32: two passes over a block (maximum, then exponentials) read memory once.
 constexpr int64_t kBlock = 1024;
 
-// The type sums and statistics are kept in: float32, but float64 for float64 logits.
+// The type of sums and statistics: float32, but float64 for float64 logits.
 template <typename scalar_t>
 using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -28,7 +28,7 @@ inline at::ScalarType stats_dtype(at::ScalarType logits) {
   return logits == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Number of values a block of n takes once padded to whole vectors.
+// Size of a block of n values padded to whole vectors.
 template <typename acc>
 constexpr int64_t padded(int64_t n) {
   constexpr int64_t size = Vectorized<acc>::size();
@@ -65,8 +65,8 @@ inline void narrow(const float* source, scalar_t* target, int64_t n) {
   for (; i < n; ++i) target[i] = static_cast<scalar_t>(source[i]);
 }
 
-// n <= kBlock logits as whole vectors of accumulation type: the row itself where it can be, else a copy
-// in `buffer`. Padding, and logits below `minimum`, read as -inf.
+// n <= kBlock logits as whole vectors of accumulation type: the row itself if possible, else a copy in `buffer`.
+// Padding, and logits below `minimum`, read as -inf.
 template <typename scalar_t>
 inline const acc_t<scalar_t>* load_block(
     const scalar_t* source, int64_t n, std::optional<acc_t<scalar_t>> minimum, acc_t<scalar_t>* buffer) {
@@ -99,8 +99,8 @@ inline void store_block(const acc_t<scalar_t>* buffer, scalar_t* target, int64_t
   }
 }
 
-// While it lives, this thread's denormal float results are 0: exponentials too small to count then cost what
-// others do, and one of 2^-127 is exactly 0.
+// While it exists, this thread flushes denormal float results to 0: exponentials too small to matter then cost what
+// others do, and 2^-127 is exactly 0.
 class FlushDenormals {
  public:
 #if defined(CPU_CAPABILITY_AVX512)
@@ -112,9 +112,9 @@ class FlushDenormals {
 #endif
 };
 
-// Each row is computed by one thread, in one order: results do not depend on the number of threads, nor on
-// which of them takes which row. Threads take some 64 Ki logits at a time (some 10 us) rather than equal
-// shares at once, so that one that wakes late or is interrupted does not keep the others waiting.
+// Each row is computed by one thread, in one order: results do not depend on the number of threads, nor on the
+// assignment of rows. Threads take about 64 Ki logits at a time (some 10 us) rather than equal shares at once, so
+// a thread that wakes late or is interrupted does not delay the others.
 template <typename F>
 inline void for_rows(int64_t rows, int64_t columns, const F& body) {
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns));

@@ -16,7 +16,7 @@ struct SoftmaxSums {
 template <class A>
 constexpr A kVanishing = sizeof(A) == 4 ? A(-200) : A(-2000);
 
-// Refers the sums to a larger maximum.
+// Rescales the sums to a larger maximum.
 template <class A>
 __device__ __forceinline__ SoftmaxSums<A> rescaled(const SoftmaxSums<A>& s, A maximum, A scale) {
   const A d = s.maximum == maximum ? A(0) : (s.maximum - maximum) * scale;
@@ -37,7 +37,7 @@ __device__ __forceinline__ SoftmaxSums<A> warp_combine(const SoftmaxSums<A>& s, 
   return {r.maximum, warp_sum(r.sum), warp_sum(r.weighted)};
 }
 
-// maximum * scale, rounded, so that d is one multiply-add; `lost` is what rounding took from it. 0 for an empty maximum.
+// maximum * scale, rounded, so that d is one multiply-add; `lost` is the rounding error. 0 for an empty maximum.
 template <class A>
 struct Shift {
   A value, lost;
@@ -49,7 +49,7 @@ struct Shift {
   }
 };
 
-// What one thread keeps while it walks along a row.
+// A thread's state while it walks along a row.
 template <class A>
 class OnlineSoftmax {
  public:
@@ -83,7 +83,7 @@ class OnlineSoftmax {
   __device__ __forceinline__ void raise(A maximum) {
     const A shift = Shift<A>(maximum, scale_).value;
     const A d = shift_ - shift;
-    if (maximum_ != negative_infinity<A>()) {  // else there is nothing to move, and d may be positive
+    if (maximum_ != negative_infinity<A>()) {  // else there is nothing to rescale, and d may be positive
       const A factor = fast_exp2(d);
       weighted_ = (weighted_ + max(d, kVanishing<A>)*sum_) * factor;
       sum_ *= factor;

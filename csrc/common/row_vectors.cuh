@@ -1,4 +1,4 @@
-// Walking along rows of logits with 128-bit accesses, whatever their alignment and length.
+// Walk along rows of logits with 128-bit accesses, whatever their alignment and length.
 #pragma once
 
 #include "common/simt_portable.cuh"
@@ -72,8 +72,8 @@ __device__ __forceinline__ RowPart row_part(const T* row, int columns, int split
   return part;
 }
 
-// The same for two rows read side by side. Where they are misaligned differently there are singles only: right, but
-// far slower; rows of whole vectors (every model's padded vocabulary) never are.
+// The same for two rows read together. If their misalignments differ, all elements are singles: correct, but far
+// slower; this never happens for rows of whole vectors (every model's padded vocabulary).
 template <class T>
 __device__ __forceinline__ RowPart row_part(const T* row, const T* other, int columns, int split, int num_splits) {
   if (misalignment(row) == misalignment(other)) return row_part(row, columns, split, num_splits);
@@ -82,8 +82,8 @@ __device__ __forceinline__ RowPart row_part(const T* row, const T* other, int co
   return {0, 0, first, last, columns, columns};
 }
 
-// How many parts to cut each row into so that `slots` blocks (those resident at once) are evenly busy: the fewest parts
-// whose last wave wastes at most 1/16 of the device, else the best found. Short rows are not cut.
+// Number of parts per row so that `slots` blocks (those resident at once) are evenly busy: the fewest parts whose
+// last wave wastes at most 1/16 of the device, else the best found. Short rows are not cut.
 inline int plan_splits(int64_t rows, int64_t columns, int64_t slots, int64_t elements_per_block) {
   const int64_t most = columns / (2 * elements_per_block) < 1 ? 1 : columns / (2 * elements_per_block);
   int best = 1;

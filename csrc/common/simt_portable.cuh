@@ -1,4 +1,4 @@
-// What CUDA kernel headers include instead of the CUDA runtime, so that the same source compiles with nvcc and, for the
+// Included by CUDA kernel headers instead of the CUDA runtime, so that the same source compiles with nvcc and, for
 // tests, with g++ (tests/simt/simt.h runs it thread by thread on a CPU). No torch in here.
 #pragma once
 
@@ -31,7 +31,7 @@
   TYPE* const NAME = reinterpret_cast<TYPE*>(NAME##_bytes)
 #endif
 
-// Stops the kernel with a message where the caller's tensors are wrong: an illegal index is never followed.
+// Stops the kernel with a message if the caller's tensors are invalid, before an illegal index is used.
 #if defined(MEGARL_SIMT)
 #define MEGARL_DEVICE_CHECK(CONDITION, MESSAGE) ((CONDITION) ? void(0) : simt::device_check_failed(MESSAGE))
 #else

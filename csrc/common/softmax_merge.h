@@ -1,4 +1,4 @@
-// Merging softmax sums that were taken over parts of a row. Any device.
+// Merge softmax sums of parts of a row. Any device.
 #pragma once
 
 #include <ATen/TensorOperators.h>
@@ -16,7 +16,7 @@ inline at::Tensor merge_stats(const at::Tensor& parts, const at::Tensor& tempera
   if (parts.size(0) == 1) return parts.select(0, 0);
   const at::Tensor maxima = parts.select(-1, 0);
   const at::Tensor maximum = maxima.amax(0);
-  // A part without any finite logit has sums of 0 and a shift of -inf (or NaN).
+  // A part without finite logits has sums of 0 and a shift of -inf (or NaN).
   const at::Tensor shift =
       ((maxima - maximum) / temperature)
           .masked_fill(maxima == -std::numeric_limits<double>::infinity(), 0.0);

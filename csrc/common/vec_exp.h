@@ -1,4 +1,4 @@
-// exp for arguments <= 0, as a softmax shifted by its maximum needs it; CPU vectors only.
+// exp for arguments <= 0, for a softmax shifted by its maximum; CPU vectors only.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -11,10 +11,10 @@ using at::vec::Vectorized;
 
 // Shifted and scaled exponential: exp(d * scale) for d = x - max <= 0.
 //
-// `clamp` is the d at which the result becomes exactly 0; callers clamp d there before they use it, so
-// that d * exp(d) is 0, not NaN, for x = -inf. NaN in d gives NaN out.
+// `clamp` is the d at which the result becomes exactly 0; callers clamp d to it first, so that d * exp(d) is 0, not
+// NaN, for x = -inf. NaN in d gives NaN out.
 //
-// `power(y)` is the same of y = d * factor, in whose units (bases differ by type) kNatural is 1 natural one.
+// `power(y)` takes y = d * factor instead, whose base differs by type; kNatural converts it to natural units.
 template <typename acc_t>
 struct ShiftedExp;
 
@@ -82,8 +82,8 @@ struct ShiftedExp<double> {
   static Vec power(Vec y) { return y.exp(); }
 };
 
-// max(a, b) in one instruction. A NaN in `b` survives, one in `a` does not (at::vec::maximum would
-// keep both, at three times the cost); callers find NaN through the sums.
+// max(a, b) in one instruction. A NaN in `b` is kept, one in `a` is not (at::vec::maximum would keep both, at
+// three times the cost); callers detect NaN through the sums.
 template <typename Vec>
 inline Vec fast_max(Vec a, Vec b) {
   return at::vec::clamp_min(b, a);

@@ -1,5 +1,5 @@
-// token_logprob of a head's output, a tile of logits at a time: the GEMMs are ATen's, the statistics
-// are the token_logprob ops of whichever device the tensors are on. See csrc/bindings.cpp.
+// token_logprob of a head's output, one tile of logits at a time: the GEMMs are ATen's, the statistics come from
+// the token_logprob ops of the tensors' device. See csrc/bindings.cpp.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// The state of a plan while it is made: which sequences share a bin (a microbatch without a rank yet).
+// The state of a plan in progress: the sequences of each bin (a microbatch without a rank yet).
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,7 @@ struct Bins {
 // Costliest first; equal costs in the order of their first sequences.
 std::vector<int32_t> by_cost(const Bins& bins, const std::vector<int32_t>& ids);
 
-// Exchanges sequences between the costliest group of bins and the cheapest ones until nothing helps.
+// Exchanges sequences between the costliest group of bins and the cheapest ones until no exchange helps.
 void refine(Bins& bins, std::vector<std::vector<int32_t>>& groups, int64_t steps);
 
 }  // namespace megarl::packing

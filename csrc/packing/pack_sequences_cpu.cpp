@@ -22,7 +22,7 @@ struct Ragged {
   const float* logprobs;  // or nullptr
 };
 
-// One sequence: where it lies in Ragged, and what all its tokens share.
+// One sequence: its range in Ragged, and the values that all its tokens share.
 struct Row {
   int64_t start;
   int64_t length;

@@ -14,7 +14,7 @@ namespace {
 namespace kernels = pack_sequences;
 using Fields = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Values of starts, lengths and cu_seqlens are checked by the kernel: looking at them here would wait for the device.
+// The kernel checks the values of starts, lengths and cu_seqlens: checking them here would sync the device.
 Fields pack_sequences_cuda(const at::Tensor& token_ids, const at::Tensor& loss_mask,
                            const std::optional<at::Tensor>& rollout_logprobs, const at::Tensor& starts,
                            const at::Tensor& lengths, const at::Tensor& rows, const at::Tensor& advantages,

@@ -27,7 +27,7 @@ struct Packed {
   float* logprobs;  // or null
 };
 
-// Sequence s: `lengths` tokens from `starts` on, and what all its positions share.
+// Sequence s: `lengths` tokens from `starts` on, and the values that all its positions share.
 struct Plan {
   const int64_t* starts;      // [S]
   const int32_t* lengths;     // [S], 0 for a dummy
@@ -83,7 +83,7 @@ __device__ __forceinline__ Position position_at(const Ragged& in, const Plan& pl
   return p;
 }
 
-// Writes positions `at` and `at + 1` of a field, the second only where `both`. `at` is even.
+// Writes positions `at` and `at + 1` of a field, the second only if `both`. `at` is even.
 __device__ __forceinline__ void store_pair(int64_t* field, int64_t at, int64_t first, int64_t second, bool both) {
   if (both) {
     *reinterpret_cast<longlong2*>(field + at) = {first, second};
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kThreads, 2) pack(const Ragged in, const Packe
   if (out.logprobs != nullptr) store_pair(out.logprobs, at, first.logprob, second.logprob, both);
 }
 
-// One field back to ragged order, one to the right: element 0 of a sequence is 0. T is any type of 2, 4 or 8 bytes.
+// Unpacks one field to ragged order, shifted one to the right: element 0 of a sequence is 0. T is any type of 2, 4
+// or 8 bytes.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     unpack(const T* __restrict__ values, int64_t num_packed, const int32_t* __restrict__ cu_seqlens,

@@ -1,4 +1,4 @@
-// Steps 1 to 3 of the planner (see planner.h): count, fill, deal.
+// Steps 1 to 3 of the planner (see planner.h): count, fill, assign to ranks.
 
 #include "packing/planner.h"
 
@@ -42,7 +42,7 @@ std::vector<double> sequence_costs(const PlanRequest& request) {
   return costs;
 }
 
-// Longest first, equal lengths in the caller's order. Counting sort, unless lengths are few and far between.
+// Longest first, equal lengths in the caller's order. Counting sort, unless lengths are few and sparse.
 Ids longest_first(const std::vector<int64_t>& lengths) {
   Ids order(lengths.size());
   if (lengths.empty()) {
@@ -65,7 +65,7 @@ Ids longest_first(const std::vector<int64_t>& lengths) {
   return order;
 }
 
-// A set of small integers that finds its least element at or above a bound in a few words.
+// A set of small integers that finds its least element at or above a bound by scanning a few words.
 class OrderedSet {
  public:
   explicit OrderedSet(int64_t size) {
@@ -96,7 +96,7 @@ class OrderedSet {
     }
   }
 
-  // -1 where there is none.
+  // -1 if there is none.
   int64_t least_from(int64_t bound) const {
     for (size_t height = 0; height < levels_.size(); ++height) {
       const int64_t word = bound / 64;
@@ -128,10 +128,10 @@ struct Packed {
   int32_t num_bins = 0;
 };
 
-// Each sequence into the fullest bin that has room. Bins with equal room form a stack, threaded through `below`.
+// Each sequence into the fullest bin with room. Bins with equal room form a stack, linked through `below`.
 Packed best_fit_decreasing(const std::vector<int64_t>& lengths, const Ids& order, int64_t max_tokens) {
   const int64_t sum = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
-  const int64_t capacity = std::min(max_tokens, sum);  // beyond the sum a budget changes nothing
+  const int64_t capacity = std::min(max_tokens, sum);  // a budget above the sum changes nothing
   if (capacity > kMaxRoom) {
     throw std::invalid_argument("packing: token budgets beyond 268,435,456 are not supported");
   }
@@ -173,7 +173,7 @@ int64_t count_bins(int64_t needed, const PlanRequest& request) {
   return request.num_ranks * request.group * ceil_div(per_rank, request.group);
 }
 
-// Costliest first into the cheapest bin with room; nothing when the budget is too tight for that.
+// Costliest first into the cheapest bin with room; empty if the budget is too tight.
 bool fill(Bins& bins, const Ids& order) {
   using Entry = std::pair<double, int32_t>;
   MinHeap<Entry> heap;
@@ -247,7 +247,7 @@ Ids all_of(size_t count) {
   return ids;
 }
 
-// Rows of one bin per rank, the costliest of a row to the rank that has least.
+// Rows of one bin per rank, the costliest of a row to the rank with the least cost.
 std::vector<Ids> deal_rows(const Bins& bins, int64_t num_ranks) {
   std::vector<Ids> ranks(num_ranks);
   std::vector<double> totals(num_ranks);
@@ -265,7 +265,7 @@ std::vector<Ids> deal_rows(const Bins& bins, int64_t num_ranks) {
   return ranks;
 }
 
-// Each bin to the rank that has least, whatever counts come out.
+// Each bin to the rank with the least cost, without equal counts.
 std::vector<Ids> deal_freely(const Bins& bins, int64_t num_ranks) {
   std::vector<Ids> ranks(num_ranks);
   MinHeap<std::pair<double, int32_t>> heap;

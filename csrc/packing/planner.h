@@ -1,4 +1,4 @@
-// The packing planner. tests/oracles/packing.py is its definition, step by step: both give the same plan.
+// The packing planner. tests/oracles/packing.py defines it, step by step: both give the same plan.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct PlanRequest {
 
 struct Plan {
   std::vector<int64_t> indices;      // [n], sequences of rank 0's microbatches, then of rank 1's, ...
-  std::vector<int64_t> offsets;      // [K + 1], where each microbatch begins in indices
+  std::vector<int64_t> offsets;      // [K + 1], start of each microbatch in indices
   std::vector<int64_t> rank_counts;  // [num_ranks], microbatches per rank
 };
 

@@ -20,7 +20,7 @@ struct Exchange {
   int32_t take_item = -1;  // -1: nothing, or the whole bin
 };
 
-// Something of the cheaper group, sorted by what it costs.
+// Candidates of the cheaper group, sorted by cost.
 struct Offer {
   double cost;
   int32_t item;
@@ -98,7 +98,7 @@ class ExchangeSearch {
     }
   }
 
-  // The sequence moves and nothing comes back; a bin must not end up empty.
+  // The sequence moves without an exchange; a bin must not end up empty.
   void move(int32_t give, int32_t item) {
     if (bins_.members[give].size() < 2) {
       return;

@@ -39,13 +39,12 @@ namespace {
 
 using at::vec::Vectorized;
 
-// Tokens whose sums are taken in order by one thread. Fixed, so that the result does not depend on the
-// number of threads.
+// Tokens that one thread sums in order. Fixed, so that the result does not depend on the number of threads.
 constexpr int64_t kChunk = 512;
 
 using Sums = std::array<double, kNumPolicySums>;
 
-// Tokens, a vector at a time. Those of weight 0 and what lies beyond the last one come as zeros, whatever they hold.
+// Tokens, one vector at a time. Those of weight 0, and lanes after the last token, read as zeros.
 template <typename T>
 class TokenVectors {
  public:
@@ -60,7 +59,7 @@ class TokenVectors {
     }
   }
 
-  // Tokens [i, i + n), n <= kSize; `mask` is where they count.
+  // Tokens [i, i + n), n <= kSize; `mask` selects those with weight.
   PolicyToken<Vec> load(int64_t i, int n, Vec* mask) const {
     const Vec zero(T(0)), weight = Vec::loadu(tokens_.weights + i, n);
     *mask = weight != zero;

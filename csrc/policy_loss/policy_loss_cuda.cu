@@ -22,7 +22,7 @@ kernels::Arguments<T> kernel_arguments(const PolicyArguments& arguments, const P
   return {arguments.tokens<T>(), options, arguments.logprobs.size(0), sequences ? arguments.sequence_sums.size(0) : 0};
 }
 
-// Values of sequence_ids are checked by the kernels: looking at them here would wait for the device.
+// The kernels check the values of sequence_ids: checking them here would sync the device.
 at::Tensor policy_sequence_sums_cuda(const at::Tensor& logprobs, const at::Tensor& old_logprobs,
                                      const OptionalTensor& rollout_logprobs, const at::Tensor& weights,
                                      const at::Tensor& sequence_ids, int64_t num_sequences) {

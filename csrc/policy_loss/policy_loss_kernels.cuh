@@ -1,4 +1,4 @@
-// Policy loss, its logged sums and its gradient, one kernel each way; the maths of a token is policy_loss_math.h.
+// Policy loss, its logged sums and its gradient, one kernel each way; policy_loss_math.h has the math of a token.
 // Sums are in double precision and in an order that depends on the number of tokens alone. No torch in here.
 #pragma once
 
@@ -13,7 +13,7 @@ constexpr int kPerThread = 4;
 constexpr int64_t kTokensPerBlock = kThreads * kPerThread;
 constexpr int kNumSequenceSums = 3;
 
-// Reads tokens for the kernels; indices are checked before they are followed.
+// Reads tokens for the kernels; checks indices before use.
 template <class T>
 struct Arguments {
   PolicyTokens<T> tokens;
@@ -30,7 +30,7 @@ struct Arguments {
   }
 };
 
-// Adds up sums[kNumPolicySums] over the block; thread k < kNumPolicySums returns sum k. At most one call per kernel,
+// Sums sums[kNumPolicySums] over the block; thread k < kNumPolicySums returns sum k. At most one call per kernel,
 // unless a barrier separates them.
 __device__ __forceinline__ double block_policy_sum(const double (&sums)[kNumPolicySums]) {
   MEGARL_SHARED(double, of_warp, [kWarps][kNumPolicySums]);
@@ -60,8 +60,8 @@ __device__ __forceinline__ double block_policy_sum(const double (&sums)[kNumPoli
   return total;
 }
 
-// Each block adds up its own kTokensPerBlock tokens into partial [blocks, 17]; the last one to finish adds up the
-// blocks, in their order, into sums [17]. counter is 0 before and after.
+// Each block sums its own kTokensPerBlock tokens into partial [blocks, 17]; the last one to finish sums the blocks,
+// in order, into sums [17]. counter is 0 before and after.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     forward(const Arguments<T> arguments, double* partial, unsigned* counter, double* sums) {
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   MEGARL_SHARED(double, of_warp, [kWarps][kNumSequenceSums]);
   const int64_t s = blockIdx.x;
   const int64_t begin = first_at_least(sequence_ids, num_tokens, s), end = first_at_least(sequence_ids, num_tokens, s + 1);
-  // With these, ids ascend from 0 to S - 1 exactly if every block finds only its own.
+  // Given these, ids ascend from 0 to S - 1 exactly if every block finds only its own.
   MEGARL_DEVICE_CHECK(s > 0 || begin == 0, "sequence_ids is outside the sequences, or does not ascend");
   MEGARL_DEVICE_CHECK(s + 1 < gridDim.x || end == num_tokens, "sequence_ids is outside the sequences, or does not ascend");
   double mine[kNumSequenceSums] = {};

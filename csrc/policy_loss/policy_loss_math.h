@@ -35,7 +35,7 @@ struct Lanes {
   static MEGARL_HD real where(bool condition, real yes, real no) { return condition ? yes : no; }
 };
 
-// What one token brings in. Fields without a tensor behind them are 0, and unused.
+// The inputs of one token. Fields without a tensor are 0, and unused.
 template <typename real>
 struct PolicyToken {
   real logprob, old_logprob, advantage, weight, entropy, ref_logprob, rollout_logprob;
@@ -95,7 +95,7 @@ enum PolicySum {
   kNumPolicySums,
 };
 
-// What the sums are made of; `count` is 1, flags are 0 or 1.
+// The terms of the sums; `count` is 1, flags are 0 or 1.
 template <typename real>
 struct PolicyTerms {
   real count, policy, off_policy, kl, ratio, clipped_low, clipped_high, dual_clipped, old_kl, corrected, exp_error,
@@ -114,7 +114,7 @@ MEGARL_HD Surrogate<real> surrogate(const PolicyToken<real>& token, real ratio, 
   using T = typename L::scalar;
   const real zero(T(0)), one(T(1)), low(T(1 - options.clip_low)), high(T(1 + options.clip_high));
   const real advantage = token.advantage, minus = zero - advantage;
-  const auto counts = advantage != zero;  // else 0, also where the ratio overflowed: 0 * inf has no meaning here
+  const auto counts = advantage != zero;  // 0 also if the ratio overflowed: 0 * inf would be NaN
   const auto below = ratio < low, above = ratio > high, bad = advantage < zero, good = advantage > zero;
   const real inside = L::where(below, low, L::where(above, high, ratio));
   Surrogate<real> result{zero, zero, zero, zero, zero};
@@ -193,7 +193,7 @@ MEGARL_HD real policy_ratio(const PolicyToken<real>& token, const PolicyOptions&
   return Lanes<real>::exp(options.sequence_level ? token.sequence_log_ratio : token.logprob - token.old_logprob);
 }
 
-// The larger one; NaN where either is.
+// The maximum; NaN if either is.
 template <typename sum_t>
 MEGARL_HD sum_t larger_or_nan(sum_t a, sum_t b) {
   return a != a || b <= a ? a : b;

@@ -3,7 +3,7 @@
 
 namespace megarl {
 
-// What a position hands to the one before it: the value of its state and its advantage. Beyond the end: zeros.
+// What a position passes to the previous one: the value of its state and its advantage. Zeros after the end.
 template <typename T>
 struct GaeCarry {
   T value;

@@ -6,7 +6,7 @@
 
 namespace megarl {
 
-// What is known of a group after reading it twice: for the mean, then for the deviations from it.
+// Statistics of a group from two passes: one for the mean, one for the deviations from it.
 struct GroupStatistics {
   int64_t size;
   double mean;

@@ -1,4 +1,4 @@
-// Boundaries of segments on a device. Wrong ones stop the kernel: they are never followed out of the tensors.
+// Boundaries of segments on a device. Invalid ones stop the kernel before an access outside the tensors.
 #pragma once
 
 #include "common/block_reduce.cuh"

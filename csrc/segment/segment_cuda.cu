@@ -1,5 +1,5 @@
 // Launchers of the segment kernels on CUDA. See csrc/bindings.cpp for the schemas. The kernels check the bounds of
-// segments: looking at them here would wait for the device.
+// segments: checking them here would sync the device.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

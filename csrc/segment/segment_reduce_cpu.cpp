@@ -1,4 +1,4 @@
-// Sums and means per segment on CPUs, added up in double precision. See csrc/bindings.cpp for the schemas.
+// Sums and means per segment on CPUs, accumulated in double precision. See csrc/bindings.cpp for the schemas.
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-// Masked sums and means per segment, one block per segment, added up in double precision and in a fixed order.
+// Masked sums and means per segment, one block per segment, accumulated in double precision in a fixed order.
 #pragma once
 
 #include "segment/segment_bounds.cuh"
@@ -13,7 +13,7 @@ struct SegmentSum {
   double sum, count;
 };
 
-// To all threads; at most one call per kernel.
+// Broadcasts to all threads; at most one call per kernel.
 __device__ __forceinline__ SegmentSum block_sum(SegmentSum mine) {
   constexpr int kWarps = kThreads / 32;
   MEGARL_SHARED(SegmentSum, of_warp, [kWarps]);

@@ -5,7 +5,7 @@
 
 namespace megarl {
 
-// What the sum of a segment (and each of its gradients) is multiplied with. A mean over nothing is 0.
+// Factor of a segment's sum (and of each of its gradients). A mean over nothing is 0.
 MEGARL_HD double segment_scale(double count, bool mean) {
   return !mean ? 1.0 : count > 0.0 ? 1.0 / count : 0.0;
 }

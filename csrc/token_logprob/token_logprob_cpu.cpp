@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kNumStats = 4;
 
-// The arguments every row needs, checked once.
+// The arguments that every row needs, checked once.
 template <typename scalar_t>
 struct Rows {
   using acc = acc_t<scalar_t>;
@@ -112,7 +112,7 @@ acc block_max(const acc* block, int64_t n) {
 }
 
 // Adds sum of exp(d) and of d * exp(d) over a block, d = (x - shift) / temperature; returns its maximum.
-// The shift comes as offset = shift * factor, so that d takes one instruction.
+// The shift is passed as offset = shift * factor, so that d takes one instruction.
 template <typename acc>
 acc block_sums(const acc* block, int64_t n, acc offset, const ShiftedExp<acc>& shifted_exp, double* sum,
                double* weighted) {
@@ -158,9 +158,9 @@ void row_stats(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t>* stats) {
   const acc target = target_column < 0 ? lowest : static_cast<acc>(row[target_column]);
   const ShiftedExp<acc> shifted_exp(rows.inverse_temperature(i));
 
-  // Any shift near the maximum will do, so one pass over memory is enough: the first block's maximum
-  // serves until a block exceeds it by so much that float sums would lose digits or overflow. That block
-  // is then added again from the cache.
+  // Any shift near the maximum works, so one pass over memory is enough: the first block's maximum is used until a
+  // block exceeds it by so much that float sums would lose digits or overflow. That block is then summed again
+  // from the cache.
   constexpr acc kSlack = 16;
   double shift = lowest;
   acc maximum = lowest;
@@ -173,7 +173,7 @@ void row_stats(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t>* stats) {
     }
     shift = to;
   };
-  // The vector code has the shift times the factor, rounded: the shift is that over the factor, unrounded.
+  // The vector code uses the rounded product of shift and factor: the actual shift is that over the factor.
   acc offset = 0;
   auto move_offset = [&](acc to) {
     offset = to * shifted_exp.factor;
@@ -197,7 +197,7 @@ void row_stats(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t>* stats) {
     sum += block_sum;
     weighted += block_weighted;
   }
-  if (minimum && lowest < target && target < *minimum) {  // here, and chosen by the sampler: in the support
+  if (minimum && lowest < target && target < *minimum) {  // in this shard, and sampled: part of the support
     maximum = std::max(maximum, target);
     if (shift == lowest || target > shift) move_shift(target);
     const double d = (target - shift) * shifted_exp.scale;
@@ -241,7 +241,7 @@ void row_gradient(const Rows<scalar_t>& rows, int64_t i, acc_t<scalar_t> maximum
   const int64_t target_column = rows.target_column(i);
   const acc target = target_column < 0 ? acc(0) : static_cast<acc>(row[target_column]);
 
-  // A shard whose logits are all -inf has no part in the row: any finite shift gives exponentials of 0.
+  // A shard whose logits are all -inf contributes nothing: any finite shift gives exponentials of 0.
   const acc finite_max = maximum == -std::numeric_limits<acc>::infinity() ? acc(0) : maximum;
   const Vec shift(finite_max), clamp(shifted_exp.clamp), constants(constant), slopes(slope);
   for (int64_t begin = 0; begin < rows.columns; begin += kBlock) {

@@ -104,14 +104,14 @@ __device__ __forceinline__ SoftmaxSums<acc_t<T>> thread_sums(const T* row, const
   return softmax.sums();
 }
 
-// stats[R, 4] from sums; `sums.weighted` is in base 2. The target belongs to the support even where it is masked.
+// stats[R, 4] from sums; `sums.weighted` is in base 2. The target belongs to the support even if it is masked.
 template <class T>
 __device__ __forceinline__ void store_stats(const Rows<T>& rows, int64_t i, SoftmaxSums<acc_t<T>> sums, acc_t<T> scale,
                                             acc_t<T>* stats) {
   using A = acc_t<T>;
   const int column = rows.target_column(i);
   const A target = column < 0 ? negative_infinity<A>() : A(widen(rows.row(i)[column]));
-  // A target of -inf adds nothing; combine takes parts of finite maximum, or with sums of 0.
+  // A target of -inf adds nothing; combine accepts parts with a finite maximum, or with sums of 0.
   if (rows.min_logit && target > negative_infinity<A>() && target < rows.min_logit[i]) {
     sums = combine(sums, {target, A(1), A(0)}, scale);
   }
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerSm<T>)
     forward(const Rows<T> rows, int num_splits, acc_t<T>* stats, SoftmaxSums<acc_t<T>>* partial) {
   using A = acc_t<T>;
   constexpr int kWarps = kThreads / 32;
-  MEGARL_SHARED(SoftmaxSums<A>, of_warp, [2][kWarps]);  // two, so that one barrier per item is enough
+  MEGARL_SHARED(SoftmaxSums<A>, of_warp, [2][kWarps]);  // double-buffered: one barrier per item is enough
   int parity = 0;
   for (int64_t item = blockIdx.x; item < rows.num_rows * num_splits; item += gridDim.x, parity ^= 1) {
     const int64_t i = item / num_splits;
@@ -172,7 +172,7 @@ template <class A>
 struct RowGradient {
   A scale, shift, constant, slope, on_target, minimum;
 
-  // Any maximum shifts alike as long as exp does not overflow; an empty one (-inf) has gradient 0 everywhere.
+  // Any maximum works as a shift as long as exp does not overflow; an empty one (-inf) has gradient 0 everywhere.
   template <class T>
   __device__ __forceinline__ RowGradient(const Rows<T>& rows, int64_t i, const A* row_max, const A* grad_stats)
       : scale(rows.base2_scale(i)), on_target(grad_stats[i * kNumStats + 2]) {

@@ -59,7 +59,7 @@ acc block_max(const acc* block, int64_t n) {
   return at::vec::vec_reduce_all<acc>([](Vec a, Vec b) { return fast_max(a, b); }, maximum);
 }
 
-// Where a weight is 0 the term is 0, whatever it is multiplied by.
+// If a weight is 0 its term is 0, whatever the other factor.
 template <typename Vec>
 Vec weigh(Vec weight, Vec value) {
   return Vec::blendv(weight * value, Vec(0), weight == Vec(0));
@@ -106,7 +106,7 @@ void row_stats(const scalar_t* student, const scalar_t* teacher, int64_t columns
     const acc* x = load_block<scalar_t>(student + begin, n, std::nullopt, buffers[0]);
     const acc* y = load_block<scalar_t>(teacher + begin, n, std::nullopt, buffers[1]);
     sums.raise_maxima(block_max(x, end), block_max(y, end), scale);
-    // Nothing finite so far: any shift will do, all weights are 0.
+    // No finite logit so far: any shift works, all weights are 0.
     const Vec student_shift(sums.student_max == kLowest<double> ? acc(0) : static_cast<acc>(sums.student_max));
     const Vec teacher_shift(sums.teacher_max == kLowest<double> ? acc(0) : static_cast<acc>(sums.teacher_max));
     const Vec clamp(shifted_exp.clamp);
@@ -144,7 +144,7 @@ at::Tensor vocab_kl_cpu(const at::Tensor& student, const at::Tensor& teacher, co
   return stats;
 }
 
-// Overwrites a row of student logits by gradient(x, y), block by block.
+// Overwrites a row of student logits with gradient(x, y), block by block.
 template <typename scalar_t, typename F>
 void overwrite_row(scalar_t* student, const scalar_t* teacher, int64_t columns, const F& gradient) {
   using acc = acc_t<scalar_t>;
@@ -184,7 +184,7 @@ void vocab_kl_backward_cpu(at::Tensor& student, const at::Tensor& teacher, const
       const acc* grad = grads.const_data_ptr<acc>() + kNumStats * i;
       const ShiftedExp<acc> shifted_exp(acc(1) / temperature_of(temperature, i));
       const acc scale = shifted_exp.scale;
-      // a shard whose logits are all -inf has no part in the row: with a finite shift its weights are 0
+      // a shard whose logits are all -inf contributes nothing: with a finite shift its weights are 0
       const Vec student_shift(maximum[0] == kLowest<acc> ? acc(0) : maximum[0]);
       const Vec teacher_shift(maximum[1] == kLowest<acc> ? acc(0) : maximum[1]), clamp(shifted_exp.clamp);
       const Vec constant((grad[1] + grad[4]) * scale), slope(grad[4] * scale * scale), other(grad[5] * scale);
@@ -192,7 +192,7 @@ void vocab_kl_backward_cpu(at::Tensor& student, const at::Tensor& teacher, const
       overwrite_row(row_of<scalar_t>(student, i), row_of<scalar_t>(teacher, i), columns, [&](Vec x, Vec y) {
         const Vec ds = x - student_shift, dt = y - teacher_shift;
         const Vec p = shifted_exp(fast_max(clamp, ds)), q = shifted_exp(fast_max(clamp, dt));
-        // without a reverse part an infinite ds - dt must not meet a slope of 0
+        // without a reverse part, an infinite ds - dt must not be multiplied by a slope of 0
         const Vec sloped = grad[4] == 0 ? p * constant : weigh(p, at::vec::fmadd(ds - dt, slope, constant));
         return sloped - q * other;
       });
@@ -200,8 +200,8 @@ void vocab_kl_backward_cpu(at::Tensor& student, const at::Tensor& teacher, const
   });
 }
 
-// A column of both distributions and their mixture M. Where p is 0, log_student is not to be used; where
-// q is 0, log_teacher.
+// A column of both distributions and their mixture M. log_student is undefined where p is 0, log_teacher where q
+// is 0.
 template <typename acc>
 struct Mixture {
   using Vec = Vectorized<acc>;

@@ -49,7 +49,7 @@ RowGrid grid_of(const at::Tensor& student) {
   return row_grid(student, student.size(0), kernels::kBlocksPerSm<T>, elements_per_block);
 }
 
-// A contiguous matrix of statistics [R, columns] (columns 0: a vector [R]) in the type they are kept in.
+// A contiguous matrix of statistics [R, columns] (columns 0: a vector [R]) in their dtype.
 at::Tensor take_stats(const char* op, const char* name, const at::Tensor& stats, int64_t columns,
                       const at::Tensor& student) {
   const bool vector = columns == 0;

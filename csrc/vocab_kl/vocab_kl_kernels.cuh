@@ -38,7 +38,7 @@ __device__ __forceinline__ PairSums<A> moved(const PairSums<A>& s, A student, A 
   return result;
 }
 
-// How far d moves when the maximum does. Nothing moves before there is a maximum.
+// How much d changes when the maximum does. 0 before there is a maximum.
 template <class A>
 __device__ __forceinline__ A distance(A maximum, A larger, A scale) {
   return maximum == larger ? A(0) : (maximum - larger) * scale;
@@ -68,7 +68,7 @@ __device__ __forceinline__ PairSums<A> warp_combine(const PairSums<A>& s, A scal
           warp_sum(r.teacher_gap)};
 }
 
-// What one thread keeps while it walks along two rows. Sums are relative to rounded shifts until sums() is called.
+// A thread's state while it walks along two rows. Sums are relative to rounded shifts until sums() is called.
 template <class A>
 class OnlinePair {
  public:
@@ -106,7 +106,7 @@ class OnlinePair {
  private:
   __device__ __forceinline__ void raise(A student_max, A teacher_max) {
     const A student = Shift<A>(student_max, scale_).value, teacher = Shift<A>(teacher_max, scale_).value;
-    // A shift of 0 stands for no maximum: all elements so far are -inf, for which any move is right, also none.
+    // A shift of 0 stands for no maximum: all elements so far are -inf, for which any change is correct, also none.
     const A by_student = sums_.student_max == negative_infinity<A>() ? A(0) : student_shift_ - student;
     const A by_teacher = sums_.teacher_max == negative_infinity<A>() ? A(0) : teacher_shift_ - teacher;
     sums_ = moved(sums_, by_student, by_teacher);
@@ -136,7 +136,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     forward(const LogitPairs<T> pairs, int num_splits, acc_t<T>* stats, PairSums<acc_t<T>>* partial) {
   using A = acc_t<T>;
-  MEGARL_SHARED(PairSums<A>, of_warp, [2][kWarps]);  // two, so that one barrier per item is enough
+  MEGARL_SHARED(PairSums<A>, of_warp, [2][kWarps]);  // double-buffered: one barrier per item is enough
   int parity = 0;
   for (int64_t item = blockIdx.x; item < pairs.num_rows * num_splits; item += gridDim.x, parity ^= 1) {
     const int64_t i = item / num_splits;
@@ -198,7 +198,7 @@ struct KlGradient {
   __device__ __forceinline__ A operator()(A x, A y) const {
     const A ds = fma(x, scale, -student_shift), dt = fma(y, scale, -teacher_shift);
     const A p = fast_exp2(ds), q = fast_exp2(dt);
-    const A weight = slope == A(0) ? constant : fma(ds - dt, slope, constant);  // 0 * inf is not asked for
+    const A weight = slope == A(0) ? constant : fma(ds - dt, slope, constant);  // avoids 0 * inf
     return (p == A(0) ? A(0) : p * weight) - q * of_teacher;
   }
 };

@@ -46,7 +46,7 @@ class PolicyLoss:
     is_mean: bool = True  # weights sum to 1 over the step (not with a fixed length)
 
     def __call__(self, tokens: LossTokens) -> LossResult:
-        """Loss with gradient to ``tokens.logprobs`` and, with an entropy_coef, to ``tokens.entropy``."""
+        """Return the loss, with gradient to ``tokens.logprobs`` and, if configured, ``tokens.entropy``."""
         assert tokens.advantages is not None
         options = self.options
         old = tokens.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
