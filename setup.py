@@ -1,7 +1,7 @@
-"""Builds the native extension megarl._C; everything else about the package is in pyproject.toml.
+"""Build the native extension megarl._C; everything else about the package is in pyproject.toml.
 
-CUDA kernels are built when FORCE_CUDA=1, or when both nvcc and a CUDA build of torch are present.
-CPU kernels use the widest vector instructions of the building machine, as megarl._C. A wheel is carried to
+CUDA kernels are built if FORCE_CUDA=1, or if both nvcc and a CUDA build of torch are present.
+CPU kernels use the widest vector instructions of the building machine, as megarl._C. A wheel is used on
 other machines: it has megarl._C_avx2 and megarl._C_avx512, of which megarl/ops/_load.py loads one
 (MEGARL_CPU_CAPABILITY=native or all overrides). Only commands that compile import torch.
 """
@@ -18,10 +18,10 @@ from typing import Any
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-# The toolkit of NVIDIA's wheels, which a CUDA environment holds whether or not the machine has one.
+# The toolkit of NVIDIA's wheels, which a CUDA environment contains whether or not the machine has one.
 WHEEL_TOOLKIT = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
 
-# at::vec picks its vector width from these definitions; they mirror how torch compiles its own kernels.
+# at::vec takes its vector width from these definitions; they mirror how torch compiles its own kernels.
 CPU_FLAGS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"],
     "AVX512": [
@@ -35,7 +35,7 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "install", "develop", "editabl
 
 
 def find_toolkit() -> str:
-    """Where nvcc is, CUDA_HOME set to match: the machine's toolkit before that of the wheels; "" for none."""
+    """Return nvcc's path and set CUDA_HOME to match: the machine's toolkit, else the wheels'; "" for none."""
     home = os.environ.get("CUDA_HOME")
     nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc")
     if nvcc is None and (WHEEL_TOOLKIT / "bin" / "nvcc").is_file():
@@ -45,7 +45,7 @@ def find_toolkit() -> str:
 
 
 def cudart_directory() -> str:
-    """A directory where the linker finds libcudart.so: wheels carry it under its versioned name only."""
+    """Return a directory where the linker finds libcudart.so; wheels have only its versioned name."""
     links = ROOT / "build" / "cudart"
     links.mkdir(parents=True, exist_ok=True)
     library = links / "libcudart.so"
@@ -55,7 +55,7 @@ def cudart_directory() -> str:
 
 
 def decide_cuda(cuda_version: str | None, nvcc: str) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and the reason to print; ends where they are wanted without nvcc."""
+    """Return whether to build the CUDA kernels, and why; exit if they are required but nvcc is missing."""
     if os.environ.get("FORCE_CUDA") == "1":
         if not Path(nvcc).is_file():
             where = f"no {nvcc}" if nvcc else "neither on PATH nor in CUDA_HOME"
@@ -71,7 +71,7 @@ def decide_cuda(cuda_version: str | None, nvcc: str) -> tuple[bool, str]:
 
 
 def modules_to_build(native: str) -> dict[str, str]:
-    """Extension module -> vector instructions. ``native`` is what the building machine has."""
+    """Return vector instructions by extension module. ``native`` are those of the building machine."""
     wanted = os.environ.get("MEGARL_CPU_CAPABILITY", "all" if "bdist_wheel" in sys.argv else "native")
     if wanted not in ("all", "native"):
         raise SystemExit(f"error: MEGARL_CPU_CAPABILITY is native or all (got {wanted})")
@@ -81,13 +81,13 @@ def modules_to_build(native: str) -> dict[str, str]:
 
 
 def native_extensions() -> dict[str, Any]:
-    """What setup() takes to build the extension modules; prints the decisions in one line."""
+    """Return setup()'s arguments for the extension modules; print the decisions in one line."""
     nvcc = find_toolkit()  # before torch.utils.cpp_extension is imported, which reads CUDA_HOME
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     cuda, reason = decide_cuda(torch.version.cuda, nvcc)
-    if cuda and not torch.cuda.is_available():  # nobody to ask: A100, H100, B200
+    if cuda and not torch.cuda.is_available():  # no GPU to detect: build for A100, H100, B200
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
     modules = modules_to_build(torch.backends.cpu.get_cpu_capability())
     widths = ", ".join(modules.values())
@@ -118,7 +118,7 @@ def native_extensions() -> dict[str, Any]:
 
 
 def python_packages() -> dict[str, Any]:
-    """The package, and in a wheel the shipped configurations as megarl/configs beside it."""
+    """Return the packages; in a wheel the shipped configurations are included as megarl/configs."""
     packages = find_packages(include=["megarl*"])
     if "bdist_wheel" not in sys.argv:
         return {"packages": packages}
@@ -133,6 +133,6 @@ def python_packages() -> dict[str, Any]:
 
 if __name__ == "__main__":
     # tools/setup_env.sh builds the extension in place, where ninja keeps the objects between builds;
-    # its editable install then needs the metadata alone.
+    # its editable install then needs only the metadata.
     compiles = not COMPILING.isdisjoint(sys.argv) and os.environ.get("MEGARL_METADATA_ONLY") != "1"
     setup(**python_packages(), **(native_extensions() if compiles else {}))

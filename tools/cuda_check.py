@@ -1,4 +1,4 @@
-"""Compiles every CUDA kernel with nvcc and reads the resource report; needs no GPU and no CUDA torch.
+"""Compile every CUDA kernel with nvcc and check the resource report; needs no GPU and no CUDA torch.
 
 For each csrc/*/*_kernels.cuh all template variants are compiled for sm_80, sm_90 and sm_100. The check fails
 on an error, on a register spill and on a stack frame (arrays in local memory), and prints registers, shared
@@ -26,7 +26,7 @@ CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]
 
 LOGITS = ["float", "__nv_bfloat16", "__half", "double"]
-# Header (without _kernels.cuh) -> its kernels with all template arguments they are launched with.
+# Header (without _kernels.cuh) -> its kernels with all template arguments used in launches.
 VARIANTS: dict[str, list[str]] = {
     "token_logprob/token_logprob": [
         *(
@@ -57,7 +57,7 @@ VARIANTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """Per-SM limits (CUDA programming guide, compute capabilities) that bound the resident blocks."""
+    """Per-SM limits on resident blocks (CUDA programming guide, compute capabilities)."""
 
     shared_bytes: int
     warps: int = 64
@@ -80,17 +80,17 @@ class Kernel:
     shared_bytes: int
 
     def resident_blocks(self, threads: int) -> int:
-        """Blocks of ``threads`` threads that fit on one SM at the same time."""
+        """Return the number of blocks of ``threads`` threads that fit on one SM at the same time."""
         device = DEVICES[self.arch]
         warps = -(-threads // 32)
         registers_per_warp = -(-self.registers // 8) * 8 * 32
-        shared = -(-self.shared_bytes // 128) * 128 + 1024  # 1 KiB of each block's is the system's
+        shared = -(-self.shared_bytes // 128) * 128 + 1024  # 1 KiB per block is reserved by the system
         by_registers = device.registers // registers_per_warp // warps
         return min(device.blocks, device.warps // warps, by_registers, device.shared_bytes // shared)
 
 
 def parse_report(report: str) -> Iterator[Kernel]:
-    """Reads the kernels out of ``nvcc -Xptxas -v`` (demangled)."""
+    """Parse the kernels of ``nvcc -Xptxas -v`` (demangled)."""
     entry = r"Compiling entry function '(?P<name>[^']*)' for '(?P<arch>sm_\w+?)a?'"
     stack = r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes"
     used = r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
@@ -110,7 +110,7 @@ def parse_report(report: str) -> Iterator[Kernel]:
 
 
 def check_variants() -> list[str]:
-    """What VARIANTS misses: headers, and kernels in them."""
+    """Return the headers and kernels that VARIANTS misses."""
     problems = []
     found = {str(p.relative_to(CSRC)).removesuffix("_kernels.cuh") for p in CSRC.glob("*/*_kernels.cuh")}
     problems += [
@@ -127,14 +127,14 @@ def check_variants() -> list[str]:
 
 
 def block_size(header: str) -> int:
-    """Threads per block: the header's kThreads."""
+    """Return the number of threads per block: the header's kThreads."""
     found = re.search(r"constexpr int kThreads = (\d+);", (CSRC / f"{header}_kernels.cuh").read_text())
     assert found, f"{header} has no kThreads"
     return int(found[1])
 
 
 def run_nvcc(nvcc: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit code and all output, demangled."""
+    """Return exit code and all output, demangled."""
     result = subprocess.run([nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     demangle = shutil.which("cu++filt") or shutil.which("c++filt")
     if demangle is None:
@@ -145,7 +145,7 @@ def run_nvcc(nvcc: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def compile_kernels(nvcc: str, header: str, arches: list[str], work: Path) -> tuple[list[Kernel], str]:
-    """Compiles all variants of one header; returns the kernels, or the compiler's message."""
+    """Compile all variants of one header; return the kernels, or the compiler's message."""
     source = work / f"{header.replace('/', '_')}.cu"
     pointers = "\n".join(
         f"    reinterpret_cast<const void*>(&megarl::{variant})," for variant in VARIANTS[header]
@@ -160,7 +160,7 @@ def compile_kernels(nvcc: str, header: str, arches: list[str], work: Path) -> tu
 
 
 def compile_launcher(nvcc: str, source: Path, work: Path) -> str:
-    """Compiles one *_cuda.cu for sm_90 against torch's headers; returns the message of a failure."""
+    """Compile one *_cuda.cu for sm_90 against torch's headers; return the message of a failure."""
     from torch.utils.cpp_extension import include_paths
 
     stub = work / "stub" / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # CPU builds of torch lack it
@@ -173,7 +173,7 @@ def compile_launcher(nvcc: str, source: Path, work: Path) -> str:
     return output if code else ""
 
 
-# Data of libc10_cuda, which a CPU build of torch lacks; its functions are bound when called, that is never.
+# Data of libc10_cuda, which a CPU build of torch lacks; its functions are bound when called, that is, never.
 STUB_SOURCE = (
     "namespace c10::cuda::CUDACachingAllocator { extern void* allocator; void* allocator = nullptr; }"
 )
@@ -190,7 +190,7 @@ if not libc.dlopen(sys.argv[1].encode(), RTLD_LAZY):
 
 
 def check_registration(nvcc: str, work: Path) -> list[str]:
-    """Links the launchers and loads them beside megarl._C: torch compares signatures with schemas."""
+    """Link the launchers and load them with megarl._C: torch compares signatures with schemas."""
     import torch
 
     stub, library = work / "stub.cpp", work / "launchers.so"
@@ -219,7 +219,7 @@ def check_registration(nvcc: str, work: Path) -> list[str]:
 
 
 def print_table(header: str, kernels: list[Kernel]) -> list[str]:
-    """Prints one line per kernel and architecture; returns what is wrong."""
+    """Print one line per kernel and architecture; return the problems."""
     threads, problems = block_size(header), []
     print(f"\n{header}_kernels.cuh, {threads} threads per block")
     print(f"  {'kernel':<50} {'arch':<7} registers  shared  blocks/SM  occupancy")
@@ -238,7 +238,7 @@ def print_table(header: str, kernels: list[Kernel]) -> list[str]:
 
 
 def check_headers(nvcc: str, headers: list[str], arches: list[str], work: Path) -> list[str]:
-    """Compiles and judges the kernels of all headers."""
+    """Compile and check the kernels of all headers."""
     problems: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda header: compile_kernels(nvcc, header, arches, work), headers)
@@ -254,7 +254,7 @@ def check_headers(nvcc: str, headers: list[str], arches: list[str], work: Path) 
 
 
 def check_launchers(nvcc: str, sources: list[Path], work: Path) -> list[str]:
-    """Compiles the launchers; prints one line each."""
+    """Compile the launchers; print one line each."""
     problems: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         messages = pool.map(lambda source: compile_launcher(nvcc, source, work), sources)
@@ -266,12 +266,12 @@ def check_launchers(nvcc: str, sources: list[Path], work: Path) -> list[str]:
 
 
 def main() -> int:
-    """Runs the check; 0 where nothing is wrong."""
+    """Run the check; return 0 if there are no problems."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", action="append", choices=list(DEVICES), help="only these architectures")
-    parser.add_argument("--only", default="", help="only files whose path holds this text")
+    parser.add_argument("--only", default="", help="only files whose path contains this text")
     parser.add_argument(
         "--with-torch", action="store_true", help="also compile and register the launchers (minutes)"
     )

@@ -1,8 +1,8 @@
-"""Proves the CUDA environment as far as a machine without a GPU can: `make cuda-env-check`.
+"""Check the CUDA environment as far as possible without a GPU: `make cuda-env-check`.
 
-Run by that environment's Python. Builds megarl._C with the CUDA kernels, sees that every op of
-csrc/bindings.cpp has one for CUDA, imports every module of megarl and every name that its sources take from
-other packages, late imports included.
+Run by that environment's Python. Builds megarl._C with the CUDA kernels, checks that every op of
+csrc/bindings.cpp has one for CUDA, and imports every module of megarl and every name that its sources import
+from other packages, late imports included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".setup" / "cuda-build"
-# What a GPU run loads by configuration or in other processes: no import statement of megarl names it.
+# Loaded by a GPU run through configuration or in other processes: no import statement of megarl names them.
 GPU_MODULES = (
     "cuda.bindings.runtime",
     "flashinfer",
@@ -48,12 +48,12 @@ GPU_MODULES = (
     "vllm.vllm_flash_attn._vllm_fa2_C",
     "vllm.vllm_flash_attn._vllm_fa3_C",
 )
-# Optional: what is imported from them is imported when a run asks for it.
+# Optional packages: imported only when a run asks for them.
 TRANSFORMER_ENGINE = ("transformer_engine", "megatron.core.extensions.transformer_engine")
 
 
 def build_extension(arch: str) -> None:
-    """megarl._C with its CUDA kernels, apart from the one in the tree."""
+    """Build megarl._C with its CUDA kernels, outside the tree."""
     environment = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # ninja
     places = ["--build-lib", str(BUILD), "--build-temp", str(BUILD / "objects")]
@@ -67,7 +67,7 @@ def build_extension(arch: str) -> None:
 
 
 def provide_driver() -> str:
-    """Loads libcuda.so.1; where there is none, one whose functions say that there is no device.
+    """Load libcuda.so.1; if there is none, a stub whose functions report that there is no device.
 
     vLLM's compiled libraries link to it; with it they load, and torch must have all their other symbols.
     """
@@ -91,17 +91,17 @@ def provide_driver() -> str:
     return f"none, {len(symbols)} functions of it stand in"
 
 
-# Their inputs are always on the host: rank 0 makes advantages there, of numpy arrays.
+# Their inputs are always on the host: rank 0 computes advantages there, from numpy arrays.
 HOST_OPS = {"gae", "group_advantage"}
 
 
 def declared_ops() -> list[str]:
-    """The ops that csrc/bindings.cpp gives a schema."""
+    """Return the ops with a schema in csrc/bindings.cpp."""
     return re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc" / "bindings.cpp").read_text())
 
 
 def ops_without_cuda(names: list[str]) -> list[str]:
-    """Those that a CUDA tensor would not find a kernel for; one made of other ops counts as having one."""
+    """Return the ops without a CUDA kernel; an op made of other ops counts as having one."""
     import torch
 
     def has_kernel(name: str) -> bool:
@@ -111,9 +111,9 @@ def ops_without_cuda(names: list[str]) -> list[str]:
 
 
 def foreign_names(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """(module, name or "", optional) of every absolute import in a file that does not lead into megarl.
+    """Yield (module, name or "", optional) of every absolute import in a file from outside megarl.
 
-    Optional is what stands in a `try` that catches ImportError, or under `if TYPE_CHECKING`.
+    Optional are imports in a `try` that catches ImportError, or under `if TYPE_CHECKING`.
     """
 
     def visit(node: ast.AST, optional: bool) -> Iterator[tuple[str, str, bool]]:
@@ -135,7 +135,7 @@ def foreign_names(path: Path) -> Iterator[tuple[str, str, bool]]:
 
 
 def why_not(module: str, name: str = "") -> str:
-    """Why `from module import name` fails; "" when it does not."""
+    """Return why `from module import name` fails; "" if it does not."""
     try:
         loaded = importlib.import_module(module)
         if name and name != "*" and not hasattr(loaded, name):
@@ -147,7 +147,7 @@ def why_not(module: str, name: str = "") -> str:
 
 
 def failing_imports() -> list[str]:
-    """Every import that fails, one line each; prints what is optional and absent."""
+    """Return every import that fails, one line each; print absent optional packages."""
     problems = []
     wanted: dict[tuple[str, str], tuple[bool, Path]] = {
         (module, ""): (False, Path(__file__)) for module in GPU_MODULES
@@ -172,14 +172,14 @@ def failing_imports() -> list[str]:
 
 
 def main() -> int:
-    """Runs the check; 0 where nothing is wrong."""
+    """Run the check; return 0 if there are no problems."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", default="9.0", help="what to build for, as TORCH_CUDA_ARCH_LIST has it")
-    parser.add_argument("--no-build", action="store_true", help="take the extension that was built last time")
+    parser.add_argument("--arch", default="9.0", help="architectures, in the form of TORCH_CUDA_ARCH_LIST")
+    parser.add_argument("--no-build", action="store_true", help="use the extension of the last build")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # of absent GPUs
+    warnings.simplefilter("ignore")  # about absent GPUs
     logging.disable(logging.WARNING)
     begin = time.monotonic()
     if not arguments.no_build:

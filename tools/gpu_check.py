@@ -1,13 +1,13 @@
-"""Ten minutes on one GPU: builds the extension, runs the tests marked gpu, measures what only a GPU can show.
+"""Check one GPU in ten minutes: build the extension, run the tests marked gpu, measure what needs a GPU.
 
-Each step is a process of its own with a limit of its own; whatever one of them does, the next one runs. A
-verdict (passed, failed, timeout or skipped) and the figures of every step go into one results.json, rewritten
-with every figure, and into one table. docs/performance.md says what the figures mean.
+Each step is a process with its own time limit; whatever one of them does, the next one runs. The verdict
+(passed, failed, timeout or skipped) and the figures of every step go into one results.json, rewritten with
+every figure, and into one table. docs/performance.md explains the figures.
 
-    python tools/gpu_check.py --prepare wheels               # where there is a network
-    python tools/gpu_check.py --wheels wheels --out results  # where the GPU, torch and nvcc are
+    python tools/gpu_check.py --prepare wheels               # on a machine with a network
+    python tools/gpu_check.py --wheels wheels --out results  # on the machine with the GPU, torch and nvcc
 
-Exit code 0: nothing failed; 1: a step failed or ran out of time; 2: the arguments make no sense.
+Exit code 0: nothing failed; 1: a step failed or timed out; 2: invalid arguments.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from typing import IO, Any
 from gpu_checks.report import EXIT_SKIPPED, MARK
 
 ROOT = Path(__file__).resolve().parents[1]
-_SHORTEST = 5.0  # seconds; with less than this left no step is begun
+_SHORTEST = 5.0  # seconds; no step is started with less time left
 PYTHON, PLATFORMS = "3.12", ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
-# What the steps import beyond torch and numpy; with these no other package is needed.
+# The steps' dependencies besides torch and numpy; no other package is needed.
 PACKAGES = (
     *("megatron-core", "pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *(
@@ -53,7 +53,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Step:
-    """One file of tools/gpu_checks. ``needs`` the extension: left out where there is none."""
+    """One file of tools/gpu_checks. A step that ``needs`` the extension is skipped without it."""
 
     name: str
     limit: float  # seconds
@@ -61,11 +61,11 @@ class Step:
     command: tuple[str, ...] = ()  # instead of the file
 
     def arguments(self, options: list[str]) -> list[str]:
-        """What to execute."""
+        """Return the command line."""
         return list(self.command) or [sys.executable, "-m", "gpu_checks", self.name, *options]
 
 
-# Together more than the nine minutes: no step is expected to take half of its limit.
+# More than nine minutes together: no step is expected to take half of its limit.
 STEPS = (
     Step("versions", 60, needs=False),
     Step("build", 240, needs=False),
@@ -82,7 +82,7 @@ STEPS = (
 
 @dataclass
 class Outcome:
-    """What is known of one step, from the moment it begins."""
+    """The state of one step, from its start."""
 
     verdict: str = "running"
     seconds: float = 0.0
@@ -91,7 +91,7 @@ class Outcome:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def take(self, message: dict[str, Any]) -> None:
-        """A message of gpu_checks/report.py."""
+        """Record a message of gpu_checks/report.py."""
         if "figure" in message:
             self.figures[message["figure"]] = message["value"]
         elif "problem" in message:
@@ -101,7 +101,7 @@ class Outcome:
 
 
 class Results:
-    """All outcomes; written whenever one changes, so that a killed run leaves what it had measured."""
+    """All outcomes; written whenever one changes, so a killed run keeps its measurements."""
 
     def __init__(self, folder: Path, steps: list[Step]) -> None:
         self.folder = folder
@@ -116,7 +116,7 @@ class Results:
             partial.replace(self.folder / name)
 
     def table(self) -> str:
-        """One line per step, and one for each thing that is wrong."""
+        """Return one line per step, and one per problem."""
         lines = [f"{'step':18} {'verdict':8} {'seconds':>7}  "]
         for name, outcome in self.outcomes.items():
             lines.append(f"{name:18} {outcome.verdict:8} {outcome.seconds:7.1f}  {outcome.summary}".rstrip())
@@ -124,14 +124,14 @@ class Results:
         return "\n".join(lines)
 
     def failed(self) -> bool:
-        """Whether a step failed or ran out of time."""
+        """Return True if a step failed or timed out."""
         return any(outcome.verdict in ("failed", "timeout") for outcome in self.outcomes.values())
 
 
 def run_step(
     step: Step, limit: float, results: Results, options: list[str], env: dict[str, str], log: IO[str]
 ) -> None:
-    """Run one step to its end or its limit, taking its messages as they come."""
+    """Run one step until its end or its limit, recording its messages."""
     outcome = results.outcomes[step.name] = Outcome()
     results.write()
     begin = time.monotonic()
@@ -141,7 +141,7 @@ def run_step(
         env=env,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that what it has started ends with it
+        start_new_session=True,  # so its child processes end with it
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -186,7 +186,7 @@ def run_step(
 
 
 def _message(line: str) -> dict[str, Any] | None:
-    """A line of gpu_checks/report.py; None for any other, and for one that two processes wrote at once."""
+    """Parse a line of gpu_checks/report.py; None for other lines, and for interleaved ones."""
     if not line.startswith(MARK):
         return None
     try:
@@ -197,7 +197,7 @@ def _message(line: str) -> dict[str, Any] | None:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End what is left of a step's processes."""
+    """End the remaining processes of a step."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -212,7 +212,7 @@ def _ending(code: int) -> str:
 def run_steps(
     steps: list[Step], results: Results, seconds: float, options: list[str], env: dict[str, str]
 ) -> None:
-    """All steps within ``seconds``; what there is no time for is skipped."""
+    """Run all steps within ``seconds``; skip those without time left."""
     deadline = time.monotonic() + seconds
     with (results.folder / "log.txt").open("w") as log:
         for step in steps:
@@ -230,15 +230,15 @@ def run_steps(
 
 
 def built() -> bool:
-    """Whether megarl._C for this Python lies in its place."""
+    """Return True if megarl._C for this Python is built in the tree."""
     return any((ROOT / "megarl").glob(f"_C.cpython-{sys.version_info[0]}{sys.version_info[1]}-*.so"))
 
 
-# --- what travels to a machine without a network -----------------------------------------------------------
+# --- wheels for a machine without a network ----------------------------------------------------------------
 
 
 def pinned(name: str) -> str | None:
-    """``name==version`` as the project pins it, where it does: for CUDA first, then for CPUs."""
+    """Return ``name==version`` as the project pins it, for CUDA first, then for CPUs; None if it does not."""
     spelled = re.compile(rf"(?<![\w.-]){'[-_.]'.join(name.split('-'))}\s*==\s*([\w.]+)", re.IGNORECASE)
     for file in ("requirements/cuda.lock", "requirements/cpu.lock", "pyproject.toml"):
         path = ROOT / file
@@ -249,12 +249,12 @@ def pinned(name: str) -> str | None:
 
 
 def requirements() -> list[str]:
-    """What to bring: at the project's versions, and else the newest."""
+    """Return the requirements: at the project's versions, else the newest."""
     return [pinned(name) or name for name in PACKAGES]
 
 
 def prepare(folder: Path) -> int:
-    """Download the wheels for the other machine into ``folder``; returns an exit code."""
+    """Download the wheels for the other machine into ``folder``; return an exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.whl"):
         old.unlink()
@@ -281,20 +281,20 @@ def _pips() -> Iterator[list[str]]:
 
 
 def unpack(wheels: Path, site: Path) -> None:
-    """Make the wheels importable from ``site``: pure unpacking, which needs no pip and no network."""
+    """Make the wheels importable from ``site`` by unpacking them, without pip and network."""
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
 
 
 def environment(site: Path) -> dict[str, str]:
-    """Variables of every step: this tree, the wheels, and no looking for anything outside."""
+    """Return the environment variables of every step: this tree, the wheels, no network access."""
     paths = [str(site), str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return inherited | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # the host's name may lead nowhere
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # the host's name may not resolve
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -302,16 +302,16 @@ def environment(site: Path) -> dict[str, str]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     names = [step.name for step in STEPS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for results.json, table.txt, log.txt and a trace")
-    parser.add_argument("--wheels", type=Path, help="what --prepare made; without it the packages are here")
-    parser.add_argument("--prepare", type=Path, metavar="DIR", help="download the wheels into DIR and end")
-    parser.add_argument("--only", default="", help=f"steps, with commas between them: {','.join(names)}")
+    parser.add_argument("--wheels", type=Path, help="folder of --prepare; without it, installed packages")
+    parser.add_argument("--prepare", type=Path, metavar="DIR", help="download the wheels into DIR and exit")
+    parser.add_argument("--only", default="", help=f"steps, separated by commas: {','.join(names)}")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together; default 9")
     parser.add_argument(
-        "--quick", action="store_true", help="small sizes, for a dry run: figures mean nothing"
+        "--quick", action="store_true", help="small sizes, for a dry run: figures are meaningless"
     )
     parser.add_argument(
         "--stretch", type=float, default=1.0, help="multiplies every limit, for slow machines"
@@ -331,7 +331,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prepare, or run the steps; returns the exit code."""
+    """Prepare, or run the steps; return the exit code."""
     parsed = parse_arguments(arguments)
     if parsed.prepare is not None:
         return prepare(parsed.prepare)
@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = [Step(step.name, step.limit * parsed.stretch, step.needs) for step in chosen]
     parsed.out.mkdir(parents=True, exist_ok=True)
     results = Results(parsed.out, steps)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the finally below
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so the finally below runs
     with tempfile.TemporaryDirectory(prefix="gpu_check") as work:
         if parsed.wheels is not None:
             unpack(parsed.wheels, Path(work))

@@ -1,4 +1,4 @@
-"""Who imports whom in a package, read from its source: while loading, later, or for types alone.
+"""Extract a package's import graph from its source: imports at load time, late, or for types alone.
 
 Import paths in strings (those of megarl/jobs.py, a user's environment) do not count.
 """
@@ -20,7 +20,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Import:
-    """One module imports another; ``target`` is a module of the package where it is one, else a library."""
+    """One import; ``target`` is a module of the package, or else a library."""
 
     source: str
     target: str
@@ -29,7 +29,7 @@ class Import:
 
 
 def modules_of(root: Path, package: str) -> dict[str, Path]:
-    """Every module of a package by name."""
+    """Return every module of a package by name."""
     found = {}
     for path in sorted((root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -38,7 +38,7 @@ def modules_of(root: Path, package: str) -> dict[str, Path]:
 
 
 def all_imports(root: Path, package: str) -> list[Import]:
-    """Every import in a package's modules; ``from a import b`` is a.b where that is a module, else a."""
+    """Return every import in a package's modules; ``from a import b`` is a.b if that is a module, else a."""
     ours = modules_of(root, package)
     return [each for name, path in ours.items() for each in _imports_of(name, path, ours)]
 
@@ -69,7 +69,7 @@ def _statements(node: ast.AST, kind: Kind) -> Iterator[tuple[ast.Import | ast.Im
 
 
 def cycles(imports: list[Import], kinds: Collection[Kind] = KINDS) -> list[list[str]]:
-    """Groups of modules that reach one another by imports of these kinds, each sorted.
+    """Return groups of modules that reach one another by imports of these kinds, each sorted.
 
     A package's ``__init__`` runs before its modules; that alone is no edge.
     """

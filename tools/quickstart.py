@@ -1,7 +1,7 @@
-"""The main job in one command: tiny model -> SFT warm-up -> GRPO with an engine -> report.
+"""Run the quickstart: tiny model -> SFT warm-up -> GRPO with an engine -> report.
 
-Interrupted, it goes on where it stopped when started again. ``--seed N`` (N > 1) and overrides such as
-``rollout.engine.backend=hf`` run in a directory of their own.
+Start it again to resume an interrupted run. ``--seed N`` (N > 1) and overrides such as
+``rollout.engine.backend=hf`` run in separate directories.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def show(run: Path) -> int:
-    """Print what summary.json says and name the report."""
+    """Print the figures of summary.json and the path of the report."""
     summary = json.loads((ROOT / run / "summary.json").read_text())
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     print(

@@ -1,10 +1,10 @@
-"""Runs the last command block of every guide in docs/guides/, and says how long each took.
+"""Run the last command block of every guide in docs/guides/, and report each one's time.
 
 python tools/run_guides.py            all guides
 python tools/run_guides.py eval sft   some of them
 python tools/run_guides.py --list     show the commands
 
-Exit code 1 when one fails or takes longer than 5 minutes, which is what the guides promise (--limit).
+Exit code 1 if one fails or takes longer than 5 minutes, which the guides promise (--limit).
 Output goes to runs/guides/NAME.log.
 """
 
@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def last_command(text: str) -> str:
-    """The last fenced block of a page; ValueError where there is none, or it is in another language."""
+    """Return the last fenced block of a page; ValueError if there is none, or its language is another."""
     blocks = _BLOCK.findall(text)
     if not blocks:
         raise ValueError("no command block")
@@ -36,7 +36,7 @@ def last_command(text: str) -> str:
 
 
 def run(command: str, log: Path, limit: float) -> tuple[str, float]:
-    """What became of the command ("ok", or why not), and its seconds; after ``limit`` it is ended."""
+    """Return "ok" or the failure, and the seconds; end the command after ``limit``."""
     started = time.monotonic()
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -60,7 +60,7 @@ def run(command: str, log: Path, limit: float) -> tuple[str, float]:
 
 
 def main() -> int:
-    """Run what was asked for."""
+    """Run the requested guides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -80,8 +80,8 @@ def vocab_kl_topk(
     """Return the forward KL [R] from a teacher's top-k: sum_k q_k (log q_k - log p[id_k]).
 
     Gradient to the student only. logits [R, V_shard]; teacher_ids [R, K] int64 global and distinct within a
-    row; teacher_logprobs [R, K]. With renormalize the K probabilities are scaled to sum to 1 (0 then means that
-    the student matches on the K ids); without, the teacher's remaining mass is ignored. The backward
+    row; teacher_logprobs [R, K]. With renormalize the K probabilities are scaled to sum to 1 (0 then means
+    that the student matches on the K ids); without, the teacher's remaining mass is ignored. The backward
     overwrites logits.
     """
     if teacher_ids.shape != teacher_logprobs.shape or teacher_ids.shape[:1] != logits.shape[:1]:

@@ -1,1 +1,1 @@
-"""The steps of tools/gpu_check.py, one file each: ``run(report)`` measures, tells and checks."""
+"""The steps of tools/gpu_check.py, one file each: ``run(report)`` measures, checks and reports."""

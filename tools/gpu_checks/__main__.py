@@ -12,7 +12,7 @@ from gpu_checks.report import EXIT_SKIPPED, Report, SkipStep
 
 
 def main() -> int:
-    """Run the step; 0, 1 where something is wrong, EXIT_SKIPPED where it cannot be run here."""
+    """Run the step; return 0, 1 for a problem, EXIT_SKIPPED if it cannot run here."""
     parser = argparse.ArgumentParser()
     parser.add_argument("step")
     parser.add_argument("--out", type=Path, required=True)

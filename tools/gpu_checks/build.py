@@ -1,7 +1,7 @@
-"""The extension for this card, with the toolkit as it lies here, and what it registers.
+"""Build the extension for this GPU with the local toolkit, and check what it registers.
 
-A toolkit may be nvcc alone: then the headers and libcudart come from the wheels that torch brought. An
-extension that lies in the folder of the wheels is taken where the build fails, so that the rest can go on.
+A toolkit may be nvcc alone: then the headers and libcudart come from the wheels of torch. If the build fails,
+an extension in the folder of the wheels is used, so the other steps can run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from gpu_checks.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
-STAMP = ROOT / "build" / "gpu_check.stamp"  # what was built here last; ignored by git
+STAMP = ROOT / "build" / "gpu_check.stamp"  # fingerprint of the last build; ignored by git
 MOST_JOBS = 16
 
 
 def run(report: Report) -> None:
-    """Builds where the sources have changed since this script last built them here."""
+    """Build if the sources have changed since this script last built them here."""
     import torch
 
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
@@ -43,7 +43,7 @@ def run(report: Report) -> None:
         report.problem("setup.py build_ext failed: log.txt says why")
         brought = report.wheels / name if report.wheels else target
         if brought == target or not brought.is_file():
-            target.unlink(missing_ok=True)  # of other sources, or for another card
+            target.unlink(missing_ok=True)  # of other sources, or for another GPU
             return
         shutil.copy(brought, target)
         how = f"taken from {brought.parent}"
@@ -56,7 +56,7 @@ def run(report: Report) -> None:
 
 
 def _fingerprint(torch_version: str, arch: str) -> str:
-    """Of everything that the build depends on."""
+    """Return the fingerprint of everything the build depends on."""
     digest = hashlib.sha256(f"{torch_version} {arch} {sys.version}".encode())
     for path in sorted([ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]):
         digest.update(path.read_bytes())
@@ -64,7 +64,7 @@ def _fingerprint(torch_version: str, arch: str) -> str:
 
 
 def _build(arch: str) -> bool:
-    """``setup.py build_ext --inplace``; whether it succeeded."""
+    """Run ``setup.py build_ext --inplace``; return True on success."""
     with tempfile.TemporaryDirectory() as work:
         env = os.environ | {
             "FORCE_CUDA": "1",
@@ -87,7 +87,7 @@ def _build(arch: str) -> bool:
 
 
 def toolkit() -> Path | None:
-    """Where nvcc's toolkit lies. ``nvcc`` may be a script elsewhere, which torch would take for its place."""
+    """Return nvcc's toolkit. ``nvcc`` may be a script elsewhere, whose directory torch would use instead."""
     if "CUDA_HOME" in os.environ:
         return Path(os.environ["CUDA_HOME"])
     if shutil.which("nvcc") is None:
@@ -98,7 +98,7 @@ def toolkit() -> Path | None:
 
 
 def missing_parts(home: Path | None, work: Path) -> dict[str, list[str]]:
-    """Search paths for what the toolkit lacks and torch's wheels have: CUDA's headers, libcudart to link."""
+    """Return search paths for parts that only torch's wheels have: CUDA's headers, libcudart to link."""
     found: dict[str, list[str]] = {}
     roots = [Path(path) for path in sys.path if path]
     wheels = [part for root in roots for part in root.glob("nvidia/cu1*") if part.is_dir()]
@@ -113,7 +113,7 @@ def missing_parts(home: Path | None, work: Path) -> dict[str, list[str]]:
 
 
 def _registered() -> tuple[list[str], list[str]]:
-    """Names of the ops that run on a GPU, and of those that run on a CPU only."""
+    """Return the names of the ops that run on a GPU, and of those that run on a CPU only."""
     import torch
 
     import megarl.ops

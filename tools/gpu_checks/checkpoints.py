@@ -32,7 +32,7 @@ TINY_MOE = TINY | {
     "moe_intermediate_size": 128,
     "norm_topk_prob": True,
 }
-# The width and vocabulary of Qwen3-0.6B, and as many layers as make a step long enough to look at.
+# The width and vocabulary of Qwen3-0.6B, with enough layers for a measurable step.
 SMALL = TINY | {
     "vocab_size": 151_936,
     "hidden_size": 1024,
@@ -46,7 +46,7 @@ SMALL = TINY | {
 
 
 def write(config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """``folder`` with config.json and random weights; returns its path."""
+    """Write config.json and random weights to ``folder``; return its path."""
     from safetensors.torch import save_file
 
     from megarl.models import load_architecture
@@ -65,7 +65,7 @@ def write(config: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float
 def sequences(
     seed: int, count: int, shortest: int, longest: int, vocab: int, prompts: int = 0
 ) -> tuple[Any, np.ndarray]:
-    """Random sequences [S] and advantages [S]; of ``prompts`` tokens each, 8 neighbours have the same."""
+    """Return random sequences [S] and advantages [S]; 8 neighbours share a prompt of ``prompts`` tokens."""
     from megarl.records import TokenSequence, TrainBatch
 
     draw = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Attention over context-parallel ranks on the GPU's kernels, forward and backward, against float64.
+"""Check context-parallel attention on the GPU's kernels, forward and backward, against float64.
 
 A group of one rank runs the same code: two chunks per sequence, joined by their log-sum-exps. Chunks of 64
 and 65 tokens, since the kernel reads the log-sum-exps in rows of 32.
@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def run(report: Report) -> None:
-    """Every chunk length, type and prefix by itself: one that raises does not hide the others."""
+    """Check every chunk length, dtype and prefix separately: an exception does not hide the others."""
     store = torch._C._distributed_c10d.HashStore()
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     worst: dict[str, float] = {}
@@ -41,7 +41,7 @@ def run(report: Report) -> None:
 
 
 def _error(chunk: int, dtype: torch.dtype, prefixed: bool) -> float:
-    """Largest difference of output and gradients, relative to each one's largest value."""
+    """Return the largest difference of output and gradients, relative to each one's largest value."""
     from megarl.trainer.megatron.context_attention import context_parallel_attention
 
     lengths = [2 * chunk, 2 * chunk, 4 * chunk]

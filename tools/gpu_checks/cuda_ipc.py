@@ -1,4 +1,4 @@
-"""Weights shared with another process through cudaIpc, which sees them at once; so does one after a kill."""
+"""Share weights with another process through cudaIpc: writes are visible at once, also after a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS = 30.0  # for a process to start, import torch and answer
 
 
 def run(report: Report) -> None:
-    """The owner writes, the reader must see it without being told; and the other way round."""
+    """Write as owner and read as reader, without a signal in between; and the reverse."""
     from megarl.weights.shared_storage import pool_parameters, share_parameters
 
     rows = 64 if report.quick else 8192
@@ -34,12 +34,12 @@ def run(report: Report) -> None:
         "reader_memory_mib", (free - torch.cuda.mem_get_info()[0]) / 2**20
     )  # mostly its CUDA context
     exchange(report, reader, params, "first")
-    reader.process.kill()  # as an engine dies: while it has the memory mapped
+    reader.process.kill()  # like a dying engine: with the memory mapped
     reader.process.join()
     again = Reader(share_parameters(params, []))
     report.figure("open_after_kill_ms", again.open_ms)
     exchange(report, again, params, "after a kill")
-    same = Reader(owner)  # the record that the first one was given
+    same = Reader(owner)  # with the record given to the first one
     exchange(report, same, params, "after a kill, with the first record")
     for left in (again, same):
         left.ask("end")
@@ -51,7 +51,7 @@ def run(report: Report) -> None:
 
 
 class Reader:
-    """A process that has the parameters mapped."""
+    """A process that has mapped the parameters."""
 
     def __init__(self, owner: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -62,7 +62,7 @@ class Reader:
         self.open_ms: float = self._answer()
 
     def ask(self, *question: Any) -> Any:
-        """Its answer; a problem there is raised here."""
+        """Return its answer; re-raise an exception of that process."""
         self.pipe.send(question)
         return self._answer() if question[0] != "end" else None
 
@@ -76,7 +76,7 @@ class Reader:
 
 
 def exchange(report: Report, reader: Reader, params: dict[str, torch.Tensor], when: str) -> None:
-    """One write on each side, read on the other."""
+    """Write once on each side, and read on the other."""
     with torch.no_grad():
         for param in params.values():
             param.mul_(0.5).add_(1)

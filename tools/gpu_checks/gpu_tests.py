@@ -1,4 +1,4 @@
-"""The tests marked gpu: every op against itself on a CPU, memory shared between processes."""
+"""Run the tests marked gpu: every op against its CPU version, memory shared between processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARKS = ("mark.gpu",)
 
 
 def files() -> list[str]:
-    """Files with such tests; the others import packages that need not be here."""
+    """Return the files with such tests; the others import packages that may be missing."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if path.parts[-2] != "fake_cuda" and any(mark in path.read_text() for mark in MARKS):
@@ -24,13 +24,13 @@ def files() -> list[str]:
 
 
 def run(report: Report) -> None:
-    """Counts as they come, and the name of each that fails."""
+    """Report counts as they come, and the name of each failing test."""
     for name in ("pytest", "pytest_timeout"):
         if find_spec(name) is None:
             raise SkipStep(f"{name} is not installed")
     counts = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--durations=10", "--tb=short"]
-    # Of the plugins that happen to be installed only the one that the configuration asks for.
+    # Of the installed plugins, load only the one that the configuration needs.
     env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command += [
         "-p",

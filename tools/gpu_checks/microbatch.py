@@ -1,7 +1,7 @@
-"""What one microbatch asks of the host: kernels launched, waits for the device, and where these are.
+"""Measure the host work of one microbatch: kernel launches, device syncs, and their locations.
 
 A step of SFT and one of GRPO (shared prompts, logprobs before the update) of a model of Qwen3-0.6B's width
-and vocabulary: once plain, for the time; once with torch's warnings at every wait; once under its profiler,
+and vocabulary: once plain, for the time; once with torch's warnings at every sync; once under its profiler,
 whose trace goes to trace.json.gz.
 """
 
@@ -30,7 +30,7 @@ MOST_BYTES = 15 * 2**20  # of the trace
 
 
 def run(report: Report) -> None:
-    """Both kinds of step; the profiler comes last, since it is what most easily breaks."""
+    """Measure both kinds of step; the profiler comes last, since it breaks most easily."""
     config = checkpoints.TINY if report.quick else checkpoints.SMALL
     with tempfile.TemporaryDirectory() as work:
         begin = time.perf_counter()
@@ -48,7 +48,7 @@ def run(report: Report) -> None:
 
 
 def build(folder: str, budget: int) -> Any:
-    """A trained policy on one rank."""
+    """Build a trained policy on one rank."""
     from megarl.config.model import ModelConfig
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
@@ -72,7 +72,7 @@ def build(folder: str, budget: int) -> Any:
 def make_steps(
     policy: Any, config: dict[str, Any], quick: bool
 ) -> Iterator[tuple[str, tuple[Callable[[], None], int, int]]]:
-    """Name -> (the step, packed already, its microbatches, its tokens)."""
+    """Yield name -> (the packed step, its microbatches, its tokens)."""
     from megarl.losses.policy import PolicyLoss
     from megarl.losses.sft import sft_loss
     from megarl.ops.policy_loss import PolicyLossOptions
@@ -97,7 +97,7 @@ def make_steps(
 def timed(
     report: Report, policy: Any, name: str, step: Callable[[], None], num_microbatches: int, num_tokens: int
 ) -> None:
-    """Seconds of a warm step, and the share of the card's matrix products it reaches (6 N T FLOPs)."""
+    """Time a warm step, and its share of the GPU's matrix-product rate (6 N T FLOPs)."""
     times = []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2 if report.quick else 5):
@@ -108,7 +108,7 @@ def timed(
         times.append(time.perf_counter() - begin)
     seconds = sorted(times[1:])[len(times[1:]) // 2]
     parameters = sum(p.numel() for p in policy.params.values())
-    passes = 6 if name == "sft" else 8  # forward 2, backward 4, and the logprobs before: 2 more
+    passes = 6 if name == "sft" else 8  # forward 2, backward 4, logprobs before the step 2
     report.figure(
         f"{name}_step",
         {
@@ -125,7 +125,7 @@ def timed(
 
 @contextmanager
 def counting_waits(found: Counter[str]) -> Iterator[None]:
-    """Count torch's warnings at waits for the device by the innermost line of MegaRL or Megatron."""
+    """Count torch's sync warnings by the innermost line of MegaRL or Megatron."""
     packages = _packages()
 
     def seen(message: Any, *rest: Any, **named: Any) -> None:
@@ -147,14 +147,14 @@ def counting_waits(found: Counter[str]) -> Iterator[None]:
 
 
 def _packages() -> tuple[str, ...]:
-    """Folders of MegaRL and Megatron-Core, with a slash at their ends."""
+    """Return the folders of MegaRL and Megatron-Core, with trailing slashes."""
     places = [find_spec(name) for name in ("megarl", "megatron.core") if find_spec(name.split(".")[0])]
     folders = [f for place in places if place is not None for f in place.submodule_search_locations or ()]
     return tuple(f"{folder}/" for folder in folders)
 
 
 def waits(report: Report, name: str, step: Callable[[], None], num_microbatches: int) -> None:
-    """Waits per step and where; those of a forward pass alone count for GRPO's first pass as well."""
+    """Report syncs per step and their lines; those of a forward pass also count for GRPO's first pass."""
     found: Counter[str] = Counter()
     with counting_waits(found):
         step()
@@ -165,7 +165,7 @@ def waits(report: Report, name: str, step: Callable[[], None], num_microbatches:
 
 
 def profiled(report: Report, name: str, step: Callable[[], None], num_microbatches: int) -> None:
-    """Kernels per microbatch, the longest of them, and the share of the time that the device is busy."""
+    """Report kernels per microbatch, the longest of them, and the device's busy share of the time."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
@@ -175,7 +175,7 @@ def profiled(report: Report, name: str, step: Callable[[], None], num_microbatch
         seconds = time.perf_counter() - begin
     events = profile.events()
     on_host = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    ranges = set(on_host)  # the device shows them too, around their kernels
+    ranges = set(on_host)  # also shown on the device, around their kernels
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     on_device = [event for event in on_device if event.name not in ranges]
     copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in on_device)
@@ -201,7 +201,7 @@ def profiled(report: Report, name: str, step: Callable[[], None], num_microbatch
 
 
 def keep_trace(report: Report, profile: Any) -> None:
-    """The trace, packed, if it is small enough to carry home."""
+    """Keep the trace, compressed, if it is small enough to copy."""
     with tempfile.TemporaryDirectory() as work:
         plain = Path(work) / "trace.json"
         profile.export_chrome_trace(str(plain))

@@ -1,4 +1,4 @@
-"""Every native op against its floor: the bytes it must move, or the FLOPs it must do (docs/kernels.md)."""
+"""Compare every native op with its floor: the bytes it must move, or its FLOPs (docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_checks.report import Report
 from gpu_checks.timing import copy_bandwidth, device_seconds, gemm_rate, graph_seconds
 
 GOAL = 0.9
-# Bytes and bf16 FLOP per second, from NVIDIA's data sheets; the first name that the card's contains.
+# Bytes and bf16 FLOP per second, from NVIDIA's data sheets; the first name contained in the GPU's.
 CARDS = {
     "H200": (4.8e12, 989e12),
     "H100 PCIe": (2.0e12, 756e12),
@@ -25,7 +25,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call, and the least it can move (bytes) and compute (FLOPs). ``bound`` of launches: no goal."""
+    """One call, with the minimum it moves (bytes) and computes (FLOPs). Launch-bound calls have no goal."""
 
     name: str
     call: Callable[[], Any]
@@ -35,7 +35,7 @@ class Case:
 
 
 def run(report: Report) -> None:
-    """Ceilings as measured, then each op; the slow ones first."""
+    """Measure the ceilings, then each op; the slow ones first."""
     copy, gemm = copy_bandwidth(report.quick), gemm_rate(report.quick)
     card = torch.cuda.get_device_name()
     sheet = next((rates for name, rates in CARDS.items() if name in card), (copy, gemm))
@@ -61,20 +61,20 @@ def run(report: Report) -> None:
 
 
 def measure(report: Report, case: Case, sheet: tuple[float, float], ceilings: tuple[float, float]) -> float:
-    """Share of the data sheet's floor that the case reaches."""
+    """Return the case's share of the data sheet's floor."""
     seconds = (graph_seconds(case.call) if case.launch_bound else None) or device_seconds(case.call)
     floor = max(case.num_bytes / sheet[0], case.flops / sheet[1])
     reachable = max(case.num_bytes / ceilings[0], case.flops / ceilings[1])
     figures = {"us": 1e6 * seconds, "floor_us": 1e6 * floor, "of_floor": floor / seconds}
     figures["of_measured_ceiling"] = reachable / seconds
-    if case.launch_bound:  # as the trainer calls it: with the host's part
+    if case.launch_bound:  # as the trainer calls it: including the host
         figures["us_called_from_python"] = 1e6 * device_seconds(case.call, calls=20)
     report.figure(case.name, figures)
     return floor / seconds
 
 
 def agrees(report: Report) -> None:
-    """A few rows of the largest case against float64: what is timed must be right."""
+    """Compare a few rows of the largest case with float64: the timed result must be correct."""
     from megarl.ops import token_logprob
 
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def agrees(report: Report) -> None:
 
 
 def row_cases(quick: bool) -> Iterator[Case]:
-    """Kernels over the vocabulary: T rows of V columns in bf16."""
+    """Yield kernels over the vocabulary: T rows of V columns in bf16."""
     ops = torch.ops.megarl
     heat = torch.ones(1, device="cuda")
     sizes = [(64, 1003)] if quick else [(8192, 151_936), (8192, 32_000), (512, 151_936)]
@@ -106,7 +106,7 @@ def row_cases(quick: bool) -> Iterator[Case]:
         yield Case(f"token_logprob_backward {size}", lambda: ops.token_logprob_backward_(*backward), 2 * once)  # noqa: B023
         if number:
             continue
-        pair = (logits.normal_(), torch.randn_like(logits), heat)  # the backward has overwritten it
+        pair = (logits.normal_(), torch.randn_like(logits), heat)  # logits were overwritten by the backward
         yield Case(f"vocab_kl {size}", lambda: ops.vocab_kl(*pair, False), 2 * once + 24 * rows)  # noqa: B023
         stats = ops.vocab_kl(*pair, False)
         kl = (*pair, stats[:, [0, 2]].contiguous(), torch.randn_like(stats) / rows)
@@ -119,7 +119,7 @@ def row_cases(quick: bool) -> Iterator[Case]:
 
 
 def head_cases(quick: bool) -> Iterator[Case]:
-    """linear_token_logprob with several budgets, beside the bare matrix product."""
+    """Yield linear_token_logprob with several budgets, and the bare matrix product."""
     from megarl.ops import linear_token_logprob
 
     rows, width, columns = (64, 64, 1003) if quick else (8192, 4096, 131_072)
@@ -145,14 +145,14 @@ def head_cases(quick: bool) -> Iterator[Case]:
 
 
 def token_cases(quick: bool) -> Iterator[Case]:
-    """Kernels over tokens: of one microbatch, where launches decide, and of a million, where bytes do."""
+    """Yield kernels over tokens: one microbatch (launch-bound) and a million tokens (bandwidth-bound)."""
     for tokens in (1024,) if quick else (65_536, 2**20):
         yield from _packing(tokens)
         yield from _losses(tokens)
 
 
 def _bounds(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cu_seqlens [257] int32, and the sequence of each token."""
+    """Return cu_seqlens [257] int32, and the sequence of each token."""
     generator = torch.Generator().manual_seed(0)
     cuts = torch.randperm(tokens - 1, generator=generator)[:255].sort().values + 1
     cu = torch.cat([torch.zeros(1), cuts, torch.full((1,), tokens)]).int()
@@ -164,7 +164,7 @@ def _packing(tokens: int) -> Iterator[Case]:
     ops, (cu, _) = torch.ops.megarl, _bounds(tokens)
     small = tokens < 2**20
     starts, lengths = cu[:-1].long(), cu.diff()
-    order = torch.randperm(256, device="cuda")  # sequences in another order than they came
+    order = torch.randperm(256, device="cuda")  # packed in another order
     cu_out = torch.cat([cu[:1], lengths[order].cumsum(0)]).int()
     of = {
         "token_ids": torch.randint(150_000, (tokens,), device="cuda"),

@@ -1,4 +1,4 @@
-"""What a step tells tools/gpu_check.py: lines of its output, so that nothing measured is lost with it."""
+"""Report a step's results to tools/gpu_check.py as output lines, so nothing measured is lost with it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ EXIT_SKIPPED = 3
 
 
 class SkipStep(Exception):
-    """This step cannot be run here; the text says why."""
+    """This step cannot run here; the text says why."""
 
 
 @dataclass
 class Report:
-    """Figures and problems of one step, told as they are found."""
+    """Figures and problems of one step, reported as they are found."""
 
     out: Path
     wheels: Path | None = None
@@ -27,31 +27,31 @@ class Report:
     num_problems: int = field(default=0, init=False)
 
     def figure(self, name: str, value: Any) -> None:
-        """A measured number, or several; the name ends with the unit."""
-        self._tell({"figure": name, "value": _plain(value)})
+        """Report a measured number, or several; the name ends with the unit."""
+        self._send({"figure": name, "value": _plain(value)})
 
     def summary(self, text: str) -> None:
-        """The line of the table: what a reader wants to know first."""
-        self._tell({"summary": text})
+        """Report the step's line of the table: the most important result."""
+        self._send({"summary": text})
 
     def problem(self, text: str) -> None:
-        """Something is wrong; the step has failed, and goes on."""
+        """Report a problem; the step has failed, and continues."""
         self.num_problems += 1
-        self._tell({"problem": text})
+        self._send({"problem": text})
 
     def check(self, condition: bool, text: str) -> None:
-        """``text`` is a problem unless ``condition``."""
+        """Report ``text`` as a problem unless ``condition`` holds."""
         if not condition:
             self.problem(text)
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        # A line of its own, whatever another process or library has written before.
+    def _send(self, message: dict[str, Any]) -> None:
+        # A separate line, whatever another process or library has written before.
         sys.stdout.write(f"\n{MARK}{json.dumps(message)}\n")
         sys.stdout.flush()
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: numbers to five digits, NaN and infinity by name."""
+    """Convert to JSON: numbers with five digits, NaN and infinity by name."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

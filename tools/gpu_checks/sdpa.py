@@ -1,7 +1,7 @@
-"""Torch's attention kernels: what a new length costs with cuDNN and without, and what a mask costs in memory.
+"""Measure torch's attention kernels: the cost of a new length with and without cuDNN, and a mask's memory.
 
-cuDNN makes a plan for every shape it has not seen. Packed batches bring new lengths all the time, so the cost
-of the first call with a length is paid again and again.
+cuDNN builds a plan for every new shape. Packed batches have new lengths all the time, so the cost of the
+first call with a length is paid again and again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_SECONDS = 20.0
 
 
 def run(report: Report) -> None:
-    """Each part by itself; the cuDNN one comes last, since it is the slow one."""
+    """Measure each part separately; the cuDNN one comes last, since it is slow."""
     lengths = [64 + 8 * n for n in range(4)] if report.quick else [129 + 23 * n for n in range(50)]
     for part in (lambda: masked(report), lambda: packed(report, lengths)):
         try:
@@ -42,9 +42,9 @@ def run(report: Report) -> None:
 
 
 def new_lengths(report: Report, name: str, lengths: list[int]) -> float:
-    """Median extra milliseconds of the first forward and backward with a length."""
+    """Return the median extra milliseconds of the first forward and backward with a length."""
     inputs = _inputs(1, lengths[-1] + 64)
-    _seconds(lambda: _attend(*inputs))  # libraries are loaded now
+    _seconds(lambda: _attend(*inputs))  # loads the libraries
     first, again = [], []
     begin = time.monotonic()
     for length in lengths:
@@ -63,7 +63,7 @@ def new_lengths(report: Report, name: str, lengths: list[int]) -> float:
 
 
 def masked(report: Report) -> None:
-    """Samples that share a prompt: queries [8, heads, 512, d] see 1024 + 512 keys through a mask."""
+    """Measure samples with a shared prompt: queries [8, heads, 512, d], 1024 + 512 keys, with a mask."""
     rows, before, length = (2, 32, 32) if report.quick else (8, 1024, 512)
     q, k, v = _inputs(rows, length, before + length)
     mask = torch.ones(length, before + length, dtype=torch.bool, device="cuda").tril(before)
@@ -90,7 +90,7 @@ def masked(report: Report) -> None:
 
 
 def _cost(call: Callable[[], torch.Tensor]) -> dict[str, float]:
-    """Peak memory of forward and backward beyond the inputs and their gradients, and the time."""
+    """Return time and peak memory of forward and backward, without inputs and their gradients."""
     _seconds(lambda: _backward(call))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -99,7 +99,7 @@ def _cost(call: Callable[[], torch.Tensor]) -> dict[str, float]:
 
 
 def packed(report: Report, lengths: list[int]) -> None:
-    """All sequences in one call of the variable-length kernel, and its mask for fewer queries than keys."""
+    """Measure all sequences in one call of the variable-length kernel; check its mask with fewer queries."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -1,8 +1,8 @@
-"""What a kernel that waits costs the kernels that work: the least that collectives over NCCL cost an engine.
+"""Measure how much a waiting kernel slows working ones: the minimum cost of NCCL collectives to an engine.
 
-A rank that waits in an NCCL collective keeps a kernel spinning. Here one spins on a stream of its own, first
-in the process that computes, then in another one, between which the GPU shares its time as it does between
-trainer and engine. What computes is a chain of small matrix products, as in decoding.
+A rank that waits in an NCCL collective keeps a kernel spinning. Here one spins on a separate stream, first in
+the computing process, then in another one; the GPU time-slices between them as between trainer and engine.
+The work is a chain of small matrix products, as in decoding.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from gpu_checks.report import Report
 
 SPIN_SECONDS = 4.0
-CLOCK = 2.0e9  # at least as fast as the SMs', so that it spins for at least as long
+CLOCK = 2.0e9  # at least as fast as the SMs' clock, so it spins for at least as long
 
 
 def run(report: Report) -> None:
-    """Milliseconds of the chain alone, beside a spinning kernel, and beside one of another process."""
+    """Time the chain alone, next to a spinning kernel, and next to one of another process."""
     chain = Chain(report.quick)
     alone = chain.milliseconds()
     report.figure("alone_ms", alone)
@@ -51,11 +51,11 @@ def run(report: Report) -> None:
     process.kill()
     process.join()
     report.figure("slowdown", {"stream": same / alone, "process": other / idle})
-    report.summary(f"a kernel that waits makes another process {other / idle:.2f} times as slow")
+    report.summary(f"a waiting kernel makes another process {other / idle:.2f} times as slow")
 
 
 def _spin(seconds: float) -> None:
-    """Start a kernel that does nothing for so long."""
+    """Start a kernel that spins for this long."""
     torch.cuda._sleep(int(seconds * CLOCK))
 
 
@@ -73,7 +73,7 @@ def _spinner(pipe: Connection, seconds: float) -> None:
 
 
 class Chain:
-    """Forty products of 64 rows with square matrices, one after the other, and a wait."""
+    """Forty products of 64 rows with square matrices, one after the other, and a sync."""
 
     def __init__(self, quick: bool) -> None:
         size = 64 if quick else 4096
@@ -84,7 +84,7 @@ class Chain:
         self.repeats = 3 if quick else 40
 
     def milliseconds(self) -> float:
-        """Median over repeats, by the host's clock."""
+        """Return the median over repeats, by the host's clock."""
         times = []
         for _ in range(self.repeats + 2):
             torch.cuda.current_stream().synchronize()

@@ -1,4 +1,4 @@
-"""Time on the device, and the two ceilings that everything else is compared with."""
+"""Time work on the device, and measure the two ceilings for comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def device_seconds(call: Callable[[], Any], repeats: int = 10, warmup: int = 3, calls: int = 1) -> float:
-    """Median device time of ``call``: between two events, of ``calls`` in a row, divided by their number."""
+    """Return the median device time of ``call``, measured by two events around ``calls`` calls."""
     for _ in range(warmup):
         call()
     times = []
@@ -26,7 +26,7 @@ def device_seconds(call: Callable[[], Any], repeats: int = 10, warmup: int = 3, 
 
 
 def graph_seconds(call: Callable[[], Any], calls: int = 20) -> float | None:
-    """The same without the host's part: ``calls`` captured in a CUDA graph. None where they cannot be."""
+    """Like device_seconds, without the host: ``calls`` captured in a CUDA graph. None if capture fails."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -45,14 +45,14 @@ def graph_seconds(call: Callable[[], Any], calls: int = 20) -> float | None:
 
 
 def copy_bandwidth(quick: bool) -> float:
-    """Bytes per second of a copy on the device, those read and those written."""
+    """Return bytes per second of a copy on the device, reads plus writes."""
     source = torch.randn(2**20 if quick else 2**29, device="cuda", dtype=torch.float32)
     target = torch.empty_like(source)
     return 2 * source.nbytes / device_seconds(lambda: target.copy_(source))
 
 
 def gemm_rate(quick: bool) -> float:
-    """FLOP per second of a large bf16 matrix product on random numbers."""
+    """Return FLOP per second of a large bf16 matrix product of random numbers."""
     size = 256 if quick else 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / device_seconds(lambda: a @ b)

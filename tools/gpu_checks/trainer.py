@@ -1,7 +1,7 @@
-"""The Megatron trainer of one rank over NCCL, against the same steps on the CPU, which run meanwhile.
+"""Check the Megatron trainer of one rank over NCCL against the same steps on the CPU, run concurrently.
 
-Three steps of SFT, one of the policy loss, a checkpoint. The two steps after loading it must be those after
-writing it: the loss of the first one tells of the weights, what the second one has moved of the optimizer.
+Three steps of SFT, one of the policy loss, a checkpoint. The two steps after loading it must equal those
+after writing it: the loss of the first one tests the weights, the weights after the second one the optimizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gpu_checks import checkpoints
 from gpu_checks.report import Report
 
 MODELS = {"dense": checkpoints.TINY, "moe": checkpoints.TINY_MOE}
-# model, type, distributed optimizer
+# model, dtype, distributed optimizer
 CASES = (
     ("dense", "float32", False),
     ("dense", "bfloat16", False),
@@ -28,15 +28,15 @@ CASES = (
     ("moe", "bfloat16", False),
     ("moe", "bfloat16", True),
 )
-# Of loss and gradient norm, relative. In bf16 every matrix product is rounded on its way.
+# Relative tolerances of loss and gradient norm. In bf16 every matrix product is rounded.
 TOLERANCE = {"float32": (1e-4, 2e-3), "bfloat16": (2e-2, 1e-1)}
-# After loading: the loss (a forward pass is repeatable, but for the order of atomic additions), and the mean
-# difference of the weights after two steps, relative to what they have moved.
+# After loading: the loss (a forward pass is repeatable up to the order of atomic additions), and the mean
+# difference of the weights after two steps, relative to their change.
 LOSS_AGAIN, MOVED_AGAIN = 1e-5, 0.05
 
 
 def run(report: Report) -> None:
-    """Each case in turn; the reference runs in a process of its own, since a process has one platform."""
+    """Check each case in turn; the reference runs in another process, since a process has one platform."""
     with tempfile.TemporaryDirectory() as work:
         folders = {name: checkpoints.write(config, Path(work) / name) for name, config in MODELS.items()}
         command = [sys.executable, "-m", "gpu_checks.trainer", json.dumps(folders)]
@@ -93,11 +93,11 @@ def _compare(
     steps: list[dict[str, float]],
     expected: list[dict[str, float]],
 ) -> float:
-    """Worst relative difference of the losses."""
+    """Return the worst relative difference of the losses."""
     differences = {}
     for name, limit in zip(("loss", "grad_norm"), TOLERANCE[case[1]], strict=True):
         pairs = [(a[name], b[name]) for a, b in zip(steps, expected, strict=True)]
-        scale = max(abs(b) for _, b in pairs)  # a policy loss may be next to nothing
+        scale = max(abs(b) for _, b in pairs)  # a policy loss may be nearly 0
         differences[name] = max(abs(a - b) / scale if math.isfinite(a) else math.inf for a, b in pairs)
         report.check(
             differences[name] <= limit, f"{_key(case)}: {name} is off by {differences[name]:.2g}: {pairs}"
@@ -109,7 +109,7 @@ def _compare(
 def steps_of(
     case: tuple[str, str, bool], folders: dict[str, str], *, save: bool
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Metrics of four steps, and with ``save`` whether a fifth is the same after loading a checkpoint."""
+    """Return the metrics of four steps; with ``save``, also compare a fifth after loading a checkpoint."""
     from megarl.config.model import ModelConfig
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
@@ -169,7 +169,7 @@ def steps_of(
 
 
 def _weights(policy: Any) -> Any:
-    """All of them in one vector."""
+    """Return all weights in one vector."""
     import torch
 
     return torch.cat([param.detach().flatten().float() for param in policy.params.values()])

@@ -1,4 +1,4 @@
-"""What is there: the card, the driver, torch and its libraries, the compilers, the packages."""
+"""Report versions: the GPU, the driver, torch and its libraries, the compilers, the packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def run(report: Report) -> None:
-    """Fails where there is no GPU that the rest could use."""
+    """Fail if there is no GPU that the other steps can use."""
     import torch
 
     report.figure("python", sys.version.split()[0])
