@@ -1,4 +1,4 @@
-"""Timing and memory of implementations that do the same thing, interleaved in one process."""
+"""Measure time and memory of equivalent implementations, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Implementation:
 def measure(
     op: str, case: str, pass_name: str, implementations: list[Implementation], repeats: int
 ) -> list[Row]:
-    """One row per implementation: median seconds of ``repeats`` interleaved calls, peak extra bytes of one.
+    """Return a row per implementation: median seconds of ``repeats`` interleaved calls, and peak extra bytes.
 
-    Interleaving lets a noisy moment hit all of them. The warm-up call is not counted; peak memory is
-    taken in one more call. Prints a line per row to stderr.
+    Interleaving spreads machine noise over all of them. The warm-up call is not counted; peak memory is taken
+    in one more call. Prints a line per row to stderr.
     """
     seconds: dict[str, list[float]] = {entry.name: [] for entry in implementations}
     for repeat in range(repeats + 1):
@@ -61,9 +61,9 @@ def measure(
 
 
 def peak_extra_bytes(entry: Implementation) -> int:
-    """Most memory allocated at once by the call, less what it leaves behind (results and gradients).
+    """Return the peak memory allocated by the call, minus what remains after it (results and gradients).
 
-    Counts torch's allocator, as the profiler records it, in every thread and inside native ops.
+    Counts torch's allocator, as recorded by the profiler, in every thread and inside native ops.
     """
     arguments = entry.prepare()
     _, sizes = allocations(lambda: entry.call(*arguments))
@@ -72,14 +72,14 @@ def peak_extra_bytes(entry: Implementation) -> int:
 
 
 def allocations(call: Callable[[], Result]) -> tuple[Result, list[int]]:
-    """What the call returns, and what it took of torch's allocator: bytes in order (given back: negative).
+    """Return the call's result and its allocations by torch's allocator: bytes in order (freed: negative).
 
-    What it returns counts as taken. ``max(accumulate(sizes, initial=0))`` is the most it held at once.
+    The result counts as allocated. ``max(accumulate(sizes, initial=0))`` is the peak.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
-        result = call()  # alive until the profile ends
+        result = call()  # kept until the profile ends
     assert profile.profiler is not None
     kineto = profile.profiler.kineto_results
     assert kineto is not None
@@ -88,12 +88,12 @@ def allocations(call: Callable[[], Result]) -> tuple[Result, list[int]]:
 
 
 def seconds_of(rows: list[Row], op: str, case: str, pass_name: str) -> dict[str, float]:
-    """Seconds by implementation."""
+    """Return seconds by implementation."""
     return {row["impl"]: row["seconds"] for row in _select(rows, op, case, pass_name)}
 
 
 def bytes_of(rows: list[Row], op: str, case: str, pass_name: str) -> dict[str, int]:
-    """Peak extra bytes by implementation."""
+    """Return peak extra bytes by implementation."""
     return {row["impl"]: row["peak_extra_bytes"] for row in _select(rows, op, case, pass_name)}
 
 

@@ -2,10 +2,10 @@
 
 Two context-parallel ranks, a third of SmolLM2-135M's layers (random weights), float32, SFT on one batch: 16
 sequences of log-normal lengths (median 128 tokens, sigma 0.8, up to 512) and two of 1,536. Microbatches of
-2,048 tokens over both ranks. The steps of both ways alternate in the same two processes, after one of each
-to warm up; seconds are medians. ``padding`` is of a step, over both ranks; ``gathered_bytes`` are keys and
-values that one rank gets from the other in a step, forward and backward; ``peak_bytes`` what torch's
-allocator held at most during one more step (of the rank that had most).
+2,048 tokens over both ranks. Steps of both variants alternate in the same two processes, after a warm-up step
+each; seconds are medians. ``padding`` is per step, over both ranks; ``gathered_bytes`` are keys and values
+that one rank gets from the other in a step, forward and backward; ``peak_bytes`` is the peak of torch's
+allocator during one more step (maximum over ranks).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPLIT_FROM = {"all": None, f"from_{SHORT + 1}": SHORT + 1}
 
 
 def make_sequences() -> list[list[int]]:
-    """One length from each sixteenth of the distribution, and two long ones."""
+    """Return one length from each sixteenth of the distribution, and two long ones."""
     draw, distribution = random.Random(1), statistics.NormalDist(math.log(128), 0.8)
     lengths = [round(math.exp(distribution.inv_cdf((i + draw.random()) / 16))) for i in range(16)]
     lengths = [min(SHORT, n) for n in lengths] + [LONG, LONG]

@@ -1,4 +1,4 @@
-"""The trainer of benchmarks/context.py; benchmarks/trainers.py says how it is run."""
+"""The trainer of benchmarks/context.py, run by benchmarks/trainers.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.trainers import Stopwatch, Trainer, megarl_policy, run_trainer
 
 
 def turns(job: dict[str, Any]) -> dict[str, Any]:
-    """Steps on one batch with two context-parallel ranks, split_from null and set, turn by turn."""
+    """Alternate steps on one batch with two context-parallel ranks, split_from null and set."""
     from megarl.losses.sft import sft_loss
     from megarl.records import TokenSequence, TrainBatch
     from megarl.trainer.megatron import context_attention
@@ -36,7 +36,7 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
         return whole
 
     found: dict[str, Any] = {name: {"seconds": [], "cpu_seconds": []} for name in job["split_from"]}
-    for repeat in range(job["repeats"] + 2):  # one to warm up, the last for the memory
+    for repeat in range(job["repeats"] + 2):  # the first is a warm-up, the last measures memory
         for name, split_from in job["split_from"].items():
             own, gathered = found[name], 0
             maker.split_from = split_from

@@ -1,15 +1,15 @@
 """``python -m benchmarks convergence --json FILE [--quick]``: GRPO against PPO on the quickstart's task.
 
-Both begin with the same warm-up model (tiny model and SFT as in the quickstart, one per seed), draw as many
-samples per step of the same problems, and use the same policy optimizer (configs/quickstart_grpo.yaml and
-quickstart_ppo.yaml). Held-out greedy accuracy is measured every few steps. To a given accuracy: the samples
-drawn, and the seconds of the steps until then (evaluations and start-up left out), both interpolated between
-the two evaluations around it; None where a run never gets there. The target is --target, or else the least
-of the accuracies that the runs ended with: then all of them reach it.
+Both start from the same warm-up model (tiny model and SFT as in the quickstart, one per seed), draw equally
+many samples per step of the same problems, and use the same policy optimizer (configs/quickstart_grpo.yaml
+and quickstart_ppo.yaml). Held-out greedy accuracy is measured every few steps. Reported for a target
+accuracy: samples drawn and seconds of the steps until then (without evaluations and start-up), both
+interpolated between the two evaluations around it; None if a run never reaches it. The target is --target, or
+else the lowest final accuracy of the runs, which all of them reach.
 
-``--tune`` runs PPO on the first seed with each of TUNING and keeps the best (highest mean accuracy over the
-evaluations) for the comparison; without it the configuration's settings are used, chosen from TUNING as
-docs/benchmarks.md tells.
+``--tune`` runs PPO on the first seed with each of TUNING and uses the best (highest mean accuracy over the
+evaluations) for the comparison; otherwise the configuration's settings are used, which were chosen from
+TUNING as described in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("rollout", "reward", "logprobs", "train", "weights")
 INTERVAL = 5
-# What PPO is tuned over: the critic's learning rate, the horizon of its advantages, and passes over a batch.
+# PPO's search space: the critic's learning rate, the horizon of its advantages, and passes over a batch.
 TUNING = [
     [f"critic.optimizer.lr={lr}", f"algorithm.gae_lambda={lam}", f"algorithm.num_epochs_per_batch={epochs}"]
     for lr, lam, epochs in (
@@ -44,7 +44,7 @@ TUNING = [
 
 
 def command(*arguments: str | Path, log: Path) -> None:
-    """Run a command that must succeed; its output goes to ``log``."""
+    """Run a command, output to ``log``; raise if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         text = [sys.executable, *map(str, arguments)]
@@ -55,7 +55,7 @@ def command(*arguments: str | Path, log: Path) -> None:
 
 
 def warm_up(folder: Path, seed: int) -> Path:
-    """The model that both algorithms begin with; made once."""
+    """Make the warm-up model of both algorithms, once."""
     model = folder / "sft" / "hf"
     if not (model / "config.json").exists():
         log = folder / "log.txt"
@@ -66,7 +66,7 @@ def warm_up(folder: Path, seed: int) -> Path:
 
 
 def train(folder: Path, name: str, kind: str, seed: int, steps: int, overrides: list[str]) -> Row:
-    """One run, and what its log says at every evaluation."""
+    """Run one training; return its evaluations from the log."""
     model, directory = warm_up(folder, seed), folder / name
     command(
         *("-m", "megarl.cli", kind, "--config", f"configs/quickstart_{kind}.yaml"),
@@ -103,7 +103,7 @@ def _samples_per_step(config: str) -> int:
 
 
 def reach(points: list[list[float]], target: float) -> tuple[float, float] | None:
-    """Samples and seconds when the accuracy first is ``target``, on straight lines between evaluations."""
+    """Return samples and seconds at the first accuracy of ``target``, interpolated between evaluations."""
     if points[0][2] >= target:
         return points[0][0], points[0][1]
     for before, after in pairwise(points):
@@ -115,7 +115,7 @@ def reach(points: list[list[float]], target: float) -> tuple[float, float] | Non
 
 
 def summarize(rows: list[Row], target: float | None) -> dict[str, Any]:
-    """What is reported: medians over seeds, and PPO's over GRPO's."""
+    """Return the report: medians over seeds, and PPO's relative to GRPO's."""
     target = target if target is not None else min(row["accuracy"] for row in rows)
     for row in rows:
         found = reach(row["samples_seconds_accuracy"], target)

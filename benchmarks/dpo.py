@@ -1,10 +1,10 @@
 """``python -m benchmarks dpo --json FILE [--quick]``: packed preference training against TRL's DPOTrainer.
 
 SmolLM2-135M (random weights of its sizes), float32, batches of 8 pairs, every pair once. The same tokens, in
-processes of their own, one after the other. Tokens per second count tokens, not padding, over all steps and
-the reference logprobs (ours are computed before the first step, TRL's in every step). Peak memory is the
-largest resident set of the process. Rows of TRL: as it comes (gradient checkpointing on), with its own
-precomputed reference logprobs, and without gradient checkpointing.
+separate processes, one after the other. Tokens per second count tokens, not padding, over all steps and the
+reference logprobs (ours are computed before the first step, TRL's in every step). Peak memory is the largest
+resident set of the process. Rows of TRL: default (gradient checkpointing on), with precomputed reference
+logprobs, and without gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LONGEST = 384  # prompt and response; a pair fits into MICROBATCH_TOKENS
 
 
 def make_pairs(count: int) -> list[list[list[int]]]:
-    """Prompts and two responses of log-normal lengths (medians 48 and 96 tokens), as chats have them."""
+    """Return prompts and two responses of log-normal lengths (medians 48 and 96 tokens), typical of chats."""
     draw = random.Random(1)
 
     def tokens(median: int, most: int) -> list[int]:
@@ -44,7 +44,7 @@ def make_pairs(count: int) -> list[list[list[int]]]:
 
 
 def measure_row(name: str, job: dict[str, Any], folder: Path) -> Row:
-    """One run of one trainer."""
+    """Run one trainer once; return its row."""
     [result] = measure("benchmarks.dpo_trainers", name, job, folder)
     tokens = sum(2 * len(prompt) + len(a) + len(b) for prompt, a, b in job["pairs"])
     row: Row = {"op": "dpo", "case": f"{MODEL} fp32, {BATCH} pairs", "impl": name, "tokens": tokens, **result}
@@ -59,7 +59,7 @@ def measure_row(name: str, job: dict[str, Any], folder: Path) -> Row:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Medians over repeats: ours over TRL's as it comes, and over the best of its variants."""
+    """Return medians over repeats: ours relative to TRL's default, and to the best of its variants."""
 
     def median(name: str, field: str) -> float:
         return statistics.median(row[field] for row in rows if row["impl"] == name)
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
             "batch_size": BATCH,
             "threads": args.threads,
         }
-        for _ in range(repeats):  # turn by turn, so that a noisy hour hits all of them
+        for _ in range(repeats):  # in turn, to spread machine noise over all of them
             rows += [measure_row(name, job, folder) for name in names]
     result = {"rows": rows, "ratios": ratios(rows), "microbatch_tokens": MICROBATCH_TOKENS}
     args.json.parent.mkdir(parents=True, exist_ok=True)

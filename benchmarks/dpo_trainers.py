@@ -1,4 +1,4 @@
-"""The trainers of benchmarks/dpo.py; benchmarks/trainers.py says how they are run."""
+"""The trainers of benchmarks/dpo.py, run by benchmarks/trainers.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.trainers import (
 
 
 def megarl(job: dict[str, Any]) -> dict[str, float]:
-    """The parts of ``megarl dpo``: reference logprobs once, then packed steps."""
+    """Run the parts of ``megarl dpo``: reference logprobs once, then packed steps."""
     from megarl.losses.preference import PreferenceLoss, PreferenceOptions, num_targets
     from megarl.records import TokenSequence, TrainBatch
     from megarl.trainer.megatron.initialize import finalize
@@ -51,14 +51,14 @@ def megarl(job: dict[str, Any]) -> dict[str, float]:
 
 
 def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:
-    """TRL's DPOTrainer in float32 on the same tokens, otherwise as it comes unless ``options`` say more."""
+    """Run TRL's DPOTrainer in float32 on the same tokens, with its defaults except for ``options``."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     started_with = peak_gib()
 
     class Tokenized(DPOTrainer):
-        """The tokens are given."""
+        """A DPOTrainer on tokenised data."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
@@ -75,7 +75,7 @@ def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:
             processing_class=bare_tokenizer(),
             callbacks=[clock(took)],
         )
-        made = watch.read()  # with precomputed reference logprobs, mostly those
+        made = watch.read()  # with precomputed reference logprobs, mostly their time
         trainer.train()
     before = options.get("precompute_ref_log_probs", False)
     took |= {f"reference_{name}": value * before for name, value in made.items()}

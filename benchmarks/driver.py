@@ -1,16 +1,17 @@
-"""What rank 0's rollout path costs: requests, routing, episodes, judging, samples, without a model.
+"""Measure the cost of rank 0's rollout path: requests, routing, episodes, grading, samples, without a model.
 
 128 stand-in engines answer every request at once with random tokens; a worker process decodes each answer and
-judges it by its length. The figures are of the driver's process: what it can take if engines and workers keep
+grades it by its length. The figures are of the driver's process: its throughput if engines and workers keep
 up. ``engines`` says where the stand-ins are:
 
-- ``driver``: in this process, as objects of the engine's protocol. Their own share (copying random tokens) is
-  in the figures.
-- ``ray``: in one Ray actor, behind the sessions that real engines have, so that requests and answers cross
-  processes as theirs do.
+- ``driver``: in this process, as objects of the engine's protocol. Their own cost (copying random tokens) is
+  included in the figures.
+- ``ray``: in one Ray actor, behind the sessions of real engines, so requests and answers cross processes in
+the same
+  way.
 
-Seconds of a core are CPU time of the driver's process, all its threads; ``seconds`` is wall time, in which
-engines and workers share the cores with it.
+Core seconds are CPU time of the driver's process, all its threads; ``seconds`` is wall time, in which engines
+and workers share the cores with it.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ PROMPT_TOKENS = 64
 STOP = 0
 GENERATIONS = 16
 MAX_MODEL_LEN = 1 << 15
-# Tokens of an answer, prompts of a step: quick, and full.
+# Tokens per answer and prompts per step: quick, and full.
 CASES = {"short": (16, 256, 1024), "long": (4096, 32, 256)}
 
 
 class Length(Verifier):
-    """Rewards even lengths."""
+    """Reward even lengths."""
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
         """See Verifier."""
@@ -62,7 +63,7 @@ class Length(Verifier):
 
 
 class RandomTokens:
-    """Answers of one length, cut out of a pool."""
+    """Answers of one length, cut out of a pool of random tokens."""
 
     def __init__(self, length: int) -> None:
         draw = np.random.default_rng(0)
@@ -71,7 +72,7 @@ class RandomTokens:
         self._logprobs = -draw.random(1 << 18, np.float32)
 
     def __call__(self, request: GenerateRequest) -> GeneratedResponse:
-        """The next one."""
+        """Return the next answer."""
         start = self._place
         end = start + self._length
         self._place = (start + 1) % (len(self._ids) - self._length)
@@ -80,7 +81,7 @@ class RandomTokens:
 
 
 class StandIn:
-    """As much of :class:`megarl.inference.interface.Engine` as a rollout needs."""
+    """The part of :class:`megarl.inference.interface.Engine` that a rollout needs."""
 
     config = EngineConfig(data_parallel_size=NUM_ENGINES)
     max_model_len = MAX_MODEL_LEN
@@ -114,7 +115,7 @@ class StandInSession:
 
 
 class StandInActor:
-    """All stand-ins in one process, with the methods that sessions call of an engine's actor."""
+    """All stand-ins in one process, with the methods of an engine's actor that sessions call."""
 
     def __init__(self, length: int) -> None:
         self._answer = RandomTokens(length)
@@ -138,7 +139,7 @@ class StandInActor:
 
 
 class RemoteStandIn:
-    """One of those engines, behind the session of a real one."""
+    """One of the actor's engines, behind a real engine's session."""
 
     config = StandIn.config
     max_model_len = MAX_MODEL_LEN
@@ -156,7 +157,7 @@ class RemoteStandIn:
 
 
 def make_tokenizer(directory: Path) -> Any:
-    """A byte-level BPE tokenizer of VOCABULARY tokens, as long as English ones."""
+    """Build a byte-level BPE tokenizer of VOCABULARY tokens with the lengths of English ones."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -164,7 +165,7 @@ def make_tokenizer(directory: Path) -> Any:
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = {"<eos>": 0}
     while len(words) < VOCABULARY:
-        space = "\u0120" if draw.random() < 0.6 else ""  # a space, as byte-level vocabularies write it
+        space = "\u0120" if draw.random() < 0.6 else ""  # a space in byte-level vocabularies
         words.setdefault(space + "".join(draw.choice(letters, draw.integers(1, 8))), len(words))
     tokenizer = Tokenizer(models.BPE(words, []))
     tokenizer.decoder = decoders.ByteLevel()
@@ -176,14 +177,14 @@ def make_tokenizer(directory: Path) -> Any:
 
 
 def make_prompts(count: int) -> list[Prompt]:
-    """Of PROMPT_TOKENS random tokens."""
+    """Return prompts of PROMPT_TOKENS random tokens."""
     draw = np.random.default_rng(2)
     ids = draw.integers(1, VOCABULARY, (count, PROMPT_TOKENS))
     return [Prompt(i, f"prompt {i}", token_ids(ids[i]), {"answer": str(i)}) for i in range(count)]
 
 
 def run_case(case: str, engines: str, environment: Any, tokenizer: Any, *, quick: bool, repeats: int) -> Row:
-    """The fastest of some steps, after one that warms up."""
+    """Return the fastest of several steps, after a warm-up step."""
     length, few, many = CASES[case]
     prompts = make_prompts(few if quick else many)
     if engines == "driver":
@@ -224,7 +225,7 @@ def run_case(case: str, engines: str, environment: Any, tokenizer: Any, *, quick
 
 
 def check(groups: list[Group], prompts: int, length: int) -> None:
-    """All of them are there, whole and judged."""
+    """Assert that all samples are present, complete and graded."""
     assert [len(group.samples) for group in groups] == [GENERATIONS] * prompts
     for group in groups:
         for sample in group.samples:

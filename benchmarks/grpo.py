@@ -2,15 +2,15 @@
 
 `megarl grpo` and TRL train the same model in float32 on the same problems in the same order, with the same
 verifier, group size, longest response and optimizer: 8 prompts x 8 samples of up to 64 tokens. One after the
-other, each in processes of its own on all cores. Two models: SmolLM2-135M-Instruct (`make smollm2`) and the
-quickstart's tiny model after its supervised part, which is trained here if it is not there. The tiny one's
-greedy accuracy on problems that do not occur in training is measured after the last step.
+other, each in separate processes on all cores. Two models: SmolLM2-135M-Instruct (`make smollm2`) and the
+quickstart's tiny model after SFT, which is trained here if missing. The tiny model's greedy accuracy on
+problems that do not occur in training is measured after the last step.
 
 Both sides end a response at the same token, so lengths follow the same distribution, but samples differ:
-seconds per response token stand beside seconds per step. TRL as it comes (Transformers generates, 8 samples
-per microbatch, gradient checkpointing) is the one ``ratios`` speak of; a full run also has it without
-checkpointing. Peak memory is that of all processes of a side together (benchmarks/process_tree.py), Ray's
-and the engine's included. Times cover every step, not the start of a process.
+seconds per response token are reported next to seconds per step. ``ratios`` compare with TRL's defaults
+(Transformers generates, 8 samples per microbatch, gradient checkpointing); a full run also has TRL without
+checkpointing. Peak memory is that of all processes of a side together (benchmarks/process_tree.py), Ray's and
+the engine's included. Times cover every step, not the start of a process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "partial_credit": False,
         "chat_template": True,
         "lr": 1e-5,
-        # A group of 8 samples, its prompt once, as TRL's microbatch is 8 samples.
+        # A group of 8 samples with its prompt once; TRL's microbatch is 8 samples.
         "microbatch_tokens": 512,
         # 64 sequences of at most 128 tokens, four blocks each: 46,080 bytes a token.
         "kv_cache_gib": 0.36,
@@ -72,7 +72,7 @@ PHASES = ("rollout", "reward", "logprobs", "train", "weights")
 
 
 def configuration(case: dict[str, Any], steps: int, run_dir: Path) -> dict[str, Any]:
-    """The run of both sides, as `megarl grpo` reads it."""
+    """Return the run of both sides as a configuration of `megarl grpo`."""
     return {
         "run": {"dir": str(run_dir)},
         "model": {"path": case["model"]},
@@ -104,9 +104,9 @@ def configuration(case: dict[str, Any], steps: int, run_dir: Path) -> dict[str, 
 
 
 def held_out_accuracy(case: dict[str, Any], model_dir: str, folder: Path) -> float:
-    """Share of held-out problems, none of which occurs in training, that the model solves greedily.
+    """Return the share of held-out problems, none of them in training, that the model solves greedily.
 
-    Hugging Face generates for both sides alike, so neither's own engine has a part in it.
+    Hugging Face generates for both sides, so neither side's engine affects it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,7 +144,7 @@ def held_out_accuracy(case: dict[str, Any], model_dir: str, folder: Path) -> flo
 
 
 def make_tiny_model() -> None:
-    """The quickstart's model and its supervised part, unless they are there."""
+    """Make the quickstart's model and its SFT checkpoint, if missing."""
     model, run = "runs/bench/tiny/model", "runs/bench/tiny/sft"
     commands = []
     if not Path(model, "config.json").exists():
@@ -158,7 +158,7 @@ def make_tiny_model() -> None:
 
 
 def measure(name: str, side: str, steps: int, seed: int, folder: Path) -> Row:
-    """One run of one side."""
+    """Run one side once; return its row."""
     config = configuration(CASES[name], steps, folder / "run")
     config["run"]["seed"] = seed
     config_file, result_file = folder / "config.yaml", folder / "steps.json"
@@ -210,14 +210,14 @@ def _our_step(line: dict[str, float], prompts: list[int]) -> dict[str, float]:
     return kept | {
         "reward_mean": line["reward_mean"],
         "num_response_tokens": responses,
-        # Of all samples, as TRL's: the run's own num_tokens are those of the samples it computed.
+        # Of all samples, like TRL's: the run's num_tokens counts only computed samples.
         "num_tokens": responses + GENERATIONS * sum(prompts[first : first + PROMPTS]),
         "skipped_zero_advantage": line["skipped_zero_advantage"],
     }
 
 
 def prompt_tokens(config_file: Path) -> list[int]:
-    """Tokens of each problem's prompt, in order."""
+    """Return the prompt length of each problem, in tokens, in order."""
     from transformers import AutoTokenizer
 
     from megarl.config.grpo import GrpoConfig
@@ -232,7 +232,7 @@ def prompt_tokens(config_file: Path) -> list[int]:
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over all steps; the reward of the first and of the last third of them."""
+    """Return means over all steps, and the reward of the first and last third of them."""
 
     def total(name: str) -> float:
         return sum(step.get(name, 0.0) for step in steps)
@@ -252,9 +252,9 @@ def summary(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """TRL's seconds over ours (per step, and per response token), our peak memory over TRL's; reward apart.
+    """Return TRL's seconds over ours (per step, per response token), our peak memory over TRL's, and rewards.
 
-    Means over seeds, where a side has several.
+    Means over seeds if a side has several.
     """
     by_case: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
@@ -287,7 +287,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--side", choices=["megarl", *TRL], help="one side only")
     parser.add_argument("--steps", type=int, help="steps of each run")
     parser.add_argument("--seed", type=int, default=1, help="of the samples, on both sides")
-    parser.add_argument("--append", action="store_true", help="add to the rows that are in FILE")
+    parser.add_argument("--append", action="store_true", help="add to the rows of FILE")
     args = parser.parse_args(argv)
     os.chdir(Path(__file__).resolve().parent.parent)
     names = [args.case] if args.case else list(CASES)

@@ -24,7 +24,7 @@ from megarl.records import Prompt
 
 
 class Clock:
-    """Seconds by phase of the step that is running, and the finished steps."""
+    """Seconds by phase of the current step, and the finished steps."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -32,18 +32,18 @@ class Clock:
         self._began = time.perf_counter()
 
     def start(self) -> None:
-        """A step begins."""
+        """Start a step."""
         self._phases, self._began = {}, time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time spent inside belongs to ``name``."""
+        """Attribute the time inside to phase ``name``."""
         began = time.perf_counter()
         yield
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
 
     def end_step(self, values: dict[str, float]) -> None:
-        """A step is over, and what it did; the next begins."""
+        """Finish a step with its metrics, and start the next."""
         seconds = time.perf_counter() - self._began
         phases = {f"seconds_{name}": value for name, value in self._phases.items()}
         train = seconds - sum(self._phases.values())
@@ -54,7 +54,7 @@ class Clock:
 def run(config: GrpoConfig, options: dict[str, Any], save_to: str | None) -> list[dict[str, float]]:
     """Train for ``training.num_steps`` on the same problems, in order, with the same verifier.
 
-    The trained model is written to ``save_to``, where that is given, after the last step's clock has stopped.
+    The trained model is written to ``save_to``, if given, after the last step's clock has stopped.
     """
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOTrainer
@@ -63,7 +63,7 @@ def run(config: GrpoConfig, options: dict[str, Any], save_to: str | None) -> lis
     dataset = load_prompts(config.data, tokenizer, max_prompt_tokens=10_000, split="train")
     count = config.training.num_steps * config.rollout.num_prompts_per_step
     prompts = [dataset[i] for i in range(count)]
-    for prompt in prompts:  # TRL tokenises the text itself
+    for prompt in prompts:  # TRL tokenises the text
         assert tokenizer(prompt.text)["input_ids"] == prompt.token_ids.tolist(), prompt.text
     environment = make(config.data.train)
     clock, seen = Clock(), dict[str, float]()
@@ -117,7 +117,7 @@ def _rows(prompts: list[Prompt]) -> Any:
 
 
 def _arguments(config: GrpoConfig, folder: str, options: dict[str, Any]) -> Any:
-    """What the run's configuration says, in TRL's words; everything else is TRL's default."""
+    """Translate the run's configuration to TRL's arguments; the rest are TRL's defaults."""
     from trl import GRPOConfig
 
     rollout, optimizer, algorithm = config.rollout, config.optimizer, config.algorithm
@@ -159,7 +159,7 @@ def _arguments(config: GrpoConfig, folder: str, options: dict[str, Any]) -> Any:
 
 
 def main(job_file: Path, result_file: Path) -> None:
-    """Run and write the steps."""
+    """Run the training and write its steps."""
     job = json.loads(job_file.read_text())
     config = load_config(GrpoConfig, Path(job["config"]), [])
     result_file.write_text(json.dumps(run(config, job["options"], job["save_to"])))

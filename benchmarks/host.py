@@ -1,15 +1,14 @@
 """The host's share of a GRPO step: ``python -m benchmarks host --json FILE [--quick]``.
 
-No model and no engine: 4,096 samples of up to 8,192 response tokens, as rank 0 of 64 data ranks has them and
-as another rank gets its share. Rank 0 goes from the engine's answers (arrays) to samples, figures,
-advantages, the batch, the plan and the 63 shares that leave it as bytes, and packs its own; the other rank
-goes from the bytes to its microbatches. In one process and one thread: what is sent is kept in memory,
-decoding of text is left out. A first repetition is counted for memory: the most by which the resident set
-grew. Seconds are medians of the others, and those of the ratios are the thread's own (``cpu_seconds``): other
-work on the machine is none of theirs.
+No model and no engine: 4,096 samples of up to 8,192 response tokens, seen by rank 0 of 64 data ranks and by
+another rank. Rank 0 goes from the engine's answers (arrays) to samples, metrics, advantages, the batch, the
+plan and the 63 shares sent as bytes, and packs its own; the other rank goes from the bytes to its
+microbatches. In one process and one thread: sent bytes stay in memory, decoding of text is left out. A first
+repetition measures memory: the peak growth of the resident set. Seconds are medians of the others; those of
+the ratios are the thread's CPU time (``cpu_seconds``), unaffected by other work on the machine.
 
 ``transport`` rows are real: four local processes, two of them data ranks with a tensor rank each, and the
-bytes that gloo was given beside what the shares hold.
+bytes passed to gloo compared with those of the shares.
 """
 
 from __future__ import annotations
@@ -58,14 +57,14 @@ ALGORITHM = GrpoAlgorithmConfig()
 
 @dataclass(frozen=True)
 class Answers:
-    """What the engine gave for a step."""
+    """The engine's answers of one step."""
 
     prompts: list[Prompt]
-    responses: list[list[GeneratedResponse]]  # of each prompt
+    responses: list[list[GeneratedResponse]]  # per prompt
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens of all samples."""
+        """Return the number of prompt and response tokens of all samples."""
         return sum(
             len(prompt.token_ids) + len(response.token_ids)
             for prompt, group in zip(self.prompts, self.responses, strict=True)
@@ -74,7 +73,7 @@ class Answers:
 
 
 def make_answers(num_prompts: int) -> Answers:
-    """Lengths spread evenly up to the longest, prompts of 50 to 400 tokens."""
+    """Return answers with lengths spread evenly up to the longest, prompts of 50 to 400 tokens."""
     rng = np.random.default_rng(0)
     prompts = [
         Prompt(i, "", rng.integers(1, 150_000, rng.integers(50, 401)).astype(np.int32))
@@ -93,7 +92,7 @@ def make_answers(num_prompts: int) -> Answers:
 
 @dataclass
 class Wire:
-    """Stands in for the group between ranks: shares become bytes as they would; one of them is kept."""
+    """Stand-in for the group of ranks: shares are serialised as if sent; one of them is kept."""
 
     layout: ParallelLayout
     facts: Any = None
@@ -102,7 +101,7 @@ class Wire:
     num_sent: int = 0
 
     def send(self, arrays: dict[str, np.ndarray | None], to: int) -> int:
-        """As control.send_arrays, up to the socket."""
+        """Like collectives.send_arrays, up to the socket."""
         message, header, num_bytes = collectives.packed_arrays(arrays)
         if to == self.layout.rank_of(data=OTHER, context=0):
             self.kept = message, header
@@ -111,19 +110,19 @@ class Wire:
         return num_bytes
 
     def receive(self, _source: int) -> dict[str, np.ndarray]:
-        """As control.receive_arrays, from the socket on: into memory that is new."""
+        """Like collectives.receive_arrays, from the socket on: into new memory."""
         assert self.kept is not None
         message, header = self.kept
         return collectives.unpacked_arrays(message.copy(), header)
 
     def from_first_rank(self, make: Callable[[], Any]) -> Any:
-        """Rank 0's small figures of the plan."""
+        """Return rank 0's small figures of the plan."""
         self.facts = make()
         return dict(self.facts)
 
 
 def as_rank_0(answers: Answers, layout: ParallelLayout, wire: Wire) -> tuple[PackedStep, list[Group]]:
-    """From the engine's answers to the sent shares, and rank 0's own microbatches."""
+    """Go from the engine's answers to the sent shares and rank 0's own microbatches."""
     groups = []
     for prompt, responses in zip(answers.prompts, answers.responses, strict=True):
         samples = [
@@ -157,7 +156,7 @@ def as_rank_0(answers: Answers, layout: ParallelLayout, wire: Wire) -> tuple[Pac
 
 
 def as_another_rank(layout: ParallelLayout, wire: Wire) -> PackedStep:
-    """From the received bytes to the microbatches."""
+    """Go from the received bytes to the microbatches."""
     rank = layout.rank_of(data=OTHER, context=0)
     with (
         patch.object(rank_microbatches, "receive_arrays", wire.receive),
@@ -167,16 +166,16 @@ def as_another_rank(layout: ParallelLayout, wire: Wire) -> PackedStep:
 
 
 def maker_of(layout: ParallelLayout, rank: int) -> BatchMaker:
-    """With the packing of a GPU's microbatches."""
+    """Return a batch maker with the packing of a GPU's microbatches."""
     packing = PackingConfig(max_tokens_per_microbatch=BUDGET)
     return BatchMaker(layout, rank, "cpu", packing, CostModel.transformer(4096))
 
 
 def peak_growth(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What the call returns, and by how many bytes the resident set was larger than before at most."""
+    """Return the call's result, and the peak growth of the resident set in bytes."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator holds back would not be seen to grow
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # memory cached by the allocator would hide growth
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     result = call()
     return result, _status("VmHWM") - before
@@ -190,10 +189,10 @@ def _status(name: str) -> int:
 
 
 def host_rows(num_prompts: int, repeats: int) -> list[Row]:
-    """Both kinds of rank, on the same step."""
+    """Measure both kinds of rank, on the same step."""
     torch.set_num_threads(1)
     layout = ParallelLayout(data=NUM_RANKS)
-    # Once through, small: what is loaded and allocated on first use is no part of a step.
+    # A small warm-up: lazy loading and first-use allocations are not part of a step.
     small, wire = make_answers(NUM_RANKS), Wire(layout)
     as_rank_0(small, layout, wire)
     as_another_rank(layout, wire)
@@ -233,7 +232,7 @@ def host_rows(num_prompts: int, repeats: int) -> list[Row]:
 
 
 def transport_rank(rank: int, port: int, num_prompts: int, pipe: Connection) -> None:
-    """One rank of a step that is really scattered; tells what was sent, and how long it took."""
+    """Run one rank of a step that is really scattered; report the bytes sent and the time."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     layout = ParallelLayout(data=2, tensor=2)
@@ -265,7 +264,7 @@ def transport_rank(rank: int, port: int, num_prompts: int, pipe: Connection) -> 
     with patch.object(dist, "send", send):
         step = maker_of(layout, rank).prepare(batch, "token", scatter=True)
     seconds = time.perf_counter() - start
-    # By itself, of what a share is made of: ids, mask and logprobs of its tokens.
+    # Separately, the contents of a share: ids, mask and logprobs of its tokens.
     lengths = np.diff(step.offsets)
     pipe.send(
         {
@@ -284,13 +283,13 @@ def transport_rank(rank: int, port: int, num_prompts: int, pipe: Connection) -> 
 
 
 def make_parts_alone(groups: list[Group]) -> tuple[list[MiniBatch], dict[str, Any]]:
-    """make_parts where other ranks take no part in it."""
+    """Make the mini-batches without the other ranks' participation."""
     with patch("megarl.loops.minibatches.from_first_rank", lambda make: make()):
         return minibatches.make(groups, 1)
 
 
 def transport_rows(num_prompts: int) -> list[Row]:
-    """Four processes: data ranks 0 and 1 with two tensor ranks each."""
+    """Run four processes: data ranks 0 and 1 with two tensor ranks each."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -331,7 +330,7 @@ def transport_rows(num_prompts: int) -> list[Row]:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Per token of the whole batch, prompt and response; see docs/benchmarks.md."""
+    """Return figures per token of the whole batch, prompt and response; see docs/benchmarks.md."""
     found = {}
     for row in rows:
         if row["op"] == "host":

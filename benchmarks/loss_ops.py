@@ -18,7 +18,7 @@ KL_CASES = [(512, 49_152), (128, 151_936)]
 NUM_TOKENS = 65_536
 NUM_SEQUENCES = 256
 NUM_SAMPLES, GROUP_SIZE = 4096, 16
-# All that GRPO with a reference model and token-level importance sampling uses.
+# The options of GRPO with a reference model and token-level importance sampling.
 OPTIONS = PolicyLossOptions(
     clip_high=0.28, dual_clip=3.0, correction="tis", kl="k3", kl_coef=0.01, entropy_coef=0.001
 )
@@ -26,18 +26,18 @@ TOKENS_CASE, SAMPLES_CASE = f"{NUM_TOKENS} tokens fp32", f"{NUM_SAMPLES} samples
 
 
 def kl_case_name(rows: int, columns: int) -> str:
-    """As in the rows of the JSON file."""
+    """Return the case's name in the JSON file."""
     return f"2 x [{rows}, {columns}] fp32"
 
 
 def eager_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) per row, the usual way."""
+    """Return KL(teacher || student) per row, computed in plain torch."""
     log_p, log_q = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def vocab_kl_rows(rows: int, columns: int, repeats: int) -> list[Row]:
-    """Forward KL with gradient to the student; ours overwrites its logits, so every call gets its own."""
+    """Measure forward KL with gradient to the student; ours overwrites its logits, so calls get copies."""
     torch.manual_seed(0)
     student, teacher = torch.randn(rows, columns) * 2, torch.randn(rows, columns) * 2
 
@@ -71,7 +71,7 @@ def vocab_kl_rows(rows: int, columns: int, repeats: int) -> list[Row]:
 
 
 def policy_loss_rows(repeats: int) -> list[Row]:
-    """Loss and gradients of a microbatch. Ours also returns the 17 logged sums, the peers only the loss."""
+    """Measure loss and gradients of a microbatch. Ours also returns the 17 logged sums, the peers do not."""
     torch.manual_seed(0)
     old = -torch.rand(NUM_TOKENS)
     fixed = (old, torch.randn(NUM_TOKENS), (torch.rand(NUM_TOKENS) < 0.7).float() / NUM_TOKENS)
@@ -97,20 +97,20 @@ def policy_loss_rows(repeats: int) -> list[Row]:
 
 
 def eager_group_advantage(rewards: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """GRPO's normalisation, a group at a time, as a ragged batch needs it."""
+    """Normalise as GRPO does, a group at a time, as a ragged batch needs it."""
     groups = rewards.split(sizes)
     return torch.cat([(group - group.mean()) / (group.std() + 1e-6) for group in groups])
 
 
 def eager_segment_sums(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-    """Sums per sequence, given the sequence of every token."""
+    """Return sums per sequence, given the sequence of every token."""
     return values.new_zeros(NUM_SEQUENCES).index_add(0, segment, values)
 
 
 def eager_gae(
     rewards: torch.Tensor, values: torch.Tensor, lengths: list[int], gamma: float, gae_lambda: float
 ) -> torch.Tensor:
-    """GAE over sequences padded to one length: a loop over positions, as most trainers have it."""
+    """Compute GAE over sequences padded to one length: a loop over positions, common in trainers."""
     padded_rewards, padded_values = (
         torch.nn.utils.rnn.pad_sequence(list(tensor.split(lengths)), batch_first=True)
         for tensor in (rewards, values)
@@ -127,7 +127,7 @@ def eager_gae(
 
 
 def small_rows(repeats: int) -> list[Row]:
-    """group_advantage, segment_reduce and gae against torch."""
+    """Measure group_advantage, segment_reduce and gae against torch."""
     torch.manual_seed(0)
     rewards = torch.rand(NUM_SAMPLES)
     groups = torch.arange(0, NUM_SAMPLES + 1, GROUP_SIZE, dtype=torch.int32)

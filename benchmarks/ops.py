@@ -1,11 +1,11 @@
-"""The native ops against their peers: ``python -m benchmarks ops --json FILE [--quick] [--peers DIR]``.
+"""Compare native ops with peers: ``python -m benchmarks ops --json FILE [--quick] [--peers DIR]``.
 
-Seconds are medians of interleaved calls on the same inputs; peak_extra_bytes is what a call allocated at
-most above what it leaves behind (benchmarks/common.py). A forward runs without autograd; ours also
-returns the entropy, which no peer but eager's variant in vocab_kl does. ``ratios`` take the worse of the
-cases; speed is peer / ours, cost is ours / reference.
+Seconds are medians of interleaved calls on the same inputs; peak_extra_bytes is a call's peak allocation
+minus what remains after it (benchmarks/common.py). A forward runs without autograd; ours also returns the
+entropy, which no peer does except eager's variant in vocab_kl. ``ratios`` take the worse of the cases; speed
+is peer / ours, cost is ours / reference.
 
-Peers are looked for among the installed packages and in DIR
+Peers are looked up among the installed packages and in DIR
 (``pip install --no-deps --target DIR trl cut-cross-entropy``); those not found are listed in ``missing``.
 """
 
@@ -34,16 +34,16 @@ from benchmarks.peers import head_peers, report_missing, token_peers
 from megarl.ops import linear_token_logprob, token_logprob
 
 CASES = [(1024, 49_152), (512, 151_936)]
-HIDDEN = 576  # SmolLM2-135M: a short hidden makes everything but the GEMMs weigh most
+HIDDEN = 576  # SmolLM2-135M: with a short hidden size the cost outside the GEMMs weighs most
 
 
 def case_name(rows: int, columns: int) -> str:
-    """As in the rows of the JSON file."""
+    """Return the case's name in the JSON file."""
     return f"[{rows}, {columns}] fp32"
 
 
 def backward_through(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Forward and backward, with a gradient that differs per row."""
+    """Return forward plus backward, with a gradient that differs per row."""
 
     def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result = function(*tensors)
@@ -54,7 +54,7 @@ def backward_through(function: Callable[..., torch.Tensor]) -> Callable[..., tup
 
 
 def token_logprob_rows(rows: int, columns: int, repeats: int) -> list[Row]:
-    """Forward and forward + backward on logits."""
+    """Measure forward and forward + backward on logits."""
     torch.manual_seed(0)
     logits = torch.randn(rows, columns) * 2
     targets = torch.randint(0, columns, (rows,))
@@ -62,7 +62,7 @@ def token_logprob_rows(rows: int, columns: int, repeats: int) -> list[Row]:
     report_missing(missing)
 
     def copied() -> tuple[torch.Tensor, torch.Tensor]:
-        # Megatron's forward and our backward overwrite the logits: every call gets its own.
+        # Megatron's forward and our backward overwrite the logits, so each call gets a copy.
         return logits.clone(), targets
 
     def leaf() -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,13 +85,13 @@ def token_logprob_rows(rows: int, columns: int, repeats: int) -> list[Row]:
 
 
 def linear_rows(rows: int, columns: int, repeats: int) -> list[Row]:
-    """Forward and forward + backward from hidden states, beside the bare GEMMs: 1 forward, 3 backward."""
+    """Measure forward and forward + backward from hidden states, and bare GEMMs: 1 forward, 3 backward."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, HIDDEN)
     weight = torch.randn(columns, HIDDEN) * 0.05
     targets = torch.randint(0, columns, (rows,))
     buffers = (torch.empty(rows, columns), torch.empty_like(hidden), torch.empty_like(weight))
-    buffers[0].zero_()  # touched, so that page faults are not counted against the GEMMs
+    buffers[0].zero_()  # touched first, so page faults do not count against the GEMMs
 
     def plain() -> tuple[torch.Tensor, ...]:
         return hidden, weight, targets
@@ -130,7 +130,7 @@ def linear_rows(rows: int, columns: int, repeats: int) -> list[Row]:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """The figures the ops are held to; each is the worse of the cases."""
+    """Return the figures with goals; each is the worse of the cases."""
     speed: dict[str, list[float]] = {}
     cost: dict[str, list[float]] = {}
 

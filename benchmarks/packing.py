@@ -1,11 +1,11 @@
 """Planning and packing against peers: ``python -m benchmarks packing --json FILE [--quick] [--peers DIR]``.
 
-Rows: seconds are medians of interleaved repetitions. ``plan`` rows also have the microbatches used, the
+Rows: seconds are medians of interleaved repetitions. ``plan`` rows also have the number of microbatches, the
 lower bound ceil(tokens / budget), and the cost of the costliest of 8 ranks over their mean. The peers'
-planners know neither ranks nor costs; their bins are dealt round robin, as their data loaders do.
+planners know neither ranks nor costs; their bins are assigned round robin, as their data loaders do.
 
-TRL is looked for among the installed packages and in DIR (``pip install --no-deps --target DIR trl``);
-without it its rows are left out.
+TRL is looked up among the installed packages and in DIR (``pip install --no-deps --target DIR trl``); without
+it its rows are left out.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Row = dict[str, Any]
 
 
 def rollout_lengths(num_sequences: int) -> np.ndarray:
-    """Lengths as rollouts have them: log-normal with median 400, cut at the budget."""
+    """Return typical rollout lengths: log-normal with median 400, cut at the budget."""
     rng = np.random.default_rng(num_sequences)
     return rng.lognormal(6.0, 0.9, num_sequences).astype(np.int64).clip(1, BUDGET)
 
 
 def timed(implementations: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, after a warm-up; interleaved, so that a noisy moment hits all of them."""
+    """Return the median seconds of each after a warm-up; interleaved, to spread machine noise over all."""
     seconds: dict[str, list[float]] = {name: [] for name in implementations}
     for repeat in range(repeats + 1):
         for name, call in implementations.items():
@@ -60,7 +60,7 @@ def timed(implementations: dict[str, Callable[[], Any]], repeats: int) -> dict[s
 
 
 def first_fit_decreasing(lengths: np.ndarray) -> list[list[int]]:
-    """The textbook packer in plain Python: each sequence, longest first, into the first bin with room."""
+    """Pack in plain Python: each sequence, longest first, into the first bin with room."""
     rooms: list[int] = []
     bins: list[list[int]] = []
     sizes = lengths.tolist()
@@ -78,7 +78,7 @@ def first_fit_decreasing(lengths: np.ndarray) -> list[list[int]]:
 
 
 def load_trl_packer() -> Callable[[pa.Table, int], pa.Table] | None:
-    """TRL's best-fit-decreasing packer, or None where TRL is not to be found."""
+    """Return TRL's best-fit-decreasing packer, or None if TRL is not found."""
     try:
         packer: Callable[[pa.Table, int], pa.Table] = importlib.import_module("trl.data_utils")._pack_bfd
     except ModuleNotFoundError as error:
@@ -88,21 +88,21 @@ def load_trl_packer() -> Callable[[pa.Table, int], pa.Table] | None:
 
 
 def one_byte_table(lengths: np.ndarray) -> pa.Table:
-    """What TRL packs: a list per sequence. One byte per token, so that its time is planning, not copying."""
+    """Return TRL's input: a list per sequence, one byte per token, so its time is planning, not copying."""
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), type=pa.int32())
     values = pa.array(np.zeros(int(lengths.sum()), dtype=np.int8))
     return pa.table({"input_ids": pa.ListArray.from_arrays(offsets, values)})
 
 
 def round_robin_imbalance(bins: list[list[int]], lengths: np.ndarray) -> float:
-    """Costliest of the ranks over their mean when bins are dealt one by one."""
+    """Return the costliest rank over the mean if bins are assigned round robin."""
     cost_of = COSTS.a * lengths + COSTS.b * lengths**2
     totals = [sum(cost_of[b].sum() for b in bins[rank::NUM_RANKS]) for rank in range(NUM_RANKS)]
     return float(max(totals) / statistics.fmean(totals))
 
 
 def trl_bins(packed: pa.Table, lengths: np.ndarray) -> list[list[int]]:
-    """Sequences of TRL's bins, told from their lengths (of equally long ones any will do)."""
+    """Recover the sequences of TRL's bins from their lengths (equally long ones are interchangeable)."""
     by_length: dict[int, list[int]] = {}
     for item, length in enumerate(lengths.tolist()):
         by_length.setdefault(length, []).append(item)
@@ -110,7 +110,7 @@ def trl_bins(packed: pa.Table, lengths: np.ndarray) -> list[list[int]]:
 
 
 def plan_rows(num_sequences: int, repeats: int, peers: bool) -> list[Row]:
-    """Our planner, and with ``peers`` TRL's and first-fit decreasing, on the same lengths."""
+    """Measure our planner and, with ``peers``, TRL's and first-fit decreasing, on the same lengths."""
     lengths = rollout_lengths(num_sequences)
     bound = -(-int(lengths.sum()) // BUDGET)
 
@@ -149,7 +149,7 @@ def plan_rows(num_sequences: int, repeats: int, peers: bool) -> list[Row]:
 
 
 def microbatch(num_tokens: int) -> tuple[RaggedTokens, PackedRows, int]:
-    """Sequences of about num_tokens in all, ready to pack."""
+    """Return sequences of about num_tokens in all, ready to pack."""
     lengths = rollout_lengths(num_tokens // 100)
     lengths = lengths[: int(np.searchsorted(lengths.cumsum(), num_tokens)) + 1]
     total = int(lengths.sum())
@@ -166,10 +166,10 @@ def microbatch(num_tokens: int) -> tuple[RaggedTokens, PackedRows, int]:
 
 
 def pack_rows(num_tokens: int, repeats: int) -> list[Row]:
-    """The pack kernel, the same in torch, and a copy of as many bytes as the kernel reads and writes.
+    """Measure the pack kernel, the same in torch, and a copy of as many bytes as the kernel reads and writes.
 
-    One thread each: torch's version is some forty short parallel loops, and on a machine that does
-    something else as well it would mostly be waiting for its second thread.
+    One thread each: torch's version is some forty short parallel loops, and on a busy machine it would mostly
+    wait for its second thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -205,7 +205,7 @@ def pack_rows(num_tokens: int, repeats: int) -> list[Row]:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """The figures the project holds itself to; see docs/benchmarks.md."""
+    """Return the figures with goals; see docs/benchmarks.md."""
 
     def pick(op: str, case: str, impl: str) -> Row:
         return next(r for r in rows if (r["op"], r["case"], r["impl"]) == (op, case, impl))

@@ -1,4 +1,4 @@
-"""Other projects' token logprobs, loaded from their own packages; those not there are named and left out."""
+"""Token logprobs of other projects, loaded from their packages; missing ones are reported and left out."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ HeadLogprob = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def eager(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The two lines everybody starts from."""
+    """Compute logprobs in plain torch."""
     return torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def eager_head(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The same behind a head."""
+    """Compute logprobs in plain torch, from hidden states and a head."""
     return eager(hidden @ weight.t(), targets)
 
 
 def token_peers() -> tuple[dict[str, Logprob], list[str]]:
-    """Peers on logits, and a line for each that is unavailable."""
+    """Return peers on logits, and a line for each that is unavailable."""
     found: dict[str, Logprob] = {"torch_eager": eager, "torch_compile": torch.compile(eager, dynamic=False)}
     missing: list[str] = []
     loaders: dict[str, Callable[[], Logprob]] = {
@@ -45,7 +45,7 @@ def token_peers() -> tuple[dict[str, Logprob], list[str]]:
 
 
 def head_peers() -> tuple[dict[str, HeadLogprob], list[str]]:
-    """Peers on (hidden, weight), and a line for each that is unavailable."""
+    """Return peers on (hidden, weight), and a line for each that is unavailable."""
     found: dict[str, HeadLogprob] = {"torch_eager": eager_head}
     try:
         linear_cross_entropy = importlib.import_module("cut_cross_entropy").linear_cross_entropy
@@ -100,6 +100,6 @@ def _megatron_fused() -> Logprob:
 
 
 def report_missing(missing: list[str]) -> None:
-    """One line per peer left out."""
+    """Print a line per missing peer."""
     for line in missing:
         print(f"left out: {line}", file=sys.stderr)

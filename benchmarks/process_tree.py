@@ -1,4 +1,4 @@
-"""A command with all the processes it starts, and the most memory they held together."""
+"""Run a command and measure the peak memory of all its processes together."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ _INTERVAL_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Peak:
-    """The most memory, in GiB, and what each process had of it then, by name."""
+    """The peak memory in GiB, and each process's share of it, by name."""
 
     gib: float = 0.0
     processes: dict[str, float] = field(default_factory=dict)
 
 
 def run_measured(command: list[str], environment: dict[str, str], log: Path) -> Peak:
-    """Run ``command`` to its end, output into ``log``; returns the peak of its processes' memory.
+    """Run ``command`` to its end, output into ``log``; return the peak of its processes' memory.
 
     The memory is the sum of proportional set sizes (/proc/PID/smaps_rollup), in which a page shared by
-    several processes counts once, read twice a second. Processes are told by a variable they inherit,
-    so daemons that have left the process tree count too. Raises RuntimeError with the log's end where
-    the command fails.
+    several processes counts once, read twice a second. Processes are identified by an inherited environment
+    variable, so daemons that have left the process tree count too.
+
+    Raises:
+        RuntimeError: the command failed; has the log's end.
     """
     mark = uuid.uuid4().hex
     with log.open("w") as stream:
@@ -60,19 +62,19 @@ def _sample(mark: bytes, peak: Peak, done: threading.Event) -> None:
             pid = int(folder.name)
             try:
                 if not known.get(pid):
-                    # A child shows its parent's environment until it has called exec: ask again later.
+                    # A child has its parent's environment until it has called exec: check again later.
                     known[pid] = mark in (folder / "environ").read_bytes().split(b"\0")
                 if known[pid]:
                     name = _name(folder)
                     found[name] = found.get(name, 0.0) + _pss_kib(folder) / 2**20
             except (PermissionError, FileNotFoundError, ProcessLookupError):
-                continue  # another user's, or it has just ended
+                continue  # another user's process, or one that has just ended
         if (total := sum(found.values())) > peak.gib:
             peak.gib, peak.processes = total, found
 
 
 def _name(folder: Path) -> str:
-    """The title a process gave itself, the module or script of a Python program, or the program's file."""
+    """Return a process's title, the module or script of a Python program, or the program's file."""
     words = (folder / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
     program = Path(words[0]).name
     if not program.startswith("python") or len(words) < 2:

@@ -1,11 +1,11 @@
 """``python -m benchmarks train --json FILE [--quick]``: packed SFT against TRL's, and on 2 ranks.
 
 SmolLM2-135M (random weights of its sizes), float32, batches of 8 sequences of log-normal lengths up to 512
-tokens, every sequence once, loss on every token but the first. The same tokens, in processes of their own,
-one trainer after the other. Tokens per second count tokens, not padding. Peak memory is the largest
-resident set of a process; CPU seconds are those of all its threads during the steps. Rows of TRL: as it
-comes (padded, gradient checkpointing on), with its packing, and that without gradient checkpointing. On two
-ranks each has half of the threads; nine heads do not divide by two, so tp2 has the same sizes with eight.
+tokens, every sequence once, loss on every token but the first. The same tokens, in separate processes, one
+trainer after the other. Tokens per second count tokens, not padding. Peak memory is the largest resident set
+of a process; CPU seconds are those of all its threads during the steps. Rows of TRL: default (padded,
+gradient checkpointing on), with its packing, and that without gradient checkpointing. On two ranks each has
+half of the threads; nine heads do not divide by two, so tp2 has the same sizes with eight.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ QUICK = [name for name in TRAINERS if name != "trl_packed_without_checkpointing"
 
 
 def make_sequences(count: int) -> list[list[int]]:
-    """Log-normal lengths (median 128 tokens, sigma 0.8), as chats have them: every batch has one length from
-    each eighth of the distribution, so that two steps are as long-tailed as many."""
+    """Return log-normal lengths (median 128 tokens, sigma 0.8), typical of chats: every batch has one length
+    from each eighth of the distribution, so a few steps are as long-tailed as many."""
     draw, distribution = random.Random(1), statistics.NormalDist(math.log(128), 0.8)
     vocab = MODELS["smollm2-135m"]["vocab_size"]
     sequences = []
@@ -47,7 +47,7 @@ def make_sequences(count: int) -> list[list[int]]:
 
 
 def measure_row(name: str, job: dict[str, Any], folder: Path) -> Row:
-    """One run of one trainer."""
+    """Run one trainer once; return its row."""
     model = MODEL_OF.get(name, "smollm2-135m")
     ranks = 2 if name[-3:] in ("tp2", "pp2", "dp2") else 1
     job = job | {"model": str(folder / model)}
@@ -69,7 +69,7 @@ def measure_row(name: str, job: dict[str, Any], folder: Path) -> Row:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Medians over repeats; TRL's seconds over ours, our memory over TRL's."""
+    """Return medians over repeats: TRL's seconds over ours, our memory over TRL's."""
 
     def median(name: str, field: str) -> float:
         return statistics.median(row[field] for row in rows if row["impl"] == name)
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         for model in {MODEL_OF.get(name, "smollm2-135m") for name in names}:
             write_model(folder / model, MODELS[model])
         job = {"sequences": make_sequences(steps * BATCH), "batch_size": BATCH, "threads": args.threads}
-        for _ in range(repeats):  # turn by turn, so that a noisy hour hits all of them
+        for _ in range(repeats):  # in turn, to spread machine noise over all of them
             rows += [measure_row(name, job, folder) for name in names]
     result: Row = {"rows": rows, "ratios": {} if args.only else ratios(rows)}
     result |= {"microbatch_tokens": MICROBATCH_TOKENS, "trl_pack_tokens": PACK}

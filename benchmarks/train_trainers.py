@@ -1,4 +1,4 @@
-"""The trainers of benchmarks/train.py; benchmarks/trainers.py says how they are run."""
+"""The trainers of benchmarks/train.py, run by benchmarks/trainers.py."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from benchmarks.trainers import (
 )
 
 PACK = 512
-"""Tokens of a row of TRL's packing; no sequence is longer."""
+"""Tokens per row of TRL's packing; no sequence is longer."""
 
 
 def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
-    """What ``megarl sft`` does between reading its data and writing its files."""
+    """Run ``megarl sft`` from its loaded data to before its output files."""
     from megarl.losses.sft import sft_loss
     from megarl.records import TokenSequence, TrainBatch
     from megarl.trainer.megatron.initialize import finalize
@@ -47,7 +47,7 @@ def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
 
 
 def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:
-    """TRL's SFTTrainer in float32 on the same tokens, otherwise as it comes unless ``options`` say more."""
+    """Run TRL's SFTTrainer in float32 on the same tokens, with its defaults except for ``options``."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -72,7 +72,7 @@ def trl(job: dict[str, Any], **options: Any) -> dict[str, float]:
 
 
 def trl_packed(job: dict[str, Any], **options: Any) -> dict[str, float]:
-    """As many packed rows a step as hold about the tokens of a batch."""
+    """Run TRL with as many packed rows per step as hold about a batch's tokens."""
     tokens = sum(map(len, job["sequences"])) / len(job["sequences"]) * job["batch_size"]
     rows = max(1, round(tokens / PACK))
     return trl(job, packing=True, per_device_train_batch_size=rows, **options)

@@ -1,7 +1,7 @@
-"""What the benchmarks of trainers share: processes with a clock and a peak, data, and TRL's furniture.
+"""Helpers of the trainer benchmarks: measured processes, data, and TRL's setup.
 
-Every trainer runs in processes of its own, ``python -m benchmarks.NAME_trainers TRAINER JOB RESULT``: JOB is
-a JSON file with the model's directory and the tokens, RESULT.RANK gets seconds and the rank's peak memory.
+Every trainer runs in separate processes, ``python -m benchmarks.NAME_trainers TRAINER JOB RESULT``: JOB is a
+JSON file with the model's directory and the tokens, RESULT.RANK gets seconds and the rank's peak memory.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Trainer = Callable[[dict[str, Any]], dict[str, float]]
 
 
 def peak_gib() -> float:
-    """Largest resident set of this process so far."""
+    """Return this process's largest resident set so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(
     module: str, name: str, job: dict[str, Any], folder: Path, *, ranks: int = 1
 ) -> list[dict[str, Any]]:
-    """Run one trainer in ``ranks`` processes, which share ``job["threads"]``; each one's result."""
+    """Run one trainer in ``ranks`` processes, which share ``job["threads"]``; return their results."""
     job = job | {"threads": max(1, job["threads"] // ranks)}
     job_file, result_file = folder / "job.json", folder / "result.json"
     job_file.write_text(json.dumps(job))
     command = [sys.executable, "-m", module, name, str(job_file), str(result_file)]
     shared = {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     shared |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
-    # With a master's address even a lone process would open a store, and TRL would wait for others.
+    # With a master address even a single process would open a store, and TRL would wait for others.
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
     if ranks > 1:
         with socket.socket() as probe:
@@ -55,7 +55,7 @@ def measure(
 
 
 def run_trainer(trainers: dict[str, Trainer], arguments: list[str]) -> None:
-    """The other side of :func:`measure`: run one trainer and write what it took."""
+    """Run one trainer and write its measurements; called in the process that :func:`measure` starts."""
     name, job_file, result_file = arguments
     import torch
 
@@ -67,23 +67,23 @@ def run_trainer(trainers: dict[str, Trainer], arguments: list[str]) -> None:
 
 
 class Stopwatch:
-    """Seconds of the wall and of all of this process's threads, since the start."""
+    """Wall seconds and CPU seconds of all of this process's threads since the start."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Begin at zero."""
+        """Start at zero."""
         self._began = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """What it takes up to now."""
+        """Return the seconds so far."""
         wall, cpu = self._began
         return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
 def clock(into: dict[str, float]) -> Any:
-    """A callback of the Hugging Face trainer: what it takes from the first step to the end goes ``into``."""
+    """Return a callback of the Hugging Face trainer that writes the time of all steps to ``into``."""
     from transformers import TrainerCallback
 
     watch = Stopwatch()
@@ -99,7 +99,7 @@ def clock(into: dict[str, float]) -> Any:
 
 
 def megarl_policy(job: dict[str, Any], num_steps: int, **parallel: Any) -> tuple[Any, dict[str, float]]:
-    """MegaRL's trainer of ``job["model"]`` on this rank, and the memory before it was built."""
+    """Build MegaRL's trainer of ``job["model"]`` on this rank; also return the memory before it."""
     from megarl.config.model import ModelConfig
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
@@ -123,7 +123,7 @@ def megarl_policy(job: dict[str, Any], num_steps: int, **parallel: Any) -> tuple
 
 
 def bare_tokenizer() -> Any:
-    """What TRL wants to have, although the data are tokens already."""
+    """Return a tokenizer for TRL, which requires one even for tokenised data."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -132,7 +132,7 @@ def bare_tokenizer() -> Any:
 
 
 def arguments(job: dict[str, Any], folder: str) -> dict[str, Any]:
-    """What every trainer of TRL gets: float32 on the CPU, one epoch, one learning rate, nothing saved."""
+    """Return all TRL trainers' arguments: float32 on the CPU, one epoch, one learning rate, no saving."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": job["batch_size"],

@@ -1,7 +1,7 @@
-"""The weight weight sync: MegaRL's against gathering full tensors, and against plain memcpy.
+"""Weight sync: MegaRL's against gathering full tensors, and against plain memcpy.
 
-The engine is a real vLLM engine in this process; trainer ranks are processes of their own with a real
-Megatron model (benchmarks/weights_trainer.py). What is timed is what a training step waits for.
+The engine is a real vLLM engine in this process; trainer ranks are separate processes with a real Megatron
+model (benchmarks/weights_trainer.py). The measured time is what a training step waits for.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One trainer layout in front of an engine of one rank."""
+    """One trainer layout with an engine of one rank."""
 
     model: str
     name: str
@@ -119,7 +119,7 @@ class Trainer:
                 self._connections[rank] = connection
 
     def _watch(self, address: Any) -> None:
-        """Knock in place of a rank that dies before it connects, so that nobody waits for it."""
+        """Connect in place of a rank that dies before it connects, so the listener does not wait forever."""
         while len(self._connections) < len(self._processes):
             if any(process.poll() is not None for process in self._processes):
                 with Client(address) as connection:
@@ -128,7 +128,7 @@ class Trainer:
             time.sleep(0.2)
 
     def ask(self, command: str, load: Callable[[list[tuple[str, torch.Tensor]]], None]) -> list[Any]:
-        """Every rank's answer; buckets that come meanwhile are given to ``load``."""
+        """Return every rank's answer; pass buckets that arrive meanwhile to ``load``."""
         for connection in self._connections.values():
             connection.send(command)
         answers: list[Any] = []
@@ -162,7 +162,7 @@ class Trainer:
 
 
 def write_model(directory: Path, config: dict[str, Any]) -> None:
-    """A Hugging Face directory with random weights."""
+    """Write a Hugging Face directory with random weights."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True)
@@ -177,7 +177,7 @@ def write_model(directory: Path, config: dict[str, Any]) -> None:
 
 
 def start_engine(model_dir: Path) -> Any:
-    """vLLM in this process, set up as the engine of a run is."""
+    """Start vLLM in this process, configured like a run's engine."""
     from megarl.cluster.variables import engine_variables
     from megarl.config.rollout import EngineConfig
     from megarl.inference.actor.settings import EngineSettings
@@ -189,10 +189,10 @@ def start_engine(model_dir: Path) -> Any:
 
 
 def run_case(case: Case, engine: Any, model_dir: Path, repeats: int) -> list[Row]:
-    """Rows of one case: MegaRL's sync, gather-all, and a memcpy of the bytes MegaRL writes (all, if none)."""
+    """Return a case's rows: MegaRL's sync, gather-all, and a memcpy of the bytes MegaRL writes (or all)."""
     model = engine.model_executor.driver_worker.worker.model_runner.model
     params = dict(model.named_parameters())
-    for param in params.values():  # memory of its own again, after an earlier case
+    for param in params.values():  # separate memory again, after an earlier case
         param.data = param.detach().clone()
     model_bytes = sum(param.nbytes for param in params.values())
     trainer = Trainer(case, model_dir)
@@ -263,7 +263,7 @@ def run_case(case: Case, engine: Any, model_dir: Path, repeats: int) -> list[Row
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """The headline figures: worst of the cases each speaks of."""
+    """Return the headline figures: the worst of the cases of each."""
     by_case: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_case.setdefault(row["case"], {})[row["impl"]] = row
@@ -288,7 +288,7 @@ def ratios(rows: list[Row]) -> dict[str, float]:
 
 
 def run_model(name: str, repeats: int) -> list[Row]:
-    """All cases of one model, with one engine."""
+    """Run all cases of one model, with one engine."""
     with tempfile.TemporaryDirectory(prefix="megarl-bench-") as directory:
         model_dir = Path(directory) / name
         write_model(model_dir, MODELS[name])

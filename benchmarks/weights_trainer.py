@@ -1,8 +1,8 @@
-"""A trainer for benchmarks/weights.py: ranks that hold a model under one layout and answer commands.
+"""The trainer of benchmarks/weights.py: ranks that hold a model under one layout and answer commands.
 
-Started as ``python -m benchmarks.weights_trainer ADDRESS MODEL_DIR LAYOUT PORT RANKS RANK``. Its
-``gather`` is the usual colocated weight sync, for comparison: every rank assembles every full Hugging
-Face tensor, and rank 0 puts them into a bucket of shared memory that the engine loads from.
+Started as ``python -m benchmarks.weights_trainer ADDRESS MODEL_DIR LAYOUT PORT RANKS RANK``. Its ``gather``
+is the usual colocated weight sync, for comparison: every rank assembles every full Hugging Face tensor, and
+rank 0 puts them into a bucket of shared memory that the engine loads from.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megarl.models.table import Region
 from megarl.weights.hf import region_index
 
 BUCKET_BYTES = 256 * 2**20
-"""Size of the weight sync bucket; the systems compared with use some hundred MiB to a few GiB."""
+"""Size of the weight sync bucket; the compared systems use some hundred MiB to a few GiB."""
 
 
 class GatherAll:
-    """Full tensors on every rank, one after another, in buckets."""
+    """Assemble full tensors on every rank, one after another, in buckets."""
 
     def __init__(self, policy: Any, engine: Connection | None) -> None:
         self._params, self._engine = policy.params, engine
@@ -44,7 +44,7 @@ class GatherAll:
         self._shapes = policy.architecture.hf_shapes()
 
     def __call__(self) -> None:
-        """One weight sync of the whole model."""
+        """Sync the whole model once."""
         bucket = torch.empty(0)
         if self._engine is not None:
             storage = torch.UntypedStorage._new_shared(BUCKET_BYTES)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Resolves pyproject.toml and requirements/*.in into requirements/*.lock (make lock). Versions that a lock holds
-# already are kept where they still fit; --upgrade, or --upgrade-package NAME, takes newer ones.
+# Resolves pyproject.toml and requirements/*.in into requirements/*.lock (make lock). Locked versions
+# are kept if they still fit; --upgrade, or --upgrade-package NAME, takes newer ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# The default index knows every file of a release; of an extra index with some of them the hashes would be too few.
+# Hashes come from the default index, which has every file of a release; an extra index may have only some.
 export UV_INDEX=
 for kind in cpu:3.11 cuda:3.12; do
   name=${kind%:*}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv from a lock in requirements/ (make setup). uv installs; this does what uv does not: it brings uv by
-# pip and hands it pip's own settings, compiles the native extension while packages are installed, and keeps
-# stamps of what is done. Packages whose installation was cut off start anew; uv's cache makes that cheap.
-#   setup_env.sh                     all of it; MEGARL_CUDA=1: the CUDA lock, PYTHON=...: this interpreter
+# Make .venv from a lock in requirements/ (make setup). uv installs the packages; this script installs uv with
+# pip and passes it pip's settings, compiles the native extension in parallel, and keeps stamps of finished
+# steps. An interrupted installation starts again; uv's cache makes that cheap.
+#   setup_env.sh                     everything; MEGARL_CUDA=1: the CUDA lock, PYTHON=...: this interpreter
 #   setup_env.sh packages DIR KIND   only the packages of requirements/KIND.lock, into DIR
 #   setup_env.sh uv ARGUMENTS...     that uv, with pip's settings
 set -euo pipefail
@@ -12,7 +12,7 @@ uv=$PWD/.setup/uv/bin/uv uv_version=0.13.9
 
 fail() { printf '\nmake setup: %s\n' "$1" >&2; exit 1; }
 
-run() { # run NAME COMMAND...: output into .setup/NAME.log, its end on the screen where the command fails
+run() { # run NAME COMMAND...: output into .setup/NAME.log, its end on the screen if the command fails
   local name=$1 begin=$SECONDS
   "${@:2}" >".setup/$name.log" 2>&1 </dev/null || fail "$name failed; the end of .setup/$name.log:
 $(grep -v '^WARNING' ".setup/$name.log" | tail -n 8 | sed 's/^/    /')"
@@ -57,13 +57,13 @@ sys.exit(not (fits and pathlib.Path(sysconfig.get_paths()["include"], "Python.h"
 PYTHON
   [[ $2 != cpu ]] || "$1/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
     fail "no libnuma here, which vLLM's CPU engine links to: apt-get install libnuma1"
-  # PyTorch's own index is asked where pip's settings do not lead to the CPU build.
+  # Use PyTorch's own index if pip's settings do not lead to the CPU build.
   [[ $2 != cpu ]] || grep -o '^torch==[^ ]*' $lock | "$uv" pip compile -q --no-deps - >.setup/torch.log 2>&1 ||
     export UV_TORCH_BACKEND=cpu
   run torch "$uv" pip install --python "$1" --constraint $lock torch ninja setuptools wheel
 }
 
-sync() { # sync DIR KIND: exactly what the lock says, byte code included, however long a busy machine takes for a file
+sync() { # sync DIR KIND: install exactly the lock, byte code included, without a time limit per file
   UV_COMPILE_BYTECODE_TIMEOUT=0 UV_COMPILE_BYTECODE=${UV_COMPILE_BYTECODE-1} run packages "$uv" pip sync --python "$1" --no-build-isolation "requirements/$2.lock"
 }
 
@@ -75,7 +75,7 @@ start_build() { # in the background, in a process group that can be ended with a
   trap 'kill -- -$build 2>/dev/null || true' EXIT
 }
 
-check_imports() { # the one proof that the versions fit this machine
+check_imports() { # proves that the versions work on this machine
   local modules pids=()
   for modules in "$@"; do
     run "import-${modules%%[,.]*}" .venv/bin/python -c "import $modules" & pids+=($!)
@@ -83,13 +83,13 @@ check_imports() { # the one proof that the versions fit this machine
   for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
 }
 
-stamp() { [[ -f $1 && $(<"$1") = "$2" ]]; } # stamp FILE KEY: whether that was finished for this key
+stamp() { [[ -f $1 && $(<"$1") = "$2" ]]; } # stamp FILE KEY: true if that step was finished for this key
 
 packages_key() { echo "$1 $PWD $(sha256sum "requirements/$1.lock")"; }
 
 [[ $(uname -sm) = "Linux x86_64" ]] || fail "the locks are for Linux on x86_64, this is $(uname -sm)"
 mkdir -p .setup
-exec 9>.setup/lock # children hold it too: were this process killed, the next one waits for them
+exec 9>.setup/lock # children hold it too: if this process is killed, the next one waits for them
 flock -n 9 || { echo "  another set-up is at work in this clone; waiting for it ..."; flock 9; }
 case ${1-} in
   uv) bring_uv; exec "$uv" "${@:2}" ;;
@@ -101,12 +101,12 @@ case ${1-} in
   ?*) sed -n '2,/^set/{/^#/p}' "$0"; exit 2 ;;
 esac
 
-# Without MEGARL_CUDA an environment stays of the kind it is; one that is a link to another is left as it is.
+# Without MEGARL_CUDA an environment keeps its kind; a link to another environment is not changed.
 kind=cpu abi=311
 if [[ ${MEGARL_CUDA-} = 1 || -z ${MEGARL_CUDA-} && $(cat .venv/pyvenv.cfg 2>/dev/null) = *megarl-cuda* ]]; then
   kind=cuda abi=312
 fi
-# What packages and extension are made from: lock and place; sources, flags and this CPU's vector units.
+# Keys of the stamps. Packages: lock and directory; extension: sources, flags and this CPU's vector units.
 packages=$(packages_key $kind)
 extension=$(sha256sum < <(
   echo "$packages ${FORCE_CUDA-} ${TORCH_CUDA_ARCH_LIST-}"

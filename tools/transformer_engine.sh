@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds Transformer Engine into a CUDA environment (make transformer-engine): its torch extension comes as source
-# and is compiled against the installed torch, with the CUDA, cuDNN and NCCL headers of NVIDIA's wheels. Minutes;
-# MAX_JOBS compilers run side by side. Nothing in MegaRL needs it: docs/dependencies.md.
+# Build Transformer Engine into a CUDA environment (make transformer-engine): its torch extension comes as source
+# and is compiled against the installed torch, with the CUDA, cuDNN and NCCL headers of NVIDIA's wheels. Takes
+# minutes; MAX_JOBS compilers run in parallel. Nothing in MegaRL requires it: docs/dependencies.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=${1:-$PWD/.venv}
@@ -12,5 +12,5 @@ environment=${1:-$PWD/.venv}
 export NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 PATH=$environment/bin:$PATH bash tools/setup_env.sh uv pip install --python "$environment" --no-build-isolation \
   -r requirements/transformer-engine.lock
-# torch first: its NCCL is the one of NVIDIA's wheels, which Transformer Engine links to and does not look for.
+# torch first: Transformer Engine links to the NCCL of NVIDIA's wheels but does not search for it; torch loads it.
 "$environment/bin/python" -c 'import torch, transformer_engine.pytorch'
