@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarl.cluster.collectives import barrier
-from megarl.config.model import ModelConfig
 from megarl.config.ppo import PpoConfig
 from megarl.errors import UserError
 from megarl.models import load_architecture
@@ -22,14 +21,14 @@ def make_critic(config: PpoConfig, policy: Trainer) -> Trainer:
         UserError: critic.path has a different vocabulary size than model.path.
     """
     path = config.critic.path or config.model.path
-    architecture = load_architecture(path)
+    architecture = load_architecture(path, any_family=config.trainer.any_family)
     if architecture.spec.vocab_size != policy.architecture.spec.vocab_size:
         raise UserError(f"critic.path: {path} has a different vocabulary size than {config.model.path}")
     return build_scorer(
         config,
         policy.context,
         architecture,
-        ModelConfig(path=path, dtype=config.model.dtype),
+        config.model.model_copy(update={"path": path}),
         config.critic.optimizer or config.optimizer,
         config.num_critic_steps,
     )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 
 from megarl.config.distill import DistillConfig
-from megarl.config.model import ModelConfig
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
 from megarl.loops import minibatches
@@ -44,7 +43,8 @@ def run_distill(config: DistillConfig) -> None:
 
 def check_vocabularies(config: DistillConfig) -> None:
     """Raise UserError unless teacher and student share their token ids."""
-    student, teacher = (load_architecture(path).spec for path in (config.model.path, config.teacher.path))
+    paths, any_family = (config.model.path, config.teacher.path), config.trainer.any_family
+    student, teacher = (load_architecture(path, any_family=any_family).spec for path in paths)
     if student.vocab_size != teacher.vocab_size:
         raise UserError(
             f"teacher.path: {config.teacher.path} has a vocabulary of {teacher.vocab_size} tokens, the "
@@ -65,8 +65,9 @@ class DistillLearner:
     def __init__(self, config: DistillConfig, run: TrainingRun, policy: Trainer) -> None:
         self.config, self.run, self.policy, self.trained = config, run, policy, policy
         algorithm, path = config.algorithm, config.teacher.path
-        model = ModelConfig(path=path, dtype=config.model.dtype)
-        teacher = build_frozen(policy.context, load_architecture(path), model, config.packing)
+        model = config.model.model_copy(update={"path": path})
+        architecture = load_architecture(path, any_family=config.trainer.any_family)
+        teacher = build_frozen(policy.context, architecture, model, config.packing)
         self.distiller = Distiller(
             policy,
             teacher,

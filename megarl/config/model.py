@@ -16,6 +16,8 @@ class ModelConfig(Section):
     """Hugging Face directory: config.json, safetensors, tokenizer (eval: or a Megatron checkpoint)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameter and activation type. fp32 is the fast one on CPUs without AMX/AVX512-BF16."""
+    trust_remote_code: bool = False
+    """Run Python code of the model's directory where transformers lacks the model (trainer.backend torch)."""
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:

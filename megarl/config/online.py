@@ -86,6 +86,14 @@ class OnlineConfig(TrainingRoot, Sampling):
     if TYPE_CHECKING:  # every algorithm has its own
         algorithm: Any
 
+    @rule
+    def _of_torch(self) -> Problems:
+        if self.trainer.backend == "torch":
+            why = "the torch backend has none; trainer.backend = megatron has it"
+            yield from self.unused("rollout.router_replay", why, "trainer.backend")
+            why = "an engine on the same GPU reads the trainer's weights there"
+            yield from self.unused("trainer.cpu_offload", why, "rollout.engine")
+
     @property
     def offloads(self) -> list[str]:
         """What gives up its memory while unused."""

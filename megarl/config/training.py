@@ -14,6 +14,27 @@ from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
 from megarl.config.run import Launcher, ProfileConfig, RunConfig
 from megarl.config.section import Problems, Section, rule
+from megarl.config.trainer import TrainerConfig
+from megarl.config.violation import show
+
+_BACKEND = "trainer.backend"
+OF_MEGATRON = (
+    "parallel.pipeline_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.context_attention",
+    "parallel.context_split_from",
+    "parallel.virtual_pipeline_parallel_size",
+    "parallel.expert_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+    "parallel.expert_dispatcher",
+    "parallel.first_stage_layers",
+    "parallel.last_stage_layers",
+    "router.aux_loss_coef",
+    "router.bias_update_rate",
+)
+"""What trainer.backend torch lacks."""
+ALWAYS_IN_TORCH = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
+"""What trainer.backend torch does whatever is asked."""
 
 
 class DebugConfig(Section):
@@ -32,6 +53,7 @@ class TrainingRoot(Section):
     model: ModelConfig
     lora: LoraConfig | None = None
     """Train adapters of low rank; null trains all weights."""
+    trainer: TrainerConfig = TrainerConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
     packing: PackingConfig = PackingConfig()
@@ -95,6 +117,29 @@ class TrainingRoot(Section):
         if size < (ranks := self.parallel.data_parallel_size):
             reason = f"{step} of {size} {self.example} leaves some of {ranks} data-parallel ranks empty"
             yield field, reason, "parallel.num_processes"
+
+    @rule
+    def _of_megatron_alone(self) -> Problems:
+        if self.trainer.backend != "torch":
+            return
+        for name, value in self.changed(*OF_MEGATRON):
+            got = value if isinstance(value, str) else show(value)
+            yield name, f"the torch backend has none; trainer.backend = megatron has it (got {got})", _BACKEND
+        for name, _ in self.changed(*ALWAYS_IN_TORCH):
+            yield name, "the torch backend does so always: leave it at its default", _BACKEND
+
+    @rule
+    def _of_torch_alone(self) -> Problems:
+        if self.trainer.backend != "torch":
+            why = "needs trainer.backend = torch: models with a table run no code of their own"
+            yield from self.unused("model.trust_remote_code", why, _BACKEND)
+
+    @rule
+    def _replicas(self) -> Problems:
+        ranks, replicas = self.parallel.data_parallel_size, self.trainer.replicate_size
+        if ranks % replicas:
+            reason = f"must divide the {ranks} data-parallel ranks (got {replicas})"
+            yield "trainer.replicate_size", reason, "parallel.num_processes"
 
     @rule
     def _ring_shares_no_prefixes(self) -> Problems:

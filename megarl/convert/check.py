@@ -98,7 +98,10 @@ def _describe(path: Path) -> dict[str, Any]:
             for name, shape in reader.shapes.items()
         ]
         names = {"megatron": "Megatron-LM (torch_dist)", "megarl": "MegaRL (torch_dist)"}
-        facts = {"format": names[dialect_of(reader)], "iteration": _iteration(directory)}
+        kind, iteration = "MegaRL, trainer.backend torch (DCP)", None
+        if not (directory / "trainer.json").is_file():
+            kind, iteration = names[dialect_of(reader)], _iteration(directory)
+        facts = {"format": kind, "iteration": iteration}
         place = next((p for p in config_places(path, directory) if p), None)
         family = read_json_object(place / "config.json").get("model_type") if place else None
         optimizer = any(name.startswith(("optimizer.", "chained_")) for name in reader.shapes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from megarl.errors import UserError
 
@@ -12,11 +13,13 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three subcommands and their options."""
+    """The subcommands and their options."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="what")
     for kind, text in (
         ("hf-to-megatron", "write a Megatron-LM distributed checkpoint of a Hugging Face directory"),
         ("megatron-to-hf", "write a Hugging Face directory of a Megatron-LM or MegaRL checkpoint"),
+        ("hf-to-torch", "write a checkpoint of trainer.backend torch of a Hugging Face directory"),
+        ("torch-to-hf", "write a Hugging Face directory of a checkpoint of trainer.backend torch"),
     ):
         command = kinds.add_parser(kind, help=text, description=text, allow_abbrev=False)
         command.add_argument("source", type=Path, metavar="SOURCE")
@@ -31,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="largest file, which bounds memory (2GiB)",
         )
         command.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
-        command.add_argument(
-            "--verify", action="store_true", help="compare both sides' logits on random tokens afterwards"
-        )
+        if "megatron" in kind:
+            command.add_argument(
+                "--verify", action="store_true", help="compare both sides' logits on random tokens afterwards"
+            )
         if kind == "hf-to-megatron":
             command.add_argument(
                 "--mtp",
@@ -42,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help="layers of multi-token prediction, which the model does without: leave them out "
                 "(ignore) or carry them along for the way back (keep)",
             )
-        if kind == "megatron-to-hf":
+        if kind.endswith("-to-hf"):
             command.add_argument(
                 "--hf-config", type=Path, metavar="DIR", help="directory with config.json and the tokenizer"
             )
@@ -63,6 +67,9 @@ def run(options: argparse.Namespace) -> int:
         "max_bytes": parse_size(options.max_shard_size),
         "overwrite": options.overwrite,
     }
+    if "torch" in options.kind:
+        _run_torch(options, settings)
+        return 0
     if options.verify:
         check.require_model(options.source, getattr(options, "hf_config", None))
     if options.kind == "hf-to-megatron":
@@ -77,6 +84,16 @@ def run(options: argparse.Namespace) -> int:
         difference = check.verify(*sides, getattr(options, "hf_config", None))
         print(f"verified: logits differ by at most {difference:.1e}")
     return 0
+
+
+def _run_torch(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from megarl.convert.torch_native import hf_to_torch, torch_to_hf
+
+    if options.kind == "hf-to-torch":
+        hf_to_torch(options.source, options.target, **settings)
+    else:
+        torch_to_hf(options.source, options.target, hf_config=options.hf_config, **settings)
+    print(f"wrote {options.target}")
 
 
 def parse_size(text: str) -> int:

@@ -61,7 +61,7 @@ def hf_to_megatron(
     files = distcp.assign_files(pieces_of(architecture, "megatron"), num_bytes, max_bytes)
     request = {"source": str(source.resolve()), "dtype": str(wanted), "max_bytes": max_bytes}
     request["keep_mtp"] = keep_mtp
-    with _output(target, request, overwrite) as partial:
+    with output_directory(target, request, overwrite) as partial:
         directory = partial / RELEASE
         directory.mkdir(exist_ok=True)
 
@@ -111,7 +111,7 @@ def megatron_to_hf(
     } | kept.sizes
     shards = hf_side.plan_shards(sizes, max_bytes)
     request = {"source": str(source.resolve()), "dtype": str(wanted), "max_bytes": max_bytes}
-    with _output(target, request, overwrite) as partial:
+    with output_directory(target, request, overwrite) as partial:
         with _progress() as progress:
             task = progress.add_task("writing safetensors files", total=len(shards))
             for _ in hf_side.write_shards(partial, shards, read):
@@ -289,7 +289,7 @@ def _moe_arguments(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
 
 
 @contextmanager
-def _output(target: Path, request: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+def output_directory(target: Path, request: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """A directory that becomes ``target`` when the block ends well, and waits for a rerun otherwise."""
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; name another directory or pass --overwrite")

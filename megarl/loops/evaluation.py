@@ -195,7 +195,7 @@ def run_eval(config: EvalConfig) -> None:
         _write(directory, found, timers.end_step()["seconds"], console)
         engine.shutdown()
         workers.shutdown()
-    finalize()
+    finalize(context)
 
 
 def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: Console) -> None:
@@ -213,18 +213,20 @@ def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: 
 
 
 def _with_hugging_face_model(config: EvalConfig, run_dir: Path, console: Console) -> EvalConfig:
-    """Return ``config`` with a Hugging Face ``model.path``; converts a Megatron checkpoint once, bitwise."""
+    """Return ``config`` with a Hugging Face ``model.path``; converts a trainer's checkpoint once, bitwise."""
     source = Path(config.model.path)
     if not is_megatron_checkpoint(source):
         return config
     from megarl.convert.commands import find_iteration, megatron_to_hf
+    from megarl.convert.torch_native import is_torch_checkpoint, torch_to_hf
 
     metadata = find_iteration(source) / ".metadata"
     origin = {"source": str(source.resolve()), "written": metadata.stat().st_mtime}
     target = run_dir / _CONVERTED
     note = target / _ORIGIN
     if not note.is_file() or json.loads(note.read_text()) != origin:
-        megatron_to_hf(source, target, hf_config=None, dtype=None, max_bytes=2 * 2**30, overwrite=True)
+        convert = torch_to_hf if is_torch_checkpoint(metadata.parent) else megatron_to_hf
+        convert(source, target, hf_config=None, dtype=None, max_bytes=2 * 2**30, overwrite=True)
         note.write_text(json.dumps(origin))
         console.note(f"{source}: converted to {target}")
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})

@@ -24,7 +24,8 @@ from megarl.trainer.interface import RankContext
 def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
     """Return the architecture, a tokenizer that fits it, and the longest sequence in tokens."""
     path = config.model.path
-    architecture = load_architecture(path)
+    any_family = isinstance(config, TrainingRoot) and config.trainer.any_family
+    architecture = load_architecture(path, any_family=any_family)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
     return architecture, tokenizer, config.max_sequence_length(read_model_config(path))
@@ -37,7 +38,7 @@ def check_fits(config: TrainingRoot, architecture: Architecture, context: RankCo
         UserError: the first violation of the first rank that has one.
     """
     device = context.platform.device
-    if device.type == "cpu":
+    if device.type == "cpu" or config.trainer.backend == "torch":  # of FSDP's shards there is no figure yet
         return
     memory = least_memory(config, architecture, context.layout, context.at, context.rank)
     problem = too_small(
@@ -55,7 +56,9 @@ def check_fits(config: TrainingRoot, architecture: Architecture, context: RankCo
 def describe_model(device: str, config: TrainingRoot, architecture: Architecture) -> list[str]:
     """Return log lines: the implementation of each kind of trainer layer, and the trained adapters."""
     ring, experts = config.parallel.context_attention == "ring", architecture.spec.moe is not None
-    found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)
+    found = {"all but attention": "transformers", "attention": "megarl, packed"}
+    if config.trainer.backend == "megatron":
+        found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)
     layers = "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
     return [layers] if config.lora is None else [layers, _describe_lora(architecture, config.lora)]
 

@@ -89,7 +89,7 @@ def run_offline(
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
     train, held_out = load_splits(load, config, tokenizer, longest)
-    context = initialize(config.parallel, config.run.seed)
+    context = initialize(config.parallel, config.run.seed, config.trainer)
     check_fits(config, architecture, context)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
@@ -103,7 +103,7 @@ def run_offline(
         totals = loop.run(state)
         run.export(objective.trained, objective.trained.architecture)
         run.finish({f"{kind}_steps": config.training.num_steps, **totals, **objective.summary()})
-    finalize()
+    finalize(context)
 
 
 class OfflineLoop(Generic[Data]):

@@ -85,7 +85,7 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
     architecture, tokenizer, longest = read_model(config)
     train, held_out = load_splits(load_problems, config, tokenizer, longest)
-    context = initialize(config.parallel, config.run.seed)
+    context = initialize(config.parallel, config.run.seed, config.trainer)
     check_fits(config, architecture, context)
     check_offload(config.weights)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
@@ -114,7 +114,7 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
         run.export(policy, architecture)
         if rollout is not None:
             rollout.shutdown()
-    finalize()
+    finalize(context)
 
 
 @dataclass(frozen=True, slots=True)

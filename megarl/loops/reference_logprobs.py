@@ -42,7 +42,9 @@ class ReferenceLogprobs:
         self._run, self._policy = run, policy
         self._path = config.reference.path or config.model.path
         self._is_own = Path(self._path) == Path(config.model.path)
-        if not self._is_own and load_architecture(self._path).spec != architecture.spec:
+        any_family = config.trainer.any_family
+        theirs = architecture if self._is_own else load_architecture(self._path, any_family=any_family)
+        if theirs.spec != architecture.spec:
             raise UserError(
                 f"reference.path: {self._path} has a different architecture than {config.model.path}"
             )

@@ -10,6 +10,7 @@ from typing import Any
 from megarl.errors import UserError
 from megarl.files import read_json_object
 from megarl.models import deepseek_v3, gemma, llama, mixtral, qwen2, qwen3, qwen3_moe
+from megarl.models.any_family import any_architecture
 from megarl.models.options import check_options, with_defaults
 from megarl.models.table import Architecture
 
@@ -25,13 +26,18 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
 }
 
 
-def load_architecture(model_dir: str | Path) -> Architecture:
-    """Read ``model_dir``/config.json; a UserError names what is missing or not supported."""
+def load_architecture(model_dir: str | Path, *, any_family: bool = False) -> Architecture:
+    """Read ``model_dir``/config.json; a UserError names what is missing or not supported.
+
+    With ``any_family`` a model whose family or options have no table is what its weights say.
+    """
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise UserError(f"model.path: {path} does not exist")
     config = read_json_object(path)
     model_type = config.get("model_type")
+    if any_family and not _has_table(model_type, config):
+        return any_architecture(model_dir, config)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, 1)
         hint = f"; nearest is {near[0]}" if near else ""
@@ -45,3 +51,13 @@ def load_architecture(model_dir: str | Path) -> Architecture:
         return FAMILIES[model_type](with_defaults(model_type, config))
     except KeyError as error:
         raise UserError(f"{path}: field {error.args[0]!r} is missing") from None
+
+
+def _has_table(model_type: Any, config: dict[str, Any]) -> bool:
+    if model_type not in FAMILIES:
+        return False
+    try:
+        check_options(model_type, config)
+        return FAMILIES[model_type](with_defaults(model_type, config)).spec.not_trainable is None
+    except (KeyError, UserError):
+        return False

@@ -14,6 +14,7 @@ from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models import load_architecture
+from megarl.models.any_family import has_engine_table
 from megarl.models.divisibility import division_problems
 from megarl.models.lora import check_lora
 from megarl.models.table import Architecture
@@ -23,6 +24,9 @@ _NUM_NEAREST = 3
 
 def check_training(config: TrainingRoot) -> None:
     """Refuse, with a UserError, a model that cannot be trained as ``config`` asks."""
+    if config.trainer.backend == "torch":
+        _check_torch(config)
+        return
     architecture = load_architecture(config.model.path)
     check_layout(architecture, config.parallel)
     replay = isinstance(config, OnlineConfig) and config.rollout.router_replay
@@ -30,6 +34,27 @@ def check_training(config: TrainingRoot) -> None:
     check_lora(architecture, config.lora)
     if isinstance(config, OnlineConfig):
         check_engine(architecture, config.rollout.engine)
+
+
+def _check_torch(config: TrainingRoot) -> None:
+    """The same for the torch backend, which knows more of a model when transformers has built it."""
+    architecture = load_architecture(config.model.path, any_family=True)
+    spec, size = architecture.spec, config.parallel.tensor_parallel_size
+    heads = {"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
+    wrong = [
+        f"parallel.tensor_parallel_size: {name} = {count} does not divide by {size} tensor ranks"
+        for name, count in heads.items()
+        if count % size
+    ]
+    check_lora(architecture, config.lora)
+    if config.lora is not None and size > 1:
+        wrong.append("lora: trainer.backend = torch has adapters with parallel.tensor_parallel_size 1 alone")
+    if isinstance(config, OnlineConfig):
+        if getattr(config.rollout.engine, "backend", "vllm") == "vllm" and not has_engine_table(architecture):
+            wrong.append(f"model.path: there is no table of vLLM's parameters for {spec.family}")
+        check_engine(architecture, config.rollout.engine)
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:

@@ -37,10 +37,11 @@ def chosen_name() -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def install() -> Platform:
+def install(*, megatron: bool = True) -> Platform:
     """Choose the platform and adapt torch and megatron-core to it; imports megatron.core.
 
-    A second call returns the first one's result.
+    Without ``megatron`` megatron-core is not imported, and on a CPU torch is left unchanged. A second call
+    returns the first one's result.
     """
     global _installed
     if _installed is not None:
@@ -48,19 +49,27 @@ def install() -> Platform:
     assert "megatron.core" not in sys.modules, "platform.install() must come before importing megatron.core"
     import torch
 
-    from megarl.platform import cpu, cuda, megatron
-
     if chosen_name() == "cuda":
+        from megarl.platform import cuda
+
         chosen = Platform("cuda", torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "nccl")
         cuda.install(chosen.device)
-        megatron.install()
     else:
         chosen = Platform("cpu", torch.device("cpu"), "gloo")
-        cpu.map_torch()
-        megatron.install()
-        cpu.map_megatron()
+    if megatron:
+        _fit_megatron(chosen)
     _installed = chosen
     return chosen
+
+
+def _fit_megatron(chosen: Platform) -> None:
+    from megarl.platform import cpu, megatron
+
+    if chosen.name == "cpu":
+        cpu.map_torch()
+    megatron.install()
+    if chosen.name == "cpu":
+        cpu.map_megatron()
 
 
 def current() -> Platform:

@@ -11,6 +11,7 @@ from megarl.config.model import ModelConfig
 from megarl.config.optimizer import OptimizerConfig
 from megarl.config.packing import PackingConfig
 from megarl.config.parallel import ParallelConfig
+from megarl.config.trainer import TrainerConfig
 from megarl.config.training import TrainingRoot
 from megarl.models.score import initial_score, score_architecture
 from megarl.models.table import Architecture
@@ -18,27 +19,33 @@ from megarl.trainer.interface import RankContext, Trainer
 
 if TYPE_CHECKING:
     from megarl.trainer.megatron.trainer import MegatronTrainer
+    from megarl.trainer.torch.trainer import TorchTrainer
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> RankContext:
+def initialize(parallel: ParallelConfig, seed: int, trainer: TrainerConfig | None = None) -> RankContext:
     """Join the other ranks: platform, process groups, random state. The launcher sets RANK and WORLD_SIZE."""
-    from megarl.trainer.megatron.initialize import initialize
+    trainer = trainer or TrainerConfig()
+    if trainer.backend == "torch":
+        from megarl.trainer.torch.initialize import initialize as join
+    else:
+        from megarl.trainer.megatron.initialize import initialize as join
+    return join(parallel, seed, trainer)
 
-    return initialize(parallel, seed)
 
-
-def finalize() -> None:
+def finalize(context: RankContext) -> None:
     """Destroy the process groups."""
-    from megarl.trainer.megatron.initialize import finalize
-
-    finalize()
+    if context.trainer.backend == "torch":
+        from megarl.trainer.torch.initialize import finalize as leave
+    else:
+        from megarl.trainer.megatron.initialize import finalize as leave
+    leave()
 
 
 def build_trainer(
     config: TrainingRoot, context: RankContext, architecture: Architecture, num_optimizer_steps: int
 ) -> Trainer:
     """Build the run's trained model, loaded from ``model.path``, with its optimizer."""
-    return _trainer_class()(
+    return _trainer_class(context)(
         context,
         architecture,
         config.model,
@@ -65,7 +72,7 @@ def build_scorer(
     keeps its own (:func:`megarl.weights.hf.has_score`).
     """
     scores = score_architecture(architecture)
-    return _trainer_class()(
+    return _trainer_class(context)(
         context,
         scores,
         model,
@@ -82,10 +89,14 @@ def build_frozen(
     context: RankContext, architecture: Architecture, model: ModelConfig, packing: PackingConfig | None = None
 ) -> Trainer:
     """Build a model without an optimizer: it computes and exports."""
-    return _trainer_class()(context, architecture, model, packing)
+    return _trainer_class(context)(context, architecture, model, packing)
 
 
-def _trainer_class() -> type[MegatronTrainer]:
+def _trainer_class(context: RankContext) -> type[MegatronTrainer] | type[TorchTrainer]:
+    if context.trainer.backend == "torch":
+        from megarl.trainer.torch.trainer import TorchTrainer
+
+        return TorchTrainer
     from megarl.trainer.megatron.trainer import MegatronTrainer
 
     return MegatronTrainer

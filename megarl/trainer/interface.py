@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -19,17 +19,16 @@ import torch
 from megarl import platform
 from megarl.batching.rank_microbatches import PackedStep
 from megarl.config.parallel import ParallelConfig
+from megarl.config.trainer import TrainerConfig
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.losses.base import Aggregation, LossResult
 from megarl.models.table import Architecture
 from megarl.records import PackedBatch, TrainBatch
-from megarl.trainer.outputs import Output
+from megarl.trainer.outputs import Output, Read
 from megarl.weights.checksum import RegionQuery
 from megarl.weights.plan import Owner
 
 Transport = Literal["auto", "shared_memory", "peer"]
-Read = Callable[[Output], LossResult | None]
-"""The function of a pass: returns a microbatch's loss and metrics, or None if it only reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,7 @@ class RankContext:
     platform: platform.Platform
     parallel: ParallelConfig
     seed: int = 0  # of random numbers that are equal on all ranks
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     @property
     def is_first(self) -> bool:

@@ -14,11 +14,15 @@ import torch
 import torch.distributed as dist
 
 from megarl.errors import UserError
-from megarl.losses.base import LossTokens
+from megarl.losses.base import LossResult, LossTokens
 from megarl.losses.hidden import Head, HiddenTokens
 from megarl.losses.score_inputs import ScoreTokens
-from megarl.ops import linear_support_min_logit, linear_token_logprob
+from megarl.ops import NumericsError, linear_support_min_logit, linear_token_logprob
 from megarl.records import PackedBatch
+from megarl.trainer.capped_logprob import capped_token_logprob
+
+Read = Callable[["Output"], LossResult | None]
+"""The function of a pass: returns a microbatch's loss and metrics, or None if it only reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,9 @@ class Output:
         whole_hidden: the same for a function that every rank of the group computes equally.
         head: of a language model.
         score: [H] of a score head, in a model that has one.
-        sharing_group: the ranks that share this microbatch's sequences; None if they are whole here.
-        check_numerics: raise an error for a logprob or score that is not finite.
+        sharing_group: the ranks that have parts of this microbatch's sequences; None: they are whole here.
+        check_numerics: whether a logprob or score that is not finite is an error.
+        softcap: bound of the logits: cap * tanh(logit / cap); None: there is none.
     """
 
     batch: PackedBatch
@@ -58,13 +63,38 @@ class Output:
     score: torch.Tensor | None
     sharing_group: dist.ProcessGroup | None
     check_numerics: bool
+    softcap: float | None = None
+
+    def read(self, fn: Read) -> LossResult | None:
+        """What ``fn`` makes of it.
+
+        Raises:
+            UserError: with check_numerics, a logit that is not finite; it names the token.
+        """
+        try:
+            return fn(self)
+        except NumericsError as error:
+            batch, row = self.batch, int(self.targets()[error.row])
+            raise UserError(
+                f"debug.check_numerics: {error}; that row predicts token {int(batch.position_ids[row]) + 1} "
+                f"(id {int(batch.labels[row])}) of sequence {int(batch.sequence_ids[row])} of the step"
+            ) from error
 
     def targets(self) -> torch.Tensor:
         """Return the rows [N] int64 that have a loss, ascending; maybe none, on any rank."""
         return self.batch.loss_mask.nonzero().flatten()
 
     def at_targets(self) -> HiddenTokens:
-        """Return the hidden states of the targets, for a loss over the whole vocabulary."""
+        """Hidden states of the targets: what a loss over the whole vocabulary starts from.
+
+        Raises:
+            UserError: logits are not the product of hidden states and head alone.
+        """
+        if self.softcap is not None:
+            raise UserError("model.path: losses over the whole vocabulary know no final_logit_softcapping")
+        return self._at_targets()
+
+    def _at_targets(self) -> HiddenTokens:
         rows = self.targets()
         return HiddenTokens(rows, self.hidden(rows), self.head())
 
@@ -73,8 +103,10 @@ class Output:
 
         A truncating sampler takes another pass over the logits, for its support, without gradient.
         """
-        at, batch = self.at_targets(), self.batch
+        at, batch = self._at_targets(), self.batch
         support = None
+        if sampler.truncates and self.softcap is not None:
+            raise UserError("top_k and top_p: training with them knows no final_logit_softcapping")
         if sampler.truncates:
             support = linear_support_min_logit(
                 at.hidden,
@@ -84,16 +116,23 @@ class Output:
                 top_p=sampler.top_p,
                 tp_group=at.head.group,
             )
-        out = linear_token_logprob(
-            at.hidden,
-            at.head.weight,
-            batch.labels[at.rows],
-            temperature=sampler.temperature,
-            vocab_start=at.head.vocab_start,
-            tp_group=at.head.group,
-            min_logit=support,
-            check_numerics=self.check_numerics,
-        )
+        labels = batch.labels[at.rows]
+        if self.softcap is not None:
+            logprob, entropy = capped_token_logprob(
+                at.hidden, at.head, labels, cap=self.softcap, temperature=sampler.temperature
+            )
+        else:
+            out = linear_token_logprob(
+                at.hidden,
+                at.head.weight,
+                labels,
+                temperature=sampler.temperature,
+                vocab_start=at.head.vocab_start,
+                tp_group=at.head.group,
+                min_logit=support,
+                check_numerics=self.check_numerics,
+            )
+            logprob, entropy = out.logprob, out.entropy
         assert batch.loss_weights is not None
         ids, slots = self._slots()
 
@@ -101,10 +140,10 @@ class Output:
             return None if values is None else values[at.rows]
 
         return LossTokens(
-            logprobs=out.logprob,
-            entropy=out.entropy,
+            logprobs=logprob,
+            entropy=entropy,
             weights=batch.loss_weights[at.rows],
-            labels=batch.labels[at.rows],
+            labels=labels,
             sequence_ids=batch.sequence_ids[at.rows],
             advantages=of_rows(batch.advantages),
             old_logprobs=of_rows(batch.old_logprobs),

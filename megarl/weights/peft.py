@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +59,15 @@ def export_adapter(
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
+
+
+def initial_a(seed: int, module: str, rank: int, inputs: int) -> torch.Tensor:
+    """A [rank, inputs] as PEFT draws it, uniform in +-1/sqrt(inputs): by seed and name, under any layout."""
+    digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    whole = torch.empty(rank, inputs)
+    torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+    return whole
 
 
 def merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:

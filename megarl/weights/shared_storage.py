@@ -13,22 +13,26 @@ from megarl.weights.plan import Owner
 from megarl.weights.sync_plan import CudaStorage, SharedStorage, SourceView, Storage
 
 
-def pool_parameters(params: Mapping[str, torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
+def pool_parameters(
+    params: Mapping[str, torch.Tensor], reserved: Mapping[str, int] | None = None
+) -> dict[torch.dtype, torch.Tensor]:
     """Move all parameters into one flat buffer per dtype, so there are few handles to share.
 
     Values do not change; each parameter becomes a view, aligned to 64 bytes. Must run before an optimizer or
     a gradient buffer references the parameters. Parameters must not share storage (tied ones are one
-    Parameter).
+    Parameter). ``reserved`` are numbers of elements that some take up, the rest of which stays zero (an
+    engine's vocabulary padding).
     """
+    reserved = reserved or {}
     align = 64
     buffers = {}
     for dtype in dict.fromkeys(param.dtype for param in params.values()):
-        members = [param for param in params.values() if param.dtype == dtype]
+        names = [name for name, param in params.items() if param.dtype == dtype]
+        members = [params[name] for name in names]
         offsets = [0]
-        for param in members:
-            offsets.append(
-                offsets[-1] + -(-param.numel() * dtype.itemsize // align) * align // dtype.itemsize
-            )
+        for name, param in zip(names, members, strict=True):
+            count = max(param.numel(), reserved.get(name, 0))
+            offsets.append(offsets[-1] + -(-count * dtype.itemsize // align) * align // dtype.itemsize)
         buffer = torch.zeros(offsets[-1], dtype=dtype, device=members[0].device)
         with torch.no_grad():
             for param, start in zip(members, offsets[:-1], strict=True):

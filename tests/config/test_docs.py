@@ -24,3 +24,8 @@ def test_page_names_every_setting() -> None:
         for path, field in walk(root).items():
             assert f"`{path[-1]}`" in page, path
             assert field.description or sections_of(field.annotation), path
+
+
+def test_the_page_of_backends_has_the_tables_of_the_code():
+    command = [sys.executable, "tools/make_backend_docs.py", "--check"]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0, "run tools/make_backend_docs.py"

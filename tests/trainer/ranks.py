@@ -480,7 +480,7 @@ def train_while_saving(
     import threading
     from unittest.mock import patch
 
-    from megarl.trainer.megatron.checkpoint_files import RankFiles
+    from megarl.trainer.checkpoint_files import RankFiles
 
     policy = build(context, model_dir, optimizer={"distributed": distributed}, dtype=dtype)
     policy.keep_reference()
@@ -519,6 +519,7 @@ def save_twice(
     """Two steps, then checkpoints by MegaRL's writer and by Megatron's own; all tensors of both."""
     from megatron.core import dist_checkpointing
 
+    from megarl.trainer import random_state
     from megarl.trainer.megatron import checkpoint
     from tests.convert.stock import may_have_children
 
@@ -531,7 +532,7 @@ def save_twice(
     state["schedule"] = policy.schedule.state_dict()
     with may_have_children():
         dist_checkpointing.save(state, megatrons)
-    torch.save(checkpoint._rng_state(), checkpoint._rng_file(Path(megatrons), context.rank))
+    torch.save(checkpoint._rng_state(), random_state.file(Path(megatrons), context.rank))
     one, two = (
         {name: t.float().numpy() for name, t in state.items() if isinstance(t, torch.Tensor)}
         for state in map(dist_checkpointing.load_plain_tensors, (ours, megatrons))

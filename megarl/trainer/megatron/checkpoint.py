@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-import random
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from megarl import platform
-from megarl.cluster.collectives import from_first_rank, gather_to_first_rank
 from megarl.errors import UserError
-from megarl.trainer.megatron.checkpoint_files import RankFiles, Report
+from megarl.trainer import random_state
+from megarl.trainer.checkpoint_files import PendingSave
+from megarl.trainer.megatron.checkpoint_files import rank_files
 from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
 from megarl.trainer.megatron.optimizer_shards import OptimizerShards, distributed_parts, read_whole
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-class PendingSave:
-    """A checkpoint whose files a thread writes from host memory; see trainer.interface.PendingSave."""
-
-    def __init__(self, files: RankFiles, *, background: bool) -> None:
-        self._files = files
-        self._report: Report | None = None
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
-        if background:
-            self._thread.start()
-        else:
-            self._write()
-
-    def _write(self) -> None:
-        self._report = self._files.write()
-
-    def done(self) -> bool:
-        """Return True if this rank's files are on disk."""
-        return self._report is not None
-
-    def finish(self) -> None:
-        """Wait for every rank's files and complete the checkpoint; all ranks call it.
-
-        Raises:
-            UserError: a rank could not write, e.g. the disk is full.
-        """
-        if self._thread.ident is not None:
-            self._thread.join()
-        assert self._report is not None
-        reports = gather_to_first_rank(self._report)
-        from_first_rank(lambda: self._files.complete(reports))
 
 
 def save(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: Any) -> None:
@@ -77,7 +42,8 @@ def start_save(
         state = _sharded_state(chunks, optimizer, is_loading=False)
     state["schedule"] = schedule.state_dict()
     rank = dist.get_rank()
-    files = RankFiles(directory, state, rank, {_rng_file(directory, rank).name: _rng_state()}, shards)
+    random_file = {random_state.file(directory, rank).name: _rng_state()}
+    files = rank_files(directory, state, rank, random_file, shards)
     if background:
         files.detach()
     return PendingSave(files, background=background)
@@ -90,7 +56,10 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: An
     needs as many ranks as wrote it, and the same kind of device.
     """
     if not (directory / "metadata.json").is_file():
-        raise UserError(f"checkpoint {directory} has no metadata.json: it is not a complete checkpoint")
+        why = "it is not a complete checkpoint"
+        if (directory / "trainer.json").is_file():
+            why = "trainer.backend = torch wrote it; export it (megarl convert) to train its weights"
+        raise UserError(f"checkpoint {directory} has no metadata.json: {why}")
     try:
         FileSystemReader(directory).read_metadata()
     except Exception as error:  # torch would log a traceback of it
@@ -117,9 +86,8 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: An
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     _resume(schedule, state["schedule"])
-    same_ranks = not _rng_file(directory, dist.get_world_size()).exists()
-    file = _rng_file(directory, dist.get_rank())
-    return same_ranks and file.exists() and _set_rng_state(torch.load(file, weights_only=False))
+    found = random_state.read(directory, dist.get_rank(), dist.get_world_size())
+    return found is not None and _set_rng_state(found)
 
 
 def _resume(schedule: Any, saved: dict[str, Any]) -> None:
@@ -179,30 +147,13 @@ def _chunk_keys(chunks: list[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
 
 
-def _rng_file(directory: Path, rank: int) -> Path:
-    return directory / f"rng_{rank:05}.pt"
-
-
 def _rng_state() -> dict[str, Any]:
-    state = {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),  # noqa: NPY002  used by libraries
-        "torch": torch.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-    if platform.current().name == "cuda":  # elsewhere it is the CPU's
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return random_state.take() | {"tracker": get_cuda_rng_tracker().get_states()}
 
 
 def _set_rng_state(state: dict[str, Any]) -> bool:
-    """Restore these random states; False for a GPU's generators on a CPU or the reverse."""
-    if ("cuda" in state) != (platform.current().name == "cuda"):
+    """Go on with these random states, where that is possible (random_state.put)."""
+    if not random_state.put(state):
         return False
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
     return True

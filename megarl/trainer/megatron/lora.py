@@ -8,8 +8,6 @@ each Hugging Face projection in them, as in PEFT.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megarl.config.lora import LoraConfig
 from megarl.models.lora import Matrix, adapted_modules, adapter_shapes, module_of, peft_name, targets_of
 from megarl.models.table import Architecture, Region
-from megarl.weights.peft import merged
+from megarl.weights.peft import initial_a, merged
 from megarl.weights.shared_storage import pool_parameters
 
 SUFFIX = "_lora"
@@ -86,10 +84,7 @@ class Adapter(torch.nn.Module):
     def initialize(self, seed: int) -> None:
         """Initialise as PEFT: A uniform in +-1/sqrt(in), B 0; depends on seed and name, not on the layout."""
         for p in self.projections:
-            digest = hashlib.sha256(f"{seed} {p.module}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            whole = torch.empty(self.rank, p.shape[1])
-            torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+            whole = initial_a(seed, p.module, self.rank, p.shape[1])
             self.matrix(p, "A").copy_(whole[:, slice(*p.box[1])])
             self.matrix(p, "B").zero_()
 

@@ -34,7 +34,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megarl.config.parallel import ParallelConfig
 from megarl.errors import UserError
-from megarl.layout import ParallelLayout
+from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.models.rope import inverse_frequencies
 from megarl.models.spec import ModelSpec
 from megarl.trainer.megatron.attention import FlatQkvSelfAttention, PackedAttention
@@ -328,3 +328,10 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
             weight, dim = module.weight, int(isinstance(module, RowParallelLinear))
             if weight is not None and not getattr(weight, "tensor_model_parallel", False):
                 set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+def is_first_replica(param: str, at: RankCoordinates) -> bool:
+    """Return True if the rank is the first of those with the same values of ``param``."""
+    if param.endswith((".experts.w13", ".experts.w2")):
+        return at.expert_data == 0
+    return at.data == 0 and at.context == 0

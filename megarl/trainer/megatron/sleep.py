@@ -7,27 +7,24 @@ themselves, which engines alias.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from megarl.platform.memory import wait_for
+from megarl.trainer.host_copies import HostCopies, Put
 
 PARTS = ("gradients", "optimizer")
-Put = Callable[[torch.Tensor], None]
 
 
 class Sleeper:
     """Put parts of one rank's trainer to sleep and wake them."""
 
     def __init__(self, ddp: list[Any], optimizer: Any, device: torch.device) -> None:
-        self._ddp, self._optimizer, self._device = ddp, optimizer, device
+        self._ddp, self._optimizer, self._copies = ddp, optimizer, HostCopies(device)
         self._on_gpu = device.type == "cuda"
         self._asleep: frozenset[str] = frozenset()
-        self._host: dict[tuple[int, str], torch.Tensor] = {}  # pinned; reused, since pinning is slow
-        self._moved: list[tuple[Put, torch.Tensor]] = []  # setter of each tensor, and its host copy
 
     def sleep(self, parts: Iterable[str]) -> None:
         """Release the memory of ``parts``; no effect on those asleep."""
@@ -37,35 +34,18 @@ class Sleeper:
             for chunk in self._ddp:
                 chunk.offload_grad_buffers(synchronize=self._on_gpu, empty_cache=False)
         if "optimizer" in parts:
-            self._move_optimizer()
+            self._copies.move(self._tensors())
         if self._on_gpu and parts:
             torch.cuda.empty_cache()  # the engine allocates in another process
         self._asleep |= parts
 
     def wake(self) -> None:
         """Restore what sleeps; gradients are zero."""
-        for put, on_host in self._moved:  # in stream order: later kernels wait, the host does not
-            put(on_host.to(self._device, non_blocking=True, copy=True))
-        self._moved.clear()
+        self._copies.move_back()
         if "gradients" in self._asleep:
             for chunk in self._ddp:
                 chunk.restore_grad_buffers(synchronize=self._on_gpu)
         self._asleep = frozenset()
-
-    def _move_optimizer(self) -> None:
-        """Replace all tensors by copies in host memory; the copies run concurrently."""
-        for key, tensor, put in self._tensors():
-            if tensor.device.type != self._device.type:  # a step counter on the host
-                continue
-            on_host = self._host.get(key)
-            if on_host is None or (on_host.shape, on_host.dtype) != (tensor.shape, tensor.dtype):
-                on_host = torch.empty_like(tensor, device="cpu", pin_memory=self._on_gpu)
-                self._host[key] = on_host
-            on_host.copy_(tensor, non_blocking=True)
-            self._moved.append((put, on_host))
-        wait_for(self._device)
-        for put, on_host in self._moved:
-            put(on_host)
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor, Put]]:
         """Yield master parameters and optimizer state: a stable key, the tensor, and its setter."""

@@ -18,28 +18,26 @@ from megarl.config.model import ModelConfig
 from megarl.config.optimizer import OptimizerConfig
 from megarl.config.packing import PackingConfig
 from megarl.config.router import RouterConfig
-from megarl.errors import UserError
 from megarl.losses.base import LossResult
 from megarl.models.layout_checks import check_layout, check_router
 from megarl.models.lora import check_lora
 from megarl.models.table import Architecture
-from megarl.ops import NumericsError
 from megarl.platform import ranges
 from megarl.platform.packages import check_packages
 from megarl.records import PackedBatch
-from megarl.trainer.interface import PendingSave, RankContext, Read
+from megarl.trainer.interface import PendingSave, RankContext
 from megarl.trainer.megatron import checkpoint
 from megarl.trainer.megatron.attention import PackedMicrobatch
 from megarl.trainer.megatron.expert_balancing import Routers
 from megarl.trainer.megatron.hidden import head_of, rows_for_head, sharing_group, whole_rows
 from megarl.trainer.megatron.lora import Lora
-from megarl.trainer.megatron.model import build_chunks, named_parameters
+from megarl.trainer.megatron.model import build_chunks, is_first_replica, named_parameters
 from megarl.trainer.megatron.optimizer import build_optimizer, wrap_chunks
 from megarl.trainer.megatron.reference import FrozenCopy
 from megarl.trainer.megatron.sleep import Sleeper
-from megarl.trainer.megatron.weights import TrainerWeights
-from megarl.trainer.outputs import Output
+from megarl.trainer.outputs import Output, Read
 from megarl.trainer.reduce import reduce_results, weights_report
+from megarl.trainer.weights import TrainerWeights
 from megarl.weights.hf import load_hf
 from megarl.weights.shared_storage import pool_parameters
 
@@ -89,7 +87,13 @@ class MegatronTrainer:
         if lora is not None:
             self.lora = Lora(architecture, self.chunks, self.params, self.regions, lora, context.seed)
         self.weights = TrainerWeights(
-            context, architecture, self.params, self.regions, self.lora, self._finish_param_gather
+            context,
+            architecture,
+            self.params,
+            self.regions,
+            self.lora,
+            self._finish_param_gather,
+            lambda param: is_first_replica(param, context.at),
         )
         self._reference: FrozenCopy | None = None
         self.batch_maker = BatchMaker(
@@ -179,14 +183,7 @@ class MegatronTrainer:
             sharing_group=sharing_group(batch, layout),
             check_numerics=self._check_numerics,
         )
-        try:
-            result = fn(output)
-        except NumericsError as error:
-            row = int(output.targets()[error.row])
-            raise UserError(
-                f"debug.check_numerics: {error}; that row predicts token {int(batch.position_ids[row]) + 1} "
-                f"(id {int(batch.labels[row])}) of sequence {int(batch.sequence_ids[row])} of the step"
-            ) from error
+        result = output.read(fn)
         loss = hidden.new_zeros(()) if result is None else result.loss
         no_tokens = torch.zeros((), dtype=torch.int, device=self.device)  # the weights have the denominators
         return loss, no_tokens, result

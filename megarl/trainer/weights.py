@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -15,16 +16,39 @@ from megarl.cluster.collectives import (
     send_to_first_rank,
     wait_for_devices,
 )
-from megarl.layout import RankCoordinates
 from megarl.models.table import Architecture, Region
 from megarl.trainer.interface import RankContext, Transport
-from megarl.trainer.megatron.lora import Lora
 from megarl.weights.checksum import RegionQuery, region_checksum
 from megarl.weights.hf import region_index
 from megarl.weights.memory_domain import address_towards
 from megarl.weights.peer import PieceServer
 from megarl.weights.plan import Owner
 from megarl.weights.shared_storage import share_parameters, storages_of
+
+
+class Adapters(Protocol):
+    """Low-rank adapters of one rank's model, as its weights' readers see them."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every whole A and B, by PEFT's names."""
+        ...
+
+    def publish(self) -> None:
+        """Write merged weights where engines read them: a copy of adapted layers, made at the first call."""
+        ...
+
+    def refresh(self) -> None:
+        """Bring published weights up to date; nothing where none are."""
+        ...
+
+    def merged_weights(self) -> Mapping[str, torch.Tensor]:
+        """The model's parameters with adapters merged in: the published ones, or made when asked for."""
+        ...
+
+    def adapter_tensors(self) -> tuple[Mapping[str, torch.Tensor], list[Region]]:
+        """This rank's parts of all A and B by name, and where each belongs."""
+        ...
 
 
 class TrainerWeights:
@@ -37,6 +61,7 @@ class TrainerWeights:
         regions: regions of the Hugging Face tensors that ``params`` hold.
         lora: the adapters, if any; engines and exports then get merged weights.
         finish_step: completes the last optimizer step's parameters on this rank.
+        speaks_for: whether this rank is the first of those that hold the same values of a parameter.
     """
 
     def __init__(
@@ -45,11 +70,12 @@ class TrainerWeights:
         architecture: Architecture,
         params: Mapping[str, torch.Tensor],
         regions: list[Region],
-        lora: Lora | None,
+        lora: Adapters | None,
         finish_step: Callable[[], None],
+        speaks_for: Callable[[str], bool],
     ) -> None:
         self._context, self._architecture, self._regions = context, architecture, regions
-        self._lora, self._finish_step = lora, finish_step
+        self._lora, self._finish_step, self._speaks_for = lora, finish_step, speaks_for
         self._params = params if lora is None else lora.merged_weights()
         self._server: PieceServer | None = None
         self._offered: Owner | None = None
@@ -102,14 +128,15 @@ class TrainerWeights:
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Weights. One whole tensor at a time is on rank 0."""
         self.publish()
-        return gather_tensors(self._context, self._architecture.hf_shapes(), self._regions, self._params)
+        shapes = self._architecture.hf_shapes()
+        return gather_tensors(self._context, shapes, self._regions, self._params, self._speaks_for)
 
     def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Weights."""
         assert self._lora is not None, "only a model with lora has adapters"
         self._finish_step()
         params, regions = self._lora.adapter_tensors()
-        return gather_tensors(self._context, self._lora.shapes, regions, params)
+        return gather_tensors(self._context, self._lora.shapes, regions, params, self._speaks_for)
 
 
 def gather_tensors(
@@ -117,14 +144,16 @@ def gather_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     regions: list[Region],
     params: Mapping[str, torch.Tensor],
+    speaks_for: Callable[[str], bool],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor of ``shapes`` on rank 0 (elsewhere none), assembled from the ranks' ``regions``.
 
-    Rank 0 holds one whole tensor and one piece of it at a time, other ranks one piece.
+    Of ranks with the same values the one that ``speaks_for`` a parameter gives them. Rank 0 holds one whole
+    tensor and one piece of it at a time, other ranks one piece.
     """
     mine: dict[str, list[Region]] = {}
     for region in regions:
-        if is_first_replica(region.param, context.at):
+        if speaks_for(region.param):
             mine.setdefault(region.hf, []).append(region)
     outline = {
         name: [(region.box, params[region.param].dtype) for region in held] for name, held in mine.items()
@@ -148,13 +177,6 @@ def gather_tensors(
             piece = next(own) if rank == context.rank else receive(rank, size, dtype)
             whole[tuple(slice(*span) for span in box)] = piece.reshape(size)
         yield name, whole
-
-
-def is_first_replica(param: str, at: RankCoordinates) -> bool:
-    """Return True if the rank is the first of those with the same values of ``param``."""
-    if param.endswith((".experts.w13", ".experts.w2")):
-        return at.expert_data == 0
-    return at.data == 0 and at.context == 0
 
 
 def _own_address() -> str:

@@ -1,0 +1,31 @@
+"""Which backend trains, and what only one of them can be told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megarl.config.section import PositiveInt, Problems, Section, rule
+
+
+class TrainerConfig(Section):
+    """What computes passes and optimizer steps."""
+
+    backend: Literal["megatron", "torch"] = "megatron"
+    """megatron: Megatron-Core, for families with a table here; torch: FSDP2, for transformers' decoders."""
+    replicate_size: PositiveInt = 1
+    """torch: copies of the model among data-parallel ranks (HSDP), each sharded over its part of them."""
+    reshard_after_forward: bool = True
+    """torch: drop a layer's gathered weights after its forward pass and gather them again in the backward."""
+    cpu_offload: bool = False
+    """torch: parameters, gradients and optimizer in host memory; layers come to the GPU in turn."""
+
+    @property
+    def any_family(self) -> bool:
+        """Whether models without a table can be trained."""
+        return self.backend == "torch"
+
+    @rule
+    def _of_torch(self) -> Problems:
+        if self.backend != "torch":
+            names = "replicate_size reshard_after_forward cpu_offload"
+            yield from self.unused(names, "needs trainer.backend = torch", "backend")

@@ -1,0 +1,70 @@
+"""Models without a table: what their directory says of them, for a trainer that builds them by transformers.
+
+Such an architecture has the names and shapes of a checkpoint's tensors, and no place for them in Megatron's
+or vLLM's parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from megarl.errors import UserError
+from megarl.models.spec import ModelSpec, RopeSpec
+from megarl.models.table import Architecture, Rule
+
+_HEAD = "lm_head.weight"
+
+
+def any_architecture(model_dir: str | Path, config: dict[str, Any]) -> Architecture:
+    """From the weights' names and shapes and what ``config`` says in the words most families have.
+
+    Raises:
+        UserError: there are no weights, or not even the sizes that all decoders have.
+    """
+    shapes = _shapes(Path(model_dir))
+    tied = bool(config.get("tie_word_embeddings", _HEAD not in shapes))
+    if tied:
+        shapes.pop(_HEAD, None)
+    try:
+        heads = config["num_attention_heads"]
+        spec = ModelSpec(
+            family=str(config["model_type"]),
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            intermediate_size=config.get("intermediate_size") or 4 * config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config.get("max_position_embeddings") or 0,
+            norm_eps=config.get("rms_norm_eps") or config.get("layer_norm_eps") or 1e-5,
+            rope=RopeSpec(10_000.0),  # transformers' own is computed
+            tied_embeddings=tied,
+            init_std=config.get("initializer_range", 0.02),
+        )
+    except KeyError as error:
+        raise UserError(f"{Path(model_dir) / 'config.json'}: field {error.args[0]!r} is missing") from None
+    return Architecture(spec, tuple(Rule(name, shape, (), ()) for name, shape in shapes.items()))
+
+
+def has_engine_table(architecture: Architecture) -> bool:
+    """Whether vLLM's parameters are known, so that an engine can share or copy weights by region."""
+    return any(rule.engine for rule in architecture.rules)
+
+
+def _shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    index = model_dir / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(files):
+        if not (model_dir / name).is_file():
+            raise UserError(f"model.path: {model_dir} has no {name}")
+        with safe_open(model_dir / name, framework="numpy") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes

@@ -1,0 +1,60 @@
+"""One rank's way into the process group, whatever the backend, and its random state."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from datetime import timedelta
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megarl.cluster import collectives
+from megarl.config.parallel import ParallelConfig
+from megarl.layout import ParallelLayout
+from megarl.platform import Platform
+
+
+def layout_of_ranks(parallel: ParallelConfig) -> ParallelLayout:
+    """The layout of the ranks that the launcher started (WORLD_SIZE; alone without it)."""
+    return ParallelLayout.from_world_size(
+        int(os.environ.get("WORLD_SIZE", "1")),
+        tensor=parallel.tensor_parallel_size,
+        pipeline=parallel.pipeline_parallel_size,
+        context=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        virtual=parallel.virtual_pipeline_parallel_size,
+        expert=parallel.expert_parallel_size,
+        expert_tensor=parallel.expert_tensor_parallel_size,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
+    )
+
+
+def join(platform: Platform) -> int:
+    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR by the launcher) and control's group; this rank."""
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    timeout = timedelta(minutes=60)  # of a step's collectives; rollouts are waited for by control's group
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(platform.backend, rank=rank, world_size=world_size, timeout=timeout)
+    collectives.join()
+    return rank
+
+
+def seed_all(seed: int) -> None:
+    """Of everything that draws in this process."""
+    random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002  what libraries draw from
+    torch.manual_seed(seed)
+
+
+def leave() -> None:
+    """Leave control's group and the process group."""
+    collectives.leave()
+    dist.destroy_process_group()

@@ -1,0 +1,23 @@
+"""Families without a table: what is packed is what transformers computes of each sequence alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.torch import families
+from tests.trainer.world import world
+
+ROWS = {"qwen3_next"}  # a state goes along the tokens: one sequence per row
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_packed_logprobs_are_transformers_own_and_the_loss_falls(tmp_path: Path, name: str) -> None:
+    families.save_family(name, tmp_path / name)
+    [found] = world(1).run(families.packed_and_alone, str(tmp_path / name), [23, 5, 17, 9, 12])
+    assert found["microbatches"] == 1
+    assert found["rows"] == (name in ROWS)
+    assert max(found["errors"]) < 2e-5, found["errors"]
+    assert found["losses"][-1] < found["losses"][0] - 0.3, found["losses"]
+    assert found["exported"] == found["shapes"]
