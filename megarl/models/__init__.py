@@ -54,7 +54,7 @@ def load_architecture(model_dir: str | Path, *, any_family: bool = False) -> Arc
 
 
 def _has_table(model_type: Any, config: dict[str, Any]) -> bool:
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         return False
     try:
         check_options(model_type, config)
