@@ -50,7 +50,7 @@ def _check_torch(config: TrainingRoot) -> None:
     if config.lora is not None and size > 1:
         wrong.append("lora: trainer.backend = torch has adapters with parallel.tensor_parallel_size 1 alone")
     if isinstance(config, OnlineConfig):
-        if getattr(config.rollout.engine, "backend", "vllm") == "vllm" and not has_engine_table(architecture):
+        if config.rollout.engine.backend == "vllm" and not has_engine_table(architecture):
             wrong.append(f"model.path: there is no table of vLLM's parameters for {spec.family}")
         check_engine(architecture, config.rollout.engine)
     if wrong:
