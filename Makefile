@@ -13,7 +13,7 @@ BENCH ?= $(filter-out common loss_ops peers process_tree trainers %_trainer %_tr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check gpu-check \
-  fake-cuda-test nightly bench-setup bench guides clean distclean
+  fake-cuda-test nightly bench-setup bench docs guides clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,12 @@ bench: setup  ## Run the benchmarks, results into runs/bench/ (BENCH=packing for
 	@set -e; for name in $(BENCH); do \
 	  echo "== $$name"; $(VENV_PYTHON) -m benchmarks $$name --json runs/bench/$$name.json $(ARGS); \
 	done
+
+docs:  ## Build the documentation site into build/docs (open build/docs/index.html)
+	@bash tools/setup_env.sh uv venv --quiet --allow-existing --python 3.11 .setup/docs
+	@bash tools/setup_env.sh uv pip sync --quiet --python .setup/docs requirements/docs.lock
+	@.setup/docs/bin/python -m sphinx -b html -q -W --keep-going docs build/docs
+	@echo "build/docs/index.html"
 
 guides: setup  ## Run the command that ends each guide in docs/guides (ARGS=eval for one) and report the times
 	@$(VENV_PYTHON) tools/run_guides.py $(ARGS)

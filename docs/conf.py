@@ -1,4 +1,4 @@
-"""The documentation site: `make docs` builds it into build/docs from the pages here and megarl's docstrings."""
+"""The documentation site (`make docs`, into build/docs): these pages and megarl's docstrings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ html_sourcelink_suffix = ""
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 # What megarl's public modules import; their docstrings are read without installing it.
-autodoc_mock_imports = ["torch", "ray", "transformers", "megatron", "vllm", "safetensors", "tokenizers", "megarl.ops"]
+autodoc_mock_imports = ["torch", "ray", "transformers", "megatron", "vllm", "safetensors", "tokenizers"]
+autodoc_mock_imports += ["megarl.ops"]  # compiled
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "show-inheritance": False}

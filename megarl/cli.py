@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser], Collection[str]]:
+    """Return the parser, the commands' parsers, and the commands that take key=value settings."""
     raw = argparse.RawDescriptionHelpFormatter
     examples = "\n".join(f"  megarl {job.name} --config {job.example}" for job in JOBS.values())
     parser = argparse.ArgumentParser(
@@ -151,14 +152,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
     )
 
+    return parser, commands.choices, with_overrides
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser, commands, with_overrides = make_parsers()
     if not arguments:
         parser.print_help()
         raise SystemExit(0)
-    if not arguments[0].startswith("-") and arguments[0] not in commands.choices:
-        near = nearest_command(arguments[0], commands.choices)
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        near = nearest_command(arguments[0], commands)
         parser.error(
             f"there is no command {arguments[0]!r}; "
-            + (f"did you mean {near}?" if near else f"commands: {', '.join(commands.choices)}")
+            + (f"did you mean {near}?" if near else f"commands: {', '.join(commands)}")
         )
     if arguments[0] == "data":  # its file is positional: there is no data to inspect without one
         arguments = [each for each in arguments if each not in ("-c", "--config")]
@@ -168,7 +174,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     # argparse takes one block of positional arguments; overrides may stand on both sides of an option.
     strangers = [text for text in rest if text.startswith("-")] if options.command in with_overrides else rest
     if strangers:
-        with_overrides.get(options.command, parser).error(f"unrecognized arguments: {' '.join(strangers)}")
+        commands.get(options.command, parser).error(f"unrecognized arguments: {' '.join(strangers)}")
     if options.command in with_overrides:
         options.overrides += rest
     return options

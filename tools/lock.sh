@@ -14,3 +14,7 @@ for kind in cpu:3.11 cuda:3.12; do
     --quiet --output-file "requirements/$name.lock" "$@"
   echo "requirements/$name.lock: $(grep -c == "requirements/$name.lock") packages"
 done
+bash tools/setup_env.sh uv pip compile requirements/docs.in --python-version 3.11 \
+  --python-platform x86_64-manylinux_2_28 --no-python-downloads --generate-hashes --annotation-style line \
+  --custom-compile-command "make lock" --quiet --output-file requirements/docs.lock "$@"
+echo "requirements/docs.lock: $(grep -c == requirements/docs.lock) packages"

@@ -38,7 +38,7 @@ def pins(name: str) -> dict[str, Version]:
     }
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "transformer-engine"])
+@pytest.mark.parametrize("name", [*LOCKS, "docs", "transformer-engine"])
 def test_every_pin_has_hashes_and_no_place(name: str) -> None:
     for first, *rest in blocks(name):
         assert re.fullmatch(r"[a-z0-9-]+==[\w.+]+ \\", first)
