@@ -39,7 +39,7 @@ suppress_warnings = ["misc.highlighting_failure"]
 
 
 def _link_sources(app: Any, docname: str, source: list[str]) -> None:
-    """Links to files of the repository outside docs/ become plain code: the site does not carry them."""
+    """Links to files outside docs/ become code (the site has none of them); HTML anchors become labels."""
     import re
 
     page = (ROOT / "docs" / docname).parent
@@ -50,7 +50,9 @@ def _link_sources(app: Any, docname: str, source: list[str]) -> None:
             return match[0]
         return f"`{match[1].strip('`')}`" if target.exists() else match[0]
 
-    source[0] = re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", plain, source[0])
+    text = re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", plain, source[0])
+    # Anchors that other pages link to, as MyST writes them.
+    source[0] = re.sub(r'^<a id="([^"]+)"></a>$', r"(\1)=", text, flags=re.MULTILINE)
 
 
 def _write_llms_txt(app: Any, error: Exception | None) -> None:

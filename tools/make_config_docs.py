@@ -25,7 +25,7 @@ INTRODUCTION = """\
 <!-- Written by tools/make_config_docs.py from the classes in megarl/config/; edit there. -->
 
 A run is described by one YAML file, and settings on the command line that replace the file's. `megarl plan`
-([plan.md](plan.md)) reads its own file in the same way.
+reads its own file in the same way.
 
 ```
 megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 data.train.arguments.max_digits=3
