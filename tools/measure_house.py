@@ -8,9 +8,9 @@ Files and functions are measured in lines from first to last, blank lines and do
 are counted without self and cls. Cycles are groups of modules that import one another: while being loaded,
 then with imports inside functions, then with those under TYPE_CHECKING. A GRPO step reaches what
 algorithms/grpo.py refers to, and so on: a function by its name, a method by its name on a class that was
-reached. That is an upper bound: methods of one name are not told apart. Pickled collectives are the calls of
-torch's *_object functions and of functions around them. A docstring has a shape where it names dimensions in
-brackets, as in [T, V]. In megarl/config every line is one of
+reached. That is an upper bound: methods of one name are not distinguished. Pickled collectives are the calls
+of torch's *_object functions and of functions around them. A docstring has a shape where it names dimensions
+in brackets, as in [T, V]. In megarl/config every line is one of
 
 - declare: fields and what introduces them (imports, docstrings, constants, class bodies),
 - check: methods marked @rule, what only they call (it yields Problems or Violations), and files.py,

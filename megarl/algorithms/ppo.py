@@ -118,15 +118,15 @@ class PpoLearner:
             )
             minibatches.set_advantages(minis, found.advantages)
             returns[:] = np.split(found.returns, np.cumsum([mini.batch.num_tokens for mini in minis])[:-1])
-            told = {"return_mean": float(found.returns[targets].mean())}
+            metrics = {"return_mean": float(found.returns[targets].mean())}
             if found.explained_variance is not None:
-                told["explained_variance"] = found.explained_variance
-            return told if kl is None else told | {"kl_reward": float(kl[targets].mean())}
+                metrics["explained_variance"] = found.explained_variance
+            return metrics if kl is None else metrics | {"kl_reward": float(kl[targets].mean())}
 
-        told: dict[str, float] = from_first_rank(give)
+        metrics: dict[str, float] = from_first_rank(give)
         minibatches.scatter(minis, "advantages", [mini.known_advantages for mini in minis])
         minibatches.scatter(minis, "returns", returns)
-        return told
+        return metrics
 
 
 def _old_values(batch: PackedBatch) -> torch.Tensor:

@@ -54,7 +54,7 @@ class GenerateRequest(ArrayRecord):
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """How tokens are drawn; the same for all requests of a session.
+    """Sampling parameters, the same for all requests of a session.
 
     ``temperature`` 0 is greedy. Sampling ends at the first of ``stop_token_ids`` (kept, with its logprob, as
     the last token) and nowhere else: an end-of-sequence id that is not listed is an ordinary token. With
@@ -191,9 +191,9 @@ class Engine(Protocol):
         ...
 
     def regions(self, names: Collection[str]) -> list[Region] | None:
-        """What the parameters are made of, by the names of a checkpoint's tensors; the same on all ranks.
+        """Return the regions of the parameters by the names of a checkpoint's tensors; equal on all ranks.
 
-        None: the architecture's table says it.
+        None: use the architecture's table.
         """
         ...
 

@@ -73,8 +73,8 @@ def place_engines(
     hosts = _hosts(ranks)
     if count % len(hosts):
         raise UserError(
-            f"{_FIELD}: {count} engines cannot be dealt evenly to the {len(hosts)} hosts of the trainer; "
-            f"set 1 or a multiple of {len(hosts)}"
+            f"{_FIELD}: {count} engines cannot be distributed evenly over the {len(hosts)} hosts of the "
+            f"trainer; set 1 or a multiple of {len(hosts)}"
         )
     if len(hosts) > 1 and not all(host.node for host in hosts):
         raise UserError(

@@ -236,10 +236,10 @@ class OnlineLoop:
                 run.console.note(line)
         for step in range(state["step"] + 1, last + 1):
             self.give_memory_to("engine")
-            groups, told = collector.collect(step, partial(self._describe, step))
+            groups, metrics = collector.collect(step, partial(self._describe, step))
             self.give_memory_to("trainer")
             learned = self.learner.learn(step, groups)
-            values = told | learned.metrics | learned.mismatch.metrics()
+            values = metrics | learned.metrics | learned.mismatch.metrics()
             run.check(step, values)
             self._warn_on_mismatch(step, learned.mismatch)
             with run.timers("weights"):

@@ -22,7 +22,7 @@ from megarl.losses.base import LossResult, LossTokens
 from megarl.losses.policy import PolicyLoss, options_of
 
 TokenLoss = Callable[[LossTokens], torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
-_NOT_OURS = ("clip_fraction", "dual_clip_fraction")  # metrics of the built-in term
+_BUILTIN_METRICS = ("clip_fraction", "dual_clip_fraction")  # metrics of the built-in term
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class CustomPolicyLoss:
             tokens = replace(tokens, old_logprobs=tokens.logprobs.detach())
         counted = tokens.counted()
         found = self.function(counted)
-        values, told = found if isinstance(found, tuple) else (found, {})
+        values, logged = found if isinstance(found, tuple) else (found, {})
         weights = counted.weights
         self._check("its loss", values, weights)
         term = (weights * values).sum()
@@ -64,10 +64,10 @@ class CustomPolicyLoss:
             "policy_loss": figure,
             "advantage_mean": tokens.weights.double() @ advantages.double(),
         }
-        for name, each in told.items():
+        for name, each in logged.items():
             self._check(name, each, weights)
             sums[name] = (weights * each.detach()).double().sum()
-        token_sums = {k: v for k, v in result.token_sums.items() if k not in _NOT_OURS}
+        token_sums = {k: v for k, v in result.token_sums.items() if k not in _BUILTIN_METRICS}
         return LossResult(result.loss + term, sums, token_sums, result.maxima)
 
     def _check(self, what: str, values: object, weights: torch.Tensor) -> None:

@@ -43,13 +43,13 @@ def load_native() -> None:
     if not fitting:
         raise NativeOpsUnavailable(
             f"megarl._C was built for {' and '.join(needed.values())} instructions, this machine has "
-            f"{present}; `make setup` on this machine mends it"
+            f"{present}; `make setup` on this machine rebuilds it"
         )
     try:
         module = importlib.import_module(f"megarl.{fitting[0]}")
     except ImportError as error:
         raise NativeOpsUnavailable(
-            f"megarl.{fitting[0]} does not load beside torch {torch.__version__} ({error}); "
+            f"megarl.{fitting[0]} does not load with torch {torch.__version__} ({error}); "
             "`make setup` rebuilds it"
         ) from error
     sys.modules["megarl._C"] = megarl._C = module

@@ -117,7 +117,7 @@ class WeightFiles:
         self.ignored = sorted(name for name in self._files if architecture.ignores(name))
         """Tensors that no layer reads."""
         self.problems = self._find_problems(model_dir, architecture)
-        """What does not fit, one line each."""
+        """Mismatches, one line each."""
 
     def _find_problems(self, model_dir: Path, architecture: Architecture) -> list[str]:
         expected, found = architecture.hf_shapes(), []

@@ -26,7 +26,7 @@ def test_kl_to_go_is_the_sum_from_each_token_on() -> None:
 
 
 def test_standardize_counts_tokens_not_sequences() -> None:
-    """One value for each sequence, with how many tokens it stands for, is as good as one for each token."""
+    """One value per sequence with its token count gives the same result as one value per token."""
     flat = [3.0] * 4 + [-1.0] + [0.5, 0.25]
     mean, deviation = statistics.fmean(flat), statistics.pstdev(flat)
     expected = [(v - mean) / (deviation + 1e-6) for v in flat]

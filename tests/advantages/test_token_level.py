@@ -24,7 +24,7 @@ def token_advantages(
     kls: list[np.ndarray] | None = None,
     **options: Any,
 ) -> Any:
-    """Of sequences one by one: (place in the sequence, reward) and values and masks of each."""
+    """Arguments per sequence: (position in the sequence, reward), values and masks."""
     offsets = np.cumsum([0, *map(len, masks)])
     found: TokenAdvantages = of_arrays(
         np.array([offsets[s] + place for s, own in enumerate(rewards) for place, _ in own]),
@@ -69,7 +69,7 @@ def at_the_end(rewards: list[float], masks: list[list[int]]) -> list[list[tuple[
 
 
 def by_definition(reward: float, values: np.ndarray, targets: list[int], kl: np.ndarray) -> np.ndarray:
-    """A_t = sum_l (gamma lambda)^l delta_{t+l}, every term on its own."""
+    """A_t = sum_l (gamma lambda)^l delta_{t+l}, summed term by term."""
     r = [-KL * kl[t] for t in targets]
     r[-1] += reward
     v = [values[t] for t in targets] + [0.0]
@@ -136,7 +136,7 @@ def test_equal_advantages_are_zero_and_variance_is_left_out() -> None:
 
 
 def test_a_turns_reward_comes_with_its_last_token() -> None:
-    """Prompt of 2; turns of 3 + 2 observed, 2 + 1 observed, and 2: what comes after a token is its return."""
+    """Prompt of 2; turns of 3 + 2 observed, 2 + 1 observed, and 2: a token's return sums later rewards."""
     turns = [Turn(3, 2, 0.5), Turn(2, 1, -0.25), Turn(2, 0, 1.0)]
     sample = Sample(0, [7, 8], list(range(10)), [0.0] * 10, 0, "stop", reward=1.25, turns=turns)
     assert token_rewards(sample) == [(4, 0.5), (8, -0.25), (11, 1.0)]
@@ -160,7 +160,7 @@ def test_no_reward_is_lost_where_its_place_is_no_target() -> None:
 
 
 def test_rewards_of_a_sequence_without_targets_go_nowhere() -> None:
-    """Nor to a neighbour: whatever sequence lacks targets, the first, one inside, or the last."""
+    """They are not credited to a neighbour either: the first, an inner or the last sequence lacks targets."""
     masks = [[0, 0, 0], [0, 1, 1], [0, 0], [0, 1], [0, 0, 0]]
     rewards = [[(1, 9.0)], [(0, 1.0), (2, 2.0)], [(1, 5.0)], [(1, 3.0)], [(0, 7.0), (2, 8.0)]]
     values = [np.zeros(len(mask)) for mask in masks]

@@ -1,4 +1,4 @@
-"""A tiny model for learners."""
+"""A tiny model for learner tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.models.tiny import save_model
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tied one with qk-norm."""
+    """A tied model with qk-norm."""
     folder: Path = tmp_path_factory.mktemp("models")
     save_model("qwen3-tied", folder / "qwen3-tied")
     return {"qwen3-tied": str(folder / "qwen3-tied")}

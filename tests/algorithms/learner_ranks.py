@@ -1,4 +1,4 @@
-"""A GRPO learner on trainer ranks, and what it hands to the optimizer step."""
+"""Run a GRPO learner on trainer ranks and record the inputs of its optimizer steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 12
 
 
 def make_groups(seed: int = 0, prompts: int = 4, generations: int = 4) -> list[Group]:
-    """Prompts of several lengths; responses right, wrong and cut; logprobs that are nobody's."""
+    """Prompts of several lengths; right, wrong and truncated responses; arbitrary logprobs."""
     draw = random.Random(seed)
     groups = []
     for p in range(prompts):
@@ -41,7 +41,7 @@ def make_groups(seed: int = 0, prompts: int = 4, generations: int = 4) -> list[G
 
 
 def fake_run() -> Any:
-    """The parts of a Run that a learner uses."""
+    """The parts of a TrainingRun that a learner uses."""
     from megarl.metrics.timers import PhaseTimers
 
     @contextmanager
@@ -55,7 +55,7 @@ def fake_run() -> Any:
 
 @contextmanager
 def before_the_steps(look: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, ``look`` sees the (mini-batch, share) pairs that optimizer steps are about to be taken on."""
+    """Inside, ``look`` is called with the (mini-batch, share) pairs before the optimizer steps."""
     from megarl.loops import minibatches
 
     original = minibatches.epochs
@@ -92,7 +92,7 @@ def make_config(model_dir: str, algorithm: dict[str, Any], parallel: dict[str, A
 
 
 def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dict[str, Any]) -> Any:
-    """Two steps; of the second, all fields of this rank's microbatches by (part, sequence, token)."""
+    """Take two steps; return all fields of the second's microbatches by (part, sequence, token)."""
     import torch
 
     from megarl.algorithms.grpo import GrpoLearner
@@ -113,7 +113,7 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
     def look(parts: Any) -> None:
         for number, (part, _) in enumerate(parts):
             for batch in part.batches:
-                # What was dropped is no target any more, and keeps its logprobs.
+                # Dropped tokens are no targets any more, and keep their logprobs.
                 targets = batch.loss_mask if batch.old_logprobs is None else batch.old_logprobs
                 for row in targets.nonzero().flatten().tolist():
                     at = (number, int(batch.sequence_ids[row]), int(batch.position_ids[row]) + 1)
@@ -146,7 +146,7 @@ def train(
     parallel: dict[str, Any],
     steps: list[list[Group]],
 ) -> Any:
-    """One step per batch of groups: the metrics of each, what was packed of the last, and the weights."""
+    """Take one step per batch of groups; return metrics of each, the packing of the last, and the weights."""
     from megarl.algorithms.grpo import GrpoLearner
     from megarl.models import load_architecture
     from megarl.trainer.megatron.trainer import MegatronTrainer
@@ -179,7 +179,7 @@ def train(
 
 
 def collect_and_fail(context: Any) -> list[str]:
-    """Two collections, the second of which fails on rank 0: what this rank is given, and what it meets."""
+    """Collect twice, the second time failing on rank 0; return this rank's results and errors."""
     from megarl.errors import UserError
     from megarl.sampling.rollout_batches import RolloutBatches
     from megarl.sampling.rollout_manager import EnvironmentsFailedError, RolloutCounts

@@ -1,4 +1,4 @@
-"""What the learner hands to the optimizer step, against the definitions written out in float64."""
+"""Inputs of the GRPO learner's optimizer steps, against the definitions in float64."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_reinforce_plus_plus_and_its_neighbours(model_dirs: dict[str, str]) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{}, {"context_parallel_size": 2}, {"pipeline_parallel_size": 2}])
 def test_the_layout_changes_nothing(model_dirs: dict[str, str], parallel: dict[str, Any]) -> None:
-    """Two ranks (data, context, pipeline) as one: KL, errors and normalisation are over all of them."""
+    """Two ranks (data, context, pipeline) give the result of one: KL, errors and normalisation are global."""
     [one] = run(model_dirs, REINFORCE, {})
     two = run(model_dirs, REINFORCE, {"num_processes": 2, **parallel})
     assert two[0]["dropped"] == one["dropped"] and two[1]["dropped"] == []
@@ -148,7 +148,7 @@ def test_overlong_samples_count_for_the_baseline_and_not_for_the_loss(model_dirs
     for i, sample in enumerate(kept):
         weights = tokens_of(result, 0, i, sample, "loss_weights")
         assert weights == pytest.approx([1 / (len(kept) * len(weights))] * len(weights), rel=1e-6)
-        # ratios are relative to what the engine said
+        # ratios are relative to the engine's logprobs
         assert tokens_of(result, 0, i, sample, "old_logprobs") == pytest.approx(
             sample.rollout_logprobs, rel=1e-6
         )
@@ -164,7 +164,7 @@ def test_a_step_without_any_sample_left_is_said_and_survived(model_dirs: dict[st
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed_length"])
 def test_what_is_dropped_is_in_no_loss_and_no_figure(model_dirs: dict[str, str], aggregation: str) -> None:
-    """A step that drops samples is the step that never had them: policy, KL, entropy and likelihood."""
+    """A step that drops samples equals the step without them: policy, KL, entropy and likelihood."""
     algorithm: dict[str, Any] = {
         "baseline": "none",
         "normalize_std": False,

@@ -1,4 +1,4 @@
-"""A loss and an advantage of the user's own in training: as the built-in ones, and under any layout."""
+"""A user's loss and advantage in training: equal to the built-in ones, under any layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which policy version drew which token, and how old that is."""
+"""The policy version that drew each token, and its staleness."""
 
 from __future__ import annotations
 

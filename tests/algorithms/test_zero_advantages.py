@@ -1,4 +1,4 @@
-"""Samples without an advantage are counted and not computed: the same steps, from fewer tokens."""
+"""Samples without an advantage are counted but not computed: the same steps from fewer tokens."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_denominators_count_what_is_left_out(model_dirs: dict[str, str], aggrega
 def test_what_is_averaged_is_averaged_over_what_was_computed(
     model_dirs: dict[str, str], aggregation: str
 ) -> None:
-    """Figures of the model's tokens are those of a step that has no other samples."""
+    """Metrics of the model's tokens equal those of a step without the other samples."""
     groups = batches()[0]
     algorithm = {"loss_aggregation": aggregation, "old_logprobs": "rollout"}  # ratios other than 1
     [part], [alone] = (
@@ -106,7 +106,7 @@ def test_what_is_averaged_is_averaged_over_what_was_computed(
     if aggregation == "token":
         assert ours == pytest.approx(theirs, rel=1e-5)
         return
-    # Of a fixed length it is sum / (S L): as large as if the computed tokens' mean held for all the others.
+    # With a fixed length it is sum / (S L): as if the computed tokens' mean held for all the others.
     tokens = [sum(len(s.response_ids) for s in group.samples) for group in groups]
     assert ours == pytest.approx(theirs * (12 / 16) * sum(tokens) / (sum(tokens) - tokens[1]), rel=1e-4)
 
@@ -119,7 +119,7 @@ def test_twice_the_same_bits(model_dirs: dict[str, str]) -> None:
 
 
 def test_a_single_sample_on_two_ranks(model_dirs: dict[str, str]) -> None:
-    """Data-parallel ranks without a sample take part: one group, of which two samples are not cut."""
+    """Data-parallel ranks without a sample take part: one group, of which two samples are not truncated."""
     steps = batches()
     steps[0][1:] = [group for group in steps[0][1:] if group.prompt.index == 1]
     parallel = {"num_processes": 2}

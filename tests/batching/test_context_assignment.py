@@ -1,4 +1,4 @@
-"""Which sequences are split over context-parallel ranks: every one once, budgets, order and balance."""
+"""Sequences split over context-parallel ranks: each exactly once, budgets, order and balance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choices of experts and padding stand where their tokens do, on every context-parallel rank."""
+"""Expert choices and padding stay aligned with their tokens, on every context-parallel rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megarl.records import Sample, TokenSequence, TrainBatch, token_ids
 
 
 def marked(token_ids: list[int]) -> TokenSequence:
-    """Two layers, two experts: each token's choice says which token it is."""
+    """Two layers, two experts: each token's choice encodes the token."""
     experts = np.array(token_ids)[:, None, None] * 10 + np.arange(4).reshape(2, 2)
     return TokenSequence(token_ids, [0] * len(token_ids), experts=experts.astype(np.int16))
 

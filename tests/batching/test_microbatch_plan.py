@@ -1,4 +1,4 @@
-"""The planner: invariants on random batches, balance, and the packings whose answer is known."""
+"""The planner: invariants on random batches, balance, and packings with known answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megarl.errors import UserError
 
 
 def lognormal_lengths(rng: random.Random, n: int, longest: int) -> list[int]:
-    """Lengths as rollouts have them: many short ones and a heavy tail cut at the longest."""
+    """Typical rollout lengths: many short ones and a heavy tail cut at the longest."""
     return [min(longest, max(1, int(rng.lognormvariate(6.0, 0.9)))) for _ in range(n)]
 
 
@@ -95,7 +95,7 @@ def test_ranks_are_balanced_on_steps_of_usual_size(num_sequences: int, imbalance
 
 
 def test_microbatches_of_one_round_cost_about_the_same() -> None:
-    """What expert parallelism waits for: in every round, the costliest rank against the mean."""
+    """Expert parallelism waits for this: in every round, the costliest rank against the mean."""
     rng = random.Random(7)
     lengths = lognormal_lengths(rng, 2000, 4096)
     costs = CostModel.transformer(hidden_size=576)

@@ -1,4 +1,4 @@
-"""Rank 0 plans a step and sends every rank its share: what ranks that have all the data would have packed."""
+"""Rank 0 plans a step and scatters shares: equal to packing on ranks that have all the data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def make_batch(seed: int = 0, groups: int = 6, size: int = 4) -> TrainBatch:
-    """Groups with a prompt in common, choices of experts for some, tokens of older weights."""
+    """Groups with a shared prompt, expert choices for some, tokens of older weights."""
     draw = random.Random(seed)
     rows = []
     for _ in range(groups):
@@ -70,7 +70,7 @@ def assert_same(one: PackedBatch, other: PackedBatch) -> None:
 
 
 def both_ways(context: Any) -> dict[str, Any]:
-    """The step scattered from rank 0 and packed from data of every rank; values there and back."""
+    """The step scattered from rank 0, and packed from data of every rank; values scattered and gathered."""
     import torch.distributed as dist
 
     from megarl.batching.rank_microbatches import gather_from_packed, reweight, scatter_to_packed
@@ -174,7 +174,7 @@ def test_every_rank_gets_the_share_it_would_have_chosen(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dp2", "pp2-dp2", "cp2-dp2"])
 def test_what_is_sent_is_what_the_shares_hold(name: str) -> None:
-    """Rank 0 sends each coordinate its sequences' arrays once, and a plan that is small beside them."""
+    """Rank 0 sends each coordinate its sequences' arrays once, and a plan that is small in comparison."""
     size, parallel = LAYOUTS[name]
     ranks = world(size).run(both_ways, parallel=parallel)
     batch = make_batch()
@@ -208,7 +208,7 @@ def test_a_sequence_that_does_not_fit_ends_every_rank() -> None:
 
 
 def few(context: Any) -> tuple[int, list[bool], float]:
-    """A step of one sequence on more ranks, and of none that is packed with a target."""
+    """A step of one sequence on more ranks, and a step without a packed target."""
     from megarl.batching.rank_microbatches import gather_from_packed
 
     lone = TrainBatch.of([TokenSequence(np.arange(9), np.arange(9) > 3)])

@@ -1,4 +1,4 @@
-"""Values per token into microbatches and back, through shared prefixes, padding and context slices."""
+"""Scatter and gather of per-token values through shared prefixes, padding and context slices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of a command counts what its children hold, daemons too, and shared pages once."""
+"""Peak memory of a command includes its children, daemons too, and counts shared pages once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.process_tree import run_measured
 
-# 300 MiB, which a forked child shares, and a daemon in a session of its own with 200 more. On a busy machine
-# a daemon takes seconds to start: all wait for it. The sampler reads one process after the other, so the
-# child begins and ends while the daemon is not there; pages it shares could else count twice.
+# 300 MiB shared with a forked child, and a daemon in another session with 200 more. On a busy machine a
+# daemon takes seconds to start: all wait for it. The sampler reads one process after the other, so the child
+# begins and ends while the daemon is not there; otherwise its shared pages could count twice.
 PROGRAM = """
 import os, signal, subprocess, sys, time
 held = bytearray(os.urandom(1)) * (300 * 2**20)

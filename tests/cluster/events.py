@@ -1,4 +1,4 @@
-"""What Ray's GCS keeps about tasks."""
+"""Task events kept by Ray's GCS."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from ray.core.generated.gcs_pb2 import TaskEvents
 
 
 def recorded_tasks() -> list[str]:
-    """Names of the tasks it has events of."""
+    """Return the names of the tasks with events."""
     accessor = state.state._connect_and_get_accessor()
     return [TaskEvents.FromString(event).task_info.name for event in accessor.get_task_events()]

@@ -1,4 +1,4 @@
-"""Control between ranks: over gloo whatever the platform's backend, and in one file alone."""
+"""Control messages between ranks: over gloo on every platform, and in one module alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tests.trainer.world import world
 
 PACKAGE = Path(__file__).parents[2] / "megarl"
-# What torch.distributed does with Python values, or waits with: over NCCL, on the GPU.
+# Functions of torch.distributed that pickle or wait: over NCCL, on the GPU.
 CONTROL = {
     *("barrier", "monitored_barrier", "broadcast_object_list", "all_gather_object", "gather_object"),
     *("scatter_object_list", "send_object_list", "recv_object_list"),
@@ -66,7 +66,7 @@ def test_nothing_else_sends_values_or_waits() -> None:
 
 
 def every_call(context: Any) -> dict[str, Any]:
-    """What each function gives on this rank, and over which groups values went meanwhile."""
+    """Return each function's result on this rank, and the groups used."""
     import torch.distributed as dist
 
     from megarl.cluster import collectives
@@ -148,7 +148,7 @@ def test_values_go_around_over_gloo_and_are_waited_for_without_limit() -> None:
 
 
 def exported(context: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Two tensors that ranks hold parts or copies of, and how often a value was pickled meanwhile."""
+    """Two tensors that ranks hold parts or copies of, and the number of pickled values."""
     import torch.distributed as dist
 
     from megarl.models.table import Region
@@ -184,7 +184,7 @@ def exported(context: Any) -> tuple[dict[str, torch.Tensor], int]:
 
 @pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {}], ids=["tp2", "dp2"])
 def test_tensors_for_a_file_travel_as_tensors(layout: dict[str, Any]) -> None:
-    """Each once, from its first replica; what is pickled, once for all of them, is who holds what."""
+    """Each is sent once, from its first replica; only the table of holders is pickled, once for all."""
     (found, num_pickled), (elsewhere, _) = world(2).run(exported, parallel=layout)
     assert torch.equal(found["split"], torch.arange(24.0).reshape(6, 4))
     assert found["first"].dtype == torch.bfloat16 and found["first"].tolist() == [0.0, 1.0, 2.0, 3.0]

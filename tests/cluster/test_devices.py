@@ -1,4 +1,4 @@
-"""GPUs that a run cannot use are refused in a line before anything starts; with a made-up NVML."""
+"""GPUs that a run cannot use are rejected in one line before anything starts; with a fake NVML."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ int nvmlSystemGetDriverVersion(char *text, unsigned size) { strncpy(text, "550.5
 int nvmlSystemGetCudaDriverVersion(int *version) { *version = 12040; return 0; }
 int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
 """
-# A torch that was built for CUDA 13, as far as megarl asks.
+# A torch built for CUDA 13, as far as megarl can tell.
 COMMAND = """
 import sys, torch
 torch.version.cuda = "13.0"
@@ -151,7 +151,7 @@ def test_a_gpu_for_each_rank_is_enough(gpus: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def build_nvml(folder: Path, *, loaded: bool) -> dict[str, str]:
-    """An environment whose NVML speaks of an old driver."""
+    """An environment whose NVML reports an old driver."""
     compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("g++")
     assert compiler is not None
     (folder / "nvml.c").write_text(NVML)
@@ -172,7 +172,7 @@ def test_the_driver_is_asked_through_nvml(tmp_path: Path, loaded: bool, found: D
 
 def test_a_command_ends_with_the_line_and_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    for name in ("tokenizer.json", "model.safetensors"):  # looked for, and read by what does not start
+    for name in ("tokenizer.json", "model.safetensors"):  # checked, but read only by runs that start
         (tmp_path / "model" / name).touch()
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "vocab_size": 64, "head_dim": 32, "max_position_embeddings": 512}
@@ -195,7 +195,7 @@ def test_a_command_ends_with_the_line_and_starts_nothing(tmp_path: Path) -> None
 
 
 def test_a_ray_of_this_machine_alone_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks on a cluster wait for nodes; here none comes."""
+    """Ranks on a cluster wait for nodes; here none joins."""
     import ray
 
     monkeypatch.setattr(ray_ranks, "connect_ray", lambda _: "address")
@@ -241,7 +241,7 @@ def test_transformer_engine_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> No
 def test_transformer_engine_finds_the_nccl_that_torch_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its library links to libnccl, which lies in a wheel that only torch looks into."""
+    """Its library links to libnccl, which is in a wheel that only torch searches."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
     needs = "import sys\nif 'torch' not in sys.modules:\n    raise OSError('libnccl.so.2: cannot open it')\n"

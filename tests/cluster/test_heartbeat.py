@@ -1,4 +1,4 @@
-"""Ranks that die, stop or hang: real processes, what they say last, and how the others end."""
+"""Ranks that die, stop or hang: real processes, their last output, and how the others end."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Ranks:
             time.sleep(0.02)
 
     def end(self, *, but: int | None = None) -> list[str]:
-        """What each printed when it ended by itself; the process ``but`` is killed afterwards."""
+        """Return what each printed when it ended by itself; the process ``but`` is killed afterwards."""
         try:
             said = [
                 p.communicate(timeout=60)[1] if rank != but else "" for rank, p in enumerate(self.processes)
@@ -110,7 +110,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
-    """It cannot speak for itself: the rank before it does."""
+    """It cannot report itself: its predecessor does."""
     ranks = Ranks(tmp_path, 2, "work")
     ranks.wait_until_all_beat()
     ranks.processes[1].send_signal(signal.SIGSTOP)
@@ -121,7 +121,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
 
 
 def test_a_hang_shows_where_the_odd_rank_is(tmp_path: Path) -> None:
-    """Everybody waits; the rank in another phase than most is shown with its stack."""
+    """All ranks wait; the stack of the rank in another phase than most is shown."""
     ranks = Ranks(tmp_path, 3, "hang")
     said = "".join(ranks.end())
     assert said.count("error: ") == 1
@@ -142,7 +142,7 @@ def test_a_crash_leaves_its_traceback(tmp_path: Path) -> None:
 
 
 def test_an_error_is_not_a_death(tmp_path: Path) -> None:
-    """The rank says itself what was wrong; its traceback stays in a file."""
+    """The rank reports its error itself; its traceback stays in a file."""
     ranks = Ranks(tmp_path, 2, "raise")
     ranks.processes[1].wait(30)
     beat = heartbeat.read_heartbeat(ranks.folder, 1)
@@ -158,7 +158,7 @@ def test_an_error_is_not_a_death(tmp_path: Path) -> None:
 
 
 def test_waiting_for_a_rank_at_work_is_no_hang(tmp_path: Path) -> None:
-    """Rank 0 needs two time-outs for its work, a little at a time; rank 1 waits for it."""
+    """Rank 0 works for two time-outs, with progress; rank 1 waits for it."""
     ranks = Ranks(tmp_path, 2, "slow")
     assert ranks.processes[0].wait(60) == 0
     assert ranks.processes[1].poll() is None

@@ -1,4 +1,4 @@
-"""Variables that libraries read once, as their effect shows in running processes of each kind."""
+"""Environment variables that libraries read once, by their effect in running processes of each kind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if address := os.environ.get("MEGARL_RAY_ADDRESS"):
 pathlib.Path(sys.argv[1], f"rank{found['RANK']}.json").write_text(json.dumps(found))
 """
 
-# What a driver under `megarl` does, without a run around it; prints one line of JSON.
+# The steps of a driver under `megarl`, without a run; prints one line of JSON.
 DRIVER = """
 import json, os, sys
 from pathlib import Path
@@ -89,7 +89,7 @@ stop_ray()
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """This process's, without the number of threads that tests run under."""
+    """This process's environment, without the tests' thread limit."""
     names = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAY_ADDRESS"}
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return kept | {name: value for name, value in changes.items() if value is not None}
@@ -115,7 +115,7 @@ def end(process: subprocess.Popen[str]) -> None:
     ("config", "threads"), [({}, cores()), pytest.param({"num_threads": 1}, 1, marks=pytest.mark.slow)]
 )
 def test_an_engine_computes_with_its_threads(tmp_path: Path, config: dict[str, int], threads: int) -> None:
-    """Whatever the driver computes with, under a launcher or a shell that says one."""
+    """Whatever number the driver uses, under a launcher or a shell that sets one."""
     _make_model("llama", tmp_path)
     driver = start(ENGINE_DRIVER, str(tmp_path), json.dumps(config), OMP_NUM_THREADS=str(3 - threads))
     found = answer(driver)
@@ -146,7 +146,7 @@ def test_environment_workers_compute_on_one_thread() -> None:
 
 
 def run_ranks(folder: Path, how: str, num_ranks: int, **changes: str) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """Return each rank's findings."""
     package = folder / "ranks" / "megarl"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -174,7 +174,7 @@ def test_ranks_share_the_cores(tmp_path: Path, how: str, num_ranks: int) -> None
 
 
 def test_ranks_join_the_ray_that_was_started_for_them(tmp_path: Path) -> None:
-    """Which wants a token of whoever joins: without RAY_ADDRESS Ray switches that on."""
+    """It requires a token to join: without RAY_ADDRESS Ray enables that."""
     for rank in run_ranks(tmp_path, "run_ranks_on_ray", 2, OMP_NUM_THREADS="3"):
         assert rank["MEGARL_RAY_NODE"] and rank["answer"] == 42
         assert rank["OMP_NUM_THREADS"] == "3"
@@ -207,7 +207,7 @@ def test_what_a_person_sets_reaches_other_nodes() -> None:
 
 
 def test_actors_on_a_cluster_start_with_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There a worker inherits from its node, not from the rank that asks for it; its own settings win."""
+    """There a worker inherits from its node, not from the requesting rank; its own settings win."""
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)

@@ -1,4 +1,4 @@
-"""A small configuration, and the rules that it breaks."""
+"""A small configuration, and the violations of rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GYM = {"source": "reasoning_gym", "task": "chain_sum", "size": 64}
 
 
 def violations(root: Any = SftConfig, **sections: Any) -> list[str]:
-    """``field: message`` of each, for a configuration of kind ``root`` with these sections replaced."""
+    """Return ``field: message`` of each violation of a ``root`` configuration with these sections."""
     config = root.model_validate(
         {
             "run": {"dir": "r"},
@@ -26,5 +26,5 @@ def violations(root: Any = SftConfig, **sections: Any) -> list[str]:
 
 
 def data_violations(data: Section) -> list[str]:
-    """The same of a configuration's data section alone."""
+    """Return the violations of a configuration's data section alone."""
     return [f"{'.'.join(v.path)}: {v.message}" for v in find_violations(data, ("data",))]

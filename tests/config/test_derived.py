@@ -1,4 +1,4 @@
-"""Facts that follow from a configuration, against numbers worked out by hand."""
+"""Values derived from a configuration, against numbers computed by hand."""
 
 from __future__ import annotations
 

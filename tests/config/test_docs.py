@@ -1,4 +1,4 @@
-"""docs/configuration.md is what the schema says, and the schema says something about every field."""
+"""docs/configuration.md matches the schema, and the schema documents every field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration of environments: which keys there are, and what is refused."""
+"""Configuration of environments: valid keys, and what is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What load_config finds on disk."""
+"""Checks of load_config on files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of GRPO's family that would vanish are refused; the guide's presets are valid configurations."""
+"""GRPO options that would have no effect are rejected; the guide's presets are valid."""
 
 from __future__ import annotations
 

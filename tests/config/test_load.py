@@ -1,4 +1,4 @@
-"""What load_config accepts, and the exact lines users read when it does not."""
+"""What load_config accepts, and the exact error lines for what it does not."""
 
 from __future__ import annotations
 

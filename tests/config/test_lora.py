@@ -1,4 +1,4 @@
-"""Adapters that cannot be had are refused with a line that says what can; nothing is started."""
+"""Unsupported adapters are rejected with a line that names supported ones; nothing is started."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_names_of_another_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_experts(tmp_path: Path, family: str) -> None:
-    """Also where some layers are dense: an adapter on those alone would not be what the name says."""
+    """Also if some layers are dense: an adapter on those alone would not match the name."""
     assert refusal(tmp_path, family) == (
         "lora.target_modules: all-linear, but experts have no adapters yet; choose among q_proj, k_proj, "
         "v_proj, o_proj"

@@ -1,4 +1,4 @@
-"""Rules of `megarl ppo`, `megarl distill` and `megarl rm`: what would vanish or cannot work is refused."""
+"""Rules of `megarl ppo`, `megarl distill` and `megarl rm`: options without effect or that cannot work."""
 
 from __future__ import annotations
 

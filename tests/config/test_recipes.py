@@ -1,4 +1,4 @@
-"""The full-size recipes: valid, possible for their models, and as much memory left as they say."""
+"""The full-size recipes: valid, possible for their models, and with the stated free memory."""
 
 from __future__ import annotations
 

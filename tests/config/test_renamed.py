@@ -1,4 +1,4 @@
-"""Keys of before: an error that names today's, and a run that goes on."""
+"""Renamed keys: the error names the new key, and a run started under old keys resumes."""
 
 from __future__ import annotations
 

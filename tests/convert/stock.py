@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def may_have_children() -> Iterator[None]:
-    """Megatron's own saves start processes, which the tests' daemonic ranks may not; they end here."""
+    """Allow Megatron's saves to start processes, which the tests' daemonic ranks may not; they end here."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]

@@ -223,7 +223,7 @@ def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_verify_and_inspect(tmp_path: Path) -> None:
-    """As a user runs them: in a process of their own."""
+    """In a separate process, as a user runs them."""
     save_model("qwen3-moe", tmp_path / "hf")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:

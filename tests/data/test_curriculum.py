@@ -1,4 +1,4 @@
-"""Tasks whose level rises with accuracy, alone and in a mixture, and outlives a run."""
+"""Tasks whose level rises with accuracy, alone and in a mixture, and across resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference answers that are numbers in the file."""
+"""Reference answers given as numbers in the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference pairs: token ids against the tokenizer's own, every accepted form, every refused one."""
+"""Preference pairs: token ids against the tokenizer's own, every accepted form, every rejected one."""
 
 from __future__ import annotations
 

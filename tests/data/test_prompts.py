@@ -1,4 +1,4 @@
-"""Prompts against HF's own chat templating, and one clear line for everything a user can get wrong."""
+"""Prompts against HF's own chat templating, and one clear line for every user error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns as text: what the tokenizer makes of them, in a process without transformers as well."""
+"""Decoding of turns: equal to the tokenizer's, in a process without transformers too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trainer ranks do in tests of distillation; Megatron is imported inside."""
+"""Functions run by trainer ranks in tests of distillation; Megatron is imported inside."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mismatch(
     drawn_by: dict[str, Any],
     sequences: list[TokenSequence],
 ) -> dict[str, float]:
-    """Engine against trainer in one step on samples with the engine's logprobs."""
+    """Mismatch of engine and trainer in one step on samples with the engine's logprobs."""
     from megarl.trainer.outputs import Sampler
 
     distiller = build(context, student_dir, teacher_dir, options)
@@ -54,7 +54,7 @@ def mismatch(
 
 
 def filled(context: Any, model_dir: str, drawn_by: dict[str, Any], sequences: list[TokenSequence]) -> Any:
-    """The same of a pass for old logprobs, as a step that trains the critic alone takes it."""
+    """The same of a forward pass for old logprobs, as in a step that trains only the critic."""
     from megarl.trainer.passes import fill_logprobs
 
     policy = build(context, model_dir, model_dir, {}).student
@@ -80,7 +80,7 @@ def steps(
 def gradients(
     context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any], sequences: list[TokenSequence]
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradient (by HF name) of one packed step on one rank, and nothing learned."""
+    """Loss and gradient (by HF name) of one packed step on one rank, without an update."""
     from megarl.weights.hf import region_index
 
     distiller = build(context, student_dir, teacher_dir, options)
@@ -103,7 +103,7 @@ def gradients(
 def teacher_top_k(
     context: Any, teacher_dir: str, sequences: list[TokenSequence], k: int, temperature: float
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
-    """Ids and logprobs of the teacher's likeliest tokens at every target, microbatch by microbatch."""
+    """Ids and logprobs of the teacher's most likely tokens at every target, microbatch by microbatch."""
     from megarl.losses.distill import top_k_logprobs
 
     distiller = build(context, teacher_dir, teacher_dir, {})

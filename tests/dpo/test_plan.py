@@ -1,4 +1,4 @@
-"""Pairs in the planner: never torn, never over the budget, padding counted per sequence."""
+"""Pairs in the planner: never split, never over the budget, padding counted per sequence."""
 
 from __future__ import annotations
 

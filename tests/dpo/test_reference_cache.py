@@ -1,4 +1,4 @@
-"""The cache of reference logprobs: what is read is what was written, and anything else is refused."""
+"""The cache of reference logprobs: reads return what was written, and anything else is rejected."""
 
 from __future__ import annotations
 

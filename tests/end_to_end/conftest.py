@@ -1,4 +1,4 @@
-"""A tiny model, and the two runs that most tests look at or compare with."""
+"""A tiny model, and the two runs that most tests use or compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Driving the real command line in subprocesses, and reading what a run leaves behind."""
+"""Drive the real command line in subprocesses, and read the files of a run."""
 
 from __future__ import annotations
 

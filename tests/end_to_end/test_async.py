@@ -1,4 +1,4 @@
-"""Rollouts that run ahead of training: versions, staleness, and a run that was killed and goes on."""
+"""Asynchronous rollouts: versions, staleness, and resuming a killed run."""
 
 from __future__ import annotations
 

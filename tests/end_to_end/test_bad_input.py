@@ -1,4 +1,4 @@
-"""What a user reads who got something wrong: one line each, exit code 2, and nothing was started."""
+"""Error messages for user errors: one line each, exit code 2, and nothing was started."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, dict[str, Any]]:
-    """What each case gave: exit code, standard error, what it had imported, whether a run began."""
+    """Return each case's exit code, standard error, imports, and whether a run began."""
     folder = tmp_path_factory.mktemp("bad_input")
     for name, text in FILES.items():
         (folder / name).write_text(text)
@@ -147,7 +147,7 @@ def test_the_command_itself_exits_with_2(tmp_path: Path, model: Path, processes:
 
 
 def test_what_rank_0_finds_once_ranks_run_is_one_line(tmp_path: Path, model: Path) -> None:
-    """The other rank is building its model meanwhile, and must end without a line of its own."""
+    """The other rank is building its model meanwhile, and must end without output."""
     train = {**GRPO["data"]["train"], "size": 2048}  # nearly all the sums there are
     config = write_config(
         tmp_path / "grpo.yaml",

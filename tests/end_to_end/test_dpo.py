@@ -1,4 +1,4 @@
-"""`megarl dpo`: what a run leaves behind, its reference cache, two processes against one."""
+"""`megarl dpo`: the files of a run, its reference cache, two processes against one."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_the_cache_is_used_by_content_and_never_when_damaged(
     assert "0 sequences read" in output
     # Fewer sequences, packed otherwise: the same up to rounding.
     assert column(tmp_path / "b", "loss") == pytest.approx(losses, abs=1e-5)
-    # Going on with another reference than the run began with is refused, before anything is trained.
+    # Resuming with another reference than the run began with is rejected, before any training.
     shutil.copy(dpo_run.dir / "hf" / "model.safetensors", tmp_path / "model" / "model.safetensors")
     config = write_config(
         tmp_path / "a.yaml",

@@ -1,4 +1,4 @@
-"""Runs with two engines learn, bit for bit, what runs with one learn."""
+"""Runs with two engines learn bit for bit the same as runs with one."""
 
 from __future__ import annotations
 

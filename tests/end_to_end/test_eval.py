@@ -95,7 +95,7 @@ def _majority(group: list[dict[str, Any]], k: int) -> float:
 
 @pytest.mark.slow
 def test_sampled_evaluation_during_training(tmp_path: Path, sft_run: FinishedRun) -> None:
-    """evaluation.k in a GRPO run: every evaluation logs pass@k and cons@k beside the accuracy."""
+    """evaluation.k in a GRPO run: every evaluation logs pass@k and cons@k in addition to the accuracy."""
     directory = tmp_path / "grpo"
     evaluation = {
         "num_prompts": 4,

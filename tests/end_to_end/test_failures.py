@@ -1,4 +1,4 @@
-"""Runs whose processes are killed or stopped: how they end, what they say, and that nothing is left."""
+"""Runs whose processes are killed or stopped: how they end, their messages, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _judged_again(path: Path) -> int:
 
 
 def test_a_killed_verifier_is_replaced(tmp_path: Path, sft_run: FinishedRun) -> None:
-    """Its episode is judged again, and counted; no reward of 0 stands in for what it would have said."""
+    """Its episode is graded again, and counted; no reward of 0 replaces the verifier's."""
     before = shared_memory()
     problems = tmp_path / "problems.jsonl"
     rows = ({"prompt": f"{a} + {b} =", "answer": str(a + b)} for a in range(9) for b in range(9))

@@ -1,4 +1,4 @@
-"""`megarl grpo` with a real vLLM engine: every figure of a run against something that did not compute it."""
+"""`megarl grpo` with a real vLLM engine: every metric against an independent computation."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_ray_grpo_with_an_engine_per_node(
     size = "rollout.engine.data_parallel_size"
     refused = Command("grpo", "--config", config, "launcher=ray", f"{size}=3", output=tmp_path / "refused")
     assert refused.wait(300) == 2
-    assert refused.output.count(f"{size}: 3 engines cannot be dealt evenly to the 2 hosts") == 1, (
+    assert refused.output.count(f"{size}: 3 engines cannot be distributed evenly over the 2 hosts") == 1, (
         refused.output
     )
     assert not list((tmp_path / "run").glob("engine*.log"))

@@ -1,4 +1,4 @@
-"""Runs that train adapters: what they export, their engine, and going on after a stop."""
+"""Runs that train adapters: exports, engine, and resuming after a stop."""
 
 from __future__ import annotations
 

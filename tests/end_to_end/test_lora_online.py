@@ -1,4 +1,4 @@
-"""Adapters where engines run ahead, beside a critic, and under a teacher."""
+"""Adapters with asynchronous rollouts, with a critic, and under a teacher."""
 
 from __future__ import annotations
 

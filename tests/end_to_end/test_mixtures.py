@@ -1,4 +1,4 @@
-"""`megarl grpo` on several sources, drawn by weight and judged each by its own; and on levels that rise."""
+"""`megarl grpo` on weighted sources with their own verifiers, and on rising levels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A run whose numbers are no numbers ends at once, with one line, and nothing is saved over what was good.
+"""A run with non-finite values ends at once, with one line, and overwrites no good checkpoint.
 
-The weight decay poisons it: a warm-up's first step has lr 0, so that step 1 is good, and after step 2 most
+The weight decay causes it: with a warm-up the first step has lr 0, so step 1 is good, and after step 2 most
 weights are infinite.
 """
 

@@ -1,4 +1,4 @@
-"""The same command again: with more steps, on damaged checkpoints, and on weights that were saved alone."""
+"""Resuming: with more steps, from damaged checkpoints, and from weights saved alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megarl grpo` on a model with experts: the engine's choices are trained on; the log counts the others."""
+"""`megarl grpo` on a MoE model: trains with the engine's experts; the log counts rerouted tokens."""
 
 from __future__ import annotations
 

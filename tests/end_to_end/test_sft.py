@@ -1,4 +1,4 @@
-"""`megarl sft`: what a run leaves behind, resuming after a kill, and two processes against one."""
+"""`megarl sft`: the files of a run, resuming after a kill, and two processes against one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Environments of a user's own package, most of which misbehave."""
+"""A user package of environments, most of which misbehave."""
 
 from __future__ import annotations
 

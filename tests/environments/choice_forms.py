@@ -1,4 +1,4 @@
-"""Forms in which models give a letter, and what is none; the letters are A to D."""
+"""Forms in which models give a letter, and forms without one; the letters are A to D."""
 
 FORMS: dict[str | None, list[str]] = {
     "B": [

@@ -1,4 +1,4 @@
-"""Programs that try to get out of the sandbox, and what must be seen from outside. Also run as nobody."""
+"""Programs that try to escape the sandbox, and their externally visible results. Also run as nobody."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Programs and tests as people write them, all right; and wrong programs that want the reward all the same."""
+"""Correct programs and tests as people write them; and wrong programs that try to get the reward."""
 
 from __future__ import annotations
 

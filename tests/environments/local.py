@@ -1,4 +1,4 @@
-"""An environment in this process behind the interface of one in a worker's."""
+"""An environment in this process behind a worker environment's interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of a reference and responses: how numbers and expressions are written, and which of them are equal.
+"""Pairs of a reference and responses: notations of numbers and expressions, and which are equal.
 
 (reference, responses that earn 1, responses that earn 0)
 """

@@ -1,4 +1,4 @@
-"""Forms of answers: numbers, boxes, equations, letters; and what other trainers' verifiers say of theirs."""
+"""Forms of answers: numbers, boxes, equations, letters; compared with other trainers' verifiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verifiers: reasoning-gym's scores, episodes side by side, and errors that stay errors."""
+"""Verifiers: reasoning-gym's scores, concurrent episodes, and errors that stay errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards from plain functions: what they are called with, how they add up, and what a wrong one does."""
+"""Rewards from plain functions: arguments, sums, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Games by hand-played episodes, and by players that must win."""
+"""Games: episodes played by hand, and by players that must win."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the guides show is what there is: the code on the page is loaded and played as a user would."""
+"""The guides match the code: the code on the page is loaded and run as a user would."""
 
 from __future__ import annotations
 

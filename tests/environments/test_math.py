@@ -1,4 +1,4 @@
-"""Mathematical answers: known equalities, hostile responses, and references refused at load."""
+"""Mathematical answers: known equalities, hostile responses, and references rejected at load."""
 
 from __future__ import annotations
 

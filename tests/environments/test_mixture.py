@@ -1,4 +1,4 @@
-"""Problems of several sources judged by one environment."""
+"""Problems of several sources graded by one environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading an answer out of a sentence."""
+"""Extracting an answer from a sentence."""
 
 from __future__ import annotations
 

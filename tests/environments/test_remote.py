@@ -1,4 +1,4 @@
-"""Environments in processes of their own: what raises, hangs or dies is a failure, and another takes over."""
+"""Environments in worker processes: exceptions, hangs and deaths are failures; another worker takes over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reward model as an environment: the scores of transformers on the same tokens."""
+"""The reward model as an environment: equal to transformers' scores of the same tokens."""
 
 from __future__ import annotations
 

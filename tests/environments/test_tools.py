@@ -1,4 +1,4 @@
-"""Tools and the loop around them: forms of calls, read off chat templates, results, wrong calls."""
+"""Tools and their loop: forms of calls, read from chat templates, results, wrong calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiple choice, regular expressions and a judging model: answers right, wrong, odd and empty."""
+"""Multiple choice, regular expressions and a model as judge: right, wrong, odd and empty answers."""
 
 from __future__ import annotations
 

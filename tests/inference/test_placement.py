@@ -106,7 +106,8 @@ def test_engines_share_the_cores_of_their_host(
         (
             engines(3),
             ranks(2, 4),
-            "3 engines cannot be dealt evenly to the 2 hosts of the trainer; set 1 or a multiple of 2",
+            "3 engines cannot be distributed evenly over the 2 hosts of the trainer; set 1 or a multiple of "
+            "2",
         ),
         (engines(2), ranks(2, 4, by_ray=False), "2 engines on 2 hosts need `launcher: ray`"),
         (engines(4, 4), ranks(2, 4), "2 engines with .* = 4 on a host need 8 GPUs, its trainer has 4"),
