@@ -69,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.loops.inspect_data import run as inspect
 
                 return inspect(options)
+            case "config":
+                from megarl.config.explain import run as explain
+
+                return explain(options)
             case "recipes":
                 from megarl.recipes import run as recipes
 
@@ -144,6 +148,10 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     text = "what the data of a run look like, as the run will see them"
     with_overrides["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     _add_data_arguments(with_overrides["data"])
+    from megarl.config.explain import add_arguments as add_explain_arguments
+
+    text = "explain a setting: type, default, meaning, which commands have it"
+    add_explain_arguments(commands.add_parser("config", help=text, description=text, allow_abbrev=False))
     from megarl.recipes import add_arguments as add_recipes_arguments
 
     text = "the configurations that come with MegaRL: list, show, copy"
