@@ -1,4 +1,4 @@
-"""What tests ask of other processes, which may end, or have ended, while they are asked."""
+"""Query other processes, which may end, or have ended, meanwhile."""
 
 from __future__ import annotations
 

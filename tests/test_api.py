@@ -1,4 +1,4 @@
-"""`import megarl`: jobs as functions, in one process again and again, with functions defined on the spot."""
+"""`import megarl`: jobs as functions, repeatedly in one process, with functions defined in the script."""
 
 from __future__ import annotations
 

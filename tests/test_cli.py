@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, what is printed where, how fast."""
+"""The command line as a user sees it: real processes, exit codes, output and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `megarl doctor` says of machines that lack something."""
+"""`megarl doctor` on machines that lack something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job is one record: what another module registers is known to everything that lists jobs."""
+"""A job is one record: one registered elsewhere is known to everything that lists jobs."""
 
 from __future__ import annotations
 

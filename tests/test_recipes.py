@@ -1,4 +1,4 @@
-"""`megarl recipes`: every shipped configuration is listed, printed and copied as it lies in configs/."""
+"""`megarl recipes`: every shipped configuration is listed, printed and copied unchanged from configs/."""
 
 from __future__ import annotations
 

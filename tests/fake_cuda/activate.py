@@ -22,7 +22,7 @@ from tests.fake_cuda.build import HERE, ROOT, build
 
 
 def cuda_python() -> Path:
-    """The python of the environment with torch for CUDA: MEGARL_CUDA_ENV, or where the set-up puts it."""
+    """Return the python of the environment with torch for CUDA: MEGARL_CUDA_ENV, or the set-up's default."""
     return Path(os.environ.get("MEGARL_CUDA_ENV", ROOT / ".setup" / "cuda-env" / "bin" / "python"))
 
 

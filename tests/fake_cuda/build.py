@@ -1,4 +1,4 @@
-"""Builds the fake CUDA libraries: ``python tests/fake_cuda/build.py PYTHON`` prints their directory.
+"""Build the fake CUDA libraries: ``python tests/fake_cuda/build.py PYTHON`` prints their directory.
 
 PYTHON is the interpreter of an environment with torch for CUDA; its wheels have the headers and the real
 libraries, whose names are filled in. Objects stay in build/fake_cuda and are compiled when sources change.
@@ -33,7 +33,7 @@ print(json.dumps([sysconfig.get_paths()["purelib"], importlib.metadata.version("
 
 @dataclass(frozen=True)
 class Wheels:
-    """Where the environment's CUDA headers, libraries and torch are."""
+    """Paths of the environment's CUDA headers, libraries and torch."""
 
     site: Path
     torch_version: str
@@ -52,7 +52,7 @@ class Wheels:
 
 @dataclass(frozen=True)
 class Library:
-    """One fake library: its sources, and the real one, whose remaining functions are made up."""
+    """One fake library: its sources, and the real one, whose remaining functions get stubs."""
 
     name: str
     sources: list[str]
@@ -86,7 +86,7 @@ PRELOAD_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
 
 
 def probe(python: str) -> Wheels:
-    """Asks an interpreter where its packages are, without importing torch."""
+    """Ask an interpreter for the paths of its packages, without importing torch."""
     environment = {**os.environ, "FAKECUDA": "0"}
     text = subprocess.run(
         [python, "-c", PROBE], check=True, capture_output=True, text=True, env=environment
@@ -96,7 +96,7 @@ def probe(python: str) -> Wheels:
 
 
 def compile_object(source: Path, command: list[str]) -> Path:
-    """Compiles ``source`` unless the same preprocessed text was compiled before with the same flags."""
+    """Compile ``source`` unless the same preprocessed text was compiled before with the same flags."""
     preprocessed = subprocess.run([*command, "-E", "-P", str(source)], check=True, capture_output=True).stdout
     key = hashlib.sha256(preprocessed + " ".join(command).encode()).hexdigest()[:16]
     target = BUILD / "objects" / f"{source.stem}-{key}.o"
@@ -113,7 +113,7 @@ def compile_object(source: Path, command: list[str]) -> Path:
 
 
 def exported(library: Path, prefixes: str) -> set[str]:
-    """Names of the functions that a shared library or an object defines."""
+    """Return the names of the functions that a shared library or an object defines."""
     dynamic = ["-D"] if ".so" in library.name else []
     lines = subprocess.run(
         ["nm", *dynamic, "--defined-only", str(library)], check=True, capture_output=True, text=True
@@ -123,7 +123,7 @@ def exported(library: Path, prefixes: str) -> set[str]:
 
 
 def driver_functions(wheels: Wheels) -> set[str]:
-    """Names of the driver's functions: there is no real libcuda.so.1 to read them from, but a header."""
+    """Return the names of the driver's functions from a header: there is no real libcuda.so.1."""
     import re
 
     text = subprocess.run(
@@ -136,7 +136,7 @@ def driver_functions(wheels: Wheels) -> set[str]:
 
 
 def stubs(library: Library, objects: list[Path], wheels: Wheels) -> list[Path]:
-    """An object with a function for each name that the real library exports and the sources do not define."""
+    """Build an object with a stub for each name that the real library exports and the sources lack."""
     if not library.real:
         return []
     names = (
@@ -154,7 +154,7 @@ def stubs(library: Library, objects: list[Path], wheels: Wheels) -> list[Path]:
 
 
 def link(target: Path, objects: list[Path], arguments: list[str], version: str = "") -> None:
-    """Links a shared library that finds its neighbours, and names itself as the real one does."""
+    """Link a shared library that finds its neighbours, under the real one's name."""
     if version:
         script = target.with_suffix(".map")
         script.write_text(f"{version} {{ global: *; }};\n")
@@ -177,7 +177,7 @@ def link(target: Path, objects: list[Path], arguments: list[str], version: str =
 
 
 def simt_objects() -> list[Path]:
-    """MegaRL's kernels and the executor that runs them, compiled as tests/simt does."""
+    """Compile MegaRL's kernels and the executor that runs them, as tests/simt does."""
     sys.path.insert(0, str(ROOT))
     from tests.simt.executor import CHECKED_FLAGS, COMMON_FLAGS
 
@@ -191,7 +191,7 @@ def simt_objects() -> list[Path]:
 
 
 def operator_objects(wheels: Wheels) -> list[Path]:
-    """The operator layer, tests/fake_cuda/operators."""
+    """Compile the operator layer, tests/fake_cuda/operators."""
     flags = [*CXX, "-O1", "-Wno-unused-parameter", f"-I{NATIVE}", *wheels.include, *wheels.torch_include]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(
@@ -200,7 +200,7 @@ def operator_objects(wheels: Wheels) -> list[Path]:
 
 
 def build_into(target: Path, wheels: Wheels) -> None:
-    """Compiles and links everything into ``target``."""
+    """Compile and link everything into ``target``."""
     native = [*CXX, "-fvisibility=default", f"-I{NATIVE}", *wheels.include]
     sources = [name for library in LIBRARIES for name in library.sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -223,7 +223,7 @@ def build_into(target: Path, wheels: Wheels) -> None:
 
 
 def fingerprint(wheels: Wheels) -> str:
-    """Changes with every source that goes into the libraries, with torch and with the compiler."""
+    """Return a hash of the libraries' sources, torch and the compiler."""
     digest = hashlib.sha256(f"{wheels.site} {wheels.torch_version}".encode())
     digest.update(subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout)
     sources = [
@@ -240,7 +240,7 @@ def fingerprint(wheels: Wheels) -> str:
 
 @functools.cache
 def build(python: str) -> Path:
-    """The directory of the libraries for this interpreter's environment, built where it is missing."""
+    """Return the directory of the libraries for this interpreter's environment; build it if missing."""
     wheels = probe(python)
     target = BUILD / fingerprint(wheels)
     BUILD.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Runs programs on the fake GPUs, in the CUDA environment; its tests are skipped where there is none."""
+"""Run programs on the fake GPUs, in the CUDA environment; its tests are skipped without one."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Finished:
 
     @property
     def result(self) -> Any:
-        """What it printed last, as JSON."""
+        """The last printed line, as JSON."""
         return json.loads(self.output.strip().splitlines()[-1])
 
 
 def describe(ended: list[Finished]) -> str:
-    """How processes ended and what they said last, to be read where a test fails."""
+    """Describe how processes ended and their last output, for failure messages."""
     return "\n".join(f"exit code {p.code}:\n{p.output[-2000:]}{p.errors[-4000:]}" for p in ended)
 
 
@@ -72,7 +72,7 @@ class FakeGpu:
     def start(
         self, program: str, *arguments: str, lazy: bool = False, **settings: Any
     ) -> subprocess.Popen[str]:
-        """Starts one process; ``settings`` go to :func:`tests.fake_cuda.activate.environment`."""
+        """Start one process; ``settings`` go to :func:`tests.fake_cuda.activate.environment`."""
         options = {name: settings.pop(name) for name in ("devices", "memory_gb") if name in settings}
         variables = {name: str(value) for name, value in settings.items()}
         if lazy:
@@ -96,7 +96,7 @@ class FakeGpu:
         return self.session.path / f"process-{number}.{kind}"
 
     def finish(self, processes: list[subprocess.Popen[str]], timeout: float = 270) -> list[Finished]:
-        """Waits for all of them. Where one fails, the others have 5 seconds left: they may wait for it."""
+        """Wait for all of them. If one fails, the others get 5 more seconds: they may wait for it."""
         end = time.monotonic() + timeout
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
             if any(process.poll() for process in processes):
@@ -115,7 +115,7 @@ class FakeGpu:
     def run(
         self, program: str, *arguments: str, ranks: int = 1, skips: bool = False, **settings: Any
     ) -> list[Any]:
-        """What each of ``ranks`` processes printed last. None may fail or, unless ``skips``, skip work."""
+        """Return the last output of ``ranks`` processes. None may fail or, unless ``skips``, skip work."""
         store = (
             self.session.path / f"store-{program.replace('/', '_')}-{len(list(self.session.path.iterdir()))}"
         )
@@ -139,7 +139,7 @@ class FakeGpu:
 
 @pytest.fixture
 def fake_gpu() -> Any:
-    """A session of its own; what it left in shared memory goes with the test."""
+    """A session per test; its shared memory is removed afterwards."""
     with session() as opened:
         gpu = FakeGpu(opened)
         yield gpu

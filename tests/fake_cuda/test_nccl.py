@@ -1,4 +1,4 @@
-"""The fake NCCL against gloo, and against what real NCCL refuses."""
+"""The fake NCCL against gloo, and its errors where real NCCL raises them."""
 
 from __future__ import annotations
 

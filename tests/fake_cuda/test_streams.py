@@ -1,4 +1,4 @@
-"""Where work is delayed, missing synchronisation shows as wrong numbers; present, it gives right ones."""
+"""With delayed work, missing synchronisation gives wrong numbers, and correct synchronisation right ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight sync on devices whose work is done late: without its waits an engine reads old weights."""
+"""The weight sync on devices with delayed work: without its waits an engine reads old weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Malformed configurations: whole files, every setting with odd values, files changed at random, commands."""
+"""Malformed configurations: whole files, every setting with odd values, random changes, commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model directories with something wrong: as broken downloads leave them, by hand, and at random."""
+"""Malformed model directories: typical broken downloads, manual and random damage."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def random_damage(seed: int) -> Change:
 
 
 def megatron_damages() -> dict[str, Change]:
-    """What can be wrong with a converted checkpoint's directory."""
+    """Kinds of damage of a converted checkpoint's directory."""
 
     def at(folder: Path, name: str) -> Path:
         return next(folder.rglob(name))

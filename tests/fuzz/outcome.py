@@ -1,4 +1,4 @@
-"""How a command ends on malformed input: in order, or as a fault of ours."""
+"""Classify how a command ends on malformed input: orderly, or with a fault of ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_SAID = 20_000  # characters: what is wrong, not all of what was read
 
 
 class _Hang(BaseException):
-    """Not an Exception: code that forgives everything must not forgive this one."""
+    """Not an Exception: code that catches every Exception must not catch it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Outcome:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with how it ended; None where it ran, or said what the user has to mend."""
+        """What is wrong with how it ended; None if it ran, or reported an error the user can fix."""
         if self.code not in (0, 2):
             return f"exit code {self.code}, {self.seconds:.1f} s: {self.errors[-1500:]}"
         if self.code == 2 and "error: " not in self.errors:
@@ -63,7 +63,7 @@ def _limited(seconds: int) -> Iterator[None]:
 
 
 def run(name: str, arguments: Sequence[str], limit: int = LIMIT_SECONDS) -> Outcome:
-    """One command in this process, as the shell would have called it."""
+    """Run one command in this process, as the shell would call it."""
     errors, printed, began = io.StringIO(), io.StringIO(), time.monotonic()
     environ = dict(os.environ)
     try:

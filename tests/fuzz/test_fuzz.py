@@ -1,7 +1,7 @@
-"""Malformed input: a command runs, or says in a line what to mend; never a traceback, never a hang.
+"""Malformed input: a command runs, or reports in one line what to fix; never a traceback, never a hang.
 
-The default tests take a sample of each kind, `slow` ones thousands. A seed in a failing name gives the input
-again: ``rows_file(seed)``, ``changed(text, seed)``, ``random_damage(seed)``.
+The default tests take a sample of each kind, `slow` ones thousands. The seed in a failing name reproduces the
+input: ``rows_file(seed)``, ``changed(text, seed)``, ``random_damage(seed)``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A trainer in miniature beside a real vLLM engine: tiny HF models, their weights in shared memory."""
+"""A miniature trainer with a real vLLM engine: tiny HF models, their weights in shared memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class MiniTrainer:
 
     @torch.no_grad()
     def change_weights(self) -> None:
-        """What an optimizer step does, as far as the engine can tell. The engine is not told."""
+        """Change the weights as an optimizer step does, without notifying the engine."""
         generator = torch.Generator().manual_seed(11)
         for param in self.model.parameters():
             param.add_(0.05 * torch.randn(param.shape, generator=generator))
@@ -152,7 +152,7 @@ def _make_model(family: str, directory: Path) -> transformers.PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def _trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, MiniTrainer]]:
-    """Both engines start side by side: importing vllm is most of it."""
+    """Start both engines concurrently: importing vllm takes most of the time."""
     config = EngineConfig(kv_cache_gib=0.05, num_threads=1)
     models, engines = {}, {}
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""Drives an engine's session from a test that is no coroutine."""
+"""Drive an engine's session from a test that is not a coroutine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several engines behave as one: against scripted members, and real ones against one of them alone."""
+"""Several engines behave as one: scripted members, and real ones against a single one."""
 
 from __future__ import annotations
 

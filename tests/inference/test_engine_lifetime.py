@@ -1,4 +1,4 @@
-"""What is left when the driver is killed, and what a user reads when the engine cannot start."""
+"""The state after the driver is killed, and the error message if the engine cannot start."""
 
 from __future__ import annotations
 

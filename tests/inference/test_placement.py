@@ -1,4 +1,4 @@
-"""Engines beside trainer ranks: nodes and devices by hand for hosts that are not here."""
+"""Placement of engines near trainer ranks: nodes and devices of imaginary hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a start is waited for: by its progress, not by the clock alone."""
+"""Waiting for a start: limited by its progress, not by the clock alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATIENCE = 0.3
 
 
 def after(seconds: float) -> Callable[[float], bool]:
-    """Done so long after now."""
+    """Done this many seconds from now."""
     ready = time.monotonic() + seconds
 
     def is_done(wait: float) -> bool:

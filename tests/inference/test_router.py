@@ -1,4 +1,4 @@
-"""Who of several engines samples what; each expected share by hand."""
+"""Routing of requests to several engines; each expected share is written by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarl.records import token_ids
 
 
 def request(name: str, prompt: int, episode: int | None = None) -> GenerateRequest:
-    """Without an episode nothing but the prompt's tokens tells what belongs together."""
+    """Without an episode, only the prompt's tokens identify related requests."""
     return GenerateRequest(name, token_ids([prompt, 7]), 5, 1, None if episode is None else (prompt, episode))
 
 

@@ -1,4 +1,4 @@
-"""What an engine on a GPU is asked to be, held against vLLM's own checks, kernels and memory pools."""
+"""Settings of an engine on a GPU, against vLLM's own checks, kernels and memory pools."""
 
 from __future__ import annotations
 

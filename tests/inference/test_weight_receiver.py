@@ -1,4 +1,4 @@
-"""Weight plans against plain torch parameters: every violation is found, good plans do what they say."""
+"""Weight plans against plain torch parameters: every violation is found, valid plans are executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused before an engine starts."""
+"""Configurations rejected before an engine starts."""
 
 from __future__ import annotations
 

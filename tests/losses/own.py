@@ -1,4 +1,4 @@
-"""Losses and advantages as a user would write them; tests name them by their dotted paths."""
+"""Losses and advantages as a user would write them; tests reference them by dotted path."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_tokens_of_older_weights_are_summed_up_apart() -> None:
 
 
 def test_the_worst_token_is_the_one_that_is_no_number_in_any_order() -> None:
-    """NaN is neither smaller nor larger than anything: max() finds it or not as the order has it."""
+    """NaN is neither smaller nor larger than anything: whether max() returns it depends on the order."""
     ids = torch.tensor([0])
     parts = [
         measure_mismatch(torch.tensor([value]), torch.tensor([0.0]), ids, ids)

@@ -1,4 +1,4 @@
-"""A policy term of the user's own against the built-in one, which computes the same by its own kernels."""
+"""A user's policy term against the built-in one, which computes the same with its own kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console outlives its stream, and keeps a copy of every line in a file."""
+"""The console survives the end of its stream, and copies every line to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""profile.steps: which steps are traced, and that a trace names the phases."""
+"""profile.steps: the traced steps, and the phases in a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report page: the numbers are those of the run, and nothing in a run can become markup."""
+"""The report page: its numbers are the run's, and no content of a run becomes markup."""
 
 from __future__ import annotations
 

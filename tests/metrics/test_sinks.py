@@ -1,4 +1,4 @@
-"""What the sinks wrote is read back by somebody else's reader and must equal what was logged."""
+"""Read the sinks' files with independent readers, and compare with what was logged."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from megarl.metrics.timers import PHASES, PhaseTimers
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that advances on request."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -1,4 +1,4 @@
-"""Layouts that cannot work are refused from config.json alone, with those that would."""
+"""Impossible layouts are rejected from config.json alone, and possible ones suggested."""
 
 from __future__ import annotations
 

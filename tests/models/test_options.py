@@ -1,4 +1,4 @@
-"""Keys of config.json: each is read as transformers reads it, changes nothing, or is refused by name."""
+"""Keys of config.json: each is read as in transformers, has no effect, or is rejected by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every native op on CUDA against the same op on the CPU, which has its own proofs. Needs a CUDA build."""
+"""Every native op on CUDA against its CPU version, which has separate tests. Needs a CUDA build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GAE against its definition as a sum, closed forms, and its borders."""
+"""GAE against its definition as a sum, closed forms, and edge cases."""
 
 from __future__ import annotations
 

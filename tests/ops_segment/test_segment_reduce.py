@@ -1,4 +1,4 @@
-"""segment_reduce against a float64 loop, gradcheck, and its borders."""
+"""segment_reduce against a float64 loop, gradcheck, and edge cases."""
 
 from __future__ import annotations
 

@@ -1,18 +1,22 @@
 """Packing without C++: the definitions that csrc/packing is tested against.
 
-The planner comes first, pack_sequences_reference last. Both planners do the same steps in the same
-order on the same doubles, so that their plans are equal, not merely equally good. The steps, for n
-sequences, R ranks and a budget of B tokens:
+The planner comes first, pack_sequences_reference last. Both planners do the same steps in the same order on
+the same doubles, so their plans are equal, not merely equally good. The steps, for n sequences, R ranks and a
+budget of B tokens:
 
-1. *Count.* Best-fit decreasing (each sequence, longest first, into the fullest bin with room) says how
-   many microbatches K the budget needs; K is rounded up to what the ranks and pipeline groups need.
-2. *Fill.* Sequences, costliest first, each into the cheapest bin with room: balanced costs. Where the
-   budget is too tight for that, the bins of step 1, the costliest ones split into spare bins.
-3. *Deal.* Bins in order of falling cost, R at a time; in each row the costliest bin goes to the rank
-   with the least so far. The i-th microbatches of all ranks cost about the same, which is what expert
-   parallelism and pipelines wait for, and so do the ranks' sums, which is what everybody waits for.
-4. *Refine.* Exchange sequences (or whole bins) between the costliest rank and the cheapest ones while
-   that narrows the gap and keeps the budget; the same between bins when they are few.
+1. *Count.* Best-fit decreasing (each sequence, longest first, into the fullest bin with room) gives the
+number of
+   microbatches K that the budget needs; K is rounded up to the multiple that ranks and pipeline groups need.
+2. *Fill.* Sequences, costliest first, each into the cheapest bin with room, to balance costs. If the budget
+is too
+   tight for that, the bins of step 1, the costliest ones split into spare bins.
+3. *Assign.* Bins in order of decreasing cost, R at a time; in each row the costliest bin goes to the rank
+with the
+   least cost so far. The i-th microbatches of all ranks then cost about the same, which expert parallelism
+   and pipelines wait for, and so do the ranks' sums, which all ranks wait for.
+4. *Refine.* Exchange sequences (or whole bins) between the costliest rank and the cheapest ones while that
+narrows
+   the gap and keeps the budget; the same between bins if they are few.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ REFINE_NEIGHBOURS = 4  # sequences looked at on each side of the ideal exchange
 
 @dataclass
 class _Bins:
-    """The state of a plan: ``members`` are positions in the list of lengths."""
+    """The state of a plan: ``members`` are indices into the list of lengths."""
 
     lengths: list[int]
     costs: list[float]
@@ -59,7 +63,7 @@ class _Bins:
 
 @dataclass
 class _Exchange:
-    """What moves from the costlier group to the cheaper one, and what comes back (-1: nothing)."""
+    """The sequences moved from the costlier group to the cheaper one and back (-1: none)."""
 
     delta: float
     give_bin: int
@@ -201,7 +205,7 @@ def _deal_freely(bins: _Bins, num_ranks: int) -> list[list[int]]:
 
 
 def _refine(bins: _Bins, groups: list[list[int]], steps: int) -> None:
-    """Exchange between the costliest group and the cheapest ones, in place, until nothing helps."""
+    """Exchange between the costliest group and the cheapest ones, in place, until no exchange helps."""
     if len(groups) < 2:
         return
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""A sample token by token, as its spans say."""
+"""Expand a sample's spans token by token."""
 
 from __future__ import annotations
 

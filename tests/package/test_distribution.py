@@ -1,4 +1,4 @@
-"""The package as its users install it: an sdist that is complete, a wheel that works away from the tree."""
+"""The package as users install it: a complete sdist, and a wheel that works outside the tree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta
 
 
 def build(kind: str, tree: Path, into: Path, **variables: str) -> Path:
-    """What a build front end does, without an environment of its own."""
+    """Build like a build front end, without an isolated environment."""
     done = subprocess.run(
         [sys.executable, "-c", BUILD, f"build_{kind}", str(into)],
         cwd=tree,

@@ -1,4 +1,4 @@
-"""What trainer ranks do in tests of score heads; Megatron is imported inside."""
+"""Functions run by trainer ranks in tests of score heads; Megatron is imported inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and when a background save is committed; the trainer is a stand-in."""
+"""Retention of checkpoints, and the commit of background saves; with a stand-in trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run depends on beside its configuration: a change is found, and told by its key and file."""
+"""Inputs of a run apart from its configuration: changes are detected and reported by key and file."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _fields(kind: Any, seen: set[Any]) -> Iterator[str]:
 
 
 def test_every_key_that_names_a_file_is_looked_at() -> None:
-    """A key that is new here has to be an input, or to be listed as none."""
+    """A new key must be an input, or be listed as none."""
     names = {name for job in JOBS.values() for name in _fields(job.root(), set())}
     telling = ("path", "file", "dir", "corpus", "dataset", "template")
     suspects = {name for name in names if any(word in name.split("_") for word in telling)}

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each kind is found by the name of its file, and the one before is taken."""
+"""Damaged checkpoints: each kind is detected by file name, and the previous checkpoint is used."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def resumed(directory: RunDirectory) -> tuple[int | None, str]:
-    """The step that is gone on from, and what was said."""
+    """The step resumed from, and the messages."""
     said = io.StringIO()
     found = newest_whole(directory, Console("sft", stream=said))
     return (None if found is None else found[1]["step"]), said.getvalue()

@@ -1,4 +1,4 @@
-"""Which groups dynamic sampling keeps, and when it gives up."""
+"""The groups that dynamic sampling keeps, and its limit."""
 
 from __future__ import annotations
 

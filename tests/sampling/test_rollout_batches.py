@@ -1,4 +1,4 @@
-"""Which prompts a step gets, now or ahead of time, and where a resumed run goes on."""
+"""The prompts of each step, synchronous or prefetched, and the position of a resumed run."""
 
 from __future__ import annotations
 

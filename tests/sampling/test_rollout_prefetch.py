@@ -1,4 +1,4 @@
-"""Which batches run ahead, in which order they are taken, and what becomes of errors."""
+"""Prefetching: the batches in flight, the order in which they are taken, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds kernel files with g++ for the SIMT executor and calls what they launch (see simt.h).
+"""Build kernel files with g++ for the SIMT executor and call their launch functions (see simt.h).
 
 ``Kernels("token_logprob_simt.cpp").run("token_logprob", Read(x), Write(y), 3, 0.5)`` calls the extern "C"
 function of that name. Arrays are passed as pointers and are the only global memory a kernel may touch; int
@@ -64,7 +64,7 @@ class Write:
 
 
 def _object(source: Path, flags: list[str]) -> Path:
-    """Compiles ``source`` unless the same preprocessed text was compiled before with the same flags."""
+    """Compile ``source`` unless the same preprocessed text was compiled before with the same flags."""
     command = ["g++", *COMMON_FLAGS, *flags]
     text = subprocess.run([*command, "-E", "-P", str(source)], check=True, capture_output=True).stdout
     key = hashlib.sha256(text + " ".join(command).encode()).hexdigest()[:16]
@@ -106,7 +106,7 @@ class Kernels:
         self._library.simt_traffic.restype = ctypes.c_uint64
 
     def run(self, function: str, *arguments: Read | Write | int | float | None, seed: int = 0) -> None:
-        """Launches; ``seed`` decides the order of blocks and threads."""
+        """Launch; ``seed`` determines the order of blocks and threads."""
         library = self._library
         library.simt_seed(ctypes.c_uint64(seed))
         library.simt_forget_buffers()
@@ -115,7 +115,7 @@ class Kernels:
             raise SimtError(library.simt_error().decode())
 
     def traffic(self, name: str) -> tuple[int, int]:
-        """Bytes read from and written to the arrays of that name by the last run."""
+        """Return the bytes read from and written to the arrays of that name by the last run."""
         read, written = (self._library.simt_traffic(name.encode(), w) for w in (0, 1))
         return int(read), int(written)
 
@@ -130,7 +130,7 @@ class Kernels:
         return ctypes.c_int64(argument)
 
     def _register(self, array: np.ndarray, name: str, writable: bool) -> None:
-        """Registers every contiguous piece: the gap between strided rows stays out of bounds."""
+        """Register every contiguous piece: the gap between strided rows stays out of bounds."""
         if array.size and not array.flags.c_contiguous:
             assert array[0].flags.c_contiguous, f"{name}: only the first dimension may be strided"
             for row in array:

@@ -1,4 +1,4 @@
-"""The SIMT executor itself: right kernels give right results, and every planted bug is named."""
+"""The SIMT executor itself: correct kernels give correct results, and every planted bug is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a real trainer holds, asked on its ranks; heavy imports are inside."""
+"""Measure a real trainer's memory on its ranks; heavy imports are inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a real forward pass keeps for its backward pass, against the formulas."""
+"""Memory that a real forward pass keeps for its backward pass, against the formulas."""
 
 from __future__ import annotations
 

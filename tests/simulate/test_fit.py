@@ -1,4 +1,4 @@
-"""A card that is too small for a run is refused in one line, by what the model's size alone asks for."""
+"""A GPU too small for a run is rejected in one line, from the model's size alone."""
 
 from __future__ import annotations
 

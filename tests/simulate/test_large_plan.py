@@ -1,4 +1,4 @@
-"""What a large plan takes: choices among replicas are prepared once, not once per layer."""
+"""Cost of a large plan: choices among replicas are prepared once, not once per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/cuda_check.py: what it reads out of nvcc's report, and what it refuses."""
+"""tools/cuda_check.py: parsing of nvcc's report, and its failures."""
 
 from __future__ import annotations
 

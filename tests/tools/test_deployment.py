@@ -1,4 +1,4 @@
-"""The files for clusters are what their readers expect: bash, YAML and Dockerfiles whose names agree."""
+"""Deployment files are valid for their readers: bash, YAML and Dockerfiles with consistent names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_slurm_scripts(script: Path) -> None:
 
 
 def fake_slurm(folder: Path) -> None:
-    """srun, scontrol and ray that write down how they were called."""
+    """Fake srun, scontrol and ray that record their arguments."""
     bodies = {
         "srun": """
             if [[ "$*" = *launcher=ray* ]]; then  # ranks wait for the nodes

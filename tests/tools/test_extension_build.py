@@ -1,4 +1,4 @@
-"""setup.py: which toolkit compiles the CUDA kernels, and what it is linked with."""
+"""setup.py: the toolkit that compiles the CUDA kernels, and the libraries it links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/gpu_check.py: limits, verdicts, and what is left of a run that something ended."""
+"""tools/gpu_check.py: limits, verdicts, and the results of an interrupted run."""
 
 from __future__ import annotations
 

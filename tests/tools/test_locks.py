@@ -1,4 +1,4 @@
-"""The locks hold what pyproject.toml declares and megarl imports, checkably and for any index."""
+"""The locks contain what pyproject.toml declares and megarl imports, with hashes, for any index."""
 
 from __future__ import annotations
 

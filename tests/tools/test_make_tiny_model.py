@@ -1,4 +1,4 @@
-"""The tiny model's directory as any user of transformers meets it."""
+"""The tiny model's directory as a user of transformers sees it."""
 
 from __future__ import annotations
 

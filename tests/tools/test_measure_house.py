@@ -1,4 +1,4 @@
-"""tools/measure_house.py on a package whose figures are known."""
+"""tools/measure_house.py on a package with known figures."""
 
 from __future__ import annotations
 

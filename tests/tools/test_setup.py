@@ -1,4 +1,4 @@
-"""`make setup` run for real in a small clone: a lock of small wheels, an extension of one function."""
+"""`make setup` in a small clone: a lock of small wheels, an extension of one function."""
 
 from __future__ import annotations
 

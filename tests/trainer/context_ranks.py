@@ -1,4 +1,4 @@
-"""What context-parallel ranks do in tests."""
+"""Functions run by context-parallel ranks in tests."""
 
 from __future__ import annotations
 

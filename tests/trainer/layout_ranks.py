@@ -1,4 +1,4 @@
-"""What a rank does for one row of the table of layouts; heavy imports are inside."""
+"""Functions run by a rank for one row of the table of layouts; heavy imports are inside."""
 
 from __future__ import annotations
 

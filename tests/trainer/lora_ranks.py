@@ -1,4 +1,4 @@
-"""What trainer ranks do in the tests of low-rank adapters; heavy imports are inside."""
+"""Functions run by trainer ranks in tests of low-rank adapters; heavy imports are inside."""
 
 from __future__ import annotations
 

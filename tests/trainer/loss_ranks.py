@@ -1,4 +1,4 @@
-"""What ranks do in tests of the way from hidden states to the loss."""
+"""Functions run by ranks in tests of the path from hidden states to the loss."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def full_logits(policy: Any, token_ids: list[int]) -> torch.Tensor:
 
 
 def truncated_logprobs(logits: torch.Tensor, label: int, heat: float, top_k: int, top_p: float) -> float:
-    """What a sampler reports that keeps the top_k, of those the fewest with mass top_p, and the label."""
+    """Logprob of a sampler that keeps the top_k, of those the fewest with mass top_p, and the label."""
     ordered = sorted(((value / heat, i) for i, value in enumerate(logits.tolist())), reverse=True)
     kept = ordered[:top_k] if top_k else ordered
     mass, reached, support = sum(math.exp(v) for v, _ in kept), 0.0, []

@@ -1,4 +1,4 @@
-"""What trainer ranks do in tests; heavy imports are inside, so that pytest itself stays without Megatron."""
+"""Functions run by trainer ranks in tests; heavy imports are inside, so pytest itself needs no Megatron."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIMIZER: dict[str, Any] = {
     "lr_schedule": "cosine",
     "lr_warmup_steps": 2,
     "weight_decay": 0.1,
-    # Adam divides rounding noise by itself where a gradient is nothing but noise; this keeps it noise.
+    # Adam amplifies gradients that are pure rounding noise; this keeps them noise.
     "adam_eps": 1e-5,
 }
 KL_COEF = 0.3
@@ -113,7 +113,7 @@ _offered: list[Any] = []  # policies whose memory an engine may be reading
 def train_export_and_offer(
     context: Any, model_dir: str, export_dir: str, distributed: bool, transport: Any = "auto"
 ) -> Any:
-    """One training step, its weights exported, and what rank 0 tells an engine; the weights stay alive."""
+    """Take one training step, export the weights, and return rank 0's owners; the weights stay alive."""
     policy = build(context, model_dir, optimizer={"distributed": distributed, "lr_warmup_steps": 0})
     train_step(policy, prepare(policy, make_sequences(5), "token").batches, sft_loss, temperature=1.0)
     export(policy, model_dir, export_dir)
@@ -319,7 +319,7 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
 
 
 def load_error(context: Any, model_dir: str, directory: str) -> str:
-    """What the user reads when the checkpoint cannot be loaded."""
+    """Return the error message for a checkpoint that cannot be loaded."""
     try:
         build(context, model_dir).load(Path(directory))
     except UserError as error:
@@ -568,7 +568,7 @@ def random_states(context: Any) -> dict[str, Any]:
 
 
 def unwritable(context: Any, model_dir: str, directory: str) -> str:
-    """What the user reads when a background save cannot write its files."""
+    """Return the error message of a background save that cannot write its files."""
     policy = build(context, model_dir)
     pending = policy.start_save(Path(directory), optimizer=True)
     try:

@@ -1,4 +1,4 @@
-"""What trainer ranks do in tests of routing."""
+"""Functions run by trainer ranks in tests of routing."""
 
 from __future__ import annotations
 

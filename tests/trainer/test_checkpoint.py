@@ -1,4 +1,4 @@
-"""Checkpoints: a new process goes on as if nothing had happened, under any layout."""
+"""Checkpoints: a new process continues exactly, under any layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def assert_close(one: list[dict[str, float]], two: list[dict[str, float]]) -> No
 
 
 def test_a_new_process_goes_on_bit_for_bit(model_dirs: dict[str, str], tmp_path: Path) -> None:
-    """Two steps after the resume, so that moments, step count, schedule and random state all matter."""
+    """Two steps after the resume, so moments, step count, schedule and random state all matter."""
     model = model_dirs["qwen3-tied"]
     directory = tmp_path / "step"
     directory.mkdir()
@@ -64,7 +64,7 @@ def test_resharding_tp2_pp2_tp1(model_dirs: dict[str, str], model: str, tmp_path
 
 @dataclass(frozen=True)
 class Move:
-    """A run that is saved after two steps at one layout and goes on for two at another."""
+    """A run that is saved after two steps under one layout and continues for two under another."""
 
     model: str
     ranks: tuple[int, int]

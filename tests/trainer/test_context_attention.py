@@ -1,4 +1,4 @@
-"""Attention over context-parallel ranks: exact, and in memory that falls with their number."""
+"""Attention over context-parallel ranks: exact, with memory divided among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SwiGLU and RMS norm as single steps of autograd, against torch written out and finite differences."""
+"""SwiGLU and RMS norm as single autograd steps, against plain torch and finite differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that is given back is no longer this process's, and nothing else is lost."""
+"""Released memory no longer belongs to this process, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def held() -> float:
-    """MiB that only this process has."""
+    """MiB held by this process alone."""
     return float(psutil.Process().memory_full_info().uss) / MIB
 
 

@@ -1,4 +1,4 @@
-"""Stretches of flat buffers as boxes of tensors, against a tensor of element numbers."""
+"""Ranges of flat buffers as boxes of tensors, against a tensor of element numbers."""
 
 from __future__ import annotations
 

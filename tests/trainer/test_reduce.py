@@ -1,4 +1,4 @@
-"""Figures of all microbatches as one: what is not finite is never lost on the way."""
+"""Metrics of all microbatches reduced to one: non-finite values are never lost."""
 
 from __future__ import annotations
 

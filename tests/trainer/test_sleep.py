@@ -1,4 +1,4 @@
-"""What an optimizer's tensors go through when they sleep, by address."""
+"""An optimizer's tensors in sleep and wake, by address."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from typing import Any
 
 
 class RankError(Exception):
-    """What a rank raised, with its traceback."""
+    """An exception of a rank, with its traceback."""
 
 
 class World:
-    """``size`` ranks. ``run`` gives the results of all ranks, in rank order."""
+    """``size`` ranks. ``run`` returns the results of all ranks, in rank order."""
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")

@@ -1,6 +1,6 @@
-"""How a Llama-like model is cut up, written out by hand and independent of the architecture tables.
+"""Shards of a Llama-like model, written out by hand and independent of the architecture tables.
 
-Every function takes the whole Hugging Face tensors and gives the parameters one rank must hold.
+Every function takes the whole Hugging Face tensors and returns the parameters one rank must hold.
 """
 
 from __future__ import annotations

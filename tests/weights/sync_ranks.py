@@ -1,4 +1,4 @@
-"""What trainer ranks do in the tests of the weight sync's order; see tests/trainer/world.py."""
+"""Functions run by trainer ranks in tests of the weight sync's order; see tests/trainer/world.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handles of GPU memory: what can be shown without a GPU, and the rest where there is one."""
+"""Handles of GPU memory: what can be tested without a GPU, and the rest with one."""
 
 from __future__ import annotations
 

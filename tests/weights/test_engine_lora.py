@@ -1,4 +1,4 @@
-"""Engines beside a trainer of adapters: real Megatron on gloo, real vLLM, and transformers on exports."""
+"""Engines of a trainer with adapters: real Megatron on gloo, real vLLM, and transformers on exports."""
 
 from __future__ import annotations
 

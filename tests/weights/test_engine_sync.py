@@ -1,4 +1,4 @@
-"""Syncs in a row, other types, stale copies, dead workers: real Megatron on gloo, real vLLM."""
+"""Repeated syncs, other dtypes, stale copies, dead workers: real Megatron on gloo, real vLLM."""
 
 from __future__ import annotations
 

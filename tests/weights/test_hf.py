@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out: everything that disagrees is named at once, nothing is lost."""
+"""Loading and exporting Hugging Face directories: all mismatches are named at once, nothing is lost."""
 
 from __future__ import annotations
 

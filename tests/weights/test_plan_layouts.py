@@ -1,4 +1,4 @@
-"""Plans between many layouts, carried out on plain tensors: experts, model chunks, uneven stages, hosts."""
+"""Plans between many layouts, executed on plain tensors: experts, model chunks, uneven stages, hosts."""
 
 from __future__ import annotations
 

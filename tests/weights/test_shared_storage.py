@@ -1,4 +1,4 @@
-"""The trainer's parameters in one block of shared memory: same values, one handle, writes seen through it."""
+"""The trainer's parameters in one block of shared memory: same values, one handle, visible writes."""
 
 from __future__ import annotations
 

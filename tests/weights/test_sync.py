@@ -1,4 +1,4 @@
-"""The order of a weight sync between real ranks: what must be over before an engine reads or wakes."""
+"""The order of a weight sync between real ranks: what must finish before an engine reads or wakes."""
 
 from __future__ import annotations
 

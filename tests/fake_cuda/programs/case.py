@@ -1,4 +1,4 @@
-"""What the programs of this folder share: cases by name, results as the last line of output."""
+"""Shared by the programs of this folder: cases by name, results as the last line of output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ CASES: dict[str, Callable[..., Any]] = {}
 
 
 def case(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a function callable from the command line."""
+    """Make a function callable from the command line."""
     CASES[function.__name__] = function
     return function
 
 
 def main() -> None:
-    """Runs ``program.py CASE ARGUMENT...``, the case once per argument, and prints the list of results."""
+    """Run ``program.py CASE ARGUMENT...``, the case once per argument, and print the list of results."""
     name, *arguments = sys.argv[1:]
     results = [CASES[name](argument) for argument in arguments] if arguments else CASES[name]()
     print(json.dumps(results), flush=True)

@@ -25,13 +25,13 @@ def start(device: int = RANK) -> torch.device:
 
 
 def values(shape: int | tuple[int, ...], dtype: torch.dtype, rank: int = RANK) -> torch.Tensor:
-    """Integers that every type holds exactly, and so do their sums."""
+    """Integers that every dtype represents exactly, and their sums too."""
     random = torch.Generator().manual_seed(100 + rank)
     return torch.randint(-4, 5, (shape,) if isinstance(shape, int) else shape, generator=random).to(dtype)
 
 
 class Both:
-    """Runs a collective with NCCL on the device and with gloo on the CPU, and compares what it wrote."""
+    """Run a collective with NCCL on the device and with gloo on the CPU, and compare the results."""
 
     def __init__(self, nccl: dist.ProcessGroup | None, gloo: dist.ProcessGroup | None) -> None:
         self.nccl, self.gloo = nccl, gloo
@@ -191,7 +191,7 @@ def subgroups() -> Any:
 
 @case
 def captured() -> Any:
-    """A collective in a graph: it runs at each replay, with what its input holds then."""
+    """A collective in a graph: it runs at each replay, with the input's values at that time."""
     device = start()
     x = torch.full((4,), float(RANK + 1), device=device)
     dist.all_reduce(x.clone())
@@ -252,7 +252,7 @@ def returns_early() -> Any:
 
 @case
 def delayed_until_asked() -> list[float]:
-    """What three reductions in a row have made of a tensor, read before any rank asks and after all have."""
+    """Read a tensor before and after all ranks run three queued reductions."""
     x = torch.ones(1, device=start())
     torch.cuda.synchronize()
     store = dist.distributed_c10d._get_default_store()

@@ -1,4 +1,4 @@
-"""Cases of test_runtime.py: memory, launches, graphs and what is loaded."""
+"""Cases of test_runtime.py: memory, launches, graphs and loaded libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def free_mib() -> int:
 
 @case
 def out_of_memory() -> Any:
-    """A card of 256 MiB: what fits, what does not, and what is free again afterwards."""
+    """A GPU of 256 MiB: what fits, what does not, and what is free afterwards."""
     before = free_mib()
     held = torch.empty(200 * MIB, dtype=torch.uint8, device="cuda")
     during = free_mib()
@@ -68,7 +68,7 @@ def allocator() -> Any:
 
 @case
 def hold_memory(directory: str) -> int:
-    """Holds 200 MiB until it may go; says when it has them."""
+    """Hold 200 MiB until released; report when they are allocated."""
     held = torch.empty(200 * MIB, dtype=torch.uint8, device="cuda")
     (Path(directory) / "held").touch()
     while not (Path(directory) / "enough").exists():
@@ -78,7 +78,7 @@ def hold_memory(directory: str) -> int:
 
 @case
 def want_memory(directory: str) -> Any:
-    """Wants 100 MiB beside the holder, and again when the holder has been killed."""
+    """Request 100 MiB while they are held, and again after the holder was killed."""
     while not (Path(directory) / "held").exists():
         time.sleep(0.01)
     beside = free_mib()
@@ -170,7 +170,7 @@ def launches() -> Any:
 
 @case
 def orphan(how: str) -> int:
-    """Launches a kernel that nothing computes."""
+    """Launch a kernel without an implementation."""
     torch.cuda.init()
     code = launches_one(b"_Z6orphanPf")
     sys.stdout.flush()

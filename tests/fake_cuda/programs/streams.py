@@ -1,4 +1,4 @@
-"""Cases of test_streams.py: what a program sees that synchronises, and one that forgets to."""
+"""Cases of test_streams.py: results of programs with and without the required synchronisation."""
 
 from __future__ import annotations
 

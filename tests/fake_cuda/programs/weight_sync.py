@@ -92,7 +92,7 @@ def attach() -> Any:
 
 @case
 def give_memory(means: str) -> bool:
-    """Whether memory that rank 1 gives up late is there when rank 0's engine takes it."""
+    """Return whether memory that rank 1 frees late is available when rank 0's engine takes it."""
     from megarl.cluster import collectives
 
     rank = int(os.environ["RANK"])

@@ -1,7 +1,7 @@
-"""Two trainer ranks on fake GPUs hand memory to the engine and take it back, over NCCL itself.
+"""Two trainer ranks on fake GPUs give memory to the engine and take it back, over NCCL itself.
 
-Rank 1 takes a second to give its memory up, and so does the engine. Every rank prints a JSON line with the
-moments of its own give and take (time.monotonic: one clock for the machine).
+Rank 1 takes a second to free its memory, and so does the engine. Every rank prints a JSON line with the times
+of its own give and take (time.monotonic: one clock for the machine).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.weights import sync_ranks
 def main() -> None:
     context = initialize(ParallelConfig(num_processes=2), seed=1)
     sync_ranks.broadcast_as_nccl = dist.broadcast_object_list
-    broadcast(None)  # the first collective makes the communicator: for that all ranks wait
+    broadcast(None)  # the first collective creates the communicator, for which all ranks wait
     gather(None)
     parts = ["gradients", "optimizer", "kv_cache"]
     times = {side: sync_ranks.give_memory(context, side, parts) for side in ("engine", "trainer")}

@@ -1,4 +1,4 @@
-"""MegaRL's command line on the fake GPUs and on a CPU, with the same packages, and what the two runs report.
+"""Run MegaRL's command line on the fake GPUs and on a CPU, with the same packages, and compare reports.
 
 Both use the CUDA environment's packages; a CPU run is without the fake libraries, with MEGARL_PLATFORM=cpu.
 """

@@ -1,7 +1,8 @@
-"""Runs in which work on a device is done as late as it may be: missing synchronisation shows.
+"""Runs with device work delayed as long as possible, to detect missing synchronisation.
 
 On a GPU a launch returns before its kernel has run, and a collective before the other ranks have joined. With
-FAKECUDA_STREAM_ORDER=lazy nothing runs until something waits for it, or for a time that no run here reaches.
+FAKECUDA_STREAM_ORDER=lazy nothing runs until something waits for it, or until a time that no run here
+reaches.
 """
 
 from __future__ import annotations

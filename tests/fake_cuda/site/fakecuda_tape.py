@@ -1,9 +1,9 @@
-"""The rollouts of one run for another: recorded on the fake GPU, replayed on a CPU.
+"""Record one run's rollouts on the fake GPU, and replay them on a CPU.
 
-Two devices draw different random numbers, so that two runs' samples, and all that is learned from them,
-would differ. With FAKECUDA_TAPE=record:FILE a run writes what its engine answered; with replay:FILE a run has
-no engine and gets those answers, so that losses, gradients and the logprobs of engine and trainer can be
-compared, step by step.
+Two devices draw different random numbers, so two runs' samples, and everything learned from them, would
+differ. With FAKECUDA_TAPE=record:FILE a run writes its engine's answers; with replay:FILE a run has no engine
+and gets those answers, so losses, gradients and the logprobs of engine and trainer can be compared step by
+step.
 """
 
 from __future__ import annotations

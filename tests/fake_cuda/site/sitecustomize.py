@@ -54,7 +54,7 @@ def reduce_by_nccl(module: Any) -> None:
     module.CustomAllreduce.should_custom_ar = lambda self, tensor: False
 
 
-# What is done after a module has been imported.
+# Actions after the import of a module.
 AFTER: dict[str, Callable[[ModuleType], None]] = {
     "torch": replace_operators,
     "torchvision": replace_operators,
