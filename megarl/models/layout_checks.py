@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from megarl.config.model import ModelConfig, read_model_config
 from megarl.config.online import OnlineConfig
 from megarl.config.parallel import ParallelConfig
 from megarl.config.rollout import EngineConfig
@@ -46,15 +47,32 @@ def _check_torch(config: TrainingRoot) -> None:
         for name, count in heads.items()
         if count % size
     ]
+    wrong += _unknown_code(config.model)
     check_lora(architecture, config.lora)
     if config.lora is not None and size > 1:
         wrong.append("lora: trainer.backend = torch has adapters with parallel.tensor_parallel_size 1 alone")
     if isinstance(config, OnlineConfig):
         if config.rollout.engine.backend == "vllm" and not has_engine_table(architecture):
-            wrong.append(f"model.path: there is no table of vLLM's parameters for {spec.family}")
+            why = f"there is no table of vLLM's parameters for {spec.family}"
+            wrong.append(f"model.path: {why}; rollout.engine.backend = hf generates with it")
         check_engine(architecture, config.rollout.engine)
     if wrong:
         raise UserError("\n".join(wrong))
+
+
+def _unknown_code(model: ModelConfig) -> Iterator[str]:
+    """A line for a model that transformers does not have, unless its own code may run."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    config = read_model_config(model.path)
+    name = config.get("model_type")
+    if name in KNOWN:
+        return
+    if "auto_map" not in config:
+        yield f"model.path: transformers has no language model of model_type {name!r}"
+    elif not model.trust_remote_code:
+        why = f"{model.path} brings its own code for model_type {name!r}, which transformers does not have"
+        yield f"model.trust_remote_code: {why}; set it to true to run that code"
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:

@@ -131,8 +131,8 @@ def build_decoder(
     if decoder.rows:
         lm.set_attn_implementation("sdpa" if lm._supports_sdpa else "eager")
     lm.eval()  # no dropout, as with the other backend
-    if hasattr(lm, "set_experts_implementation") and lm._can_set_experts_implementation():
-        lm.set_experts_implementation("eager")
+    if not torch.cuda.is_available() and lm._can_set_experts_implementation():
+        lm.set_experts_implementation("eager")  # grouped products are for a GPU
     for embedding in (each for each in lm.modules() if isinstance(each, nn.Embedding)):
         embedding.padding_idx = None  # a padding token in a response is learned like any other
     _fill_buffers(lm)
@@ -147,11 +147,27 @@ def check_decoder(lm: Any, path: str) -> None:
     name = type(lm).__name__
     if not hasattr(lm, "lm_head"):
         raise UserError(f"model.path: {path}: {name} has no lm_head, which the torch backend needs")
-    rope = getattr(lm.config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "dynamic":
+    if any(rope.get("rope_type") == "dynamic" for rope in _ropes(lm.config)):
         raise UserError(
             f"model.path: {path}: rope_type dynamic depends on the longest sequence of a microbatch"
         )
+
+
+def check_longest(decoder: Decoder, longest: int) -> None:
+    """Raise UserError if a sequence may change the rotary frequencies of its whole microbatch (LongRoPE)."""
+    for rope in _ropes(decoder.lm.config):
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and original is not None and longest > original:
+            why = (
+                f"the frequencies of {decoder.family} change beyond {original} tokens, for its neighbours too"
+            )
+            raise UserError(f"packing.max_sequence_length: {why} (got {longest})")
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary embedding's parameters; some models have them by kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    return [given, *(each for each in given.values() if isinstance(each, dict))]
 
 
 def _logit_scale(config: Any) -> float:

@@ -16,6 +16,7 @@ from megarl.config.model import ModelConfig
 from megarl.config.optimizer import OptimizerConfig
 from megarl.config.packing import PackingConfig
 from megarl.config.router import RouterConfig
+from megarl.errors import UserError
 from megarl.losses.base import LossResult
 from megarl.losses.hidden import Head
 from megarl.models.table import Architecture, Region
@@ -30,7 +31,7 @@ from megarl.trainer.reduce import reduce_results, weights_report
 from megarl.trainer.torch import attention, checkpoint
 from megarl.trainer.torch.collectives import copy_to_ranks, gather
 from megarl.trainer.torch.lora import TorchLora, inject, is_adapter, model_name
-from megarl.trainer.torch.model import at_head, build_decoder
+from megarl.trainer.torch.model import at_head, build_decoder, check_longest
 from megarl.trainer.torch.optimizer import Optimizer
 from megarl.trainer.torch.sharded import Sharded
 from megarl.trainer.torch.shards import local_regions
@@ -90,6 +91,12 @@ class TorchTrainer:
             lambda param: self.parts[param].first,
         )
         packing = packing or PackingConfig()
+        positions = architecture.spec.max_position_embeddings
+        check_longest(
+            decoder, packing.max_sequence_length or min(positions, packing.max_tokens_per_microbatch)
+        )
+        if decoder.rows and context.layout.sequence_parallel:
+            raise UserError(f"parallel.sequence_parallel: {decoder.family} has a state along its tokens")
         if decoder.rows:  # a state cannot go on from another row's
             packing = packing.model_copy(update={"share_prefix": "off"})
         self.batch_maker = BatchMaker(
