@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.data.control_tokens import control_tokens, protect, protect_messages, tokenize
+from megarl.data.message_names import check_names
 from megarl.data.template_limits import check_template
 from megarl.errors import UserError
 from megarl.files import read_json_object
@@ -157,8 +159,9 @@ def chat_ids(
     """The messages as the tokenizer's chat template tokenises them.
 
     Raises:
-        ValueError: the template refuses these messages, or has no place for tools, tool calls or reasoning,
-            which it would leave out without a word (the caller knows where they are from).
+        ValueError: the template refuses these messages, or has no place for tools, tool calls, reasoning or
+            names, which it would leave out without a word (the caller knows where they are from); or an
+            assistant's text spells a token that opens or ends a turn. Elsewhere such tokens stay text.
     """
     template = json.dumps(tokenizer.chat_template)
     if tools and "tools" not in template:
@@ -167,14 +170,19 @@ def chat_ids(
         raise ValueError("the chat template has no place for tool_calls")
     if any("reasoning_content" in message for message in messages) and "reasoning_content" not in template:
         raise ValueError("the chat template has no place for reasoning_content")
+    check_names(tokenizer, messages)
+    given, shown = [dict(message) for message in messages], list(tools) if tools else None
+    safe = protect_messages(tokenizer, given)
+    safe_tools = protect(shown, control_tokens(tokenizer).other)
+    is_plain = safe == given and safe_tools == shown
     try:
-        ids: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=list(tools) if tools else None,
+        found: Any = tokenizer.apply_chat_template(
+            safe,
+            tools=safe_tools,
             add_generation_prompt=add_generation_prompt,
-            tokenize=True,
+            tokenize=is_plain,
             return_dict=False,
         )
     except Exception as error:  # templates raise through jinja2, in many ways
         raise ValueError(f"the chat template refuses it: {error}") from error
-    return list(ids)
+    return list(found) if is_plain else tokenize(tokenizer, str(found))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megarl.data.control_tokens import control_tokens, protect, tokenize
 from megarl.errors import UserError
 from megarl.records import TokenIds, token_ids
 
@@ -45,12 +46,18 @@ class ChatContinuation:
 
         A truncated turn is first closed the way the template closes a message.
         """
+        text = self._protected(role, text)
         if self._chat:
             text = self._after(role, text)
             if len(sampled) and (last := int(sampled[-1])) in self._stops:
                 end = str(self._tokenizer.decode([last], skip_special_tokens=False))
                 text = text.removeprefix(end)
-        return token_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return token_ids(tokenize(self._tokenizer, text))
+
+    def _protected(self, role: str, text: str) -> str:
+        """The text of an observation so that none of it becomes a control token: it cannot open a turn."""
+        known = control_tokens(self._tokenizer)
+        return str(protect(text, known.tool if role == "tool" else known.other))
 
     def _after(self, role: str, text: str) -> str:
         """Return the text the template renders after the policy's message."""

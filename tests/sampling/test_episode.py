@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,6 +25,9 @@ STOP = 1
 
 class Letters:
     """A tokenizer of one token per character, 100 + its code; token 1 is the end of a turn."""
+
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    chat_template = "of this class"
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return "".join(chr(i - 100) if i >= 100 else "" if skip_special_tokens else "#" for i in ids)
