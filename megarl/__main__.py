@@ -1,4 +1,4 @@
-"""``python -m megarl``: what srun and torchrun start."""
+"""``python -m megarl``, the entry point under srun and torchrun."""
 
 from __future__ import annotations
 

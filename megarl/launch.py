@@ -1,9 +1,9 @@
-"""How a command becomes trainer ranks: torchrun, srun, or processes of its own.
+"""Launch trainer ranks: under torchrun or srun, as local processes, or on Ray.
 
-A rank reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and does not know who set them.
-Here they come from Slurm's variables, or from :func:`run_ranks`, which starts the ranks of one machine.
-It is used instead of torchrun because it keeps the ranks' exit codes (2 for a user's error, 143
-after SIGTERM), hands signals on exactly once and waits for the checkpoint that follows them.
+A rank reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, whoever set them. This module sets
+them from Slurm's variables, or in :func:`run_ranks`, which starts the ranks of one machine. Unlike torchrun
+it keeps the exit codes of the ranks (2 for a user error, 143 after SIGTERM), forwards signals exactly once
+and waits for the checkpoint that follows.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from megarl.errors import UserError
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Ranks that lost one of their number may hang in a collective: they get this long to end by themselves.
+# After one rank has failed, the others may hang in a collective: they get this long to exit.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
 
 
 class RankProcess(Protocol):
-    """A rank as its launcher sees it: a process here, or one behind a Ray actor."""
+    """A rank as its launcher sees it: a local process, or one behind a Ray actor."""
 
     pid: int
 
     def poll(self) -> int | None:
-        """Its exit code (-n after signal n), None while it runs."""
+        """Return its exit code (-n after signal n), None while it runs."""
         ...
 
     def send_signal(self, number: int) -> None:
-        """Hand a signal on; nothing if it has ended."""
+        """Send a signal; does nothing if the process has exited."""
         ...
 
 
 def world_size(environ: Mapping[str, str]) -> int | None:
-    """The number of ranks a launcher has started, None where there is none.
+    """Return the number of ranks that a launcher has started, None without a launcher.
 
     Raises:
-        UserError: WORLD_SIZE is no number, or the variables that belong to it are missing.
+        UserError: WORLD_SIZE is not a number, or the variables that go with it are missing.
     """
     text = environ.get("WORLD_SIZE")
     if text is None:
@@ -65,13 +65,13 @@ def world_size(environ: Mapping[str, str]) -> int | None:
 
 
 def adopt_slurm(environ: MutableMapping[str, str]) -> None:
-    """Under `srun` with several tasks, set a rank's variables from Slurm's.
+    """Set the rank's variables from Slurm's, under `srun` with several tasks.
 
-    Does nothing where WORLD_SIZE is set, and in a batch script outside srun, where Slurm sets
-    SLURM_PROCID and SLURM_NTASKS too but starts one process only (no SLURM_STEP_ID there).
+    Does nothing if WORLD_SIZE is set, nor in a batch script outside srun: there Slurm also sets SLURM_PROCID
+    and SLURM_NTASKS but starts one process only (SLURM_STEP_ID is unset).
 
     Raises:
-        UserError: the rendezvous host cannot be told.
+        UserError: the rendezvous host is unknown.
     """
     if "WORLD_SIZE" in environ or "SLURM_PROCID" not in environ:
         return
@@ -95,12 +95,12 @@ def adopt_slurm(environ: MutableMapping[str, str]) -> None:
     tasks_here = _tasks_on_node(environ)
     environ.setdefault("LOCAL_WORLD_SIZE", str(tasks_here))
     on_node = environ.get("SLURM_CPUS_ON_NODE", "")
-    bound = on_node.isdigit() and cores() < int(on_node)  # each task to cores of its own
+    bound = on_node.isdigit() and cores() < int(on_node)  # Slurm binds each task to separate cores
     environ.update(rank_threads(environ, 1 if bound else tasks_here))
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int:
-    """Tasks of this job step on this node; '8(x3),2' are 8 on each of three nodes and 2 on a fourth."""
+    """Return the tasks of this job step on this node; '8(x3),2' is 8 on each of three nodes, then 2."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1")
     tasks = [
         int(count)
@@ -111,7 +111,7 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: 'gpu[007-012,20],login1' is gpu007."""
+    """Return the first host of a Slurm node list, e.g. gpu007 of 'gpu[007-012,20],login1'."""
     depth, end = 0, len(nodes)
     for index, character in enumerate(nodes):
         depth += {"[": 1, "]": -1}.get(character, 0)
@@ -124,12 +124,12 @@ def first_host(nodes: str) -> str:
 def run_ranks(num_processes: int, arguments: Sequence[str], ranks_path: Path | None = None) -> int:
     """Start ``python -m megarl.cli *arguments`` once per rank on this machine and wait for all.
 
-    SIGINT, SIGTERM and SIGHUP go to every rank once and are then waited for without limit: ranks
-    write a checkpoint first. When a rank fails by itself the others are ended, and which one it was and
-    what it was doing is said from the heartbeats in ``ranks_path``.
+    SIGINT, SIGTERM and SIGHUP are forwarded to every rank once; the ranks then write a checkpoint, without a
+    time limit. If a rank fails, the others are killed after a grace period, and the heartbeats in
+    ``ranks_path`` give the failed rank and its last phase.
 
     Returns:
-        The exit code of the rank that failed first (128 + n after signal n), else 0.
+        The exit code of the first rank that failed (128 + n after signal n), else 0.
     """
     port = str(_free_port())
 
@@ -143,7 +143,7 @@ def run_ranks(num_processes: int, arguments: Sequence[str], ranks_path: Path | N
 
 
 def run_ranks_on_ray(num_processes: int, arguments: Sequence[str], ranks_path: Path | None = None) -> int:
-    """As :func:`run_ranks`, each rank where Ray places its actor; see :mod:`megarl.cluster.ray_ranks`."""
+    """Run ranks as :func:`run_ranks` does, as Ray actors (:mod:`megarl.cluster.ray_ranks`)."""
     from megarl.cluster.ray_ranks import start_ranks, stop_ray
 
     try:
@@ -153,7 +153,7 @@ def run_ranks_on_ray(num_processes: int, arguments: Sequence[str], ranks_path: P
 
 
 def _run(start: Callable[[Sequence[int]], Iterable[RankProcess]], ranks_path: Path | None) -> int:
-    """Start ranks, hand signals on to them and wait for them."""
+    """Start ranks, forward signals to them and wait for them."""
     ranks: list[RankProcess] = []
     signalled: list[int] = []
 
@@ -161,13 +161,13 @@ def _run(start: Callable[[Sequence[int]], Iterable[RankProcess]], ranks_path: Pa
         signalled.append(number)
         _send(ranks, number)
 
-    # One that is ignored stays so, here and in the ranks: nohup, a shell's background job.
+    # An ignored signal stays ignored, here and in the ranks: nohup, background jobs of a shell.
     heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, forward) for number in heard}
     try:
         for rank in start(signalled):
             ranks.append(rank)
-        if signalled:  # ranks that were not yet in the list when it came
+        if signalled:  # for ranks that were not in the list yet when the signal arrived
             _send(ranks, signal.SIGTERM)
         return wait_for(ranks, signalled, ranks_path)
     finally:
@@ -196,7 +196,7 @@ def _start_rank(rank: int, size: int, port: str, arguments: Sequence[str]) -> su
 
 
 def wait_for(ranks: Sequence[RankProcess], signalled: Sequence[int], ranks_path: Path | None) -> int:
-    """Wait for all ranks, ending the others when one has failed by itself; the exit code of the run."""
+    """Wait for all ranks, kill the others if one fails, and return the exit code of the run."""
     failed: tuple[int, int] | None = None  # rank, exit code
     deadline: float | None = None
     while None in (codes := [rank.poll() for rank in ranks]):
@@ -221,14 +221,14 @@ def _first_failure(codes: Sequence[int | None]) -> tuple[int, int] | None:
 
 
 def _explain_failure(ranks_path: Path, rank: int, code: int, pids: Sequence[int]) -> None:
-    """Say which rank ended the run and where it was, unless it has said so itself."""
+    """Print which rank ended the run and its last phase, unless the rank has printed an error itself."""
     if code == 2:
         return
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     beat = heartbeat.read_heartbeat(ranks_path, rank)
-    if beat is None or beat["pid"] not in pids:  # none, or an earlier run's
+    if beat is None or beat["pid"] not in pids:  # none, or from an earlier run
         print(f"error: rank {rank} {how} before its run began", file=sys.stderr)
-    elif beat["state"] != "failed":  # that one has said so itself
+    elif beat["state"] != "failed":  # a failed rank has printed its error
         heartbeat.report(ranks_path, [rank], how)
 
 
@@ -244,12 +244,12 @@ def _free_port() -> int:
 
 
 def _slurm_port(environ: Mapping[str, str]) -> int:
-    """A port all tasks of a job step agree on, below the range that systems hand out by themselves."""
+    """Return a port that all tasks of a job step agree on, below the ephemeral range."""
     job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
     return 20000 + (int(job) + 97 * int(step)) % 12000
 
 
 def _positive(text: str, name: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise UserError(f"{name}: expected a whole number >= 1 (got {text!r})")
+        raise UserError(f"{name}: expected an integer >= 1 (got {text!r})")
     return int(text)

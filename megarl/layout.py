@@ -1,7 +1,7 @@
-"""How many ranks do what: the parallel layout, passed around as a value.
+"""The parallel layout of a trainer or an engine.
 
-Rank order is Megatron's default: tensor fastest, then context, data, pipeline. Experts are dealt to
-the ranks of a pipeline stage anew: expert-tensor fastest, then expert, then expert-data.
+Rank order is Megatron's default: tensor fastest, then context, data, pipeline. For experts the ranks of a
+pipeline stage are divided separately: expert-tensor fastest, then expert, then expert-data.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megarl.errors import UserError
 class ParallelLayout:
     """Sizes of the parallel dimensions of one side (trainer or engine).
 
-    ``virtual`` > 1 cuts each pipeline stage into that many model chunks (interleaved schedule).
-    ``first_stage_layers`` and ``last_stage_layers`` make those stages differ from the others.
+    ``virtual`` > 1 splits each pipeline stage into that many model chunks (interleaved schedule).
+    ``first_stage_layers`` and ``last_stage_layers`` give those stages other numbers of layers.
     """
 
     tensor: int = 1
@@ -32,12 +32,12 @@ class ParallelLayout:
 
     @property
     def stage_size(self) -> int:
-        """Ranks of one pipeline stage."""
+        """Ranks per pipeline stage."""
         return self.tensor * self.context * self.data
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.stage_size * self.pipeline
 
     @classmethod
@@ -55,7 +55,11 @@ class ParallelLayout:
         first_stage_layers: int | None = None,
         last_stage_layers: int | None = None,
     ) -> ParallelLayout:
-        """The layout that fills ``world_size`` ranks; data parallelism takes what remains."""
+        """Return the layout of ``world_size`` ranks; data parallelism takes the rest.
+
+        Raises:
+            UserError: the sizes do not divide ``world_size``.
+        """
         model_parallel = tensor * pipeline * context
         if world_size % model_parallel:
             raise UserError(
@@ -83,7 +87,7 @@ class ParallelLayout:
         )
 
     def coordinates(self, rank: int) -> RankCoordinates:
-        """Where ``rank`` stands in each dimension."""
+        """Return the coordinates of ``rank``."""
         assert 0 <= rank < self.world_size, (rank, self)
         pipeline, in_stage = divmod(rank, self.stage_size)
         rest, tensor = divmod(in_stage, self.tensor)
@@ -93,14 +97,16 @@ class ParallelLayout:
         return RankCoordinates(tensor, pipeline, context, data, expert, expert_tensor, expert_data)
 
     def rank_of(self, *, data: int, context: int, tensor: int = 0, pipeline: int = 0) -> int:
-        """The rank at these coordinates."""
+        """Return the rank at these coordinates."""
         return pipeline * self.stage_size + (data * self.context + context) * self.tensor + tensor
 
     def stage_layers(self, num_layers: int, stage: int, chunk: int = 0) -> range:
-        """Global numbers of the layers in chunk ``chunk`` of pipeline stage ``stage``.
+        """Return the global layer numbers of chunk ``chunk`` in pipeline stage ``stage``.
 
-        Chunks are dealt round-robin: all stages' first chunks come before any second chunk.
-        Raises UserError when the layers do not divide.
+        Chunks are assigned round-robin: the first chunks of all stages precede any second chunk.
+
+        Raises:
+            UserError: the layers do not divide evenly.
         """
         uneven = self.first_stage_layers is not None or self.last_stage_layers is not None
         parts = self.pipeline * self.virtual

@@ -1,8 +1,8 @@
-"""The typed records in which the stages of a step meet (docs/architecture.md, "The step").
+"""Typed records that the stages of a step exchange (docs/architecture.md, "The step").
 
-Shapes: T tokens, S sequences, G samples per group, N response tokens of one sample, P prompt tokens. What
-there is one of per token is a numpy array, which crosses process boundaries (Ray, gloo) as one buffer;
-tensors appear first in :class:`PackedBatch`, which never leaves a rank.
+Shapes: T tokens, S sequences, G samples per group, N response tokens of one sample, P prompt tokens.
+Per-token values are numpy arrays, which cross process boundaries (Ray, gloo) as one buffer each. Tensors
+appear first in :class:`PackedBatch`, which never leaves a rank.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Logprobs = npt.NDArray[np.float32]
 NO_LOGPROBS: Logprobs = np.empty(0, np.float32)
 
 NON_FINITE_WEIGHTS = "non_finite_weights"
-"""Metric: how many of the tensors that are trained have a NaN or an infinity after the step."""
+"""Metric: the number of trained tensors with a NaN or an infinity after the step."""
 
-# Fields of a sequence and of a batch that have one value for each token.
+# Fields of TokenSequence and TrainBatch with one value per token.
 _PER_TOKEN: dict[str, type[np.generic]] = {
     "token_ids": np.int32,
     "loss_mask": np.uint8,
@@ -37,14 +37,14 @@ _PER_TOKEN: dict[str, type[np.generic]] = {
 
 
 def token_ids(values: npt.ArrayLike) -> TokenIds:
-    """Token ids of any kind as an int32 array; without a copy where they are one."""
+    """Convert token ids to an int32 array; without a copy if they are one."""
     return np.asarray(values, dtype=np.int32)
 
 
 class ArrayRecord:
-    """Base of dataclasses with array fields, made with ``eq=False``: equal where all compared fields are.
+    """Base of dataclasses with array fields, declared with ``eq=False``; equal if all compared fields are.
 
-    The comparison that dataclasses write themselves asks an array whether it is true.
+    The generated comparison of dataclasses would take the truth value of an array.
     """
 
     __slots__ = ()
@@ -68,11 +68,11 @@ def _same(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt(ArrayRecord):
-    """One problem, ready for the engine: text is tokenised once and never again.
+    """A tokenised prompt; its text is never tokenised again.
 
-    ``index`` is the position in its dataset: (dataset seed, index) names a problem for ever.
-    ``metadata`` is what its environment needs to judge an answer (the reference answer, the
-    reasoning-gym entry, ...); it never reaches the engine.
+    ``index`` is the position in its dataset: (dataset seed, index) identifies a prompt across runs.
+    ``metadata`` is what the environment needs to score a response (the reference answer, the reasoning-gym
+    entry, ...); it is not sent to the engine.
     """
 
     index: int
@@ -83,28 +83,27 @@ class Prompt(ArrayRecord):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of an episode: tokens the policy sampled, then those it read as the environment's answer."""
+    """One turn of an episode: sampled tokens, then the tokens of the environment's observation."""
 
     num_sampled: int
     num_observed: int  # 0 after the last turn
-    reward: float  # what the environment gave for this turn
+    reward: float  # of this turn
 
 
 @dataclass(slots=True, eq=False)
 class Sample(ArrayRecord):
-    """One sequence drawn from the policy: a prompt and the response the engine gave.
+    """A sample of the policy: a prompt and the engine's response.
 
-    ``prompt_ids`` is the prompt's own array, one for a group. ``rollout_logprobs`` are the engine's own,
-    after temperature, of exactly the tokens in ``response_ids`` (the stop token included when the engine
-    emitted it); empty where none were asked for. ``reward`` and ``advantage`` are None until their stage has
-    run.
+    ``prompt_ids`` is the array of the prompt, shared by its group. ``rollout_logprobs`` are the engine's,
+    after temperature, for exactly the tokens in ``response_ids`` (including the stop token if the engine
+    emitted it); empty if not requested. ``reward`` and ``advantage`` are None until computed.
 
-    An episode of several turns has everything after the prompt in ``response_ids``, in order: what was
-    sampled, exactly as it was sampled, and the observations between, whose rollout_logprobs are 0 and which
-    are no targets. ``turns`` says which is which; empty, all of the response was sampled in one turn.
+    In a multi-turn episode ``response_ids`` holds everything after the prompt, in order: the sampled tokens,
+    unchanged, and the observations between them, which have rollout_logprobs 0 and are not targets. ``turns``
+    gives the lengths; if empty, the whole response was sampled in one turn.
 
-    ``policy_version`` drew the first token. Where the weights changed in between, ``version_spans`` has
-    (policy version, number of response tokens), in order; empty, one version drew them all.
+    ``policy_version`` is that of the first token. If the weights changed during generation, ``version_spans``
+    lists (policy version, number of response tokens) in order; if empty, all tokens have one version.
     """
 
     prompt_index: int
@@ -113,28 +112,28 @@ class Sample(ArrayRecord):
     rollout_logprobs: Logprobs  # [N] float32, or [0]
     policy_version: int
     finish_reason: FinishReason
-    text: str | None = None  # for people, made when somebody wants to read it (RolloutManager.read)
+    text: str | None = None  # decoded on demand (RolloutManager.read)
     reward: float | None = None
     advantage: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
     experts: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """Chosen by the engine for every token but the last: [P + N - 1, layers with experts, k] int16."""
+    """Expert choices of the engine, for every token but the last: [P + N - 1, MoE layers, k] int16."""
     version_spans: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens together."""
+        """Number of prompt and response tokens, P + N."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def num_sampled_tokens(self) -> int:
-        """Response tokens that the policy sampled: the targets."""
+        """Number of response tokens sampled by the policy, which are the targets."""
         return sum(turn.num_sampled for turn in self.turns) if self.turns else len(self.response_ids)
 
 
 def merge_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(version, count) spans with equal neighbours as one; none where one version is all there is."""
+    """Merge neighbouring (version, count) spans of equal version; return [] if only one version remains."""
     merged: list[tuple[int, int]] = []
     for version, count in spans:
         if merged and merged[-1][0] == version:
@@ -154,16 +153,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenSequence(ArrayRecord):
-    """One training sequence of n tokens: what the data stage makes of one example, a row of a TrainBatch.
+    """One training sequence of n tokens: a tokenised example, or a row of a TrainBatch.
 
-    Per-token fields are aligned as in :class:`TrainBatch`; anything array-like becomes an array.
+    Per-token fields are aligned as in :class:`TrainBatch`; array-likes are converted to arrays.
     """
 
     token_ids: np.ndarray  # [n] int32
     loss_mask: np.ndarray  # [n] uint8
     rollout_logprobs: np.ndarray | None = None  # [n] float32
-    num_prompt_tokens: int = 0  # leading tokens without a target that neighbours may have in common
-    experts: np.ndarray | None = field(default=None, repr=False)  # [n, layers with experts, k] int16
+    num_prompt_tokens: int = 0  # leading tokens without targets, which neighbours may share
+    experts: np.ndarray | None = field(default=None, repr=False)  # [n, MoE layers, k] int16
     stale: np.ndarray | None = None  # [n] uint8
 
     def __post_init__(self) -> None:
@@ -178,9 +177,9 @@ class TokenSequence(ArrayRecord):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two responses to one prompt, the first of which is preferred.
+    """A preference pair: a chosen and a rejected response to one prompt.
 
-    The first ``num_prompt_tokens`` token ids of both sequences are the prompt, the same in both.
+    The first ``num_prompt_tokens`` token ids of both sequences are the prompt and are equal.
     """
 
     chosen: TokenSequence
@@ -190,37 +189,35 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainBatch:
-    """The S training sequences of an optimizer step end to end: T tokens in ragged arrays, in host memory.
+    """The S training sequences of an optimizer step: T tokens in ragged arrays, in host memory.
 
-    Worked example, sequences [a b c] and [a b d e], of which c, d and e are learned from::
+    Worked example, sequences [a b c] and [a b d e] with targets c, d and e::
 
         token_ids         a  b  c  a  b  d  e
         offsets           0  3  7                  sequence s holds tokens offsets[s] to offsets[s + 1]
         loss_mask         0  0  1  0  0  1  1      1: the token is a *target*
-        prompt_lengths    2  2                     [a b], which both begin with
-        rollout_logprobs  .  .  x  .  .  y  z      of targets; what stands elsewhere is not read
+        prompt_lengths    2  2                     [a b], the shared prompt
+        rollout_logprobs  .  .  x  .  .  y  z      of targets; other values are not read
 
     Every per-token field is aligned with ``token_ids``: the value at i belongs to the prediction of token i
-    (in a :class:`PackedBatch` it moves one to the left). Nothing predicts the first token of a sequence: it
-    is no target, whatever its mask says. Only ``experts`` belong to the token itself.
+    (in a :class:`PackedBatch` it is one to the left). The first token of a sequence is never a target,
+    whatever its mask: nothing predicts it. Only ``experts`` belong to the token itself.
 
-    SFT, preference pairs (chosen and rejected of a pair are neighbours), GRPO, PPO and distillation all
-    train on this record. It holds 5 bytes a token, 10 with logprobs and staleness.
+    SFT, preference pairs (chosen and rejected are neighbours), GRPO, PPO and distillation all train on this
+    record. It takes 5 bytes per token, 10 with logprobs and staleness.
     """
 
     token_ids: np.ndarray  # [T] int32
     offsets: np.ndarray  # [S + 1] int64
     loss_mask: np.ndarray  # [T] uint8
-    prompt_lengths: (
-        np.ndarray
-    )  # [S] int64: leading tokens without a target that neighbours may have in common
+    prompt_lengths: np.ndarray  # [S] int64: leading tokens without targets, which neighbours may share
     rollout_logprobs: np.ndarray | None = None  # [T] float32, the engine's
-    stale: np.ndarray | None = None  # [T] uint8, 1 where older weights than the trainer's drew the token
-    experts: np.ndarray | None = None  # [T, layers, k] int16, to replay; -1: the trainer chooses
+    stale: np.ndarray | None = None  # [T] uint8, 1: sampled by an older policy version than the trainer's
+    experts: np.ndarray | None = None  # [T, MoE layers, k] int16, to replay; -1: the trainer chooses
 
     @classmethod
     def of(cls, sequences: Iterable[TokenSequence]) -> TrainBatch:
-        """From sequences one by one. Optional fields are there where any sequence has them (else 0 or -1)."""
+        """Concatenate sequences. An optional field exists if any sequence has it (others get 0 or -1)."""
         rows = list(sequences)
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
@@ -238,17 +235,17 @@ class TrainBatch:
 
         fields_of = {name: joined(name) for name in _PER_TOKEN}
         for name in ("token_ids", "loss_mask"):
-            if fields_of[name] is None:  # no sequence at all
+            if fields_of[name] is None:  # no sequences
                 fields_of[name] = np.zeros(0, dtype=_PER_TOKEN[name])
         prompts = np.array([row.num_prompt_tokens for row in rows], dtype=np.int64)
         return cls(offsets=offsets, prompt_lengths=prompts, **fields_of)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        """S."""
+        """Return S."""
         return len(self.prompt_lengths)
 
     def __getitem__(self, row: int) -> TokenSequence:
-        """Sequence ``row``, as views."""
+        """Return sequence ``row``, as views."""
         at = slice(self.offsets[row], self.offsets[row + 1])
 
         def part(values: np.ndarray | None) -> np.ndarray | None:
@@ -273,24 +270,24 @@ class TrainBatch:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[S] int64: tokens of each sequence."""
+        """[S] int64: number of tokens of each sequence."""
         return np.diff(self.offsets)
 
     def targets(self) -> np.ndarray:
-        """[T] bool: which tokens are targets."""
+        """Return [T] bool, true for targets."""
         found = self.loss_mask != 0
         found[self.offsets[:-1][self.lengths > 0]] = False
         return found
 
     def num_targets(self) -> np.ndarray:
-        """[S] int64: targets of each sequence."""
+        """Return [S] int64, the number of targets of each sequence."""
         counts = np.zeros(len(self), dtype=np.int64)
         for row, (start, stop) in enumerate(pairwise(self.offsets.tolist())):
             counts[row] = np.count_nonzero(self.loss_mask[start + 1 : stop])
         return counts
 
     def select(self, rows: np.ndarray | list[int]) -> TrainBatch:
-        """Sequences ``rows``, in this order, as a batch of its own: a copy."""
+        """Return a copy with sequences ``rows``, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
         offsets = np.concatenate([[0], self.lengths[rows].cumsum()]).astype(np.int64)
 
@@ -309,7 +306,7 @@ class TrainBatch:
 
 
 def take_rows(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Ragged rows end to end: ``values[offsets[i] : offsets[i + 1]] for i in rows``."""
+    """Concatenate the ragged rows ``values[offsets[i] : offsets[i + 1]] for i in rows``."""
     starts, stops = offsets[rows].tolist(), offsets[rows + 1].tolist()
     if not starts:
         return values[:0]
@@ -318,7 +315,7 @@ def take_rows(values: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.n
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One microbatch in THD layout: sequences end to end, no padding between tokens of one.
+    """One microbatch in THD layout: concatenated sequences, without padding inside a sequence.
 
     Worked example, sequences [a b c] and [d e] with c and e as targets::
 
@@ -327,7 +324,7 @@ class PackedBatch:
         loss_mask     0  1  0  1  0      1 where labels[t] is a target
         position_ids  0  1  2  0  1
         cu_seqlens    0  3  5
-        sequence_ids  0  0  0  1  1      row of the caller's list of sequences
+        sequence_ids  0  0  0  1  1      index into the caller's list of sequences
         lengths       3  2
 
     Every per-token field is aligned with ``labels``: the value at t belongs to the prediction
@@ -345,26 +342,26 @@ class PackedBatch:
     rollout_logprobs: torch.Tensor | None = None  # [T] float32
     old_logprobs: torch.Tensor | None = None  # [T] float32
     ref_logprobs: torch.Tensor | None = None  # [T] float32
-    old_values: torch.Tensor | None = None  # [T] float32, a critic's before the step's first update
-    returns: torch.Tensor | None = None  # [T] float32, what the critic learns
-    loss_weights: torch.Tensor | None = None  # [T] float32, the share of each token in the step's mean
-    stale: torch.Tensor | None = None  # [T] float32, 1 where older weights than the trainer's drew the token
-    nll_weights: torch.Tensor | None = None  # [T] float32, the same for a likelihood term
+    old_values: torch.Tensor | None = None  # [T] float32, the critic's before the step's first update
+    returns: torch.Tensor | None = None  # [T] float32, targets of the critic
+    loss_weights: torch.Tensor | None = None  # [T] float32, weight of each token in the step's loss
+    stale: torch.Tensor | None = None  # [T] float32, 1: sampled by an older policy version
+    nll_weights: torch.Tensor | None = None  # [T] float32, weight of each token in the likelihood term
     lengths: torch.Tensor | None = None  # [S] int32, tokens without padding (dummy: 0); None: no padding
-    prefixes: torch.Tensor | None = None  # [S] int64: the sequence of this batch that comes first, -1: none
-    experts: torch.Tensor | None = None  # [T, layers, k] int16, to replay; of token t, -1: none given
-    token_share: float = 1.0  # of the step's tokens, padding left out on both sides
-    split: bool = True  # over the context-parallel ranks; False: this rank's own, whole sequences
+    prefixes: torch.Tensor | None = None  # [S] int64, the sequence that is this one's prefix, -1: none
+    experts: torch.Tensor | None = None  # [T, MoE layers, k] int16, to replay for token t; -1: none
+    token_share: float = 1.0  # of the step's tokens, without padding
+    split: bool = True  # sequences are split over the context-parallel ranks; False: whole sequences
 
     @property
     def is_dummy(self) -> bool:
-        """Whether it has no sequence: it stands in where a rank has fewer microbatches than others."""
+        """Whether it has no sequences: a placeholder on a rank with fewer microbatches than others."""
         return self.lengths is not None and not bool(self.lengths.any())
 
 
 @dataclass(slots=True)
 class StepMetrics:
-    """What one step reports: ``values`` is one line of metrics.jsonl, in its order."""
+    """Metrics of one step: ``values`` is one line of metrics.jsonl, in order."""
 
     step: int
     values: dict[str, float]

@@ -1,4 +1,4 @@
-"""The run directory: everything a run leaves behind, and what it resumes from.
+"""The run directory: all files of a run, and what it resumes from.
 
 ::
 
@@ -8,19 +8,19 @@
       inputs.json             sizes and checksums of what the run reads beside it
       metrics.jsonl           one JSON object per step
       samples/step_N.jsonl    samples of step N
-      evaluations/step_N.jsonl  every answer of the evaluation after step N (0: before the first)
-      checkpoints/step_N/     complete by construction: renamed into place when all of it is on disk
-                              (step_N.damaged: one that a resumed run has found not to be what was written)
-      summary.json            headline figures, written at the end
-      report.html             rewritten as the run goes
-      ranks/                  what every trainer rank is doing, and why the run failed if it did
+      evaluations/step_N.jsonl  all responses of the evaluation after step N (0: before training)
+      checkpoints/step_N/     always complete: renamed into place when all files are on disk
+                              (step_N.damaged: a checkpoint whose checksums failed on resume)
+      summary.json            headline metrics, written at the end
+      report.html             rewritten during the run
+      ranks/                  heartbeats of the trainer ranks, and the reason of a failure
       profile/                traces of the steps in profile.steps
       .lock                   held while a process runs here
 
-Rank 0 opens the directory and writes; other ranks only ask it for paths and checkpoints.
-Order of use on rank 0: ``open`` -> load ``latest_checkpoint()`` if there is one -> ``start_after`` ->
+Rank 0 opens the directory and writes; other ranks only read paths and checkpoints.
+Order of use on rank 0: ``open`` -> load ``latest_checkpoint()`` if any -> ``start_after`` ->
 ``append_metrics`` / ``write_samples`` / ``begin_checkpoint`` + ``commit_checkpoint`` per step -> ``close``.
-A step's metrics are appended before its checkpoint is committed, so that no resumed run lacks a line.
+A step's metrics are appended before its checkpoint is committed, so that a resumed run never lacks a line.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from megarl.errors import UserError
 if TYPE_CHECKING:
     from megarl.config.training import TrainingRoot
 
-# Fields a resumed run may change: they alter what is written down, where it runs or when it ends, not what
-# is learned (up to rounding).
+# Fields that a resumed run may change: they affect logging, layout or length, not the training (up to
+# rounding).
 _FREE_FIELDS = (
     *("run.dir", "run.hang_timeout_seconds", "run.on_non_finite", "run.on_changed_inputs"),
     *("logging", "checkpoint", "profile", "launcher", "parallel", "training.num_steps"),
@@ -58,7 +58,7 @@ _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
 
 
 class RunDirectory:
-    """Paths, lock, metrics, samples and checkpoints of one run. Creating the object touches nothing."""
+    """Paths, lock, metrics, samples and checkpoints of one run. The constructor does no I/O."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -74,26 +74,27 @@ class RunDirectory:
         self.profile_path = self.path / "profile"
         self.tensorboard_path = self.path / "tensorboard"
         self.started_after: int | None = None
-        """Step the run went on from (None: from the beginning); set by :meth:`start_after`."""
+        """Step the run resumed from (None: from the beginning); set by :meth:`start_after`."""
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
 
     # --- opening and closing ---------------------------------------------------------------------
 
     def open(self, resolved_config: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> list[str]:
-        """Take the lock, check that the configuration continues the one on disk, and write it.
+        """Take the lock, check that the configuration is compatible with the one on disk, and write it.
 
         Args:
-            resolved_config: plain data (what pydantic's ``model_dump(mode="json")`` gives).
-            chosen: the part of it that is not at its default. A field that the directory's configuration
-                lacks, because MegaRL did not have it yet, is no change at its default; None: it always is.
+            resolved_config: plain data (pydantic's ``model_dump(mode="json")``).
+            chosen: the fields that are not at their default. A field that the old configuration lacks,
+                because that version of MegaRL did not have it, is unchanged if at its default; with None
+                it counts as changed.
 
         Returns:
-            One line per field that a resumed run is free to change and did, for the log.
+            One line for the log per changed field.
 
         Raises:
-            UserError: another process runs here; the directory cannot be written; or it belongs to a
-                run whose configuration differs in a field that changes the training.
+            UserError: another process uses the directory; it cannot be written; or its run has a
+                configuration that differs in a field that affects training.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -112,14 +113,13 @@ class RunDirectory:
         return changes
 
     def check_before_start(self, config: TrainingRoot) -> str | None:
-        """What the directory's files alone decide, before a rank is started and without taking the lock.
+        """Check the directory's files before any rank starts, without taking the lock.
 
         Returns:
-            Where the run is complete (its last checkpoint, its summary and its export are there), a line that
-            says so; else None.
+            A line for the user if the run is complete (last checkpoint, summary and export exist), else None.
 
         Raises:
-            UserError: the run was started with other values of what changes the training.
+            UserError: the run was started with other values of fields that affect training.
         """
         if not self.config_path.exists():
             return None
@@ -132,12 +132,12 @@ class RunDirectory:
         if not (saved and saved[-1] >= steps and exported and self.summary_path.exists()):
             return None
         return (
-            f"{self.path}: complete, {saved[-1]} of {steps} steps. A larger training.num_steps goes on from "
-            f"here, another run.dir starts afresh. Report: {self.report_path}"
+            f"{self.path}: complete, {saved[-1]} of {steps} steps. Increase training.num_steps to continue, "
+            f"or set another run.dir to start afresh. Report: {self.report_path}"
         )
 
     def close(self) -> None:
-        """Close metrics.jsonl and give the lock back. Safe to call twice."""
+        """Close metrics.jsonl and release the lock. Safe to call twice."""
         for handle in (self._metrics, self._lock):
             if handle is not None:
                 handle.close()
@@ -152,8 +152,8 @@ class RunDirectory:
         self.close()
 
     def _take_lock(self) -> None:
-        # POSIX record locks rather than flock: they belong to the process, so a forked child that
-        # outlives a killed trainer does not keep the directory locked.
+        # POSIX record locks, not flock: they belong to the process, so a forked child that outlives a
+        # killed trainer does not keep the directory locked.
         lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until close())
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,17 +189,17 @@ class RunDirectory:
             differing = {field: text for field, text in differing.items() if field in known}
         free = [text for field, text in differing.items() if _is_free(field)]
         binding = [text for field, text in differing.items() if not _is_free(field)]
-        # A run that has neither trained a step nor saved one has nothing that new values could spoil.
+        # Before the first logged step or checkpoint any value may change.
         has_begun = bool(self.checkpoint_steps()) or bool(read_metrics(self.path))
         if binding and has_begun:
             raise UserError(
                 f"run.dir: {self.path} was started with other values: {'; '.join(binding)}. "
-                "Set a new run.dir to start afresh, or restore the old values to go on"
+                "Set a new run.dir to start afresh, or restore the old values to resume"
             )
         return free + binding
 
     def _remove_leftovers(self) -> None:
-        """Delete what an interrupted save, deletion or atomic write left behind (we hold the lock)."""
+        """Delete the remains of an interrupted save, deletion or atomic write (the lock is held)."""
         for folder in (self.path, self.samples_path, self.evaluations_path, self.checkpoints_path):
             for pattern in (".*.tmp", ".step_*.partial", ".step_*.deleted"):
                 for leftover in folder.glob(pattern):
@@ -208,14 +208,13 @@ class RunDirectory:
     # --- metrics and samples ---------------------------------------------------------------------
 
     def start_after(self, step: int | None) -> None:
-        """Forget what lies beyond ``step``, the last one the loaded checkpoint contains.
+        """Delete metrics, samples and evaluations after ``step``, the last step of the loaded checkpoint.
 
-        metrics.jsonl loses, in one atomic replacement, every line with a larger step and a line that a
-        killed process wrote half; samples and evaluations of later steps go too. None starts from the
-        beginning and forgets all. Call it once, before the first ``append_metrics``, on a fresh run too.
+        metrics.jsonl is replaced atomically, without later steps and without a half-written last line. None
+        starts from the beginning. Call it once before the first ``append_metrics``, for a new run too.
 
         Raises:
-            UserError: metrics.jsonl has a line, other than its last, that is not a JSON object with a step.
+            UserError: a line of metrics.jsonl, other than the last, is not a JSON object with a step.
         """
         assert self._lock is not None, "open() the run directory first"
         last = -1 if step is None else step
@@ -230,10 +229,10 @@ class RunDirectory:
         self._metrics = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 (close() closes it)
 
     def append_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line ``{"step": step, **values}`` and put it on disk.
+        """Append the line ``{"step": step, **values}`` and flush it to disk.
 
         Lines are strict JSON: non-finite values become the strings "NaN", "Infinity", "-Infinity", which
-        ``float`` reads. Further values of the same step (an evaluation after it) are a second line.
+        ``float`` accepts. Later values of the same step (an evaluation) are a second line.
         """
         assert self._metrics is not None, "call start_after() before the first step"
         self._metrics.write(_to_json_line({"step": step, **values}))
@@ -243,9 +242,9 @@ class RunDirectory:
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> Path:
         """Write samples/step_N.jsonl atomically.
 
-        Keys the report shows: step, prompt_index, prompt, response, answer, reward, advantage,
-        finish_reason, policy_version, num_response_tokens, info, and optionally rollout_logprobs [N] with
-        response_tokens [N] (each token's text).
+        The report shows these keys: step, prompt_index, prompt, response, answer, reward, advantage,
+        finish_reason, policy_version, num_response_tokens, info, and optionally rollout_logprobs [N] and
+        response_tokens [N] (text of each token).
         """
         path = self.samples_path / f"step_{step}.jsonl"
         write_atomically(path, "".join(_to_json_line(sample) for sample in samples))
@@ -265,27 +264,27 @@ class RunDirectory:
     # --- checkpoints -----------------------------------------------------------------------------
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         if not self.checkpoints_path.is_dir():
             return []
         matches = (_CHECKPOINT_NAME.fullmatch(path.name) for path in self.checkpoints_path.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the complete checkpoint of a step lies."""
+        """Return the path of the complete checkpoint of a step."""
         return self.checkpoints_path / f"step_{step}"
 
     def partial_checkpoint_path(self, step: int) -> Path:
-        """Where all ranks write the checkpoint of a step before rank 0 commits it."""
+        """Return the path that all ranks write a checkpoint to, until rank 0 commits it."""
         return self.checkpoints_path / f".step_{step}.partial"
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, or None. Interrupted saves are never seen."""
+        """Return the path of the newest complete checkpoint, or None. Interrupted saves are ignored."""
         steps = self.checkpoint_steps()
         return self.checkpoint_path(steps[-1]) if steps else None
 
     def set_aside(self, step: int) -> Path:
-        """Rank 0: take a damaged checkpoint out of the list; returns where it is kept."""
+        """Rank 0: rename a damaged checkpoint to step_N.damaged and return its new path."""
         path = self.checkpoint_path(step)
         names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
         kept = next(each for each in map(path.with_name, names) if not each.exists())
@@ -294,7 +293,7 @@ class RunDirectory:
         return kept
 
     def begin_checkpoint(self, step: int) -> Path:
-        """Rank 0, before the others write: an empty directory at ``partial_checkpoint_path(step)``."""
+        """Rank 0, before the others write: create an empty ``partial_checkpoint_path(step)``."""
         assert not self.checkpoint_path(step).exists(), f"step {step} is already saved in {self.path}"
         partial = self.partial_checkpoint_path(step)
         if partial.exists():
@@ -303,7 +302,7 @@ class RunDirectory:
         return partial
 
     def commit_checkpoint(self, step: int) -> Path:
-        """Rank 0, after every rank has written: flush all files to disk, then rename into place."""
+        """Rank 0, after all ranks have written: flush files to disk, rename into place, return the path."""
         partial, complete = self.partial_checkpoint_path(step), self.checkpoint_path(step)
         for folder, _, names in os.walk(partial):
             for name in names:
@@ -314,14 +313,14 @@ class RunDirectory:
         return complete
 
     def prune(self, keep: int, protect: Collection[int] = ()) -> list[int]:
-        """Delete all but the ``keep`` newest complete checkpoints and those of the steps ``protect``.
+        """Delete complete checkpoints except the ``keep`` newest and those of the steps ``protect``.
 
         Returns the deleted steps.
         """
         assert keep >= 1
         steps = [step for step in self.checkpoint_steps()[:-keep] if step not in protect]
         for step in steps:
-            # Renamed first: a deletion that is cut short must not look like a checkpoint.
+            # Rename first: an interrupted deletion must not look like a checkpoint.
             doomed = self.checkpoints_path / f".step_{step}.deleted"
             os.rename(self.checkpoint_path(step), doomed)
             shutil.rmtree(doomed)
@@ -329,7 +328,7 @@ class RunDirectory:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl as written; a half-written last line is left out.
+    """Read metrics.jsonl, without a half-written last line; [] if the file does not exist.
 
     Raises:
         UserError: another line is not a JSON object with an integer step.
@@ -355,9 +354,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: readers, and a crash at any moment, see the old or the new file whole."""
+    """Replace the contents of ``path``; readers and a crash see either the old or the new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Text of a broken tokenizer may hold lone surrogates; "\ud83d" is what JSON would write for one.
+    # Decoded text may contain lone surrogates; JSON would write "\ud83d" for one.
     with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(text)
         handle.flush()
@@ -375,7 +374,7 @@ def _fsync(path: Path) -> None:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """``json.dumps`` that writes strict JSON: see :func:`strict_json` for non-finite numbers."""
+    """Dump strict JSON; non-finite numbers become strings (:func:`strict_json`)."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:  # a non-finite number: rare, and looking for one costs more than writing
@@ -387,7 +386,7 @@ def _to_json_line(values: Mapping[str, Any]) -> str:
 
 
 def strict_json(value: Any) -> Any:
-    """Non-finite floats as strings, since JSON has no NaN and browsers refuse to read one."""
+    """Replace non-finite floats by strings, since JSON has no NaN and browsers reject it."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
@@ -413,7 +412,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """Differing fields by dotted name, each with a text "field (was x, now y)"."""
+    """Return dotted name -> "field (was x, now y)" of the differing fields."""
     old_flat, new_flat = _flatten(old), _flatten(new)
     texts = {}
     for field in [*new_flat, *(field for field in old_flat if field not in new_flat)]:

@@ -1,4 +1,4 @@
-"""`megarl doctor` on machines that lack something."""
+"""`megarl doctor` on machines with missing parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cpuinfo(flags: str) -> str:
 )
 def test_instructions_decide_on_the_fast_type(flags: str, level: str, shown: str):
     name, instructions = doctor.processor_findings(cpuinfo(flags), 2)
-    assert name.found == "Some CPU @ 2 GHz, 2 cores to use"
+    assert name.found == "Some CPU @ 2 GHz, 2 cores available"
     assert (instructions.level, instructions.found) == (level, shown)
 
 

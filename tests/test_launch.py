@@ -119,7 +119,7 @@ def test_world_size() -> None:
         world_size({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"})
     message = "WORLD_SIZE is 2 but LOCAL_RANK, MASTER_PORT not set; start ranks with torchrun or srun"
     assert str(caught.value) == message
-    with pytest.raises(UserError, match="WORLD_SIZE: expected a whole number >= 1"):
+    with pytest.raises(UserError, match="WORLD_SIZE: expected an integer >= 1"):
         world_size({"WORLD_SIZE": "two"})
 
 

@@ -32,21 +32,21 @@ megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 data.train.a
 megarl grpo --config configs/quickstart_grpo.yaml --dry-run      # print the resolved configuration and stop
 ```
 
-- **Types** are those of YAML 1.2: `1e-5` is a number, `true` and `false` are the booleans, `on`, `off`, `yes`
-  and `no` are strings. A string is never read as a number, nor a number as a string; an integer may stand for
-  a number. A key given twice is an error.
-- **Overrides** are `section.key=value`; later ones win. Where a string is wanted the value is taken as it
-  stands (in quotes, YAML escapes work: `'data.format.prompt_suffix="\\nAnswer:"'`); elsewhere it is YAML:
-  `logging.wandb=null`, `'data.held_out={source: jsonl, path: test.jsonl}'`. A whole section is replaced,
-  not merged.
-- **Environment variables** are put in for `${NAME}` and `${NAME:-default}`; outside quotes the result is
-  read as if it had been written there, so that `${STEPS:-10}` is a number. `$${` stands for a plain `${`.
-  A variable that is not set and has no default is an error.
+- **Types** follow YAML 1.2: `1e-5` is a number, `true` and `false` are booleans, `on`, `off`, `yes` and `no`
+  are strings. Strings and numbers are not converted into each other; an integer is accepted as a number. A
+  repeated key is an error.
+- **Overrides** have the form `section.key=value`; later ones win. For a string setting the value is taken
+  literally (in quotes, YAML escapes work: `'data.format.prompt_suffix="\\nAnswer:"'`), else it is parsed as
+  YAML: `logging.wandb=null`, `'data.held_out={source: jsonl, path: test.jsonl}'`. A section is replaced, not
+  merged.
+- **Environment variables** replace `${NAME}` and `${NAME:-default}`. Outside quotes the result has its YAML
+  type, so `${STEPS:-10}` is a number. `$${` is a literal `${`. A variable that is unset and has no default is
+  an error.
 - **Paths** are relative to the current directory.
-- **Mistakes** are reported all at once, a line each, with file and line; the exit code is 2 and nothing
-  has been started. Combinations that cannot work (say, `sequence_parallel` without tensor parallelism) and
-  missing files are reported with them.
-- The run directory keeps the resolved configuration in `config.yaml`; it can be used as a `--config` file.
+- **Errors** are reported all together before anything starts, one line each with file and line, invalid
+  combinations (e.g. `sequence_parallel` without tensor parallelism) and missing files included. The exit code
+  is 2.
+- The run directory holds the resolved configuration, `config.yaml`; it is a valid `--config` file.
 """
 
 

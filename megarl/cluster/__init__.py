@@ -1,1 +1,1 @@
-"""The processes around the trainer: Ray here, launchers later."""
+"""Processes and hosts: Ray, collectives of the control group, heartbeats, devices, environment variables."""

@@ -1,9 +1,9 @@
-"""Control between ranks: Python values that go around, barriers, and tensors on their way to disk.
+"""Collectives of the control group: Python values, barriers, and tensors to be written to disk.
 
-All of it runs over gloo, in a group of its own, on every platform; NCCL carries the tensors of a step and
-nothing else. A collective of NCCL that waits is a kernel that spins on a GPU, and while the other ranks wait
-for rank 0's rollout the engine needs that GPU. It also gives up after its group's timeout, though a rollout
-may take any time. Here a wait has no limit: the heartbeat finds ranks that are gone or stuck.
+They use a separate gloo group on every platform; NCCL carries the tensors of a step only. A waiting NCCL
+collective is a kernel that spins on the GPU, which the engine needs while other ranks wait for rank 0's
+rollout, and it fails after the group's timeout, although a rollout has no time limit. These collectives have
+no timeout: heartbeats detect dead or stuck ranks.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _groups: list[dist.ProcessGroup] = []  # one between join() and leave()
 
 
 def join() -> None:
-    """Make the group; every rank calls it, when the default process group is there."""
-    assert not _groups, "the control group is there already"
+    """Create the group; collective, after the default process group has been initialised."""
+    assert not _groups, "the control group exists already"
     if dist.get_world_size() > 1:
         _groups.append(dist.new_group(backend="gloo", timeout=_NO_LIMIT))
 
 
 def leave() -> None:
-    """Forget the group; it ends with the default one."""
+    """Drop the group; it is destroyed with the default one."""
     _groups.clear()
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank (picklable)."""
+    """All-gather a picklable value: return the values of all ranks, in rank order."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -48,7 +48,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_to_first_rank(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on rank 0 (picklable); an empty list elsewhere."""
+    """Gather a picklable value to rank 0: return all values in rank order there, [] elsewhere."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -57,7 +57,7 @@ def gather_to_first_rank(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value on every rank (picklable; other ranks pass anything)."""
+    """Broadcast a picklable value: return rank 0's (the argument of other ranks is ignored)."""
     if dist.get_world_size() == 1:
         return value
     box = [value]
@@ -66,10 +66,10 @@ def broadcast(value: Any) -> Any:
 
 
 def from_first_rank(make: Callable[[], Result]) -> Result:
-    """What ``make`` returns on rank 0, on every rank (picklable); the others do not call it.
+    """Call ``make`` on rank 0 only and broadcast its (picklable) result.
 
     Raises:
-        UserError: ``make`` did. Every rank ends with it, instead of waiting for a rank that is gone.
+        UserError: ``make`` raised it on rank 0; raised on every rank, so that none waits for rank 0.
     """
     if dist.get_world_size() == 1:
         return make()
@@ -88,10 +88,10 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
 
 
 def on_first_rank(make: Callable[[], Result]) -> Result | None:
-    """What ``make`` returns, on rank 0 alone, which alone calls it; None elsewhere.
+    """Call ``make`` on rank 0 only; return its result there, None elsewhere.
 
     Raises:
-        UserError: ``make`` did, as in :func:`from_first_rank`.
+        UserError: as in :func:`from_first_rank`.
     """
     kept: list[Result] = []
     from_first_rank(lambda: kept.append(make()))
@@ -99,41 +99,41 @@ def on_first_rank(make: Callable[[], Result]) -> Result | None:
 
 
 def barrier() -> None:
-    """Return when every rank has called it. A broadcast's source need not wait for the others."""
+    """Return when every rank has called it; unlike a broadcast, whose source need not wait."""
     gather(None)
 
 
 def wait_for_devices() -> None:
-    """Return when all that every rank has launched on its device is done.
+    """Return when the devices of all ranks have finished all launched work.
 
-    Between ranks alone the order of their streams would do. An engine is another process: it sees device
-    memory as it is, and reads that of every rank.
+    Stream order is enough between ranks, but not for an engine: it is another process and reads the device
+    memory of every rank.
     """
     platform.synchronize()
     barrier()
 
 
 def send_to_first_rank(tensor: torch.Tensor) -> None:
-    """Give a tensor in host memory to rank 0, which calls :func:`receive` for it; not called by rank 0."""
+    """Send a tensor in host memory to rank 0, which calls :func:`receive`; not called by rank 0."""
     dist.send(tensor.contiguous(), dst=0, group=_groups[0])
 
 
 def receive(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """On rank 0: the next tensor that ``rank`` sends, of this shape and type, in host memory."""
+    """On rank 0: receive the next tensor from ``rank``, of this shape and dtype, into host memory."""
     tensor = torch.empty(shape, dtype=dtype)
     dist.recv(tensor, src=rank, group=_groups[0])
     return tensor
 
 
-# --- arrays: raw bytes, of which only names, types and shapes are pickled ---------------------------------
+# --- arrays as raw bytes; only names, dtypes and shapes are pickled ---------------------------------------
 
-_ALIGNMENT = 8  # bytes: no array begins at an odd place
+_ALIGNMENT = 8  # bytes, of each array in a message
 
 
 def send_arrays(arrays: Mapping[str, np.ndarray | None], to: int) -> int:
-    """Send named arrays (None: absent) to rank ``to``, which calls :func:`receive_arrays`; returns the bytes.
+    """Send named arrays (None: absent) to rank ``to``, which calls :func:`receive_arrays`.
 
-    Two messages: the sizes, and everything else in one buffer.
+    Two messages: the sizes, then one buffer. Returns the number of array bytes.
     """
     message, header, num_bytes = packed_arrays(arrays)
     dist.send(torch.tensor([len(message), header]), dst=to, group=_groups[0])
@@ -142,7 +142,7 @@ def send_arrays(arrays: Mapping[str, np.ndarray | None], to: int) -> int:
 
 
 def receive_arrays(source: int) -> dict[str, np.ndarray]:
-    """The next arrays that rank ``source`` sends to this one; views of one buffer."""
+    """Receive the next arrays from rank ``source``, as views of one buffer."""
     sizes = torch.empty(2, dtype=torch.int64)
     dist.recv(sizes, src=source, group=_groups[0])
     length, header = sizes.tolist()
@@ -152,7 +152,7 @@ def receive_arrays(source: int) -> dict[str, np.ndarray]:
 
 
 def broadcast_arrays(arrays: Mapping[str, np.ndarray | None] | None) -> dict[str, np.ndarray]:
-    """Rank 0's named arrays on every rank (other ranks pass anything)."""
+    """Broadcast rank 0's named arrays (the argument of other ranks is ignored)."""
     if dist.get_world_size() == 1:
         assert arrays is not None
         return {name: values for name, values in arrays.items() if values is not None}
@@ -167,7 +167,7 @@ def broadcast_arrays(arrays: Mapping[str, np.ndarray | None] | None) -> dict[str
 
 
 def packed_arrays(arrays: Mapping[str, np.ndarray | None]) -> tuple[np.ndarray, int, int]:
-    """One message of bytes, how many of them are its header, and how many the arrays themselves have."""
+    """Pack arrays into one message; return it, the length of its header and the array bytes."""
     given = {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
     header = pickle.dumps([(name, values.dtype.str, values.shape) for name, values in given.items()])
     header += bytes(-len(header) % _ALIGNMENT)
@@ -179,7 +179,7 @@ def packed_arrays(arrays: Mapping[str, np.ndarray | None]) -> tuple[np.ndarray, 
 
 
 def unpacked_arrays(message: np.ndarray, header: int) -> dict[str, np.ndarray]:
-    """The arrays of a message, as views of it."""
+    """Return the arrays of a message, as views of it."""
     arrays, start = {}, header
     for name, dtype, shape in pickle.loads(message[:header].tobytes()):
         size = np.dtype(dtype).itemsize * int(np.prod(shape))

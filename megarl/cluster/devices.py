@@ -1,4 +1,4 @@
-"""GPUs as a run will meet them: what the driver says, and what would stop ranks, before they start."""
+"""GPUs of this machine: driver version, and checks before ranks start."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from megarl.errors import UserError
 
 _NVML = "libnvidia-ml.so.1"
-# The first driver branch for a major version of CUDA; older drivers run nothing that was built for it.
+# First driver branch that supports a major version of CUDA.
 _FIRST_DRIVER = {12: 525, 13: 580}
 _CPU = "MEGARL_PLATFORM=cpu trains without a GPU"
 
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """NVIDIA's driver of this machine: its version, the newest CUDA it runs, and the GPUs it has."""
+    """NVIDIA's driver: its version, the newest CUDA it supports, and the number of GPUs."""
 
     version: str
     cuda: tuple[int, int]
@@ -28,7 +28,7 @@ class Driver:
         return f"driver {self.version}, for CUDA up to {self.cuda[0]}.{self.cuda[1]}"
 
     def problem(self, built_for: str) -> str | None:
-        """Why what was built for this CUDA version ("13.0") cannot run; None where it can."""
+        """Return why code built for this CUDA version ("13.0") cannot run, or None."""
         major = int(built_for.partition(".")[0])
         if self.cuda[0] >= major:
             return None
@@ -37,10 +37,10 @@ class Driver:
 
 
 def find_driver() -> Driver | None:
-    """The driver that is loaded, asked through NVML, which needs no CUDA; None where there is none."""
+    """Query the loaded driver through NVML, which needs no CUDA; None without a driver."""
     try:
         nvml = ctypes.CDLL(_NVML)
-        if nvml.nvmlInit_v2() != 0:  # the library is installed, the kernel's module is not loaded
+        if nvml.nvmlInit_v2() != 0:  # the library is installed, the kernel module is not loaded
             return None
     except (OSError, AttributeError):
         return None
@@ -59,10 +59,10 @@ def find_driver() -> Driver | None:
 
 
 def check_devices(num_ranks: int, environ: Mapping[str, str] = os.environ) -> None:
-    """Whether ``num_ranks`` trainer ranks of this machine have what they need of its GPUs.
+    """Check the GPUs for ``num_ranks`` trainer ranks on this machine.
 
-    A machine without GPUs, a torch without CUDA, no visible device and MEGARL_PLATFORM=cpu are a choice: the
-    run is the CPU's. GPUs that cannot be used are not. torch is only imported where there is a driver.
+    Without GPUs, with a CPU build of torch, without visible devices and with MEGARL_PLATFORM=cpu the run uses
+    the CPU. GPUs that cannot be used are an error. torch is imported only if there is a driver.
 
     Raises:
         UserError: the driver is too old or CUDA fails, there are more ranks than GPUs, a GPU is listed twice,
@@ -82,7 +82,7 @@ def check_devices(num_ranks: int, environ: Mapping[str, str] = os.environ) -> No
     for name, count in Counter(names or []).items():
         if count > 1:
             raise UserError(
-                f"CUDA_VISIBLE_DEVICES: lists {name} {count} times (got {visible}); ranks share no GPU"
+                f"CUDA_VISIBLE_DEVICES: lists {name} {count} times (got {visible}); ranks cannot share a GPU"
             )
     if not torch.cuda.is_available():
         problem = driver.problem(torch.version.cuda) or (
@@ -93,7 +93,7 @@ def check_devices(num_ranks: int, environ: Mapping[str, str] = os.environ) -> No
         where = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environ else "parallel.num_processes"
         shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise UserError(
-            f"{where}: {num_ranks} ranks need {num_ranks} GPUs in view of each, this machine shows "
+            f"{where}: {num_ranks} ranks need {num_ranks} visible GPUs, this machine has "
             f"{torch.cuda.device_count()}{shown}; NCCL takes one rank per GPU; {_CPU}"
         )
     if not has_cuda_kernels():
@@ -103,7 +103,7 @@ def check_devices(num_ranks: int, environ: Mapping[str, str] = os.environ) -> No
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the native extension was built with nvcc."""
+    """Return whether the native extension was built with nvcc."""
     import torch
 
     import megarl.ops  # noqa: F401  (loads it)
@@ -112,11 +112,11 @@ def has_cuda_kernels() -> bool:
 
 
 def _cuda_error() -> str:
-    """What CUDA says when it is started, in a line."""
+    """Return the error of CUDA's initialisation, in one line."""
     import torch
 
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return str(error).splitlines()[0]
-    return "it says no reason"
+    return "no reason given"

@@ -1,10 +1,10 @@
-"""What every rank of a run is doing, in files of the run directory, and the end of runs that hang.
+"""Heartbeats of the ranks of a run, as files, and detection of dead or hung ranks.
 
-``<run.dir>/ranks/rank_00003.json`` says who rank 3 is (host, process), which step it is in, its stack of
-phases and since when nothing was finished; ``rank_00003.traceback`` is written when it hangs, fails or
-crashes. A thread of each rank writes its own file and watches the next rank's (rank 0 is next to the last).
-Whoever finds a rank gone, or all ranks silent for ``run.hang_timeout_seconds``, writes ``failure.txt``,
-prints it and ends its process; launchers then end the other ranks.
+``<run.dir>/ranks/rank_00003.json`` has rank 3's host, process, step, stack of phases and time since its last
+progress; ``rank_00003.traceback`` is written when it hangs, fails or crashes. A thread of each rank writes
+its file and watches the next rank's (rank 0's is next to the last). The rank that finds a dead rank, or no
+progress on any rank for ``run.hang_timeout_seconds``, writes ``failure.txt``, prints it and exits; launchers
+then stop the other ranks.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from megarl.errors import UserError
 
 FAILURE_FILE = "failure.txt"
 _TRACEBACK_LINES = 40
-_STEP_SECONDS = 1.0  # the least between two signs of life because of a new step
-_LOOK_SECONDS = 1.0  # after the error of a collective: its cause is dead already
+_STEP_SECONDS = 1.0  # minimum interval between heartbeats caused by a new step
+_LOOK_SECONDS = 1.0  # search for dead ranks after an error, e.g. of a collective
 
 
 class Heartbeat:
-    """Signs of life of one rank, and a look at the others'.
+    """Writes the heartbeat of one rank and watches the others.
 
     Args:
-        folder: <run.dir>/ranks, on a file system that all ranks see.
-        rank, world_size: who this is.
-        timeout: seconds without a sign of life, or without progress of any rank, that end the run.
-        activity: the open phases and a number that grows with progress.
+        folder: <run.dir>/ranks, on a file system that all ranks share.
+        rank, world_size: of this process.
+        timeout: seconds without a heartbeat, or without progress on any rank, after which the run stops.
+        activity: returns the open phases and a counter of progress.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Heartbeat:
         self._beats, self._written = 0, 0.0
         self._state = "running"
         self._progress, self._moved = -1, time.monotonic()
-        self._seen: dict[int, tuple[int, float]] = {}  # rank -> its beats, when they were new here
+        self._seen: dict[int, tuple[int, float]] = {}  # rank -> its beats, and when they last changed
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._crashes: IO[str] | None = None
@@ -63,19 +63,19 @@ class Heartbeat:
 
     @property
     def step(self) -> int:
-        """The step that is being done; set by the run."""
+        """The current step; set by the run."""
         return self._step
 
     @step.setter
     def step(self, step: int) -> None:
         began, self._step = self._step == 0, step
-        # The file is to name the step, but not at the pace of steps of milliseconds.
+        # Keep the step in the file current, but limit the rate of writes for very short steps.
         if began or time.monotonic() - self._written > _STEP_SECONDS:
-            with self._bearing_with_the_disk():
+            with self._tolerate_disk_errors():
                 self._write()
 
     def start(self) -> None:
-        """Begin; the folder exists and has been emptied by rank 0."""
+        """Start; the folder exists and rank 0 has emptied it."""
         traceback_file(self._folder, self._rank).unlink(missing_ok=True)
         # A crash (SIGSEGV, SIGABRT ...) leaves its traceback here.
         self._crashes = traceback_file(self._folder, self._rank).open("w")
@@ -84,7 +84,7 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self, error: BaseException | None = None) -> None:
-        """End in order, or with the error that ends this rank; names ranks that went before it."""
+        """Stop, normally or with the error that ends this rank; report ranks that died before it."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -100,7 +100,7 @@ class Heartbeat:
         self._write()
         if error is None or isinstance(error, SystemExit | KeyboardInterrupt | UserError):
             return
-        if self._size == 1 or not self._look_for_the_dead():
+        if self._size == 1 or not self._report_dead_ranks():
             print(
                 f"error: {explain(self._folder, self._rank, 'failed', show_traceback=False)}", file=sys.stderr
             )
@@ -109,27 +109,27 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
-            with self._bearing_with_the_disk():
+            with self._tolerate_disk_errors():
                 self._write()
-            with self._bearing_with_the_disk():
+            with self._tolerate_disk_errors():
                 if not self._watch_next():
                     self._watch_progress()
 
     @contextmanager
-    def _bearing_with_the_disk(self) -> Iterator[None]:
+    def _tolerate_disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # the file system may be away for a moment
+        except OSError as error:  # the file system may be unavailable for a moment
             print(f"heartbeat of rank {self._rank}: {error}", file=sys.stderr)
 
     def _write(self) -> None:
         path = heartbeat_file(self._folder, self._rank)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with self._lock:
-            temporary.write_text(json.dumps(self._sign_of_life()))
+            temporary.write_text(json.dumps(self._beat()))
             os.replace(temporary, path)
 
-    def _sign_of_life(self) -> dict[str, Any]:
+    def _beat(self) -> dict[str, Any]:
         phases, progress = self._activity()
         now = self._written = time.monotonic()
         if progress != self._progress:
@@ -151,7 +151,7 @@ class Heartbeat:
     # --- the others ---------------------------------------------------------------------------
 
     def _watch_next(self) -> bool:
-        """End the run if the next rank is gone; whether it did (only in tests does that return)."""
+        """Stop the run if the next rank is dead or silent; return whether it did (only tests return)."""
         other = (self._rank + 1) % self._size
         if other == self._rank:
             return False
@@ -166,35 +166,35 @@ class Heartbeat:
         else:
             silent = now - since
         if is_dead(beat):
-            # Its launcher, or an error of a collective, may say more.
+            # Its launcher, or the error of a collective, may report more.
             if not self._stop.wait(2 * self._interval):
-                self._fail([other], "is gone")
+                self._fail([other], "has died")
             return True
         if silent > self._timeout:
-            self._fail([other], f"has given no sign of life for {silent:.0f} s")
+            self._fail([other], f"has sent no heartbeat for {silent:.0f} s")
             return True
         return False
 
     def _watch_progress(self) -> None:
-        """End the run if neither this rank nor any other has finished anything for too long."""
+        """Stop the run if no rank has made progress for too long."""
         if time.monotonic() - self._moved <= self._timeout:
             return
         self._dump_traceback()
         found = [read_heartbeat(self._folder, rank) for rank in range(self._size)]
         beats = [beat for beat in found if beat is not None and beat["state"] == "running"]
         if any(beat["quiet_seconds"] < self._timeout - 2 * self._interval for beat in beats):
-            return  # this rank waits for one that is at work, or that has lost its own signs of life
-        if not self._stop.wait(2 * self._interval):  # the others write their tracebacks too
-            self._fail(_odd_ones(beats), f"has finished nothing for {self._timeout:g} s")
+            return  # this rank waits for one that is working, or whose heartbeat has stopped
+        if not self._stop.wait(2 * self._interval):  # time for the others to write their tracebacks
+            self._fail(_stragglers(beats), f"has made no progress for {self._timeout:g} s")
 
-    def _look_for_the_dead(self) -> bool:
-        """After an error that may come from a rank that is no more: name that rank; whether there is one."""
+    def _report_dead_ranks(self) -> bool:
+        """After an error, report dead ranks that may have caused it; return whether there are any."""
         deadline = time.monotonic() + _LOOK_SECONDS
         while time.monotonic() < deadline:
             beats = [read_heartbeat(self._folder, rank) for rank in range(self._size)]
             dead = [b["rank"] for b in beats if b is not None and b["state"] == "running" and is_dead(b)]
             if dead:
-                report(self._folder, dead, "is gone")
+                report(self._folder, dead, "has died")
                 return True
             time.sleep(0.05)
         return False
@@ -211,7 +211,7 @@ class Heartbeat:
             before.close()
 
     def _fail(self, ranks: list[int], what: str) -> None:
-        self._dump_traceback()  # where this rank waits for those that are named
+        self._dump_traceback()  # shows where this rank waits for the failed ones
         report(self._folder, ranks, what)
         sys.stdout.flush()
         # Not an exception: the main thread may be inside a collective that never returns.
@@ -219,14 +219,14 @@ class Heartbeat:
 
 
 def clear(folder: Path) -> None:
-    """Rank 0, before any rank starts: an empty folder."""
+    """Rank 0, before any rank starts: create or empty the folder."""
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         path.unlink()
 
 
 def report(folder: Path, ranks: list[int], what: str) -> None:
-    """Say once per run which ranks ended it: into failure.txt, and to standard error."""
+    """Write the failed ranks to failure.txt and standard error, once per run."""
     try:
         with (folder / FAILURE_FILE).open("x") as file:
             text = "\n".join(explain(folder, rank, what) for rank in ranks) + _others(folder, ranks)
@@ -239,10 +239,10 @@ def report(folder: Path, ranks: list[int], what: str) -> None:
 
 
 def explain(folder: Path, rank: int, what: str, *, show_traceback: bool = True) -> str:
-    """One rank's name, what is wrong with it, its last phase and its traceback."""
+    """Describe a failed rank: its host and process, the failure, its last phase and its traceback."""
     beat = read_heartbeat(folder, rank)
     if beat is None:
-        return f"rank {rank} {what}; it had not begun its run"
+        return f"rank {rank} {what} before its run began"
     text = f"rank {rank} (host {beat['host']}, process {beat['pid']}) {what}; last seen {_where(beat)}"
     if not show_traceback:  # Python is about to print it
         return text
@@ -250,9 +250,9 @@ def explain(folder: Path, rank: int, what: str, *, show_traceback: bool = True) 
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     if lines:
         shown = lines[:_TRACEBACK_LINES]
-        rest = [f"... (all of it in {path})"] if len(lines) > len(shown) else []
+        rest = [f"... (full traceback: {path})"] if len(lines) > len(shown) else []
         return "\n  | ".join([text + ", with this traceback:", *shown, *rest])
-    return f"{text}; it has left no traceback"
+    return f"{text}; no traceback"
 
 
 def _where(beat: dict[str, Any]) -> str:
@@ -263,7 +263,7 @@ def _where(beat: dict[str, Any]) -> str:
 
 
 def _others(folder: Path, ranks: list[int]) -> str:
-    """Where the other ranks were, those in one place together."""
+    """Describe the phases of the other ranks, grouped."""
     places: dict[str, list[int]] = {}
     for path in sorted(folder.glob("rank_*.json")):
         rank = int(path.stem.removeprefix("rank_"))
@@ -276,7 +276,7 @@ def _others(folder: Path, ranks: list[int]) -> str:
 
 
 def _spans(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
+    """Format [0, 1, 2, 5] as "0-2, 5"."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and spans[-1][1] == rank - 1:
@@ -286,8 +286,8 @@ def _spans(ranks: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def _odd_ones(beats: list[dict[str, Any]]) -> list[int]:
-    """The ranks to look at first when all are silent: those in the place that fewest are in."""
+def _stragglers(beats: list[dict[str, Any]]) -> list[int]:
+    """Return the likely culprits when no rank progresses: those in the phase with the fewest ranks."""
     places: dict[tuple[Any, ...], list[int]] = {}
     for beat in beats:
         places.setdefault((beat["step"], *beat["phases"]), []).append(beat["rank"])
@@ -295,7 +295,7 @@ def _odd_ones(beats: list[dict[str, Any]]) -> list[int]:
 
 
 def is_dead(beat: dict[str, Any]) -> bool:
-    """Whether the process behind a heartbeat of this machine has ended; of other machines, False."""
+    """Return whether the process of a heartbeat on this machine has exited; False on other machines."""
     if beat["boot"] != _boot_id():
         return False
     try:
@@ -306,7 +306,7 @@ def is_dead(beat: dict[str, Any]) -> bool:
 
 
 def read_heartbeat(folder: Path, rank: int) -> dict[str, Any] | None:
-    """What a rank last said of itself; None where it has not said anything."""
+    """Read the last heartbeat of a rank; None if there is none."""
     try:
         values: dict[str, Any] = json.loads(heartbeat_file(folder, rank).read_text())
     except (OSError, json.JSONDecodeError):
@@ -315,17 +315,17 @@ def read_heartbeat(folder: Path, rank: int) -> dict[str, Any] | None:
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:
-    """Where a rank says what it is doing."""
+    """Return the path of a rank's heartbeat."""
     return folder / f"rank_{rank:05}.json"
 
 
 def traceback_file(folder: Path, rank: int) -> Path:
-    """Where a rank leaves its traceback when it hangs, fails or crashes."""
+    """Return the path of a rank's traceback, written when it hangs, fails or crashes."""
     return folder / f"rank_{rank:05}.traceback"
 
 
 def _boot_id() -> str:
-    """Equal in two processes that see each other in /proc."""
+    """Return an id that is equal in two processes that see each other in /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent, and shared memory that does not outlive its process."""
+"""Cleanup of child processes and shared memory after a killed process."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent() -> None:
-    """For ``preexec_fn``: SIGKILL to the child when the thread that started it ends."""
+    """For ``preexec_fn``: have the kernel send SIGKILL to the child when its parent thread exits."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def own_shared_memory() -> list[str]:
-    """Names of the segments of Python's ``multiprocessing.shared_memory`` that this process has mapped."""
+    """Return the names of mapped segments of Python's ``multiprocessing.shared_memory``."""
     maps = Path("/proc/self/maps").read_text()
     return sorted(set(re.findall(rf"{_SHARED_MEMORY}/(psm_\w+)", maps)))
 
 
 def unlink_shared_memory(names: Iterable[str]) -> None:
-    """Remove segments whose process was killed before it could; those it did remove are left alone."""
+    """Remove segments left by a killed process; missing ones are ignored."""
     for name in names:
         (_SHARED_MEMORY / name).unlink(missing_ok=True)

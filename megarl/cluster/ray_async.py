@@ -1,4 +1,4 @@
-"""Ray's answers on an event loop: the one bridge between its calls and what awaits them."""
+"""Await results of Ray calls on an event loop."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 END = object()
-"""After the last value of a stream."""
+"""Returned by :func:`next_of` after the last value."""
 
 
 async def answer(reference: Any, timeout: float | None = None) -> Any:
-    """The value of a Ray reference.
+    """Await the value of a Ray reference.
 
-    Raises TimeoutError after ``timeout`` seconds; else what the call raised (Ray's errors have ``cause``).
+    Raises TimeoutError after ``timeout`` seconds, else the error of the call (Ray's errors have ``cause``).
     """
     waiting = asyncio.wrap_future(reference.future())
     return await (waiting if timeout is None else asyncio.wait_for(waiting, timeout))
 
 
 async def next_of(generator: Any) -> Any:
-    """The next value of a call with ``num_returns="streaming"``; END after the last. Raises as answer."""
+    """Await the next value of a call with ``num_returns="streaming"``; END after the last."""
     try:
         reference = await anext(generator)
     except StopAsyncIteration:
@@ -31,13 +31,13 @@ async def next_of(generator: Any) -> Any:
 
 
 async def stream(generator: Any) -> AsyncIterator[Any]:
-    """All values of a call with ``num_returns="streaming"``, as they come."""
+    """Yield all values of a call with ``num_returns="streaming"``, as they arrive."""
     while (value := await next_of(generator)) is not END:
         yield value
 
 
 async def in_thread(call: Callable[[], T]) -> T:
-    """What a blocking ``call`` returns. Unlike asyncio's threads, this one lets the process end."""
+    """Run a blocking ``call`` in a daemon thread; unlike asyncio's, it does not keep the process alive."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -57,7 +57,7 @@ async def in_thread(call: Callable[[], T]) -> T:
             error = raised
         try:
             loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the loop is closed
             return
 
     threading.Thread(target=run, name="blocking call", daemon=True).start()

@@ -1,9 +1,8 @@
 """`launcher: ray`: trainer ranks on the nodes of a Ray cluster, one actor of a placement group each.
 
-An actor starts its rank as a process of its own (``python -m megarl.cli`` with RANK, WORLD_SIZE ...), the
-same that torchrun or srun would have started, hands signals and output on and ends with it: the rank knows
-nothing of Ray. The cluster is the one that RAY_ADDRESS names, and is waited for: nodes may join at any
-time. Without RAY_ADDRESS this machine is the cluster.
+An actor starts its rank as a subprocess (``python -m megarl.cli`` with RANK, WORLD_SIZE ...), as torchrun or
+srun would, forwards signals and output, and exits with it; the rank does not use Ray for this. RAY_ADDRESS
+selects the cluster, whose nodes may join at any time; without it this machine is the cluster.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from megarl.cluster.variables import forwarded, rank_threads
 from megarl.errors import UserError
 
 _WAIT_LINE_SECONDS = 30.0
-_GONE_EXIT_CODE = -signal.SIGKILL  # an actor that died took its rank with it
+_GONE_EXIT_CODE = -signal.SIGKILL  # the rank of a dead actor is killed too
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
-    """Where an actor has landed."""
+    """Node, address and GPUs of an actor."""
 
     node_id: str
-    address: str  # that other nodes reach it at
-    devices: tuple[int, ...]  # GPUs Ray gave it, empty on a CPU
+    address: str  # reachable from other nodes
+    devices: tuple[int, ...]  # GPUs assigned by Ray, empty on a CPU
 
 
 class RankActor:
-    """Body of the Ray actor: one rank's process. Calls come on several threads."""
+    """Ray actor that runs the process of one rank. Its methods are called on several threads."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def place(self) -> RankPlace:
-        """Where this actor runs."""
+        """Return the placement of this actor."""
         import ray
 
         context = ray.get_runtime_context()
@@ -53,13 +52,13 @@ class RankActor:
         return RankPlace(context.get_node_id(), ray.util.get_node_ip_address(), tuple(map(int, devices)))
 
     def free_port(self) -> int:
-        """A port of this node that nobody listens on."""
+        """Return a free port of this node."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
-        """Start the rank in ``folder``; its process id."""
+        """Start the rank in ``folder``; return its process id."""
         inherited = {name: value for name, value in os.environ.items() if not _is_rays_own(name)}
         threads = rank_threads(environment, int(environment["LOCAL_WORLD_SIZE"]))
         self._process = subprocess.Popen(
@@ -73,7 +72,7 @@ class RankActor:
         return self._process.pid
 
     def output(self) -> Iterator[bytes]:
-        """What the rank prints, as it prints it."""
+        """Yield the output of the rank as it is printed."""
         assert self._process is not None
         assert self._process.stdout is not None
         descriptor = self._process.stdout.fileno()
@@ -81,12 +80,12 @@ class RankActor:
             yield chunk
 
     def wait(self) -> int:
-        """The rank's exit code (-n after signal n), when it has ended."""
+        """Wait for the rank; return its exit code (-n after signal n)."""
         assert self._process is not None
         return self._process.wait()
 
     def send_signal(self, number: int) -> None:
-        """Hand a signal on."""
+        """Forward a signal to the rank."""
         if self._process is not None:
             self._process.send_signal(number)
 
@@ -103,7 +102,7 @@ class RayRank:
         self._printer.start()
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs; that of a SIGKILL where its actor or node is gone."""
+        """Return its exit code, None while it runs; that of SIGKILL if its actor or node has died."""
         import ray
         from ray.exceptions import RayError
 
@@ -116,7 +115,7 @@ class RayRank:
         return self._code
 
     def send_signal(self, number: int) -> None:
-        """Hand a signal on; an actor that does not answer is ended."""
+        """Forward a signal; SIGKILL kills the actor, and with it the rank."""
         import ray
 
         if self.poll() is not None:
@@ -134,25 +133,25 @@ class RayRank:
             for chunk in self._actor.output.options(num_returns="streaming").remote():
                 sys.stdout.buffer.write(ray.get(chunk))
                 sys.stdout.buffer.flush()
-        except RayError:  # poll tells
+        except RayError:  # poll() reports it
             return
 
 
 def start_ranks(num_ranks: int, arguments: Sequence[str], signalled: Sequence[int] = ()) -> list[RayRank]:
-    """Place ``num_ranks`` actors, a GPU each where the cluster has any, else a core each; start the ranks.
+    """Place ``num_ranks`` actors, with a GPU each if the cluster has GPUs, else a core; start the ranks.
 
-    Ranks of one node have neighbouring numbers, in the order of their GPUs. Returns when all have started,
-    or with none when a signal comes (``signalled`` is no longer empty) while nodes are waited for.
+    Ranks of a node have consecutive numbers, in the order of their GPUs. Returns when all have started, or []
+    if a signal arrives (``signalled`` is not empty) while waiting for nodes.
 
     Raises:
-        UserError: RAY_ADDRESS names a cluster that does not answer, or this machine has too few GPUs.
+        UserError: the cluster of RAY_ADDRESS does not answer, or this machine has too few GPUs.
     """
     import ray
 
     address = connect_ray(num_ranks)
     on_gpu = _wants_gpus()
     found = int(ray.cluster_resources().get("GPU", 0))
-    if on_gpu and started_here() and found < num_ranks:  # nobody joins this one
+    if on_gpu and started_here() and found < num_ranks:  # no node joins a local Ray
         raise UserError(
             f"parallel.num_processes: {num_ranks} ranks, but this machine's Ray has {found} GPUs; name a "
             "cluster in RAY_ADDRESS, or place ranks on cores with MEGARL_PLATFORM=cpu"
@@ -183,14 +182,14 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], signalled: Sequence[in
             ADDRESS_VARIABLE: address,
             NODE_VARIABLE: place.node_id,
         }
-        if on_gpu:  # all of the node's, so that LOCAL_RANK counts in them and engines see their neighbours'
+        if on_gpu:  # all GPUs of the node: LOCAL_RANK indexes them, and engines need those of other ranks
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(d) for p in here for d in p.devices)
         starts.append(actor.start.remote(list(arguments), environment, str(Path.cwd())))
     return [RayRank(actor, pid) for actor, pid in zip(actors, ray.get(starts), strict=True)]
 
 
 def _wants_gpus() -> bool:
-    """Whether ranks are placed on GPUs. Not what has joined counts, nodes with GPUs may still come."""
+    """Return whether ranks are placed on GPUs, even if no node with GPUs has joined yet."""
     import ray
 
     if os.environ.get("MEGARL_PLATFORM") == "cpu":
@@ -201,7 +200,7 @@ def _wants_gpus() -> bool:
 
 
 def _place(num_ranks: int, resource: str, signalled: Sequence[int]) -> list[Any]:
-    """Actors in a placement group, when enough nodes have joined."""
+    """Wait until enough nodes have joined; return actors in a placement group."""
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -236,7 +235,7 @@ def _place(num_ranks: int, resource: str, signalled: Sequence[int]) -> list[Any]
 
 
 def _node_order(places: Sequence[RankPlace]) -> dict[str, tuple[int, str]]:
-    """This machine's node first, since rank 0 writes the run directory and talks to the terminal."""
+    """Order nodes with this machine's first, since rank 0 writes the run directory and the terminal."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -244,10 +243,10 @@ def _node_order(places: Sequence[RankPlace]) -> dict[str, tuple[int, str]]:
 
 
 def _is_rays_own(name: str) -> bool:
-    """Whether a variable of a Ray worker is not meant for a rank, which may start a Ray of its own.
+    """Return whether a variable belongs to the Ray worker and must not reach the rank.
 
-    The credentials are: a rank joins the cluster, and one that is given an address does not look for them.
-    OMP_NUM_THREADS is what Ray found right for an actor that computes nothing.
+    Credentials (RAY_AUTH_*) must: a rank joins the cluster by its address. Ray sets OMP_NUM_THREADS for an
+    actor that does not compute.
     """
     return name == "OMP_NUM_THREADS" or (name.startswith("RAY_") and not name.startswith("RAY_AUTH_"))
 

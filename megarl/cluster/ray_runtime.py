@@ -1,8 +1,8 @@
 """One Ray runtime per driver process: a local one tied to the driver's life, or that of a cluster.
 
-Ray's own processes get the kernel's parent-death signal from ``ray.init`` and end with the thread
-that called it, so :func:`start_ray` belongs on the main thread. Workers end when their raylet does;
-its two agents would stay for a minute or more to report to a head that is gone, so a reaper ends them.
+Ray's processes get the kernel's parent-death signal in ``ray.init`` and exit with the thread that called it,
+so call :func:`start_ray` on the main thread. Workers exit with their raylet. Its two agents would keep trying
+to reach the dead head for a minute or more, so a reaper kills them.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from megarl.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Records cross by value and weights not at all, so the object store only needs Ray's minimum comfort.
+# Records are passed by value and weights not at all, so a small object store is enough.
 OBJECT_STORE_BYTES = 128 * 2**20
-# Set for ranks that run on a Ray cluster (`launcher: ray`): where it listens.
+# Set for ranks on a Ray cluster (`launcher: ray`): its address.
 ADDRESS_VARIABLE = "MEGARL_RAY_ADDRESS"
-# The same: the cluster's name of the rank's own node.
+# Likewise: Ray's id of the rank's node.
 NODE_VARIABLE = "MEGARL_RAY_NODE"
 _DIR_PREFIX = "megarl-ray-"
 _UNLINK_SECONDS = 30.0
-# Unix socket paths end at 107 bytes, and Ray's session directory takes about 75 of them.
+# Unix socket paths are limited to 107 bytes, of which Ray's session directory takes about 75.
 _MAX_TEMP_ROOT = 30
 
 
 @dataclass(frozen=True, slots=True)
 class _Session:
     temp_dir: Path
-    reaper: subprocess.Popen[bytes] | None  # of a Ray that was started here
+    reaper: subprocess.Popen[bytes] | None  # None for a cluster
 
 
 _sessions: list[_Session] = []  # one while Ray runs
 
 
 def start_ray(num_cpus: int | None = None) -> None:
-    """Start this driver's own Ray on this machine, or join the cluster its rank was placed on.
+    """Start a local Ray for this driver, or join the cluster its rank was placed on.
 
-    Does nothing when it runs already. ``num_cpus`` is what its actors may ask for; None is all cores.
+    Does nothing if it is running. ``num_cpus`` limits the CPUs of actors; None: all cores.
     """
     if _sessions:
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray's default of 15 leaves an engine a few percent of a core that anything else wants too.
+    # With Ray's default niceness of 15 an engine gets a few percent of a contended core.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
     temp_dir = make_temp_dir()
@@ -64,7 +64,7 @@ def start_ray(num_cpus: int | None = None) -> None:
         _sessions.append(_Session(temp_dir, None))
         return
     _init(
-        address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
+        address="local",  # not the cluster of RAY_ADDRESS: weights need this machine's memory
         num_cpus=num_cpus or os.cpu_count(),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
@@ -75,13 +75,13 @@ def start_ray(num_cpus: int | None = None) -> None:
 
 
 def connect_ray(num_cpus: int) -> str:
-    """Join the cluster that RAY_ADDRESS names, else start one of this machine alone.
+    """Join the cluster of RAY_ADDRESS, else start a local Ray with at least ``num_cpus`` cores.
 
-    That one offers at least ``num_cpus`` cores. Returns the address that processes join it at. A cluster
-    that is not named is not joined: Ray's own search takes any that runs here, other runs' too.
+    Returns the address of the cluster. Without RAY_ADDRESS no cluster is joined: Ray's own discovery would
+    take any that runs on this machine, including those of other runs.
 
     Raises:
-        UserError: RAY_ADDRESS is a Ray Client's address, or nobody answers there.
+        UserError: RAY_ADDRESS is a Ray Client address, or no cluster answers there.
     """
     import ray
 
@@ -105,28 +105,27 @@ def _init(**options: Any) -> None:
 
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    # Ray puts a crash reporter on SIGTERM, after which the driver could no longer end in order.
+    # Ray installs a crash reporter for SIGTERM, which would prevent an orderly exit of the driver.
     signal.signal(signal.SIGTERM, handler)
 
 
 def _end_unused_daemons() -> None:
-    """End the autoscaler, the log monitor and what is left of the dashboard: 190 MiB that serve nobody here.
+    """Stop the autoscaler, the log monitor and the rest of the dashboard, 190 MiB, which are not used here.
 
-    One machine does not grow, workers' logs are not sent to the driver, and there is no dashboard.
     ``ray.init`` has no options for the first two.
     """
     from ray._private import worker
 
     for name in ("monitor", "log_monitor", "dashboard"):
-        end = getattr(worker._global_node, f"kill_{name}", None)  # not Ray's public interface
+        end = getattr(worker._global_node, f"kill_{name}", None)  # private in Ray
         if end is not None:
             end(check_alive=False)
 
 
 def with_variables(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Options of an actor whose process starts with these environment variables.
+    """Return actor options that set these environment variables.
 
-    On a cluster, whose workers inherit nothing from here, also with those that a person has set for the run.
+    On a cluster, whose workers inherit nothing from this process, also the user's forwarded variables.
     """
     inherited = forwarded(os.environ) if ADDRESS_VARIABLE in os.environ else {}
     return {"runtime_env": {"env_vars": {**inherited, **variables}}}
@@ -135,12 +134,12 @@ def with_variables(variables: Mapping[str, str]) -> dict[str, Any]:
 def beside_ranks(
     node: str = "", devices: str = "", variables: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Options of an actor that shares memory with trainer ranks: their node, their GPUs in view.
+    """Return options of an actor that shares memory with trainer ranks: same node, their GPUs visible.
 
     Args:
-        node: Ray's name of it; "" is this process's.
-        devices: as CUDA_VISIBLE_DEVICES lists them; "" are those that this process sees.
-        variables: what else its environment starts with.
+        node: Ray's id of the node; "": the node of this process.
+        devices: in the format of CUDA_VISIBLE_DEVICES; "": those of this process.
+        variables: further environment variables.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -157,7 +156,7 @@ def beside_ranks(
 
 
 def unlink_on_node(names: list[str], node: str) -> None:
-    """Remove shared memory that killed processes of ``node`` ("" is this one's) have left there."""
+    """Remove shared memory left by killed processes on ``node`` ("": the node of this process)."""
     import ray
     from ray.exceptions import RayError
 
@@ -167,28 +166,28 @@ def unlink_on_node(names: list[str], node: str) -> None:
         task: Any = ray.remote(unlink_shared_memory)
         try:
             ray.get(task.options(num_cpus=0, **beside_ranks(node)).remote(names), timeout=_UNLINK_SECONDS)
-        except RayError as error:  # with the node its memory is gone
+        except RayError as error:  # a dead node has no memory to free
             log.warning("Shared memory on node %s was not removed: %s", node, error)
 
 
 def make_temp_dir() -> Path:
-    """A folder of this process, short enough for Ray; what killed processes have left is removed."""
+    """Create a temporary folder with a path short enough for Ray; remove those of dead processes."""
     _remove_stale_dirs()
     return Path(tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root()))
 
 
 def started_here() -> bool:
-    """Whether Ray runs for this driver alone, on this machine."""
+    """Return whether Ray is a local one started by this driver."""
     return bool(_sessions) and _sessions[0].reaper is not None
 
 
 def ray_temp_dir() -> Path:
-    """Where this driver's Ray keeps its files; removed by :func:`stop_ray` or by a later driver."""
+    """Return the folder of this driver's Ray; removed by :func:`stop_ray` or by a later driver."""
     return _sessions[0].temp_dir
 
 
 def stop_ray() -> None:
-    """Stop what :func:`start_ray` started and remove its files; does nothing when it does not run."""
+    """Stop Ray and remove its files; does nothing if it is not running."""
     if not _sessions:
         return
     import ray
@@ -202,9 +201,9 @@ def stop_ray() -> None:
 
 
 def _start_reaper(temp_dir: str) -> subprocess.Popen[bytes]:
-    """A shell that waits for the driver's end of a pipe to close, then ends the raylet's children.
+    """Start a shell that waits until the driver's pipe closes, then kills the raylet's children.
 
-    Ray's directory goes when they are gone.
+    It then removes Ray's directory.
     """
     raylets = [child for child in psutil.Process().children() if _name(child) == "raylet"]
     pids = [str(child.pid) for raylet in raylets for child in raylet.children()]
@@ -216,7 +215,7 @@ def _start_reaper(temp_dir: str) -> subprocess.Popen[bytes]:
 def _name(process: psutil.Process) -> str:
     try:
         return str(process.name())
-    except psutil.NoSuchProcess:  # a child of the driver that ended meanwhile
+    except psutil.NoSuchProcess:  # exited meanwhile
         return ""
 
 
@@ -226,7 +225,7 @@ def _temp_root() -> Path:
 
 
 def _remove_stale_dirs() -> None:
-    """Directories of drivers that were killed before they could tidy up."""
+    """Remove the directories of killed drivers."""
     for path in _temp_root().glob(f"{_DIR_PREFIX}*"):
         pid = path.name.removeprefix(_DIR_PREFIX).split("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and path.stat().st_uid == os.getuid():

@@ -33,17 +33,17 @@ class BenchmarkSource(Section):
     source: Literal["benchmark"]
     """Selects this kind of source."""
     name: BenchmarkName
-    """Which benchmark: its columns, its instruction to the model and how answers are judged."""
+    """The benchmark; it fixes the columns, the instruction to the model and the verifier."""
     directory: PathText | None = None
-    """Local copy: a directory as on the hub, or one parquet, JSONL or JSON file; null asks the hub."""
+    """Local copy: a directory laid out as on the hub, or one parquet, JSONL or JSON file; null: the hub."""
     hub: Text | None = None
-    """Hub name in place of the benchmark's usual one (docs/guides/eval.md), e.g. of a later AIME."""
+    """Hub name that replaces the benchmark's default (docs/guides/eval.md), e.g. of a later AIME."""
     subset: Text | None = None
-    """Configuration of the data set; null is the benchmark's usual one, e.g. gpqa_diamond."""
+    """Configuration of the dataset; null: the benchmark's default, e.g. gpqa_diamond."""
     split: Text | None = None
-    """Split; null is the benchmark's usual one."""
+    """Split; null: the benchmark's default."""
 
     @property
     def environment(self) -> MathEnvironmentConfig | MultipleChoiceConfig | CodeConfig:
-        """The verifier that judges its answers."""
+        """The verifier that scores the answers."""
         return _JUDGED_BY[self.name]

@@ -1,4 +1,4 @@
-"""When a run saves, how, and what it keeps."""
+"""Settings of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from megarl.config.section import NonNegativeInt, PositiveInt, Problems, Section
 
 
 class CheckpointConfig(Section):
-    """When to save, and how much to keep."""
+    """When checkpoints are saved and how many are kept."""
 
     interval: NonNegativeInt = 50
-    """Save every so many steps (and at the end); 0 saves only at the end."""
+    """Steps between checkpoints; one more is saved at the end. 0: only at the end."""
     keep: PositiveInt = 2
-    """Complete checkpoints to keep; older ones are deleted."""
+    """Number of complete checkpoints to keep; older ones are deleted."""
     keep_best_metric: Text | None = None
-    """Beside the newest, keep the checkpoint whose step had the best value of this metric (metrics.jsonl)."""
+    """Also keep the checkpoint of the step with the best value of this metric (names: metrics.jsonl)."""
     keep_best_mode: Literal["max", "min"] = "max"
-    """Whether the largest or the smallest value of keep_best_metric is the best."""
+    """Whether the largest or the smallest value of keep_best_metric is best."""
     async_save: bool = False
-    """Write in the background: a step waits only until its state is copied to host memory."""
+    """Write in the background; the step waits only for the copy to host memory."""
     save_optimizer: bool = True
-    """Without it a run cannot be resumed, only its weights used."""
+    """Save the optimizer state. If false, the run cannot be resumed; only its weights can be used."""
     export_hf: bool = True
-    """Write the final weights as a Hugging Face directory, <run.dir>/hf."""
+    """Export the final weights as a Hugging Face directory, <run.dir>/hf."""
 
     @rule
     def _best(self) -> Problems:
         if self.keep_best_metric is None and self.keep_best_mode != "max":
-            reason = "has nothing to compare: checkpoint.keep_best_metric is not set (got 'min')"
+            reason = "has no effect: checkpoint.keep_best_metric is not set (got 'min')"
             yield "keep_best_mode", reason, "keep_best_metric"

@@ -10,11 +10,11 @@ from megarl.config.section import NonNegativeInt, PositiveInt, Section
 
 
 class CurriculumConfig(Section):
-    """Levels that rise with measured accuracy: reasoning-gym's own for the task, from 0 on."""
+    """Raise a reasoning-gym task's level, from 0, as the policy's accuracy on it rises."""
 
     raise_at: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """The level rises when this share of the task's samples at that level was right."""
+    """Accuracy on the task at its current level at which the level rises."""
     min_samples: PositiveInt = 64
-    """Samples of the task at its level before it may rise; the share is over the latest so many."""
+    """Samples needed at the current level before it may rise; accuracy is over the latest min_samples."""
     max_level: NonNegativeInt | None = None
-    """Highest level; null: as high as the task goes."""
+    """Highest level; null: the task's highest."""

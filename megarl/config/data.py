@@ -1,8 +1,8 @@
-"""Where data comes from: problems, demonstrations, and what the sources of both have in common.
+"""Data sources of prompts and demonstrations, and the settings they share.
 
 A source is one of: ``reasoning_gym`` (generated), ``jsonl`` and ``file`` (files), ``hf`` (Hugging Face
-datasets), ``benchmark`` (problems only), or ``mixture``, which draws from several of these. Problems may also
-be made by an ``environment``.
+datasets), ``benchmark`` (prompts only), or ``mixture``, which draws from several of these. An ``environment``
+may also generate prompts.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ class ReasoningGymSource(Section):
     size: PositiveInt = 10_000
     """Number of problems."""
     seed: NonNegativeInt = 1
-    """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
+    """Problem i has the seed seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
     extract: Literal["response", "last_number"] = "response"
-    """What is scored: the response (its <answer> part where it has one), or the last number in that."""
+    """Text to score: the response (its <answer> part if it has one), or the last number in that."""
     partial_credit: bool = True
-    """Keep the task's scores below 1 (chain_sum gives 0.5 to 13 where 3 is right); false makes them 0."""
+    """Keep the task's scores below 1 (chain_sum scores 0.5 for 13 instead of 3); false: they become 0."""
 
     @property
     def problems(self) -> tuple[str, range]:
-        """What is made, and from which seeds."""
+        """The task and the seeds of its problems."""
         return self.task, range(self.seed, self.seed + self.size)
 
 
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
-"""Endings of the names of files that can be read."""
+"""Supported file name extensions."""
 
 
 class FileLocation(Section):
     """Rows of a file."""
 
     source: Literal["jsonl", "file"]
-    """jsonl reads a JSON object per line; file goes by the ending: .jsonl .json .parquet .csv .arrow."""
+    """jsonl: one JSON object per line; file: format by extension, .jsonl .json .parquet .csv .arrow."""
     path: PathText
     """The file."""
 
@@ -68,7 +68,7 @@ class FileLocation(Section):
     def _kind(self) -> Problems:
         if self.source == "file" and PurePath(self.path).suffix.lower() not in FILE_KINDS:
             kinds = ", ".join(FILE_KINDS)
-            yield "path", f"its name must end in {kinds}: that says how it is read (got {self.path!r})"
+            yield "path", f"its extension selects the format and must be one of {kinds} (got {self.path!r})"
 
 
 class HfLocation(Section):
@@ -77,36 +77,36 @@ class HfLocation(Section):
     source: Literal["hf"]
     """Selects this kind of source."""
     dataset: PathText
-    """Hub name, or a local directory: saved by save_to_disk, or with data files."""
+    """Hub name, or a local directory written by save_to_disk or holding data files."""
     subset: Text | None = None
-    """The dataset's configuration; null is its default."""
+    """The dataset's configuration; null: its default."""
     split: Text = "train"
-    """Split, slices included, e.g. train[:1000]."""
+    """Split; slices are allowed, e.g. train[:1000]."""
     revision: Text | None = None
-    """Git revision on the hub; null is the newest."""
+    """Git revision on the hub; null: the newest."""
 
     @property
     def rows(self) -> tuple[str | None, ...]:
-        """Which rows of which dataset."""
+        """Identity of the rows: dataset, subset, split, revision."""
         return self.dataset, self.subset, self.split, self.revision
 
 
 class PromptReasoningGymSource(ReasoningGymSource):
-    """Problems of a reasoning-gym task, their difficulty rising where asked for."""
+    """Problems of a reasoning-gym task, optionally of rising difficulty."""
 
     curriculum: CurriculumConfig | None = None
-    """Raise the task's level with the accuracy (data.train; saved with the run); null: arguments alone."""
+    """Raise the task's level with accuracy (data.train only; saved with the run); null: fixed arguments."""
 
 
 class PromptColumns(Section):
-    """Which columns make a problem."""
+    """Columns of a prompt source."""
 
     prompt_field: Text = "prompt"
-    """Field with the problem (a string, or a list of chat messages)."""
+    """Field with the prompt (a string, or a list of chat messages)."""
     answer_field: Text = "answer"
     """Field with the reference answer."""
     environment: EnvironmentConfig = MathEnvironmentConfig()
-    """How answers are judged."""
+    """The environment that scores responses."""
 
 
 class JsonlSource(PromptColumns, FileLocation):
@@ -123,12 +123,12 @@ PlainPromptSource = Annotated[
 
 
 class MixtureWeights(Section):
-    """Several sources, drawn from in given shares."""
+    """Several sources, mixed by weight."""
 
     source: Literal["mixture"]
     """Selects this kind of source."""
     weights: dict[str, PositiveFloat] | None = None
-    """Share of each source in what is drawn, by its name; null draws every row once per epoch."""
+    """Sampling weight of each source, by its name; null: every row once per epoch."""
 
     if TYPE_CHECKING:
         sources: Any
@@ -136,15 +136,15 @@ class MixtureWeights(Section):
     @rule
     def _every_source_once(self) -> Problems:
         if self.weights is not None and (differ := sorted(set(self.sources) ^ set(self.weights))):
-            reason = "must give each of the sources a weight, and nothing else (they differ in {})"
+            reason = "must have the same names as data sources (they differ in {})"
             yield "weights", reason.format(", ".join(differ))
 
 
 class PromptMixtureSource(MixtureWeights):
-    """Problems of several sources."""
+    """Prompts from several sources."""
 
     sources: Annotated[dict[str, PlainPromptSource], Field(min_length=2)]
-    """The sources by names of your choice; each is any other kind of source."""
+    """The sources, by names of your choice; each is of any other kind."""
 
 
 PromptSource = Annotated[
@@ -159,37 +159,37 @@ PromptSource = Annotated[
 
 
 class PromptFormat(Section):
-    """How a problem becomes prompt tokens."""
+    """Formatting of prompts."""
 
     chat_template: bool = True
-    """Apply the tokenizer's chat template; otherwise the bare problem text is the prompt."""
+    """Apply the tokenizer's chat template; false: the prompt is the bare text."""
     system_prompt: str | None = None
-    """System message placed first (chat template only)."""
+    """First message, with role system (needs the chat template)."""
     prompt_suffix: str = ""
-    """Text appended to every problem, e.g. an instruction on the answer's form."""
+    """Text appended to every prompt, e.g. an instruction on the form of the answer."""
 
     @rule
     def _system_prompt(self) -> Problems:
         if self.system_prompt is not None and not self.chat_template:
-            reason = "only a chat template has a place for it, and data.format.chat_template is false"
+            reason = "needs a chat template, but data.format.chat_template is false"
             yield "system_prompt", reason, "chat_template"
 
 
 class LengthFilter(Section):
-    """Which lengths are kept; what is dropped is counted and shown when a run starts."""
+    """Length limits; dropped rows are counted and reported when a run starts."""
 
     min_tokens: PositiveInt | None = None
-    """Drop what is shorter (problems: the prompt; preference pairs: the shorter of the two)."""
+    """Drop shorter rows (prompts: by prompt length; preference pairs: by the shorter response)."""
     max_tokens: PositiveInt | None = None
-    """Drop what is longer (preference pairs: the longer of the two)."""
+    """Drop longer rows (preference pairs: by the longer response)."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with that which the run's longest sequence cannot hold."""
+    """What to do with rows that exceed the run's longest sequence."""
 
     @rule
     def _lengths(self) -> Problems:
         low, high = self.min_tokens, self.max_tokens
         if low is not None and high is not None and low > high:
-            reason = f"larger than data.filter.max_tokens = {high}: nothing would be left (got {low})"
+            reason = f"larger than data.filter.max_tokens = {high}: every row would be dropped (got {low})"
             yield "min_tokens", reason, "max_tokens"
 
 
@@ -197,7 +197,7 @@ Split = Literal["train", "held_out"]
 
 
 def parts_of(source: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """The plain sources of a source, each with its place in the configuration; itself where it is plain."""
+    """Yield the members of a mixture, or the source itself, each with its configuration path."""
     if isinstance(source, MixtureWeights):
         for name, part in getattr(source, "sources", {}).items():
             yield f"{at}.sources.{name}", part
@@ -206,22 +206,22 @@ def parts_of(source: Any, at: str) -> Iterator[tuple[str, Any]]:
 
 
 class DataReading(Section):
-    """What happens to rows that cannot be used."""
+    """Treatment of rows that cannot be used."""
 
     on_bad_row: Literal["error", "skip"] = "error"
-    """A malformed row ends the command with the first three; skip leaves it out and reports the same."""
+    """error: stop at malformed rows and show the first three; skip: drop them with the same report."""
     filter: LengthFilter = LengthFilter()
-    """Which lengths are kept."""
+    """Length limits."""
 
     measured: ClassVar[tuple[Split, ...]] = ("held_out",)
-    """The splits that nothing is learned from."""
-    if TYPE_CHECKING:  # every kind of data has them, each with sources of its own
+    """The splits that are evaluated, never trained on."""
+    if TYPE_CHECKING:  # each data section has these, with its own types of source
         train: Any
         held_out: Any
         format: PromptFormat
 
     def curricula(self, split: Split) -> list[str]:
-        """Where the sources of a split ask for levels that rise."""
+        """Return the configuration paths of the curricula in a split."""
         found = parts_of(getattr(self, split), split)
         return [f"{at}.curriculum" for at, part in found if getattr(part, "curriculum", None) is not None]
 
@@ -232,34 +232,36 @@ class DataReading(Section):
                 yield from _overlap(train_at, train, at, held_out)
 
     @rule
-    def _measured_as_they_are(self) -> Problems:
+    def _fixed_held_out(self) -> Problems:
         for split in self.measured:
             if getattr(getattr(self, split), "weights", None) is not None:
-                yield f"{split}.weights", "held-out data is measured as it is: leave the weights out"
+                yield f"{split}.weights", "held-out data is evaluated once per row: remove the weights"
             for at in self.curricula(split):
-                yield at, "levels rise in training only: held-out problems stay the same"
+                yield at, "a curriculum applies to training only: held-out problems must stay the same"
 
     @rule
-    def _curriculum_makes_problems_anew(self) -> Problems:
+    def _no_filter_with_curriculum(self) -> Problems:
         if "train" in self.measured or (self.on_bad_row == "error" and self.filter == LengthFilter()):
             return
-        once = "choose among problems that are made once, at the start"
-        level = "those of a curriculum change with its level"
+        once = "select among problems generated once, at the start"
+        level = "a curriculum generates them anew at each level"
         for at in self.curricula("train"):
             reason = f"data.filter and data.on_bad_row = skip {once}; {level}"
             yield at, reason, "filter", "on_bad_row"
 
 
 def _overlap(train_at: str, train: Any, at: str, held_out: Any) -> Problems:
-    """The one rule on what training and held-out data may not share; texts that happen to be the same are
-    found when problems are compared (:attr:`megarl.data.prompts.PromptDataset.unseen`)."""
+    """Rule: training and held-out data come from different seeds, files or splits.
+
+    Equal texts in different sources are found later (:attr:`megarl.data.prompts.PromptDataset.unseen`).
+    """
     match train, held_out:
         case (ReasoningGymSource() | EnvironmentSource(), ReasoningGymSource() | EnvironmentSource()):
             (task, seeds), (other_task, other) = train.problems, held_out.problems
             shared = range(max(seeds.start, other.start), min(seeds.stop, other.stop))
             if task == other_task and shared:
-                # reasoning-gym makes problem i from the seed `seed + i`, so seeds close by share problems,
-                # and with other arguments still random streams.
+                # reasoning-gym generates problem i from the seed `seed + i`: overlapping seed ranges share
+                # problems, and with other arguments still share random streams.
                 both = f"{len(shared)} problems would be in both data.{train_at} and data.held_out"
                 use = f"problem i depends on seed + i only; use a seed >= {seeds.stop} (got {other.start})"
                 yield f"{at}.seed", f"{both}: {use}", f"{train_at}.seed", f"{train_at}.size"
@@ -272,51 +274,51 @@ def _overlap(train_at: str, train: Any, at: str, held_out: Any) -> Problems:
 
 
 class TrainingDataReading(DataReading):
-    """What happens to rows, and where their tokens are kept."""
+    """Treatment of rows, and the token cache."""
 
     cache_dir: PathText | None = None
-    """Keep tokenised rows here, by content of data, tokenizer and settings; null tokenises at every start."""
+    """Token cache, keyed by the content of data, tokenizer and settings; null: tokenise at every start."""
 
 
 class PromptDataConfig(DataReading):
-    """Problems to train on and to evaluate with."""
+    """Prompts for training and evaluation."""
 
     train: PromptSource
-    """Problems GRPO samples from."""
+    """Training prompts."""
     held_out: PromptSource | None = None
-    """Problems only evaluation sees."""
+    """Prompts for evaluation only."""
     format: PromptFormat = PromptFormat()
-    """How a problem becomes prompt tokens."""
+    """Formatting of prompts."""
     shuffle: bool = True
     """Shuffle once per epoch, by run.seed."""
 
 
 class EvalDataConfig(DataReading):
-    """Problems to judge answers to."""
+    """Prompts for evaluation."""
 
     measured: ClassVar[tuple[Split, ...]] = ("train", "held_out")
 
     held_out: PromptSource
-    """Problems."""
+    """Prompts to evaluate."""
     train: PromptSource | None = None
-    """The model's training problems, to count the held-out ones that are among them."""
+    """The model's training prompts, to count held-out prompts that are among them."""
     format: PromptFormat = PromptFormat()
-    """How a problem becomes prompt tokens."""
+    """Formatting of prompts."""
 
 
 class SftColumns(Section):
-    """Which columns make a demonstration; a column that is named here must be there."""
+    """Columns of a demonstration; a column named here must exist."""
 
     messages_field: Text | None = None
-    """Column with a conversation, assistant turns are learned; null: `messages`, where rows have it."""
+    """Column with a conversation; the loss covers assistant turns. null: `messages`, if rows have it."""
     prompt_field: Text | None = None
-    """Column with a prompt, not learned; null: `prompt`, where rows have it."""
+    """Column with a prompt, which has no loss; null: `prompt`, if rows have it."""
     response_field: Text | None = None
-    """Column with the response to the prompt; null: `response`, where rows have it."""
+    """Column with the response to the prompt; null: `response`, if rows have it."""
     text_field: Text | None = None
-    """Column with raw text, all of it learned, long ones in chunks; null: `text`, where rows have it."""
+    """Column with raw text, all in the loss; long texts are split. null: `text`, if rows have it."""
     tools_field: Text | None = None
-    """Column with tools for the chat template, a list or its JSON; null: `tools`, where rows have it."""
+    """Column with tools for the chat template, a list or its JSON; null: `tools`, if rows have it."""
 
 
 class SftJsonlSource(SftColumns, FileLocation):
@@ -328,10 +330,10 @@ class SftHfSource(SftColumns, HfLocation):
 
 
 class SftReasoningGymSource(ReasoningGymSource):
-    """reasoning-gym problems with their reference answers as demonstrations."""
+    """Demonstrations made of reasoning-gym problems and their reference answers."""
 
     response_templates: list[Text] = Field(default=["{answer}"])
-    """Forms of the response, each with {answer}; demonstration i uses form i modulo their number."""
+    """Templates of the response, each with {answer}; demonstration i uses template i modulo their number."""
 
 
 PlainSftSource = Annotated[
@@ -340,10 +342,10 @@ PlainSftSource = Annotated[
 
 
 class SftMixtureSource(MixtureWeights):
-    """Demonstrations of several sources."""
+    """Demonstrations from several sources."""
 
     sources: Annotated[dict[str, PlainSftSource], Field(min_length=2)]
-    """The sources by names of your choice; each is any other kind of source."""
+    """The sources, by names of your choice; each is of any other kind."""
 
 
 SftSource = Annotated[
@@ -352,13 +354,13 @@ SftSource = Annotated[
 
 
 class SftDataConfig(TrainingDataReading):
-    """Demonstrations to learn from and to validate on."""
+    """Demonstrations for training and validation."""
 
     train: SftSource
-    """Demonstrations."""
+    """Training demonstrations."""
     held_out: SftSource | None = None
-    """Demonstrations only the validation loss sees."""
+    """Demonstrations for the validation loss only."""
     format: PromptFormat = PromptFormat()
-    """How a problem becomes prompt tokens."""
+    """Formatting of prompts."""
     shuffle: bool = True
     """Shuffle once per epoch, by run.seed."""

@@ -1,4 +1,4 @@
-"""Settings of `megarl distill`: a student learns a teacher's distribution on its own samples."""
+"""Settings of `megarl distill`: on-policy distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from megarl.config.section import PathText, PositiveInt, Problems, Section, rule
 
 
 class DistillAlgorithmConfig(OnlineAlgorithm):
-    """What is learned of the teacher (on-policy distillation, arXiv:2306.13649)."""
+    """On-policy distillation (arXiv:2306.13649)."""
 
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "reverse"
     """forward: KL(teacher || student), reverse: KL(student || teacher), jensen_shannon: between the two."""
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the teacher in jensen_shannon's mixture; null: 0.5."""
+    """Weight of the teacher in jensen_shannon's mixture; null: 0.5."""
     teacher_top_k: PositiveInt | None = None
-    """Compare only the teacher's so many likeliest tokens (forward); null: the whole vocabulary, exactly."""
+    """Compare only the teacher's k likeliest tokens (forward only); null: the full vocabulary, exact."""
     renormalize_top_k: bool | None = None
-    """Scale the teacher's top k to sum to 1 (true), or leave the rest of its mass out; null: true."""
+    """Scale the teacher's top-k probabilities to sum to 1; false: drop the rest of the mass; null: true."""
     loss_aggregation: Literal["token", "sequence"] = "token"
     """token: sum over tokens / T; sequence: mean over each sequence's tokens, then / S."""
     num_optimizer_steps_per_batch: PositiveInt = 1
-    """Optimizer steps per pass over the rollout batch, each on its own share of the prompts."""
+    """Mini-batches of a rollout batch, split by prompt: optimizer steps per epoch."""
     num_epochs_per_batch: PositiveInt = 1
-    """Passes over the rollout batch."""
+    """Epochs over the rollout batch."""
 
     @rule
     def _divergence(self) -> Problems:
@@ -34,7 +34,7 @@ class DistillAlgorithmConfig(OnlineAlgorithm):
         if self.divergence != "jensen_shannon":
             yield from self.unused("beta", f"{divergence} does not read it", "divergence")
         if self.divergence != "forward":
-            why = f"{divergence} needs the teacher's whole distribution; use forward"
+            why = f"{divergence} needs the teacher's full distribution; use forward"
             yield from self.unused("teacher_top_k", why, "divergence")
         if self.teacher_top_k is None:
             why = "has no effect: algorithm.teacher_top_k is not set"
@@ -42,7 +42,7 @@ class DistillAlgorithmConfig(OnlineAlgorithm):
 
 
 class TeacherConfig(Section):
-    """The frozen model whose distribution is learned."""
+    """The frozen teacher."""
 
     path: PathText
     """Hugging Face directory with the student's vocabulary; any supported family and size."""
@@ -55,11 +55,10 @@ class DistillConfig(OnlineConfig):
     teacher: TeacherConfig
 
     refused: ClassVar[dict[str, str]] = {
-        "rollout.max_staleness": "not for distill: its samples are the student's as it is",
-        "rollout.router_replay": "not for distill: the teacher would be given the experts that the student"
-        " chose",
+        "rollout.max_staleness": "not for distill: it needs samples of the current student",
+        "rollout.router_replay": "not for distill: it would replay the student's experts in the teacher",
     }
 
     def describe_algorithm(self) -> list[str]:
-        """Whom the student learns from."""
+        """Return the line on the teacher."""
         return [f"teacher: {self.teacher.path}"]

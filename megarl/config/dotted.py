@@ -1,4 +1,4 @@
-"""Objects of the user's own, named in a configuration as "package.module:name"."""
+"""User objects named by import path, "package.module:name"."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def is_dotted(path: str) -> bool:
-    """Whether ``path`` has the form "package.module:name"."""
+    """Return whether ``path`` has the form "package.module:name"."""
     return _FORM.fullmatch(path) is not None
 
 
 def load_dotted(path: str, field: str) -> Any:
-    """The object that ``path`` names; the current directory is searched after what is installed.
+    """Import the object that ``path`` names; the current directory is searched last.
 
     Raises:
-        UserError: it cannot be imported; names ``field``, the configuration key.
+        UserError: the import fails; the message names ``field``, the configuration key.
     """
     module_name, _, name = path.partition(":")
     here = str(Path.cwd())
@@ -30,7 +30,7 @@ def load_dotted(path: str, field: str) -> Any:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except Exception as error:  # a user's module may raise anything on import
         raise UserError(f"{field}: cannot import {module_name}: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
         raise UserError(f"{field}: {module_name} has no {name}")
@@ -38,7 +38,7 @@ def load_dotted(path: str, field: str) -> Any:
 
 
 def load_function(path: str, field: str) -> Any:
-    """As :func:`load_dotted`, of something that can be called."""
+    """Import a callable as :func:`load_dotted` does; UserError if it is not callable."""
     found = load_dotted(path, field)
     if not callable(found):
         raise UserError(f"{field}: {path} is a {type(found).__name__}, not a function")

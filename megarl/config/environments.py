@@ -1,4 +1,4 @@
-"""Settings of environments: what judges answers, and how its worker processes are run."""
+"""Settings of environments and of their worker processes."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ Response:
 
 
 class EnvironmentRuntime(Section):
-    """Worker processes in which environments run, and what happens when they fail."""
+    """Worker processes of the environments, and failure handling."""
 
     num_workers: ProcessCount = 1
-    """Processes (Ray actors) that play episodes of one environment side by side."""
+    """Worker processes (Ray actors) per environment, which run episodes in parallel."""
     timeout_seconds: Seconds = 60.0
-    """Longest a single call (judging a response, one turn) may take; then its process is ended."""
+    """Time limit of one call (scoring a response, one turn); then its process is killed."""
     start_timeout_seconds: Seconds = 300.0
-    """Longest a worker process may take to start."""
+    """Time limit for the start of a worker process."""
     max_retries: NonNegativeInt = 2
-    """How often a failed episode is played again, what was sampled kept, before it is dropped."""
+    """Retries of a failed episode before it is dropped; sampled tokens are kept."""
     max_dropped_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of a step's episodes that may be dropped; above it the run stops with the reason."""
+    """Share of a step's episodes that may be dropped; above it the run stops with an error."""
     max_turns: PositiveInt = 16
-    """Turns of the policy in one episode, for environments of several turns."""
+    """Maximum turns of the policy per episode (multi-turn environments)."""
     max_new_tokens_per_turn: PositiveInt | None = None
-    """Longest turn; null: what is left of rollout.max_new_tokens, which holds for the whole episode."""
+    """Maximum tokens per turn; null: what remains of rollout.max_new_tokens, the limit of the episode."""
 
 
 class Judging(Section):
-    """Base of all environments, and what the rest of a configuration asks of them."""
+    """Base of all environment sections."""
 
     makes_problems: ClassVar[bool] = False
-    """Whether it may be a data source."""
+    """Whether it generates problems, so that it can be a data source."""
     needs_chat_template: ClassVar[bool] = False
 
     def within(self, limit: float) -> Problems:
-        """Rule: one call ends by itself before ``limit``, rollout.environments.timeout_seconds."""
+        """Rule: one call finishes within ``limit`` seconds, rollout.environments.timeout_seconds."""
         yield from ()
 
 
@@ -75,39 +75,39 @@ class MathEnvironmentConfig(Judging):
     kind: Literal["math"] = "math"
     """Selects this environment."""
     extract: Literal["any", "boxed", "last_number"] = "any"
-    """Where the answer stands: any form math-verify finds, the last boxed one, or the last number."""
+    """Where to find the answer: any form math-verify finds, the last boxed one, or the last number."""
 
 
 class MultipleChoiceConfig(Judging):
-    """One letter out of several; the reference is the letter, or its position counted from 0."""
+    """One letter out of several; the reference is the letter or its index from 0."""
 
     kind: Literal["multiple_choice"]
     """Selects this environment."""
     choices: Annotated[str, Field(min_length=2, max_length=26)] = "ABCD"
-    """The letters there are, in order."""
+    """The letters, in order."""
     choices_field: Text | None = None
-    """Field of the source with the list of choices' texts, for numbers of choices that differ (null: all)."""
+    """Field with the list of choice texts, when rows have different numbers of them (null: all letters)."""
 
     @rule
     def _letters(self) -> Problems:
         letters = self.choices
         if not letters.isascii() or not letters.isalpha() or len(set(letters.upper())) < len(letters):
-            yield "choices", f"must be letters, each once (got {letters!r})"
+            yield "choices", f"must be distinct letters (got {letters!r})"
 
 
 class RegexConfig(Judging):
-    """The form of a response, and what a part of it says."""
+    """A regular expression on the response, and optionally the answer in one of its groups."""
 
     kind: Literal["regex"]
     """Selects this environment."""
     pattern: Text
-    """Python regular expression; the group `answer`, where it has one, is compared with the reference."""
+    """Python regular expression; its group `answer`, if any, is compared with the reference."""
     full_match: bool = True
-    """The whole response must match; otherwise the last place that does counts."""
+    """The whole response must match; false: the last match in it counts."""
     ignore_case: bool = False
-    """Whether upper and lower case are the same, in the pattern and the comparison."""
+    """Ignore case in the pattern and in the comparison."""
     format_reward: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Reward of a response that has the form but another answer; 1 is always that of a right one."""
+    """Reward of a response that matches but has a wrong answer; a correct answer always gets 1."""
 
     @rule
     def _pattern(self) -> Problems:
@@ -120,85 +120,85 @@ class RegexConfig(Judging):
 
 
 class JudgeConfig(Judging):
-    """A language model that grades, behind an OpenAI-compatible endpoint."""
+    """A judge model behind an OpenAI-compatible endpoint."""
 
     kind: Literal["judge"]
     """Selects this environment."""
     base_url: Text
-    """Where the endpoint is, e.g. http://127.0.0.1:8000/v1; /chat/completions is added."""
+    """URL of the endpoint, e.g. http://127.0.0.1:8000/v1; /chat/completions is appended."""
     model: Text
-    """The judge's name there."""
+    """Name of the judge model at the endpoint."""
     prompt: Text = JUDGE_PROMPT
-    """What the judge is asked, with {question}, {answer} and {response}."""
+    """Prompt of the judge, with {question}, {answer} and {response}."""
     score_pattern: Text = r"(?im)^\s*score:\s*(-?\d+(?:\.\d+)?)"
     """Regular expression whose first group is the score; the last match in the judge's reply counts."""
     max_score: PositiveFloat = 10.0
-    """The best score; rewards are scores divided by it, and scores outside [0, max_score] are failures."""
+    """Best score; the reward is score / max_score. A score outside [0, max_score] is a failure."""
     api_key_variable: Text | None = None
-    """Environment variable with the key to send; null sends none."""
+    """Environment variable that holds the API key; null: no key."""
     temperature: NonNegativeFloat = 0.0
-    """The judge's temperature."""
+    """Sampling temperature of the judge."""
     max_tokens: PositiveInt = 512
-    """The judge's longest reply."""
+    """Maximum tokens of the judge's reply."""
     num_attempts: Annotated[int, Field(ge=1), at_most(100)] = 3
-    """Requests per grading until one is answered with a score."""
+    """Maximum requests per response until one returns a score."""
     request_timeout_seconds: Seconds = 15.0
-    """Longest a request may take."""
+    """Time limit of one request."""
     retry_seconds: Seconds = 1.0
-    """Pause before the second request; doubled before each further one."""
+    """Pause before the second request; doubles with each further one."""
     max_concurrency: PositiveInt = 32
-    """Requests of one worker at a time."""
+    """Concurrent requests per worker."""
 
     @rule
     def _request(self) -> Problems:
         if "{response}" not in self.prompt:
-            yield "prompt", "must hold {response}: the judge would not see what it grades"
+            yield "prompt", "must contain {response}, the text to grade"
         if not re.match(r"https?://[^/]", self.base_url):
             yield "base_url", f"must be an http or https address (got {self.base_url!r})"
         found = _compiled(self.score_pattern)
         if isinstance(found, str):
             yield "score_pattern", found
         elif not found.groups:
-            yield "score_pattern", f"needs a group, the score (got {self.score_pattern!r})"
+            yield "score_pattern", f"needs a group that captures the score (got {self.score_pattern!r})"
 
     def within(self, limit: float) -> Problems:
-        """All attempts and the pauses between them."""
+        """Rule: all attempts and the pauses between them fit into ``limit`` seconds."""
         attempts, request = self.num_attempts, self.request_timeout_seconds
         longest = attempts * request + self.retry_seconds * (2 ** (attempts - 1) - 1)
         if longest >= limit:
-            takes = f"{attempts} requests and the pauses between may take {longest:g} s"
-            ends = f"rollout.environments.timeout_seconds = {limit:g} would end them"
-            yield "request_timeout_seconds", f"{takes}, and {ends} (got {request:g})", "num_attempts"
+            takes = f"{attempts} requests and the pauses between them may take {longest:g} s"
+            ends = f"rollout.environments.timeout_seconds is {limit:g}"
+            yield "request_timeout_seconds", f"{takes}, but {ends} (got {request:g})", "num_attempts"
 
 
 class CodeConfig(Judging):
-    """Programs judged by tests that run them in a sandbox."""
+    """Programs, scored by tests in a sandbox."""
 
     kind: Literal["code"]
     """Selects this environment."""
     tests_field: Text = "tests"
-    """Field of a problem with Python that raises where the program is wrong: one text, or a list of them."""
+    """Field with Python tests, a text or a list of them; a test that raises has failed."""
     cases_field: Text = "cases"
-    """Field with runs instead: [{"input": standard input, "output": expected standard output}, ...]."""
+    """Field with input/output cases instead: [{"input": stdin, "output": expected stdout}, ...]."""
     partial_credit: bool = False
-    """Reward the share of tests passed; otherwise 1 for all of them and 0 for less."""
+    """Reward: the share of passed tests; false: 1 if all pass, else 0."""
     isolation: Literal["auto", "bubblewrap", "namespaces", "landlock"] = "auto"
-    """auto: the first of these that works here; the log and `megarl doctor` say which."""
+    """auto: the first that works on this machine; the log and `megarl doctor` name it."""
     timeout_seconds: Seconds = 10.0
-    """Longest run of one program (all `tests`, or one case), in wall-clock and in CPU time."""
+    """Wall-clock and CPU time limit of one program run (all `tests`, or one case)."""
     total_timeout_seconds: PositiveFloat = 45.0
-    """Longest that the cases of a problem may run in all: those left then are not passed. With `tests`, what
-    the program and they may take together: beyond it judging has failed."""
+    """Time limit of all cases of a problem; cases not run by then have failed. With `tests`: of the program
+    and its tests together; beyond it the verifier has failed."""
     memory_mib: PositiveInt = 512
-    """Memory of a program: of each process by address space, of all together by what is resident."""
+    """Memory limit: address space of each process, resident memory of all processes together."""
     disk_mib: PositiveInt = 16
-    """Size of its working directory, which lies in memory."""
+    """Size of its working directory, which is in memory."""
     output_kib: PositiveInt = 256
-    """Output after which a program is ended."""
+    """Output limit; above it the program is killed."""
     num_processes: PositiveInt = 16
-    """Processes and threads of one program."""
+    """Maximum processes and threads of one program."""
     max_concurrency: PositiveInt | None = None
-    """Programs of one worker at a time; null: as many as there are cores."""
+    """Concurrent programs per worker; null: the number of cores."""
 
     @rule
     def _times(self) -> Problems:
@@ -207,14 +207,14 @@ class CodeConfig(Judging):
             yield "total_timeout_seconds", f"{least} (got {self.total_timeout_seconds:g})", "timeout_seconds"
 
     def within(self, limit: float) -> Problems:
-        """All of one response's runs."""
+        """Rule: all runs for one response fit into ``limit`` seconds."""
         if (longest := self.total_timeout_seconds) >= limit:
             below = f"must be below rollout.environments.timeout_seconds = {limit:g}"
-            yield "total_timeout_seconds", f"{below}, which would end the whole judging (got {longest:g})"
+            yield "total_timeout_seconds", f"{below}, the time limit of the whole call (got {longest:g})"
 
 
 class NumberGuessingConfig(Judging):
-    """Number guessing, a game of several turns that makes its own problems (`source: environment`)."""
+    """Number guessing, a multi-turn game that generates its problems (`source: environment`)."""
 
     makes_problems = True
 
@@ -225,9 +225,9 @@ class NumberGuessingConfig(Judging):
     high: int = 100
     """Largest number."""
     max_guesses: PositiveInt = 8
-    """Turns after which the game is lost."""
+    """Maximum turns; then the game is lost."""
     turn_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Taken off the reward of 1 for each guess that missed."""
+    """Subtracted from the reward of 1 for each wrong guess."""
 
     @rule
     def _numbers(self) -> Problems:
@@ -236,53 +236,53 @@ class NumberGuessingConfig(Judging):
 
 
 class SlidingPuzzleConfig(Judging):
-    """The sliding puzzle, a game of several turns that makes its own problems (`source: environment`)."""
+    """The sliding puzzle, a multi-turn game that generates its problems (`source: environment`)."""
 
     makes_problems = True
 
     kind: Literal["sliding_puzzle"]
     """Selects this environment."""
     size: Annotated[int, Field(ge=2, le=6)] = 3
-    """Tiles along a side."""
+    """Side length in tiles."""
     num_shuffles: PositiveInt = 10
-    """Random moves that make a problem of the solved puzzle."""
+    """Random moves that scramble the solved puzzle."""
     max_moves: PositiveInt = 16
-    """Turns after which the game is lost."""
+    """Maximum turns; then the game is lost."""
     illegal_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Taken off for a turn whose move cannot be made."""
+    """Subtracted for each illegal move."""
 
 
 class RewardModelConfig(Judging):
-    """A reward model that scores responses, on the worker's CPU."""
+    """A reward model, run on the worker's CPU."""
 
     kind: Literal["reward_model"]
     """Selects this environment."""
     path: PathText
     """Sequence classification directory with one label, e.g. <run.dir>/hf of `megarl rm`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type it computes in."""
+    """Compute dtype."""
     num_threads: PositiveInt = 1
-    """CPU threads of each worker."""
+    """CPU threads per worker."""
     scale: PositiveFloat = 1.0
-    """Rewards are scores times this."""
+    """Factor from score to reward."""
 
 
 class CustomEnvironmentConfig(Judging):
-    """An environment of your own, from a package that is installed or in the current directory."""
+    """A user-defined environment, from an installed package or the current directory."""
 
     makes_problems = True
 
     kind: Literal["custom"] = "custom"
-    """Selects this environment; may be left out where `path` is given."""
+    """Selects this environment; optional when `path` is given."""
     path: Text
-    """Where it is: "package.module:Class"."""
+    """Import path, "package.module:Class"."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the class."""
+    """Keyword arguments of its constructor."""
 
     @rule
     def _dotted(self) -> Problems:
         if not is_dotted(self.path):
-            yield "path", f'is written "package.module:Class" (got {self.path!r})'
+            yield "path", f'must have the form "package.module:Class" (got {self.path!r})'
 
 
 class FunctionConfig(Judging):
@@ -306,43 +306,43 @@ class FunctionConfig(Judging):
 
 
 class ToolsConfig(Judging):
-    """A loop of tool calls in the model's own form, and an answer that is judged."""
+    """Tool calls in the format of the model's chat template, then an answer that is scored."""
 
     needs_chat_template = True
 
     kind: Literal["tools"]
     """Selects this environment."""
     tools: Annotated[list[Literal["calculator", "python", "search"]], Field(min_length=1)]
-    """What the model may call: arithmetic, Python in a sandbox, or a search over `corpus` (BM25)."""
+    """Available tools: arithmetic, Python in a sandbox, or search over `corpus` (BM25)."""
     corpus: PathText | None = None
     """JSONL file with the documents of `search`: {"text": ..., "title": ...}, the title optional."""
     num_results: PositiveInt = 3
-    """Documents that a search returns."""
+    """Documents returned by a search."""
     python_timeout_seconds: Seconds = 10.0
-    """Longest run of one program."""
+    """Time limit of one Python program."""
     error_penalty: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Taken off for each call that was wrong."""
+    """Subtracted for each invalid call."""
     role: Literal["tool", "user"] = "tool"
-    """Role of the message with a tool's result; `user` for chat templates that have no tool messages."""
+    """Role of messages with tool results; `user` for chat templates without tool messages."""
     answer: MathEnvironmentConfig | RegexConfig | MultipleChoiceConfig = Field(
         default=MathEnvironmentConfig(), discriminator="kind"
     )
-    """How the answer, the first turn without a call, is judged."""
+    """Verifier of the answer, the first turn without a tool call."""
 
     @rule
     def _corpus(self) -> Problems:
         if ("search" in self.tools) != (self.corpus is not None):
             found = f"{self.corpus!r} with tools {self.tools}"
-            reason = f"is the documents of the tool search: set both or neither (got {found})"
+            reason = f"holds the documents of the tool search: set both or neither (got {found})"
             yield "corpus", reason, "tools"
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | str:
-    """The regular expression, or what is wrong with it."""
+    """Compile the regular expression, or return the error message."""
     try:
         return re.compile(pattern)
     except re.error as error:
-        return f"is no regular expression: {error} (got {pattern!r})"
+        return f"is not a valid regular expression: {error} (got {pattern!r})"
 
 
 def _kind(value: Any) -> str | None:
@@ -368,29 +368,29 @@ EnvironmentConfig = Annotated[
     | Annotated[CustomEnvironmentConfig, Tag("custom")],
     Discriminator(_kind),
 ]
-"""What judges the answers to a source's problems. A new kind is a class above and a line in
+"""The environment of a data source. A new kind needs a class above and a line in
 :func:`megarl.environments.make`."""
 
 
 class EnvironmentSource(Section):
-    """Problems that an environment makes itself: a game, or a class of your own with a method `problem`."""
+    """Problems generated by an environment: a game, or a user-defined class with a method `problem`."""
 
     source: Literal["environment"]
     """Selects this kind of source."""
     environment: EnvironmentConfig
-    """What makes the problems and plays them."""
+    """The environment that generates the problems and runs the episodes."""
     size: PositiveInt = 10_000
     """Number of problems."""
     seed: NonNegativeInt = 1
-    """Problem i is made from seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
+    """Problem i has the seed seed + i; train and held-out ranges [seed, seed + size) must not overlap."""
 
     @property
     def problems(self) -> tuple[str, range]:
-        """What is made, and from which seeds."""
+        """The kind of problem and the seeds."""
         return f"kind {self.environment.kind}", range(self.seed, self.seed + self.size)
 
     @rule
     def _makes_problems(self) -> Problems:
         if not self.environment.makes_problems:
             kind = self.environment.kind
-            yield "environment.kind", f"makes no problems of its own: use another data source (got {kind})"
+            yield "environment.kind", f"generates no problems: use another data source (got {kind})"

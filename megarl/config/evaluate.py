@@ -25,11 +25,11 @@ class EvalConfig(Section, Sampling):
     evaluation: EvaluationSizeConfig = EvaluationSizeConfig()
 
     def max_sequence_length(self, model_config: dict[str, Any]) -> int:
-        """Longest prompt + response in tokens: what the model's positions allow."""
+        """Return the longest prompt + response in tokens: max_position_embeddings."""
         return int(model_config["max_position_embeddings"])
 
     def describe(self, model_config: dict[str, Any] | None) -> list[str]:
-        """Lines for --dry-run: what the configuration amounts to."""
+        """Return the lines of --dry-run on derived values."""
         lines = []
         if model_config is not None and "max_position_embeddings" in model_config:
             lines.append(f"longest sequence: {self.max_sequence_length(model_config)} tokens")

@@ -1,4 +1,4 @@
-"""Settings of evaluations: `megarl eval`, and those of a GRPO run."""
+"""Settings of evaluation: `megarl eval`, and evaluations during online training."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from megarl.config.section import (
 
 
 class EvaluationSizeConfig(Section):
-    """What is asked of how many held-out problems, and what is counted."""
+    """Size, sampling and metrics of an evaluation."""
 
     num_prompts: PositiveInt | None = 256
-    """Held-out problems per evaluation; must not exceed the held-out set; null is all of them."""
+    """Held-out prompts per evaluation, at most the size of the held-out set; null: all."""
     max_new_tokens: PositiveInt | None = None
-    """Longest response; null is rollout.max_new_tokens."""
+    """Maximum tokens of a response; null: rollout.max_new_tokens."""
     num_samples_per_prompt: PositiveInt = 1
-    """Samples n of each problem; above 1 they need a temperature above 0."""
+    """Samples n per prompt; n > 1 needs a temperature above 0."""
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the fewest likeliest tokens with this mass (1: all)."""
+    """Nucleus sampling: the smallest set of tokens with this probability mass (1: off)."""
     top_k: NonNegativeInt = 0
-    """Sample from so many of the likeliest tokens (0: all)."""
+    """Sample from the k likeliest tokens (0: off)."""
     k: list[PositiveInt] = Field(default_factory=list)
     """Report pass@k and cons@k for each of these k, 1 to num_samples_per_prompt (docs/guides/eval.md)."""
     consensus: Literal["closed", "sampled"] = "closed"
-    """cons@k over all subsets of k samples in closed form, or over consensus_draws random ones."""
+    """cons@k over all subsets of k samples (closed form), or over consensus_draws random ones."""
     consensus_draws: PositiveInt = 1000
-    """Random subsets per problem of consensus: sampled."""
+    """Random subsets per prompt for consensus: sampled."""
     category_field: Text | None = None
-    """Field of the data set's rows to make a table by; null is the category a benchmark has, if any."""
+    """Field to tabulate results by; null: the benchmark's category, if any."""
 
     @rule
     def _greedy(self) -> Problems:
         if self.temperature > 0:
             return
         if (n := self.num_samples_per_prompt) > 1:
-            reason = f"at evaluation.temperature = 0 all samples of a problem are the same (got {n})"
+            reason = f"at evaluation.temperature = 0 all samples of a prompt are equal (got {n})"
             yield "num_samples_per_prompt", reason, "temperature"
-        why = "has no effect at evaluation.temperature = 0, which takes the likeliest"
+        why = "has no effect at evaluation.temperature = 0 (greedy)"
         yield from self.unused("top_p top_k", why, "temperature")
 
     @rule
@@ -61,18 +61,18 @@ class EvaluationSizeConfig(Section):
     @rule
     def _consensus(self) -> Problems:
         if self.consensus == "closed":
-            why = "is only used with evaluation.consensus: sampled"
+            why = "has no effect: needs evaluation.consensus: sampled"
             yield from self.unused("consensus_draws", why, "consensus")
         elif not any(k > 1 for k in self.k):
-            reason = "needs a k above 1 in evaluation.k: cons@k is of k samples (got 'sampled')"
+            reason = "needs a k above 1 in evaluation.k (got 'sampled')"
             yield "consensus", reason, "k"
 
 
 class EvaluationConfig(EvaluationSizeConfig):
-    """Accuracy on held-out problems before, during and after training; greedy unless told otherwise."""
+    """Accuracy on held-out prompts before, during and after training; greedy by default."""
 
     interval: NonNegativeInt = 0
-    """Evaluate every so many steps (0: only before and after)."""
+    """Steps between evaluations (0: only before and after training)."""
     at_start: bool = True
     """Evaluate before the first step."""
     at_end: bool = True
@@ -80,5 +80,5 @@ class EvaluationConfig(EvaluationSizeConfig):
 
     @property
     def asked_by(self) -> list[str]:
-        """The fields by which a run evaluates at all."""
+        """The fields that request an evaluation."""
         return [name for name in ("interval", "at_start", "at_end") if getattr(self, name)]

@@ -1,7 +1,7 @@
-"""Checks of what a configuration names on disk: data files, and the model's directory and sizes.
+"""Checks of the files a configuration names: data files, and model directories with their sizes.
 
-Nothing is parsed beyond config.json and the safetensors index, so this takes milliseconds. Sections that
-failed the schema lack fields: what is asked for here may not be there.
+Only config.json and the safetensors index are parsed, so this takes milliseconds. Sections that failed
+the schema lack fields, so every access is through :func:`_get`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def find_file_violations(config: Section, *, weights: bool = True) -> list[Violation]:
-    """What is missing or does not fit on disk; sections that failed the schema are left out.
+    """Return the files that are missing or do not fit; fields that failed the schema are skipped.
 
-    Without ``weights`` model.path needs config.json and a tokenizer alone, and no other model is looked for.
+    Without ``weights`` model.path needs only config.json and a tokenizer; other models are not checked.
     """
     problems = [*_run_directory(config), *_data_files(config), *_model(config, weights)]
     problems += _other_models(config) if weights else ()
@@ -31,7 +31,7 @@ def find_file_violations(config: Section, *, weights: bool = True) -> list[Viola
 
 
 def _get(section: Any, *names: str) -> Any:
-    """A field by its path; None where the schema refused it or a section around it."""
+    """Return a field by its path; None if it or an enclosing section failed the schema."""
     for name in names:
         section = getattr(section, name, None)
     return section
@@ -56,9 +56,9 @@ def _data_files(config: Section) -> Problems:
         for at, source in parts_of(_get(config, "data", split), f"data.{split}"):
             copy, file = _get(source, "directory"), _get(source, "path")
             if copy is not None and not _exists(copy):
-                yield f"{at}.directory", f"nothing there (got {copy!r}){_from_here(copy)}"
+                yield f"{at}.directory", f"no such file or directory (got {copy!r}){_relative_to(copy)}"
             if file is not None and not (_exists(file) and Path(file).is_file()):
-                yield f"{at}.path", f"no such file (got {file!r}){_from_here(file)}"
+                yield f"{at}.path", f"no such file (got {file!r}){_relative_to(file)}"
             elif file is not None and Path(file).stat().st_size == 0:
                 yield f"{at}.path", f"the file is empty (got {file!r})"
 
@@ -92,7 +92,7 @@ def _other_models(config: Section) -> Problems:
 def _directory(field: str, path: str, lacks: list[str], weights: bool) -> Problems:
     directory = Path(path)
     if not (_exists(path) and directory.is_dir()):
-        yield field, f"no such directory (got {path!r}){_from_here(path)}"
+        yield field, f"no such directory (got {path!r}){_relative_to(path)}"
         return
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
     if missing := [*missing, *lacks, *(_missing_weights(directory) if weights else ())]:
@@ -132,7 +132,7 @@ def _lengths_fit(config: Section, model_config: dict[str, Any]) -> Problems:
 
 
 def _kv_cache_fits(config: Section, model_config: dict[str, Any]) -> Problems:
-    """The engine refuses to start unless its cache holds one sequence of full length."""
+    """The engine fails to start unless its KV cache holds one sequence of full length."""
     cache, root = _get(config, "rollout", "engine", "kv_cache_gib"), cast(Any, config)
     try:
         if cache is not None:
@@ -159,5 +159,5 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _from_here(path: str) -> str:
+def _relative_to(path: str) -> str:
     return "" if Path(path).is_absolute() else f", relative to {Path.cwd()}"

@@ -14,74 +14,75 @@ _STEPS = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
 
 
 class GrpoAlgorithmConfig(OnlineAlgorithm):
-    """GRPO (Shao et al. 2024, arXiv:2402.03300) and its usual variations."""
+    """GRPO (Shao et al. 2024, arXiv:2402.03300) and its variants."""
 
     loss: Text | None = None
-    """A policy term of your own, "package.module:function", in place of `objective` (custom-losses.md)."""
+    """Custom policy loss, "package.module:function", instead of `objective` (guides/custom-losses.md)."""
     advantage: Text | None = None
-    """An advantage of your own, "package.module:function", in place of `baseline` (custom-losses.md)."""
+    """Custom advantage, "package.module:function", instead of `baseline` (guides/custom-losses.md)."""
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     """Group baseline subtracted from each reward (leave_one_out: RLOO, arXiv:2402.14740)."""
     normalize_std: bool = True
-    """Divide advantages by the group's standard deviation + 1e-6 where it is above 0 (Dr. GRPO: false)."""
+    """Divide advantages by the group's standard deviation + 1e-6 if it is above 0 (Dr. GRPO: false)."""
     normalize_batch: bool = False
-    """Then standardise them over all tokens of the rollout batch (Reinforce++, arXiv:2501.03262)."""
+    """Then standardise advantages over all tokens of the rollout batch (Reinforce++, arXiv:2501.03262)."""
     advantage_clip: PositiveFloat | None = None
-    """Bound on the size of an advantage, applied last (null: none)."""
+    """Clip advantages to [-c, c], last of all (null: off)."""
     dynamic_sampling: bool = False
-    """Replace groups whose rewards are all equal by fresh prompts' (DAPO, arXiv:2503.14476)."""
+    """Replace groups whose rewards are all equal by groups of further prompts (DAPO, arXiv:2503.14476)."""
     max_generation_batches: PositiveInt = 10
-    """Batches dynamic_sampling may draw for one step; the run ends with an error when they do not do."""
+    """Maximum rollout batches dynamic_sampling generates per step. If too few groups have different rewards
+    by then, the run stops with an error."""
     filter_overlong: bool = False
-    """Leave responses cut at rollout.max_new_tokens out of the loss (DAPO's overlong filtering)."""
+    """Exclude responses cut at rollout.max_new_tokens from the loss (DAPO's overlong filtering)."""
     overlong_buffer: PositiveInt | None = None
-    """Tokens before rollout.max_new_tokens over which a penalty grows from 0 (DAPO's soft overlong one)."""
+    """Tokens below rollout.max_new_tokens over which a length penalty grows from 0 (DAPO's soft penalty)."""
     overlong_penalty: PositiveFloat = 1.0
-    """What that penalty takes off the reward at rollout.max_new_tokens."""
+    """Reward penalty of a response of rollout.max_new_tokens; needs overlong_buffer."""
     objective: Literal["clip", "cispo"] = "clip"
     """clip: PPO's clipped ratio; cispo: a clipped, detached ratio times the logprob (arXiv:2506.13585)."""
     ratio_level: Literal["token", "sequence"] = "token"
-    """Importance ratio of each token, or of the whole sequence (GSPO, arXiv:2507.18071)."""
+    """Importance ratio per token, or per sequence (GSPO, arXiv:2507.18071)."""
     clip_low: NonNegativeFloat = 0.2
-    """Lower clip: ratios below 1 - clip_low get no gradient (cispo: are raised to it; 1: no clip)."""
+    """Lower clip: ratios below 1 - clip_low get no gradient (cispo: are raised to it; 1 switches it off)."""
     clip_high: NonNegativeFloat = 0.2
-    """Upper clip (DAPO's clip-higher, arXiv:2503.14476, is 0.28)."""
+    """Upper clip: 1 + clip_high (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Dual clip (arXiv:1912.09729): the loss of an advantage A < 0 is at most -A c (null: off; often 3)."""
+    """Dual clip c (arXiv:1912.09729): the loss of an advantage A < 0 is at most -A c (null: off; often 3)."""
     off_policy_correction: Literal["none", "tis", "icepop", "sequence_mask", "sequence_tis"] = "none"
-    """Weight for tokens the engine drew with other logprobs than the trainer's (docs/algorithms.md)."""
+    """Correction of the mismatch between engine and trainer logprobs (docs/algorithms.md)."""
     off_policy_low: NonNegativeFloat | None = None
-    """Least old / rollout probability ratio that is kept (icepop, sequence_mask)."""
+    """Lower bound of the ratio old / rollout probability; icepop and sequence_mask mask tokens below it."""
     off_policy_high: PositiveFloat | None = None
-    """Greatest such ratio: where tis and sequence_tis truncate it, and the two masks drop tokens."""
+    """Upper bound of that ratio: tis and sequence_tis truncate it, the two masks mask tokens above it."""
     max_logprob_error: PositiveFloat | None = None
-    """Drop sequences whose mean |rollout - old logprob| is above it from the loss (null: none)."""
+    """Mask sequences whose mean |rollout - old logprob| exceeds this (null: off)."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
-    """What ratios are relative to: the trainer's logprobs before the update, or the engine's at sampling."""
+    """Denominator of the ratio: the trainer's logprobs before the update, or the engine's at sampling."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight beta of the KL to the reference in the loss."""
+    """Weight beta in the loss of the KL divergence from the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL (Schulman 2020; docs/algorithms.md)."""
     kl_gradient: Literal["plain", "score"] = "plain"
-    """plain: the estimate's own derivative; score: logprob - reference, that of the KL in expectation."""
+    """plain: derivative of the estimate; score: logprob - reference, unbiased for the gradient of the KL."""
     kl_reward_coef: NonNegativeFloat = 0.0
-    """Weight of the KL (k1: old - reference logprob) taken off the reward."""
+    """Weight of the KL penalty in the reward (k1: old - reference logprob)."""
     kl_reward_level: Literal["token", "sequence"] = "token"
-    """token: off each token's reward-to-go; sequence: off the sequence's reward, before the baseline."""
+    """token: subtract from each token's reward-to-go; sequence: from the reward, before the baseline."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     positive_nll_coef: NonNegativeFloat = 0.0
-    """Weight of -logprob, a mean over the tokens of samples with full marks (VAPO, arXiv:2504.05118)."""
+    """Weight of the mean -logprob over the tokens of samples with full reward (VAPO, arXiv:2504.05118)."""
     skip_zero_advantages: Literal["auto", "off"] = "auto"
-    """auto: samples with advantage 0 count in the loss but are not computed, where their gradient is 0."""
+    """auto: skip samples with advantage 0 if their gradient is 0; denominators still count them."""
     loss_aggregation: Literal["token", "sequence", "fixed_length"] = "token"
-    """token: sum over tokens / T; sequence: mean over each sequence's, then / S; fixed_length: / (S L)."""
+    """token: sum over tokens / T; sequence: mean per sequence, sum / S; fixed_length: sum / (S L)."""
     loss_length: PositiveInt | None = None
-    """That length L (Dr. GRPO, arXiv:2503.20783); null is rollout.max_new_tokens."""
+    """L of fixed_length (Dr. GRPO, arXiv:2503.20783); null: rollout.max_new_tokens."""
     num_optimizer_steps_per_batch: PositiveInt = 1
-    """Optimizer steps per rollout batch, each on its own share of the prompts' groups."""
+    """Mini-batches of a rollout batch, split by group: optimizer steps per epoch."""
     num_epochs_per_batch: PositiveInt = 1
-    """Passes over the rollout batch."""
+    """Epochs over the rollout batch."""
 
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
         "none": (),
@@ -90,7 +91,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
         "icepop": ("off_policy_low", "off_policy_high"),
         "sequence_mask": ("off_policy_low", "off_policy_high"),
     }
-    """Which of them each off_policy_correction reads."""
+    """Bounds that each off_policy_correction reads."""
 
     @property
     def needs_reference(self) -> bool:
@@ -99,25 +100,25 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @property
     def least_group(self) -> int:
-        """One sample has no baseline but itself."""
+        """Samples a group must have: 2 with a baseline, else 1."""
         return 1 if self.baseline == "none" or self.advantage is not None else 2
 
     @property
     def most_batches(self) -> int | None:
-        """See OnlineAlgorithm."""
+        """Maximum rollout batches per step; None without dynamic sampling."""
         return self.max_generation_batches if self.dynamic_sampling else None
 
     @property
     def corrects_staleness(self) -> bool:
-        """By a weight, by ratios to the engine's logprobs, or as its author sees fit."""
+        """Whether the loss accounts for staleness: off-policy correction, engine ratios or a custom loss."""
         return self.loss is not None or self.off_policy_correction != "none" or self.old_logprobs == "rollout"
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether old logprobs need a pass of their own.
+        """Whether old logprobs need a separate forward pass.
 
-        With one optimizer step per batch the trainer's logprobs before it are the current ones, detached: a
-        pass is made only for what must know them before the step. The engine's are there already.
+        With one optimizer step per batch they equal the current logprobs, detached: only settings that need
+        them before the step require a pass. The engine's are known from sampling.
         """
         if self.old_logprobs == "rollout":
             return False
@@ -126,23 +127,23 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @property
     def old_logprobs_from(self) -> bool | Literal["rollout"]:
-        """The engine's, those of a pass (true), or none (false): the loss takes the current, detached."""
+        """Source: the engine ("rollout"), a forward pass (True), or current logprobs, detached (False)."""
         return "rollout" if self.old_logprobs == "rollout" else self.needs_old_logprobs
 
     @property
     def why_no_old_pass(self) -> str:
-        """For a log line, where needs_old_logprobs is false."""
+        """Reason for the log when needs_old_logprobs is false."""
         if self.old_logprobs == "rollout":
-            return "they are the engine's"
+            return "the engine's are used"
         return "one optimizer step per rollout batch: old = current"
 
     @property
     def has_ratios(self) -> bool:
-        """Whether the ratio to the old policy is ever another number than 1."""
+        """Whether the ratio to the old policy can differ from 1."""
         return self.old_logprobs == "rollout" or self.optimizer_steps_per_batch > 1
 
     @rule
-    def _own(self) -> Problems:
+    def _custom(self) -> Problems:
         for owner, replaced in (
             (
                 "loss",
@@ -152,17 +153,17 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
         ):
             path = getattr(self, owner)
             if path is not None and not is_dotted(path):
-                yield owner, f'is written "package.module:function" (got {path!r})'
+                yield owner, f'must have the form "package.module:function" (got {path!r})'
             elif path is not None:
-                yield from self.unused(replaced, f"has no effect: algorithm.{owner} takes its place", owner)
+                yield from self.unused(replaced, f"has no effect: algorithm.{owner} replaces it", owner)
 
     @rule
     def _clip(self) -> Problems:
-        # CISPO as published has no lower bound; saying so takes the value 1, and nothing above it.
+        # CISPO as published has no lower clip: clip_low = 1 switches it off.
         if self.clip_low != 1 or self.objective != "cispo":
             yield from self.lower_clip(self.clip_low)
         if self.dual_clip is not None and self.objective == "cispo":
-            reason = "dual clip bounds the clipped objective; algorithm.objective = cispo has no place for it"
+            reason = "applies to algorithm.objective = clip only, not to cispo"
             yield "dual_clip", f"{reason} (got {self.dual_clip})", "objective"
 
     @rule
@@ -173,7 +174,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
             yield from self.unused("objective ratio_level dual_clip", why, *_STEPS, "old_logprobs")
 
     @rule
-    def _parts_of_nothing(self) -> Problems:
+    def _options_of_disabled(self) -> Problems:
         for owner, off, part in (
             ("dynamic_sampling", "false", "max_generation_batches"),
             ("overlong_buffer", "null", "overlong_penalty"),
@@ -191,14 +192,14 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     @rule
     def _filtered(self) -> Problems:
         if self.filter_overlong and self.kl_reward_coef > 0 and self.kl_reward_level == "sequence":
-            kl = "have no KL for algorithm.kl_reward_level = sequence to take off their reward"
-            reason = f"responses that are left out {kl}, and their group's baseline counts it (got true)"
+            why = "excluded responses have no KL, but their rewards count in the baseline"
+            reason = f"cannot be combined with algorithm.kl_reward_level = sequence: {why} (got true)"
             yield "filter_overlong", reason, "kl_reward_level"
 
     @rule
     def _old_of_the_engine(self) -> Problems:
         if self.old_logprobs == "rollout":
-            why = "compares old with rollout logprobs, which algorithm.old_logprobs = rollout makes the same"
+            why = "compares old with rollout logprobs; algorithm.old_logprobs = rollout makes them equal"
             yield from self.unused("off_policy_correction max_logprob_error", why, "old_logprobs")
 
     @rule
@@ -211,9 +212,9 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
             elif getattr(self, name) is None:
                 yield name, f"missing, {correction} needs it", owner
         low, high = self.off_policy_low, self.off_policy_high
-        agree = "or tokens on which engine and trainer agree are"
+        agree = "or tokens with a ratio of 1 are"
         if len(read) == 2 and low is not None and high is not None and not low < 1 < high:
-            reason = f"off_policy_low < 1 < off_policy_high must hold, {agree} dropped (got {low} and {high})"
+            reason = f"off_policy_low < 1 < off_policy_high must hold, {agree} masked (got {low} and {high})"
             yield "off_policy_low", reason, "off_policy_high"
         if len(read) == 1 and high is not None and high < 1:
             yield "off_policy_high", f"must be at least 1, {agree} truncated (got {high})"
@@ -224,8 +225,8 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
             why = "has no effect: algorithm.kl_coef is 0"
             yield from self.unused("kl_estimator kl_gradient", why, "kl_coef")
         elif self.kl_estimator == "k1" and self.kl_gradient == "plain":
-            plain = "the plain gradient of k1 is 1 whatever the reference says, and 0 in expectation"
-            use = "the KL would not hold the policy back; use score, or kl_estimator k2 or k3 (got plain)"
+            plain = "the plain gradient of k1 does not depend on the reference and averages to zero"
+            use = "it does not regularise; use score, or kl_estimator k2 or k3 (got plain)"
             yield "kl_gradient", f"{plain}: {use}", "kl_estimator"
 
 
@@ -236,10 +237,10 @@ class GrpoConfig(OnlineConfig):
 
     @property
     def why_zero_advantages_train(self) -> str:
-        """For a log line, why samples whose advantage is 0 are computed all the same; "" where they are not.
+        """Reason for the log why samples with advantage 0 are computed; "" if they are skipped.
 
-        With that advantage the policy loss and its gradient are 0 whatever the ratio; these settings add a
-        term that is not, or make the advantages wait for a pass over all samples.
+        Their policy loss and its gradient are 0 for any ratio. The settings named here add another loss
+        term, or need a forward pass over all samples before the advantages.
         """
         algorithm, router = self.algorithm, self.router
         if algorithm.skip_zero_advantages == "off":
@@ -249,12 +250,12 @@ class GrpoConfig(OnlineConfig):
             if getattr(algorithm, name):
                 return f"algorithm.{name} needs them"
         for name in ("aux_loss_coef", "bias_update_rate"):
-            if getattr(router, name) != 0:  # null: config.json's, which is above 0
+            if getattr(router, name) != 0:  # null: the value of config.json, which is above 0
                 return f"router.{name} needs them"
         return ""
 
     def describe_algorithm(self) -> list[str]:
-        """Which passes are made and skipped."""
+        """Return the lines on forward passes that run or are skipped."""
         algorithm, why = self.algorithm, self.why_zero_advantages_train
         one = "one forward pass per rollout batch"
         old = one if algorithm.needs_old_logprobs else f"pass skipped ({algorithm.why_no_old_pass})"
@@ -262,23 +263,23 @@ class GrpoConfig(OnlineConfig):
         return [
             f"old logprobs: {old}",
             f"reference logprobs: {reference}",
-            f"samples whose advantage is 0: {f'trained on ({why})' if why else 'not computed'}",
+            f"samples with advantage 0: {f'computed ({why})' if why else 'skipped'}",
         ]
 
     @rule
     def _group_size(self) -> Problems:
         algorithm, size, against = self.algorithm, self.rollout.num_generations_per_prompt, {}
         if algorithm.advantage is not None:
-            pass  # it says itself what it needs
+            pass  # the function checks the group size
         elif algorithm.baseline != "none":
-            alone = "alone, a sample has no baseline and its advantage is always 0"
+            alone = "with one, the baseline is the sample itself and the advantage 0"
             against["baseline"] = f"a group needs at least 2 samples: {alone}"
         elif algorithm.normalize_std:
-            divide = "has no standard deviation for algorithm.normalize_std to divide by"
+            divide = "has no standard deviation, which algorithm.normalize_std divides by"
             against["normalize_std"] = f"a group of one {divide}"
         if algorithm.dynamic_sampling:
-            wants = "algorithm.dynamic_sampling wants groups with unequal rewards"
-            against["dynamic_sampling"] = f"{wants}, one sample has none"
+            wants = "algorithm.dynamic_sampling needs groups with different rewards"
+            against["dynamic_sampling"] = f"{wants}, so at least 2 samples"
         for name, reason in against.items() if size < 2 else ():
             yield "rollout.num_generations_per_prompt", f"{reason} (got {size})", f"algorithm.{name}"
 
@@ -291,24 +292,24 @@ class GrpoConfig(OnlineConfig):
 
     @rule
     def _truncated_sampling(self) -> Problems:
-        # The support is a set of tokens per position; the trainer has it from the weights that sampled, and
-        # those are at hand only before the first optimizer step on a batch.
+        # The support is a set of tokens per position. The trainer recomputes it from the weights that
+        # sampled, which it has only before the first optimizer step on a batch.
         algorithm, steps = self.algorithm, self.algorithm.optimizer_steps_per_batch
         against: list[tuple[str, tuple[str, ...]]] = []
         if steps > 1:
             reason = (
-                "logprobs are taken over the tokens that the sampling policy could draw, which the weights"
-                f" tell only until they change: needs one optimizer step per rollout batch, not {steps}"
+                "logprobs are normalised over the sampling policy's support, which is known only until the"
+                f" weights change: needs one optimizer step per rollout batch, not {steps}"
             )
             against.append((reason, _STEPS))
         if algorithm.kl_coef > 0:
             reason = (
-                "the reference does not know which tokens the sampling policy could draw, so its logprobs"
-                f" would mean something else: needs algorithm.kl_coef = 0, not {algorithm.kl_coef}"
+                "the reference does not know the sampling policy's support, so its logprobs are not"
+                f" comparable: needs algorithm.kl_coef = 0, not {algorithm.kl_coef}"
             )
             against.append((reason, ("kl_coef",)))
         for name, _ in algorithm.changed("kl_reward_coef", "max_logprob_error"):
-            what = "takes a pass for logprobs over the whole vocabulary, the engine's are of a part of it"
+            what = "uses logprobs over the full vocabulary; the engine's are over a part of it"
             against.append((f"algorithm.{name} {what}", (name,)))
         for reason, fields in against:
             related = (f"algorithm.{field}" for field in fields)
@@ -318,25 +319,25 @@ class GrpoConfig(OnlineConfig):
     def _curriculum(self) -> Problems:
         for at in self.data.curricula("train") if self.algorithm.dynamic_sampling else ():
             owner = "algorithm.dynamic_sampling"
-            reason = f"goes by the accuracy over all samples, and {owner} replaces groups that are all right"
+            reason = f"needs the accuracy over all samples, but {owner} replaces groups that are all correct"
             yield f"data.{at}", reason, owner
 
     @rule
     def _asynchronous(self) -> Problems:
-        older = "those of older versions are gone"
-        gone = f" makes the trainer's logprobs depend on which weights sampled, and {older}"
+        older = "older versions are not kept"
+        gone = f" makes the trainer's logprobs depend on the weights that sampled; {older}"
         against = [(name, gone) for name, _ in self.changed("rollout.top_p", "rollout.top_k")]
         if self.rollout.router_replay:
-            reason = ": a change of weights chooses the experts of earlier tokens anew"
+            reason = ": a weight sync in flight reroutes earlier tokens"
             against.append(("rollout.router_replay", reason))
         if self.algorithm.dynamic_sampling:
-            reason = " decides after a step's rollout which prompts the next one begins with"
+            reason = " chooses a step's prompts after the rollout of the step before"
             against.append(("algorithm.dynamic_sampling", reason))
         for at in self.data.curricula("train"):
-            reason = " makes a step's problems by what came of the step before, which is not there yet"
+            reason = " chooses a step's problems from the results of the step before, which are not ready"
             against.append((f"data.{at}", reason))
         if self.weights.offload:
-            against.append(("weights.offload", " lets engine and trainer sleep in turns; here both work"))
+            against.append(("weights.offload", " needs engine and trainer to take turns; here both run"))
         staleness = self.rollout.max_staleness
         for name, reason in against if staleness else ():
             yield "rollout.max_staleness", f"{name}{reason} (got {staleness})", name

@@ -1,4 +1,4 @@
-"""What the schema says about itself: descriptions of types, and paths of keys.
+"""Introspection of the schema: types in words, and paths of keys.
 
 A path is a tuple of key names from the root, ("optimizer", "lr"); users read it with dots.
 """
@@ -21,12 +21,12 @@ _BOUNDS = {
     annotated_types.Gt: "> {0.gt}",
     annotated_types.Le: "<= {0.le}",
     annotated_types.Lt: "< {0.lt}",
-    annotated_types.MinLen: "that is not empty",
+    annotated_types.MinLen: "(not empty)",
 }
 
 
 def leaf_types(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, unions and Annotated taken apart."""
+    """Return the alternatives of an annotation; unions and Annotated are unwrapped."""
     if get_origin(annotation) is Annotated:
         return leaf_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -35,28 +35,28 @@ def leaf_types(annotation: Any) -> list[Any]:
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The section classes a field may hold: none for a plain value, several for a tagged union."""
+    """Return the section classes of a field: none for a plain value, several for a tagged union."""
     return [t for t in leaf_types(annotation) if isinstance(t, type) and issubclass(t, Section)]
 
 
 def tag_field(section: type[Section]) -> str | None:
-    """The field that selects this member of a tagged union: ``source`` of data, ``kind`` of environments."""
+    """Return the field that selects a member of a tagged union: ``source`` or ``kind``; else None."""
     return next((name for name in ("source", "kind") if name in section.model_fields), None)
 
 
 def tag_of(section: type[Section]) -> str | None:
-    """The value of its tag field that selects this member of a tagged union."""
+    """Return the (first) tag that selects this member of a tagged union; None for other sections."""
     return next(map(str, tags_of(section)), None)
 
 
 def tags_of(section: type[Section]) -> tuple[Any, ...]:
-    """Every value of its tag that selects this member of a tagged union; none for other sections."""
+    """Return all tags that select this member of a tagged union; () for other sections."""
     name = tag_field(section)
     return () if name is None else get_args(section.model_fields[name].annotation)
 
 
 def entries_of(annotation: Any) -> Any:
-    """What the values of a mapping of sections may be (an annotation); None for every other type."""
+    """Return the annotation of the values in a mapping of sections; None for other types."""
     for leaf in leaf_types(annotation):
         if get_origin(leaf) is dict and sections_of(get_args(leaf)[1]):
             return get_args(leaf)[1]
@@ -64,18 +64,18 @@ def entries_of(annotation: Any) -> Any:
 
 
 def select_section(sections: list[type[Section]], data: Any) -> type[Section] | None:
-    """The member of a (tagged) union that ``data`` asks for; None where it names none."""
+    """Return the member of a (tagged) union that ``data`` selects; None if it selects none."""
     if len(sections) == 1:
         return sections[0]
     tags = [tag_field(section) for section in sections]
     value = data.get(tags[0]) if isinstance(data, Mapping) and tags and tags[0] is not None else None
     if value is None and isinstance(data, Mapping) and tags[:1] == ["kind"] and "path" in data:
-        value = "custom"  # as megarl.config.environments has it
+        value = "custom"  # same default as in megarl.config.environments
     return next((section for section in sections if value in tags_of(section)), None)
 
 
 def accepts_text(annotation: Any) -> bool:
-    """Whether a string is a valid type of value here (a Literal of strings counts)."""
+    """Return whether the annotation accepts a string (a Literal of strings counts)."""
     return any(
         leaf is str or (get_origin(leaf) is Literal and all(isinstance(v, str) for v in get_args(leaf)))
         for leaf in leaf_types(annotation)
@@ -83,12 +83,12 @@ def accepts_text(annotation: Any) -> bool:
 
 
 def accepts_null(annotation: Any) -> bool:
-    """Whether null is a valid value here."""
+    """Return whether the annotation accepts null."""
     return type(None) in leaf_types(annotation)
 
 
 def fields_at(root: type[Section], path: Path) -> list[FieldInfo]:
-    """The fields a path may mean (several in a tagged union); empty for unknown or free-form keys."""
+    """Return the fields at a path (several in a tagged union); [] for unknown or free-form keys."""
     fields = [FieldInfo.from_annotation(root)]
     for name in path:
         fields = _inside(fields, name)
@@ -96,7 +96,7 @@ def fields_at(root: type[Section], path: Path) -> list[FieldInfo]:
 
 
 def config_path(root: type[Section], location: tuple[int | str, ...]) -> Path:
-    """A pydantic error location as a path: pydantic inserts the tag of a union, users do not write it."""
+    """Convert a pydantic error location to a path; drop the union tags that pydantic inserts."""
     fields, path = [FieldInfo.from_annotation(root)], list[str]()
     for part in location:
         members = [section for field in fields for section in sections_of(field.annotation)]
@@ -109,7 +109,7 @@ def config_path(root: type[Section], location: tuple[int | str, ...]) -> Path:
 
 
 def _inside(fields: list[FieldInfo], name: str) -> list[FieldInfo]:
-    """What ``name`` may mean in what these fields hold: a field of a section, or a name of the user's own."""
+    """Return the fields that ``name`` selects inside ``fields``: of a section, or entries of a mapping."""
     annotations = [field.annotation for field in fields]
     entries = [FieldInfo.from_annotation(entry) for a in annotations if (entry := entries_of(a)) is not None]
     sections = [section for annotation in annotations for section in sections_of(annotation)]
@@ -117,7 +117,7 @@ def _inside(fields: list[FieldInfo], name: str) -> list[FieldInfo]:
 
 
 def walk(root: type[Section], prefix: Path = ()) -> dict[Path, FieldInfo]:
-    """Every key under ``root``, sections before what they hold; of a tagged union the first that has it."""
+    """Return all keys under ``root``, sections before their fields; in a tagged union the first match."""
     found: dict[Path, FieldInfo] = {}
     for name, field in root.model_fields.items():
         found[(*prefix, name)] = field
@@ -128,7 +128,7 @@ def walk(root: type[Section], prefix: Path = ()) -> dict[Path, FieldInfo]:
 
 
 def describe_field(field: FieldInfo) -> str:
-    """The type of a field in words, e.g. 'a number > 0' or "'mean' or 'leave_one_out'"."""
+    """Describe the type of a field, e.g. 'a number > 0' or "'mean' or 'leave_one_out'"."""
     return _describe(field.annotation, field.metadata)
 
 

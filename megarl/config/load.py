@@ -1,7 +1,6 @@
-"""Reading a configuration: YAML file, key=value overrides, schema, combinations, files.
+"""Load a configuration: YAML file, key=value overrides, schema, rules, files.
 
-Everything that is wrong is collected and reported at once, a line each, with the place where the
-user wrote it.
+All violations are collected and reported together, one line each, with file and line.
 """
 
 from __future__ import annotations
@@ -53,32 +52,31 @@ def load_config(
     check_weights: bool = True,
     num_processes: int | None = None,
 ) -> _Config:
-    """Read ``path``, apply ``overrides`` ("optimizer.lr=1e-5"), and check everything.
+    """Read ``path``, apply ``overrides`` ("optimizer.lr=1e-5"), and validate.
 
     Args:
         kind: the command's root, e.g. SftConfig.
-        path: YAML file; strings in it may hold ${NAME} and ${NAME:-default}. None: all is in ``overrides``.
-        overrides: dotted key=value pairs, later ones win. Where the schema wants a string the value is
-            taken as it stands (quotes allow YAML escapes), elsewhere it is YAML.
-        check_files: also check what the configuration names on disk, relative to the current directory.
-        check_weights: among them the weights of its models, and models beside model.path.
-        num_processes: trainer ranks when a launcher has already decided (WORLD_SIZE); replaces
-            parallel.num_processes.
+        path: YAML file; strings may contain ${NAME} and ${NAME:-default}. None: overrides only.
+        overrides: dotted key=value pairs, later ones win. For a string field the value is taken literally
+            (quotes allow YAML escapes), else it is parsed as YAML.
+        check_files: also check the files it names, relative to the current directory.
+        check_weights: with check_files, also check model weights, and models other than model.path.
+        num_processes: trainer ranks set by a launcher (WORLD_SIZE); replaces parallel.num_processes.
 
     Raises:
-        UserError: one line per violation: "field.path: what is wrong (got value) [file:line]".
+        UserError: one line per violation: "field.path: explanation (got value) [file:line]".
     """
     loading = _Loading(kind, None if path is None else FilePath(path), check_files, check_weights)
     return loading.load(overrides, num_processes)
 
 
 def dump_config(config: Section) -> str:
-    """YAML text with every field resolved; :func:`load_config` reads it back as an equal configuration."""
+    """Return YAML with every field resolved; :func:`load_config` reads it back as an equal configuration."""
     return dump_yaml(config.model_dump())
 
 
 class _Loading:
-    """One call of load_config: the raw data as it grows, and what was found wrong."""
+    """State of one load_config call: the raw data and the violations found."""
 
     def __init__(
         self, kind: type[Any], path: FilePath | None, check_files: bool, check_weights: bool
@@ -119,14 +117,14 @@ class _Loading:
             self.origins.places[at] = f"{path}:{line}"
         if parsed.value is not None and not isinstance(parsed.value, dict):
             got = show(parsed.value)
-            raise UserError(f"{path}: a configuration is a mapping of sections (got {got})")
+            raise UserError(f"{path}: a configuration must be a mapping of sections (got {got})")
         self.data = parsed.value or {}
 
     def apply_override(self, override: str) -> None:
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            wrong = f"an override is written as section.key=value (got {show(override)})"
+            wrong = f"an override has the form section.key=value (got {show(override)})"
             return self.fail_override((override,), wrong)
         try:
             parsed = self.read_override(path, text)
@@ -161,7 +159,7 @@ class _Loading:
                 return self.fail_override(path, f"{what} (got {show(inner)})")
             section = inner
         section[path[-1]] = value
-        # Whatever the file had here no longer matters, its mistakes included.
+        # The override replaces the file's value, so violations of that value no longer apply.
         self.violations = [v for v in self.violations if v.path[: len(path)] != path]
         self.origins.overwrite(path, place)
         return None
@@ -218,9 +216,9 @@ class _Loading:
 
 
 def _build_partial(kind: type[Section], data: dict[str, Any], failed: set[Path], at: Path) -> Section:
-    """``kind`` from ``data`` without the fields that failed: reading one of those is an AttributeError.
+    """Build ``kind`` from ``data`` without the fields that failed; reading one raises AttributeError.
 
-    So the rules that need none of them still run, and all violations come in one go.
+    Rules that need none of them still run, so all violations are reported together.
     """
     values: dict[str, Any] = {}
     for name, field in kind.model_fields.items():

@@ -1,4 +1,4 @@
-"""Where figures and samples go."""
+"""Settings of logging."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from megarl.config.section import NonNegativeInt, PositiveInt, Section, Text
 
 
 class WandbConfig(Section):
-    """Weights & Biases sink."""
+    """Weights & Biases."""
 
     project: Text
     """W&B project."""
     entity: str | None = None
-    """W&B entity; null is the account's default."""
+    """W&B entity; null: the account's default."""
     mode: Literal["online", "offline"] = "online"
-    """offline writes files under the run directory for `wandb sync`."""
+    """offline: write files under the run directory, for `wandb sync`."""
 
 
 class LoggingConfig(Section):
-    """Sinks beside metrics.jsonl, samples/ and report.html, which are always written."""
+    """Sinks in addition to metrics.jsonl, samples/ and report.html."""
 
     tensorboard: bool = False
     """Write TensorBoard events to <run.dir>/tensorboard."""
@@ -28,4 +28,4 @@ class LoggingConfig(Section):
     samples_per_step: NonNegativeInt = 16
     """Samples written to samples/step_N.jsonl per step (0: none)."""
     report_interval: PositiveInt = 10
-    """Rewrite report.html every so many steps (and at the end)."""
+    """Steps between updates of report.html; it is also written at the end."""

@@ -1,4 +1,4 @@
-"""The model to train, and what its directory says."""
+"""Settings of the model, and its config.json."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class ModelConfig(Section):
     """The model to train."""
 
     path: PathText
-    """Hugging Face directory: config.json, safetensors, tokenizer (eval: or a Megatron checkpoint)."""
+    """Hugging Face directory: config.json, safetensors, tokenizer (eval also takes Megatron checkpoints)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameter and activation type. fp32 is the fast one on CPUs without AMX/AVX512-BF16."""
+    """Dtype of parameters and activations. float32 is faster on CPUs without AMX or AVX512-BF16."""
     trust_remote_code: bool = False
     """Run Python code of the model's directory where transformers lacks the model (trainer.backend torch)."""
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:
-    """Whether a directory is a Megatron distributed checkpoint, or has a tracker file that names one."""
+    """Return whether ``path`` is a Megatron distributed checkpoint or has a tracker file that names one."""
     return any((Path(path) / name).is_file() for name in (".metadata", "latest_checkpointed_iteration.txt"))
 
 
 def read_model_config(path: str) -> dict[str, Any]:
-    """config.json of a Hugging Face directory; UserError where it cannot be read."""
+    """Read config.json of a Hugging Face directory; UserError if that fails."""
     return read_json_object(Path(path) / "config.json", "model.path")

@@ -1,4 +1,4 @@
-"""What runs that learn from their own samples have in common."""
+"""Settings shared by online runs (grpo, ppo, distill), which train on samples of the policy."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from megarl.config.training import TrainingRoot
 
 
 class WeightsConfig(Section):
-    """How the engine gets the trainer's weights."""
+    """Weight sync from trainer to engine, and memory offload."""
 
     verify: Literal["off", "checksum"] = "off"
-    """checksum: after every weight sync, compare checksums of every region on both sides."""
+    """checksum: after each weight sync, compare the checksums of all regions on both sides."""
     transport: Literal["auto", "shared_memory", "peer"] = "auto"
-    """auto maps memory of the engine's host and asks other hosts; peer asks all, as if on other hosts."""
+    """auto: shared memory on the engine's host, peer transfers between hosts; peer: always peer transfers."""
     offload: list[Literal["gradients", "optimizer", "kv_cache"]] = Field(default_factory=list)
-    """What gives up its memory while unused: gradients, optimizer (GPU only) and the engine's kv_cache."""
+    """Memory to free while unused: gradients, optimizer (GPU only), the engine's kv_cache."""
     keep_kv_cache: bool = False
-    """Keep cached keys and values over a weight sync, though older weights made them."""
+    """Keep the KV cache across a weight sync, although older weights computed it."""
 
 
 class OnlineTrainingConfig(Section):
-    """Length of a run that learns from its own samples."""
+    """Length of an online run."""
 
     num_steps: PositiveInt
-    """Rollout batches."""
+    """Number of steps; each has one rollout batch."""
 
 
 class OnlineAlgorithm(Section):
-    """Base of the algorithms' sections, and what the loop asks of them."""
+    """Base of the algorithm sections: properties that the online loop reads."""
 
     if TYPE_CHECKING:
         num_optimizer_steps_per_batch: int
@@ -42,7 +42,7 @@ class OnlineAlgorithm(Section):
 
     @property
     def optimizer_steps_per_batch(self) -> int:
-        """Optimizer steps taken on one rollout batch, over all its epochs."""
+        """Optimizer steps per rollout batch, over all its epochs."""
         return self.num_optimizer_steps_per_batch * self.num_epochs_per_batch
 
     @property
@@ -52,28 +52,28 @@ class OnlineAlgorithm(Section):
 
     @property
     def least_group(self) -> int:
-        """Samples a prompt must have left, after failures, for its group to be used."""
+        """Samples a group must have after failures, or it is dropped."""
         return 1
 
     @property
     def most_batches(self) -> int | None:
-        """Rollout batches that may be drawn until a step has groups with unequal rewards; None takes any."""
+        """Maximum rollout batches per step under dynamic sampling; None: all groups are used."""
         return None
 
     @property
     def corrects_staleness(self) -> bool:
-        """Whether the loss knows that older weights drew a sample."""
+        """Whether the loss accounts for samples of older policy versions."""
         return False
 
     def lower_clip(self, low: float) -> Problems:
-        """Rule: ratios below 1 - ``low``, clip_low, can occur."""
+        """Rule: clip_low, ``low``, is below 1, so that the lower clip can act."""
         if low >= 1:
-            reason = "must be below 1: ratios are positive, so 1 - clip_low <= 0 never clips"
+            reason = "must be below 1: ratios are positive, so a bound 1 - clip_low <= 0 never clips"
             yield "clip_low", f"{reason} (got {low})"
 
 
 class OnlineConfig(TrainingRoot, Sampling):
-    """What runs that learn from their own samples have in common."""
+    """Base of the online roots."""
 
     data: PromptDataConfig
     rollout: RolloutConfig
@@ -82,8 +82,8 @@ class OnlineConfig(TrainingRoot, Sampling):
     training: OnlineTrainingConfig
 
     refused: ClassVar[dict[str, str]] = {}
-    """Settings of the shared sections that an algorithm cannot have, and why."""
-    if TYPE_CHECKING:  # every algorithm has its own
+    """Shared settings that the algorithm does not support -> reason."""
+    if TYPE_CHECKING:  # each root has its own type
         algorithm: Any
 
     @rule
@@ -96,30 +96,30 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @property
     def offloads(self) -> list[str]:
-        """What gives up its memory while unused."""
+        """Memory to free while unused."""
         return list(self.weights.offload)
 
     @property
     def evaluates(self) -> bool:
-        """Whether the run ever evaluates."""
+        """Whether the run evaluates."""
         return bool(self.evaluation.asked_by)
 
     @property
     def longest_response(self) -> int:
-        """Tokens of the longest response, of training or of an evaluation."""
+        """Maximum tokens of a response, in training or evaluation."""
         return max(self.rollout.max_new_tokens, self.evaluation.max_new_tokens or 0)
 
     @property
     def num_optimizer_steps(self) -> int:
-        """The (policy's) optimizer steps of the whole run."""
+        """Optimizer steps of the policy in the run."""
         return int(self.training.num_steps * self.algorithm.optimizer_steps_per_batch)
 
     def measures(self, metric: str) -> bool:
-        """Whether a metric comes from data.held_out."""
+        """Return whether a metric is computed on data.held_out."""
         return metric == "accuracy"
 
     def describe(self, model_config: dict[str, Any] | None) -> list[str]:
-        """Lines for --dry-run: what the configuration amounts to."""
+        """Return the lines of --dry-run on derived values."""
         rollout, algorithm = self.rollout, self.algorithm
         each = rollout.num_samples // algorithm.num_optimizer_steps_per_batch
         return [
@@ -133,7 +133,7 @@ class OnlineConfig(TrainingRoot, Sampling):
         ]
 
     def describe_algorithm(self) -> list[str]:
-        """Of them, which passes the algorithm makes and skips."""
+        """Return the lines on forward passes that run or are skipped."""
         return []
 
     @rule
@@ -145,12 +145,12 @@ class OnlineConfig(TrainingRoot, Sampling):
     def _something_to_evaluate(self) -> Problems:
         asked = [f"evaluation.{name}" for name in self.evaluation.asked_by]
         if asked and self.data.held_out is None:
-            yield "data.held_out", f"missing, but evaluation asks for it by {', '.join(asked)}", *asked
+            yield "data.held_out", f"missing, but required by {', '.join(asked)}", *asked
 
     @rule
     def _param_gather_with_an_engine(self) -> Problems:
         if self.parallel.overlap_param_gather:
-            reason = "not with an engine: engines read the parameters right after every step"
+            reason = "not for online runs: engines read the parameters right after each step"
             yield "parallel.overlap_param_gather", reason
 
     @rule

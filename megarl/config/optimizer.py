@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""Settings of the optimizer and its schedule."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from megarl.config.section import (
 
 
 class OptimizerConfig(Section):
-    """Megatron's AdamW, its schedule and gradient clipping."""
+    """Megatron's AdamW, the learning-rate schedule and gradient clipping."""
 
     lr: Annotated[float, Field(gt=0), at_most(1000)]
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
-    """Where linear and cosine schedules end."""
+    """Final learning rate of linear and cosine schedules."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after warm-up, over the run's optimizer steps."""
+    """Schedule after warm-up, over the run's optimizer steps."""
     lr_warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of linear warm-up from 0."""
+    """Optimizer steps of the linear warm-up from 0."""
     weight_decay: Annotated[float, Field(ge=0), at_most(1000)] = 0.0
     """Decoupled weight decay (norms and biases excluded)."""
     adam_beta1: Decay = 0.9
-    """First-moment decay."""
+    """Decay of the first moment."""
     adam_beta2: Decay = 0.95
-    """Second-moment decay."""
+    """Decay of the second moment."""
     adam_eps: Annotated[float, Field(gt=0), at_most(1)] = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon, added to the square root of the second moment."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """Global gradient norm to clip to; 0 switches clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
     distributed: bool = False
-    """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    """Shard the optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
 
     @rule
     def _learning_rates(self) -> Problems:

@@ -1,4 +1,4 @@
-"""How sequences become microbatches."""
+"""Settings of sequence packing."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from megarl.config.section import PositiveInt, Problems, Section, rule
 
 
 class PackingConfig(Section):
-    """How sequences become microbatches."""
+    """Packing of sequences into microbatches."""
 
     max_tokens_per_microbatch: PositiveInt = 4096
-    """Token budget of one microbatch; no single sequence may exceed it."""
+    """Token budget of a microbatch; no sequence may exceed it."""
     max_sequence_length: PositiveInt | None = None
-    """Longest prompt + response; null is what the model's positions and the token budget both allow."""
+    """Longest prompt + response in tokens; null: min(model positions, token budget)."""
     share_prefix: Literal["auto", "off"] = "auto"
-    """auto: compute a group's prompt once where that saves a tenth of its tokens (grpo); the same result."""
+    """auto: compute a group's prompt once if that saves 10% of its tokens (grpo); the result is the same."""
 
     @rule
     def _token_budget(self) -> Problems:
         longest, budget = self.max_sequence_length, self.max_tokens_per_microbatch
         if longest is not None and longest > budget:
-            fits = "a sequence of this length must fit into one microbatch"
+            fits = "a sequence of this length must fit into a microbatch"
             reason = f"{fits}, packing.max_tokens_per_microbatch = {budget} (got {longest})"
             yield "max_sequence_length", reason, "max_tokens_per_microbatch"

@@ -1,4 +1,4 @@
-"""How the trainer is split over processes, and what it trades for memory or overlap."""
+"""Parallel layout of the trainer, activation recompute and overlap."""
 
 from __future__ import annotations
 
@@ -8,51 +8,52 @@ from megarl.config.section import PositiveInt, Problems, ProcessCount, Section, 
 
 
 class ParallelConfig(Section):
-    """How the trainer is split over processes. data_parallel_size is what remains."""
+    """Parallel layout of the trainer. data_parallel_size is num_processes / (TP x PP x CP)."""
 
     num_processes: ProcessCount = 1
-    """Trainer ranks `megarl` starts on this machine; under torchrun or srun WORLD_SIZE replaces it."""
+    """Trainer ranks that `megarl` starts here; ignored under torchrun and srun, which set WORLD_SIZE."""
     tensor_parallel_size: ProcessCount = 1
-    """Ranks that share each layer's matrices."""
+    """Tensor parallelism: ranks that shard each layer's matrices."""
     pipeline_parallel_size: ProcessCount = 1
-    """Ranks that share the stack of layers."""
+    """Pipeline parallelism: stages of layers."""
     context_parallel_size: ProcessCount = 1
-    """Ranks that share each sequence."""
+    """Context parallelism: ranks that split each sequence."""
     context_attention: Literal["all_gather", "ring"] = "all_gather"
-    """How context-parallel ranks see each other's keys: gathered a layer at a time, or passed around in
-    Transformer Engine's ring (GPUs with that package; without shared prefixes or latent attention)."""
+    """Attention over context-parallel ranks: all_gather of keys and values per layer, or Transformer Engine's
+    ring (GPU, needs that package; no shared prefixes, no latent attention)."""
     context_split_from: PositiveInt | None = None
-    """Split only sequences of at least this many tokens over the context-parallel ranks; one of them computes
-    a shorter one whole. Needs context_parallel_size > 1; null splits all."""
+    """Split only sequences of at least this many tokens over the context-parallel ranks; a shorter one stays
+    on one rank. Needs context_parallel_size > 1; null: split all."""
     sequence_parallel: bool = False
-    """Split norms and dropouts over the tensor-parallel ranks; needs tensor_parallel_size > 1."""
+    """Split norms and dropout along the sequence over TP ranks; needs tensor_parallel_size > 1."""
     virtual_pipeline_parallel_size: ProcessCount = 1
     """Model chunks per pipeline stage (interleaved schedule); needs pipeline_parallel_size > 1."""
     expert_parallel_size: ProcessCount = 1
-    """Ranks of a pipeline stage that share each layer's experts, whole experts each."""
+    """Expert parallelism: ranks of a pipeline stage that split each layer's experts."""
     expert_tensor_parallel_size: ProcessCount = 1
-    """Ranks that share each expert's matrices; experts are not split by tensor_parallel_size."""
+    """Ranks that shard each expert's matrices; tensor_parallel_size does not shard experts."""
     expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens reach their experts: each to its ranks, or all to all ranks (for few, large groups)."""
+    """Token dispatch: all-to-all to the experts' ranks, or all-gather to all ranks (few, large groups)."""
     first_stage_layers: PositiveInt | None = None
-    """Layers of the first pipeline stage, which also has the embedding; null: as many as the others."""
+    """Layers of the first pipeline stage, which also holds the embedding; null: as many as the others."""
     last_stage_layers: PositiveInt | None = None
-    """Layers of the last pipeline stage, which also has the head; null: as many as the others."""
+    """Layers of the last pipeline stage, which also holds the head; null: as many as the others."""
     activation_recompute: Literal["off", "selective", "full"] = "off"
-    """Compute again in the backward pass, instead of keeping: the attention (selective), or whole layers."""
+    """Recompute in the backward pass: attention (selective) or whole layers (full)."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+    """Reduce gradients over data-parallel ranks during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated parameters during the next forward pass; needs optimizer.distributed. Not for grpo."""
+    """Gather updated parameters during the next forward pass. Needs optimizer.distributed; not for online
+    runs."""
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that together hold one copy of the model and one sequence."""
+        """Ranks per model replica: TP x PP x CP."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks that see different sequences."""
+        """Model replicas, each with its own sequences."""
         return self.num_processes // self.model_parallel_size
 
     @rule
@@ -65,7 +66,7 @@ class ParallelConfig(Section):
 
     @rule
     def _of_several_ranks(self) -> Problems:
-        """What needs another dimension of more than one rank."""
+        """Rule: these settings need a dimension with more than one rank."""
         for size, names in (
             ("tensor_parallel_size", ["sequence_parallel"]),
             ("pipeline_parallel_size", ["virtual_pipeline_parallel_size"]),
@@ -85,7 +86,7 @@ class ParallelConfig(Section):
     @rule
     def _overlap(self) -> Problems:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
-            reason = "needs parallel.overlap_grad_reduce = true (Megatron's hooks are the same)"
+            reason = "needs parallel.overlap_grad_reduce = true (they share Megatron's hooks)"
             yield "overlap_param_gather", reason, "overlap_grad_reduce"
 
     @rule

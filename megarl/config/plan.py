@@ -1,4 +1,4 @@
-"""Settings of `megarl plan`: a model, two layouts and the machine, none of which need exist."""
+"""Settings of `megarl plan`: a model, the layouts of trainer and engine, and the GPUs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from megarl.config.section import NonNegativeFloat, PathText, PositiveFloat, Pos
 
 
 class PlanModelConfig(Section):
-    """The model, by its shape alone."""
+    """The model."""
 
     path: PathText
-    """Directory with a Hugging Face config.json; weights are not looked for."""
+    """Directory with a Hugging Face config.json; weights are not needed."""
 
 
 class PlanTrainerConfig(Section):
-    """How the trainer is split over the GPUs of --gpus; data parallelism takes what remains."""
+    """Parallel layout of the trainer on --gpus GPUs; data parallelism takes the rest."""
 
     tensor_parallel_size: PositiveInt = 1
-    """Ranks that share each layer's matrices."""
+    """Tensor parallelism: ranks that shard each layer's matrices."""
     sequence_parallel: bool = False
-    """Split what tensor ranks would repeat along the tokens; needs tensor_parallel_size > 1."""
+    """Split norms and dropout along the sequence over TP ranks; needs tensor_parallel_size > 1."""
     pipeline_parallel_size: PositiveInt = 1
-    """Ranks that share the stack of layers."""
+    """Pipeline parallelism: stages of layers."""
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks per pipeline stage (interleaved schedule); needs pipeline_parallel_size > 1."""
     first_stage_layers: PositiveInt | None = None
@@ -33,86 +33,86 @@ class PlanTrainerConfig(Section):
     last_stage_layers: PositiveInt | None = None
     """Layers of the last pipeline stage; null: as many as the others."""
     context_parallel_size: PositiveInt = 1
-    """Ranks that share each sequence."""
+    """Context parallelism: ranks that split each sequence."""
     expert_parallel_size: PositiveInt = 1
-    """Ranks of a pipeline stage that share each layer's experts, whole experts each."""
+    """Expert parallelism: ranks of a pipeline stage that split each layer's experts."""
     expert_tensor_parallel_size: PositiveInt = 1
-    """Ranks of a pipeline stage that share each expert's matrices."""
+    """Ranks of a pipeline stage that shard each expert's matrices."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+    """Shard the optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
     activation_recompute: Literal["off", "selective", "full"] = "off"
-    """Compute again in the backward pass, instead of keeping: the attention (selective), or whole layers."""
+    """Recompute in the backward pass: attention (selective) or whole layers (full)."""
     keep_reference: bool = False
-    """Keep a frozen copy of the parameters for reference logprobs (algorithm.kl_coef > 0 in grpo, dpo)."""
+    """Count a frozen copy of the parameters for reference logprobs (grpo with algorithm.kl_coef > 0, dpo)."""
     lora: LoraLayers | None = None
-    """Train adapters of low rank beside frozen parameters; the reference then needs no copy."""
+    """Train LoRA adapters on frozen parameters; the reference then needs no copy."""
     num_microbatches: PositiveInt | None = None
     """Microbatches per optimizer step and data-parallel rank; null: enough to fill the pipeline."""
 
 
 class PlanEngineConfig(Section):
-    """How vLLM's engines are split; as many engines as the GPUs hold."""
+    """Layout of the vLLM engines; as many engines as the GPUs hold."""
 
     colocated: bool = True
-    """The engines run on the trainer's GPUs; false: on GPUs of their own, as many as num_gpus."""
+    """Engines share the trainer's GPUs; false: they use num_gpus other GPUs."""
     num_gpus: PositiveInt | None = None
-    """GPUs of the engines where they are not the trainer's."""
+    """GPUs of the engines, with colocated: false."""
     tensor_parallel_size: PositiveInt = 1
-    """Ranks that share each layer's matrices."""
+    """Tensor parallelism: ranks that shard each layer's matrices."""
     pipeline_parallel_size: PositiveInt = 1
-    """Ranks that share the stack of layers, cut as vLLM cuts it."""
+    """Pipeline parallelism: stages of layers, split as vLLM splits them."""
     data_parallel_size: PositiveInt = 1
-    """Groups of tensor ranks that repeat attention and share experts (vLLM's data parallelism)."""
+    """vLLM's data parallelism: groups of tensor ranks that replicate attention and split experts."""
     expert_parallel: bool = False
-    """Tensor x data ranks hold whole experts each (vLLM's enable_expert_parallel), not parts of all."""
+    """Each of the TP x DP ranks holds whole experts (vLLM's enable_expert_parallel), not shards of all."""
     kv_cache_gib: PositiveFloat | None = None
-    """Memory for keys and values on each GPU; give this or max_num_seqs."""
+    """KV cache per GPU; give this or max_num_seqs."""
     max_num_seqs: PositiveInt | None = None
-    """Sequences of workload.sequence_length whose keys and values must fit, per data-parallel rank."""
+    """Size the KV cache for this many sequences of workload.sequence_length, per data-parallel rank."""
 
 
 class PlanWeightsConfig(Section):
-    """What shares the memory of a GPU in turn."""
+    """Memory offload of colocated engines."""
 
     offload: list[Literal["gradients", "optimizer", "kv_cache"]] = Field(default_factory=list)
-    """What gives up its memory while the other side works, as weights.offload of grpo; needs colocated."""
+    """Memory to free while the other side works, as weights.offload of grpo; needs colocated: true."""
 
 
 class PlanWorkloadConfig(Section):
-    """What is trained on and sampled."""
+    """Sequence lengths."""
 
     sequence_length: PositiveInt
     """Longest prompt + response in tokens."""
     tokens_per_microbatch: PositiveInt
-    """Packed tokens of one microbatch, over its context-parallel ranks."""
+    """Packed tokens of one microbatch, over all its context-parallel ranks."""
 
 
 class PlanDtypesConfig(Section):
-    """Types of what is stored. The optimizer's master parameters are float32."""
+    """Stored dtypes. The optimizer's master parameters are float32."""
 
     parameters: Literal["float32", "bfloat16"] = "bfloat16"
-    """Trainer's parameters and activations; float32 ones need no master copy."""
+    """Parameters and activations of the trainer; float32 parameters need no master copy."""
     gradients: Literal["float32", "bfloat16"] = "float32"
-    """Gradients as they are summed over microbatches."""
+    """Gradients, accumulated over microbatches."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Adam's two moments."""
     engine: Literal["float32", "bfloat16"] = "bfloat16"
-    """Engine's parameters; only the trainer's type can be aliased."""
+    """Parameters of the engine; aliasing needs the trainer's dtype."""
     kv_cache: Literal["float32", "bfloat16", "float8"] = "bfloat16"
-    """Keys and values."""
+    """KV cache."""
 
 
 class PlanGpuConfig(Section):
-    """One GPU and what joins it to others. GB are 10^9 bytes, GiB 2^30; bandwidths count one direction."""
+    """Memory and bandwidths of a GPU. GB = 10^9 bytes, GiB = 2^30; bandwidths are per direction."""
 
     memory_gib: PositiveFloat = 80
     """Memory of one GPU."""
     reserved_gib: NonNegativeFloat = 6
-    """Of it, for what is not planned: CUDA and NCCL, the engine's activations, fragmentation."""
+    """Part of it reserved for CUDA, NCCL, the engine's activations and fragmentation."""
     gpus_per_host: PositiveInt = 8
-    """GPUs that reach one another by NVLink; the rest is reached over the network."""
+    """GPUs connected by NVLink; others are connected by the network."""
     memory_gb_s: PositiveFloat = 3350
-    """Memory bandwidth; a copy within a GPU reads and writes."""
+    """Memory bandwidth; a copy within a GPU counts twice (read and write)."""
     nvlink_gb_s: PositiveFloat = 450
     """NVLink bandwidth of one GPU."""
     network_gb_s: PositiveFloat = 50

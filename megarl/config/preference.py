@@ -1,4 +1,4 @@
-"""Settings of `megarl dpo`: training on pairs of a preferred and a rejected response."""
+"""Settings of `megarl dpo` and `megarl rm`, which train on preference pairs."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ from megarl.config.training import OfflineRoot
 
 
 class PreferenceColumns(Section):
-    """Which columns make a pair; each holds a string or a list of chat messages."""
+    """Columns of a preference pair; each holds a string or a list of chat messages."""
 
     prompt_field: Text | None = None
-    """Column with the prompt; null: `prompt`, where rows have it (else both responses are conversations)."""
+    """Column with the prompt; null: `prompt` if rows have it, else both responses are conversations."""
     chosen_field: Text = "chosen"
-    """Column with the preferred response, or the conversation that ends in it."""
+    """Column with the chosen response, or a conversation that ends in it."""
     rejected_field: Text = "rejected"
-    """Column with the other one."""
+    """Column with the rejected response, or a conversation that ends in it."""
 
 
 class PreferenceJsonlSource(PreferenceColumns, FileLocation):
-    """Pairs in a file: {"prompt", "chosen", "rejected"}, or conversations {"chosen", "rejected"}."""
+    """Pairs from a file: {"prompt", "chosen", "rejected"}, or conversations {"chosen", "rejected"}."""
 
 
 class PreferenceHfSource(PreferenceColumns, HfLocation):
-    """Pairs in a Hugging Face dataset, as in files."""
+    """Pairs from a Hugging Face dataset, with the same columns as in files."""
 
 
 class PreferenceReasoningGymSource(ReasoningGymSource):
-    """reasoning-gym problems with two responses made from reference answers."""
+    """Pairs made of reasoning-gym problems and reference answers."""
 
     chosen_templates: list[Text] = Field(default=["{answer}"], min_length=1)
-    """Forms of the chosen response, each with {answer}; pair i uses form i modulo their number."""
+    """Templates of the chosen response, each with {answer}; pair i uses template i modulo their number."""
     rejected_templates: list[Text] = Field(default=["{other_answer}"], min_length=1)
-    """Forms of the rejected one, with {answer} or {other_answer}, the next problem's that has another."""
+    """Templates of the rejected response, with {answer} or {other_answer}, the next different answer."""
 
     @rule
     def _templates(self) -> Problems:
@@ -63,7 +63,7 @@ class PreferenceReasoningGymSource(ReasoningGymSource):
         ):
             for template in getattr(self, name):
                 if not any(field in template for field in fields):
-                    yield name, f"each form needs {' or '.join(fields)} (got {template!r})"
+                    yield name, f"each template needs {' or '.join(fields)} (got {template!r})"
 
 
 PlainPreferenceSource = Annotated[
@@ -72,10 +72,10 @@ PlainPreferenceSource = Annotated[
 
 
 class PreferenceMixtureSource(MixtureWeights):
-    """Pairs of several sources."""
+    """Pairs from several sources."""
 
     sources: Annotated[dict[str, PlainPreferenceSource], Field(min_length=2)]
-    """The sources by names of your choice; each is any other kind of source."""
+    """The sources, by names of your choice; each is of any other kind."""
 
 
 PreferenceSource = Annotated[
@@ -85,37 +85,37 @@ PreferenceSource = Annotated[
 
 
 class PreferenceDataConfig(TrainingDataReading):
-    """Pairs to learn from and to validate on."""
+    """Pairs for training and validation."""
 
     train: PreferenceSource
-    """Pairs."""
+    """Training pairs."""
     held_out: PreferenceSource | None = None
-    """Pairs only the validation sees."""
+    """Pairs for validation only."""
     format: PromptFormat = PromptFormat()
-    """How a problem becomes prompt tokens."""
+    """Formatting of prompts."""
     shuffle: bool = True
     """Shuffle once per epoch, by run.seed."""
 
 
 class PreferenceAlgorithmConfig(Section):
-    """Which loss over pairs (docs/algorithms.md has the formulas)."""
+    """The preference loss (docs/algorithms.md has the formulas)."""
 
     loss: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
     """DPO arXiv:2305.18290, IPO 2310.12036, KTO 2402.01306, SimPO 2405.14734, ORPO 2403.07691."""
     beta: PositiveFloat | None = None
-    """Scale of the rewards (ipo: the paper's tau; orpo: weight of the odds ratio); null: 0.1, simpo 2."""
+    """Scale of the implicit rewards (ipo: tau; orpo: weight of the odds ratio); null: 0.1, simpo: 2."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of labels believed to be wrong, conservative DPO (dpo, simpo)."""
+    """Assumed share of flipped labels, conservative DPO (dpo, simpo)."""
     length_normalization: bool | None = None
-    """Divide log-ratios by the response's tokens (dpo, ipo); null: true for ipo, false for dpo."""
+    """Divide log-ratios by the response length (dpo, ipo); null: true for ipo, false for dpo."""
     sft_coef: NonNegativeFloat | None = None
-    """Weight of the chosen tokens' mean negative logprob; null: 1 for orpo, else 0."""
+    """Weight of the mean negative logprob of the chosen tokens; null: 1 for orpo, else 0."""
     simpo_gamma: NonNegativeFloat | None = None
-    """Margin the rewards are to differ by (simpo); null: 1."""
+    """Target margin between the rewards (simpo); null: 1."""
     desirable_weight: PositiveFloat | None = None
-    """Weight of the chosen responses (kto); null: 1."""
+    """Weight of chosen responses (kto); null: 1."""
     undesirable_weight: PositiveFloat | None = None
-    """Weight of the rejected responses (kto); null: 1."""
+    """Weight of rejected responses (kto); null: 1."""
 
     reads: ClassVar[dict[str, tuple[str, ...]]] = {
         "dpo": ("label_smoothing", "length_normalization"),
@@ -124,46 +124,46 @@ class PreferenceAlgorithmConfig(Section):
         "simpo": ("label_smoothing", "simpo_gamma"),
         "orpo": (),
     }
-    """Which of the options that not every loss has each of them reads."""
+    """Optional settings that each loss reads."""
 
     @property
     def uses_reference(self) -> bool:
-        """Whether the loss compares with a reference's logprobs."""
+        """Whether the loss needs reference logprobs."""
         return self.loss in ("dpo", "ipo", "kto")
 
     @rule
     def _options(self) -> Problems:
         optional = dict.fromkeys(name for names in self.reads.values() for name in names)
         for name in optional.keys() - set(self.reads[self.loss]):
-            always = name == "length_normalization" and self.loss in ("simpo", "orpo")
-            why = "always divides by the response's tokens" if always else "does not read it"
+            always = name == "length_normalization" and self.loss in ("simpo", "orpo")  # fixed by the loss
+            why = "always divides by the response length" if always else "does not read it"
             yield from self.unused(name, f"algorithm.loss = {self.loss} {why}", "loss")
 
 
 class ReferenceConfig(Section):
-    """The frozen model that dpo, ipo and kto compare with; its logprobs are computed once and kept."""
+    """The frozen reference of dpo, ipo and kto; its logprobs are computed once and cached."""
 
     path: PathText | None = None
-    """Hugging Face directory of the same architecture; null is model.path."""
+    """Hugging Face directory of the same architecture; null: model.path."""
     cache_dir: PathText | None = None
-    """Where the logprobs are kept, for other runs too; null is <run.dir>/reference."""
+    """Cache of the logprobs, which runs may share; null: <run.dir>/reference."""
 
 
 class PreferenceTrainingConfig(Section):
-    """Length and batch of a preference run."""
+    """Length and batch size of a preference run."""
 
     num_steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt
-    """Pairs per step, over all ranks."""
+    """Pairs per optimizer step, over all ranks."""
     validation_interval: NonNegativeInt = 0
-    """Validation loss and accuracy every so many steps (0: only at the end); needs data.held_out."""
+    """Steps between validations of loss and accuracy (0: only at the end); needs data.held_out."""
     validation_size: PositiveInt = 128
     """Pairs per validation."""
 
 
 class PreferenceRoot(OfflineRoot):
-    """What runs that learn from pairs have in common."""
+    """Base of the roots that train on pairs."""
 
     data: PreferenceDataConfig
 
@@ -188,7 +188,7 @@ class DpoConfig(PreferenceRoot):
     training: PreferenceTrainingConfig
 
     def describe_batch(self) -> list[str]:
-        """Lines for --dry-run."""
+        """Return the lines of --dry-run on the batch."""
         needed = self.algorithm.uses_reference
         reference = "once, before the first step" if needed else f"none ({self.algorithm.loss})"
         return [*super().describe_batch(), f"reference logprobs: {reference}"]
@@ -202,10 +202,10 @@ class DpoConfig(PreferenceRoot):
 
 
 class RewardAlgorithmConfig(Section):
-    """The loss of a reward model (Bradley-Terry; docs/algorithms.md has the formula)."""
+    """The reward-model loss (Bradley-Terry; docs/algorithms.md has the formula)."""
 
     center_coef: NonNegativeFloat = 0.0
-    """Weight of the squared sum of a pair's scores, which keeps scores around 0 (arXiv:2312.09244)."""
+    """Weight of the squared sum of a pair's scores, which centers scores at 0 (arXiv:2312.09244)."""
 
 
 class RmConfig(PreferenceRoot):
@@ -217,4 +217,4 @@ class RmConfig(PreferenceRoot):
     @rule
     def _no_adapters(self) -> Problems:
         if self.lora is not None:
-            yield "lora", "not for reward models: their new head is trained with all weights"
+            yield "lora", "not for reward models: they train all weights and a new head"

@@ -1,4 +1,4 @@
-"""Keys that had another name: an old one is answered with the new, and runs of before can be resumed."""
+"""Renamed configuration keys: errors name the new key, and runs with old keys can be resumed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ RENAMED = {
     "algorithm.clip_ratio_high": "algorithm.clip_high",
     "algorithm.clip_ratio_c": "algorithm.dual_clip",
 }
-"""Old key -> new key, whole paths; docs/migration.md lists the same."""
+"""Old key -> new key, as full paths; docs/migration.md has the same list."""
 
 
 def with_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it was written, under today's keys. The argument is not changed."""
+    """Return a copy of ``config`` with old keys replaced by new ones."""
     return _renamed(config, "")
 
 

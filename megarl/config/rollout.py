@@ -1,4 +1,4 @@
-"""How responses are generated: the engine, what is drawn, and what must hold wherever answers are judged."""
+"""Settings of rollouts: engines and sampling; rules of all roots that generate."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from megarl.config.section import (
 
 
 class EngineConfig(Section):
-    """The colocated engine, or engines."""
+    """The colocated vLLM engines."""
 
     backend: Literal["vllm", "hf"] = "vllm"
     """vllm; or hf, the models of transformers: for those that vLLM lacks, and to compare vLLM with."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto is the trainer's type, the one with which weights can be aliased."""
+    """Dtype of the weights; auto: the trainer's, which aliasing needs."""
     kv_cache_gib: Annotated[float, Field(gt=0), at_most(1_000_000)] = 0.5
-    """Memory for the KV cache, on each rank of each engine."""
+    """KV cache per engine rank."""
     max_num_seqs: PositiveInt = 256
-    """Sequences decoded side by side, by each engine."""
+    """Maximum concurrent sequences per engine."""
     max_num_batched_tokens: PositiveInt = 4096
-    """Tokens per engine step (prefill and decode together), raised to hold one whole sequence."""
+    """Tokens per engine step (prefill and decode); raised to hold the longest sequence."""
     enable_prefix_caching: bool = True
-    """Compute the prompt of a group once."""
+    """Cache prompt prefixes, so that a group's prompt is computed once."""
     tensor_parallel_size: Annotated[int, Field(ge=1), at_most(4096)] = 1
-    """Ranks that share each layer's matrices; independent of the trainer's."""
+    """Ranks per engine that shard each layer's matrices; independent of the trainer's."""
     data_parallel_size: ProcessCount = 1
-    """Whole engines side by side, that share the requests; with several hosts as many on each of them."""
+    """Number of engine replicas, which share the requests; 1, or a multiple of the number of hosts."""
     expert_parallel: bool = False
-    """Each of these ranks holds whole experts, not a part of all of them (vLLM's enable_expert_parallel)."""
+    """Each rank holds whole experts, not shards of all experts (vLLM's enable_expert_parallel)."""
     num_threads: ProcessCount | None = None
-    """CPU threads of an engine, over all its ranks; null: its host's cores, shared with what runs beside."""
+    """CPU threads per engine, over all its ranks; null: the host's cores, divided among engines and ranks."""
     batch_invariant: bool = False
-    """On a GPU, draw the same tokens whatever is decoded beside them, with slower kernels (compute capability
-    9.0 or later). On a CPU it changes nothing."""
+    """Use vLLM's batch-invariant kernels: samples do not depend on the other sequences of the batch. Slower;
+    needs compute capability 9.0. No effect on a CPU."""
     start_timeout_seconds: Seconds = 300.0
-    """How long an engine that starts may show no progress before the run ends with an error."""
+    """Time without progress after which a starting engine is an error."""
 
     def describe(self) -> list[str]:
-        """Lines for --dry-run, where there are several."""
+        """Return the lines of --dry-run on the engines; [] for one engine."""
         count = self.data_parallel_size
         each = f"tensor_parallel_size: {self.tensor_parallel_size} each"
         return [f"engines: {count}, {each}"] if count > 1 else []
@@ -63,7 +63,7 @@ class EngineConfig(Section):
     def _a_token_per_sequence(self) -> Problems:
         tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
         if tokens < sequences:
-            least = f"rollout.engine.max_num_seqs = {sequences}, a token per sequence"
+            least = f"rollout.engine.max_num_seqs = {sequences}, one token per sequence"
             yield "max_num_batched_tokens", f"must be at least {least} (got {tokens})", "max_num_seqs"
 
     @rule
@@ -75,38 +75,38 @@ class EngineConfig(Section):
     @rule
     def _ranks_of_experts(self) -> Problems:
         if self.expert_parallel and self.tensor_parallel_size == 1:
-            needs = "rollout.engine.tensor_parallel_size > 1, whose ranks then share the experts"
+            needs = "rollout.engine.tensor_parallel_size > 1, the ranks that split the experts"
             yield "expert_parallel", f"needs {needs} (got true)", "tensor_parallel_size"
 
 
 class GenerationConfig(Section):
-    """How responses are generated, whatever for."""
+    """Generation, for training and evaluation."""
 
     max_new_tokens: PositiveInt
-    """Longest response; longer ones end with finish_reason length."""
+    """Maximum tokens of a response; a response cut there has finish_reason length."""
     engine: EngineConfig = EngineConfig()
-    """The colocated engine."""
+    """The colocated vLLM engines."""
     environments: EnvironmentRuntime = EnvironmentRuntime()
-    """Where and how episodes are judged."""
+    """Worker processes of the environments."""
 
 
 class RolloutConfig(GenerationConfig):
-    """What is sampled each step."""
+    """Sampling of a training step."""
 
     num_prompts_per_step: PositiveInt
     """Prompts per step."""
     num_generations_per_prompt: PositiveInt
     """Samples per prompt (the group size G)."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; the trainer's logprobs use the same."""
+    """Sampling temperature; the trainer's logprobs are scaled by it too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the fewest likeliest tokens with this mass; trainer logprobs use that support (1: all)."""
+    """Nucleus sampling: the smallest set of tokens with this mass; also for trainer logprobs (1: off)."""
     top_k: NonNegativeInt = 0
-    """Sample from so many of the likeliest tokens; the trainer's logprobs use the same support (0: all)."""
+    """Sample from the k likeliest tokens; the trainer's logprobs use the same support (0: off)."""
     router_replay: bool = False
-    """Train with the experts that the engine chose for each token; for models that have experts."""
+    """Replay the engine's expert choices in the trainer; for mixtures of experts."""
     max_staleness: Annotated[int, Field(ge=0, le=8)] = 0
-    """Generate while training: samples may be so many policy versions old when learned from (0: none)."""
+    """Asynchronous rollouts: maximum age of a sample in policy versions when trained on (0: synchronous)."""
 
     @rule
     def _experts_are_recorded(self) -> Problems:
@@ -115,12 +115,12 @@ class RolloutConfig(GenerationConfig):
 
     @property
     def num_samples(self) -> int:
-        """Samples of a step."""
+        """Samples per step."""
         return self.num_prompts_per_step * self.num_generations_per_prompt
 
 
 class Sampling:
-    """Base of the roots that have answers judged: of `megarl eval` and of online training."""
+    """Base of the roots that generate and score responses: online runs and `megarl eval`."""
 
     if TYPE_CHECKING:
         model: ModelConfig
@@ -129,11 +129,11 @@ class Sampling:
         evaluation: EvaluationSizeConfig
 
     def max_sequence_length(self, model_config: dict[str, Any]) -> int:
-        """Longest prompt + response in tokens."""
+        """Return the longest prompt + response in tokens."""
         raise NotImplementedError
 
     def sequence_gib(self, model_config: dict[str, Any]) -> float:
-        """The engine's cache of the longest sequence; KeyError for a size that config.json lacks."""
+        """Return the KV cache in GiB of the longest sequence; KeyError if config.json lacks a size."""
         heads, engine_type = model_config["num_attention_heads"], self.rollout.engine.dtype
         head_size = model_config.get("head_dim") or model_config["hidden_size"] // heads
         numbers = 2 * model_config["num_hidden_layers"] * (model_config.get("num_key_value_heads") or heads)
@@ -143,12 +143,12 @@ class Sampling:
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is ever an evaluation."""
+        """Whether the run evaluates."""
         return True
 
     @property
     def longest_response(self) -> int:
-        """Tokens of the longest response."""
+        """Maximum tokens of a response."""
         return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
 
     @rule

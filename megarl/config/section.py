@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: fields, and the rules that join them."""
+"""Base class of configuration sections: typed fields, and rules across them."""
 
 from __future__ import annotations
 
@@ -56,15 +56,14 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 """A path: ~ is the home directory, as in a shell."""
 
 Problems = Iterator[tuple[str, ...]]
-"""What a rule yields: a field, what is wrong with it, and other fields that take part; the fields with dots,
-counted from the rule's section."""
+"""Yielded by a rule: field, message, related fields; fields are dotted paths from the rule's section."""
 HERE = "\0"
-"""In a message: the place of the rule's section, dot included, for sections that stand at several places."""
+"""In a message: the path of the rule's section, dot included, for sections used at several paths."""
 _Method = TypeVar("_Method", bound=Callable[..., Problems])
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys rejected, no silent type coercion, numbers finite."""
+    """Base of all sections: frozen; unknown keys, type coercion and non-finite numbers are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -78,33 +77,33 @@ class Section(BaseModel):
         return value
 
     def changed(self, *names: str) -> Iterator[tuple[str, Any]]:
-        """Those of these fields, which may lie in sections of this one, that are not at their default."""
+        """Yield (name, value) of these fields, dotted paths allowed, that differ from their default."""
         for name in names:
             *inner, last = name.split(".")
             section: Section = functools.reduce(getattr, inner, self)
             of = type(section).model_fields[last]
             default = of.get_default(call_default_factory=True, validated_data={})
-            if (value := vars(section).get(last, default)) != default:  # it may have failed the schema
+            if (value := vars(section).get(last, default)) != default:  # absent if it failed the schema
                 yield name, value
 
     def unused(self, names: str, why: str, *related: str) -> Problems:
-        """Rule: these fields are at their default, as ``why`` nothing reads them."""
+        """Rule: these fields (space-separated) keep their default; ``why`` says why they have no effect."""
         for name, value in self.changed(*names.split()):
             yield name, f"{why} (got {value if isinstance(value, str) else show(value)})", *related
 
 
 def rule(method: _Method) -> _Method:
-    """Mark a method as a rule: it yields what cannot work in a section whose fields have valid types.
+    """Mark a method as a rule: it yields the invalid combinations of fields that have valid types.
 
-    A rule never raises: all violations of a configuration are reported at once. It stands in the class of the
-    section that it speaks of, or of the root (or base of roots) that joins the sections it speaks of.
+    A rule never raises, so all violations are reported together. It belongs to the section whose fields it
+    checks, or to the root (or base of roots) that has all sections it checks.
     """
     method.is_rule = True  # type: ignore[attr-defined]
     return method
 
 
 def as_violation(problem: tuple[str, ...], at: Path = ()) -> Violation:
-    """What a rule of the section at ``at`` yielded."""
+    """Convert a problem yielded by a rule of the section at ``at``."""
     field, message, *others = problem
     path, *related = [(*at, *each.split(".")) for each in (field, *others)]
     return Violation(path, message.replace(HERE, "".join(f"{name}." for name in at)), tuple(related))
@@ -112,15 +111,15 @@ def as_violation(problem: tuple[str, ...], at: Path = ()) -> Violation:
 
 @functools.cache
 def _rules_of(kind: type) -> list[str]:
-    """Names of the methods that are rules, those of bases first."""
+    """Return the names of the rule methods, those of bases first."""
     members = ((name, each) for base in reversed(kind.__mro__) for name, each in vars(base).items())
     return list(dict.fromkeys(name for name, each in members if hasattr(each, "is_rule")))
 
 
 def find_violations(section: Section, at: Path = (), *, partial: bool = False) -> list[Violation]:
-    """Every violated rule of ``section``, which stands at ``at``, and of the sections in it.
+    """Return all violated rules of ``section``, whose path is ``at``, and of the sections in it.
 
-    With ``partial`` they lack the fields that failed the schema; rules that ask for one of them are skipped.
+    With ``partial`` fields that failed the schema are absent; rules that read one of them are skipped.
     """
     found: list[Violation] = []
     for name in _rules_of(type(section)):

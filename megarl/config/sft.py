@@ -8,14 +8,14 @@ from megarl.config.training import OfflineRoot
 
 
 class SftTrainingConfig(Section):
-    """Length and batch of an SFT run."""
+    """Length and batch size of an SFT run."""
 
     num_steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt
-    """Sequences per step, over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
     validation_interval: NonNegativeInt = 0
-    """Validation loss every so many steps (0: only at the end); needs data.held_out."""
+    """Steps between validations of the loss (0: only at the end); needs data.held_out."""
     validation_size: PositiveInt = 128
     """Sequences per validation."""
 

@@ -1,4 +1,4 @@
-"""What the user may have meant by a key that does not exist."""
+"""Suggestions for unknown keys."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megarl.jobs import roots
 REPLACED = {
     "reasoning_gym_mixture": "use a mixture of reasoning_gym sources, each with its own curriculum",
 }
-"""What took the place of kinds that there were."""
+"""Removed source kind -> its replacement."""
 
 
 def explain_unknown(root: type[Section], path: Path, around: Any) -> str:
-    """Why ``path`` is refused and what comes nearest.
+    """Return the error message for the unknown key ``path``, with the best suggestion.
 
-    ``around`` is what stands around it, which tells the member of a tagged union. Looked for in this order: a
-    near name beside it, another ``source`` that has it, the same name elsewhere, another command that has it,
-    a less near name beside it, a near name elsewhere.
+    ``around`` is the enclosing mapping, which selects the member of a tagged union. Order of suggestions: a
+    close name in the same section, another ``source`` with this key, the same name elsewhere, another command
+    with this key, a less close name in the same section, a close name elsewhere.
     """
     if new := RENAMED.get(dotted(path)):
         return f"unknown key; it is called {new} now"

@@ -1,4 +1,4 @@
-"""What every training run is made of, and the rules that hold for all of them."""
+"""Settings and rules shared by all training runs."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ ALWAYS_IN_TORCH = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gathe
 
 
 class DebugConfig(Section):
-    """Checks that cost time, for finding out what went wrong."""
+    """Expensive checks for debugging."""
 
     check_numerics: bool = False
-    """Stop at the first NaN or infinity in logits, logprobs or the loss's inputs, naming its token."""
+    """Stop at the first NaN or infinity in logits, logprobs or the inputs of the loss, and name its token."""
 
 
 class TrainingRoot(Section):
-    """What every training run is made of."""
+    """Base of the roots of training runs."""
 
     run: RunConfig
     launcher: Launcher = "auto"
-    """How trainer ranks start: auto is this machine, or torchrun or srun where they called; ray a cluster."""
+    """auto: local processes, or the ranks started by torchrun or srun; ray: ranks on a Ray cluster."""
     model: ModelConfig
     lora: LoraConfig | None = None
-    """Train adapters of low rank; null trains all weights."""
+    """Train LoRA adapters; null: train all weights."""
     trainer: TrainerConfig = TrainerConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
@@ -64,38 +64,38 @@ class TrainingRoot(Section):
     router: RouterConfig = RouterConfig()
 
     sequences_per_example: ClassVar[int] = 1
-    """Sequences that must share a microbatch."""
+    """Sequences per example, which share a microbatch."""
     example: ClassVar[str] = "sequences"
-    """What a step is counted in."""
-    if TYPE_CHECKING:  # every root has them, each of its own kind
+    """Unit of the batch size, in messages."""
+    if TYPE_CHECKING:  # each root has its own types
         data: Any
         training: Any
 
     @property
     def offloads(self) -> list[str]:
-        """What gives up its memory while unused."""
+        """Memory to free while unused."""
         return []
 
     @property
     def num_optimizer_steps(self) -> int:
-        """The (policy's) optimizer steps of the whole run: the length of the learning-rate schedule."""
+        """Optimizer steps of the (policy's) run: the length of the learning-rate schedule."""
         return int(self.training.num_steps)
 
     def max_sequence_length(self, model_config: dict[str, Any]) -> int:
-        """Longest prompt + response in tokens.
+        """Return the longest prompt + response in tokens.
 
-        packing.max_sequence_length where it is set; else what the model's positions and the token budget of
-        a microbatch both allow, divided among the sequences that share one.
+        packing.max_sequence_length if set; else the smaller of max_position_embeddings and the token budget
+        of a microbatch divided by sequences_per_example.
         """
         budget = self.packing.max_tokens_per_microbatch // self.sequences_per_example
         return self.packing.max_sequence_length or min(int(model_config["max_position_embeddings"]), budget)
 
     def measures(self, metric: str) -> bool:
-        """Whether a metric comes from data.held_out."""
+        """Return whether a metric is computed on data.held_out."""
         return metric.startswith("validation_")
 
     def describe(self, model_config: dict[str, Any] | None) -> list[str]:
-        """Lines for --dry-run: what the configuration amounts to. The loops ask the same properties."""
+        """Return the lines of --dry-run on derived values, computed by the properties that the loops read."""
         parallel = self.parallel
         lines = [
             f"trainer processes: {parallel.num_processes}, data_parallel_size: {parallel.data_parallel_size}"
@@ -109,11 +109,11 @@ class TrainingRoot(Section):
         return lines
 
     def describe_batch(self) -> list[str]:
-        """Of them, what one step consumes."""
+        """Return the lines on the batch."""
         return []
 
     def empty_ranks(self, field: str, step: str, size: int) -> Problems:
-        """Rule: a step of ``size`` examples, told by ``field``, has some for every data-parallel rank."""
+        """Rule: ``size`` examples per step, set by ``field``, give every data-parallel rank at least one."""
         if size < (ranks := self.parallel.data_parallel_size):
             reason = f"{step} of {size} {self.example} leaves some of {ranks} data-parallel ranks empty"
             yield field, reason, "parallel.num_processes"
@@ -156,7 +156,7 @@ class TrainingRoot(Section):
         most = self.packing.max_tokens_per_microbatch // ranks // multiple * multiple
         if split_from - 1 > most:
             budget, size = "packing.max_tokens_per_microbatch", "context_parallel_size"
-            share = f"a shorter sequence must fit one rank's share of a microbatch, {budget} / {size}"
+            share = f"shorter sequences must fit into one rank's share of a microbatch, {budget} / {size}"
             reason = f"{share}: at most {most + 1} (got {split_from})"
             yield "parallel.context_split_from", reason, budget, f"parallel.{size}"
 
@@ -177,7 +177,7 @@ class TrainingRoot(Section):
     def _best_checkpoint(self) -> Problems:
         metric = self.checkpoint.keep_best_metric
         if metric is not None and self.measures(metric) and self.data.held_out is None:
-            reason = f"{metric} is measured on data.held_out, which is not set"
+            reason = f"{metric} is computed on data.held_out, which is not set"
             yield "checkpoint.keep_best_metric", reason, "data.held_out"
 
     @rule
@@ -192,22 +192,22 @@ class TrainingRoot(Section):
         ranks = self.parallel.num_processes
         got = ", ".join(str(rank) for rank in self.profile.ranks if rank >= ranks)
         if self.profile.traced and got:
-            yield "profile.ranks", f"there are ranks 0 to {ranks - 1} (got {got})", "parallel.num_processes"
+            yield "profile.ranks", f"must be from 0 to {ranks - 1} (got {got})", "parallel.num_processes"
 
     @rule
     def _frozen_router(self) -> Problems:
         if self.lora is not None and (rate := self.router.bias_update_rate):
-            reason = f"not with lora, which leaves the model's own weights as they are (got {rate})"
+            reason = f"not with lora, which freezes the model's weights (got {rate})"
             yield "router.bias_update_rate", reason, "lora"
 
 
 class OfflineRoot(TrainingRoot):
-    """What runs that learn from given examples have in common."""
+    """Base of the roots that train on a dataset (sft, dpo, rm)."""
 
     a_step: ClassVar[str] = "an optimizer step"
 
     def describe_batch(self) -> list[str]:
-        """Lines for --dry-run."""
+        """Return the lines of --dry-run on the batch."""
         return [f"{self.example} per step: {self.training.batch_size}"]
 
     @rule

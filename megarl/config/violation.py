@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, and where the user wrote it."""
+"""Violations of a configuration, with the file and line of each key."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Path = tuple[str, ...]
-"""A key by its names from the root, ("optimizer", "lr"); users read it with dots."""
+"""Path of a key from the root, e.g. ("optimizer", "lr"); shown to users with dots."""
 
 
 def dotted(path: Path) -> str:
-    """("optimizer", "lr") as the user writes it: optimizer.lr."""
+    """Return a path as the user writes it: optimizer.lr."""
     return ".".join(path)
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing to mend: the field it is reported at and one line of explanation.
+    """One error: the field it is reported at and a one-line message.
 
-    ``related`` are other fields that take part; the line number comes from the first that was written.
+    ``related`` are other fields involved. The reported line is that of the first field the user set.
     """
 
     path: Path
@@ -28,25 +28,25 @@ class Violation:
 
 @dataclass
 class Origins:
-    """Where each key was written: 'configs/a.yaml:12' or 'command line'."""
+    """Origin of each key: 'configs/a.yaml:12' or 'command line'."""
 
     file: str
     places: dict[Path, str] = field(default_factory=dict)
 
     def overwrite(self, path: Path, place: str) -> None:
-        """``path`` was set anew: forget where it and everything below it came from."""
+        """Set the origin of ``path`` and drop the origins of all keys below it."""
         self.places = {p: where for p, where in self.places.items() if p[: len(path)] != path}
         self.places[path] = place
 
     def find(self, violation: Violation) -> str:
-        """The place of the first field that was written, else of the nearest enclosing section."""
+        """Return the origin of the first field that was set, else of the nearest enclosing section."""
         path = violation.path
         enclosing = (path[:depth] for depth in range(len(path) - 1, 0, -1))
         written = (self.places[p] for p in (path, *violation.related, *enclosing) if p in self.places)
         return next(written, self.file)
 
     def report(self, violations: list[Violation]) -> list[str]:
-        """The lines the user reads: the file's from top to bottom, then the command line's."""
+        """Return the error lines, those of the file in order, then those of the command line."""
         placed = sorted(((self.find(v), v) for v in violations), key=lambda pair: self._order(pair[0]))
         return list(dict.fromkeys(f"{dotted(v.path)}: {v.message} [{place}]" for place, v in placed))
 
@@ -56,7 +56,7 @@ class Origins:
 
 
 def show(value: Any) -> str:
-    """A value as the user would have written it, shortened."""
+    """Format a value as YAML would show it, shortened."""
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, dict | list):

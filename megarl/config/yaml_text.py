@@ -1,8 +1,8 @@
-"""YAML in and out: the core schema of YAML 1.2, line numbers, environment variables.
+"""Read and write YAML 1.2: core schema, line numbers, environment variables.
 
-PyYAML reads YAML 1.1, where ``1e-5`` is a string and ``off`` a boolean, and it lets a repeated key
-win silently. Here numbers, booleans and null are those of the YAML 1.2 core schema (section 10.3.2 of
-its specification), repeated keys are errors, and every key remembers the line it came from.
+PyYAML reads YAML 1.1, where ``1e-5`` is a string and ``off`` a boolean, and a repeated key silently wins.
+Here numbers, booleans and null follow the YAML 1.2 core schema (section 10.3.2 of its specification),
+repeated keys are errors, and the line of every key is kept.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class _Dumper(yaml.SafeDumper):
 for _name, (_pattern, _) in _CORE_SCHEMA.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [None])
-# Other programs may read what is written here as YAML 1.1: quote what they would take for a boolean.
+# Other programs may read this output as YAML 1.1: quote strings that YAML 1.1 reads as booleans.
 _Dumper.add_implicit_resolver(_TAG + "bool", re.compile("^(?:y|n|yes|no|on|off)$", re.IGNORECASE), [None])
 
 
-_FAILED = object()  # what a key with a problem reads as; its parent leaves it out
+_FAILED = object()  # value of a key with a problem; its parent omits it
 
 
 @dataclass
 class YamlText:
-    """A parsed text: its value, the line of every key, and what is wrong with single keys.
+    """A parsed document: its value, the line of every key, and the problems of single keys.
 
-    Keys named in ``problems`` are left out of ``value``. Path elements of list items are indices.
+    Keys in ``problems`` are absent from ``value``. The path element of a list item is its index.
     """
 
     value: Any = None
@@ -80,7 +80,7 @@ class YamlText:
         return _FAILED
 
     def _read(self, node: yaml.Node, path: Path, line: int) -> Any:
-        """The value of a node; lines and problems are noted on the way."""
+        """Return the value of a node; record lines and problems."""
         self.lines.setdefault(path, line)
         self._num_values += 1
         if self._num_values > _MAX_VALUES:
@@ -134,7 +134,7 @@ class YamlText:
 
 
 def parse_yaml(text: str, name: str) -> YamlText:
-    """Parse one YAML document; ``name`` is the file's, for syntax errors (UserError, with the line)."""
+    """Parse one YAML document. A syntax error is a UserError with ``name``, the file, and the line."""
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -172,15 +172,15 @@ def check_text(text: str) -> str:
 
 
 def dump_yaml(value: Any) -> str:
-    """The YAML text that :func:`parse_yaml` reads back as ``value``."""
+    """Return YAML that :func:`parse_yaml` reads back as ``value``."""
     return yaml.dump(_escape(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def expand_variables(text: str) -> str:
-    """Replace ${NAME} and ${NAME:-default} by the environment; $${ stands for a plain ${.
+    """Replace ${NAME} and ${NAME:-default} by environment variables; $${ becomes ${.
 
     Raises:
-        ValueError: a variable without default is unset, or ${ starts something else.
+        ValueError: a variable without default is unset, or ${ is not followed by a valid name.
     """
 
     def replace(match: re.Match[str]) -> str:
@@ -188,7 +188,7 @@ def expand_variables(text: str) -> str:
         if match.group().startswith("$$"):
             return "${"
         if name is None:
-            raise ValueError("'${' starts no ${NAME} or ${NAME:-default}; write $${ for a plain ${")
+            raise ValueError("'${' does not start ${NAME} or ${NAME:-default}; write $${ for a literal ${")
         value = os.environ.get(name)
         if default is not None:
             return value or default  # as in a shell, :- also replaces an empty value

@@ -1,1 +1,1 @@
-"""Checkpoints between Hugging Face directories and Megatron's distributed format, both ways."""
+"""`megarl convert`: Hugging Face directories to and from Megatron's distributed checkpoints."""

@@ -1,4 +1,4 @@
-"""Checkpoints of runs with low-rank adapters: these alone are in them, the weights are model.path's."""
+"""Checkpoints of LoRA runs: they hold the adapters only; the base weights are those of model.path."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _MARK = "_lora."
 
 
 def has_adapters(names: Iterable[str]) -> bool:
-    """Whether tensors with these names are adapters."""
+    """Return whether any of these tensor names is an adapter's."""
     return any(_MARK in name for name in names)
 
 
 class AdapterCheckpoint:
-    """The model that a run with adapters had trained, merged tensor by tensor as it is read."""
+    """The model of a LoRA run; adapters are merged as each tensor is read."""
 
     def __init__(self, reader: DistcpReader, directory: Path, architecture: Architecture, base: Path) -> None:
-        """``base`` is the Hugging Face directory the run began with, or a copy of it.
+        """``base`` is the Hugging Face directory the run started from, or a copy of it.
 
-        Raises UserError where the run's configuration is not there, or says something else.
+        Raises UserError if the run's configuration is missing or does not match.
         """
         self.reader, self.architecture, self.hf_files = reader, architecture, base
         lora = _settings(directory)
@@ -48,11 +48,11 @@ class AdapterCheckpoint:
             raise UserError("\n".join(dict.fromkeys(wrong)))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The type in which the run had a Hugging Face tensor; all of them alike."""
+        """Return the dtype of a Hugging Face tensor in the run; the same for all."""
         return self.dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole Hugging Face tensor, its adapter merged."""
+        """Return one full Hugging Face tensor with its adapter merged."""
         weight, module = self._base.read(name).to(self.dtype), name.removesuffix(".weight")
         if peft_name(module, "A") not in self._pieces:
             return weight
@@ -64,19 +64,19 @@ def _settings(directory: Path) -> LoraConfig:
     config = directory.parent.parent / "config.yaml"
     if not config.is_file():
         raise UserError(
-            f"{directory}: it holds low-rank adapters, whose scale is in the run's config.yaml ({config}), "
-            "which is not there"
+            f"{directory}: it holds LoRA adapters, whose scale is in the run's config.yaml, but {config} "
+            "does not exist"
         )
     lora = yaml.safe_load(config.read_text()).get("lora")
     if lora is None:
-        raise UserError(f"{config}: lora: not set, but {directory} holds low-rank adapters")
+        raise UserError(f"{config}: lora: not set, but {directory} holds LoRA adapters")
     return LoraConfig.model_validate(lora)
 
 
 def _pieces(architecture: Architecture, lora: LoraConfig) -> dict[str, Piece]:
-    """Where every A and B lies in the checkpoint, by PEFT's name."""
+    """Return the piece of every A and B in the checkpoint, by PEFT's name."""
     spec, targets = architecture.spec, targets_of(architecture, lora)
-    stacked = not (spec.moe and spec.dense_layers)  # layers that differ are stored one by one
+    stacked = not (spec.moe and spec.dense_layers)  # different layers are stored one by one
     modules = adapted_modules(architecture, lora)
     found = {}
     for rule in architecture.rules:

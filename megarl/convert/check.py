@@ -1,4 +1,4 @@
-"""`megarl convert inspect` and `--verify`: what a checkpoint holds, and whether two are the same model."""
+"""`megarl convert inspect` and `--verify`: list a checkpoint, and compare the logits of two."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _TOLERANCE = 1e-4  # fp32 on both sides, relative to the largest logit
 
 
 def require_model(source: Path, hf_config: Path | None) -> None:
-    """Raise UserError where ``--verify`` has no model to compute logits with, before anything is written."""
+    """Raise UserError before anything is written if ``--verify`` cannot build the model."""
     is_hf = (source / "config.json").is_file()
     spec = (load_architecture(source) if is_hf else Checkpoint.open(source, hf_config).architecture).spec
     if spec.not_trainable is not None:
         raise UserError(
-            f"--verify: {spec.family} can be converted, but not built to compare logits: {spec.not_trainable}"
+            f"--verify: {spec.family} can be converted, but not its logits computed: {spec.not_trainable}"
         )
 
 
 def verify(checkpoint_dir: Path, hf_dir: Path, base: Path | None = None) -> float:
-    """Largest difference of logits on random tokens: Megatron's model against Hugging Face's, both in fp32.
+    """Return the largest fp32 logit difference on random tokens, Megatron's model against Hugging Face's.
 
-    Both sides have the weights of the Megatron checkpoint's type; one of adapters is merged with ``base``
-    (None: its run's model). Raises UserError above the tolerance.
+    Weights are rounded to the Megatron checkpoint's dtype on both sides. A LoRA checkpoint is merged with
+    ``base`` (None: the model of its run). Raises UserError above the tolerance.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +67,7 @@ def verify(checkpoint_dir: Path, hf_dir: Path, base: Path | None = None) -> floa
 
 
 def inspect(path: Path, *, as_json: bool) -> str:
-    """Format, family, type, size and tensors of a Hugging Face, Megatron-LM or MegaRL checkpoint."""
+    """Describe a Hugging Face, Megatron-LM or MegaRL checkpoint: format, family, size and tensors."""
     facts = _describe(path)
     if as_json:
         return json.dumps(facts, indent=2)  # which escapes them itself

@@ -13,7 +13,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommands and their options."""
+    """Add the three subcommands and their options."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="what")
     for kind, text in (
         ("hf-to-megatron", "write a Megatron-LM distributed checkpoint of a Hugging Face directory"),
@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("source", type=Path, metavar="SOURCE")
         command.add_argument("target", type=Path, metavar="TARGET")
         command.add_argument(
-            "--dtype", choices=("float32", "bfloat16", "float16"), help="convert to this type"
+            "--dtype", choices=("float32", "bfloat16", "float16"), help="convert to this dtype"
         )
         command.add_argument(
             "--max-shard-size",
             default="2GiB",
             metavar="SIZE",
-            help="largest file, which bounds memory (2GiB)",
+            help="maximum file size, which bounds memory use (default 2GiB)",
         )
         command.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
         if "megatron" in kind:
@@ -43,20 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "--mtp",
                 choices=("ignore", "keep"),
                 default="ignore",
-                help="layers of multi-token prediction, which the model does without: leave them out "
-                "(ignore) or carry them along for the way back (keep)",
+                help="layers of multi-token prediction, which the model does not use: drop them (ignore), or "
+                "store them for the conversion back (keep)",
             )
         if kind.endswith("-to-hf"):
             command.add_argument(
                 "--hf-config", type=Path, metavar="DIR", help="directory with config.json and the tokenizer"
             )
-    inspect = kinds.add_parser("inspect", help="list what a checkpoint holds", allow_abbrev=False)
+    inspect = kinds.add_parser("inspect", help="list the tensors of a checkpoint", allow_abbrev=False)
     inspect.add_argument("source", type=Path, metavar="DIR")
     inspect.add_argument("--json", action="store_true", help="as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one of them; UserError for anything the user can mend."""
+    """Run one subcommand; raise UserError for errors the user can fix."""
     from megarl.convert import check, commands
 
     if options.kind == "inspect":
@@ -97,7 +97,7 @@ def _run_torch(options: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "500MB", "2GiB", "1000"."""
+    """Parse a size such as "500MB", "2GiB" or "1000" into bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B)?", text.strip().upper())
     if match is None or (match[2] or "") not in {*_UNITS, "B"} or float(match[1]) <= 0:
         raise UserError(f"--max-shard-size: {text!r} is not a size such as 500MB or 2GiB")

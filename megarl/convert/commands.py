@@ -1,4 +1,4 @@
-"""What `megarl convert` does: both directions, resumable, in bounded memory."""
+"""Convert checkpoints in both directions, resumable and in bounded memory."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from megarl.models.spec import ModelSpec, MoeSpec
 from megarl.models.table import Architecture
 
 RELEASE = "release"
-"""Megatron-LM's name for the directory of a checkpoint that no training step wrote."""
+"""Megatron-LM's name for the directory of a checkpoint without an iteration."""
 HF_FILES = "hf"
-"""Folder of a converted checkpoint with config.json and the tokenizer, for the way back."""
+"""Folder of a converted checkpoint with config.json and the tokenizer, for the conversion back."""
 
 
 def hf_to_megatron(
@@ -39,13 +39,13 @@ def hf_to_megatron(
     overwrite: bool = False,
     keep_mtp: bool = False,
 ) -> None:
-    """Write a Megatron-LM distributed checkpoint of a Hugging Face directory.
+    """Convert a Hugging Face directory to a Megatron-LM distributed checkpoint.
 
-    Tensors keep their own types unless ``dtype`` names one. ``keep_mtp`` carries the tensors of multi-token
-    prediction along, beside the checkpoint, for the way back.
+    Tensors keep their dtypes unless ``dtype`` is given. ``keep_mtp`` stores the tensors of multi-token
+    prediction next to the checkpoint, for the conversion back. ``max_bytes`` limits the size of a file.
 
-    Raises UserError listing every tensor that is missing, left over or misshapen, before anything is
-    written. An interrupted conversion goes on where it stopped; ``target`` appears when it is complete.
+    Raises UserError before anything is written, with every tensor that is missing, unexpected or has the
+    wrong shape. An interrupted conversion resumes; ``target`` appears when it is complete.
     """
     architecture = load_architecture(source)
     reader = hf_side.HfReader(source, architecture)
@@ -95,7 +95,7 @@ def megatron_to_hf(
     max_bytes: int,
     overwrite: bool = False,
 ) -> None:
-    """Write a Hugging Face directory of a Megatron-LM or MegaRL checkpoint; see :func:`hf_to_megatron`."""
+    """Convert a Megatron-LM or MegaRL checkpoint to a Hugging Face directory, as :func:`hf_to_megatron`."""
     checkpoint = Checkpoint.open(source, hf_config)
     wanted = getattr(torch, dtype) if dtype else None
     kept = hf_side.IgnoredTensors(checkpoint.hf_files, wanted)
@@ -121,7 +121,7 @@ def megatron_to_hf(
 
 
 class Checkpoint:
-    """A distributed checkpoint whose keys and shapes agree with an architecture."""
+    """A distributed checkpoint whose keys and shapes match an architecture."""
 
     def __init__(
         self,
@@ -140,11 +140,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path, hf_config: Path | None) -> Checkpoint | AdapterCheckpoint:
-        """Find the iteration, the dialect and config.json; UserError lists all that disagrees."""
+        """Find the iteration, the dialect and config.json; UserError lists all mismatches."""
         directory = find_iteration(path)
         hf_files = hf_config or next((d for d in config_places(path, directory) if d), None)
         if hf_files is None:
-            raise UserError(f"{path}: no config.json beside it; name a directory that has one (--hf-config)")
+            raise UserError(f"{path}: no config.json found; give a directory that has one (--hf-config)")
         architecture = load_architecture(hf_files)
         reader = distcp.DistcpReader(directory)
         if has_adapters(reader.shapes):
@@ -157,13 +157,13 @@ class Checkpoint:
         return cls(reader, architecture, pieces, dialect, hf_files)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The stored type of a Hugging Face tensor."""
+        """Return the stored dtype of a Hugging Face tensor."""
         key = self.reader.key_of(self._piece_of[name][0])
         assert key is not None
         return self.reader.dtypes[key]
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole Hugging Face tensor."""
+        """Return one full Hugging Face tensor."""
         piece, number = self._piece_of[name]
         if self._last is None or self._last[0] != piece:
             self._last = (piece, piece.split(self.reader.read(piece)))
@@ -171,7 +171,7 @@ class Checkpoint:
 
 
 def find_iteration(path: Path) -> Path:
-    """The directory with .metadata: ``path`` itself, or the iteration its tracker file names."""
+    """Return the directory with .metadata: ``path``, or the iteration named by its tracker file."""
     if (path / ".metadata").is_file():
         return path
     tracker = path / "latest_checkpointed_iteration.txt"
@@ -189,7 +189,7 @@ def find_iteration(path: Path) -> Path:
 
 
 def config_places(path: Path, directory: Path) -> list[Path | None]:
-    """Where config.json may lie: beside a converted checkpoint, or in the model of MegaRL's run."""
+    """Return candidates with config.json: folders of a converted checkpoint, or the model of a MegaRL run."""
     places: list[Path | None] = [
         place
         for place in (path / HF_FILES, directory.parent / HF_FILES, directory / HF_FILES)
@@ -205,7 +205,7 @@ def config_places(path: Path, directory: Path) -> list[Path | None]:
 
 
 def dialect_of(reader: distcp.DistcpReader) -> Dialect:
-    """MegaRL stores q, k and v apart, and has adapters."""
+    """Return the dialect: MegaRL stores q, k and v separately, and adapters."""
     own = has_adapters(reader.shapes) or any(key.endswith("linear_qkv.weight.q") for key in reader.shapes)
     return "megarl" if own else "megatron"
 
@@ -231,7 +231,7 @@ def _disagreements(directory: Path, reader: distcp.DistcpReader, pieces: list[Pi
 
 
 def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argparse.Namespace:
-    """The arguments Megatron-LM takes from a checkpoint with --use-checkpoint-args."""
+    """Return the arguments that Megatron-LM reads from a checkpoint with --use-checkpoint-args."""
     spec: ModelSpec = architecture.spec
     moe = spec.moe
     return argparse.Namespace(
@@ -292,7 +292,7 @@ def _moe_arguments(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
 def output_directory(target: Path, request: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """A directory that becomes ``target`` when the block ends well, and waits for a rerun otherwise."""
     if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; name another directory or pass --overwrite")
+        raise UserError(f"{target} exists; give another directory or pass --overwrite")
     partial = target.with_name(target.name + ".partial")
     note = partial / "conversion.json"
     if partial.exists() and (not note.is_file() or json.loads(note.read_text()) != request):
@@ -303,7 +303,7 @@ def output_directory(target: Path, request: dict[str, Any], overwrite: bool) -> 
         yield partial
     except OSError as error:
         raise UserError(
-            f"{partial}: {error.strerror or error}; run the same command again to go on"
+            f"{partial}: {error.strerror or error}; run the same command again to resume"
         ) from error
     note.unlink()
     if target.exists():

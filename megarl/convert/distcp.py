@@ -1,7 +1,7 @@
-"""Megatron's distributed checkpoints (torch_dist) read and written a piece at a time.
+"""Read and write Megatron's distributed checkpoints (torch_dist), one piece at a time.
 
-The format is torch.distributed.checkpoint's: ``.metadata`` says which bytes of which .distcp file hold
-which box of which tensor, each box written by ``torch.save``. Megatron adds metadata.json and common.pt.
+The format is torch.distributed.checkpoint's: ``.metadata`` maps each chunk of a tensor to a byte range of a
+.distcp file, written by ``torch.save``. Megatron adds metadata.json and common.pt.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class DistcpReader:
         self._last: tuple[Any, torch.Tensor] | None = None
 
     def read(self, piece: Piece) -> torch.Tensor:
-        """A piece, without its axes; rows of padding that the checkpoint has are left out."""
+        """Read a piece, without its leading axes and without the checkpoint's padding rows."""
         key = self.key_of(piece)
         assert key is not None, "check the keys first"
         sizes = self.shapes[key]
@@ -81,7 +81,7 @@ class DistcpReader:
         return out.reshape(out.shape[depth:])
 
     def key_of(self, piece: Piece) -> str | None:
-        """Under which of its names the piece is stored."""
+        """Return the key under which the piece is stored, or None."""
         return next((key for key in (piece.key, *piece.twins) if key in self.shapes), None)
 
     def _copy_chunk(
@@ -122,14 +122,14 @@ class DistcpReader:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One .distcp file to be: its name and its pieces."""
+    """A planned .distcp file: its name and pieces."""
 
     name: str
     pieces: tuple[Piece, ...]
 
 
 def assign_files(pieces: list[Piece], bytes_of: Callable[[Piece], int], max_bytes: int) -> list[ShardFile]:
-    """Deal pieces, in order, to files of at most ``max_bytes`` (or one piece)."""
+    """Assign pieces, in order, to files of at most ``max_bytes`` (or one piece)."""
     groups: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -143,7 +143,7 @@ def assign_files(pieces: list[Piece], bytes_of: Callable[[Piece], int], max_byte
 
 
 def write_file(directory: Path, file: ShardFile, tensors: Iterator[torch.Tensor]) -> None:
-    """Write one file and, last, its index: a file without an index is unfinished and written anew."""
+    """Write one file, then its index; a file without an index is incomplete and rewritten."""
     entries = []
     partial = directory / f"{file.name}.partial"
     with partial.open("wb") as out:
@@ -172,7 +172,7 @@ def write_file(directory: Path, file: ShardFile, tensors: Iterator[torch.Tensor]
 
 
 def is_finished(directory: Path, file: ShardFile) -> bool:
-    """Whether an earlier run has written this file with these pieces."""
+    """Return whether an earlier run has written this file with these pieces."""
     index = directory / f"{file.name}.json"
     if not index.is_file() or not (directory / file.name).is_file():
         return False
@@ -184,7 +184,7 @@ def is_finished(directory: Path, file: ShardFile) -> bool:
 
 
 def finish(directory: Path, files: list[ShardFile], extra_states: list[str], common: dict[str, Any]) -> None:
-    """Write .metadata, metadata.json, common.pt and the extra states; drop the files' indices."""
+    """Write .metadata, metadata.json, common.pt and the extra states; delete the index files."""
     state: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:

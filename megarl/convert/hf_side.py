@@ -1,4 +1,4 @@
-"""Hugging Face directories for the converter: tensors one at a time, files written one by one."""
+"""Hugging Face directories for the converter: read single tensors, write files one by one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,11 @@ from megarl.models.table import Architecture
 from megarl.weights.hf import CARRIED_OVER, WeightFiles, open_weights
 
 _MAX_MAPPED_BYTES = 64 * 2**20
-"""Files are mapped while they are read; pages of an open mapping count as the process's memory."""
+"""Limit of mapped files: the pages of an open mapping count as memory of the process."""
 
 
 class HfReader(WeightFiles):
-    """The tensors of a Hugging Face directory, whole and one at a time, in bounded memory.
-
-    Raises:
-        UserError: lists the tensors that do not fit the architecture.
-    """
+    """The tensors of a Hugging Face directory, checked against the architecture on construction."""
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:
         super().__init__(directory, architecture)
@@ -35,16 +31,16 @@ class HfReader(WeightFiles):
         self.dtype = self.dtype_of(next(iter(architecture.hf_shapes())))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The stored type."""
+        """Return the stored dtype."""
         return _dtype(self.slice(name))
 
     def num_bytes(self, name: str, dtype: torch.dtype | None) -> int:
-        """Size of a tensor, stored as ``dtype`` (None: as it is)."""
+        """Return the size of a tensor in bytes, as ``dtype`` (None: the stored dtype)."""
         shape = self.slice(name).get_shape()
         return math.prod(shape) * (dtype or self.dtype_of(name)).itemsize
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor."""
+        """Return one full tensor."""
         tensor: torch.Tensor = self.slice(name)[:]
         self._mapped += tensor.nbytes
         if self._mapped > _MAX_MAPPED_BYTES:
@@ -54,7 +50,7 @@ class HfReader(WeightFiles):
 
 
 class IgnoredTensors:
-    """Tensors that an earlier conversion kept beside the checkpoint."""
+    """Tensors stored next to the checkpoint by an earlier conversion."""
 
     def __init__(self, hf_files: Path, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
@@ -68,7 +64,7 @@ class IgnoredTensors:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor."""
+        """Return one full tensor."""
         tensor: torch.Tensor = self._slices[name][:]
         return tensor.to(self._dtype or tensor.dtype)
 
@@ -79,13 +75,13 @@ _IGNORED = "multi-token-prediction"
 def keep_or_name_ignored(
     reader: HfReader, directory: Path, dtype: torch.dtype | None, max_bytes: int, *, keep: bool
 ) -> None:
-    """Copy the tensors that no rule needs into ``directory``; or say that they are left out."""
+    """Copy tensors that no rule uses to ``directory``, or print that they are dropped."""
     if not reader.ignored:
         return
     if not keep:
         print(
-            f"left out: {len(reader.ignored)} tensors of multi-token prediction, which no layer of the model "
-            f"reads (first: {reader.ignored[0]}; --mtp keep carries them along)"
+            f"dropped: {len(reader.ignored)} tensors of multi-token prediction, which the model does not use "
+            f"(first: {reader.ignored[0]}; --mtp keep stores them)"
         )
         return
     shards = plan_shards({name: reader.num_bytes(name, dtype) for name in reader.ignored}, max_bytes)
@@ -106,7 +102,7 @@ def _dtype(slice_: Any) -> torch.dtype:
 
 
 def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensors, in order; at most ``max_bytes`` per file (or one tensor)."""
+    """Return file name -> tensor names, in order; at most ``max_bytes`` per file (or one tensor)."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, num_bytes in sizes.items():
@@ -125,7 +121,7 @@ def write_shards(
     shards: dict[str, list[str]],
     read: Callable[[str], torch.Tensor],
 ) -> Iterator[tuple[str, bool]]:
-    """Write the missing files; yields (file, whether an earlier run had written it) as they are done."""
+    """Write missing files; yield (file, whether it existed already) for each."""
     for file, names in shards.items():
         path = directory / file
         done = path.is_file()  # renamed into place when complete
@@ -137,7 +133,7 @@ def write_shards(
 
 
 def write_index(directory: Path, shards: dict[str, list[str]], sizes: dict[str, int]) -> None:
-    """model.safetensors.index.json, where there is more than one file."""
+    """Write model.safetensors.index.json if there is more than one file."""
     if len(shards) == 1:
         return
     weight_map = {name: file for file, names in shards.items() for name in names}
@@ -146,7 +142,7 @@ def write_index(directory: Path, shards: dict[str, list[str]], sizes: dict[str, 
 
 
 def carry_over(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy configuration and tokenizer files; config.json then names ``dtype``."""
+    """Copy configuration and tokenizer files; with ``dtype``, set it in config.json."""
     target.mkdir(parents=True, exist_ok=True)
     for name in CARRIED_OVER:
         if (source / name).is_file():

@@ -1,8 +1,8 @@
-"""Megatron checkpoint tensors in terms of Hugging Face ones, derived from the architecture tables.
+"""Map Megatron checkpoint tensors to Hugging Face tensors, derived from the architecture tables.
 
-A piece is what one layer (and expert) contributes to one checkpoint tensor. Two dialects exist:
-Megatron-LM's (q, k and v interleaved per query group, norms under the names Transformer Engine gives
-them) and that of MegaRL's own run checkpoints (q, k and v apart, everything under its own name).
+A piece is the part of one checkpoint tensor that belongs to one layer (and expert). There are two dialects:
+Megatron-LM's (q, k and v interleaved per query group, norms under Transformer Engine's names) and that of
+MegaRL's run checkpoints (q, k and v separate).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megarl.models.table import Architecture, Place, Rule
 
 Dialect = Literal["megatron", "megarl"]
 VOCAB_MULTIPLE = 128
-"""Megatron-LM pads the vocabulary to this (times the tensor-parallel size) unless told otherwise."""
+"""Megatron-LM's default multiple of the padded vocabulary (times the tensor-parallel size)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``checkpoint[key][index of axes]``: the parts joined along dimension 0.
+    """``checkpoint[key][index of axes]``: parts concatenated along dimension 0.
 
     ``axes`` are leading dimensions (index, size): layer, expert. With ``groups`` > 0 the parts are
     interleaved: part 1 of group 1, part 2 of group 1, ..., part 1 of group 2. ``rows`` > 0 pads
-    dimension 0. ``twins`` are keys under which others look for the same tensor.
+    dimension 0. ``twins`` are alternative keys of the same tensor.
     """
 
     key: str
@@ -39,27 +39,27 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Without the axes."""
+        """Shape without the leading axes."""
         first = self.parts[0][1]
         return (self.rows or sum(shape[0] for _, shape in self.parts), *first[1:])
 
     @property
     def global_shape(self) -> tuple[int, ...]:
-        """Of the checkpoint's tensor."""
+        """Shape of the checkpoint tensor."""
         return (*(size for _, size in self.axes), *self.shape)
 
     @property
     def offset(self) -> tuple[int, ...]:
-        """Where the piece begins in the checkpoint's tensor."""
+        """Start of the piece in the checkpoint tensor."""
         return (*(index for index, _ in self.axes), *(0 for _ in self.shape))
 
     @property
     def num_elements(self) -> int:
-        """Elements of the piece."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """The piece from its parts' tensors."""
+        """Build the piece from the tensors of its parts."""
         if self.groups:
             split = [t.reshape(self.groups, t.shape[0] // self.groups, *t.shape[1:]) for t in tensors]
             return torch.cat(split, dim=1).flatten(0, 1)
@@ -70,7 +70,7 @@ class Piece:
         return whole
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        """The parts' tensors from the piece; padding rows are cut off."""
+        """Split the piece into the tensors of its parts, without padding rows."""
         sizes = [shape[0] for _, shape in self.parts]
         if not self.groups:
             return list(whole[: sum(sizes)].split(sizes))
@@ -80,7 +80,7 @@ class Piece:
 
 
 def pieces_of(architecture: Architecture, dialect: Dialect) -> list[Piece]:
-    """All pieces of a checkpoint, in the order of the table, each Hugging Face tensor in exactly one."""
+    """Return all pieces of a checkpoint in table order; each Hugging Face tensor is in exactly one."""
     spec = architecture.spec
     stacked = not (spec.moe and spec.dense_layers)  # layers that differ are stored one by one
     found: dict[tuple[str, tuple[tuple[int, int], ...]], Piece] = {}
@@ -136,10 +136,10 @@ def _with_parts(piece: Piece, parts: tuple[tuple[str, tuple[int, ...]], ...]) ->
 
 
 def _names(param: str, dialect: Dialect, is_moe: bool, latent: bool) -> list[str]:
-    """The checkpoint's name of a layer's parameter first, then those that others use for it.
+    """Return the checkpoint's name of a layer parameter, then alternative names.
 
-    Transformer Engine fuses a norm into the linear layer after it, plain Megatron layers keep it apart;
-    some of the latter store it under the fused name all the same.
+    Transformer Engine fuses a norm into the following linear layer; plain Megatron layers keep it separate,
+    but some store it under the fused name.
     """
     if dialect == "megarl":
         return [param]
@@ -162,7 +162,7 @@ def _names(param: str, dialect: Dialect, is_moe: bool, latent: bool) -> list[str
 
 
 def extra_states(architecture: Architecture) -> list[str]:
-    """Keys of the (empty) extra states that Megatron's modules look for."""
+    """Return the keys of the (empty) extra states that Megatron's modules expect."""
     spec = architecture.spec
     stacked = not (spec.moe and spec.dense_layers)
     keys = []

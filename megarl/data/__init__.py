@@ -1,1 +1,1 @@
-"""Prompts, demonstrations and the tokenizer: everything that is read before the first step."""
+"""Datasets and tokenizer: prompts, demonstrations and preference pairs."""

@@ -1,4 +1,4 @@
-"""From rows to items: bad rows counted, lengths filtered, tokens kept in a cache; for every kind of data."""
+"""Convert rows to items: count bad rows, filter by length, cache tokens; for every kind of data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Converted(Generic[_Item]):
-    """What one row became; lengths in tokens are those the filters look at."""
+    """Items of one row, with the shortest and longest length in tokens that filters compare."""
 
     items: list[_Item]
     shortest: int
@@ -41,15 +41,15 @@ def collect(
     reading: DataReading,
     report: LoadReport,
 ) -> Iterator[_Item]:
-    """The items of all usable rows, in order; ``report`` counts the others.
+    """Yield the items of all usable rows, in order; ``report`` counts the other rows.
 
-    ``convert`` raises UserError for a row that is malformed and TooLongError for one that does not fit.
+    ``convert`` raises UserError for a malformed row and TooLongError for one that is too long.
 
     Raises:
-        UserError: after all rows, with the first three bad ones, unless data.on_bad_row is skip; no row is
+        UserError: after all rows, with the first three bad ones, unless data.on_bad_row is skip; or no row is
             left.
     """
-    problems = LoadReport(report.key)  # what ends the command
+    problems = LoadReport(report.key)  # rows that are errors
     for where, record in rows:
         report.num_rows += 1
         try:
@@ -85,7 +85,7 @@ def _outside(converted: Converted[Any], limits: LengthFilter) -> str | None:
 
 
 def reads_everything(reading: DataReading) -> bool:
-    """Whether generated problems must all be made at the start, for settings that look at every one."""
+    """Return whether settings need every generated problem at the start."""
     limits = reading.filter
     return (
         reading.on_bad_row == "skip"
@@ -102,9 +102,9 @@ def load_tokens(
     field: str,
     sequences: Callable[[LoadReport], Iterator[TokenSequence]],
 ) -> tuple[TokenStore, LoadReport]:
-    """The tokens of a source: from the cache, else from ``sequences(report)`` and then kept in the cache.
+    """Return the tokens of a source from the cache, else from ``sequences(report)``, and cache them.
 
-    ``kind`` is what, beside source, reading and tokenizer, decides about the tokens.
+    ``kind`` completes the cache key: whatever affects the tokens besides source, reading and tokenizer.
     """
     report = LoadReport(field)
     if reading.cache_dir is None:
@@ -128,12 +128,12 @@ def load_tokens(
     cache.write(store, report)
     report.cache = f"{field}: tokens of {len(store)} sequences written to {cache.path}"
     if damaged:
-        report.cache += " (what was there could not be read)"
+        report.cache += " (it was damaged)"
     return store, report
 
 
 def locate(index: int, sizes: list[int]) -> tuple[int, int]:
-    """Which of several data sets laid end to end holds ``index``, and where in it."""
+    """Return (dataset, row) of ``index`` in concatenated datasets of these sizes; raise IndexError."""
     for part, size in enumerate(sizes):
         if index < size:
             return part, index

@@ -1,6 +1,6 @@
-"""The order in which rows are drawn: a pure function of (seed, position).
+"""The order of rows: a pure function of (seed, position).
 
-A resumed run therefore needs one integer, the number of items drawn so far, and no generator state.
+A resumed run needs one integer, the number of rows drawn so far, and no generator state.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-_BLOCK = 1024  # draws of a mixture that are planned at once
+_BLOCK = 1024  # draws per block of a mixture
 
 
 class Order(Protocol):
-    """Items by position."""
+    """Row indices by position."""
 
     def batch(self, position: int, n: int) -> list[int]:
-        """The ``n`` items after the first ``position``; it may cross any number of epoch borders."""
+        """Return the ``n`` rows from ``position`` on, across any number of epochs."""
         ...
 
 
 class Ordered(Protocol):
-    """A data set that says how it is drawn from; a mixture's sources lie end to end."""
+    """A dataset with the properties that decide its order; the sources of a mixture are concatenated."""
 
     is_mixture: bool
 
@@ -31,21 +31,21 @@ class Ordered(Protocol):
 
     @property
     def parts(self) -> Sequence[tuple[int, float]]:
-        """Size and weight of each source of a weighted mixture, in the order of its rows; else empty."""
+        """(size, weight) of each source of a weighted mixture, in the order of its rows; else []."""
         ...
 
 
 def order_of(data: Ordered, shuffle: bool, seed: int) -> Order:
-    """How a training run draws from ``data``."""
+    """Return the order of ``data`` in a training run."""
     if data.parts:
         return MixtureOrder([size for size, _ in data.parts], [w for _, w in data.parts], shuffle, seed)
     return PromptOrder(len(data), shuffle, seed)
 
 
 class PromptOrder:
-    """Walks through ``num`` items, epoch after epoch, each epoch in an order of its own.
+    """Visits ``num`` rows once per epoch, in a new permutation per epoch (if ``shuffle``).
 
-    Position p is item ``p % num`` of epoch ``p // num``.
+    Position p is number ``p % num`` of epoch ``p // num``.
     """
 
     def __init__(self, num: int, shuffle: bool, seed: int) -> None:
@@ -56,7 +56,7 @@ class PromptOrder:
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
     def batch(self, position: int, n: int) -> list[int]:
-        """See Order."""
+        """Return the ``n`` rows from ``position`` on."""
         assert position >= 0
         assert n >= 0
         items: list[int] = []
@@ -72,25 +72,25 @@ class PromptOrder:
 
 
 class MixtureOrder:
-    """Draws from several sources, laid end to end, in given shares; each source has its own epochs.
+    """Draws from concatenated sources by weight; each source has its own epochs.
 
-    Draws are planned in blocks: block b takes the sources at ``(u_b + i) / _BLOCK`` of their cumulative
-    shares (systematic sampling, u_b uniform in [0, 1)), in an order of its own. So every block has each
-    source's share to within one draw, and no share is lost to rounding in the long run.
+    Draws come in blocks: block b takes the sources at ``(u_b + i) / _BLOCK`` of their cumulative weights
+    (systematic sampling, u_b uniform in [0, 1)), permuted. Every block has each source's share to within one
+    draw, and the shares are exact in the long run.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], shuffle: bool, seed: int) -> None:
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
-        # Each source's own seed, so that two of the same size do not walk in step.
+        # A seed per source, so that two sources of the same size have different permutations.
         self._orders = [PromptOrder(n, shuffle, _mixed(seed, k)) for k, n in enumerate(sizes)]
         self._ends = np.cumsum(np.asarray(weights, dtype=np.float64) / sum(weights))
         self._ends[-1] = 1.0
         self._seed = seed
         self._block = functools.lru_cache(maxsize=4)(self._plan)
-        self._drawn = [np.zeros(len(sizes), dtype=np.int64)]  # by each source before block b
+        self._drawn = [np.zeros(len(sizes), dtype=np.int64)]  # draws of each source before block b
 
     def batch(self, position: int, n: int) -> list[int]:
-        """See Order."""
+        """Return the ``n`` rows from ``position`` on."""
         items: list[int] = []
         while len(items) < n:
             number, offset = divmod(position + len(items), _BLOCK)
@@ -121,12 +121,12 @@ def _mixed(seed: int, source: int) -> int:
 
 
 def _random(*seeds: int) -> Any:
-    # RandomState, unlike Generator, promises the same stream in every numpy version.
+    # RandomState, unlike Generator, guarantees the same stream in every numpy version.
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(seeds))))
 
 
 def held_out_rows(data: Ordered, n: int) -> list[int]:
-    """The ``n`` rows that are measured: the first; of a mixture, evenly apart, some of each source."""
+    """Return the ``n`` rows to evaluate: the first n; in a mixture evenly spaced, some of each source."""
     total = len(data)
     assert 0 <= n <= total
     return [i * total // n for i in range(n)] if data.is_mixture else list(range(n))

@@ -1,12 +1,12 @@
-"""Preference pairs: two tokenised responses to one prompt, from JSONL files or made from verifiable problems.
+"""Preference pairs: two tokenised responses to one prompt, from rows or made from reasoning-gym problems.
 
-A line of a JSONL file is one of
+A row is one of
 
     {"prompt": ..., "chosen": ..., "rejected": ...}   each a string or a list of chat messages
-    {"chosen": [...], "rejected": [...]}              whole conversations that begin with the same messages
+    {"chosen": [...], "rejected": [...]}              conversations that begin with the same messages
 
-Of whole conversations the common beginning is the prompt, and what differs are the responses. A "prompt"
-beside them may repeat that beginning. Other fields of a line are not read.
+The common beginning of two conversations is the prompt, the rest are the responses. A "prompt" in the same
+row may repeat that beginning. Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ Messages = list[dict[str, Any]]
 
 
 class Pairs(ABC, Sequence[Pair]):
-    """Pairs by index; the same index is the same pair, always.
+    """Pairs by index, deterministic.
 
-    ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
+    ``reports`` has a LoadReport per source; ``parts`` is as in megarl.data.order.
     """
 
     is_mixture = False
@@ -59,7 +59,7 @@ class Pairs(ABC, Sequence[Pair]):
 
     @abstractmethod
     def _pair(self, index: int) -> Pair:
-        """The pair at ``index`` in [0, len)."""
+        """Return the pair at ``index`` in [0, len)."""
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -69,14 +69,15 @@ class Pairs(ABC, Sequence[Pair]):
         return self._pair(index % len(self))
 
     def batch(self, indices: Sequence[int]) -> TrainBatch:
-        """Chosen and rejected of each of these pairs, one after the other."""
+        """Return a batch of 2 len(indices) sequences: chosen and rejected of each pair in turn."""
         pairs = [self._pair(index) for index in indices]
         return TrainBatch.of(sequence for pair in pairs for sequence in (pair.chosen, pair.rejected))
 
     def mismatched(self, index: int) -> tuple[TokenSequence, TokenSequence]:
-        """The prompt of pair ``index`` with both responses of the next pair that has another prompt.
+        """Return the prompt of pair ``index`` with both responses of the next pair that has another prompt.
 
-        Pairs whose responses would make a sequence that is too long are passed over.
+        These are the mismatched sequences of KTO's KL term. Pairs that would give too long a sequence are
+        skipped.
 
         Raises:
             UserError: there is no such pair.
@@ -88,41 +89,41 @@ class Pairs(ABC, Sequence[Pair]):
             start = other.num_prompt_tokens
             if np.array_equal(other.chosen.token_ids[:start], prompt):
                 continue
-            unlearned = np.zeros_like(prompt, dtype=np.uint8)
+            no_loss = np.zeros_like(prompt, dtype=np.uint8)
             both = [
                 TokenSequence(
                     np.concatenate([prompt, s.token_ids[start:]]),
-                    np.concatenate([unlearned, s.loss_mask[start:]]),
+                    np.concatenate([no_loss, s.loss_mask[start:]]),
                 )
                 for s in (other.chosen, other.rejected)
             ]
             if max(map(len, both)) <= self._max_sequence_length:
                 return both[0], both[1]
         raise UserError(
-            f"{self._field}: algorithm.loss = kto compares responses under other prompts, but no pair has "
-            f"another prompt than pair {index} and responses that fit behind it"
+            f"{self._field}: algorithm.loss = kto needs responses to other prompts, but no pair with another "
+            f"prompt than pair {index} has responses short enough for that prompt"
         )
 
 
 def _joined(where: str, chosen: TokenSequence, rejected: TokenSequence) -> Pair:
-    """Two sequences that must begin alike and go on differently, as a pair."""
+    """Return the pair of two sequences with the same prompt and different responses, else raise UserError."""
     start = int(chosen.loss_mask.argmax())
     same = np.array_equal(chosen.token_ids[:start], rejected.token_ids[:start])
     if start != rejected.loss_mask.argmax() or not same:
-        raise UserError(f"{where}: the chat template writes the prompt differently for the two responses")
+        raise UserError(f"{where}: the chat template renders the prompt differently for the two responses")
     if np.array_equal(chosen.token_ids, rejected.token_ids):
-        raise UserError(f"{where}: 'chosen' and 'rejected' are the same tokens: that is no preference")
+        raise UserError(f"{where}: 'chosen' and 'rejected' have the same tokens")
     return Pair(chosen, rejected, start)
 
 
 class _PairMaker:
-    """Makes pairs of texts, messages and rows."""
+    """Builds pairs from texts, messages and rows."""
 
     def __init__(self, transcripts: Transcripts) -> None:
         self._transcripts = transcripts
 
     def from_row(self, columns: PreferenceColumns, where: str, record: dict[str, Any]) -> Converted[Pair]:
-        """The pair of one row."""
+        """Return the pair of one row."""
         names = {
             "prompt": columns.prompt_field or "prompt",
             "chosen": columns.chosen_field,
@@ -149,7 +150,7 @@ class _PairMaker:
         )
 
     def from_texts(self, where: str, prompt: str, chosen: str, rejected: str) -> Pair:
-        """The pair of three texts."""
+        """Return the pair of three texts."""
         responses = [self._transcripts.pair(where, prompt, response) for response in (chosen, rejected)]
         return _joined(where, *responses)
 
@@ -157,9 +158,9 @@ class _PairMaker:
         for name, response in (("chosen", chosen), ("rejected", rejected)):
             if response[0]["role"] != "assistant":
                 role = response[0]["role"]
-                raise UserError(f"{where}: {name!r} must go on with the assistant's message, found {role!r}")
+                raise UserError(f"{where}: {name!r} must continue with an assistant message, found {role!r}")
         if prompt[-1]["role"] == "assistant":
-            raise UserError(f"{where}: the prompt ends with the assistant's message, so nothing answers it")
+            raise UserError(f"{where}: the prompt ends with an assistant message")
         responses = [
             self._transcripts.conversation(where, prompt + response, len(prompt))
             for response in (chosen, rejected)
@@ -168,7 +169,7 @@ class _PairMaker:
 
 
 def measured(pair: Pair) -> Converted[Pair]:
-    """A pair with the lengths that filters look at."""
+    """Return the pair with the lengths that filters compare."""
     lengths = sorted((len(pair.chosen), len(pair.rejected)))
     return Converted([pair], *lengths)
 
@@ -188,7 +189,7 @@ class _StoredPairs(Pairs):
 
 
 class _MixedPairs(Pairs):
-    """Several sets, end to end."""
+    """Concatenated datasets."""
 
     is_mixture = True
 
@@ -229,9 +230,9 @@ def _begins_with_a_prompt(chosen: str | Messages, rejected: str | Messages) -> b
 def _split(
     where: str, prompt: str | Messages | None, chosen: str | Messages, rejected: str | Messages
 ) -> tuple[Messages, Messages, Messages]:
-    """Common beginning and the two rests of whole conversations; a prompt given beside them must be it."""
+    """Return the common beginning of two conversations and both rests; ``prompt``, if any, must match."""
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise UserError(f"{where}: has no field 'prompt'; without it both responses must be conversations")
+        raise UserError(f"{where}: no field 'prompt'; without it both responses must be conversations")
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
@@ -243,8 +244,8 @@ def _split(
         given = _as_messages(prompt, "user")
         if given not in (chosen[:common], [m for m in chosen[:common] if m["role"] != "system"]):
             raise UserError(
-                f"{where}: 'prompt' is not what 'chosen' and 'rejected' both begin with; leave it out where "
-                "they are whole conversations, or leave its messages out of them"
+                f"{where}: 'prompt' differs from the common beginning of 'chosen' and 'rejected'; remove it "
+                "if they are whole conversations, or remove its messages from them"
             )
     return chosen[:common], chosen[common:], rejected[common:]
 
@@ -256,7 +257,7 @@ class _ReasoningGymPairs(Pairs):
         self._dataset = make_dataset(source, self._field)
 
     def check(self) -> None:
-        """Make the first of them, to find what would go wrong later."""
+        """Generate the first pairs, to find errors at load."""
         for index in range(min(len(self), NUM_CHECKED_AT_LOAD)):
             self._pair(index)
 
@@ -287,7 +288,7 @@ class _ReasoningGymPairs(Pairs):
         for step in range(1, len(self)):
             if (other := self._answer((index + step) % len(self))) != answer:
                 return other
-        raise UserError(f"{self._field}: all problems have the answer {answer!r}: no wrong one to reject")
+        raise UserError(f"{self._field}: all problems have the answer {answer!r}, so none can be rejected")
 
 
 def load_pairs(
@@ -297,13 +298,13 @@ def load_pairs(
     max_sequence_length: int,
     split: Split,
 ) -> Pairs:
-    """The pairs of one split; each response with its prompt has at most ``max_sequence_length`` tokens.
+    """Load the pairs of one split; prompt + response has at most ``max_sequence_length`` tokens.
 
-    Prompt tokens carry loss mask 0, the tokens of the assistant's turns in the response 1.
+    The loss mask is 0 for prompt tokens and 1 for tokens of assistant turns in the response.
 
     Raises:
-        UserError: as :func:`megarl.data.sft.load_demonstrations`; responses that are the same, or do not
-            answer the same prompt.
+        UserError: as :func:`megarl.data.sft.load_demonstrations`; responses that are equal or have different
+            prompts.
     """
     train, held_out = config.train, config.held_out
     source, field = train if split == "train" else held_out, f"data.{split}"
@@ -329,7 +330,7 @@ class _Loader:
         self._maker = _PairMaker(transcripts)
 
     def load(self, source: PlainPreferenceSource, field: str) -> Pairs:
-        """One plain source."""
+        """Load one plain source."""
         generated = None
         if isinstance(source, PreferenceReasoningGymSource):
             generated = _ReasoningGymPairs(source, self._maker, self._longest, field)

@@ -1,4 +1,4 @@
-"""Problems as tokenised prompts: reasoning-gym tasks (generated on access), rows of files, benchmarks."""
+"""Prompt datasets: reasoning-gym tasks (generated on access), rows of files, benchmarks, environments."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "held_out"]
 
-# Generated problems are checked this far at load and the rest when they are drawn.
+# Generated problems up to this index are checked at load, the others when they are drawn.
 NUM_CHECKED_AT_LOAD = 256
-# Comparing with the training problems means generating them all, 0.1 ms to 0.1 s each. The limit counts
-# problems, not seconds: which of them an evaluation uses must not depend on how busy the machine is.
+# Finding overlap with generated training problems means generating all, 0.1 ms to 0.1 s each. The limit is
+# a count, not a time: the prompts of an evaluation must not depend on the load of the machine.
 MAX_COMPARED_PROBLEMS = 10_000
 
 
 class PromptDataset(ABC, Sequence[Prompt]):
-    """Problems by index; the same index is the same problem, always.
+    """Prompts by index, deterministic.
 
-    ``prompt.text`` is what the model reads, chat template included; ``prompt.metadata`` has
-    ``question`` (the bare problem), ``answer`` (the reference, "" where there is none) and ``entry`` (the
-    reasoning-gym entry or the file's object); of a mixture also ``source``, the name of the problem's source.
-    ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
+    ``prompt.text`` includes the chat template; ``prompt.metadata`` has ``question`` (the bare text),
+    ``answer`` (the reference, "" if there is none) and ``entry`` (the reasoning-gym entry or the row); in a
+    mixture also ``source``, the name of the source. ``reports`` has a LoadReport per source; ``parts`` is as
+    in megarl.data.order.
     """
 
     is_mixture = False
@@ -76,32 +76,32 @@ class PromptDataset(ABC, Sequence[Prompt]):
         self._field = field
         self.reports: list[LoadReport] = []
         self.parts: list[tuple[int, float]] = []
-        self.curriculum: Curriculum | Curricula | None = None  # for problems whose level rises in training
-        self._tools: PromptTools | None = None  # what the environment offers the model
-        self._train: PromptSource | None = None  # to compare with; None for the training problems
+        self.curriculum: Curriculum | Curricula | None = None
+        self._tools: PromptTools | None = None  # tools of the environment
+        self._train: PromptSource | None = None  # training source, for `unseen`; None in the training split
 
     @abstractmethod
     def questions(self) -> Iterator[str]:
-        """The bare problem texts in order, without suffix and chat template."""
+        """Yield the bare texts in order, without suffix and chat template."""
 
     @abstractmethod
     def _prompt(self, index: int) -> Prompt:
-        """The problem at ``index`` in [0, len)."""
+        """Return the prompt at ``index`` in [0, len)."""
 
     def check(self) -> None:
-        """Find, before the first step, what would go wrong when problems are made later."""
+        """Raise UserError at load for errors that would occur when prompts are generated later."""
 
     @property
     def overlap(self) -> int | None:
-        """How many of these problems' texts also occur among the training problems (see ``unseen``)."""
+        """Number of texts that also occur in the training data; None as for ``unseen``."""
         return None if self.unseen is None else len(self) - len(self.unseen)
 
     @functools.cached_property
     def unseen(self) -> list[int] | None:
-        """Indices of the problems whose text does not occur among the training problems.
+        """Indices of the prompts whose text does not occur in the training data.
 
-        All of them for the training problems themselves; None where there are more than
-        MAX_COMPARED_PROBLEMS training problems to generate (files are compared whatever their size).
+        For the training split all of them. None if more than MAX_COMPARED_PROBLEMS training problems would
+        have to be generated (files are compared whatever their size).
         """
         if self._train is None:
             return list(range(len(self)))
@@ -121,7 +121,7 @@ class PromptDataset(ABC, Sequence[Prompt]):
     def _make(
         self, index: int, where: str, problem: str | list[dict[str, str]], metadata: dict[str, Any]
     ) -> Prompt:
-        """Tokenise one problem; ``where`` begins the message of any UserError."""
+        """Tokenise one prompt; ``where`` is the prefix of UserErrors."""
         if self._format.chat_template:
             messages = self._messages(where, problem)
             tools: list[dict[str, Any]] | None = None
@@ -158,7 +158,7 @@ class PromptDataset(ABC, Sequence[Prompt]):
             else [dict(message) for message in problem]
         )
         if messages[-1]["role"] != "user":
-            raise UserError(f"{where}: the last chat message must be the user's, for the model to answer")
+            raise UserError(f"{where}: the last chat message must have role 'user'")
         messages[-1]["content"] += self._format.prompt_suffix
         if self._format.system_prompt is not None:
             if messages[0]["role"] == "system":
@@ -168,14 +168,14 @@ class PromptDataset(ABC, Sequence[Prompt]):
 
 
 class _SeededPrompts(PromptDataset):
-    """Problems that are made one by one, as many as the source says."""
+    """Prompts generated one by one, ``size`` in all."""
 
     def __init__(self, source: PromptReasoningGymSource | EnvironmentSource, *args: Any) -> None:
         super().__init__(*args)
         self._source = source
 
     def check(self) -> None:
-        """Make the first of them."""
+        """Generate the first prompts."""
         for index in range(min(len(self), NUM_CHECKED_AT_LOAD)):
             self._prompt(index)
 
@@ -183,7 +183,7 @@ class _SeededPrompts(PromptDataset):
         return self._source.size
 
     def questions(self) -> Iterator[str]:
-        """Their texts; of games, which may begin alike, what stands in for them."""
+        """Yield the texts; for games, whose first texts may be equal, a text with the seed."""
         return questions_of(self._source, self._field)
 
 
@@ -207,7 +207,7 @@ class _ReasoningGymPrompts(_SeededPrompts):
 
 
 class _EnvironmentPrompts(_SeededPrompts):
-    """Problems that the environment makes, told apart by their seeds alone."""
+    """Prompts generated by the environment, identified by their seeds."""
 
     _source: EnvironmentSource
 
@@ -216,8 +216,8 @@ class _EnvironmentPrompts(_SeededPrompts):
         self._maker: Any = make_environment(source.environment, f"{self._field}.environment")
         if not callable(getattr(self._maker, "problem", None)):
             raise UserError(
-                f"{self._field}.environment: {type(self._maker).__name__} has no method problem(seed):"
-                " it makes no problems of its own"
+                f"{self._field}.environment: {type(self._maker).__name__} has no method problem(seed),"
+                " so it cannot generate problems"
             )
 
     def _prompt(self, index: int) -> Prompt:
@@ -227,7 +227,7 @@ class _EnvironmentPrompts(_SeededPrompts):
 
 
 class _RowPrompts(PromptDataset):
-    """Problems of a file or a Hugging Face dataset."""
+    """Prompts from a file or a Hugging Face dataset."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class _RowPrompts(PromptDataset):
         report = LoadReport(self._field)
         self.reports = [report]
         found = list(collect(read_rows(source, self._field), self._convert, reading, report))
-        # Only the environment knows which references it can use.
+        # The environment decides which references it can use.
         lines = (
             (f"{where}: field {columns.answer_field!r}", prompt.metadata["answer"], prompt.metadata["entry"])
             for where, prompt in found
@@ -288,7 +288,7 @@ class _RowPrompts(PromptDataset):
 
 
 def _question(problem: Any) -> str:
-    """The bare text to compare by; a chat is compared as its messages."""
+    """Return the text to compare by; a chat is compared by its messages."""
     return problem if isinstance(problem, str) else repr(problem)
 
 
@@ -303,7 +303,7 @@ class _BenchmarkPrompts(PromptDataset):
                 raise UserError(message)
 
     def check(self) -> None:
-        """Make all of them."""
+        """Generate all prompts."""
         for index in range(len(self)):
             self._prompt(index)
 
@@ -321,12 +321,12 @@ class _BenchmarkPrompts(PromptDataset):
 
 
 def _reference(record: dict[str, Any], name: str, where: str) -> str:
-    """The reference answer as text; numbers may be written as JSON numbers: 42.0 is "42", 1e-05 "0.00001"."""
+    """Return the reference answer as text; JSON numbers are converted: 42.0 to "42", 1e-05 to "0.00001"."""
     value = get_field(record, name, where)
     if not _is_number(value):
         return get_text(record, name, where)
     if not math.isfinite(value):
-        raise UserError(f"{where}: field {name!r} is {value}, which is no answer")
+        raise UserError(f"{where}: field {name!r} is {value}, not an answer")
     return number_text(value)
 
 
@@ -335,7 +335,7 @@ def _is_number(value: Any) -> bool:
 
 
 class _KeptPrompts(PromptDataset):
-    """Those of another set's problems that filters and bad rows left."""
+    """Prompts of another dataset that passed the filters and are not bad rows."""
 
     def __init__(self, base: PromptDataset, reading: PromptDataConfig | EvalDataConfig, *args: Any) -> None:
         super().__init__(*args)
@@ -353,7 +353,7 @@ class _KeptPrompts(PromptDataset):
         return len(self._indices)
 
     def questions(self) -> Iterator[str]:
-        """Those of the problems that are left."""
+        """Yield the texts of the kept prompts."""
         kept = set(self._indices)
         return (question for i, question in enumerate(self._base.questions()) if i in kept)
 
@@ -362,7 +362,7 @@ class _KeptPrompts(PromptDataset):
 
 
 class _MixedPrompts(PromptDataset):
-    """Several sets, end to end."""
+    """Concatenated datasets."""
 
     is_mixture = True
 
@@ -383,14 +383,14 @@ class _MixedPrompts(PromptDataset):
         return sum(self._sizes)
 
     def questions(self) -> Iterator[str]:
-        """Those of one set after the other."""
+        """Yield the texts of all datasets in turn."""
         return itertools.chain.from_iterable(each.questions() for each in self._sets)
 
     def _prompt(self, index: int) -> Prompt:
         part, row = locate(index, self._sizes)
         prompt = self._sets[part]._prompt(row)
         metadata = {**prompt.metadata, "source": self._names[part]}
-        if metadata.get("category") is None:  # an evaluation then tells the sources apart
+        if metadata.get("category") is None:  # evaluations then report each source separately
             metadata["category"] = self._names[part]
         return replace(prompt, index=index, metadata=metadata)
 
@@ -402,14 +402,14 @@ def load_prompts(
     max_prompt_tokens: int,
     split: Split,
 ) -> PromptDataset:
-    """The problems of one split, each at most ``max_prompt_tokens`` tokens long.
+    """Load the prompts of one split, each at most ``max_prompt_tokens`` tokens long.
 
-    JSONL files are checked whole. Of generated problems the first 256 are checked here, the others
-    when they are drawn.
+    Files are checked completely. Of generated problems the first NUM_CHECKED_AT_LOAD are checked here, the
+    others when they are drawn.
 
     Raises:
-        UserError: unknown task or argument, file errors with their line, a reference that cannot
-            be parsed, a prompt that is too long (its index or line, its length and the limit).
+        UserError: unknown task or argument, file errors with their line, a reference that cannot be parsed, a
+            prompt that is too long (with its index or line, its length and the limit).
     """
     source = config.train if split == "train" else config.held_out
     if source is None:
@@ -460,16 +460,16 @@ def _plain_parts(source: PromptSource, field: str) -> list[tuple[PlainPromptSour
 
 
 def questions_of(source: PromptSource, field: str) -> Iterator[str]:
-    """The bare problem texts of a source, in order; a chat is compared as its messages."""
+    """Yield the bare texts of a source, in order; a chat as its messages."""
     for part, place in _plain_parts(source, field):
         if isinstance(part, ReasoningGymSource):
             dataset = first_dataset(part, place)
             yield from (str(dataset[index]["question"]) for index in range(len(dataset)))
         elif isinstance(part, BenchmarkSource):
             yield from (question.text for question in benchmarks.load_questions(part, place))
-        elif isinstance(part, EnvironmentSource):  # by its seed, for games may begin alike
+        elif isinstance(part, EnvironmentSource):  # by seed: the first texts of games may be equal
             yield from (f"problem of seed {part.seed + index}" for index in range(part.size))
         else:
             for _, record in read_rows(part, place):
-                if isinstance(record, dict) and part.prompt_field in record:  # others were reported at load
+                if isinstance(record, dict) and part.prompt_field in record:  # bad rows: reported at load
                     yield _question(record[part.prompt_field])

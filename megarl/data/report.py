@@ -1,4 +1,4 @@
-"""What became of a source's rows: used, bad, dropped for their length, cut into chunks."""
+"""Report of loading a source: rows used, bad, dropped for their length, split into chunks."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ NUM_SHOWN = 3
 
 
 class TooLongError(UserError):
-    """One row makes a sequence that the run cannot hold."""
+    """A row exceeds the longest sequence of the run."""
 
 
 @dataclass
 class Tally:
-    """How many, and the first few of them."""
+    """A count, with the first few lines."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, line: str) -> None:
-        """One more."""
+        """Count one; keep the line if it is among the first NUM_SHOWN."""
         self.count += 1
         if len(self.first) < NUM_SHOWN:
             self.first.append(line)
 
     def lines(self, heading: str) -> list[str]:
-        """The heading and the first few; nothing where there are none."""
+        """Return the heading (with {} for the count) and the first few lines; [] if the count is 0."""
         if not self.count:
             return []
         shown = "" if self.count <= len(self.first) else f"; the first {len(self.first)}"
@@ -37,7 +37,7 @@ class Tally:
 
 @dataclass
 class LoadReport:
-    """What loading one split found; ``lines`` says all of it, ``key`` is its configuration key."""
+    """Findings of loading one source; ``key`` is its configuration key."""
 
     key: str
     num_rows: int = 0
@@ -48,7 +48,7 @@ class LoadReport:
     cache: str | None = None
 
     def lines(self) -> list[str]:
-        """What a user must know, a line each; empty where every row was used as it is."""
+        """Return the lines for the user; [] if every row was used unchanged."""
         rows = f"of {self.num_rows} rows"
         return [
             *self.bad.lines(f"{self.key}: {{}} bad {rows} skipped (data.on_bad_row)"),
@@ -58,16 +58,16 @@ class LoadReport:
         ]
 
     def fail(self) -> UserError:
-        """The error for bad rows: the first three, and how many there are."""
-        more = [f"{self.key}: {self.bad.count} bad rows in all; data.on_bad_row: skip leaves them out"]
+        """Return the error for bad rows: the first three, and their number."""
+        more = [f"{self.key}: {self.bad.count} bad rows in all; data.on_bad_row: skip drops them"]
         return UserError("\n".join(self.bad.first + more * (self.bad.count > 1)))
 
     def to_json(self) -> dict[str, Any]:
-        """For the cache, which keeps what was found with the tokens."""
+        """Return plain data for the cache file."""
         return asdict(self) | {"cache": None}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LoadReport:
-        """Inverse of to_json."""
+        """Restore from :meth:`to_json`."""
         tallies = {name: Tally(**value[name]) for name in ("bad", "dropped", "chunked")}
         return cls(**(value | tallies))

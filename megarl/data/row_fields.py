@@ -1,4 +1,4 @@
-"""Fields of a record, checked, with errors that begin with where it is from."""
+"""Read and check fields of a row; errors begin with ``where``, the row's file and line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "rea
 
 
 def get_field(record: dict[str, Any], name: str, where: str) -> Any:
-    """``record[name]``, or a UserError that names the fields there are; ``where`` is file:line."""
+    """Return ``record[name]``; if it is missing, raise UserError with the existing fields."""
     if name not in record:
         raise UserError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}")
     return record[name]
 
 
 def get_text(record: dict[str, Any], name: str, where: str) -> str:
-    """A field that must be a string with something in it."""
+    """Return a field that must be a non-empty string."""
     value = get_field(record, name, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} must be a string, found {type(value).__name__}")
@@ -29,9 +29,9 @@ def get_text(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def get_messages(record: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
-    """A field that must be a list of chat messages, each with a role and a text.
+    """Return a field that must be a list of chat messages, each with a role and a text.
 
-    An assistant's message may have tool_calls, with or without a text; fields that are null are left out.
+    An assistant message may have tool_calls, with or without text; null fields are removed.
     """
     value = get_field(record, name, where)
     if not isinstance(value, list) or not value:
@@ -46,8 +46,8 @@ def _message(message: Any, at: str) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if "role" not in message or ("content" not in message and not calls):
         raise UserError(f'{at} must be an object with "role" and "content" (or "tool_calls")')
-    if strangers := [key for key in message if key not in _MESSAGE_FIELDS]:
-        raise UserError(f"{at} has {strangers[0]!r}; known are {', '.join(_MESSAGE_FIELDS)}")
+    if unknown := [key for key in message if key not in _MESSAGE_FIELDS]:
+        raise UserError(f"{at} has {unknown[0]!r}; known are {', '.join(_MESSAGE_FIELDS)}")
     if message["role"] not in _ROLES:
         raise UserError(f"{at}.role is {message['role']!r}; known roles are {', '.join(_ROLES)}")
     message.setdefault("content", "")
@@ -65,7 +65,7 @@ def _message(message: Any, at: str) -> dict[str, Any]:
 
 
 def _call(call: dict[str, Any], at: str) -> dict[str, Any]:
-    """A tool call whose arguments are an object; OpenAI's API writes them as JSON text."""
+    """Return the tool call with its arguments as an object; OpenAI's API writes them as JSON text."""
     if isinstance(call.get("function"), dict):
         return {**call, "function": _call(call["function"], f"{at}.function")}
     arguments = call.get("arguments")
@@ -73,7 +73,7 @@ def _call(call: dict[str, Any], at: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{at}.arguments is text, but no JSON: {error}") from error
+            raise UserError(f"{at}.arguments is not valid JSON: {error}") from error
     if arguments is not None and not isinstance(arguments, dict):
         raise UserError(f"{at}.arguments must be an object, found {type(arguments).__name__}")
     return call if arguments is None else {**call, "arguments": arguments}

@@ -1,8 +1,7 @@
-"""Rows of files and Hugging Face datasets, each with the place it comes from.
+"""Read rows of files and Hugging Face datasets, each with its file and line.
 
-A row that cannot be read is handed on as the UserError that says so, for the caller to count or to raise;
-what is wrong with a whole file is raised. Empty cells of columnar files (null) are columns that the row
-lacks.
+A row that cannot be read is yielded as a UserError, for the caller to count or raise; an error of the whole
+file is raised. Empty cells (null) of columnar files are missing fields.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from megarl.errors import UserError
 
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # may begin one: cheaper than a look at every value
 Row = tuple[str, dict[str, Any] | UserError]
-"""Where ("file:line", "file row 3") and the record, or what is wrong with it."""
+"""Location ("file:line", "file row 3") and the record, or its error."""
 
 
 def read_rows(source: FileLocation | HfLocation, field: str) -> Iterator[Row]:
-    """All rows of a source in order.
+    """Yield all rows of a source in order.
 
     Args:
         source: a file or dataset.
         field: its configuration key, e.g. ``data.train``.
 
     Raises:
-        UserError: a missing or unreadable file or dataset, or no rows at all.
+        UserError: a missing or unreadable file or dataset, or no rows.
     """
     if isinstance(source, HfLocation):
         rows, what = _hf_rows(source, field), source.dataset
@@ -48,7 +47,7 @@ def read_rows(source: FileLocation | HfLocation, field: str) -> Iterator[Row]:
 
 
 def content_digest(source: FileLocation | HfLocation, field: str) -> str:
-    """SHA-256 of what a source's rows are made of."""
+    """Return the SHA-256 of the source's content."""
     digest = hashlib.sha256()
     if isinstance(source, FileLocation):
         try:
@@ -82,7 +81,7 @@ def _file_rows(source: FileLocation, field: str) -> Iterator[Row]:
 
 
 def _jsonl(path: str) -> Iterator[Row]:
-    # Not str.splitlines(): JSON strings may hold U+2028 and others that it would split at.
+    # Not str.splitlines(): it also splits at U+2028 and others, which JSON strings may contain.
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         where = f"{path}:{number}"
         try:
@@ -118,7 +117,7 @@ def _json(path: str) -> Iterator[Row]:
 
 
 def _csv(path: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default ends at 128 KiB a cell
+    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB per cell
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:
@@ -145,7 +144,7 @@ def _parquet(path: str) -> Iterator[Row]:
     try:
         yield from _batches(path, ParquetFile(path).iter_batches())
     except ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file that can be read: {error}") from error
+        raise UserError(f"{path}: not a readable parquet file: {error}") from error
 
 
 def _arrow(path: str) -> Iterator[Row]:
@@ -155,12 +154,12 @@ def _arrow(path: str) -> Iterator[Row]:
         try:
             try:
                 batches: Any = pa.ipc.open_stream(file)
-            except pa.ArrowInvalid:  # the other of the two layouts
+            except pa.ArrowInvalid:  # the file format instead of the stream format
                 reader = pa.ipc.open_file(file)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             yield from _batches(path, batches)
         except pa.ArrowInvalid as error:
-            raise UserError(f"{path}: not an Arrow file that can be read: {error}") from error
+            raise UserError(f"{path}: not a readable Arrow file: {error}") from error
 
 
 def _batches(what: str, batches: Any) -> Iterator[Row]:
@@ -187,7 +186,7 @@ def _hf_dataset(source: HfLocation, field: str) -> Any:
             if saved
             else load_dataset(source.dataset, source.subset, split=split, revision=source.revision)
         )
-    except Exception as error:  # the library raises some twenty types, from all its layers
+    except Exception as error:  # the library raises some twenty types
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{field}: cannot read split {split!r} of {source.dataset}: {reason}") from error
     if saved and (source.subset or source.revision):
@@ -203,11 +202,11 @@ def _hf_dataset(source: HfLocation, field: str) -> Any:
 
 
 def read_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: an object has a key twice, of which one value would be lost; nesting or a number is beyond
-            what Python reads. json.JSONDecodeError where it is no JSON.
+        ValueError: an object has a repeated key; the nesting or a number exceeds Python's limits;
+            json.JSONDecodeError if it is not JSON.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
@@ -239,7 +238,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the keys that Arrow gives to every struct of a column because one of them has it."""
+    """Remove null fields: Arrow gives every struct of a column the keys of all others."""
     if isinstance(value, dict):
         return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     if isinstance(value, list):

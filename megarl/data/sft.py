@@ -1,4 +1,4 @@
-"""Demonstrations as training sequences: which tokens are there, and which are learned from."""
+"""Demonstrations as training sequences with loss masks."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class SftDataset(ABC, Sequence[TokenSequence]):
-    """Training sequences by index; the same index is the same sequence, always.
+    """Training sequences by index, deterministic.
 
-    ``reports`` say what became of the rows, source by source; ``parts`` is as in megarl.data.order.
+    ``reports`` has a LoadReport per source; ``parts`` is as in megarl.data.order.
     """
 
     is_mixture = False
@@ -43,7 +43,7 @@ class SftDataset(ABC, Sequence[TokenSequence]):
 
     @abstractmethod
     def _sequence(self, index: int) -> TokenSequence:
-        """The demonstration at ``index`` in [0, len)."""
+        """Return the demonstration at ``index`` in [0, len)."""
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -53,7 +53,7 @@ class SftDataset(ABC, Sequence[TokenSequence]):
         return self._sequence(index % len(self))
 
     def batch(self, indices: Sequence[int]) -> TrainBatch:
-        """These demonstrations, in this order."""
+        """Return these demonstrations as a batch, in this order."""
         return TrainBatch.of(self._sequence(index) for index in indices)
 
 
@@ -63,11 +63,11 @@ class _ReasoningGymDemonstrations(SftDataset):
         self._field, self._transcripts = field, transcripts
         self._templates = source.response_templates
         if not self._templates or not all("{answer}" in template for template in self._templates):
-            raise UserError(f"{self._field}.response_templates: needs forms that each contain {{answer}}")
+            raise UserError(f"{self._field}.response_templates: each template must contain {{answer}}")
         self._dataset = make_dataset(source, self._field)
 
     def check(self) -> None:
-        """Make the first of them, to find what would go wrong later."""
+        """Generate the first demonstrations, to find errors at load."""
         for index in range(min(len(self), NUM_CHECKED_AT_LOAD)):
             self._sequence(index)
 
@@ -97,7 +97,7 @@ class _StoredDemonstrations(SftDataset):
 
 
 class _MixedDemonstrations(SftDataset):
-    """Several sets, end to end."""
+    """Concatenated datasets."""
 
     is_mixture = True
 
@@ -116,7 +116,7 @@ class _MixedDemonstrations(SftDataset):
 
 
 class _RowForms:
-    """Which columns of a row are read, and as what."""
+    """Converts rows: selects columns and the form (messages, pair or text)."""
 
     def __init__(self, columns: SftColumns, transcripts: Transcripts, report: LoadReport) -> None:
         self._columns, self._transcripts, self._report = columns, transcripts, report
@@ -158,7 +158,7 @@ class _RowForms:
             raise UserError(f'{where}: has both "messages" and "prompt"/"response"; keep one of them')
         if "text" in has and len(has - {"tools"}) > 1:
             raise UserError(
-                f'{where}: has "text" beside other columns; name the one to use (messages_field, ...)'
+                f'{where}: has "text" and other columns; name the one to use (messages_field, ...)'
             )
         if not has - {"tools"}:
             raise UserError(
@@ -178,7 +178,7 @@ class _RowForms:
         return tools or None
 
     def _parsed(self, record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-        """The record with the JSON text of one column read; columnar files keep nested lists so."""
+        """Return the record with one column parsed from JSON text, as columnar files store nested lists."""
         value = record.get(name)
         if not isinstance(value, str):
             return record
@@ -197,14 +197,14 @@ def load_demonstrations(
     max_sequence_length: int,
     split: Split,
 ) -> SftDataset:
-    """The demonstrations of one split, each at most ``max_sequence_length`` tokens long.
+    """Load the demonstrations of one split, each at most ``max_sequence_length`` tokens long.
 
-    Prompt tokens carry loss mask 0, response tokens and their EOS 1; in a conversation every
-    assistant turn counts as a response; of raw text every token is learned.
+    The loss mask is 0 for prompt tokens and 1 for response tokens and their EOS. In a conversation every
+    assistant turn is a response; in raw text every token has mask 1.
 
     Raises:
-        UserError: as :func:`megarl.data.prompts.load_prompts`, and a chat template that does not
-            only append (:class:`megarl.data.transcript.Transcripts`).
+        UserError: as :func:`megarl.data.prompts.load_prompts`, and a chat template that is not prefix-stable
+            (:class:`megarl.data.transcript.Transcripts`).
     """
     train, held_out = config.train, config.held_out
     source = train if split == "train" else held_out
@@ -231,7 +231,7 @@ class _Loader:
         self._kind = {"kind": "sft", "max_sequence_length": max_sequence_length}
 
     def load(self, source: PlainSftSource, field: str) -> SftDataset:
-        """One plain source."""
+        """Load one plain source."""
         generated = None
         if isinstance(source, SftReasoningGymSource):
             generated = _ReasoningGymDemonstrations(source, self._transcripts, field)

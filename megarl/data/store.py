@@ -1,8 +1,8 @@
-"""Tokenised rows in flat arrays, and on disk under a name made of their content.
+"""Tokenised rows in flat arrays, and their cache on disk.
 
-A cache file is named after the SHA-256 of everything its tokens depend on: the content of the data, the
-tokenizer, the format, the columns, lengths and filters, and this file's format. A change of any of them is
-another name, so a stale file is never read.
+The name of a cache file is a SHA-256 of everything its tokens depend on: the content of the data, the
+tokenizer, the format, the columns, lengths and filters, and the version of the file format. If any of them
+changes, so does the name, and a stale file is never read.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from megarl.records import TokenSequence, TrainBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Raise it when the same settings are to give other tokens, masks or arrays.
+# Increase this when the same settings give other tokens, masks or arrays.
 _FORMAT = "megarl tokens 2"
 
 
 class TokenStore(Sequence[TokenSequence]):
-    """Training sequences as one TrainBatch, 5 bytes a token; a sequence is views of it.
+    """Training sequences as one TrainBatch, 5 bytes per token; a sequence is a view.
 
-    ``arrays`` are what is kept on disk: ``token_ids`` [T] int32, ``loss_mask`` [T] uint8, ``offsets`` [S + 1]
-    int64, ``prompts`` [S] int64 (the sequences' num_prompt_tokens).
+    ``arrays`` are stored on disk: ``token_ids`` [T] int32, ``loss_mask`` [T] uint8, ``offsets`` [S + 1]
+    int64, ``prompts`` [S] int64 (num_prompt_tokens of the sequences).
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -42,7 +42,7 @@ class TokenStore(Sequence[TokenSequence]):
 
     @classmethod
     def of(cls, sequences: Iterable[TokenSequence]) -> TokenStore:
-        """From sequences, consumed one by one."""
+        """Build a store from sequences, consumed one by one."""
         ids, mask, offsets, prompts = bytearray(), bytearray(), array("q", [0]), array("q")
         for sequence in sequences:
             ids += sequence.token_ids.tobytes()
@@ -71,13 +71,13 @@ class TokenCache:
     """One cache file."""
 
     def __init__(self, directory: str, depends_on: dict[str, Any]) -> None:
-        """``depends_on`` is what the tokens depend on, as JSON; see the module's docstring."""
+        """``depends_on``: what the tokens depend on, as plain data (module docstring)."""
         text = json.dumps([_FORMAT, depends_on], sort_keys=True, ensure_ascii=False)
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self.path = Path(directory) / f"tokens-{self.key[:24]}.safetensors"
 
     def read(self) -> tuple[TokenStore, LoadReport] | None:
-        """What is kept; None where there is nothing, or the file is damaged (it is then written anew)."""
+        """Read the file; None if it is missing or damaged (it is then rewritten)."""
         from safetensors import SafetensorError, safe_open
 
         if not self.path.is_file():
@@ -94,7 +94,7 @@ class TokenCache:
         return TokenStore(arrays), report
 
     def write(self, store: TokenStore, report: LoadReport) -> None:
-        """Keep it, all at once: several ranks and runs may write the same file."""
+        """Write the file atomically: several ranks and runs may write the same one."""
         from safetensors.numpy import save_file
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def _checksum(arrays: dict[str, np.ndarray]) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what a tokenizer makes of text: its model, its special tokens, its chat template."""
+    """Return the SHA-256 of a tokenizer: library versions, model, special tokens and chat template."""
     import tokenizers
     import transformers
 

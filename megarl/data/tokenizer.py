@@ -1,4 +1,4 @@
-"""The model directory's tokenizer: loading, checking against the model, stop tokens, chat template."""
+"""The tokenizer of a model directory: load, check against the model, stop tokens, chat template."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Message = Mapping[str, Any]
 
 
 def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a Hugging Face directory; nothing is looked up on a hub.
+    """Load the tokenizer of a Hugging Face directory, without access to the hub.
 
     Raises:
         UserError: no such directory, or no tokenizer in it.
@@ -35,10 +35,10 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: no directory {path}")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the library raises OSError, ValueError, KeyError and others alike
+    except Exception as error:  # the library raises OSError, ValueError, KeyError and others
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.path: cannot load a tokenizer from {path}: {reason}") from error
-    # Without its files the library makes a tokenizer of a few special tokens from config.json alone.
+    # If its files are missing, the library builds a tokenizer of a few special tokens from config.json.
     names = list(tokenizer.vocab_files_names.values())
     if not any((path / name).is_file() for name in names):
         raise UserError(f"model.path: no tokenizer in {path}; expected {' or '.join(names)}")
@@ -46,11 +46,11 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_format: PromptFormat) -> None:
-    """Refuse a tokenizer that does not fit the model or the configured prompts.
+    """Raise UserError if the tokenizer does not fit the model or the prompt format.
 
     Args:
         tokenizer: as loaded.
-        vocab_size: rows of the model's embedding, before any padding of MegaRL's own.
+        vocab_size: rows of the model's embedding, without MegaRL's padding.
         prompt_format: ``data.format``.
 
     Raises:
@@ -68,7 +68,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_
     if prompt_format.chat_template:
         if tokenizer.chat_template is None:
             problems.append(
-                "data.format.chat_template: the tokenizer has no chat template; false gives bare prompts"
+                "data.format.chat_template: the tokenizer has no chat template; use false for bare prompts"
             )
         else:
             check_template(tokenizer.chat_template, "model.path")
@@ -77,26 +77,26 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_
             problems.append("data.format.system_prompt: needs data.format.chat_template: true")
         if tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:
             problems.append(
-                "data.format.chat_template: false does not work with this tokenizer: it ends every text "
-                "with EOS, so that nothing would be generated"
+                "data.format.chat_template: false does not work with this tokenizer: it appends EOS to every "
+                "text, so that nothing would be generated"
             )
     if problems:
         raise UserError("\n".join(problems))
 
 
 class TurnReader:
-    """The policy's turns as text. Pickled, it is what decodes: a worker process need not load transformers.
+    """Decodes turns of the policy. When pickled it holds only the decoder: workers need no transformers.
 
     Args:
         tokenizer: the model's.
-        stop_token_ids: what ends a turn; the engine leaves that token on the sampled ones.
+        stop_token_ids: tokens that end a turn; the engine includes them in the sampled tokens.
     """
 
     def __init__(self, tokenizer: Any, stop_token_ids: Collection[int]) -> None:
         self._tokenizer, self._stops = _decoder(tokenizer), frozenset(stop_token_ids)
 
     def __call__(self, sampled: TokenIds, *, raw: bool = False) -> str:
-        """The text of token ids [N]: without special tokens, or (raw) only without the one that ended it."""
+        """Decode token ids [N] without special tokens; with ``raw``, only without the final stop token."""
         ids: list[int] = sampled.tolist()
         if raw and ids and ids[-1] in self._stops:
             del ids[-1]
@@ -104,7 +104,7 @@ class TurnReader:
 
 
 def _decoder(tokenizer: Any) -> Any:
-    """The tokenizers library's own, where transformers' ``decode`` adds nothing to it; else ``tokenizer``."""
+    """Return the backend tokenizer if transformers' ``decode`` adds nothing to it; else ``tokenizer``."""
     from transformers import PreTrainedTokenizerFast
 
     adds = getattr(tokenizer, "clean_up_tokenization_spaces", True)
@@ -114,13 +114,13 @@ def _decoder(tokenizer: Any) -> Any:
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> list[int]:
-    """Every token id that ends a response, sorted: the tokenizer's EOS and those the model names.
+    """Return all token ids that end a response, sorted: the tokenizer's EOS and those of the model.
 
-    Chat models often end a turn with another token than the tokenizer's EOS and say so only in
-    generation_config.json; config.json counts where that file says nothing.
+    Chat models often end a turn with another token than the tokenizer's EOS, given only in
+    generation_config.json; config.json is read if that file gives none.
 
     Raises:
-        UserError: none is named anywhere, or a file cannot be read.
+        UserError: no EOS is given, or a file cannot be read.
     """
     ids: set[int] = set()
     if tokenizer.eos_token_id is not None:
@@ -156,7 +156,7 @@ def chat_ids(
     add_generation_prompt: bool,
     tools: Sequence[Any] | None = None,
 ) -> list[int]:
-    """The messages as the tokenizer's chat template tokenises them.
+    """Tokenise messages with the tokenizer's chat template.
 
     Raises:
         ValueError: the template refuses these messages, or has no place for tools, tool calls, reasoning or
@@ -165,9 +165,9 @@ def chat_ids(
     """
     template = json.dumps(tokenizer.chat_template)
     if tools and "tools" not in template:
-        raise ValueError("the chat template has no place for tools")
+        raise ValueError("the chat template does not support tools")
     if any("tool_calls" in message for message in messages) and "tool_call" not in template:
-        raise ValueError("the chat template has no place for tool_calls")
+        raise ValueError("the chat template does not support tool_calls")
     if any("reasoning_content" in message for message in messages) and "reasoning_content" not in template:
         raise ValueError("the chat template has no place for reasoning_content")
     check_names(tokenizer, messages)

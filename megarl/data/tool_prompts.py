@@ -1,4 +1,4 @@
-"""Tools in the prompt: as the chat template shows them, or in a system message where it shows none."""
+"""Tools in the prompt: through the chat template, or in a system message if the template has none."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptTools:
-    """The tools of an environment and the form in which this model calls them."""
+    """The tools of an environment, and the call format of the model."""
 
     schemas: list[dict[str, Any]]
     format: ToolFormat
 
     @classmethod
     def of(cls, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PromptTools:
-        """Reads the form off the tokenizer's chat template.
+        """Derive the call format from the tokenizer's chat template.
 
         Raises:
-            UserError: the template's form of calls is not known.
+            UserError: the call format of the template is unknown.
         """
 
         def render(messages: list[dict[str, Any]], **options: Any) -> str:
@@ -37,7 +37,7 @@ class PromptTools:
     def put_in(
         self, messages: list[dict[str, str]]
     ) -> tuple[list[dict[str, str]], list[dict[str, Any]] | None]:
-        """The messages, and what the template gets as its tools: none where it would not show them."""
+        """Return the messages and the ``tools`` argument of the template; None if it does not show tools."""
         if self.format.native:
             return messages, self.schemas
         text = self.format.instructions(self.schemas)

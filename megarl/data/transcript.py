@@ -1,4 +1,4 @@
-"""From text to training sequences: prompts with responses and conversations, and what of them is learned."""
+"""Tokenise prompt/response pairs, conversations and raw text into training sequences with loss masks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_AFTER_EOS = 64
 
 
 class Transcripts:
-    """Tokenises under one format; ``where`` begins the message of any UserError."""
+    """Tokenises with one format; ``where`` is the prefix of UserErrors."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class Transcripts:
         self._tokenizer = tokenizer
         self._format = prompt_format
         self._max_sequence_length = max_sequence_length
-        self._noun = noun  # what a sequence is called in errors
+        self._noun = noun  # name of a sequence in errors
 
     def pair(self, where: str, prompt: str, response: str) -> TokenSequence:
-        """Prompt and response; the response and its EOS are learned."""
+        """Tokenise prompt and response; the loss mask covers the response and its EOS."""
         if self._format.chat_template:
             user = {"role": "user", "content": prompt}
             return self.conversation(where, [user, {"role": "assistant", "content": response}])
@@ -55,10 +55,13 @@ class Transcripts:
         first_learned: int = 0,
         tools: Sequence[Any] | None = None,
     ) -> TokenSequence:
-        """A conversation of which every assistant turn from ``messages[first_learned]`` on is learned.
+        """Tokenise a conversation; the loss mask covers assistant turns from ``messages[first_learned]`` on.
 
-        The tokens of a turn are what the template adds to the tokens before it, its EOS included. The
-        suffix belongs to the user's turns, as in the prompts of a rollout. ``tools`` go to the template.
+        The tokens of a turn are those that the template appends for it, EOS included. The prompt suffix is
+        appended to user turns, as in rollouts. ``tools`` are passed to the template.
+
+        Raises:
+            UserError: the template is not prefix-stable or drops tools; the sequence is too long.
         """
         if not self._format.chat_template:
             raise UserError(f"{where}: chat messages need data.format.chat_template: true")
@@ -71,16 +74,14 @@ class Transcripts:
         return self._checked(where, token_ids, loss_mask)
 
     def text(self, where: str, text: str) -> list[TokenSequence]:
-        """Raw text with EOS, every token learned, in chunks of at most the longest sequence.
+        """Tokenise raw text with EOS, in chunks of at most ``max_sequence_length`` tokens, all in the loss.
 
-        A chunk begins with the last token of the one before, so that each token but the first of the text
+        A chunk begins with the last token of the one before, so that each token except the first of the text
         is predicted exactly once. Neither template nor prompt format is applied.
         """
         if self._format.prompt_suffix or self._format.system_prompt is not None:
             name = "prompt_suffix" if self._format.prompt_suffix else "system_prompt"
-            raise UserError(
-                f"{where}: raw text is learned as it stands; data.format.{name} has no place in it"
-            )
+            raise UserError(f"{where}: data.format.{name} does not apply to raw text")
         ids = [*self._tokenizer(text)["input_ids"]]
         if not ids or ids[-1] != self._eos():
             ids.append(self._eos())
@@ -100,7 +101,7 @@ class Transcripts:
                 raise UserError(f"{where}: has a system message, and data.format.system_prompt is set too")
             turns.insert(0, {"role": "system", "content": self._format.system_prompt})
         if turns[-1]["role"] != "assistant":
-            raise UserError(f"{where}: the last message must be the assistant's, for it is what is learned")
+            raise UserError(f"{where}: the last message must have role 'assistant'")
         return turns
 
     def _mask_turns(
@@ -122,25 +123,25 @@ class Transcripts:
             after = ids_of(turns[: position + 1], prompt=False)
             if after[: len(before)] != before or token_ids[: len(after)] != after:
                 raise ValueError(
-                    f"the chat template writes message {position} differently when others follow, so its "
-                    "tokens cannot be told apart; use a template that only appends"
+                    f"the chat template renders message {position} differently when others follow; use a "
+                    "template that only appends"
                 )
             end = len(after)
-            # Templates put a line break after EOS; it is never sampled, so it is not learned.
+            # Templates append a line break after EOS; it is never sampled, so it has no loss.
             last_eos = max((i for i in range(len(before), end) if after[i] == eos), default=None)
             if last_eos is not None:
                 end = last_eos + 1
             loss_mask[len(before) : end] = [1] * (end - len(before))
         end = len(loss_mask) - loss_mask[::-1].index(1)
         token_ids, loss_mask = token_ids[:end], loss_mask[:end]
-        if token_ids[-1] != eos:  # the template ends turns with another token than the tokenizer's EOS
+        if token_ids[-1] != eos:  # the template ends turns with a token other than the tokenizer's EOS
             token_ids.append(eos)
             loss_mask.append(1)
         return token_ids, loss_mask
 
     def _eos(self) -> int:
         eos = self._tokenizer.eos_token_id
-        assert isinstance(eos, int), "check_tokenizer() refuses a tokenizer without EOS"
+        assert isinstance(eos, int), "check_tokenizer() rejects a tokenizer without EOS"
         return eos
 
     def _checked(self, where: str, token_ids: list[int], loss_mask: list[int]) -> TokenSequence:

@@ -1,1 +1,1 @@
-"""What a run would need and move on GPUs that need not exist: `megarl plan` (docs/plan.md)."""
+"""`megarl plan`: GPU memory and weight-sync volume of a layout, without GPUs."""

@@ -1,11 +1,11 @@
-"""Bytes that a forward pass keeps for its backward pass, on one GPU.
+"""Activation memory: bytes that a forward pass saves for the backward pass, on one GPU.
 
-Counted as Korthikanti et al. 2022 (arXiv:2205.05198, section 4) count them, tensor by tensor, for what
-MegaRL's layers keep: gated MLPs, RMS norms without dropout, grouped-query attention that never stores the
-[s, s] matrices (which their selective recomputation is for), latent attention, experts.
+Counted tensor by tensor as in Korthikanti et al. 2022 (arXiv:2205.05198, section 4), for MegaRL's layers:
+gated MLPs, RMS norms without dropout, grouped-query attention without stored [s, s] matrices (the target of
+their selective recomputation), latent attention, experts.
 
-T is the tokens of a microbatch on this context-parallel rank, t the tensor-parallel size, and s is 1 / t
-with sequence parallelism, else 1. Every tensor counts once, with the parameters' type.
+T is the number of tokens of a microbatch on this context-parallel rank, t the tensor-parallel size, and s is
+1 / t with sequence parallelism, else 1. Every tensor counts once, in the dtype of the parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FP32 = 4
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """What one GPU sees of a microbatch: ``tokens`` T."""
+    """Share of a microbatch on one GPU: ``tokens`` T."""
 
     tokens: float
     item: int  # bytes per element
@@ -31,14 +31,14 @@ class Microbatch:
 def layer_bytes(
     spec: ModelSpec, layer: int, layout: ParallelLayout, batch: Microbatch, recompute: Recompute = "off"
 ) -> float:
-    """What one layer keeps of one microbatch."""
+    """Return the bytes one layer saves for one microbatch."""
     if recompute == "full":
         return _input_bytes(spec, layout, batch)
     attention = _latent_attention if spec.mla else _attention
     elements = attention(spec, layout, recompute)
     fp32 = 0.0
     if recompute == "off":
-        fp32 += spec.num_heads / layout.tensor  # log-sums of the attention
+        fp32 += spec.num_heads / layout.tensor  # log-sum-exp of the attention
     if spec.moe is not None and layer in spec.moe.layers:
         elements += _experts(spec, spec.moe, layout)
         fp32 += 2 * spec.moe.num_experts * _share(layout)  # the router's logits and probabilities
@@ -48,15 +48,15 @@ def layer_bytes(
 
 
 def _input_bytes(spec: ModelSpec, layout: ParallelLayout, batch: Microbatch) -> float:
-    """A layer's input, all that full recomputation keeps: T h s."""
+    """Return the bytes of a layer's input, T h s, all that full recomputation saves."""
     return batch.tokens * batch.item * spec.hidden_size * _share(layout)
 
 
 def head_bytes(spec: ModelSpec, layout: ParallelLayout, batch: Microbatch) -> float:
-    """Behind the last layer: the final norm's input, T h s, and the rows that the head reads, T h.
+    """Return the bytes after the last layer: the final norm's input, T h s, and the head's input, T h.
 
-    Logits never exist as a whole (megarl/ops/linear_token_logprob.py). Prompt tokens have no row; the
-    count takes all tokens.
+    The full logits are never materialised (megarl/ops/linear_token_logprob.py). The head reads no prompt
+    tokens; this counts all tokens, an upper bound.
     """
     return batch.tokens * batch.item * spec.hidden_size * (1 + _share(layout))
 
@@ -66,12 +66,12 @@ def _share(layout: ParallelLayout) -> float:
 
 
 def _attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recompute) -> float:
-    """Elements per token.
+    """Return elements per token.
 
-    Norm input, input of q|k|v, input of the output projection; where q and k have norms also q|k|v. Then
-    either what the core attention starts from, or what it keeps: q, k, v with their positions and, where it
-    was computed by sequences of similar length, the result in that order. Context-parallel ranks keep their
-    own share of k and v and gather the others' again.
+    Norm input, input of q|k|v, input of the output projection; with norms on q and k also q|k|v. Then the
+    inputs of the core attention (selective), or what it saves: rotated q, k, v and, if computed in buckets of
+    similar length, the result in that order. Context-parallel ranks save their own share of k and v and
+    gather the rest again.
     """
     q = spec.num_heads * spec.head_dim / layout.tensor
     kv = max(spec.num_kv_heads / layout.tensor, 1) * spec.head_dim
@@ -88,7 +88,7 @@ def _by_sequence(result: float, layout: ParallelLayout) -> float:
 
 
 def _latent_attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recompute) -> float:
-    """As :func:`_attention`, with the inputs of both latents' norms and of what projects up from them."""
+    """Return elements as :func:`_attention`, plus the inputs of both latent norms and up-projections."""
     mla = spec.mla
     assert mla is not None
     heads = spec.num_heads / layout.tensor
@@ -102,16 +102,16 @@ def _latent_attention(spec: ModelSpec, layout: ParallelLayout, recompute: Recomp
 
 
 def _dense_mlp(spec: ModelSpec, layout: ParallelLayout) -> float:
-    """Elements per token: norm input, MLP input, gate|up, and what goes into the second projection."""
+    """Return elements per token: norm input, MLP input, gate|up, input of the down projection."""
     around = spec.hidden_size * _share(layout) * (3 if spec.sandwich_norms else 2)
     return around + 3 * spec.intermediate_size / layout.tensor
 
 
 def _experts(spec: ModelSpec, moe: MoeSpec, layout: ParallelLayout) -> float:
-    """Elements per token, with tokens spread evenly over experts.
+    """Return elements per token, with tokens spread evenly over experts.
 
-    Of the s T k routed copies of a group of expert-tensor ranks each rank sees those of all: h of input,
-    then gate, up, the activation and its scaled copy.
+    Each rank of an expert-tensor group processes the s T k routed copies of the whole group: input h, then
+    gate, up, the activation and its scaled copy.
     """
     around = 2 * spec.hidden_size * _share(layout)
     routed = _share(layout) * moe.experts_per_token * layout.expert_tensor
@@ -121,7 +121,7 @@ def _experts(spec: ModelSpec, moe: MoeSpec, layout: ParallelLayout) -> float:
 
 
 def chunks_in_flight(layout: ParallelLayout, stage: int, num_microbatches: int | None) -> int:
-    """Forward passes of model chunks whose backward pass is still to come, at most, on one stage.
+    """Return the maximum number of model chunks in flight (forward done, backward pending) on one stage.
 
     1F1B: stages - stage. Interleaved (section 4.2.3, and Megatron's schedule): 2 (stages - stage - 1) +
     (virtual - 1) stages + 1 chunks, on the first stage layers / stages x (1 + (stages - 1) / (stages x
@@ -144,7 +144,7 @@ def stage_bytes(
     recompute: Recompute,
     num_microbatches: int | None,
 ) -> float:
-    """The most that a pipeline stage keeps at any time: what its layers keep, and one computed again."""
+    """Return the peak bytes of a pipeline stage: saved by its layers, plus one layer being recomputed."""
     chunks = range(layout.virtual)
     layers = [n for chunk in chunks for n in layout.stage_layers(spec.num_layers, stage, chunk)]
     kept = [layer_bytes(spec, number, layout, batch, recompute) for number in layers]

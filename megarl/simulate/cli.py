@@ -11,30 +11,30 @@ from megarl.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The configuration, the number of GPUs and where to write."""
+    """Add the arguments of `megarl plan`."""
     parser.add_argument(
-        "-c", "--config", required=True, metavar="FILE", help="YAML configuration (docs/plan.md)"
+        "-c", "--config", required=True, metavar="FILE", help="YAML configuration (docs/configuration.md)"
     )
-    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="GPUs of the trainer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, per GPU, to this file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs of the trainer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file, per GPU")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan and print; UserError with a line for everything that cannot work."""
+    """Plan and print; raise UserError with one line per violation."""
     from megarl.config.load import load_config
     from megarl.config.plan import PlanConfig
 
     if options.gpus < 1:
         raise UserError(f"--gpus: expected an integer >= 1 (got {options.gpus})")
-    # Only config.json is read, by what the figures need of it: no tokenizer, no weights.
+    # Only config.json is needed: no tokenizer, no weights.
     config = load_config(PlanConfig, options.config, options.overrides, check_files=False)
     from rich.console import Console
 
     from megarl.simulate.run import simulate
     from megarl.simulate.show import show
 
-    gc.disable()  # a plan is millions of objects without a cycle among them: looking for some takes seconds
+    gc.disable()  # a plan has millions of objects and no cycles: collection would take seconds
     try:
         simulation = simulate(config, options.gpus)
     finally:

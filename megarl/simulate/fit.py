@@ -1,4 +1,4 @@
-"""Whether a run fits its GPUs: the plan's figures against what is free, before anything is built."""
+"""Check that a run fits its GPUs, by the figures of `megarl plan`, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from megarl.simulate.shapes import stage_shapes
 def least_memory(
     config: TrainingRoot, architecture: Architecture, layout: ParallelLayout, at: RankCoordinates, rank: int
 ) -> GpuMemory:
-    """Of what `megarl plan` counts on a trainer rank's GPU, that which is there whatever the data are.
+    """Return a lower bound of the memory on a trainer rank's GPU, counted as in `megarl plan`.
 
-    So without activations. Nor is a critic or a teacher in it, nor engine parameters: the engine decides how
-    many of them are the trainer's memory.
+    Excluded are activations, which depend on the data, a critic or teacher, and engine parameters, of which
+    an unknown part is aliased.
     """
     layouts = Layouts(layout, layout, 1, colocated=True)
     shapes = stage_shapes(architecture, "trainer", layout, at)
@@ -43,7 +43,7 @@ def least_memory(
 
 
 def too_small(memory: GpuMemory, offload: Collection[str], free: int, device: str) -> str | None:
-    """The line that says what does not fit ``free`` bytes, or None."""
+    """Return an error line if the memory does not fit into ``free`` bytes, else None."""
     phases = while_training(memory, offload), while_generating(memory, offload)
     fullest = max(phases, key=lambda phase: phase.total)
     if fullest.total <= free:
@@ -57,13 +57,13 @@ def too_small(memory: GpuMemory, offload: Collection[str], free: int, device: st
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU, as its driver says."""
+    """Return the free memory of a GPU in bytes, from the driver."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
 
 
 def _plan_of(config: TrainingRoot) -> PlanConfig:
-    """The part of a plan that the trainer's memory is counted by."""
+    """Return a plan with the settings that determine the trainer's memory."""
     reference = isinstance(config, OnlineConfig) and config.algorithm.needs_reference
     lora = config.lora and LoraLayers(rank=config.lora.rank, target_modules=config.lora.target_modules)
     return PlanConfig(
@@ -76,6 +76,6 @@ def _plan_of(config: TrainingRoot) -> PlanConfig:
         engine=PlanEngineConfig(kv_cache_gib=1.0),
         workload=PlanWorkloadConfig(
             sequence_length=1, tokens_per_microbatch=1
-        ),  # activations are not asked for
+        ),  # activations are not counted
         dtypes=PlanDtypesConfig(parameters=config.model.dtype, engine=config.model.dtype),
     )

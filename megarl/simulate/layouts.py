@@ -1,7 +1,7 @@
-"""The two layouts of a plan, and everything about them that cannot work.
+"""The layouts of trainer and engine in a plan, and their violations.
 
-Trainer rank r is GPU r. Engine ranks are dealt as vLLM deals them: an engine's GPUs are consecutive, and
-within it tensor ranks vary fastest, then pipeline stages, then data-parallel ranks.
+Trainer rank r is on GPU r. Engine ranks are placed as in vLLM: the GPUs of an engine are consecutive; within
+it tensor ranks vary fastest, then pipeline stages, then data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megarl.models.table import Architecture, Rule
 
 @dataclass(frozen=True, slots=True)
 class Layouts:
-    """Both sides, checked. ``engine`` is the layout of one engine, of which there are ``num_engines``."""
+    """Validated layouts; ``engine`` is that of one of the ``num_engines`` engines."""
 
     trainer: ParallelLayout
     engine: ParallelLayout
@@ -29,7 +29,7 @@ class Layouts:
 
     @property
     def engine_gpus(self) -> int:
-        """GPUs of all engines."""
+        """Number of GPUs of all engines."""
         return self.engine.world_size * self.num_engines
 
     @property
@@ -38,7 +38,7 @@ class Layouts:
         return 0 if self.colocated else self.trainer.world_size
 
     def engine_coordinates(self, rank: int) -> RankCoordinates:
-        """Where rank ``rank`` of all engines stands in its engine."""
+        """Return the coordinates, within its engine, of rank ``rank`` of all engines."""
         engine = self.engine
         rest, tensor = divmod(rank % engine.world_size, engine.tensor)
         data, stage = divmod(rest, engine.pipeline)
@@ -46,7 +46,7 @@ class Layouts:
 
 
 def build_layouts(config: PlanConfig, architecture: Architecture, gpus: int) -> Layouts:
-    """The layouts ``config`` asks for on ``gpus`` trainer GPUs; UserError lists every violation."""
+    """Return the layouts of ``config`` on ``gpus`` trainer GPUs; UserError lists every violation."""
     spec = architecture.spec
     trainer, engine = _trainer_layout(config.trainer, gpus), _engine_layout(config.engine, spec)
     engine_gpus = gpus if config.engine.colocated else config.engine.num_gpus or 0
@@ -65,7 +65,7 @@ def build_layouts(config: PlanConfig, architecture: Architecture, gpus: int) -> 
 
 
 def _trainer_layout(trainer: PlanTrainerConfig, gpus: int) -> ParallelLayout:
-    """The layout; with a data-parallel size of at least 1 even where the GPUs do not suffice."""
+    """Return the layout, with a data-parallel size of at least 1 even with too few GPUs."""
     model = trainer.tensor_parallel_size * trainer.pipeline_parallel_size * trainer.context_parallel_size
     return ParallelLayout(
         tensor=trainer.tensor_parallel_size,
@@ -126,7 +126,7 @@ def _trainer_problems(trainer: PlanTrainerConfig, spec: ModelSpec, gpus: int) ->
     if spec.moe is not None and tensor > 1 and not trainer.sequence_parallel:
         yield "trainer.sequence_parallel: must be true for experts with tensor_parallel_size > 1"
     if spec.moe is None and experts > 1:
-        yield f"trainer.expert_parallel_size: {spec.family} has no experts to share (got {experts} ranks)"
+        yield f"trainer.expert_parallel_size: {spec.family} has no experts (got {experts} ranks)"
     elif spec.moe is not None and spec.moe.num_experts % trainer.expert_parallel_size:
         yield (
             f"trainer.expert_parallel_size: {spec.moe.num_experts} experts do not divide by "
@@ -155,7 +155,7 @@ def _stage_problems(trainer: ParallelLayout, spec: ModelSpec) -> Iterator[str]:
 def _workload_problems(config: PlanConfig, spec: ModelSpec) -> Iterator[str]:
     trainer, work = config.trainer, config.workload
     if config.weights.offload and not config.engine.colocated:
-        yield "weights.offload: needs engine.colocated: other GPUs have nothing to gain from it"
+        yield "weights.offload: needs engine.colocated: it has no effect on separate GPUs"
     if work.sequence_length > spec.max_position_embeddings:
         yield (
             f"workload.sequence_length: {work.sequence_length} is more than the model's "
@@ -178,9 +178,9 @@ def _engine_problems(engine: PlanEngineConfig, spec: ModelSpec, gpus: int) -> It
     ranks = engine.tensor_parallel_size * engine.data_parallel_size
     world = ranks * engine.pipeline_parallel_size
     if engine.colocated and engine.num_gpus is not None:
-        yield "engine.num_gpus: colocated engines use the trainer's GPUs; leave it out"
+        yield "engine.num_gpus: not with colocated engines, which use the trainer's GPUs"
     if not engine.colocated and engine.num_gpus is None:
-        yield "engine.num_gpus: required where engine.colocated is false"
+        yield "engine.num_gpus: required if engine.colocated is false"
     elif gpus % world:
         yield (
             f"engine: {gpus} GPUs cannot be divided by tensor x pipeline x data parallel size = "
@@ -190,11 +190,11 @@ def _engine_problems(engine: PlanEngineConfig, spec: ModelSpec, gpus: int) -> It
     if (engine.kv_cache_gib is None) == (engine.max_num_seqs is None):
         yield "engine.kv_cache_gib, engine.max_num_seqs: give one of the two"
     if spec.moe is None and engine.data_parallel_size > 1:
-        yield f"engine.data_parallel_size: {spec.family} has no experts to share; more engines do the same"
+        yield f"engine.data_parallel_size: {spec.family} has no experts to split; use more engines"
     if engine.expert_parallel and spec.moe is None:
         yield f"engine.expert_parallel: {spec.family} has no experts"
     elif engine.expert_parallel and ranks == 1:
-        yield "engine.expert_parallel: needs tensor or data parallel ranks to share the experts"
+        yield "engine.expert_parallel: needs tensor or data parallel ranks to split the experts"
     elif engine.expert_parallel and spec.moe is not None and spec.moe.num_experts % ranks:
         yield f"engine.expert_parallel: {spec.moe.num_experts} experts do not divide by {ranks} ranks"
 
@@ -202,22 +202,22 @@ def _engine_problems(engine: PlanEngineConfig, spec: ModelSpec, gpus: int) -> It
 def _engine_stage_problems(engine: PlanEngineConfig, spec: ModelSpec) -> Iterator[str]:
     stages = engine.pipeline_parallel_size
     if stages > 1 and spec.tied_embeddings:
-        yield "engine.pipeline_parallel_size: the tables have no tied embeddings over engine stages"
+        yield "engine.pipeline_parallel_size: tied embeddings over engine stages are not supported"
     sizes = vllm_stage_layers(spec.num_layers, stages)
     if min(sizes) == 0:
         yield f"engine.pipeline_parallel_size: {spec.num_layers} layers do not fill {stages} stages"
     elif len(set(sizes[1:-1])) > 1:
         yield (
-            f"engine.pipeline_parallel_size: vLLM would cut {spec.num_layers} layers into {sizes}; "
-            "the tables need inner stages of equal size"
+            f"engine.pipeline_parallel_size: vLLM would split {spec.num_layers} layers into {sizes}; "
+            "inner stages must have equal size"
         )
 
 
 def engine_table(architecture: Architecture, layout: ParallelLayout) -> Architecture:
-    """The table as this engine reads it.
+    """Return the table for this engine layout.
 
-    With experts over tensor x data ranks, both more than one, vLLM splits the tokens between the experts'
-    layers over the tensor ranks and so keeps shared experts whole (use_sequence_parallel_moe).
+    With experts over both tensor and data ranks, vLLM splits tokens over the tensor ranks in MoE layers and
+    replicates shared experts (use_sequence_parallel_moe).
     """
     if layout.expert == 1 or layout.tensor == 1 or layout.data == 1:
         return architecture

@@ -1,4 +1,4 @@
-"""Memory of one GPU: what the trainer keeps, what the engine adds, and what both leave."""
+"""Memory per GPU of trainer and engine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Bytes on one GPU. ``engine_parameters`` are those that are not the trainer's memory.
+    """Bytes on one GPU. ``engine_parameters`` excludes aliased ones, which are the trainer's memory.
 
-    ``merged``: the copy of adapted layers, adapters merged in, that the trainer offers to engines.
+    ``merged`` is the trainer's copy of LoRA layers with merged adapters, which engines read.
     """
 
     parameters: int = 0
@@ -36,18 +36,18 @@ class GpuMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         trainer = self.parameters + self.gradients + self.optimizer + self.reference + self.merged
         return trainer + self.activations + self.engine_parameters + self.kv_cache
 
 
 def while_training(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
-    """What is there while gradients are computed."""
+    """Return the memory during training."""
     return replace(memory, kv_cache=0) if "kv_cache" in offload else memory
 
 
 def while_generating(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
-    """What is there while the engine samples: no activations, and nothing that has been put away."""
+    """Return the memory during generation: without activations and offloaded parts."""
     away = {part: 0 for part in ("gradients", "optimizer") if part in offload}
     return replace(memory, activations=0, **away)
 
@@ -59,12 +59,12 @@ def trainer_memory(
     stage: int,
     shapes: dict[str, ParamShape],
 ) -> GpuMemory:
-    """Every rank of a pipeline stage has this much.
+    """Return the trainer's memory on each rank of a pipeline stage.
 
-    Gradients are whole on each rank. The optimizer keeps, per parameter, a float32 master copy (none of
-    float32 parameters) and two moments; the distributed optimizer shards them over the ranks that hold the
-    same parameters: data x context ranks for dense ones, fewer for experts (Rajbhandari et al. 2019,
-    arXiv:1910.02054, stage 1). With LoRA gradients and optimizer are those of the adapters.
+    Gradients are not sharded. The optimizer has, per parameter, a float32 master copy (unless the parameter
+    is float32) and two moments; the distributed optimizer shards them over the ranks with the same
+    parameters: data x context ranks for dense ones, fewer for experts (Rajbhandari et al. 2019,
+    arXiv:1910.02054, stage 1). With LoRA only adapters have gradients and optimizer state.
     """
     spec = architecture.spec
     layout, dtypes = layouts.trainer, config.dtypes
@@ -100,9 +100,9 @@ def trainer_memory(
 
 
 def kv_bytes_per_token(config: PlanConfig, spec: ModelSpec, layouts: Layouts) -> int:
-    """Of one token on the engine GPU with the most layers.
+    """Return the KV-cache bytes per token on the engine GPU with the most layers.
 
-    Keys and values of this rank's KV heads (at least one); of latent attention the latent and the rotary
+    Keys and values of this rank's KV heads (at least one); for latent attention the latent and the rotary
     part of k, on every tensor rank (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
     """
     engine = layouts.engine
@@ -115,7 +115,7 @@ def kv_bytes_per_token(config: PlanConfig, spec: ModelSpec, layouts: Layouts) ->
 
 
 def kv_cache_bytes(config: PlanConfig, spec: ModelSpec, layouts: Layouts) -> int:
-    """The KV cache of one engine GPU."""
+    """Return the KV-cache bytes of one engine GPU."""
     if config.engine.kv_cache_gib is not None:
         return int(config.engine.kv_cache_gib * GIB)
     assert config.engine.max_num_seqs is not None
@@ -130,14 +130,14 @@ def all_gpus(
     stages: list[dict[str, ParamShape]],
     engine_bytes: list[int],
 ) -> list[GpuMemory]:
-    """Memory of every GPU, trainer's first.
+    """Return the memory of every GPU, those of the trainer first.
 
     Args:
-        config: the plan's.
+        config: the plan.
         architecture: the model.
-        layouts: both sides.
+        layouts: of trainer and engine.
         stages: the trainer's parameters by pipeline stage.
-        engine_bytes: of each engine rank, parameters that are not the trainer's memory.
+        engine_bytes: bytes of parameters that are not aliased, per engine rank.
     """
     spec, trainer = architecture.spec, layouts.trainer
     by_stage = [

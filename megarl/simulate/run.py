@@ -1,4 +1,4 @@
-"""From a plan's configuration to all of its figures."""
+"""Compute all figures of a plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megarl.simulate.shapes import active_elements, hf_elements, stage_shapes
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What `megarl plan` prints. Lists are by GPU (``gpus``, trainer's first) or as Traffic says."""
+    """Result of `megarl plan`. ``gpus`` is by GPU, the trainer's first; other lists are by engine rank."""
 
     config: PlanConfig
     layouts: Layouts
@@ -29,15 +29,15 @@ class Simulation:
     num_active_parameters: int
     gpus: list[memory.GpuMemory]
     kv_bytes_per_token: int
-    engine_bytes: list[int]  # parameters of each engine rank
+    engine_bytes: list[int]  # parameters per engine rank, in bytes
     traffic: transfer.Traffic
     weight_sync: transfer.Seconds
     gathering: transfer.Gathering
     notes: list[str]
-    seconds: float  # that planning took
+    seconds: float  # duration of planning
 
     def peak(self, gpu: memory.GpuMemory) -> int:
-        """Bytes when it is fullest, without what is reserved."""
+        """Return the peak bytes of a GPU, without reserved memory."""
         offload = self.config.weights.offload
         return max(memory.while_training(gpu, offload).total, memory.while_generating(gpu, offload).total)
 
@@ -52,13 +52,13 @@ class Simulation:
 
     @property
     def free_bytes(self) -> int:
-        """What the fullest GPU has left, reserved memory taken off; negative where it does not fit."""
+        """Free bytes on the fullest GPU after reserved memory; negative if the plan does not fit."""
         gpu = self.config.gpu
         peak = max(self.peak(self.gpus[n]) for n in self.fullest.values())
         return int((gpu.memory_gib - gpu.reserved_gib) * memory.GIB) - peak
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as plain data; sizes in bytes, times in seconds."""
+        """Return all figures as plain data; sizes in bytes, times in seconds."""
         return {
             "config": self.config.model_dump(),
             "model": {
@@ -85,7 +85,8 @@ class Simulation:
 def simulate(config: PlanConfig, gpus: int) -> Simulation:
     """Plan ``config`` on ``gpus`` trainer GPUs.
 
-    Raises UserError for a model without a table, and with every violation of the two layouts.
+    Raises:
+        UserError: a model without a table, or every violation of the two layouts.
     """
     start = time.perf_counter()
     architecture = load_architecture(config.model.path)
@@ -120,7 +121,7 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
 
 
 def _notes(config: PlanConfig, spec: ModelSpec) -> list[str]:
-    """What of this plan MegaRL itself cannot run yet: settings that its own configuration lacks."""
+    """Return notes on settings of the plan that a MegaRL run does not support."""
     notes, asked = [], config.trainer
     if spec.not_trainable:
         notes.append(f"the trainer cannot build {spec.family} yet: {spec.not_trainable}")
@@ -137,8 +138,8 @@ def _notes(config: PlanConfig, spec: ModelSpec) -> list[str]:
         "expert_parallel": config.engine.expert_parallel,
     }
     lacking = [name for name, want in wanted.items() if want and name not in EngineConfig.model_fields]
-    if config.engine.data_parallel_size > 1:  # the field of a run has another meaning: whole engines
-        lacking.append("data_parallel_size that shares experts (a run's repeats whole engines)")
+    if config.engine.data_parallel_size > 1:  # in a run this field means engine replicas
+        lacking.append("data_parallel_size that splits experts (in a run it means engine replicas)")
     if lacking:
         notes.append(f"MegaRL's engines have no {', '.join(lacking)} yet")
     return notes

@@ -1,4 +1,4 @@
-"""Shapes of what a rank holds, read from the architecture's table."""
+"""Shapes of a rank's parameters, from the architecture's table."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 
 @dataclass(frozen=True, slots=True)
 class ParamShape:
-    """One parameter. ``expert``: it stacks experts, and has replicas on other ranks than the rest."""
+    """One parameter. ``expert``: it stacks experts, which are replicated on other ranks than the rest."""
 
     shape: tuple[int, ...]
     expert: bool
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def stage_shapes(
     architecture: Architecture, side: Side, layout: ParallelLayout, at: RankCoordinates
 ) -> dict[str, ParamShape]:
-    """Every parameter of a rank, in the table's order, padding rows included.
+    """Return all parameters of a rank, in the table's order, padding rows included.
 
-    Ranks of one pipeline stage have equal shapes, so ``at`` matters by its stage alone.
+    Ranks of a pipeline stage have equal shapes: of ``at`` only the stage matters.
     """
-    first = replace(
-        RankCoordinates(), pipeline=at.pipeline
-    )  # the first tensor rank has no rank's padding only
+    # The first tensor rank, which always has rows that are not padding.
+    first = replace(RankCoordinates(), pipeline=at.pipeline)
     regions_of = architecture.trainer_regions if side == "trainer" else architecture.engine_regions
     found = _bounds(regions_of(layout, first))
     rows = architecture.spec.padded_vocab(layout.tensor) // layout.tensor
@@ -46,7 +45,7 @@ def stage_shapes(
 
 
 def _bounds(regions: Iterable[Region]) -> dict[str, ParamShape]:
-    """What the regions reach in each parameter."""
+    """Return the extent of the regions in each parameter."""
     ends: dict[str, tuple[int, ...]] = {}
     experts = set()
     for region in regions:
@@ -72,17 +71,17 @@ def _padded_names(architecture: Architecture, side: Side, layout: ParallelLayout
 
 
 def num_elements(shapes: Mapping[str, ParamShape], *, expert: bool | None = None) -> int:
-    """Elements of all parameters, or of those that stack experts, or of the others."""
+    """Return the number of elements: of all parameters (None), experts (True) or the others (False)."""
     return sum(each.size for each in shapes.values() if expert is None or each.expert == expert)
 
 
 def hf_elements(architecture: Architecture) -> int:
-    """Parameters of the model: elements of all its Hugging Face tensors."""
+    """Return the number of parameters: elements of all Hugging Face tensors."""
     return sum(math.prod(shape) for shape in architecture.hf_shapes().values())
 
 
 def active_elements(architecture: Architecture) -> int:
-    """Parameters that take part in one token: all but the routed experts that are not chosen."""
+    """Return the number of active parameters per token: all except routed experts that are not selected."""
     moe = architecture.spec.moe
     total = hf_elements(architecture)
     if moe is None:

@@ -1,4 +1,4 @@
-"""A simulation as a person reads it."""
+"""Print a simulation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megarl.simulate.transfer import Seconds
 
 
 def show(simulation: Simulation, console: Console) -> None:
-    """Print everything: layouts, memory, transfers, and what gathering would move."""
+    """Print layouts, memory, transfers, and the cost of gathering for comparison."""
     _header(simulation, console)
     console.print(_memory_table(simulation))
     _fit(simulation, console)
@@ -31,7 +31,7 @@ def _header(simulation: Simulation, console: Console) -> None:
         f"{active}"
     )
     console.print(f"trainer: {layouts.trainer.world_size} GPUs, {_sizes(layouts.trainer)}")
-    where = "the trainer's GPUs" if layouts.colocated else f"{layouts.engine_gpus} GPUs of their own"
+    where = "the trainer's GPUs" if layouts.colocated else f"{layouts.engine_gpus} separate GPUs"
     console.print(f"engines: {layouts.num_engines} of {_sizes(layouts.engine)} on {where}")
     for note in simulation.notes:
         console.print(f"[yellow]note:[/] {note}")

@@ -1,4 +1,4 @@
-"""Which bytes the weight sync moves between which GPUs, by MegaRL's plan and by gathering whole tensors."""
+"""Weight-sync traffic between GPUs: by MegaRL's plan, and by gathering full tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ _GAP = 64  # elements between parameters: Megatron's buffers align them, and rev
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes by GPU. ``aliased`` to ``network`` are by engine rank, ``sent_*`` by trainer rank.
+    """Bytes by GPU: ``aliased`` to ``network`` by engine rank, ``sent_*`` by trainer rank.
 
-    ``local`` is copied within the GPU, ``nvlink`` comes from another GPU of the host, ``network`` from
-    another host; ``padding`` rows of the vocabulary are not written. Together they are the engine's
-    parameters.
+    ``local`` is copied within the GPU, ``nvlink`` received from another GPU of the host, ``network`` from
+    another host; ``padding`` are vocabulary rows that are not written. They sum to the engine's parameters.
     """
 
     aliased: list[int] = field(default_factory=list)
@@ -32,16 +31,16 @@ class Traffic:
     nvlink: list[int] = field(default_factory=list)
     network: list[int] = field(default_factory=list)
     padding: list[int] = field(default_factory=list)
-    copies: list[int] = field(default_factory=list)  # number of copies, of whatever kind
+    copies: list[int] = field(default_factory=list)  # number of copies of all kinds
     sent_nvlink: list[int] = field(default_factory=list)
     sent_network: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """How long each kind of transfer takes at the stated bandwidth on the GPU that has most to do.
+    """Duration of each kind of transfer on the busiest GPU, at the given bandwidths.
 
-    They run side by side at best, so that the longest bounds the weight sync.
+    At best they overlap fully, so the longest is a lower bound of the weight sync.
     """
 
     local: float
@@ -50,14 +49,14 @@ class Seconds:
 
     @property
     def bound(self) -> float:
-        """The longest."""
+        """Lower bound of the weight sync in seconds."""
         return max(self.local, self.nvlink, self.network)
 
 
 @dataclass(frozen=True, slots=True)
 class Gathering:
-    """The other way: every rank gathers every Hugging Face tensor, copies it into a bucket, and the engine
-    copies its slices out. Bytes per GPU, the most of any; received as if each byte entered a host once.
+    """Traffic of the alternative: every rank gathers every Hugging Face tensor into a bucket, from which
+    the engine copies its slices. Maximum bytes per GPU, as if each byte entered a host once.
     """
 
     network: int
@@ -69,14 +68,14 @@ class Gathering:
 def trainer_owners(
     config: PlanConfig, architecture: Architecture, layouts: Layouts, stages: list[dict[str, ParamShape]]
 ) -> list[Owner]:
-    """What each trainer rank offers; ranks that hold the same share their lists."""
+    """Return the owner of each trainer rank; ranks with the same parameters share lists."""
     layout, per_host = layouts.trainer, config.gpu.gpus_per_host
     item, dtype = ITEM_BYTES[config.dtypes.parameters], config.dtypes.parameters
     views: list[dict[str, SourceView]] = []
     ends: list[list[int]] = []
     for shapes in stages:
         placed: dict[str, SourceView] = {}
-        end = [0, 0]  # Megatron keeps experts in a buffer of their own
+        end = [0, 0]  # Megatron has separate buffers for dense parameters and experts
         for name, each in shapes.items():
             shape = each.shape
             placed[name] = SourceView(
@@ -102,7 +101,7 @@ def trainer_owners(
 
 
 class EngineRanks:
-    """Readers of all engine ranks; those that hold the same share regions and parameters."""
+    """Readers of all engine ranks; ranks with the same parameters share regions."""
 
     def __init__(self, config: PlanConfig, architecture: Architecture, layouts: Layouts) -> None:
         self._config, self._layouts = config, layouts
@@ -113,7 +112,7 @@ class EngineRanks:
         self._stage_bytes: dict[int, int] = {}
 
     def reader(self, rank: int) -> Reader:
-        """Engine rank ``rank`` of all engines."""
+        """Return the reader of rank ``rank`` of all engines."""
         layouts, at = self._layouts, self._layouts.engine_coordinates(rank)
         same = replace(at, data=0, expert_data=0)
         if same not in self._regions:
@@ -124,7 +123,7 @@ class EngineRanks:
         return Reader(self._regions[same], self.params(at.pipeline), str(host), str(device), prefer)
 
     def params(self, stage: int) -> dict[str, ParamInfo]:
-        """Parameters of a rank of this pipeline stage."""
+        """Return the parameters of a rank in this pipeline stage."""
         if stage not in self._params:
             at = RankCoordinates(pipeline=stage)
             shapes = stage_shapes(self.table, "engine", self._layouts.engine, at)
@@ -134,14 +133,14 @@ class EngineRanks:
         return self._params[stage]
 
     def num_bytes(self, rank: int) -> int:
-        """All parameters of an engine rank."""
+        """Return the bytes of all parameters of an engine rank."""
         stage = self._layouts.engine_coordinates(rank).pipeline
         self.params(stage)
         return self._stage_bytes[stage]
 
 
 def plan_traffic(owners: list[Owner], ranks: EngineRanks, num_ranks: int) -> Traffic:
-    """Plan every engine rank and add up what it gets and who sends it."""
+    """Plan every engine rank and sum received and sent bytes."""
     count = _Count(owners, ranks.item)
     readers = [ranks.reader(rank) for rank in range(num_ranks)]
     for reader, plan in zip(readers, Planner(owners).plan_all(readers), strict=True):
@@ -150,20 +149,20 @@ def plan_traffic(owners: list[Owner], ranks: EngineRanks, num_ranks: int) -> Tra
 
 
 class _Count:
-    """Adds up plans, one after another."""
+    """Accumulates the traffic of plans."""
 
     def __init__(self, owners: list[Owner], item: int) -> None:
         self._owners, self._item = owners, item
         self.traffic = Traffic(sent_nvlink=[0] * len(owners), sent_network=[0] * len(owners))
 
     def add(self, plan: WeightPlan, reader: Reader) -> None:
-        """Count one engine rank's plan."""
+        """Add the plan of one engine rank."""
         traffic, item = self.traffic, self._item
         local = nvlink = 0
         sources = [int(storage.handle[1]) for storage in plan.storages if isinstance(storage, SharedStorage)]
         for copy in plan.copies:
             size, source = math.prod(copy.source.shape) * item, sources[copy.source.storage]
-            if self._owners[source].device == reader.device:  # of the same host, for it is mapped
+            if self._owners[source].device == reader.device:  # same host, since it is mapped
                 local += size
             else:
                 nvlink += size
@@ -177,7 +176,7 @@ class _Count:
         traffic.copies.append(len(plan.copies) + len(plan.peers))
 
     def _received(self, peers: list[PeerCopy]) -> int:
-        """Bytes of these copies; their senders are charged. The loop of a large plan: millions of turns."""
+        """Return the bytes of these copies and add them to their senders; millions in a large plan."""
         item, sent, total = self._item, self.traffic.sent_network, 0
         for peer in peers:
             size = peer.size * item
@@ -187,7 +186,7 @@ class _Count:
 
 
 def seconds(gpu: PlanGpuConfig, *, local: int, nvlink: int, network: int) -> Seconds:
-    """Bytes of the busiest GPU at the stated bandwidths; a local copy reads and writes."""
+    """Return the durations for the busiest GPU; a local copy reads and writes."""
     return Seconds(
         2 * local / (gpu.memory_gb_s * 1e9),
         nvlink / (gpu.nvlink_gb_s * 1e9),
@@ -196,7 +195,7 @@ def seconds(gpu: PlanGpuConfig, *, local: int, nvlink: int, network: int) -> Sec
 
 
 def plan_seconds(gpu: PlanGpuConfig, traffic: Traffic) -> Seconds:
-    """Sending and receiving are the two directions of a link: whichever has more to do counts."""
+    """Return the durations of a plan; sending and receiving overlap, so the larger counts."""
     return seconds(
         gpu,
         local=max(traffic.local),
@@ -208,10 +207,10 @@ def plan_seconds(gpu: PlanGpuConfig, traffic: Traffic) -> Seconds:
 def gathering(
     config: PlanConfig, architecture: Architecture, owners: list[Owner], engine_bytes: list[int]
 ) -> Gathering:
-    """What gathering moves at least, on the GPU that has most to do.
+    """Return a lower bound of the traffic of gathering, on the busiest GPU.
 
-    A trainer GPU receives all it lacks: what no GPU of its host has, over the network, shared among the
-    host's GPUs; the rest over NVLink. Engines on GPUs of their own receive all of it.
+    A trainer GPU receives all tensors it lacks: those on no GPU of its host over the network, shared among
+    the host's GPUs; the rest over NVLink. Engines on separate GPUs receive everything.
     """
     item = ITEM_BYTES[config.dtypes.parameters]
     total = hf_elements(architecture)

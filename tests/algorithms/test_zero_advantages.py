@@ -137,4 +137,4 @@ def test_what_gives_them_a_gradient_keeps_them(model_dirs: dict[str, str], name:
     [result] = train(model_dirs, {name: 100.0 if name == "max_logprob_error" else 0.1}, batches()[:1])
     assert "skipped_zero_advantage" not in result["metrics"][0]
     assert set(result["packed"][0]) == set(range(16))
-    assert f"samples whose advantage is 0: trained on (algorithm.{name} needs them)" in result["notes"]
+    assert f"samples with advantage 0: computed (algorithm.{name} needs them)" in result["notes"]

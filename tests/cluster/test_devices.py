@@ -101,7 +101,7 @@ def test_the_cpu_is_a_choice(gpus: Any, choice: dict[str, str]) -> None:
             1,
             2,
             {"CUDA_VISIBLE_DEVICES": "1"},
-            "parallel.num_processes: 2 ranks need 2 GPUs in view of each, this machine shows 1 "
+            "parallel.num_processes: 2 ranks need 2 visible GPUs, this machine has 1 "
             "(CUDA_VISIBLE_DEVICES=1); NCCL takes one rank per GPU; MEGARL_PLATFORM=cpu trains without a GPU",
         ),
         (
@@ -109,7 +109,7 @@ def test_the_cpu_is_a_choice(gpus: Any, choice: dict[str, str]) -> None:
             2,
             3,
             {"LOCAL_WORLD_SIZE": "3"},
-            "LOCAL_WORLD_SIZE: 3 ranks need 3 GPUs in view of each, this machine shows 2; NCCL takes one "
+            "LOCAL_WORLD_SIZE: 3 ranks need 3 visible GPUs, this machine has 2; NCCL takes one "
             "rank per GPU; MEGARL_PLATFORM=cpu trains without a GPU",
         ),
         (
@@ -117,7 +117,7 @@ def test_the_cpu_is_a_choice(gpus: Any, choice: dict[str, str]) -> None:
             2,
             2,
             {"CUDA_VISIBLE_DEVICES": "0, 1,0"},
-            "CUDA_VISIBLE_DEVICES: lists 0 2 times (got 0, 1,0); ranks share no GPU",
+            "CUDA_VISIBLE_DEVICES: lists 0 2 times (got 0, 1,0); ranks cannot share a GPU",
         ),
         (
             NEW,

@@ -101,10 +101,10 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     said = ranks.end()[0]
     failure = (ranks.folder / "failure.txt").read_text()
     assert (
-        f"rank 1 (host {os.uname().nodename}, process {killed.pid}) is gone; last seen in step 7" in failure
+        f"rank 1 (host {os.uname().nodename}, process {killed.pid}) has died; last seen in step 7" in failure
     )
     assert "phase train > optimizer" in failure
-    assert "it has left no traceback" in failure
+    assert "no traceback" in failure
     assert "ranks 0, 2: step 7, phase train > optimizer" in failure
     assert said == f"error: {failure}"
 
@@ -116,7 +116,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     ranks.processes[1].send_signal(signal.SIGSTOP)
     said = ranks.end(but=1)
     assert "rank 1 " in said[0]
-    assert "has given no sign of life for 1 s; last seen in step 7, phase train > optimizer" in said[0]
+    assert "has sent no heartbeat for 1 s; last seen in step 7, phase train > optimizer" in said[0]
     assert ranks.processes[0].returncode == 1
 
 
@@ -127,7 +127,7 @@ def test_a_hang_shows_where_the_odd_rank_is(tmp_path: Path) -> None:
     assert said.count("error: ") == 1
     first = said.splitlines()[0]
     assert "rank 1 " in first
-    assert "has finished nothing for 1 s; last seen in step 7, phase train > forward_backward" in first
+    assert "has made no progress for 1 s; last seen in step 7, phase train > forward_backward" in first
     assert "stuck_in_a_collective" in said
     assert "ranks 0, 2: step 7, phase train > optimizer" in said
     assert {process.returncode for process in ranks.processes} == {1}

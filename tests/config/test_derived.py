@@ -61,12 +61,12 @@ def test_description() -> None:
         "samples per optimizer step: 16, optimizer steps per rollout batch: 6",
         "old logprobs: one forward pass per rollout batch",
         "reference logprobs: one forward pass per rollout batch",
-        "samples whose advantage is 0: trained on (algorithm.kl_coef needs them)",
+        "samples with advantage 0: computed (algorithm.kl_coef needs them)",
     ]
     assert grpo().describe(None)[-3:] == [
         "old logprobs: pass skipped (one optimizer step per rollout batch: old = current)",
         "reference logprobs: pass skipped (algorithm.kl_coef is 0)",
-        "samples whose advantage is 0: not computed",
+        "samples with advantage 0: skipped",
     ]
 
 

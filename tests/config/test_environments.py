@@ -1,4 +1,4 @@
-"""Configuration of environments: valid keys, and what is rejected."""
+"""Configuration of environments: valid keys, and errors."""
 
 from __future__ import annotations
 
@@ -46,17 +46,18 @@ def test_a_path_alone_is_a_custom_environment_and_none_is_math(tmp_path: Path):
         ("{kind: maths}", "data.train.environment.kind: expected 'math' or .*'custom'.* (got 'maths')"),
         ("{arguments: {}}", "data.train.environment.kind: required but missing: 'math' or "),
         ("{kind: regex}", "data.train.environment.pattern: required but missing"),
-        ("{kind: regex, pattern: '('}", "data.train.environment.pattern: is no regular expression"),
+        ("{kind: regex, pattern: '('}", "data.train.environment.pattern: is not a valid regular expression"),
         ("{kind: regex, pattern: a, format_reward: 0.5}", "format_reward: has no effect"),
-        ("{kind: multiple_choice, choices: AAB}", "choices: must be letters, each once"),
-        ("{path: a.b.C}", 'path: is written "package.module:Class"'),
+        ("{kind: multiple_choice, choices: AAB}", "choices: must be distinct letters"),
+        ("{path: a.b.C}", 'path: must have the form "package.module:Class"'),
         ("{path: 'a:b', argument: {}}", "did you mean data.train.environment.arguments"),
         ("{kind: judge, base_url: 'x', model: m}", "base_url: must be an http or https address"),
-        ("{kind: judge, base_url: 'http://x', model: m, prompt: hi}", r"prompt: must hold {response}"),
+        ("{kind: judge, base_url: 'http://x', model: m, prompt: hi}", r"prompt: must contain {response}"),
         ("{kind: judge, base_url: 'http://x', model: m, score_pattern: x}", "needs a group"),
         (
             "{kind: judge, base_url: 'http://x', model: m, request_timeout_seconds: 30.0}",
-            "3 requests and the pauses between may take 93 s, and rollout.environments.timeout_seconds = 60",
+            "3 requests and the pauses between them may take 93 s, but "
+            "rollout.environments.timeout_seconds is 60",
         ),
     ],
 )

@@ -32,12 +32,12 @@ SAMPLED = ["evaluation.temperature=1", "evaluation.num_samples_per_prompt=4"]
 BROKEN = [
     (
         ["evaluation.num_samples_per_prompt=4"],
-        "evaluation.num_samples_per_prompt: at evaluation.temperature = 0 all samples of a problem are the"
-        " same (got 4)",
+        "evaluation.num_samples_per_prompt: at evaluation.temperature = 0 all samples of a prompt are equal"
+        " (got 4)",
     ),
     (
         ["evaluation.top_p=0.9"],
-        "evaluation.top_p: has no effect at evaluation.temperature = 0, which takes the likeliest (got 0.9)",
+        "evaluation.top_p: has no effect at evaluation.temperature = 0 (greedy) (got 0.9)",
     ),
     (
         [*SAMPLED, "evaluation.k=[1,5]"],
@@ -45,11 +45,11 @@ BROKEN = [
     ),
     (
         [*SAMPLED, "evaluation.k=[4]", "evaluation.consensus_draws=9"],
-        "evaluation.consensus_draws: is only used with evaluation.consensus: sampled (got 9)",
+        "evaluation.consensus_draws: has no effect: needs evaluation.consensus: sampled (got 9)",
     ),
     (
         [*SAMPLED, "evaluation.k=[1]", "evaluation.consensus=sampled"],
-        "evaluation.consensus: needs a k above 1 in evaluation.k: cons@k is of k samples (got 'sampled')",
+        "evaluation.consensus: needs a k above 1 in evaluation.k (got 'sampled')",
     ),
 ]
 
@@ -102,5 +102,7 @@ def test_a_benchmarks_local_copy_must_be_there(tmp_path: Path) -> None:
     source = {"source": "benchmark", "name": "gsm8k", "directory": str(tmp_path / "none")}
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({**EVAL, "data": {"held_out": source}}))
-    with pytest.raises(UserError, match=r"data\.held_out\.directory: nothing there \(got '.*none'\)"):
+    with pytest.raises(
+        UserError, match=r"data\.held_out\.directory: no such file or directory \(got '.*none'\)"
+    ):
         load_config(EvalConfig, file, [f"model.path={tmp_path / 'checkpoint'}"])

@@ -50,7 +50,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {"filter_overlong": True, "kl_reward_coef": 0.1, "kl_reward_level": "sequence"},
         {},
-        "algorithm.filter_overlong: responses that are left out have no KL",
+        "algorithm.filter_overlong: cannot be combined with algorithm.kl_reward_level",
     ),
     (
         {"old_logprobs": "rollout", "off_policy_correction": "tis", "off_policy_high": 2},
@@ -58,16 +58,16 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "algorithm.off_policy_correction: compares old with rollout logprobs",
     ),
     ({"old_logprobs": "rollout", "max_logprob_error": 1}, {}, "algorithm.max_logprob_error: compares old"),
-    ({"kl_reward_coef": 0.1}, {"top_p": 0.9}, "rollout.top_p: algorithm.kl_reward_coef takes a pass"),
+    ({"kl_reward_coef": 0.1}, {"top_p": 0.9}, "rollout.top_p: algorithm.kl_reward_coef uses logprobs"),
     ({}, {"max_staleness": 1, "top_p": 0.9}, "rollout.max_staleness: rollout.top_p makes the trainer's"),
     ({}, {"max_staleness": 1, "top_k": 9}, "rollout.max_staleness: rollout.top_k makes the trainer's"),
     ({"dynamic_sampling": True}, {"max_staleness": 2}, "rollout.max_staleness: algorithm.dynamic_sampling"),
-    ({"max_logprob_error": 0.1}, {"top_k": 9}, "rollout.top_k: algorithm.max_logprob_error takes a pass"),
+    ({"max_logprob_error": 0.1}, {"top_k": 9}, "rollout.top_k: algorithm.max_logprob_error uses logprobs"),
     ({"baseline": "none"}, ONE, "rollout.num_generations_per_prompt: a group of one has no standard dev"),
     (
         {"baseline": "none", "normalize_std": False, "dynamic_sampling": True},
         ONE,
-        "rollout.num_generations_per_prompt: algorithm.dynamic_sampling wants groups",
+        "rollout.num_generations_per_prompt: algorithm.dynamic_sampling needs groups",
     ),
 ]
 
@@ -77,7 +77,7 @@ def test_offload_and_overlap_exclude_each_other() -> None:
     asleep = both.model_copy(update={"weights": both.weights.model_copy(update={"offload": ["gradients"]})})
     assert find_violations(both) == []
     [violation] = find_violations(asleep)
-    assert violation.message.startswith("weights.offload lets engine and trainer sleep in turns")
+    assert violation.message.startswith("weights.offload needs engine and trainer to take turns")
 
 
 @pytest.mark.parametrize(("algorithm", "rollout", "start"), REFUSED)

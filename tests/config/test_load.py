@@ -141,7 +141,7 @@ def test_environment_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("MEGARL_TEST_UNSET", raising=False)
     text = GRPO.replace("models/m", "${MEGARL_TEST_UNSET}").replace("runs/x", "a${b c}")
     assert errors(folder, text=text) == [
-        "run.dir: '${' starts no ${NAME} or ${NAME:-default}; write $${ for a plain ${ [c.yaml:2]",
+        "run.dir: '${' does not start ${NAME} or ${NAME:-default}; write $${ for a literal ${ [c.yaml:2]",
         "model.path: environment variable MEGARL_TEST_UNSET is not set [c.yaml:4]",
     ]
 
@@ -165,8 +165,8 @@ def test_environment_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "  num_steps: 3.0",
             "training.num_steps: expected an integer >= 1 (got 3.0) [c.yaml:25]",
         ),
-        ("  dir: runs/x", "  dir: 7", "run.dir: expected a string that is not empty (got 7) [c.yaml:2]"),
-        ("  dir: runs/x", "  dir: ''", "run.dir: expected a string that is not empty (got '') [c.yaml:2]"),
+        ("  dir: runs/x", "  dir: 7", "run.dir: expected a string (not empty) (got 7) [c.yaml:2]"),
+        ("  dir: runs/x", "  dir: ''", "run.dir: expected a string (not empty) (got '') [c.yaml:2]"),
         (
             "    seed: 0",
             "    arguments: 3",
@@ -241,7 +241,7 @@ def test_a_grpo_file_given_to_sft(folder: Path) -> None:
         in lines
     )
     assert (
-        "training.batch_size: required but missing: an integer >= 1. Sequences per step, over "
+        "training.batch_size: required but missing: an integer >= 1. Sequences per optimizer step, over "
         "all ranks. [c.yaml:24]" in lines
     )
 
@@ -250,16 +250,16 @@ def test_missing_sections(folder: Path) -> None:
     lines = errors(folder, text="run: {dir: x}\n", kind=EvalConfig)
     assert lines == [
         "model: required but missing: a section. The model to train. [c.yaml]",
-        "data: required but missing: a section. Problems to judge answers to. [c.yaml]",
-        "rollout: required but missing: a section. How responses are generated, whatever for. [c.yaml]",
+        "data: required but missing: a section. Prompts for evaluation. [c.yaml]",
+        "rollout: required but missing: a section. Generation, for training and evaluation. [c.yaml]",
     ]
 
 
 def test_bad_overrides(folder: Path) -> None:
     assert errors(folder, "optimizer.lr", "optimizer..lr=1", "=1") == [
-        "optimizer.lr: an override is written as section.key=value (got 'optimizer.lr') [command line]",
-        "optimizer..lr=1: an override is written as section.key=value (got 'optimizer..lr=1') [command line]",
-        "=1: an override is written as section.key=value (got '=1') [command line]",
+        "optimizer.lr: an override has the form section.key=value (got 'optimizer.lr') [command line]",
+        "optimizer..lr=1: an override has the form section.key=value (got 'optimizer..lr=1') [command line]",
+        "=1: an override has the form section.key=value (got '=1') [command line]",
     ]
     assert errors(folder, "optimizer.lr=fast") == [
         "optimizer.lr: expected a number > 0 (got 'fast') [command line]"
@@ -279,8 +279,8 @@ def test_everything_at_once_in_the_order_of_the_file(folder: Path) -> None:
         .replace("size: 50", "size: 20")
     )
     assert errors(folder, "parallel.num_processes=3", "parallel.tensor_parallel_size=2", text=text) == [
-        "run.dir: required but missing: a string that is not empty. Run directory; starting the same command "
-        "again resumes from it. [c.yaml:1]",
+        "run.dir: required but missing: a string (not empty). Run directory; the same command run again "
+        "resumes from it. [c.yaml:1]",
         "run.dri: unknown key; did you mean run.dir? [c.yaml:2]",
         "optimizer.lr: expected a number > 0 (got 'x') [c.yaml:6]",
         "evaluation.num_prompts: more than the held-out set has, data.held_out.size = 20 (got "
@@ -307,8 +307,8 @@ def test_duplicate_keys_and_other_keys_that_cannot_be(folder: Path) -> None:
         ("a: *nowhere\n", "c.yaml:1: not valid YAML: "),
         ("a: 1\n---\nb: 1\n", "c.yaml:2: not valid YAML: "),
         ("a: \x00\n", "c.yaml: not valid YAML: "),
-        ("- 1\n", "c.yaml: a configuration is a mapping of sections (got a list)"),
-        ("hello\n", "c.yaml: a configuration is a mapping of sections (got 'hello')"),
+        ("- 1\n", "c.yaml: a configuration must be a mapping of sections (got a list)"),
+        ("hello\n", "c.yaml: a configuration must be a mapping of sections (got 'hello')"),
     ],
 )
 def test_not_a_configuration(folder: Path, text: str, start: str) -> None:

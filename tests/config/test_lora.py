@@ -43,16 +43,16 @@ def refusal(directory: Path, family: str, **lora: Any) -> str:
 def test_rules_that_need_no_model() -> None:
     assert violations(lora={"rank": 4}) == []
     assert violations(lora={"target_modules": ["q_proj", "all-linear"]}) == [
-        "lora.target_modules: all-linear stands alone (got q_proj, all-linear)"
+        "lora.target_modules: all-linear excludes other names (got q_proj, all-linear)"
     ]
     assert violations(lora={"target_modules": ["q_proj", "q_proj"]}) == [
-        "lora.target_modules: q_proj is named twice"
+        "lora.target_modules: q_proj is listed twice"
     ]
     assert violations(lora={}, router={"bias_update_rate": 1e-3}) == [
-        "router.bias_update_rate: not with lora, which leaves the model's own weights as they are (got 0.001)"
+        "router.bias_update_rate: not with lora, which freezes the model's weights (got 0.001)"
     ]
     assert violations(RmConfig, lora={}) == [
-        "lora: not for reward models: their new head is trained with all weights"
+        "lora: not for reward models: they train all weights and a new head"
     ]
 
 

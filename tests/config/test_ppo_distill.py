@@ -22,11 +22,19 @@ def load(kind: str, *overrides: str) -> Any:
 BROKEN = [
     ("ppo", ["algorithm.clip_low=1"], "algorithm.clip_low: must be below 1"),
     ("ppo", ["algorithm.dual_clip=3"], "algorithm.dual_clip: has no effect"),
-    ("ppo", ["critic.warmup_steps=50"], "critic.warmup_steps: leaves the policy none of the run's 50 steps"),
+    (
+        "ppo",
+        ["critic.warmup_steps=50"],
+        "critic.warmup_steps: the policy trains in none of the run's 50 steps",
+    ),
     ("ppo", ["critic.optimizer.min_lr=1"], "critic.optimizer.min_lr: must not exceed"),
     ("ppo", ["critic.optimizer.lr_warmup_steps=51"], "critic.optimizer.lr_warmup_steps: longer than"),
-    ("ppo", ["rollout.top_p=0.9", "algorithm.num_epochs_per_batch=2"], "rollout.top_p: logprobs are taken"),
-    ("ppo", ["rollout.top_k=9", "algorithm.kl_reward_coef=0.1"], "rollout.top_k: logprobs are taken"),
+    (
+        "ppo",
+        ["rollout.top_p=0.9", "algorithm.num_epochs_per_batch=2"],
+        "rollout.top_p: logprobs are normalised",
+    ),
+    ("ppo", ["rollout.top_k=9", "algorithm.kl_reward_coef=0.1"], "rollout.top_k: logprobs are normalised"),
     ("ppo", ["rollout.max_staleness=1"], "rollout.max_staleness: not for ppo"),
     ("ppo", ["checkpoint.async_save=true"], "checkpoint.async_save: not for ppo"),
     ("ppo", ["rollout.num_prompts_per_step=5000"], "rollout.num_prompts_per_step: more than"),

@@ -44,7 +44,7 @@ BROKEN = [
     ),
     (
         ["algorithm.loss=simpo", "algorithm.length_normalization=false"],
-        "algorithm.length_normalization: algorithm.loss = simpo always divides by the response's tokens"
+        "algorithm.length_normalization: algorithm.loss = simpo always divides by the response length"
         " (got false)",
     ),
     (
@@ -73,11 +73,11 @@ BROKEN = [
     ),
     (
         ['data.train.chosen_templates=["{other_answer}"]'],
-        "data.train.chosen_templates: each form needs {answer} (got '{other_answer}')",
+        "data.train.chosen_templates: each template needs {answer} (got '{other_answer}')",
     ),
     (
         ['data.held_out.rejected_templates=["{answer}!", "no"]'],
-        "data.held_out.rejected_templates: each form needs {answer} or {other_answer} (got 'no')",
+        "data.held_out.rejected_templates: each template needs {answer} or {other_answer} (got 'no')",
     ),
     (
         ["packing.max_sequence_length=2049"],
@@ -86,7 +86,7 @@ BROKEN = [
     ),
     (
         ["packing.max_sequence_length=4097"],
-        "packing.max_sequence_length: a sequence of this length must fit into one microbatch,"
+        "packing.max_sequence_length: a sequence of this length must fit into a microbatch,"
         " packing.max_tokens_per_microbatch = 4096 (got 4097)",
     ),
     (

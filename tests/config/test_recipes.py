@@ -77,7 +77,7 @@ def test_plan_is_of_the_same_layout(file: Path, monkeypatch: pytest.MonkeyPatch)
         else:
             assert "are not there yet" in file.read_text()
             notes = _notes(plan, load_architecture(config.model.path).spec)
-            assert any("no data_parallel_size that shares experts" in note for note in notes)
+            assert any("no data_parallel_size that splits experts" in note for note in notes)
 
 
 @pytest.mark.parametrize(

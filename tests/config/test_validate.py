@@ -74,7 +74,7 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
         SftConfig,
         [f"parallel.{n}=2" for n in ("context_parallel_size", "num_processes")]
         + ["parallel.context_split_from=66", "packing.max_tokens_per_microbatch=128"],
-        "parallel.context_split_from: a shorter sequence must fit one rank's share of a microbatch, "
+        "parallel.context_split_from: shorter sequences must fit into one rank's share of a microbatch, "
         "packing.max_tokens_per_microbatch / context_parallel_size: at most 65 (got 66)",
     ),
     (
@@ -111,21 +111,19 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     (
         GrpoConfig,
         ["rollout.engine.expert_parallel=true"],
-        "rollout.engine.expert_parallel: needs rollout.engine.tensor_parallel_size > 1, whose ranks then "
-        "share the experts (got true)",
+        "rollout.engine.expert_parallel: needs rollout.engine.tensor_parallel_size > 1, the ranks that "
+        "split the experts (got true)",
     ),
     (
         SftConfig,
         ["packing.max_sequence_length=4097"],
-        "packing.max_sequence_length: a sequence of this length must fit into one microbatch, "
+        "packing.max_sequence_length: a sequence of this length must fit into a microbatch, "
         "packing.max_tokens_per_microbatch = 4096 (got 4097)",
     ),
     (
         EvalConfig,
         ["data.format.chat_template=false", "data.format.system_prompt=Be brief."],
-        "data.format.system_prompt: only a chat template has a place for it, and "
-        "data.format.chat_template is "
-        "false",
+        "data.format.system_prompt: needs a chat template, but data.format.chat_template is false",
     ),
     (
         GrpoConfig,
@@ -177,30 +175,27 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     (
         GrpoConfig,
         ["rollout.num_generations_per_prompt=1"],
-        "rollout.num_generations_per_prompt: a group needs at least 2 samples: alone, a sample "
-        "has no baseline "
-        "and its advantage is always 0 (got 1)",
+        "rollout.num_generations_per_prompt: a group needs at least 2 samples: with one, "
+        "the baseline is the sample itself and the advantage 0 (got 1)",
     ),
     (
         GrpoConfig,
         ["algorithm.clip_low=1"],
-        "algorithm.clip_low: must be below 1: ratios are positive, so 1 - clip_low "
+        "algorithm.clip_low: must be below 1: ratios are positive, so a bound 1 - clip_low "
         "<= 0 never clips "
         "(got 1.0)",
     ),
     (
         GrpoConfig,
         ["algorithm.clip_low=1.5", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
-        "algorithm.clip_low: must be below 1: ratios are positive, so 1 - clip_low <= 0 "
+        "algorithm.clip_low: must be below 1: ratios are positive, so a bound 1 - clip_low <= 0 "
         "never clips "
         "(got 1.5)",
     ),
     (
         GrpoConfig,
         ["algorithm.dual_clip=3", "algorithm.objective=cispo", "algorithm.num_epochs_per_batch=2"],
-        "algorithm.dual_clip: dual clip bounds the clipped objective; algorithm.objective = cispo "
-        "has no place "
-        "for it (got 3.0)",
+        "algorithm.dual_clip: applies to algorithm.objective = clip only, not to cispo (got 3.0)",
     ),
     (
         GrpoConfig,
@@ -228,16 +223,13 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
             "algorithm.off_policy_low=1.1",
             "algorithm.off_policy_high=2",
         ],
-        "algorithm.off_policy_low: off_policy_low < 1 < off_policy_high must hold, or tokens on "
-        "which engine and "
-        "trainer agree are dropped (got 1.1 and 2.0)",
+        "algorithm.off_policy_low: off_policy_low < 1 < off_policy_high must hold, or tokens "
+        "with a ratio of 1 are masked (got 1.1 and 2.0)",
     ),
     (
         GrpoConfig,
         ["algorithm.off_policy_correction=tis", "algorithm.off_policy_high=0.9"],
-        "algorithm.off_policy_high: must be at least 1, or tokens on which engine and trainer agree "
-        "are truncated "
-        "(got 0.9)",
+        "algorithm.off_policy_high: must be at least 1, or tokens with a ratio of 1 are truncated (got 0.9)",
     ),
     (
         GrpoConfig,
@@ -252,23 +244,20 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     (
         GrpoConfig,
         ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"],
-        "algorithm.kl_gradient: the plain gradient of k1 is 1 whatever the reference says, and 0 in "
-        "expectation: "
-        "the KL would not hold the policy back; use score, or kl_estimator k2 or k3 (got plain)",
+        "algorithm.kl_gradient: the plain gradient of k1 does not depend on the reference and averages to "
+        "zero: it does not regularise; use score, or kl_estimator k2 or k3 (got plain)",
     ),
     (
         GrpoConfig,
         ["rollout.top_p=0.9", "algorithm.num_epochs_per_batch=2"],
-        "rollout.top_p: logprobs are taken over the tokens that the sampling policy could draw, "
-        "which the weights "
-        "tell only until they change: needs one optimizer step per rollout batch, not 2 (got 0.9)",
+        "rollout.top_p: logprobs are normalised over the sampling policy's support, which is known "
+        "only until the weights change: needs one optimizer step per rollout batch, not 2 (got 0.9)",
     ),
     (
         GrpoConfig,
         ["rollout.top_k=20", "algorithm.kl_coef=0.1"],
-        "rollout.top_k: the reference does not know which tokens the sampling policy could draw, so "
-        "its logprobs "
-        "would mean something else: needs algorithm.kl_coef = 0, not 0.1 (got 20)",
+        "rollout.top_k: the reference does not know the sampling policy's support, so its logprobs "
+        "are not comparable: needs algorithm.kl_coef = 0, not 0.1 (got 20)",
     ),
     (
         GrpoConfig,
@@ -298,13 +287,13 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
         EvalConfig,
         ["rollout.engine.max_num_batched_tokens=100"],
         "rollout.engine.max_num_batched_tokens: must be at least rollout.engine.max_num_seqs = "
-        "256, a token per "
+        "256, one token per "
         "sequence (got 100)",
     ),
     (
         GrpoConfig,
         ["data.held_out=null", "evaluation.interval=5", "evaluation.at_end=false"],
-        "data.held_out: missing, but evaluation asks for it by evaluation.interval, evaluation.at_start",
+        "data.held_out: missing, but required by evaluation.interval, evaluation.at_start",
     ),
     (
         GrpoConfig,

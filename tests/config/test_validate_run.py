@@ -20,24 +20,21 @@ from tests.config.rules import violations
         ({"profile": {"steps": [11, "9-12"]}}, ["profile.steps: the run ends with step 10 (got 11, 12)"]),
         (
             {"profile": {"steps": ["5-3"]}},
-            ["profile.steps: a range goes from its smaller to its larger step (got '5-3')"],
+            ["profile.steps: a range must have first <= last (got '5-3')"],
         ),
         (
             {"profile": {"steps": [1], "ranks": [0, 2]}},
-            ["profile.ranks: there are ranks 0 to 0 (got 2)"],
+            ["profile.ranks: must be from 0 to 0 (got 2)"],
         ),
         ({"profile": {"ranks": [5]}}, []),  # nothing is profiled
         ({"checkpoint": {"keep_best_metric": "loss", "keep_best_mode": "min"}}, []),
         (
             {"checkpoint": {"keep_best_mode": "min"}},
-            [
-                "checkpoint.keep_best_mode: has nothing to compare: checkpoint.keep_best_metric is not set "
-                "(got 'min')"
-            ],
+            ["checkpoint.keep_best_mode: has no effect: checkpoint.keep_best_metric is not set (got 'min')"],
         ),
         (
             {"checkpoint": {"keep_best_metric": "validation_loss"}},
-            ["checkpoint.keep_best_metric: validation_loss is measured on data.held_out, which is not set"],
+            ["checkpoint.keep_best_metric: validation_loss is computed on data.held_out, which is not set"],
         ),
     ],
 )

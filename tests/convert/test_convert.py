@@ -91,7 +91,7 @@ def test_verify_without_a_model_is_refused_at_once(
     config_class(**(SIZES | options)).save_pretrained(tmp_path / "hf")
     arguments = ["convert", "hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "out"), "--verify"]
     assert main(arguments) == 2
-    assert "gemma2 can be converted, but not built to compare logits" in capsys.readouterr().err
+    assert "gemma2 can be converted, but not its logits computed" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 
@@ -103,7 +103,7 @@ def test_layers_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
     file = tmp_path / "hf" / "model.safetensors"
     save_file(load_file(file) | {"model.layers.3.enorm.weight": torch.ones(64)}, file)
     assert main(["convert", "hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
-    assert "left out: 1 tensors of multi-token prediction" in capsys.readouterr().out
+    assert "dropped: 1 tensors of multi-token prediction" in capsys.readouterr().out
     assert main(["convert", "megatron-to-hf", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     missing = tensors_of(tmp_path / "hf").keys() - tensors_of(tmp_path / "back").keys()
     assert missing == {"model.layers.3.enorm.weight"}
@@ -214,7 +214,7 @@ def test_commands_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "there").mkdir()
     source, there = str(tmp_path / "hf"), str(tmp_path / "there")
     assert main(["convert", "hf-to-megatron", source, there]) == 2
-    assert f"{there} exists; name another directory or pass --overwrite" in capsys.readouterr().err
+    assert f"{there} exists; give another directory or pass --overwrite" in capsys.readouterr().err
     assert main(["convert", "megatron-to-hf", there, str(tmp_path / "x")]) == 2
     assert "neither a Megatron checkpoint" in capsys.readouterr().err
     assert main(["convert", "hf-to-megatron", source, str(tmp_path / "y"), "--max-shard-size", "big"]) == 2

@@ -167,7 +167,7 @@ def test_a_row_of_another_layout_is_named(
 ) -> None:
     with pytest.raises(UserError) as error:
         load(tmp_path, name, [row])
-    assert str(error.value) == f"data.held_out: row 0 is not one of {name}: {reason}"
+    assert str(error.value) == f"data.held_out: row 0 does not have the layout of {name}: {reason}"
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:

@@ -137,20 +137,24 @@ TRAIN, HELD_OUT = (f"data.{split}.curriculum.raise_at=0.5" for split in ("train"
 REFUSED: list[tuple[list[str], str]] = [
     (
         [TRAIN, "rollout.max_staleness=1"],
-        "rollout.max_staleness: data.train.curriculum makes a step's problems by what came of the step "
-        "before, which is not there yet (got 1)",
+        "rollout.max_staleness: data.train.curriculum chooses a step's problems from the results of the "
+        "step before, which are not ready (got 1)",
     ),
     (
         [TRAIN, "algorithm.dynamic_sampling=true"],
-        "data.train.curriculum: goes by the accuracy over all samples, and algorithm.dynamic_sampling "
-        "replaces groups that are all right",
+        "data.train.curriculum: needs the accuracy over all samples, but algorithm.dynamic_sampling "
+        "replaces groups that are all correct",
     ),
     (
         [TRAIN, "data.filter.max_tokens=20"],
-        "data.train.curriculum: data.filter and data.on_bad_row = skip choose among problems that are made "
-        "once, at the start; those of a curriculum change with its level",
+        "data.train.curriculum: data.filter and data.on_bad_row = skip select among problems generated "
+        "once, at the start; a curriculum generates them anew at each level",
     ),
-    ([HELD_OUT], "data.held_out.curriculum: levels rise in training only: held-out problems stay the same"),
+    (
+        [HELD_OUT],
+        "data.held_out.curriculum: a curriculum applies to training only: "
+        "held-out problems must stay the same",
+    ),
 ]
 
 
@@ -164,9 +168,9 @@ def test_in_a_mixture_too_and_not_in_evaluations(tmp_path: Path) -> None:
     parts = {"a": task | {"curriculum": {}}, "b": task}
     mixed = GRPO | {"data": GRPO["data"] | {"train": {"source": "mixture", "sources": parts}}}
     [line] = refused(tmp_path, GrpoConfig, mixed, ["rollout.max_staleness=2"])
-    assert line.startswith("rollout.max_staleness: data.train.sources.a.curriculum makes")
+    assert line.startswith("rollout.max_staleness: data.train.sources.a.curriculum chooses")
     [line] = refused(tmp_path, EvalConfig, EVAL, [HELD_OUT])
-    assert line.startswith("data.held_out.curriculum: levels rise in training only")
+    assert line.startswith("data.held_out.curriculum: a curriculum applies to training only")
 
 
 def test_the_kind_that_was_folded_names_what_replaces_it(tmp_path: Path) -> None:

@@ -41,5 +41,5 @@ def test_they_are_written_out_and_compared_as_numbers(tokenizer, jsonl):
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
 def test_what_is_no_finite_number_is_a_bad_row(tokenizer, jsonl, value):
     path = jsonl(f'{{"prompt": "?", "answer": {value}}}')
-    with pytest.raises(UserError, match=r"data\.jsonl:1: field 'answer' is -?(nan|inf), which is no answer"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: field 'answer' is -?(nan|inf), not an answer"):
         load(tokenizer, path)

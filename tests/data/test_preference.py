@@ -92,15 +92,21 @@ BAD = [
     ({"chosen": "b", "rejected": "c"}, "no field 'prompt'"),
     ({"prompt": "a", "chosen": "", "rejected": "c"}, "'chosen' is empty"),
     ({"prompt": "a", "chosen": 1, "rejected": "c"}, "'chosen' must be a string"),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "no preference"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same tokens"),
     ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT]}, "do not differ"),
     ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT, MORE, LAST]}, "do not differ"),
     ({"chosen": [USER, RIGHT], "rejected": [MORE, WRONG]}, "do not begin with the same message"),
     ({"chosen": [USER, RIGHT, MORE, LAST], "rejected": [USER, RIGHT, USER, WRONG]}, "found 'user'"),
-    ({"prompt": "b", "chosen": [USER, RIGHT], "rejected": [USER, WRONG]}, "'prompt' is not what"),
-    ({"prompt": [USER, RIGHT], "chosen": [LAST], "rejected": [WRONG]}, "the prompt ends with the assistant"),
-    ({"prompt": "a", "chosen": [RIGHT, MORE], "rejected": [WRONG]}, "last message must be the assistant's"),
-    ({"prompt": "a", "chosen": [USER, RIGHT], "rejected": [WRONG]}, "'chosen' must go on with"),
+    ({"prompt": "b", "chosen": [USER, RIGHT], "rejected": [USER, WRONG]}, "'prompt' differs from"),
+    (
+        {"prompt": [USER, RIGHT], "chosen": [LAST], "rejected": [WRONG]},
+        "the prompt ends with an assistant message",
+    ),
+    (
+        {"prompt": "a", "chosen": [RIGHT, MORE], "rejected": [WRONG]},
+        "last message must have role 'assistant'",
+    ),
+    ({"prompt": "a", "chosen": [USER, RIGHT], "rejected": [WRONG]}, "'chosen' must continue with"),
     ({"prompt": [{"role": "user"}], "chosen": [RIGHT], "rejected": [WRONG]}, "prompt[0] must be an object"),
 ]
 
@@ -122,7 +128,7 @@ def test_three_bad_lines_are_enough(tokenizer, jsonl):
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
     assert [line.split(": ")[0] for line in lines[:3]] == [f"{path}:{n}" for n in (1, 2, 3)]
-    assert lines[-1] == "data.train: 30 bad rows in all; data.on_bad_row: skip leaves them out"
+    assert lines[-1] == "data.train: 30 bad rows in all; data.on_bad_row: skip drops them"
 
 
 def test_lengths_and_chat_without_a_template(tokenizer, jsonl):

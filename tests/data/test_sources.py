@@ -136,8 +136,8 @@ BAD_FILES = {
     "a.json": (b'{"prompt": 1}', "expected a list of objects"),
     "b.json": (b'[{"prompt": "a", "response": "b"}, 3]', " row 1: expected a JSON object"),
     "c.json": (b"[{]", ":1: malformed JSON"),
-    "a.parquet": (b"PAR", "not a parquet file"),
-    "a.arrow": (b"not arrow at all", "not an Arrow file"),
+    "a.parquet": (b"PAR", "not a readable parquet file"),
+    "a.arrow": (b"not arrow at all", "not a readable Arrow file"),
     "a.jsonl": (b"\n", "holds no records"),
 }
 
@@ -230,7 +230,7 @@ def test_cache_is_keyed_by_content(tokenizer, jsonl, tmp_path):
     for kept in cache.iterdir():
         kept.write_bytes(kept.read_bytes()[:-3])
     found = load(tokenizer, source, **fields)
-    assert "could not be read" in found.reports[0].cache
+    assert "was damaged" in found.reports[0].cache
     assert len(found) == 5
 
 

@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path, model: Path, rank: int, laun
     print(f"ended {time.monotonic() - began:.1f} s after the kill")
     name = f"rank {rank} (host {victim['host']}, process {victim['pid']})"
     assert f"error: {name} was killed by SIGKILL; last seen in step " in command.output or (
-        f"error: {name} is gone; last seen in step " in command.output
+        f"error: {name} has died; last seen in step " in command.output
     ), command.output
     assert "phase train" in command.output or "between phases" in command.output
     check_nothing_is_left(processes, before)
@@ -122,7 +122,7 @@ def test_a_stopped_rank_ends_the_run(tmp_path: Path, model: Path) -> None:
     began = time.monotonic()
     assert command.wait(HANG_TIMEOUT + END_WITHIN) != 0
     assert time.monotonic() - began >= HANG_TIMEOUT
-    said = f"process {victim.pid}) has given no sign of life for"
+    said = f"process {victim.pid}) has sent no heartbeat for"
     assert said in command.output, command.output
     assert "ranks 0: step" in command.output
     failure = (tmp_path / "run" / "ranks" / "failure.txt").read_text()

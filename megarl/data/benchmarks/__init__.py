@@ -1,4 +1,4 @@
-"""Public benchmarks: one file each, which says where it lies and what a row means."""
+"""Public benchmarks, one file each: location on the hub and conversion of rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Benchmark", "Question", "find", "load_questions"]
 
 
 def find(source: BenchmarkSource) -> Benchmark:
-    """The benchmark of that name."""
+    """Return the benchmark of a source."""
     benchmark: Benchmark = importlib.import_module(f"megarl.data.benchmarks.{source.name}").BENCHMARK
     return benchmark
 
 
 def load_questions(source: BenchmarkSource, field: str) -> list[Question]:
-    """Every problem in the data set's order; ``field`` is the source's key, e.g. data.held_out.
+    """Return all problems in the dataset's order; ``field`` is the source's key, e.g. data.held_out.
 
     Raises:
-        UserError: nothing to read, or the first row that is not in the benchmark's layout, by number.
+        UserError: no data, or a row without the benchmark's layout (the first, by number).
     """
     benchmark = find(source)
     questions = []
@@ -32,5 +32,7 @@ def load_questions(source: BenchmarkSource, field: str) -> list[Question]:
         try:
             questions.append(benchmark.question(row, index))
         except BadRow as error:
-            raise UserError(f"{field}: row {index} is not one of {source.name}: {error}") from error
+            raise UserError(
+                f"{field}: row {index} does not have the layout of {source.name}: {error}"
+            ) from error
     return questions

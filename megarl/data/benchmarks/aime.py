@@ -1,4 +1,4 @@
-"""AIME: problem and an integer from 0 to 999; columns as in the data sets of 2024 or of 2025."""
+"""AIME: problem, and an integer from 0 to 999; columns of the datasets of 2024 or 2025."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark's file says, and reading its rows."""
+"""Records of a benchmark's file, and reading of rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One problem: what the model reads and what its verifier needs.
+    """One problem: the text for the model and the data for its verifier.
 
-    ``metadata`` joins the prompt's; ``answer`` in it is the reference as text.
+    ``answer`` is the reference as text; ``metadata`` is merged into the prompt's.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark: where it lies on the hub, and what a row means. ``question`` gets (row, index)."""
+    """A benchmark: its location on the hub, and ``question``, which converts (row, index)."""
 
     hub: str
     subset: str | None
@@ -42,11 +42,11 @@ class Benchmark:
 
 
 class BadRow(ValueError):
-    """A row that is not in the benchmark's layout; says what is wrong."""
+    """A row that does not have the benchmark's layout; the message gives the reason."""
 
 
 def text_of(row: Row, *names: str) -> str:
-    """The first of the columns ``names`` that the row has (in any case), as text with something in it."""
+    """Return the first column of ``names`` in the row (case-insensitive), as non-empty text."""
     by_name = {name.lower(): value for name, value in row.items()}
     for name in names:
         if name.lower() in by_name:
@@ -61,7 +61,7 @@ def text_of(row: Row, *names: str) -> str:
 
 
 def raw_text_of(row: Row, name: str) -> str:
-    """:func:`text_of` with the white space around it, which means something in Python code."""
+    """Return a text column with its surrounding white space, which matters in Python code."""
     text_of(row, name)
     return str(row[name])
 
@@ -69,7 +69,7 @@ def raw_text_of(row: Row, name: str) -> str:
 def choice_question(
     problem: str, options: list[str], right: int, category: str | None = None, **metadata: Any
 ) -> Question:
-    """A question with lettered options; the model is asked for the letter."""
+    """Build a question with lettered options; the model is asked for the letter."""
     if not 0 <= right < len(options) <= len(LETTERS):
         raise BadRow(f"answer {right} of {len(options)} options")
     lines = [f"{letter}. {option.strip()}" for letter, option in zip(LETTERS, options, strict=False)]
@@ -80,23 +80,23 @@ def choice_question(
 
 
 def math_question(problem: str, answer: str, category: str | None = None) -> Question:
-    """A problem whose result goes into a box."""
+    """Build a problem whose result goes into a box (LaTeX)."""
     text = f"{problem.strip()}\n\nPut the final result into \\boxed{{}}."
     return Question(text, answer, category)
 
 
 def code_question(text: str, tests: str, solution: Any, prefix: str = "") -> Question:
-    """A programming task; ``tests`` is Python that raises unless the code before it is right.
+    """Build a programming task; ``tests`` is Python that raises if the code before it is wrong.
 
-    ``prefix`` is code that the task has given already (imports and a function's head).
+    ``prefix`` is code given by the task (imports and the function's signature).
     """
     return Question(text, str(solution or ""), None, {"tests": tests, "prefix": prefix})
 
 
 def read_rows(source: BenchmarkSource, benchmark: Benchmark, where: str) -> list[Row]:
-    """The rows of a local copy, or of the hub's through `datasets`.
+    """Read the rows of a local copy, or from the hub through `datasets`.
 
-    ``where`` is the configuration's key. Raises UserError: nothing there, unreadable, or empty.
+    ``where`` is the configuration key. Raises UserError if the data is missing, unreadable or empty.
     """
     from datasets import load_dataset
 
@@ -111,7 +111,7 @@ def read_rows(source: BenchmarkSource, benchmark: Benchmark, where: str) -> list
         else:
             folder = path / subset if subset and (path / subset).is_dir() else path
             dataset = load_dataset(str(folder), split=split)
-    except Exception as error:  # datasets raises some twenty types, from all its layers
+    except Exception as error:  # datasets raises some twenty types
         named = source.directory or f"{hub} ({subset or 'default'}) from the hub"
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{where}: cannot read split {split!r} of {named}: {reason}") from error

@@ -1,4 +1,4 @@
-"""GPQA (Rein et al. 2023, arXiv:2311.12022): a right and three wrong answers, shuffled by row number."""
+"""GPQA (Rein et al. 2023, arXiv:2311.12022): one correct and three wrong answers, shuffled by row number."""
 
 from __future__ import annotations
 

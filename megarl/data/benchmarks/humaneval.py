@@ -1,4 +1,4 @@
-"""HumanEval (Chen et al. 2021, arXiv:2107.03374): a function's head and docstring, completed and tested."""
+"""HumanEval (Chen et al. 2021, arXiv:2107.03374): complete a function from its signature and docstring."""
 
 from __future__ import annotations
 

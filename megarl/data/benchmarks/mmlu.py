@@ -1,4 +1,4 @@
-"""MMLU (Hendrycks et al. 2020, arXiv:2009.03300): question, four choices, the right one's number, subject."""
+"""MMLU (Hendrycks et al. 2020, arXiv:2009.03300): question, four choices, index of the answer, subject."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megarl.data.benchmarks.base import BadRow, Benchmark, Question, Row, choice
 def _question(row: Row, index: int) -> Question:
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or not isinstance(answer, int):
-        raise BadRow("columns 'choices' and 'answer' must be a list and the number of the right one")
+        raise BadRow("columns 'choices' and 'answer' must be a list and the index of the answer")
     return choice_question(text_of(row, "question"), choices, answer, text_of(row, "subject"))
 
 
