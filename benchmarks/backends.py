@@ -1,9 +1,9 @@
-"""The second backends beside the first: ``python -m benchmarks backends --json FILE [--quick]``.
+"""Compare engine backends: ``python -m benchmarks backends --json FILE [--quick]``.
 
-Generation: SmolLM2-135M's sizes with random weights in float32, 64 requests side by side, responses of
-log-normal lengths, sampled at temperature 1, with all cores. ``generate`` is transformers' own, a batch of 64
-after another, each until its longest response has ended; the engines take all requests at once and fill
-slots as they become free. Weights are handed over once, untimed; a warm-up comes first.
+Generation: SmolLM2-135M's sizes with random weights in float32, 64 concurrent requests, responses of
+log-normal lengths, sampled at temperature 1, with all cores. ``generate`` is transformers' own, one batch of
+64 after another, each until its longest response ends; the engines take all requests at once and fill slots
+as they become free. Weights are synced once, untimed; a warm-up comes first.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ SMOLLM2: dict[str, Any] = {
     "eos_token_id": 0,
 }
 Generate = Callable[[list[GenerateRequest]], int]
-"""Samples all; the number of tokens drawn."""
+"""Sample all requests; return the number of tokens drawn."""
 
 
 def make_requests(count: int, median: float, longest: int) -> list[GenerateRequest]:
-    """Prompts of 32 to 96 tokens; lengths of responses log-normal (sigma 0.9), cut at ``longest``."""
+    """Return prompts of 32 to 96 tokens with log-normal response lengths (sigma 0.9), cut at ``longest``."""
     generator = np.random.default_rng(1)
     lengths = np.clip(generator.lognormal(np.log(median), 0.9, count), 4, longest).astype(int)
     prompts = [token_ids(generator.integers(3, 49152, generator.integers(32, 97))) for _ in lengths]
@@ -54,11 +54,11 @@ def make_requests(count: int, median: float, longest: int) -> list[GenerateReque
 
 
 def plain_generate(model: Any) -> Generate:
-    """``model.generate`` on left-padded batches."""
+    """Wrap ``model.generate`` on left-padded batches."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class Lengths(StoppingCriteria):  # type: ignore[misc]
-        """Each row ends at its own length."""
+        """Stop each row at its own length."""
 
         def __init__(self, limits: torch.Tensor) -> None:
             self.limits = limits
@@ -91,7 +91,7 @@ def plain_generate(model: Any) -> Generate:
 
 
 def through(engine: Any) -> Generate:
-    """An engine, as episodes use it."""
+    """Wrap an engine, used as by episodes."""
     import asyncio
 
     from megarl.inference.client import SessionClient
@@ -108,7 +108,7 @@ def through(engine: Any) -> Generate:
 
 
 def start_engine(backend: Literal["vllm", "hf"], model: Any, directory: Path) -> Any:
-    """With the model's weights."""
+    """Start an engine with the model's weights."""
     from megarl.inference.engine_group import start_engines
     from megarl.inference.placement import BESIDE_DRIVER
     from megarl.loops.engine_setup import attach_weights
@@ -128,7 +128,7 @@ def start_engine(backend: Literal["vllm", "hf"], model: Any, directory: Path) ->
 
 
 def measure_generation(quick: bool, sides: list[str]) -> list[Row]:
-    """A row per side: tokens per second over all requests."""
+    """Return a row per side: tokens per second over all requests."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -164,7 +164,7 @@ def measure_generation(quick: bool, sides: list[str]) -> list[Row]:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Of what was measured."""
+    """Return ratios of the measured sides."""
     speed = {row["impl"]: row["tokens_per_second"] for row in rows if row["case"] == "generation"}
     return {
         f"hf_engine_vs_{peer}": speed["hf"] / speed[peer]

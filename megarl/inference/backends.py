@@ -1,4 +1,4 @@
-"""The one place that knows which engines there are."""
+"""The only module that names the engine backends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megarl.inference.actor.engine import ActorEngine
 
 
 def engine_class(backend: Literal["vllm", "hf"]) -> type[ActorEngine]:
-    """The engine of rollout.engine.backend."""
+    """Return the engine class of rollout.engine.backend."""
     if backend == "hf":
         from megarl.inference.hf.engine import HfEngine
 

@@ -1,7 +1,7 @@
 """Logprobs of soft-capped logits (Gemma 2, arXiv:2408.00118): cap * tanh(hidden . head / cap).
 
-A bound on the logits is no part of the fused op. Rows are taken a few at a time, and each time's logits are
-made again in the backward pass, so that memory holds those of a few rows only.
+The fused op does not support a bound on the logits. Rows are processed a few at a time, and their logits are
+recomputed in the backward pass, so memory holds the logits of a few rows only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MAX_LOGITS = 1 << 24
 def capped_token_logprob(
     hidden: torch.Tensor, head: Head, labels: torch.Tensor, *, cap: float, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logprob of ``labels`` and entropy, [N] float32 each, of hidden states [N, H].
+    """Return the logprob of ``labels`` and entropy, [N] float32 each, of hidden states [N, H].
 
-    Over the ranks of ``head.group``, each of which has rows of the vocabulary; gradients of hidden states and
-    head are then of a rank's own rows.
+    Each rank of ``head.group`` has rows of the vocabulary; gradients of hidden states and head then come from
+    the rank's own rows only.
     """
     count = max(1, _MAX_LOGITS // max(1, head.weight.shape[0]))
     found = [

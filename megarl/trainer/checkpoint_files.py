@@ -34,7 +34,7 @@ from megarl.trainer.checksums import Checksum, checksums_of, write_checksums
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one rank has written, or its error."""
+    """The files one rank has written, or its error."""
 
     items: list[WriteItem]
     results: list[WriteResult]
@@ -52,19 +52,19 @@ class RankFiles:
         small: Mapping[str, Any],
         seal: Callable[[Path], None] = lambda directory: None,
     ) -> None:
-        """``small`` has files by name; what is no tensor is serialised here, as it is now.
+        """``small`` has files by name; objects that are no tensors are serialised now.
 
-        ``seal`` writes, on the first rank, what a backend's checkpoints have beside the files of DCP.
+        ``seal`` writes, on the first rank, the files of a backend's checkpoints apart from DCP's.
         """
         self._directory, self._rank, self._seal = directory, rank, seal
         self._small = {name: _serialised(value) for name, value in small.items()}
         self._values: dict[MetadataIndex, torch.Tensor | io.BytesIO] = {}
         self._items: list[WriteItem] = []
-        # Reads on the CPU as it writes: what is on a GPU still is copied tensor by tensor.
+        # CPU tensors are read while writing; those still on a GPU are copied one by one.
         self._writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
 
     def add_object(self, key: str, value: Any) -> None:
-        """Something that is no tensor, by a name that no other rank gives."""
+        """Add an object that is no tensor, under a name unique among ranks."""
         index = MetadataIndex(key)
         self._values[index] = _serialised(value)
         self._items.append(WriteItem(index, WriteItemType.BYTE_IO))
@@ -72,7 +72,7 @@ class RankFiles:
     def add_piece(
         self, key: str, offset: Sequence[int], values: torch.Tensor, dtype: torch.dtype, whole: Sequence[int]
     ) -> None:
-        """A box of the tensor ``key`` of shape ``whole`` that no other rank gives."""
+        """Add a box of the tensor ``key`` of shape ``whole``; no other rank adds it."""
         index = MetadataIndex(key, torch.Size(offset))
         self._values[index] = values
         chunk = ChunkStorageMetadata(torch.Size(offset), values.shape)
@@ -85,7 +85,7 @@ class RankFiles:
         for index, value in self._values.items():
             if isinstance(value, torch.Tensor):
                 on_gpu = value.device.type == "cuda"
-                # Page-locked, so that the copies run at the full rate and the host waits once, for all.
+                # Page-locked, so the copies run at full rate and the host waits once for all.
                 copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=on_gpu)
                 self._values[index] = copy.copy_(value, non_blocking=on_gpu)
                 devices.add(value.device)
@@ -105,7 +105,7 @@ class RankFiles:
             results = self._writer.write_data(plan, _PlannedValues(self._values)).wait()
             names = {result.storage_data.relative_path for result in results} | self._small.keys()
             checksums = checksums_of(self._directory, sorted(names))
-        except Exception as error:  # whatever it is, all ranks have to hear of it
+        except Exception as error:  # all ranks must learn of any error
             return Report([], [], str(error) or type(error).__name__)
         finally:
             self._values.clear()

@@ -1,4 +1,4 @@
-"""Tensors that give their device memory up for a while: copies of them in host memory take their place."""
+"""Release tensors' device memory for a while by replacing them with copies in host memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Put = Callable[[torch.Tensor], None]
 
 
 class HostCopies:
-    """Moves tensors to the host and back; its host memory is page-locked and kept, since pinning is slow."""
+    """Moves tensors to the host and back; host memory is page-locked and reused, since pinning is slow."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._host: dict[Hashable, torch.Tensor] = {}
-        self._moved: list[tuple[Put, torch.Tensor]] = []  # where each tensor goes back to, and what is in it
+        self._moved: list[tuple[Put, torch.Tensor]] = []  # setter of each tensor, and its host copy
 
     def move(self, tensors: Iterable[tuple[Hashable, torch.Tensor, Put]]) -> None:
-        """Put copies in the place of tensors, each with a lasting name and what replaces it.
+        """Replace tensors by host copies; each has a stable key and a setter.
 
-        The copies are under way at the same time.
+        The copies run concurrently.
         """
         for key, tensor, put in tensors:
             if tensor.device.type != self._device.type:  # a step counter on the host
@@ -38,7 +38,7 @@ class HostCopies:
             put(on_host)
 
     def move_back(self) -> None:
-        """Undo :meth:`move`: in stream order, what reads the tensors waits, this does not."""
+        """Undo :meth:`move` in stream order: later kernels wait for the copies, the host does not."""
         for put, on_host in self._moved:
             put(on_host.to(self._device, non_blocking=True, copy=True))
         self._moved.clear()

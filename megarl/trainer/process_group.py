@@ -1,4 +1,4 @@
-"""One rank's way into the process group, whatever the backend, and its random state."""
+"""Join the process group and seed the random state of one rank, for any backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megarl.platform import Platform
 
 
 def layout_of_ranks(parallel: ParallelConfig) -> ParallelLayout:
-    """The layout of the ranks that the launcher started (WORLD_SIZE; alone without it)."""
+    """Return the layout of the ranks started by the launcher (WORLD_SIZE; one rank without it)."""
     return ParallelLayout.from_world_size(
         int(os.environ.get("WORLD_SIZE", "1")),
         tensor=parallel.tensor_parallel_size,
@@ -34,10 +34,10 @@ def layout_of_ranks(parallel: ParallelConfig) -> ParallelLayout:
 
 
 def join(platform: Platform) -> int:
-    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR by the launcher) and control's group; this rank."""
+    """Join the other ranks (RANK, WORLD_SIZE, MASTER_ADDR) and the control group; return this rank."""
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # it is the right one
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    timeout = timedelta(minutes=60)  # of a step's collectives; rollouts are waited for by control's group
+    timeout = timedelta(minutes=60)  # of a step's collectives; rollouts are awaited on the control group
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -48,13 +48,13 @@ def join(platform: Platform) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Of everything that draws in this process."""
+    """Seed all generators of this process."""
     random.seed(seed)
-    numpy.random.seed(seed)  # noqa: NPY002  what libraries draw from
+    numpy.random.seed(seed)  # noqa: NPY002  used by libraries
     torch.manual_seed(seed)
 
 
 def leave() -> None:
-    """Leave control's group and the process group."""
+    """Destroy the control group and the process group."""
     collectives.leave()
     dist.destroy_process_group()

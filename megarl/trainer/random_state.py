@@ -1,4 +1,4 @@
-"""A rank's random states in a checkpoint: a file of its own, for runs that go on exactly."""
+"""A rank's random states in a checkpoint: one file per rank, for exact resumes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megarl import platform
 
 
 def file(directory: Path, rank: int) -> Path:
-    """A rank's."""
+    """Return the path of a rank's file."""
     return directory / f"rng_{rank:05}.pt"
 
 
 def read(directory: Path, rank: int, num_ranks: int) -> dict[str, Any] | None:
-    """What ``rank`` wrote; None where fewer or more than ``num_ranks`` ranks wrote the checkpoint."""
+    """Return the states of ``rank``; None unless exactly ``num_ranks`` ranks wrote the checkpoint."""
     own = file(directory, rank)
     if file(directory, num_ranks).exists() or not own.exists():
         return None
@@ -27,19 +27,19 @@ def read(directory: Path, rank: int, num_ranks: int) -> dict[str, Any] | None:
 
 
 def take() -> dict[str, Any]:
-    """The states as they are."""
+    """Return the current states."""
     state = {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),  # noqa: NPY002  what libraries draw from
+        "numpy": numpy.random.get_state(),  # noqa: NPY002  used by libraries
         "torch": torch.get_rng_state(),
     }
-    if platform.current().name == "cuda":  # elsewhere it is the CPU's
+    if platform.current().name == "cuda":  # otherwise it is the CPU's
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def put(state: dict[str, Any]) -> bool:
-    """Go on with these random states; whether that is possible: a GPU's generators are not a CPU's."""
+    """Restore these random states; False for a GPU's generators on a CPU or the reverse."""
     if ("cuda" in state) != (platform.current().name == "cuda"):
         return False
     random.setstate(state["python"])

@@ -27,27 +27,27 @@ from megarl.weights.shared_storage import share_parameters, storages_of
 
 
 class Adapters(Protocol):
-    """Low-rank adapters of one rank's model, as its weights' readers see them."""
+    """Low-rank adapters of one rank's model, for readers of its weights."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every whole A and B, by PEFT's names."""
+        """Return the shape of every whole A and B, by PEFT's names."""
         ...
 
     def publish(self) -> None:
-        """Write merged weights where engines read them: a copy of adapted layers, made at the first call."""
+        """Write merged weights for engines: a copy of the adapted layers, allocated at the first call."""
         ...
 
     def refresh(self) -> None:
-        """Bring published weights up to date; nothing where none are."""
+        """Update published weights, if any."""
         ...
 
     def merged_weights(self) -> Mapping[str, torch.Tensor]:
-        """The model's parameters with adapters merged in: the published ones, or made when asked for."""
+        """Return the parameters with adapters merged in: the published ones, or computed on access."""
         ...
 
     def adapter_tensors(self) -> tuple[Mapping[str, torch.Tensor], list[Region]]:
-        """This rank's parts of all A and B by name, and where each belongs."""
+        """Return this rank's parts of all A and B by name, and their regions."""
         ...
 
 
@@ -61,7 +61,7 @@ class TrainerWeights:
         regions: regions of the Hugging Face tensors that ``params`` hold.
         lora: the adapters, if any; engines and exports then get merged weights.
         finish_step: completes the last optimizer step's parameters on this rank.
-        speaks_for: whether this rank is the first of those that hold the same values of a parameter.
+        speaks_for: returns True if this rank is the first of those with the same values of a parameter.
     """
 
     def __init__(
@@ -148,8 +148,8 @@ def gather_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor of ``shapes`` on rank 0 (elsewhere none), assembled from the ranks' ``regions``.
 
-    Of ranks with the same values the one that ``speaks_for`` a parameter gives them. Rank 0 holds one whole
-    tensor and one piece of it at a time, other ranks one piece.
+    Among ranks with the same values, the one that ``speaks_for`` a parameter sends them. Rank 0 holds one
+    whole tensor and one piece of it at a time, other ranks one piece.
     """
     mine: dict[str, list[Region]] = {}
     for region in regions:

@@ -1,1 +1,1 @@
-"""An engine in a process of its own, a Ray actor: the driver's handle and the actor's frame."""
+"""An engine in a separate process, a Ray actor: the driver's handle and the actor's base class."""

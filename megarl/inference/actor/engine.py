@@ -26,11 +26,11 @@ class ActorEngine:
     """An :class:`megarl.inference.interface.Engine` in a Ray actor. Create it with :meth:`start`."""
 
     name: ClassVar[str]
-    """In messages."""
+    """Name of the engine in messages."""
 
     @staticmethod
     def actor_class() -> type:
-        """The body of the actor."""
+        """Return the body of the actor."""
         raise NotImplementedError
 
     def __init__(self, settings: EngineSettings, log_path: Path, place: EnginePlace = BESIDE_DRIVER) -> None:

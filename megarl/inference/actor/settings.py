@@ -1,4 +1,4 @@
-"""What an engine's process is told."""
+"""Settings passed to an engine's process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine's side: an actor process with one thread that owns the engine. A backend says what that does."""
+"""The engine's side: an actor process with one thread that runs the engine, implemented by a backend."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EngineActor(ABC):
     """Body of the Ray actor. Ray calls its methods on several threads; all work except waiting is done
     on one engine thread, between decoding steps, so no call sees a half-finished step.
 
-    A backend implements what is abstract, and calls nothing else; all of it runs on the engine thread.
+    A backend implements the abstract methods and calls no others; all of them run on the engine thread.
     """
 
     def __init__(self, settings: EngineSettings, log_path: str) -> None:
@@ -142,23 +142,23 @@ class EngineActor(ABC):
         """See Engine.health; answers during a step too."""
         return EngineHealth(os.getpid(), self._policy_version, len(self._requests), self._paused)
 
-    # ---- of the backend, on the engine thread ----
+    # ---- implemented by the backend, on the engine thread ----
 
     @abstractmethod
     def _build(self) -> None:
-        """Make the engine; UserError for what the user can mend."""
+        """Build the engine; UserError for errors that the user can fix."""
 
     @abstractmethod
     def _step(self) -> list[GeneratedResponse]:
-        """Decode once; what finished."""
+        """Run one decoding step; return the finished responses."""
 
     @abstractmethod
     def _add(self, request: GenerateRequest, sampling: SamplingConfig) -> None:
-        """Have a request decoded from the next step on."""
+        """Decode a request from the next step on."""
 
     @abstractmethod
     def _abort(self, request_ids: set[str]) -> list[GeneratedResponse]:
-        """End these, all of them unfinished; what they have so far."""
+        """Abort these unfinished requests; return their responses so far."""
 
     @abstractmethod
     def _describe_parameters(self) -> list[dict[str, ParamInfo]]: ...
@@ -171,7 +171,7 @@ class EngineActor(ABC):
 
     @abstractmethod
     def _sync(self, policy_version: int) -> int:
-        """Take over the weights and forget what is stale; bytes written."""
+        """Sync the weights and drop stale caches; return the bytes written."""
 
     @abstractmethod
     def _checksums(self) -> list[list[RegionChecksum]]: ...
@@ -186,11 +186,11 @@ class EngineActor(ABC):
         return None
 
     def _shared_memory(self) -> Iterable[str]:
-        """Names of shared memory that worker processes hold."""
+        """Return the names of the shared memory of worker processes."""
         return ()
 
     def _look_into(self, error: BaseException) -> None:  # noqa: B027 - most have nothing to do
-        """An error of a step or a call, before it is handed on; may end the process instead."""
+        """Inspect an error of a step or a call before it is raised; may end the process instead."""
 
     # ---- the engine thread ----
 

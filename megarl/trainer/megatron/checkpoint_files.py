@@ -1,4 +1,4 @@
-"""A rank's part of Megatron's sharded state dict as files.
+"""Convert a rank's part of Megatron's sharded state dict to checkpoint files.
 
 Megatron's own background saves have a manager process on every rank, and another implementation in every
 version; the files are the same.
@@ -24,9 +24,9 @@ COMMON_FILE = "common.pt"
 def rank_files(
     directory: Path, state: dict[str, Any], rank: int, small: Mapping[str, Any], shards: OptimizerShards
 ) -> RankFiles:
-    """What a rank writes of ``state``, a sharded state dict; the first rank's common.pt is what is unsharded.
+    """Return a rank's files of ``state``, a sharded state dict; the first rank's common.pt is unsharded.
 
-    ``small`` has further files by name, ``shards`` the values of tensors that were described without.
+    ``small`` has further files by name, ``shards`` the values of tensors described without values.
     """
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     files = RankFiles(directory, rank, dict(small) | ({COMMON_FILE: common} if rank == 0 else {}), _seal)
@@ -34,7 +34,7 @@ def rank_files(
         if isinstance(part, ShardedTensor) and shards.holds(part):
             for offset, values in shards.pieces(part):
                 files.add_piece(part.key, offset, values, part.dtype, part.global_shape)
-        elif not is_main_replica(part.replica_id):  # another rank has it too
+        elif not is_main_replica(part.replica_id):  # another rank writes it
             continue
         elif isinstance(part, ShardedTensor):
             shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
