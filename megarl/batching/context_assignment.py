@@ -58,7 +58,7 @@ def assign_contexts(
     """
     whole = np.zeros(len(rows), dtype=bool)
     if limits.split_from is not None and layout.context > 1:
-        whole = _are_whole(batch.lengths[rows], limits, layout)
+        whole = _whole_mask(batch.lengths[rows], limits, layout)
     kinds = [(True, rows[~whole])] if not whole.all() or not len(rows) else []
     kinds += [(False, rows[whole])] if whole.any() else []
     return [_assignment(is_split, batch, kind, limits, costs, layout) for is_split, kind in kinds]
@@ -70,7 +70,7 @@ def multiple_of(split: bool, layout: ParallelLayout) -> int:
     return multiple * 2 * layout.context if split and layout.context > 1 else multiple
 
 
-def _are_whole(lengths: np.ndarray, limits: MicrobatchLimits, layout: ParallelLayout) -> np.ndarray:
+def _whole_mask(lengths: np.ndarray, limits: MicrobatchLimits, layout: ParallelLayout) -> np.ndarray:
     assert limits.split_from is not None
     multiple = multiple_of(False, layout)
     groups = lengths.reshape(-1, limits.group_size)

@@ -32,10 +32,10 @@ def share_prefixes(
     lengths = batch.lengths.tolist()
     segments: list[tuple[int, int, int, int]] = []  # as Segments: row, skip, length, prefix
     bounds = [0]
-    for group in _groups(batch, rows.tolist()):
+    for group in _same_prompt_runs(batch, rows.tolist()):
         prompt = int(batch.prompt_lengths[group[0]])
         flat = sum(lengths[row] for row in group)
-        parts = [group] if prompt <= 1 else _fitting(lengths, group, prompt, max_tokens, pad_to_multiple)
+        parts = [group] if prompt <= 1 else _split_to_fit(lengths, group, prompt, max_tokens, pad_to_multiple)
         for part in parts:
             saved = (len(part) - 1) * (prompt - 1)
             if prompt > 1 and len(part) > 1 and saved >= MIN_SAVED_FRACTION * flat * len(part) / len(group):
@@ -80,7 +80,7 @@ def plan_units(
     return PackingPlan(members, plan.rank_costs, plan.num_tokens)
 
 
-def _groups(batch: TrainBatch, rows: list[int]) -> Iterator[list[int]]:
+def _same_prompt_runs(batch: TrainBatch, rows: list[int]) -> Iterator[list[int]]:
     """Yield runs of consecutive rows with the same prompt."""
     ids, starts, prompts = batch.token_ids, batch.offsets.tolist(), batch.prompt_lengths.tolist()
     group: list[int] = []
@@ -98,7 +98,7 @@ def _groups(batch: TrainBatch, rows: list[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _fitting(
+def _split_to_fit(
     lengths: list[int], group: list[int], prompt: int, max_tokens: int, multiple: int
 ) -> list[list[int]]:
     """Divide the group into parts that fit a microbatch with one prefix each."""

@@ -24,7 +24,7 @@ def train_batch(samples: Sequence[Sample], version: int | None = None) -> TrainB
     has_logprobs = any(len(sample.rollout_logprobs) for sample in samples)
     logprobs = np.zeros(offsets[-1], dtype=np.float32) if has_logprobs else None
     stale = None if version is None else np.zeros(offsets[-1], dtype=np.uint8)
-    experts = _no_experts(samples, int(offsets[-1]))
+    experts = _unset_experts(samples, int(offsets[-1]))
     responses = (offsets[:-1] + prompts).tolist()
     for sample, start, response, (_, end) in zip(
         samples, offsets.tolist(), responses, pairwise(offsets.tolist()), strict=False
@@ -33,11 +33,11 @@ def train_batch(samples: Sequence[Sample], version: int | None = None) -> TrainB
         token_ids[response:end] = sample.response_ids
         if logprobs is not None:
             logprobs[response:end] = sample.rollout_logprobs
-        for begin, count in _sampled(sample):
+        for begin, count in _sampled_runs(sample):
             loss_mask[response + begin : response + begin + count] = 1
         if stale is not None:
             assert version is not None
-            for begin, count in _older(sample, version):
+            for begin, count in _older_runs(sample, version):
                 stale[response + begin : response + begin + count] = 1
         if experts is not None and sample.experts is not None:
             assert len(sample.experts) < end - start, f"{len(sample.experts)} choices, {end - start} tokens"
@@ -45,7 +45,7 @@ def train_batch(samples: Sequence[Sample], version: int | None = None) -> TrainB
     return TrainBatch(token_ids, offsets, loss_mask, prompts, logprobs, stale, experts)
 
 
-def _sampled(sample: Sample) -> Iterator[tuple[int, int]]:
+def _sampled_runs(sample: Sample) -> Iterator[tuple[int, int]]:
     """Yield (start, length) of the response's runs of sampled tokens."""
     if not sample.turns:
         yield 0, len(sample.response_ids)
@@ -55,7 +55,7 @@ def _sampled(sample: Sample) -> Iterator[tuple[int, int]]:
         begin += turn.num_sampled + turn.num_observed
 
 
-def _older(sample: Sample, version: int) -> Iterator[tuple[int, int]]:
+def _older_runs(sample: Sample, version: int) -> Iterator[tuple[int, int]]:
     """Yield (start, length) of the runs sampled by versions before ``version``."""
     begin = 0
     for drawn_by, count in sample.version_spans or [(sample.policy_version, len(sample.response_ids))]:
@@ -64,7 +64,7 @@ def _older(sample: Sample, version: int) -> Iterator[tuple[int, int]]:
         begin += count
 
 
-def _no_experts(samples: Sequence[Sample], num_tokens: int) -> np.ndarray | None:
+def _unset_experts(samples: Sequence[Sample], num_tokens: int) -> np.ndarray | None:
     """Return [T, layers, k] filled with -1 if any sample has expert choices, else None."""
     shape = next((s.experts.shape[1:] for s in samples if s.experts is not None), None)
     return None if shape is None else np.full((num_tokens, *shape), -1, dtype=np.int16)

@@ -36,7 +36,7 @@ def load_native() -> None:
     for name in _MODULES:
         spec = importlib.util.find_spec(f"megarl.{name}")
         if spec is not None and spec.origin is not None:
-            needed[name] = _built_for(Path(spec.origin))
+            needed[name] = _vector_instructions_of(Path(spec.origin))
     fitting = [name for name, width in needed.items() if _runs_on(present, width)]
     if not needed:
         raise NativeOpsUnavailable("megarl._C, the native ops, is not built; `make setup` builds it")
@@ -61,7 +61,7 @@ def _runs_on(present: str, needed: str) -> bool:
     return present in _WIDTHS and _WIDTHS.index(needed) <= _WIDTHS.index(present)
 
 
-def _built_for(library: Path) -> str:
+def _vector_instructions_of(library: Path) -> str:
     """Return the vector instructions a built extension needs, read from the file without loading it."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         found = _MARK.search(view)

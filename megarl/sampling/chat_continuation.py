@@ -39,7 +39,7 @@ class ChatContinuation:
     def check(self, role: str) -> None:
         """Render one observation of ``role``; raise UserError if the template cannot."""
         if self._chat:
-            self._after(role, "x")
+            self._rendered_after(role, "x")
 
     def observation(self, sampled: TokenIds, role: str, text: str) -> TokenIds:
         """Return the token ids that follow ``sampled``, the policy's turn, up to where it speaks again.
@@ -48,7 +48,7 @@ class ChatContinuation:
         """
         text = self._protected(role, text)
         if self._chat:
-            text = self._after(role, text)
+            text = self._rendered_after(role, text)
             if len(sampled) and (last := int(sampled[-1])) in self._stops:
                 end = str(self._tokenizer.decode([last], skip_special_tokens=False))
                 text = text.removeprefix(end)
@@ -59,7 +59,7 @@ class ChatContinuation:
         known = control_tokens(self._tokenizer)
         return str(protect(text, known.tool if role == "tool" else known.other))
 
-    def _after(self, role: str, text: str) -> str:
+    def _rendered_after(self, role: str, text: str) -> str:
         """Return the text the template renders after the policy's message."""
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": "x"},

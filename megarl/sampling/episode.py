@@ -105,7 +105,7 @@ class EpisodeRunner:
     ) -> Sample:
         episode = copy.copy(self._environment)
         try:
-            first: Observation = await _ask(episode.reset(prompt))
+            first: Observation = await _await_environment(episode.reset(prompt))
             if first.text != prompt.text:
                 raise _EnvironmentError("reset() must return the prompt's own text: the policy reads that")
             rewards: list[float] = []
@@ -120,7 +120,7 @@ class EpisodeRunner:
                     sampled.append(_SampledTurn(response))
                 parts.append(sampled[turn].response.token_ids)
                 used += len(parts[-1])
-                result = _checked(await _ask(episode.step(parts[-1])))
+                result = _validated(await _await_environment(episode.step(parts[-1])))
                 rewards.append(float(result.reward))
                 info.update(result.info)
                 if result.done or not self._continues(used, result, sampled, turn):
@@ -198,7 +198,7 @@ class EpisodeRunner:
         )
 
 
-async def _ask(answer: Awaitable[Any]) -> Any:
+async def _await_environment(answer: Awaitable[Any]) -> Any:
     """Await the environment's answer; turn any exception it raises into _EnvironmentError."""
     try:
         return await answer
@@ -210,7 +210,7 @@ async def _ask(answer: Awaitable[Any]) -> Any:
         raise _EnvironmentError(f"{name}{error}", blameless=blameless) from error
 
 
-def _checked(result: StepResult) -> StepResult:
+def _validated(result: StepResult) -> StepResult:
     try:
         finite = math.isfinite(float(result.reward))
     except (TypeError, ValueError):

@@ -37,7 +37,7 @@ class ActorSession:
                     fresh = [r for r in responses if self._unfinished.pop(r.request_id, None) is not None]
                     if fresh:
                         self._process.answered()
-                        yield [_own(response) for response in fresh]
+                        yield [_copied(response) for response in fresh]
                 return
             except actor_died() as death:
                 if self._closed or not await self._move(death):
@@ -66,7 +66,7 @@ class ActorSession:
         return self._actor.stream.options(num_returns="streaming").remote(self._id)
 
 
-def _own(response: GeneratedResponse) -> GeneratedResponse:
+def _copied(response: GeneratedResponse) -> GeneratedResponse:
     """Copy the arrays: those from Ray are views of its object store, which they would keep full."""
     return replace(
         response,

@@ -26,12 +26,12 @@ _AS_STORED = (
 def foreign_layouts(model: torch.nn.Module) -> list[str]:
     """Return a sentence for each kind of layer whose kernel reads its weights in a different order."""
     first: dict[str, str] = {}
-    for name, sentence in _foreign(model):
+    for name, sentence in _rewriting_layers(model):
         first.setdefault(sentence, name)
     return [f"{name}: {sentence}" for sentence, name in first.items()]
 
 
-def _foreign(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
+def _rewriting_layers(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, UnquantizedFusedMoEMethod):

@@ -33,9 +33,9 @@ class RoutingRecorder:
         shape = (num_slots + 1, len(routers), top_k.pop())
         self._experts = torch.full(shape, -1, dtype=torch.int16, device=device)
         for number, router in enumerate(routers):
-            router.set_capture_fn(partial(self._keep, number))
+            router.set_capture_fn(partial(self._record, number))
 
-    def _keep(self, number: int, chosen: torch.Tensor) -> None:
+    def _record(self, number: int, chosen: torch.Tensor) -> None:
         """Store the experts chosen by MoE layer ``number``: chosen [tokens, k]. Called by its router."""
         mappings = get_forward_context().slot_mapping
         assert isinstance(mappings, dict), "micro-batched forward passes"

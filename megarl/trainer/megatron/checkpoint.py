@@ -79,8 +79,8 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: An
         state = dist_checkpointing.load(wanted, str(directory))
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         missing, unexpected = chunk.load_state_dict(state[key], strict=False)
-        if any(_of_adapter(name) for name in state[key]):
-            missing = [name for name in missing if _of_adapter(name)]
+        if any(_is_adapter_entry(name) for name in state[key]):
+            missing = [name for name in missing if _is_adapter_entry(name)]
         wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
         assert not wrong, f"checkpoint and model disagree on {wrong}"
     if optimizer is not None:
@@ -136,10 +136,10 @@ def _shared_step_count(optimizer: Any) -> Iterator[None]:
 
 def _saved_entries(state: dict[str, Any]) -> dict[str, Any]:
     """Select the saved entries: only the adapters if there are any, as model.path has the frozen weights."""
-    return {name: part for name, part in state.items() if _of_adapter(name)} or state
+    return {name: part for name, part in state.items() if _is_adapter_entry(name)} or state
 
 
-def _of_adapter(name: str) -> bool:
+def _is_adapter_entry(name: str) -> bool:
     return f"{ADAPTER_SUFFIX}." in name
 
 

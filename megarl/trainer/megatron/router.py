@@ -111,10 +111,10 @@ class PolicyRouter(Router):
         probs = torch.zeros_like(logits).scatter(1, chosen, weights)
         choice = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         if routing is not None and torch.is_grad_enabled():  # once per microbatch, recomputed or not
-            probs = self._watch(logits, own, chosen, choice, routing, probs)
+            probs = self._measure_load(logits, own, chosen, choice, routing, probs)
         return probs, choice
 
-    def _watch(
+    def _measure_load(
         self,
         logits: torch.Tensor,
         own: torch.Tensor,
