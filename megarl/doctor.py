@@ -403,7 +403,7 @@ def check_sandbox() -> list[Finding]:
     except UserError as error:
         meaning = f"the code environment and the python tool cannot start: {error}"
         return [Finding("sandbox", "no isolation works", "note", meaning)]
-    return [Finding("sandbox", f"{found}, seccomp, resource limits")]
+    return [Finding("sandbox", sandbox.describe(found))]
 
 
 def show(findings: list[Finding]) -> None:

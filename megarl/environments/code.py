@@ -45,7 +45,7 @@ class CodeEnvironment(Verifier):
     def __init__(self, config: CodeConfig, field: str = "environment") -> None:
         self._config = config
         self.isolation = sandbox.choose(config.isolation, f"{field}.isolation")
-        self.note = f"programs run in a sandbox: {self.isolation}, seccomp, resource limits"
+        self.note = f"programs run in a sandbox: {sandbox.describe(self.isolation)}"
         self._limits = Limits(
             wall_seconds=config.timeout_seconds,
             cpu_seconds=max(1, round(config.timeout_seconds)),

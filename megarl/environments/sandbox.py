@@ -2,15 +2,16 @@
 
 Isolation, the strongest that works here:
 
-- ``bubblewrap``: bwrap, where it is installed, makes the namespaces; the rest is as below.
 - ``namespaces``: MegaRL makes them itself (as root, or where users may): own processes, network (without even
   a loopback device that is up), mounts: only Python and the system's libraries are there, read-only, and a
   small place in memory to write to.
-- ``landlock``: no namespaces; Landlock refuses every file but those, seccomp refuses sockets, signals and
-  sessions.
+- ``bubblewrap``: bwrap, where it is installed, makes the namespaces; the rest is as above.
+- ``landlock``: no namespaces; Landlock refuses to open every file but those, seccomp refuses what else could
+  reach other processes and files.
 
 In all of them seccomp refuses sockets, tracing, keys and further namespaces, no privileges can be gained, and
-resource limits hold. Where none works nothing is run.
+resource limits hold; a watcher ends the program where it and its children together take too much. Where none
+works nothing is run. docs/guides/code.md has a table of what holds where.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ from megarl.environments.sandbox_streams import Finished, Limits, SandboxError, 
 from megarl.errors import UserError
 
 Isolation = Literal["bubblewrap", "namespaces", "landlock"]
-ISOLATIONS: tuple[Isolation, ...] = ("bubblewrap", "namespaces", "landlock")
+ISOLATIONS: tuple[Isolation, ...] = ("namespaces", "bubblewrap", "landlock")
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
+_PROBE = Path(__file__).with_name("sandbox_probe.py")
 _SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
 # User ids that nobody has, so that RLIMIT_NPROC counts one program's processes.
 _FIRST_UID, _NUM_UIDS = 1 << 30, 1 << 29
+_FIRST_PIDS = 50
 
 
 @dataclass(slots=True)
@@ -64,11 +67,12 @@ def run(
     Raises:
         SandboxError: the isolation could not be made; no line of the program has run.
     """
-    folder = tempfile.mkdtemp(prefix="megarl-sandbox-")
+    folder = tempfile.mkdtemp(prefix="megarl-sandbox-") if isolation == "landlock" else ""
     try:
         return _run(program, limits, isolation, folder, stop)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
         for descriptor in program.channel or ():
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -81,12 +85,12 @@ def _run(
     uid = 0
     if os.geteuid() == 0:
         uid = _FIRST_UID + random.SystemRandom().randrange(_NUM_UIDS)
-        if isolation == "landlock":
+        if folder:
             os.chown(folder, uid, uid)
     python, visible = python_path(), visible_paths()
     spec = {
         "isolation": isolation,
-        "folder": folder if isolation != "bubblewrap" else "/work",
+        "folder": folder or _mount_point(visible),
         "visible": visible,
         "files": program.files,
         "command": [python, "-I", "-S", "-B", program.main, *program.arguments],
@@ -100,7 +104,7 @@ def _run(
     inherited = (request[0], report[1], *(program.channel or ()))
     child, wrapper = str(_CHILD), []
     if isolation == "bubblewrap":
-        child, wrapper = f"/megarl/{_CHILD.name}", _bubblewrap(folder, visible, limits, uid)
+        child, wrapper = f"/megarl/{_CHILD.name}", _bubblewrap(visible, limits)
     command = [*wrapper, python, "-I", "-S", "-B", child, *map(str, inherited)]
     sandbox_system.adopt_orphans()
     try:
@@ -134,18 +138,30 @@ def _run(
         streams.close()
 
 
-def _bubblewrap(folder: str, visible: list[str], limits: Limits, uid: int) -> list[str]:
-    """bwrap's command line; the child does the rest inside (limits, seccomp)."""
-    command = [
-        shutil.which("bwrap") or "bwrap",
-        "--unshare-all",
-        "--die-with-parent",  # and no --new-session: its group is what is ended and reaped
-        "--cap-drop",
-        "ALL",
-    ]
-    if uid:
-        command += ["--unshare-user", "--uid", str(uid), "--gid", str(uid)]
+def _mount_point(visible: list[str]) -> str:
+    """A directory over which a namespace's root can be mounted: none that a visible path lies in."""
+    for path in ("/mnt", "/media", "/srv", "/opt", "/var", "/home", "/tmp"):
+        if os.path.isdir(path) and not any(f"{each}/".startswith(f"{path}/") for each in visible):
+            return path
+    raise SandboxError("no directory to mount on")
+
+
+def _bubblewrap(visible: list[str], limits: Limits) -> list[str]:
+    """bwrap's command line; the child, first process of the PID namespace, does the rest inside.
+
+    It keeps what it needs to give up being root, to mount its directory and to cover kernel settings, and
+    drops it before the program starts.
+    """
+    command = [shutil.which("bwrap") or "bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+    command += ["--unshare-uts", "--as-pid-1"]
+    command += ["--die-with-parent"]  # and no --new-session: its group is what is ended and reaped
+    # Root needs no user namespace: in one that bwrap makes it would be root outside still.
+    kept = ("CAP_SYS_ADMIN", "CAP_SETUID", "CAP_SETGID") if os.geteuid() == 0 else ("CAP_SYS_ADMIN",)
+    command += [] if os.geteuid() == 0 else ["--unshare-user"]
+    command += ["--cap-drop", "ALL", *(part for name in kept for part in ("--cap-add", name))]
     for path in visible:
+        for parent in reversed(Path(path).parents[:-1]):  # bwrap would make them for root alone
+            command += ["--perms", "0755", "--dir", str(parent)]
         link = os.path.islink(path)
         command += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
     command += ["--ro-bind", str(_CHILD.parent), "/megarl", "--proc", "/proc", "--dev", "/dev"]
@@ -167,18 +183,53 @@ def visible_paths() -> list[str]:
 
 @functools.cache
 def choose(wanted: Isolation | Literal["auto"] = "auto", field: str = "isolation") -> Isolation:
-    """The strongest isolation that works here, or the one that is wanted; each is tried by a program.
+    """The isolation in which the least gets through here, or the one that is wanted; each is tried.
 
     Raises:
         UserError: none works, with what each said.
     """
-    reasons = []
+    reasons: list[str] = []
+    leaks: dict[Isolation, int] = {}
     for isolation in ISOLATIONS if wanted == "auto" else (wanted,):
         problem = _problem(isolation)
         if problem is None:
-            return isolation
-        reasons.append(f"{isolation}: {problem}")
-    raise UserError(f"{field}: programs cannot be isolated here ({'; '.join(reasons)})")
+            leaks[isolation] = len(not_held(isolation))
+            if not leaks[isolation]:
+                break
+        else:
+            reasons.append(f"{isolation}: {problem}")
+    if not leaks:
+        raise UserError(f"{field}: programs cannot be isolated here ({'; '.join(reasons)})")
+    return min(leaks, key=lambda isolation: leaks[isolation])
+
+
+def describe(isolation: Isolation) -> str:
+    """An isolation for the log: what it is made of, and what it does not hold here."""
+    leaks = not_held(isolation)
+    return f"{isolation}, seccomp, resource limits" + (f"; not held: {', '.join(leaks)}" if leaks else "")
+
+
+@functools.cache
+def not_held(isolation: Isolation) -> tuple[str, ...]:
+    """What a program can do in this isolation, here, that it should not: by a program that tries it.
+
+    Raises:
+        SandboxError: the isolation does not work.
+    """
+    limits = Limits(wall_seconds=30.0, num_processes=4)
+    # In a PID namespace of its own a program's processes have the first numbers.
+    process = os.getpid() if os.getpid() > _FIRST_PIDS else 0
+    arguments = [str(process), "/etc/passwd", str(limits.disk_bytes), str(limits.num_processes)]
+    program = Program({"main.py": _PROBE.read_text(encoding="utf-8")}, arguments=arguments)
+    finished = run(program, limits, isolation)
+    if finished.outcome == "processes":
+        program.arguments[-1] = "0"
+        finished = run(program, limits, isolation)
+    if finished.outcome != "exited" or finished.code:
+        raise SandboxError(
+            f"a program that looks around ended by {finished.outcome}: {finished.stderr[-200:]!r}"
+        )
+    return tuple(filter(None, finished.stdout.decode().splitlines()))
 
 
 def _problem(isolation: Isolation) -> str | None:

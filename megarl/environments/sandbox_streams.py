@@ -10,9 +10,9 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-Outcome = Literal["exited", "timeout", "memory", "output", "stopped"]
+Outcome = Literal["exited", "timeout", "memory", "disk", "processes", "output", "stopped"]
 
 _ISOLATION_SECONDS = 60.0  # to make the isolation, on a busy machine; the program's own time begins after it
 _DRAIN_SECONDS = 1.0  # for what is still in the pipes of a process that has ended
@@ -20,7 +20,7 @@ _CHUNK = 65536
 
 
 class SandboxError(RuntimeError):
-    """The program was not run: isolation failed."""
+    """Isolation failed, and the program was not run; or somebody else ended it. Nothing is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Streams:
         self._selector.register(descriptor, selectors.EVENT_WRITE)
 
     def finish(self) -> Finished:
-        """Wait for the end. Raises SandboxError where the program was never started."""
+        """Wait for the end. Raises SandboxError where the program was never started, or killed by others."""
         outcome = self._wait()
         self._seconds = time.monotonic() - self._start if self._start else 0.0
         self._end()
@@ -85,8 +85,8 @@ class Streams:
         if not report.startswith("ready"):
             said = report or self._got["stderr"].decode(errors="replace")[-300:] or "nothing"
             raise SandboxError(f"isolation failed: {' '.join(said.split()).removeprefix('error ')}")
-        if "memory" in report:
-            outcome = "memory"
+        if outcome == "exited":
+            outcome = _read_outcome(report.split())
         stdout, stderr = self._got["stdout"], self._got["stderr"]
         limit = self._limits.output_bytes
         code, seconds = _exit_status(self._process), self._seconds
@@ -159,6 +159,18 @@ class Streams:
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-self._process.pid, 0)
+
+
+def _read_outcome(report: list[str]) -> Outcome:
+    """How a program ended that nothing here has ended. Raises SandboxError where that came from outside."""
+    for outcome in ("memory", "disk", "processes"):
+        if outcome in report:
+            return cast(Outcome, outcome)
+    if "cpu" in report:
+        return "timeout"
+    if "ended" not in report:
+        raise SandboxError("the program was killed from outside (is the machine short of memory?)")
+    return "exited"
 
 
 def _exit_status(process: subprocess.Popen[bytes]) -> int:

@@ -110,7 +110,7 @@ class PythonTool:
 
     def __init__(self, timeout_seconds: float, field: str) -> None:
         self._isolation = sandbox.choose("auto", field)
-        self.note = f"python tool: programs run in a sandbox ({self._isolation}, seccomp, resource limits)"
+        self.note = f"python tool: programs run in a sandbox ({sandbox.describe(self._isolation)})"
         self._limits = Limits(wall_seconds=timeout_seconds, output_bytes=4096)
 
     def run(self, arguments: dict[str, Any]) -> str:

@@ -93,13 +93,18 @@ def test_a_program_has_what_it_needs(isolation: Any):
     assert (finished.outcome, finished.code) == ("output", finished.code) or finished.code == 7
 
 
-def test_exit_codes_signals_and_the_secret_channel(isolation: Any):
+def test_exit_codes_signals_and_the_channel(isolation: Any):
     assert run(Program({"main.py": "1 / 0"}), FAST, isolation).code == 1
     assert b"ZeroDivisionError" in run(Program({"main.py": "1 / 0"}), FAST, isolation).stderr
     aborts = run(Program({"main.py": "import ctypes\nctypes.string_at(0)"}), FAST, isolation)
     assert aborts.code == 128 + signal.SIGSEGV
     text = "import os\nkey = os.read(3, 100)\nos.write(4, key[::-1])\n"
-    assert run(Program({"main.py": text}, secret=b"abc"), FAST, isolation).extra == b"cba"
+    there, back = os.pipe(), os.pipe()
+    os.write(there[1], b"abc")
+    os.close(there[1])
+    assert run(Program({"main.py": text}, channel=(there[0], back[1])), FAST, isolation).code == 0
+    assert os.read(back[0], 100) == b"cba"
+    os.close(back[0])
 
 
 def test_a_sandbox_that_cannot_be_made_runs_nothing(monkeypatch: pytest.MonkeyPatch):
