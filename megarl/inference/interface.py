@@ -100,7 +100,7 @@ class AttachReport:
     aliased_bytes: int
     copied_bytes: int  # written into the engine's own parameters at every sync
     received_bytes: int = 0  # likewise, from trainer ranks whose memory the engine cannot map
-    note: str = ""  # what else there is to know of how the engine computes
+    note: str = ""  # remark on the engine's implementation, for the log
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
 
 
 def sum_of_parts(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of every rank's ``values``, with which all ranks go on alike; its gradient is theirs."""
+    """Return the sum of every rank's ``values``, for equal computations on all ranks: gradient 1 to each."""
     total: torch.Tensor = _SumOfParts.apply(values, group)
     return total
 

@@ -1,6 +1,6 @@
-"""The policy-gradient loss of GRPO as configured: formulas and kernels are in :mod:`megarl.ops.policy_loss`.
+"""The configured policy-gradient loss of GRPO; formulas and kernels are in :mod:`megarl.ops.policy_loss`.
 
-What is logged: the weighted means ``loss`` (what is differentiated), ``policy_loss``, ``advantage_mean``,
+Metrics: the weighted means ``loss`` (the differentiated value), ``policy_loss``, ``advantage_mean``,
 ``entropy`` and ``kl_ref`` follow algorithm.loss_aggregation; ``ratio_mean``, ``kl_policy`` (k3 estimate of
 KL(old || current)), ``clip_fraction``, ``dual_clip_fraction``, ``correction_weight_mean`` and
 ``corrected_fraction`` are plain means over the tokens with a loss. ``nll_positive`` is the mean of -logprob
@@ -17,7 +17,7 @@ from megarl.ops.policy_loss import SUM_NAMES, PolicyLossOptions, policy_loss
 
 
 def options_of(algorithm: GrpoAlgorithmConfig) -> PolicyLossOptions:
-    """The op's options for a valid configuration (thresholds a correction does not read stay the op's)."""
+    """Return the op's options for a valid configuration (unused thresholds keep the op's defaults)."""
     defaults = PolicyLossOptions()
     low, high = algorithm.off_policy_low, algorithm.off_policy_high
     return PolicyLossOptions(
@@ -38,7 +38,7 @@ def options_of(algorithm: GrpoAlgorithmConfig) -> PolicyLossOptions:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """Configured loss; ``old_logprobs`` None means that these very logprobs are the old ones (ratio 1)."""
+    """Configured loss; ``old_logprobs`` None means that the current logprobs are the old ones (ratio 1)."""
 
     options: PolicyLossOptions
     check_numerics: bool = False

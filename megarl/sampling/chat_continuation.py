@@ -55,7 +55,7 @@ class ChatContinuation:
         return token_ids(tokenize(self._tokenizer, text))
 
     def _protected(self, role: str, text: str) -> str:
-        """The text of an observation so that none of it becomes a control token: it cannot open a turn."""
+        """Escape an observation's text, so none of it becomes a control token that could open a turn."""
         known = control_tokens(self._tokenizer)
         return str(protect(text, known.tool if role == "tool" else known.other))
 

@@ -46,14 +46,13 @@ class Output:
     Args:
         batch: the microbatch.
         hidden: hidden states [N, H] of some rows [N], for a function that every rank of the head's group
-            computes
-            with its own rows of the vocabulary (gradients are summed over the group).
+            computes with its own rows of the vocabulary (gradients are summed over the group).
         whole_hidden: the same for a function that every rank of the group computes equally.
         head: of a language model.
         score: [H] of a score head, in a model that has one.
-        sharing_group: the ranks that have parts of this microbatch's sequences; None: they are whole here.
-        check_numerics: whether a logprob or score that is not finite is an error.
-        softcap: bound of the logits: cap * tanh(logit / cap); None: there is none.
+        sharing_group: the ranks that share this microbatch's sequences; None if they are whole here.
+        check_numerics: raise an error for a logprob or score that is not finite.
+        softcap: bound of the logits, cap * tanh(logit / cap); None: no bound.
     """
 
     batch: PackedBatch
@@ -66,7 +65,7 @@ class Output:
     softcap: float | None = None
 
     def read(self, fn: Read) -> LossResult | None:
-        """What ``fn`` makes of it.
+        """Call ``fn`` on this output and return its result.
 
         Raises:
             UserError: with check_numerics, a logit that is not finite; it names the token.
@@ -85,7 +84,7 @@ class Output:
         return self.batch.loss_mask.nonzero().flatten()
 
     def at_targets(self) -> HiddenTokens:
-        """Hidden states of the targets: what a loss over the whole vocabulary starts from.
+        """Return the hidden states of the targets, for a loss over the whole vocabulary.
 
         Raises:
             UserError: logits are not the product of hidden states and head alone.

@@ -69,10 +69,10 @@ def safetensors_files(model_dir: Path) -> dict[str, Path]:
 
 
 def open_weights(path: Path) -> Any:
-    """A safetensors file to read tensors of; a context manager.
+    """Open a safetensors file for reading tensors; a context manager.
 
     Raises:
-        UserError: the file is damaged, cut short, or stands in for one that was not downloaded.
+        UserError: the file is damaged, truncated, or a placeholder of one that was not downloaded.
     """
     try:
         return safe_open(path, framework="pt")
@@ -100,11 +100,11 @@ def fingerprint(model_dir: str | Path) -> str:
 
 
 class WeightFiles:
-    """The tensors of a Hugging Face directory as an architecture reads them: what loads and what converts.
+    """The tensors of a Hugging Face directory as an architecture reads them, for loading and conversion.
 
     Args:
         model_dir: the directory.
-        architecture: which tensors there are.
+        architecture: defines the tensors.
         initial: whole tensors for names that the directory may lack.
     """
 
@@ -135,7 +135,7 @@ class WeightFiles:
         return found
 
     def slice(self, name: str) -> Any:
-        """A tensor of which parts can be read by indexing."""
+        """Return a tensor whose parts can be read by indexing."""
         if name in self._initial:
             return self._initial[name]
         path = self._files[name]
@@ -144,7 +144,7 @@ class WeightFiles:
         return self._handles[path].get_slice(name)
 
     def unmap(self) -> None:
-        """Close the files until they are asked for again: what was read of them counts as memory."""
+        """Close the files until the next read: file pages that were read count as memory."""
         self._handles.clear()
 
 

@@ -152,7 +152,7 @@ def _rng_state() -> dict[str, Any]:
 
 
 def _set_rng_state(state: dict[str, Any]) -> bool:
-    """Go on with these random states, where that is possible (random_state.put)."""
+    """Restore these random states, if possible (random_state.put)."""
     if not random_state.put(state):
         return False
     get_cuda_rng_tracker().set_states(state["tracker"])
