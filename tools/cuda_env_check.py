@@ -56,8 +56,8 @@ def build_extension(arch: str) -> None:
     """Build megarl._C with its CUDA kernels, outside the tree."""
     environment = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # ninja
-    places = ["--build-lib", str(BUILD), "--build-temp", str(BUILD / "objects")]
-    command = [sys.executable, "setup.py", "build_ext", "--force", *places]
+    directories = ["--build-lib", str(BUILD), "--build-temp", str(BUILD / "objects")]
+    command = [sys.executable, "setup.py", "build_ext", "--force", *directories]
     log = ROOT / ".setup" / "cuda-build.log"
     with log.open("w") as output:
         status = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode

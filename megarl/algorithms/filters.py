@@ -94,7 +94,7 @@ def with_targets(
         return float(whole[mini.only].sum() / (whole.sum() or 1.0))
 
     shares: list[float] = from_first_rank(lambda: [share(mini) for mini in minis])
-    return [(mini, own) for mini, own in zip(minis, shares, strict=True) if own > 0]
+    return [(mini, packed) for mini, packed in zip(minis, shares, strict=True) if packed > 0]
 
 
 def over_all_samples(metrics: dict[str, Any], share: float, *, is_mean: bool) -> dict[str, Any]:

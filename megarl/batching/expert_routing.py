@@ -13,9 +13,9 @@ def real_tokens(batch: PackedBatch, cp_rank: int = 0, cp_size: int = 1) -> torch
     """Return a mask [T] bool of a context-parallel rank's tokens that are not padding."""
     bounds = batch.cu_seqlens.long()
     padded = bounds.diff()
-    place = torch.arange(int(bounds[-1]), device=bounds.device) - bounds[:-1].repeat_interleave(padded)
+    position = torch.arange(int(bounds[-1]), device=bounds.device) - bounds[:-1].repeat_interleave(padded)
     lengths = padded if batch.lengths is None else batch.lengths.long()
-    real = place < lengths.repeat_interleave(padded)
+    real = position < lengths.repeat_interleave(padded)
     return real[zigzag_indices(batch.cu_seqlens, cp_rank, cp_size)] if cp_size > 1 else real
 
 

@@ -126,8 +126,8 @@ def attach_weights(
     layout = engine_layout(engine.config)
     planner = Planner(owners, peers_only=transport == "peer")
     coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
-    own = engine.regions({region.hf for owner in owners for region in owner.regions})
-    regions = [own or architecture.engine_regions(layout, place) for place in coordinates]
+    reported = engine.regions({region.hf for owner in owners for region in owner.regions})
+    regions = [reported or architecture.engine_regions(layout, at) for at in coordinates]
     plans = []
     for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):
         coordinate = rank % layout.world_size  # ranks of all engines, end to end
@@ -196,10 +196,10 @@ def verify_weights(engine: Engine | None, policy: Trainer) -> None:
 def region_queries(plan: WeightPlan, sums: list[RegionChecksum]) -> list[RegionQuery]:
     """Return the trainer regions that hold the data of the engine's checksums, in their order."""
     mapped: list[Alias | Copy] = [*plan.aliases, *plan.copies]
-    places: list[tuple[SourceView, Storage | None, int]]
-    places = [(piece.source, plan.storages[piece.source.storage], -1) for piece in mapped]
-    places += [(peer.source, None, peer.rank) for peer in plan.peers]
+    sources: list[tuple[SourceView, Storage | None, int]]
+    sources = [(piece.source, plan.storages[piece.source.storage], -1) for piece in mapped]
+    sources += [(peer.source, None, peer.rank) for peer in plan.peers]
     return [
         RegionQuery(source, checksum.dtype, storage, rank)
-        for (source, storage, rank), checksum in zip(places, sums, strict=True)
+        for (source, storage, rank), checksum in zip(sources, sums, strict=True)
     ]

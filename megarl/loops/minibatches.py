@@ -197,8 +197,8 @@ def kl_to_reference(batch: PackedBatch) -> torch.Tensor:
 
 def scatter(minis: list[MiniBatch], into: Field, values: list[np.ndarray]) -> None:
     """Set a field of every microbatch from rank 0's values of each mini-batch, [S] or [T]."""
-    for mini, own in zip(minis, values, strict=True):
-        for batch, tokens in zip(mini.batches, scatter_to_packed(mini.packed, own), strict=True):
+    for mini, given in zip(minis, values, strict=True):
+        for batch, tokens in zip(mini.batches, scatter_to_packed(mini.packed, given), strict=True):
             setattr(batch, into, tokens)
 
 
@@ -222,8 +222,8 @@ def set_advantages(minis: list[MiniBatch], advantages: np.ndarray) -> None:
         for row, (sample, count) in enumerate(zip(mini.samples, mini.num_targets.tolist(), strict=True)):
             if count and per_token:
                 span = slice(*mini.batch.offsets[row : row + 2].tolist())
-                own = mini.advantages[span][targets[span]]
-                sample.advantage = float(own[0] if (own == own[0]).all() else own.mean())
+                values = mini.advantages[span][targets[span]]
+                sample.advantage = float(values[0] if (values == values[0]).all() else values.mean())
             elif count:
                 sample.advantage = float(mini.advantages[row])
 

@@ -75,8 +75,8 @@ class ReferenceLogprobs:
         self._logps = from_first_rank(read_wanted)
         read, missing = len(self._logps), [d for d in wanted if d not in self._logps]
         if missing:
-            own = nullcontext() if self._is_own else self._policy.weights_of(self._path)
-            with own, self._run.console.progress("reference logprobs", len(missing)) as advance:
+            weights = nullcontext() if self._is_own else self._policy.weights_of(self._path)
+            with weights, self._run.console.progress("reference logprobs", len(missing)) as advance:
                 saved = time.monotonic()
                 for start in range(0, len(missing), self._chunk):
                     chunk = missing[start : start + self._chunk]

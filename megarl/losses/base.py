@@ -50,8 +50,8 @@ class LossTokens:
         it.
         """
         assert self.slots is not None
-        places = torch.arange(self.num_slots + 1, device=self.slots.device)
-        bounds = torch.searchsorted(self.slots, places).to(torch.int32)
+        slot_numbers = torch.arange(self.num_slots + 1, device=self.slots.device)
+        bounds = torch.searchsorted(self.slots, slot_numbers).to(torch.int32)
         sums = segment_reduce(values.double(), bounds)
         return sums if self.cp_group is None else all_reduce_sum(sums, self.cp_group)
 

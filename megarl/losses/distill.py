@@ -110,10 +110,10 @@ def _top_k_parts(
                 values, ids, lse = (
                     torch.cat(_all_gather(tensor, head.group), dim=1) for tensor in (values, ids, lse)
                 )
-            best, places = values.topk(k)
+            best, best_columns = values.topk(k)
             real = int((best > -torch.inf).sum(-1).min())
             yield (
-                ids.gather(1, places)[:, :real],
+                ids.gather(1, best_columns)[:, :real],
                 (best - lse.logsumexp(-1, keepdim=True))[:, :real],
             )
 

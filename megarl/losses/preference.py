@@ -151,8 +151,8 @@ class PreferenceLoss:
         refs = None if self.ref_logps is None else self.ref_logps.to(sums.device)
 
         def responses(side: int) -> Responses:
-            own = ids[side::2]
-            return Responses(sums[side::2], counts[own], None if refs is None else refs[own])
+            side_ids = ids[side::2]
+            return Responses(sums[side::2], counts[side_ids], None if refs is None else refs[side_ids])
 
         chosen, rejected = responses(0), responses(1)
         values = pair_values(options, chosen, rejected, self.kl)

@@ -26,9 +26,9 @@ from megarl.losses.score_inputs import ScoreTokens
 
 def last_scores(tokens: ScoreTokens) -> torch.Tensor:
     """Return every slot's score [num_slots] float64, whichever context-parallel rank holds it."""
-    own = tokens.scores.new_zeros(tokens.num_slots, dtype=torch.float64)
-    own = own.index_copy(0, tokens.slots, tokens.scores.double())
-    return own if tokens.cp_group is None else all_reduce_sum(own, tokens.cp_group)
+    scores = tokens.scores.new_zeros(tokens.num_slots, dtype=torch.float64)
+    scores = scores.index_copy(0, tokens.slots, tokens.scores.double())
+    return scores if tokens.cp_group is None else all_reduce_sum(scores, tokens.cp_group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,8 @@ def seal(folder: Path) -> None:
     """Complete the checksums of all files in ``folder``: merge those written, compute the missing ones."""
     found: dict[str, Checksum] = {}
     for file in sorted(folder.rglob(CHECKSUMS_FILE)):
-        place = file.parent.relative_to(folder)
-        found |= {str(place / name): each for name, each in json.loads(file.read_text()).items()}
+        prefix = file.parent.relative_to(folder)
+        found |= {str(prefix / name): each for name, each in json.loads(file.read_text()).items()}
         file.unlink()
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     write_checksums(folder, found | checksums_of(folder, sorted(names - found.keys())))

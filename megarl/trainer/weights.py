@@ -114,7 +114,7 @@ class TrainerWeights:
         storages = storages_of(self._params)
         number_of = {storage: number for number, storage in enumerate(self._offered.storages)}
         sums = {}
-        for place, query in enumerate(queries):
+        for index, query in enumerate(queries):
             number = query.source.storage if query.rank == self._context.rank else None
             if query.storage is not None:
                 number = number_of.get(query.storage)
@@ -122,7 +122,7 @@ class TrainerWeights:
                 view = query.source
                 empty = torch.empty(0, dtype=getattr(torch, view.dtype), device=storages[number].device)
                 tensor = empty.set_(storages[number], view.offset, view.shape, view.stride)
-                sums[place] = region_checksum(tensor, query.dtype)
+                sums[index] = region_checksum(tensor, query.dtype)
         return sums
 
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -88,10 +88,10 @@ def _merge_along(
     for spaces, piece in sorted(pieces, key=lambda item: item[0][0][dim]):
         start = spaces[0][dim][0]
         key = tuple([(box[:dim], box[dim + 1 :], box[dim][0] - start) for box in spaces])
-        place = last.get(key)
-        if place is not None and merged[place][0][0][dim][1] == start:
-            whole = join(merged[place][1], piece, dim)
-            merged[place] = (boxes(whole), whole)
+        position = last.get(key)
+        if position is not None and merged[position][0][0][dim][1] == start:
+            whole = join(merged[position][1], piece, dim)
+            merged[position] = (boxes(whole), whole)
         else:
             last[key] = len(merged)
             merged.append((spaces, piece))

@@ -48,6 +48,6 @@ def region_checksum(tensor: torch.Tensor, dtype: str | None = None) -> int:
         part = flat[start : start + _CHUNK]
         part = part.to(getattr(torch, dtype)) if dtype is not None else part
         bits = part.contiguous().view(_BITS[part.element_size()]).long()
-        place = torch.arange(start, start + bits.numel(), device=bits.device)
-        total += int((bits * (place * (2 * _STEP) + 1)).sum())
+        position = torch.arange(start, start + bits.numel(), device=bits.device)
+        total += int((bits * (position * (2 * _STEP) + 1)).sum())
     return total % (1 << 64)

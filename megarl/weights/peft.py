@@ -62,7 +62,7 @@ def export_adapter(
 
 
 def initial_a(seed: int, module: str, rank: int, inputs: int) -> torch.Tensor:
-    """A [rank, inputs] as PEFT draws it, uniform in +-1/sqrt(inputs): by seed and name, under any layout."""
+    """Draw A [rank, inputs] as PEFT, uniform in +-1/sqrt(inputs); depends on seed and name only."""
     digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     whole = torch.empty(rank, inputs)

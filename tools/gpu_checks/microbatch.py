@@ -132,9 +132,9 @@ def counting_waits(found: Counter[str]) -> Iterator[None]:
         if "synchronizing CUDA operation" not in str(message):
             return
         stack = traceback.extract_stack()[:-1]
-        place = next((f for f in reversed(stack) if f.filename.startswith(packages)), stack[-1])
-        file = re.sub(r".*/(?=megarl/|megatron/core/)", "", place.filename)
-        found[f"{file}:{place.lineno} {place.line}"] += 1
+        frame = next((f for f in reversed(stack) if f.filename.startswith(packages)), stack[-1])
+        file = re.sub(r".*/(?=megarl/|megatron/core/)", "", frame.filename)
+        found[f"{file}:{frame.lineno} {frame.line}"] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -148,8 +148,8 @@ def counting_waits(found: Counter[str]) -> Iterator[None]:
 
 def _packages() -> tuple[str, ...]:
     """Return the folders of MegaRL and Megatron-Core, with trailing slashes."""
-    places = [find_spec(name) for name in ("megarl", "megatron.core") if find_spec(name.split(".")[0])]
-    folders = [f for place in places if place is not None for f in place.submodule_search_locations or ()]
+    specs = [find_spec(name) for name in ("megarl", "megatron.core") if find_spec(name.split(".")[0])]
+    folders = [f for spec in specs if spec is not None for f in spec.submodule_search_locations or ()]
     return tuple(f"{folder}/" for folder in folders)
 
 
