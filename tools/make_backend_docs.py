@@ -1,7 +1,7 @@
-"""Writes the tables of docs/backends.md from what the configuration refuses.
+"""Write the tables of docs/backends.md from the rules of the configuration.
 
 python tools/make_backend_docs.py           write the page
-python tools/make_backend_docs.py --check   exit 1 when the page is not what the code says
+python tools/make_backend_docs.py --check   exit 1 if the page does not match the code
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- tables: tools/make_backend_docs.py -->", "<!-- end of tables 
 
 
 def tables() -> str:
-    """Which setting belongs to which backend, and which families have a table."""
+    """Return the tables of settings by backend, and the families with a weight table."""
     rows = [(name, "yes", "refused") for name in OF_MEGATRON]
     rows += [(name, "yes", "always so") for name in ALWAYS_IN_TORCH]
     rows += [
@@ -33,14 +33,14 @@ def tables() -> str:
 
 
 def render(page: str) -> str:
-    """``page`` with its tables as the code has them."""
+    """Return ``page`` with its tables replaced by those of the code."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
 def main() -> int:
-    """Write, or compare."""
+    """Write the page, or compare it."""
     page = PAGE.read_text()
     wanted = render(page)
     if "--check" in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the command line's own help. A test fails while the page differs."""
+"""Write docs/cli.md from the command line's help. A test fails if the page differs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Environment variables that MegaRL reads: `MEGARL_PLATFORM` (`cpu` or `cuda` in p
 
 
 def text_of(parser: argparse.ArgumentParser) -> str:
-    """A parser's help, the same on every terminal."""
+    """Return a parser's help, the same on every terminal."""
     os.environ["COLUMNS"] = "110"
     os.environ["NO_COLOR"] = "1"
     return parser.format_help().rstrip()
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     from megarl.cli import make_parsers
 
     parser, commands, _ = make_parsers()

@@ -1,4 +1,4 @@
-// Small kernels, right ones and ones with a planted bug, for test_executor.py.
+// Small kernels, correct ones and ones with a planted bug, for test_executor.py.
 #include "common/simt_portable.cuh"
 
 namespace {

@@ -1,12 +1,12 @@
 // SIMT executor: compiles CUDA kernel source as host code and runs it block by block, each thread a fibre.
 //
-// The kernel source stays as it is; it reaches this header through csrc/common/simt_portable.cuh. A file that holds
+// The kernel source is unchanged; it reaches this header through csrc/common/simt_portable.cuh. A file that has
 // kernels is compiled with the flags of tests/simt/executor.py: -fsanitize=thread makes the compiler call
 // __tsan_read*/__tsan_write* before every access to memory, and -fsanitize=alignment,bounds,signed-integer-overflow
 // adds its own calls; simt_memory.cpp implements them (no sanitizer library is linked) and checks every access against
 // the registered global buffers, the block's shared memory and the thread's own stack. simt_runtime.cpp schedules.
 //
-// What a launch reports, each with kernel, block and thread: out-of-bounds and misaligned access, a write to a
+// A launch reports, each with kernel, block and thread: out-of-bounds and misaligned access, a write to a
 // read-only buffer, a read of unwritten shared memory, a data race in shared memory, a barrier or warp intrinsic that
 // not all its threads reach, a mask that names an exited or absent lane or leaves out the caller, int overflow.
 #pragma once
@@ -70,13 +70,13 @@ int block_collective(BlockOp op, int predicate, const char* file, int line);
 // Memory of one __shared__ variable of the current block; `site` identifies the declaration.
 void* shared_variable(const void* site, const char* name, size_t bytes, size_t alignment);
 void* dynamic_shared();
-// Checks an access of `bytes` at `address` as one transaction; returns only where it is allowed.
+// Checks an access of `bytes` at `address` as one transaction; returns only if it is valid.
 void check_access(const void* address, size_t bytes, size_t alignment, Access access);
 [[noreturn]] void device_check_failed(const char* message);
 int run(const char* kernel, uint3 grid, uint3 block, size_t dynamic_shared_bytes, void (*body)(const void*),
         const void* parameters, size_t parameter_bytes);
 
-// Runs `body` once per thread; returns 0, or 1 where a check failed (see simt_error in simt_runtime.cpp). The closure
+// Runs `body` once per thread; returns 0, or 1 if a check failed (see simt_error in simt_runtime.cpp). The closure
 // must capture by value: it is copied to a read-only region, as kernel parameters are on a device.
 template <class Body>
 int launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const Body& body) {

@@ -1,4 +1,4 @@
-// Memory half of the SIMT executor: every access of a kernel comes through here. See simt.h.
+// Memory checks of the SIMT executor: every access of a kernel passes through here. See simt.h.
 #include <map>
 
 #include "simt_runtime.h"

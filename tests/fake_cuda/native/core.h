@@ -1,4 +1,4 @@
-// The inside of libfakecuda.so: streams with their work, events, graphs, blocks of memory.
+// Internals of libfakecuda.so: streams with their work, events, graphs, blocks of memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -34,7 +34,7 @@ struct Graph {
   std::vector<Work> nodes;
 };
 struct Stream;
-// One capture and the streams that events have drawn into it.
+// One capture and the streams that joined it through events.
 struct Capture {
   unsigned long long id;
   std::shared_ptr<Graph> graph;
@@ -42,14 +42,14 @@ struct Capture {
   std::vector<Stream*> members;
 };
 
-// A place in a stream's order of work.
+// A position in a stream's order of work.
 struct Position {
   Stream* stream = nullptr;
   uint64_t sequence = 0;
 };
 struct Item {
   Work work;
-  std::vector<Position> after;  // what must be done first on other streams
+  std::vector<Position> after;  // work on other streams that must finish first
   uint64_t sequence;
   double time;
 };
@@ -58,10 +58,10 @@ struct Stream {
   int priority;
   unsigned flags;
   std::shared_ptr<Capture> capture;
-  // Only used where work is delayed: all up to `allowed` may run, all up to `done` has.
+  // Only used with delayed work: work up to `allowed` may run, work up to `done` has run.
   std::deque<Item> queue;
   uint64_t enqueued = 0, allowed = 0, done = 0;
-  double running = 0;  // when the work that runs now was given; earlier work of other streams waits for it
+  double running = 0;  // submission time of the running work; earlier work of other streams waits for it
   bool has_worker = false;
   bool is_default = false;
 };
@@ -94,7 +94,7 @@ void demand(Position position);  // may run now; does not wait
 void let_others_run();  // work calls it before it waits for something
 bool is_done(Position position);
 Position tail(Stream* stream);
-// Work given to `later` from now on comes after `earlier`.
+// Work submitted to `later` from now on runs after `earlier`.
 void order_after(Stream* later, Position earlier);
 void record_event(Event* event, Stream* stream);
 cudaError_t stream_wait_event(Stream* stream, Event* event);

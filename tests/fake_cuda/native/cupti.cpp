@@ -1,4 +1,4 @@
-// libcupti.so.13: a profiler to which nothing ever happens. torch's profiler then has the CPU's events alone.
+// libcupti.so.13: a profiler without events, so that torch's profiler has the CPU's events alone.
 // Every function that is not here is generated and returns success.
 #include <stddef.h>
 #include <stdint.h>

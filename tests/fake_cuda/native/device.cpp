@@ -1,4 +1,4 @@
-// The card that is pretended: an H100 SXM. FAKECUDA_CAPABILITY changes its compute capability alone.
+// The emulated GPU: an H100 SXM. FAKECUDA_CAPABILITY changes its compute capability alone.
 #include <cstdlib>
 #include <cstring>
 

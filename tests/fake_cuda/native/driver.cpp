@@ -1,4 +1,4 @@
-// libcuda.so.1: what torch, vLLM, triton and cuda-python ask of the driver; the rest of its functions is generated.
+// libcuda.so.1: the functions that torch, vLLM, triton and cuda-python call; the remaining ones are generated.
 #include <cuda.h>
 #include <dlfcn.h>
 #include <fcntl.h>

@@ -1,5 +1,5 @@
-// What the fake CUDA libraries share, and what the operator layer calls. All of it lives in libfakecuda.so, on which
-// the fake libcudart.so.13, libcuda.so.1, libnvidia-ml.so.1 and libnccl.so.2 depend.
+// Shared by the fake CUDA libraries and the operator layer. All of it is in libfakecuda.so, on which the fake
+// libcudart.so.13, libcuda.so.1, libnvidia-ml.so.1 and libnccl.so.2 depend.
 #pragma once
 
 #include <stddef.h>
@@ -9,10 +9,10 @@ extern "C" {
 #endif
 
 // ---- work on streams -------------------------------------------------------------------------------------------------
-// Gives `run(context)` to a stream; `drop(context)` follows when the work will not run again (drop may be null).
+// Submits `run(context)` to a stream; `drop(context)` follows when the work will not run again (drop may be null).
 //   the stream captures: a node of the graph, run at every replay and dropped with the graph;
 //   FAKECUDA_STREAM_ORDER=eager (default): run now, on the calling thread;
-//   FAKECUDA_STREAM_ORDER=lazy: queued, and run by a thread of the runtime when a synchronisation asks for it.
+//   FAKECUDA_STREAM_ORDER=lazy: queued, and run by a thread of the runtime when a synchronisation needs it.
 // Outputs must be allocated before. Host memory that may change afterwards must be copied into the context.
 void fakecuda_enqueue(void* stream, void (*run)(void*), void* context, void (*drop)(void*));
 int fakecuda_is_capturing(void* stream);
@@ -24,7 +24,7 @@ int fakecuda_lazy(void);
 // Any other launch without a host implementation is skipped: reported, and under FAKECUDA_STRICT=1 the process fails.
 void fakecuda_begin_op(const char* name);
 void fakecuda_end_op(void);
-// Reports something else whose result nothing computed, for example an operator.
+// Reports any other result that was not computed, for example an operator's.
 void fakecuda_skipped(const char* name);
 
 struct fakecuda_launch {
@@ -44,7 +44,7 @@ void fakecuda_register_kernel(const char* mangled, fakecuda_bind bind);
 void fakecuda_visit_implementations(void (*visit)(void* context, const char* mangled), void* context);
 // Checks, counts and enqueues a launch. Returns a cudaError_t; 0 is success.
 int fakecuda_launch_kernel(const char* mangled, const struct fakecuda_launch* launch, size_t max_shared_bytes, void* stream);
-// A kernel found a mistake: printed, and returned as cudaErrorAssert by every later call that can fail.
+// A kernel detected an error: it is printed, and returned as cudaErrorAssert by every later call that can fail.
 void fakecuda_device_assert(const char* message);
 
 // ---- memory ----------------------------------------------------------------------------------------------------------

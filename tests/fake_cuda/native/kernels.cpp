@@ -1,4 +1,4 @@
-// Launches: checked against the card's limits, counted, and given to a host implementation where there is one.
+// Launches: checked against the GPU's limits, counted, and passed to a host implementation if there is one.
 #include <cxxabi.h>
 #include <dlfcn.h>
 
@@ -40,7 +40,7 @@ fakecuda_bind implementation_of(const std::string& name) {
   return found == implementations.end() ? nullptr : found->second;
 }
 
-// The limits of compute capability 9.0. Says what is wrong, or returns an empty text.
+// The limits of compute capability 9.0. Returns the violation, or an empty text.
 std::string mistake(const fakecuda_launch& launch, size_t max_shared_bytes) {
   const unsigned *g = launch.grid, *b = launch.block;
   char text[160];

@@ -26,7 +26,7 @@ std::map<uintptr_t, Block>::iterator block_at(const void* address) {
   return uintptr_t(address) < after->first + after->second.size ? after : blocks.end();
 }
 
-// Each block keeps a file open; 1024 of them, the usual limit, would look like memory that is full.
+// Each block keeps a file open; with the usual limit of 1024, memory would seem full.
 void raise_file_limit() {
   static std::once_flag once;
   std::call_once(once, [] {

@@ -1,5 +1,5 @@
-// libnccl.so.2 between processes of one host. A call has two halves: `post` copies what others need and never waits,
-// `finish` waits for theirs. All posts of a group come before its first finish, so the order within a group is free.
+// libnccl.so.2 between processes of one host. A call has two halves: `post` copies its data for the others without
+// waiting, `finish` waits for theirs. All posts of a group precede its first finish, so order in a group is free.
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 #include <unistd.h>
@@ -155,8 +155,8 @@ void perform(std::vector<Call> calls) {
   for (Call& call : calls) call.finish();
 }
 
-// A rank that waits for a message says so; the rank that owes it then runs its next delayed call, as a GPU would without
-// anyone's synchronising.
+// A rank that waits for a message announces it; the sending rank then runs its next delayed call, as a GPU would
+// without a synchronisation.
 void serve_waiting_ranks() {
   for (;;) {
     usleep(5000);
@@ -219,7 +219,7 @@ ncclResult_t submit(Call call, cudaStream_t handle) {
   return ncclSuccess;
 }
 
-// What every rank has to say while communicators are made; waits for all of them.
+// The data of every rank at the creation of communicators; waits for all of them.
 template <class T>
 std::vector<T> exchange(ncclComm* comm, const T& mine) {
   const std::string message = "s" + std::to_string(comm->setups++) + "-";

@@ -88,7 +88,7 @@ void Channel::take(const std::string& message, int from, const Signature& expect
   for (bool waited = false;; waited = true) {
     const uint32_t seen = control_->arrivals[rank];
     file = open(file_path.c_str(), O_RDWR | O_CLOEXEC);
-    // A wish that is left behind would run the sender's next call before anyone asks. Other ranks repeat theirs.
+    // A request left behind would run the sender's next call too early. Other ranks repeat theirs.
     if (waited && (file >= 0 || aborted_)) control_->wanted[from] = 0;
     if (file >= 0) break;
     if (aborted_) return;

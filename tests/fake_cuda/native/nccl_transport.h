@@ -12,8 +12,8 @@
 // Names of the calls, by Signature::call.
 extern const char* const kCallNames[];
 
-// What a message belongs to. Sender and receiver must mean the same call: else the run ends here, with both in words,
-// where real NCCL hangs or writes past the end.
+// The call that a message belongs to. Sender and receiver must mean the same call; otherwise the run ends here with a
+// description of both, where real NCCL hangs or writes past the end.
 struct Signature {
   int call = 0, type = 0, reduction = 0, root = 0;
   uint64_t count = 0;

@@ -1,4 +1,4 @@
-// libnvidia-ml.so.1: what torch, vLLM, Ray and pynvml ask. The wheels hold no header; these are the published signatures.
+// libnvidia-ml.so.1: the functions that torch, vLLM, Ray and pynvml call, with the published signatures.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 enum Result { kSuccess = 0, kInvalidArgument = 2, kNotSupported = 3, kNotFound = 6 };
 constexpr const char* kDriver = "580.65.06";
 
-// A device handle is its number plus one; NVML knows nothing of CUDA_VISIBLE_DEVICES.
+// A device handle is its number plus one; NVML ignores CUDA_VISIBLE_DEVICES.
 using Device = void*;
 int index_of(Device device) { return int(intptr_t(device)) - 1; }
 Device handle_of(int index) { return reinterpret_cast<Device>(intptr_t(index) + 1); }

@@ -1,4 +1,4 @@
-// libcudart.so.13: devices, errors, and what it asks the driver for.
+// libcudart.so.13: devices, errors, and queries to the driver.
 #include <dlfcn.h>
 
 #include <algorithm>

@@ -15,7 +15,7 @@ using namespace fakecuda;
 
 namespace {
 
-// What a cudaIpcMemHandle_t holds: where the memory's file is found.
+// Contents of a cudaIpcMemHandle_t: where to find the memory's file.
 struct MemoryHandle {
   int pid, file, device;
   size_t size;
@@ -47,7 +47,7 @@ cudaError_t free_after_work(void* memory) {
   return release(memory);
 }
 
-// A memory pool counts and allocates directly: fragmentation and reuse are not pretended.
+// A memory pool counts and allocates directly: fragmentation and reuse are not emulated.
 struct Pool {
   unsigned long long threshold = 0;
 };

@@ -1,4 +1,4 @@
-// What the processes of one run share (a directory: memory in use on each device, reports), and one process's settings.
+// State shared by the processes of one run (a directory: memory in use per device, reports), and process settings.
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kMaxDevices = 64, kMaxProcesses = 1024;
 
-// Bytes in use, one row per process. A row whose process is gone counts no more: a killed engine's memory is free.
+// Bytes in use, one row per process. Rows of dead processes do not count: a killed engine's memory is free.
 struct Usage {
   struct Row {
     int pid;

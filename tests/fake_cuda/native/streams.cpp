@@ -1,8 +1,8 @@
-// Streams, events and captures. Eager: work runs when it is given, in the program's order. Lazy: each stream has a thread
-// that runs what a synchronisation asks for, as late as it may; missing synchronisation then shows as wrong numbers. Of work
-// that may run at once, what was given last runs first: an order that nobody made is the reverse of the program's.
+// Streams, events and captures. Eager: work runs when it is submitted, in program order. Lazy: each stream has a thread
+// that runs work when a synchronisation needs it, as late as possible; missing synchronisation then gives wrong
+// numbers. Of work that may run at once, the last submitted runs first, to reverse any order that is not enforced.
 //
-// What nobody asks for runs FAKECUDA_STREAM_DELAY seconds after it was given, as a GPU would run it some time.
+// Work that nothing waits for runs FAKECUDA_STREAM_DELAY seconds after submission, as a GPU would run it eventually.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -40,7 +40,7 @@ double delay() {
   return seconds;
 }
 
-// All of `stream` up to `sequence` may run, and what it comes after. The lock is held.
+// Allows all work of `stream` up to `sequence`, and its predecessors, to run. The lock is held.
 void allow(Stream* stream, uint64_t sequence) {
   if (sequence <= stream->allowed) return;
   const uint64_t before = stream->allowed;
@@ -53,14 +53,14 @@ void allow(Stream* stream, uint64_t sequence) {
   changed.notify_all();
 }
 
-// Whether all that `item` comes after is done. The lock is held.
+// Returns true if all predecessors of `item` are done. The lock is held.
 bool is_ready(const Item& item) {
   return std::all_of(item.after.begin(), item.after.end(),
                      [](const Position& position) { return position.stream->done >= position.sequence; });
 }
 
-// Whether another stream runs, or may run now, work that was given later than `item`. A stream whose work waits for
-// something counts no more (let_others_run). The lock is held.
+// Returns true if another stream runs, or may run now, work submitted after `item`. A stream whose work waits does not
+// count (let_others_run). The lock is held.
 bool later_work_runs(const Stream* stream, const Item& item) {
   return std::any_of(streams.begin(), streams.end(), [&](const Stream* other) {
     if (other == stream) return false;

@@ -12,7 +12,7 @@ namespace fake {
 
 using MaybeTensor = std::optional<at::Tensor>;
 
-// Which keys a query sees. Query i stands at position i + shift among the keys; a negative reach is without bound.
+// The keys that a query attends to. Query i has position i + shift among the keys; a negative reach is unbounded.
 struct Sight {
   int64_t shift = 0;
   int64_t left = -1, right = -1;

@@ -56,7 +56,7 @@ bool starts_with_any(const std::string& name, const char* const (&prefixes)[N]) 
   return std::any_of(std::begin(prefixes), std::end(prefixes), [&](const char* p) { return starts_with(name, p); });
 }
 
-// What fakecuda_sweep() knows of an operator it has replaced.
+// The record of an operator that fakecuda_sweep() has replaced.
 struct Replaced {
   c10::SafeKernelFunction cuda;  // the kernel it had
   bool host_half;
@@ -113,8 +113,8 @@ struct DelayedCall {
   static void drop(void* context) { delete static_cast<DelayedCall*>(context); }
 };
 
-// A CPU generator that follows the CUDA generator's seed and offset, so that a saved and restored state means what it
-// means on a GPU. The numbers themselves are others than a GPU's.
+// A CPU generator that follows the CUDA generator's seed and offset, so that saved and restored states have the same
+// effect as on a GPU. The numbers themselves differ from a GPU's.
 at::Generator host_generator(const IValue& given, Device device, int64_t numel) {
   at::Generator source = given.isGenerator() && given.toGenerator().defined()
                              ? given.toGenerator()

@@ -1,4 +1,4 @@
-// What the operators ask of the fake CUDA runtime (native/fake.h, exported by libcudart.so.13).
+// The part of the fake CUDA runtime that operators use (native/fake.h, exported by libcudart.so.13).
 #pragma once
 
 extern "C" {

@@ -108,7 +108,7 @@ void flash3(const c10::OperatorHandle& op, Stack* stack) {
   stack->push_back(c10::List<Tensor>({batch.out, lse, at::empty({0}), at::empty({0})}));
 }
 
-// How the kernel's blocks are spread over the GPU: nothing to know here, but of the length that callers slice.
+// The distribution of the kernel's blocks over the GPU: only the length matters here, since callers slice it.
 void flash3_metadata(const c10::OperatorHandle& op, Stack* stack) {
   Arguments arguments(op, stack);
   stack->push_back(at::zeros({arguments["batch_size"].toInt() + 1}, at::kInt));
