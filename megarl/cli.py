@@ -311,7 +311,8 @@ def _print_error(error: UserError) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isascii() and text.isdigit() else 0  # another one is refused
 
 
 if __name__ == "__main__":

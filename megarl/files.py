@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +101,17 @@ def stand_in(path: Path) -> str | None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around a write to an open file: an error that names none, as a full disk's, names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Around code that writes below ``path``, an existing directory.
 
@@ -113,8 +123,23 @@ def writing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # torch's and safetensors' writers raise types of their own
-        full = shutil.disk_usage(path).free < _ROOM or "No space left" in str(error)
-        if full:
-            known = OSError(errno.ENOSPC, "", str(path))
-            raise as_user_error(known) or error from error
+        if (found := disk_is_full(path, error)) is not None:
+            raise found from error
         raise
+
+
+def disk_is_full(path: Path, error: BaseException) -> UserError | None:
+    """The line for a failed write below ``path`` where that file system has no room left; else None.
+
+    Writers of libraries say it in ways of their own: "unexpected pos 704 vs 598", "I/O error".
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT):
+        return None
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return None
+    no_room = status.f_bavail * status.f_frsize < _ROOM or (status.f_files > 0 and status.f_favail == 0)
+    if no_room or "No space left" in str(error):
+        return as_user_error(OSError(errno.ENOSPC, "", str(path)))
+    return None

@@ -61,6 +61,10 @@ def world_size(environ: Mapping[str, str]) -> int | None:
         raise UserError(
             f"WORLD_SIZE is {size} but {', '.join(missing)} not set; start ranks with torchrun or srun"
         )
+    for name, below in (("RANK", size), ("LOCAL_RANK", size), ("MASTER_PORT", 2**16)):
+        text = environ.get(name, "0")
+        if not (text.isascii() and text.isdigit() and int(text) < below):
+            raise UserError(f"{name}: expected an integer below {below} (got {text[:40]!r})")
     return size
 
 
@@ -188,7 +192,8 @@ def _start_rank(rank: int, size: int, port: str, arguments: Sequence[str]) -> su
     }
     environment |= rank_threads(environment, size)
     return subprocess.Popen(
-        [sys.executable, "-m", "megarl.cli", *arguments],
+        # -P: a yaml.py or random.py in the current directory is not taken for the package.
+        [sys.executable, "-P", "-m", "megarl.cli", *arguments],
         env=environment,
         start_new_session=True,  # a Ctrl-C reaches the ranks through this process only, once
         preexec_fn=die_with_parent,  # a SIGKILL here must not leave ranks writing to the run directory
@@ -224,12 +229,17 @@ def _explain_failure(ranks_path: Path, rank: int, code: int, pids: Sequence[int]
     """Print which rank ended the run and its last phase, unless the rank has printed an error itself."""
     if code == 2:
         return
+    if (said := heartbeat.first_line(ranks_path)) is not None:  # before what the others had to say of its end
+        print(f"error: {said}", file=sys.stderr)
+        return
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     beat = heartbeat.read_heartbeat(ranks_path, rank)
     if beat is None or beat["pid"] not in pids:  # none, or from an earlier run
         print(f"error: rank {rank} {how} before its run began", file=sys.stderr)
-    elif beat["state"] != "failed":  # a failed rank has printed its error
+    elif beat["state"] != "failed":
         heartbeat.report(ranks_path, [rank], how)
+    elif len(pids) > 1:  # it has said so itself, but not last
+        print(f"error: {heartbeat.explain(ranks_path, rank, how, show_traceback=False)}", file=sys.stderr)
 
 
 def _send(ranks: Sequence[RankProcess], number: int) -> None:
@@ -250,6 +260,6 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
 
 
 def _positive(text: str, name: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"{name}: expected an integer >= 1 (got {text!r})")
+    if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
+        raise UserError(f"{name}: expected an integer >= 1 (got {text[:40]!r})")
     return int(text)

@@ -41,6 +41,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from megarl.config.renamed import with_new_names
 from megarl.config.yaml_text import dump_yaml, parse_yaml
 from megarl.errors import UserError
+from megarl.files import naming
 
 if TYPE_CHECKING:
     from megarl.config.training import TrainingRoot
@@ -107,8 +108,11 @@ class RunDirectory:
             self.close()
             raise
         self._remove_leftovers()
-        self.samples_path.mkdir(exist_ok=True)
-        self.checkpoints_path.mkdir(exist_ok=True)
+        for folder in (self.samples_path, self.checkpoints_path, self.ranks_path):
+            if folder.exists() and not folder.is_dir():
+                self.close()
+                raise UserError(f"run.dir: {folder} is a file where the run keeps a directory; move it away")
+            folder.mkdir(exist_ok=True)
         write_atomically(self.config_path, dump_yaml(dict(resolved_config)))
         return changes
 
@@ -179,7 +183,12 @@ class RunDirectory:
                     "resumed safely; choose another run.dir"
                 )
             return []
-        old = parse_yaml(self.config_path.read_text(encoding="utf-8"), str(self.config_path)).value
+        try:
+            text = self.config_path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"{self.config_path}: cannot be read ({why}); choose another run.dir") from None
+        old = parse_yaml(text, str(self.config_path)).value
         if not isinstance(old, dict):
             raise UserError(f"{self.config_path}: not a configuration; choose another run.dir")
         old = with_new_names(old)
@@ -235,9 +244,10 @@ class RunDirectory:
         ``float`` accepts. Later values of the same step (an evaluation) are a second line.
         """
         assert self._metrics is not None, "call start_after() before the first step"
-        self._metrics.write(_to_json_line({"step": step, **values}))
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with naming(self.metrics_path):
+            self._metrics.write(_to_json_line({"step": step, **values}))
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> Path:
         """Write samples/step_N.jsonl atomically.
@@ -356,8 +366,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace the contents of ``path``; readers and a crash see either the old or the new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Decoded text may contain lone surrogates; JSON would write "\ud83d" for one.
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as handle:
+    # Text of a broken tokenizer may hold lone surrogates; "\ud83d" is what JSON would write for one.
+    with naming(path), open(temporary, "w", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())

@@ -123,6 +123,39 @@ def test_world_size() -> None:
         world_size({"WORLD_SIZE": "two"})
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("RANK", "5"),
+        ("RANK", "x"),
+        ("RANK", "-1"),
+        ("LOCAL_RANK", "2"),
+        ("MASTER_PORT", "99999"),
+        ("MASTER_PORT", "x"),
+        ("WORLD_SIZE", "²"),
+        ("WORLD_SIZE", "9" * 5000),
+    ],
+)
+def test_variables_that_no_launcher_sets(name: str, text: str) -> None:
+    environ = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "29500"}
+    assert world_size(environ) == 2
+    with pytest.raises(UserError, match=f"^{name}: expected a whole number") as caught:
+        world_size({**environ, name: text})
+    assert len(str(caught.value)) < 200
+
+
+def test_a_package_of_the_current_directory_is_not_started(tmp_path: Path) -> None:
+    """Neither megarl nor what it imports: a yaml.py of the user's own stands for nothing of ours."""
+    (tmp_path / "yaml.py").write_text("raise SystemExit(7)")
+    (tmp_path / "megarl.py").write_text("raise SystemExit(7)")
+    script = "import os, sys; from megarl import launch; os.chdir(sys.argv[1]); "
+    script += "sys.exit(launch.run_ranks(2, ['sft', '--config', 'none.yaml']))"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "none.yaml: cannot read the configuration" in done.stderr
+
+
 # Stands in for the command line in the ranks: `python -m megarl.cli` finds this package first.
 RANK_PROGRAM = """
 import os, pathlib, signal, sys, time
@@ -159,7 +192,7 @@ def launcher(tmp_path: Path) -> list[str]:
         import os, pathlib, sys
         from megarl import launch
         launch._GRACE_SECONDS = 1.0
-        os.chdir({str(tmp_path / "ranks")!r})  # python -m looks here first
+        os.environ["PYTHONPATH"] = {str(tmp_path / "ranks")!r}  # where ranks look first
         ranks = pathlib.Path({str(tmp_path)!r}) / "ranks"
         sys.exit(launch.run_ranks(3, [sys.argv[1], {str(tmp_path)!r}], ranks))
     """

@@ -12,17 +12,18 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from megarl.errors import UserError
+from megarl.files import as_user_error
 
 FAILURE_FILE = "failure.txt"
 _TRACEBACK_LINES = 40
@@ -93,12 +94,16 @@ class Heartbeat:
             self._crashes.close()
         if error is None or isinstance(error, SystemExit):
             self._state = "ended"
-            traceback_file(self._folder, self._rank).unlink(missing_ok=True)
+            with suppress(OSError):
+                traceback_file(self._folder, self._rank).unlink(missing_ok=True)
         else:
             self._state = "failed"
-            traceback_file(self._folder, self._rank).write_text("".join(traceback.format_exception(error)))
-        self._write()
-        if error is None or isinstance(error, SystemExit | KeyboardInterrupt | UserError):
+            with suppress(OSError):  # a full disk, perhaps the one that the error is about
+                path = traceback_file(self._folder, self._rank)
+                path.write_text("".join(traceback.format_exception(error)))
+        with suppress(OSError):
+            self._write()
+        if error is None or isinstance(error, SystemExit | KeyboardInterrupt) or as_user_error(error):
             return
         if self._size == 1 or not self._report_dead_ranks():
             print(
@@ -222,7 +227,7 @@ def clear(folder: Path) -> None:
     """Rank 0, before any rank starts: create or empty the folder."""
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def report(folder: Path, ranks: list[int], what: str) -> None:
@@ -236,6 +241,15 @@ def report(folder: Path, ranks: list[int], what: str) -> None:
     except OSError:
         text = "\n".join(explain(folder, rank, what) for rank in ranks)
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def first_line(folder: Path) -> str | None:
+    """What failure.txt says of the rank that ended the run; None where no rank has written one."""
+    try:
+        text = (folder / FAILURE_FILE).read_text(errors="replace")
+    except OSError:
+        return None
+    return next(iter(text.splitlines()), None)
 
 
 def explain(folder: Path, rank: int, what: str, *, show_traceback: bool = True) -> str:

@@ -62,7 +62,7 @@ class RankActor:
         inherited = {name: value for name, value in os.environ.items() if not _is_rays_own(name)}
         threads = rank_threads(environment, int(environment["LOCAL_WORLD_SIZE"]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megarl.cli", *arguments],
+            [sys.executable, "-P", "-m", "megarl.cli", *arguments],
             env={**inherited, **threads, **environment},
             cwd=folder,
             stdout=subprocess.PIPE,

@@ -7,16 +7,19 @@ to reach the dead head for a minute or more, so a reaper kills them.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -34,14 +37,18 @@ ADDRESS_VARIABLE = "MEGARL_RAY_ADDRESS"
 NODE_VARIABLE = "MEGARL_RAY_NODE"
 _DIR_PREFIX = "megarl-ray-"
 _UNLINK_SECONDS = 30.0
-# Unix socket paths are limited to 107 bytes, of which Ray's session directory takes about 75.
-_MAX_TEMP_ROOT = 30
+# Unix socket paths end at 107 bytes: Ray's session directory takes 64 of them, a folder of ours 22.
+_MAX_TEMP_ROOT = 20
+_LOCK = ".lock"
+_INNER = "r"  # Ray makes the folder that it is given 0777; the one around it stays the owner's
+_FRESH_SECONDS = 60.0  # between the making of a folder and its lock
 
 
 @dataclass(frozen=True, slots=True)
 class _Session:
     temp_dir: Path
-    reaper: subprocess.Popen[bytes] | None  # None for a cluster
+    lock: IO[str]  # held as long as this process lives
+    reaper: subprocess.Popen[bytes] | None  # of a Ray that was started here
 
 
 _sessions: list[_Session] = []  # one while Ray runs
@@ -58,20 +65,57 @@ def start_ray(num_cpus: int | None = None) -> None:
     # With Ray's default niceness of 15 an engine gets a few percent of a contended core.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
-    temp_dir = make_temp_dir()
+    temp_dir, lock = make_temp_dir()
     if address := os.environ.get(ADDRESS_VARIABLE):
         _init(address=address)
-        _sessions.append(_Session(temp_dir, None))
+        _sessions.append(_Session(temp_dir, lock, None))
         return
-    _init(
-        address="local",  # not the cluster of RAY_ADDRESS: weights need this machine's memory
-        num_cpus=num_cpus or os.cpu_count(),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        _temp_dir=str(temp_dir),
-    )
+    with _on_loopback():
+        _init(
+            address="local",  # not a cluster that RAY_ADDRESS names: weights need this machine's memory
+            num_cpus=num_cpus or os.cpu_count(),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=str(temp_dir / _INNER),
+            job_config=_job_config(),
+        )
     _end_unused_daemons()
-    _sessions.append(_Session(temp_dir, _start_reaper(str(temp_dir))))
+    _sessions.append(_Session(temp_dir, lock, _start_reaper(str(temp_dir))))
+
+
+class _NoPaths(list[str]):
+    def extend(self, paths: Iterable[str]) -> None:
+        """Takes none of them."""
+
+
+def _job_config() -> Any:
+    """Of workers that do not search the driver's folders before what is installed.
+
+    A yaml.py in the current directory would be taken for the package otherwise. Objects of the user's own are
+    found there all the same, after everything else (megarl.config.dotted).
+    """
+    from ray.job_config import JobConfig
+
+    job_config = JobConfig()
+    job_config._py_driver_sys_path = _NoPaths()  # not Ray's public interface
+    return job_config
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray's servers listen on 127.0.0.1 alone: nobody joins a Ray of one machine over the network.
+
+    ``ray.init`` turns a node's address that is given as 127.0.0.1 into the network's; the flag by which it
+    decides is for systems that ask their user about every port.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # not Ray's public interface
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def connect_ray(num_cpus: int) -> str:
@@ -96,7 +140,7 @@ def connect_ray(num_cpus: int) -> str:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"RAY_ADDRESS: no Ray cluster answers at {named} ({reason})") from error
-    _sessions.append(_Session(make_temp_dir(), None))
+    _sessions.append(_Session(*make_temp_dir(), None))
     return str(ray.get_runtime_context().gcs_address)
 
 
@@ -170,10 +214,16 @@ def unlink_on_node(names: list[str], node: str) -> None:
             log.warning("Shared memory on node %s was not removed: %s", node, error)
 
 
-def make_temp_dir() -> Path:
-    """Create a temporary folder with a path short enough for Ray; remove those of dead processes."""
+def make_temp_dir() -> tuple[Path, IO[str]]:
+    """A folder of this process's user, short enough for Ray, and the lock that says that it is in use.
+
+    What killed processes have left is removed.
+    """
     _remove_stale_dirs()
-    return Path(tempfile.mkdtemp(prefix=f"{_DIR_PREFIX}{os.getpid()}-", dir=_temp_root()))
+    folder = Path(tempfile.mkdtemp(prefix=_DIR_PREFIX, dir=_temp_root()))
+    lock = open(folder / _LOCK, "w", encoding="utf-8")  # noqa: SIM115 (held until this process ends)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
 
 
 def started_here() -> bool:
@@ -198,6 +248,7 @@ def stop_ray() -> None:
         session.reaper.communicate()
     ray.shutdown()
     shutil.rmtree(session.temp_dir, ignore_errors=True)  # a daemon may still be writing its last log line
+    session.lock.close()
 
 
 def _start_reaper(temp_dir: str) -> subprocess.Popen[bytes]:
@@ -225,8 +276,26 @@ def _temp_root() -> Path:
 
 
 def _remove_stale_dirs() -> None:
-    """Remove the directories of killed drivers."""
+    """Directories of drivers that were killed before they could tidy up.
+
+    A lock tells, not a process id: containers that share a temporary directory do not see each other's.
+    """
     for path in _temp_root().glob(f"{_DIR_PREFIX}*"):
-        pid = path.name.removeprefix(_DIR_PREFIX).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and path.stat().st_uid == os.getuid():
-            shutil.rmtree(path, ignore_errors=True)
+        try:
+            if path.is_dir() and path.stat().st_uid == os.getuid() and _is_abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # another driver has just removed it
+            continue
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        lock = open(folder / _LOCK, "r+", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:  # it is being made, or its driver was killed in that moment
+        return time.time() - folder.stat().st_mtime > _FRESH_SECONDS
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True

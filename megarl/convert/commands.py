@@ -20,6 +20,7 @@ from megarl.convert import distcp, hf_side
 from megarl.convert.adapters import AdapterCheckpoint, has_adapters
 from megarl.convert.pieces import Dialect, Piece, extra_states, pieces_of
 from megarl.errors import UserError
+from megarl.files import disk_is_full
 from megarl.models import load_architecture
 from megarl.models.spec import ModelSpec, MoeSpec
 from megarl.models.table import Architecture
@@ -301,10 +302,16 @@ def output_directory(target: Path, request: dict[str, Any], overwrite: bool) -> 
     note.write_text(json.dumps(request))
     try:
         yield partial
-    except OSError as error:
-        raise UserError(
-            f"{partial}: {error.strerror or error}; run the same command again to resume"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # torch's and safetensors' writers raise types of their own
+        if (full := disk_is_full(partial, error)) is not None:
+            raise full from error
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{partial}: {error.strerror or error}; run the same command again to resume"
+            ) from error
+        raise
     note.unlink()
     if target.exists():
         shutil.rmtree(target)

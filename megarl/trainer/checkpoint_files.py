@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megarl.cluster.collectives import from_first_rank, gather_to_first_rank
 from megarl.errors import UserError
+from megarl.files import disk_is_full
 from megarl.platform.memory import wait_for
 from megarl.trainer.checksums import Checksum, checksums_of, write_checksums
 
@@ -105,8 +106,9 @@ class RankFiles:
             results = self._writer.write_data(plan, _PlannedValues(self._values)).wait()
             names = {result.storage_data.relative_path for result in results} | self._small.keys()
             checksums = checksums_of(self._directory, sorted(names))
-        except Exception as error:  # all ranks must learn of any error
-            return Report([], [], str(error) or type(error).__name__)
+        except Exception as error:  # whatever it is, all ranks have to hear of it
+            full = disk_is_full(self._directory, error)
+            return Report([], [], str(full or error) or type(error).__name__)
         finally:
             self._values.clear()
         return Report(self._items, results, checksums=checksums)

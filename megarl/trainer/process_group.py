@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.cluster import collectives
+from megarl.cluster.rendezvous import open_store
 from megarl.config.parallel import ParallelConfig
 from megarl.layout import ParallelLayout
 from megarl.platform import Platform
@@ -42,7 +43,10 @@ def join(platform: Platform) -> int:
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(platform.backend, rank=rank, world_size=world_size, timeout=timeout)
+        store = open_store(rank, world_size, timeout)
+        dist.init_process_group(
+            platform.backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
     collectives.join()
     return rank
 

@@ -10,6 +10,17 @@ import numpy
 import torch
 
 from megarl import platform
+from megarl.errors import UserError
+from megarl.terminal import one_line
+
+
+# Older checkpoints hold numpy's state as numpy has it: with an array, which is rebuilt from its bytes.
+_NUMPY: list[Any] = [
+    numpy._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    numpy.ndarray,
+    numpy.dtype,
+    type(numpy.dtype("uint32")),
+]
 
 
 def file(directory: Path, rank: int) -> Path:
@@ -18,19 +29,30 @@ def file(directory: Path, rank: int) -> Path:
 
 
 def read(directory: Path, rank: int, num_ranks: int) -> dict[str, Any] | None:
-    """Return the states of ``rank``; None unless exactly ``num_ranks`` ranks wrote the checkpoint."""
+    """What ``rank`` wrote; None where fewer or more than ``num_ranks`` ranks wrote the checkpoint.
+
+    Tensors, numbers and texts: nothing else is unpickled.
+
+    Raises:
+        UserError: the file is damaged, or holds something else.
+    """
     own = file(directory, rank)
     if file(directory, num_ranks).exists() or not own.exists():
         return None
-    found: dict[str, Any] = torch.load(own, weights_only=False)
+    try:
+        with torch.serialization.safe_globals(_NUMPY):
+            found: dict[str, Any] = torch.load(own, weights_only=True)
+    except Exception as error:  # torch's reader and its unpickler raise types of their own
+        raise UserError(f"{own}: damaged, or not a random state: {one_line(str(error))[:200]}") from error
     return found
 
 
 def take() -> dict[str, Any]:
-    """Return the current states."""
+    """The states as they are."""
+    name, keys, *rest = numpy.random.get_state(legacy=True)  # noqa: NPY002  what libraries draw from
     state = {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),  # noqa: NPY002  used by libraries
+        "numpy": (str(name), torch.from_numpy(numpy.asarray(keys).astype("int64")), *rest),
         "torch": torch.get_rng_state(),
     }
     if platform.current().name == "cuda":  # otherwise it is the CPU's
@@ -43,7 +65,8 @@ def put(state: dict[str, Any]) -> bool:
     if ("cuda" in state) != (platform.current().name == "cuda"):
         return False
     random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])  # noqa: NPY002
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, numpy.asarray(keys).astype("uint32"), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

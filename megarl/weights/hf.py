@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
-from megarl.files import read_index, stand_in
+from megarl.files import read_index, stand_in, writing
 from megarl.models.score import SCORE, score_config
 from megarl.models.table import Architecture, Region, name_problems
 
@@ -248,7 +248,8 @@ def export_hf(
             if len(shards) == 1
             else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         )
-        save_file(shard, partial / file, metadata={"format": "pt"})
+        with writing(partial):
+            save_file(shard, partial / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from megarl.config.lora import LoraConfig
 from megarl.errors import UserError
+from megarl.files import writing
 from megarl.models.lora import adapted_modules, adapter_shapes, targets_of
 from megarl.models.table import Architecture, name_problems
 
@@ -40,7 +41,8 @@ def export_adapter(
     expected = adapter_shapes(adapted_modules(architecture, lora), lora.rank)
     if problems := name_problems(expected, found, str(directory)):
         raise UserError("\n".join(problems))
-    save_file(found, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    with writing(partial):
+        save_file(found, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.end_to_end.harness import (
     run,
     write_config,
 )
+from tests.processes import command_line
 
 # Generous: process starts take ten times as long on a machine that does other things as well.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -62,8 +64,9 @@ def test_a_killed_run_goes_on_and_leaves_no_process(
     names = [child.name() for child in family]
     assert any("raylet" in name for name in names)
     assert any("Engine" in name for name in names), names
+    [folder] = {name for child in family for name in re.findall(r"megarl-ray-\w+/", command_line(child))}
     killed.kill()
-    assert survivors({child.pid for child in family}, f"megarl-ray-{killed.process.pid}-") == []
+    assert survivors({child.pid for child in family}, folder) == []
     assert "step_4" not in saved
 
     output = run("grpo", "--config", config, output=tmp_path / "2.log")

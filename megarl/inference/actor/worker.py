@@ -44,7 +44,10 @@ class EngineActor(ABC):
     def __init__(self, settings: EngineSettings, log_path: str) -> None:
         _redirect_output(log_path)
         # The driver's directory, unless this is another host.
-        temp_dir = settings.temp_dir if os.path.isdir(settings.temp_dir) else str(make_temp_dir())
+        temp_dir = settings.temp_dir
+        if not os.path.isdir(temp_dir):
+            folder, self._temp_dir_lock = make_temp_dir()
+            temp_dir = str(folder)
         # Variables that are read once are set before this process starts (megarl.cluster.variables).
         os.environ["TMPDIR"] = tempfile.tempdir = temp_dir
         self._settings, self._log_path = settings, Path(log_path)
