@@ -54,7 +54,7 @@ ODD_VALUES = (
 def base(job: str, model: Path, folder: Path) -> str:
     """A quickstart's configuration on a model of the test's."""
     text = (ROOT / "configs" / f"quickstart_{job}.yaml").read_text()
-    text = re.sub(r"runs/quickstart/(?:\w+/hf|model)\b", str(model), text)
+    text = re.sub(r"runs/quickstart/(?:(?:\w+/)?hf|model)\b", str(model), text)
     return text.replace("runs/quickstart", str(folder / "runs"))
 
 

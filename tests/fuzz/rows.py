@@ -108,6 +108,11 @@ class RowsFile:
         return ["data", "inspect", str(folder / "rows.yaml"), "--for", job, "-n", "2"]
 
 
+def good_rows(kind: str) -> bytes:
+    """A file of JSON lines with nothing wrong."""
+    return _jsonl([ROWS[kind][1]] * 4, [])
+
+
 def rows_file(seed: int) -> RowsFile:
     """Good rows, of which some are changed; the same seed gives the same file."""
     chance = random.Random(seed)

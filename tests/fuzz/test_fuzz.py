@@ -27,6 +27,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("fuzz_model") / "model")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded(tmp_path_factory: pytest.TempPathFactory, model: Path) -> None:
+    """The libraries: their import takes seconds, which are no command's."""
+    folder = tmp_path_factory.mktemp("loaded")
+    run(
+        "load", rows.RowsFile("chat", ".jsonl", rows.good_rows("chat"), False).write(folder, model), limit=120
+    )
+    run("load", ["convert", "inspect", str(model)], limit=120)
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path) -> Iterator[None]:
     """Odd paths may be relative ones."""
