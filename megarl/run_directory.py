@@ -188,11 +188,13 @@ class RunDirectory:
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise UserError(f"{self.config_path}: cannot be read ({why}); choose another run.dir") from None
-        old = parse_yaml(text, str(self.config_path)).value
+        old = parse_yaml(text, str(self.config_path), expand=False).value
         if not isinstance(old, dict):
             raise UserError(f"{self.config_path}: not a configuration; choose another run.dir")
         old = with_new_names(old)
-        differing = _differences(old, parse_yaml(dump_yaml(dict(resolved_config)), "config.yaml").value)
+        differing = _differences(
+            old, parse_yaml(dump_yaml(dict(resolved_config)), "config.yaml", expand=False).value
+        )
         if chosen is not None:
             known = _flatten(old).keys() | _flatten(chosen).keys()
             differing = {field: text for field, text in differing.items() if field in known}

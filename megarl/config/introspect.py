@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from megarl.config.section import Section
+from megarl.config.section import IS_PATH, Section
 from megarl.config.violation import Path
 
 _PLAIN = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
@@ -80,6 +80,12 @@ def accepts_text(annotation: Any) -> bool:
         leaf is str or (get_origin(leaf) is Literal and all(isinstance(v, str) for v in get_args(leaf)))
         for leaf in leaf_types(annotation)
     )
+
+
+def is_path(field: FieldInfo) -> bool:
+    """Whether a path belongs here: what lies where is no secret, and readers of a run's directory need it."""
+    parts = [part for part in get_args(field.annotation) if get_origin(part) is Annotated]
+    return any(IS_PATH in metadata for metadata in (field.metadata, *(part.__metadata__ for part in parts)))
 
 
 def accepts_null(annotation: Any) -> bool:

@@ -5,6 +5,7 @@ All violations are collected and reported together, one line each, with file and
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path as FilePath
@@ -20,6 +21,7 @@ from megarl.config.introspect import (
     config_path,
     describe_field,
     fields_at,
+    is_path,
     sections_of,
     select_section,
     tag_field,
@@ -30,16 +32,19 @@ from megarl.config.suggest import REPLACED, explain_unknown
 from megarl.config.violation import Origins, Path, Violation, dotted, show
 from megarl.config.yaml_text import (
     MAX_BYTES,
+    AsWritten,
     YamlText,
     check_text,
     dump_yaml,
     expand_variables,
+    names_variables,
     parse_yaml,
 )
 from megarl.errors import UserError
 
 _Config = TypeVar("_Config", bound=Section)
 _COMMAND_LINE = "command line"
+_LEAST_HIDDEN = 4  # characters: shorter ones are no keys, and stand in other words
 _NO_VALUE = object()
 
 
@@ -72,7 +77,27 @@ def load_config(
 
 def dump_config(config: Section) -> str:
     """Return YAML with every field resolved; :func:`load_config` reads it back as an equal configuration."""
-    return dump_yaml(config.model_dump())
+    return dump_yaml(public(config))
+
+
+def public(config: Section) -> dict[str, Any]:
+    """Every field as plain data (JSON's types), as files, logs and services may have it.
+
+    Texts into which variables of the environment went are those of the file, ${NAME}: they may be keys and
+    passwords. Paths, numbers and truth values are resolved.
+    """
+    data = config.model_dump(mode="json")
+    for path, text in config._written.items():
+        place: Any = data
+        try:
+            for name in path[:-1]:
+                place = place[name] if isinstance(place, dict) else place[int(name)]
+            last: Any = path[-1] if isinstance(place, dict) else int(path[-1])
+            if isinstance(place[last], str):
+                place[last] = AsWritten(text)
+        except (KeyError, IndexError, TypeError, ValueError):  # a default has taken its place
+            continue
+    return data
 
 
 class _Loading:
@@ -86,6 +111,7 @@ class _Loading:
         self.data: dict[str, Any] = {}
         self.origins = Origins(_COMMAND_LINE if path is None else str(path))
         self.violations: list[Violation] = []
+        self.written: dict[Path, str] = {}
 
     def load(self, overrides: Sequence[str], num_processes: int | None) -> Any:
         if self.path is not None:
@@ -96,8 +122,32 @@ class _Loading:
             self.set_value(("parallel", "num_processes"), num_processes, "WORLD_SIZE")
         config = self.check()
         if self.violations:
-            raise UserError("\n".join(self.origins.report(self.violations)))
+            raise UserError("\n".join(map(self.hide, self.origins.report(self.violations))))
+        config._written = {at: text for at, text in self.written.items() if not self.is_path(at)}
         return config
+
+    def is_path(self, at: Path) -> bool:
+        """Whether a field holds a path."""
+        return any(map(is_path, fields_at(self.kind, at)))
+
+    def hide(self, line: str) -> str:
+        """A line without what variables of the environment have put into it."""
+        for at, written in self.written.items():
+            if self.is_path(at):
+                continue
+            known = {expand_variables(written): written}
+            known |= {os.environ.get(name, ""): f"${{{name}}}" for name in names_variables(written)}
+            for filled, instead in known.items():
+                for form in (filled, show(filled)):  # the latter is shortened
+                    if len(form) >= _LEAST_HIDDEN:
+                        line = line.replace(form, instead)
+        return line
+
+    def note_variables(self, parsed: YamlText, at: Path = ()) -> None:
+        """Remember where variables were filled in, below ``at``, and what stood there."""
+        self.written = {p: text for p, text in self.written.items() if p[: len(at)] != at or not at}
+        for inner, text in parsed.written.items():
+            self.written[(*at, *inner)] = text
 
     def read_file(self, path: FilePath) -> None:
         try:
@@ -111,6 +161,7 @@ class _Loading:
         if len(data) > MAX_BYTES:
             raise UserError(f"{path}: more than {MAX_BYTES // 2**10} KiB: not a configuration")
         parsed = parse_yaml(text, str(path))
+        self.note_variables(parsed)
         self.origins.places = {p: f"{path}:{line}" for p, line in parsed.lines.items() if p}
         for at, line, problem in parsed.problems:
             self.violations.append(Violation(at, problem))
@@ -135,13 +186,15 @@ class _Loading:
             self.fail_override((*path, *inner), problem)
         if not parsed.problems:
             self.set_value(path, parsed.value, _COMMAND_LINE)
+            self.note_variables(parsed, path)
         return None
 
     def read_override(self, path: Path, text: str) -> YamlText:
         annotations = [field.annotation for field in fields_at(self.kind, path)]
         is_null = text in ("null", "~") and any(map(accepts_null, annotations))
         if any(map(accepts_text, annotations)) and not is_null and not text.startswith(('"', "'")):
-            return YamlText(check_text(expand_variables(text)))
+            written = {(): text} if names_variables(text) else {}
+            return YamlText(check_text(expand_variables(text)), written=written)
         return parse_yaml(text, _COMMAND_LINE)
 
     def fail_override(self, path: Path, message: str) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from pydantic_core import PydanticCustomError
 
 from megarl.config.violation import Path, Violation, show
@@ -52,7 +52,8 @@ def _path(text: str) -> str:
     return expanded
 
 
-PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+IS_PATH = AfterValidator(_path)
+PathText = Annotated[str, Field(min_length=1), IS_PATH]
 """A path: ~ is the home directory, as in a shell."""
 
 Problems = Iterator[tuple[str, ...]]
@@ -68,6 +69,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    _written: dict[Path, str] = PrivateAttr(default_factory=dict)  # of a root: see megarl.config.load.public
 
     @field_validator("*")
     @classmethod

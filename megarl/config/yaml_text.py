@@ -72,6 +72,9 @@ class YamlText:
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
     problems: list[tuple[Path, int, str]] = field(default_factory=list)
+    written: dict[Path, str] = field(default_factory=dict)
+    """Texts into which variables of the environment went, as they stood in the file."""
+    expand: bool = True
     _open: set[yaml.Node] = field(default_factory=set)
     _num_values: int = 0
 
@@ -117,7 +120,7 @@ class YamlText:
     def _read_scalar(self, node: yaml.ScalarNode, path: Path, line: int) -> Any:
         text, tag = node.value, str(node.tag)
         try:
-            if "${" in text:
+            if "${" in text and self.expand:
                 text = expand_variables(text)
                 if node.style is None:  # unquoted: the type is that of the text as if written in place
                     tag = _Loader("").resolve(yaml.ScalarNode, text, (True, False))
@@ -127,14 +130,19 @@ class YamlText:
                     return self._fail(path, line, f"!!{name} on what is none (got {show(text)})")
                 return read(text)
             if name == "str":
+                if text != node.value and names_variables(node.value):
+                    self.written[path] = node.value
                 return check_text(text)
             return self._fail(path, line, f"unknown YAML tag {tag}")
         except ValueError as error:
             return self._fail(path, line, str(error))
 
 
-def parse_yaml(text: str, name: str) -> YamlText:
-    """Parse one YAML document. A syntax error is a UserError with ``name``, the file, and the line."""
+def parse_yaml(text: str, name: str, *, expand: bool = True) -> YamlText:
+    """Parse one YAML document; ``name`` is the file's, for syntax errors (UserError, with the line).
+
+    Without ``expand`` ${NAME} stays as it is written.
+    """
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -145,7 +153,7 @@ def parse_yaml(text: str, name: str) -> YamlText:
         raise UserError(f"{name}{where}: not valid YAML: {why}") from None
     except RecursionError:
         raise UserError(f"{name}: its values are nested too deeply") from None
-    parsed = YamlText()
+    parsed = YamlText(expand=expand)
     try:
         if node is not None:
             parsed.value = parsed._read(node, (), node.start_mark.line + 1)
@@ -199,8 +207,19 @@ def expand_variables(text: str) -> str:
     return _VARIABLE.sub(replace, text)
 
 
+class AsWritten(str):
+    """A text with ${NAME} in it that is written out as it stands, for the environment to fill in again."""
+
+
+def names_variables(text: str) -> list[str]:
+    """The NAMEs of every ${NAME} in ``text``; $${ is a plain one."""
+    return [match.group(1) for match in _VARIABLE.finditer(text) if match.group(1)]
+
+
 def _escape(value: Any) -> Any:
     match value:
+        case AsWritten():
+            return str(value)
         case str():
             return value.replace("${", "$${")
         case dict():

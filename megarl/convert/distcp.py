@@ -58,7 +58,8 @@ class DistcpReader:
             if index.fqn in self.shapes:
                 if getattr(info, "transform_descriptors", None):
                     raise UserError(f"{directory}: {index.fqn} is stored compressed, which is not supported")
-                if Path(info.relative_path).name != info.relative_path or info.offset < 0 or info.length < 0:
+                outside = info.relative_path in (".", "..") or "/" in info.relative_path
+                if outside or info.offset < 0 or info.length < 0:
                     raise UserError(f"{directory}/.metadata: sends {index.fqn} to {info.relative_path!r}")
                 self._chunks[index.fqn].append((tuple(index.offset), info))
         self._last: tuple[Any, torch.Tensor] | None = None

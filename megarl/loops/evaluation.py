@@ -10,6 +10,7 @@ from typing import Any
 
 from megarl.config.evaluate import EvalConfig
 from megarl.config.evaluation import EvaluationSizeConfig
+from megarl.config.load import public
 from megarl.config.model import is_megatron_checkpoint
 from megarl.config.parallel import ParallelConfig
 from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
@@ -143,7 +144,7 @@ def run_eval(config: EvalConfig) -> None:
     """Evaluate ``model.path`` with an engine; writes summary.json and samples/step_0.jsonl."""
     console, timers = Console("eval"), PhaseTimers()
     with RunDirectory(config.run.dir) as directory:
-        directory.open(config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True))
+        directory.open(public(config), config.model_dump(mode="json", exclude_defaults=True))
         config = _with_hugging_face_model(config, directory.path, console)
         architecture, tokenizer, longest = read_model(config)
         held_out = load_problems(config, tokenizer, longest, "held_out")

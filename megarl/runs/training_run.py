@@ -21,6 +21,7 @@ from megarl.runs.resuming import load, newest_whole, told_once
 from megarl.runs.checkpoint_manager import CheckpointManager
 from megarl.cluster import heartbeat
 from megarl.cluster.heartbeat import Heartbeat
+from megarl.config.load import public
 from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.metrics.checks import failures, non_finite
@@ -73,7 +74,7 @@ class TrainingRun:
             lambda: (ranges.phase_stack(), ranges.progress()),
         )
         self._profiler = StepProfiler(config.profile, self.directory.profile_path, dist.get_rank())
-        self._resolved = config.model_dump(mode="json")
+        self._resolved = public(config)
 
     # --- beginning and end --------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from megarl import platform
 from megarl.errors import UserError
 from megarl.terminal import one_line
 
-
 # Older checkpoints hold numpy's state as numpy has it: with an array, which is rebuilt from its bytes.
 _NUMPY: list[Any] = [
     numpy._core.multiarray._reconstruct,  # type: ignore[attr-defined]
@@ -48,7 +47,7 @@ def read(directory: Path, rank: int, num_ranks: int) -> dict[str, Any] | None:
 
 
 def take() -> dict[str, Any]:
-    """The states as they are."""
+    """Return the current states."""
     name, keys, *rest = numpy.random.get_state(legacy=True)  # noqa: NPY002  what libraries draw from
     state = {
         "python": random.getstate(),
