@@ -12,10 +12,17 @@ import torch
 
 from megarl import platform
 from megarl.errors import UserError
+from megarl.trainer import random_state
 
-platform.install()  # before what imports megatron.core
+platform.install()
 
-from megarl.trainer.megatron.checkpoint import _read_rng, _rng_state, _set_rng_state  # noqa: E402
+
+def saved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a file gives back."""
+    torch.save(state, random_state.file(folder, 0))
+    found = random_state.read(folder, 0, 1)
+    assert found is not None
+    return found
 
 
 def draws() -> tuple[Any, ...]:
@@ -25,10 +32,10 @@ def draws() -> tuple[Any, ...]:
 
 def test_the_same_numbers_follow(tmp_path: Path) -> None:
     random.gauss(0, 1)  # which keeps a second one back
-    torch.save(_rng_state(), tmp_path / "rng.pt")
+    found = saved(random_state.take(), tmp_path)
     expected = draws()
     assert draws() != expected
-    assert _set_rng_state(_read_rng(tmp_path / "rng.pt"))
+    assert random_state.put(found)
     assert draws() == expected
 
 
@@ -50,10 +57,9 @@ class Runs:
 
 
 def test_it_runs_nothing(tmp_path: Path) -> None:
-    torch.save(_rng_state() | {"more": Runs(tmp_path / "ran")}, tmp_path / "rng.pt")
-    with pytest.raises(UserError, match=r"rng\.pt: damaged, or not a random state"):
-        _read_rng(tmp_path / "rng.pt")
+    with pytest.raises(UserError, match=r"rng_00000\.pt: damaged, or not a random state"):
+        saved(random_state.take() | {"more": Runs(tmp_path / "ran")}, tmp_path)
     assert not (tmp_path / "ran").exists()
-    (tmp_path / "rng.pt").write_bytes(b"\0" * 50)
-    with pytest.raises(UserError, match=r"rng\.pt: damaged"):
-        _read_rng(tmp_path / "rng.pt")
+    random_state.file(tmp_path, 0).write_bytes(b"\0" * 50)
+    with pytest.raises(UserError, match=r"rng_00000\.pt: damaged"):
+        random_state.read(tmp_path, 0, 1)
