@@ -193,7 +193,7 @@ class _Loading:
         annotations = [field.annotation for field in fields_at(self.kind, path)]
         is_null = text in ("null", "~") and any(map(accepts_null, annotations))
         if any(map(accepts_text, annotations)) and not is_null and not text.startswith(('"', "'")):
-            written = {(): text} if names_variables(text) else {}
+            written: dict[Path, str] = {(): text} if names_variables(text) else {}
             return YamlText(check_text(expand_variables(text)), written=written)
         return parse_yaml(text, _COMMAND_LINE)
 

@@ -41,10 +41,9 @@ def test_the_same_numbers_follow(tmp_path: Path) -> None:
 
 def test_states_of_before_are_read(tmp_path: Path) -> None:
     """numpy's as numpy gives it, with an array."""
-    state = _rng_state() | {"numpy": numpy.random.get_state()}
-    torch.save(state, tmp_path / "rng.pt")
+    found = saved(random_state.take() | {"numpy": numpy.random.get_state()}, tmp_path)
     expected = draws()
-    assert _set_rng_state(_read_rng(tmp_path / "rng.pt"))
+    assert random_state.put(found)
     assert draws() == expected
 
 
