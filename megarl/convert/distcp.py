@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megarl.convert.pieces import Piece
-from megarl.convert.unpickle import read_metadata
 from megarl.errors import UserError
 from megarl.files import stand_in
 from megarl.terminal import one_line
+from megarl.trainer.checkpoint_metadata import read_metadata
 
 _MEGATRON_METADATA = {
     "sharded_backend": "torch_dist",

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megarl.errors import UserError
 from megarl.trainer import random_state
 from megarl.trainer.checkpoint_files import PendingSave
+from megarl.trainer.checkpoint_metadata import read_metadata
 from megarl.trainer.megatron.checkpoint_files import rank_files
 from megarl.trainer.megatron.lora import SUFFIX as ADAPTER_SUFFIX
 from megarl.trainer.megatron.optimizer_shards import OptimizerShards, distributed_parts, read_whole
@@ -60,12 +60,7 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, schedule: An
         if (directory / "trainer.json").is_file():
             why = "trainer.backend = torch wrote it; export it (megarl convert) to train its weights"
         raise UserError(f"checkpoint {directory} has no metadata.json: {why}")
-    try:
-        FileSystemReader(directory).read_metadata()
-    except Exception as error:  # torch would log a traceback of it
-        raise UserError(
-            f"checkpoint {directory}: .metadata cannot be read ({type(error).__name__})"
-        ) from error
+    read_metadata(directory)  # which runs nothing; Megatron unpickles it again, and anything
     if optimizer is None:
         wanted = _sharded_state(chunks, None, is_loading=True)
     else:

@@ -25,6 +25,7 @@ from megarl.errors import UserError
 from megarl.models.table import Box
 from megarl.trainer import random_state
 from megarl.trainer.checkpoint_files import PendingSave, RankFiles
+from megarl.trainer.checkpoint_metadata import read_metadata
 from megarl.trainer.torch.optimizer import Optimizer
 from megarl.trainer.torch.shards import Part
 
@@ -96,7 +97,7 @@ def read_tensors(directory: Path, state: Mapping[str, Held]) -> None:
         UserError: it lacks one, or has it in another shape.
     """
     reader = FileSystemReader(directory)
-    metadata = reader.read_metadata()
+    metadata = read_metadata(directory)
     planner = _Planner(directory, state, metadata)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     with torch.no_grad():

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megarl.cli import main
-from megarl.convert.unpickle import read_metadata
 from megarl.errors import UserError
+from megarl.trainer.checkpoint_metadata import read_metadata
 
 
 class Runs:
