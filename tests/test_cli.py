@@ -203,7 +203,7 @@ def test_nothing_heavy_before_the_configuration_is_good(folder: Path) -> None:
 
 
 def test_who_only_starts_ranks_loads_nothing_heavy(folder: Path) -> None:
-    """With torch it would take seconds more before the ranks start, and 200 MiB beside them."""
+    """Importing torch would take seconds before the ranks start, and 200 MiB."""
     script = (
         "import sys, megarl.launch; from megarl.cli import main; megarl.launch.run_ranks = lambda *_: 7; "
         "code = main(sys.argv[1:]); "

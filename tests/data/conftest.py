@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """Writes lines to a file and gives its path."""
+    """Write lines to a file; return its path."""
 
     def write(*lines: str, name: str = "data.jsonl") -> str:
         path = tmp_path / name

@@ -81,7 +81,7 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def load(tmp_path: Path, name: str, rows: list[dict[str, Any]], **fields: Any) -> list[Question]:
-    """Through one JSONL file."""
+    """Load the rows through one JSONL file."""
     file = tmp_path / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = BenchmarkSource(source="benchmark", name=name, directory=str(file), **fields)
@@ -208,7 +208,7 @@ def test_letters_are_judged(tmp_path: Path, tokenizer: Any, name: str, row: dict
 
 @pytest.mark.parametrize("row", [HUMANEVAL, MBPP, MBPP_SANITIZED])
 def test_programs_are_judged_in_the_sandbox(tmp_path: Path, tokenizer: Any, row: dict[str, Any]) -> None:
-    """The reference solution, in a code block as the model is asked to answer, and a wrong one."""
+    """The reference solution, in a code block as the model is prompted to answer, and a wrong one."""
     name = "humaneval" if row is HUMANEVAL else "mbpp"
     file = tmp_path / f"{name}.jsonl"
     file.write_text(json.dumps(row) + "\n")

@@ -49,7 +49,7 @@ def answered(dataset: PromptDataset, indices: range, right: float) -> list[Group
 
 
 def test_problems_are_those_of_the_level(tokenizer: Any) -> None:
-    """As reasoning-gym's own curriculum makes them, arguments that levels leave alone included."""
+    """Equal to reasoning-gym's own curriculum, including arguments that levels do not change."""
     dataset = problems(tokenizer, gym(arguments={"allow_negation": True}))
     levels = ChainSumCurriculum()
     for level in range(3):

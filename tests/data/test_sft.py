@@ -27,7 +27,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|user|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|user|>assistant\n' }}{% endif %}"
 )
-# As reasoning models do it: earlier answers lose their thoughts once another turn follows.
+# Like reasoning models: earlier answers lose their thoughts once another turn follows.
 FORGETFUL = (
     "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}<|assistant|>old<|end|>"
     "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
@@ -49,7 +49,7 @@ def file(path: str) -> SftJsonlSource:
 
 
 def learned(tokenizer, sequence) -> str:
-    """The text of the targets, a bar between runs of them."""
+    """Return the text of the targets, with a bar between runs of them."""
     runs, last = [], 0
     for token, mask in zip(sequence.token_ids, sequence.loss_mask, strict=True):
         if mask:
@@ -226,7 +226,7 @@ def calling(arguments, **call):
 
 
 def test_arguments_as_json_text_are_the_object_they_say(tokenizer, jsonl):
-    """OpenAI's API writes them so; a template that writes them with tojson would put them in quotes."""
+    """OpenAI's API writes them so; a template with tojson would put them in quotes."""
     objects = jsonl(json.dumps({"messages": calling({"a": 1, "b": None})}))
     texts = jsonl(json.dumps({"messages": calling('{"a": 1, "b": null}')}))
     [one], [other] = (list(load(with_tools(tokenizer), file(path))) for path in (objects, texts))

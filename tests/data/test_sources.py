@@ -46,7 +46,7 @@ def load(tokenizer, source, limit=400, split="train", held_out=None, **fields):
 
 
 def write(directory: Path, kind: str, rows=ROWS):
-    """The rows as a file or directory of this kind, and the source that reads it."""
+    """Write the rows as a file or directory of this kind; return the source that reads it."""
     path = directory / f"rows{kind}"
     table = pa.Table.from_pylist(rows)
     match kind:

@@ -12,7 +12,7 @@ import pytest
 from megarl.losses.preference import PreferenceOptions
 from tests.dpo import ranks
 from tests.models.tiny import hf_logprobs, make_model, save_model
-from tests.trainer.ranks import take_placed
+from tests.trainer.ranks import take_split_counts
 from tests.trainer.world import world
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def test_layout_equals_one_rank(models: dict[str, str], name: str, layout: str) 
     found = results[0]
     for ours, theirs in zip(found["refs"], expected["refs"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
-    placed = [take_placed(values) for values in found["log"]]
+    placed = [take_split_counts(values) for values in found["log"]]
     mixed = [sum(counts) == 10 and min(counts) > 0 for counts in placed if counts]
     assert bool(mixed) == layout.endswith("whole") and all(mixed)
     lines = [*zip(expected["log"], found["log"], strict=True), (expected["held_out"], found["held_out"])]

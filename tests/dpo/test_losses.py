@@ -38,7 +38,7 @@ def odds(mean_logprob: float) -> float:
 
 
 def by_hand(options: PreferenceOptions, pair: int, kl: float) -> tuple[float, float, float]:
-    """Loss and rewards of one pair, in the papers' notation, with plain floats."""
+    """Return loss and rewards of one pair, in the papers' notation, with plain floats."""
     b = options.beta
     chosen, rejected = RHO_CHOSEN[pair], RHO_REJECTED[pair]
     if options.length_normalization:
@@ -126,7 +126,7 @@ COUNTS = [3, 2, 4, 1]
 
 
 def tokens_of(logprobs: torch.Tensor, which: list[int]) -> LossTokens:
-    """LossTokens of a microbatch of the sequences ``which``; logprobs of all targets, end to end."""
+    """Return LossTokens of a microbatch of the sequences ``which``; logprobs of all targets, end to end."""
     parts = logprobs.split(COUNTS)
     chosen = torch.cat([parts[i] for i in which])
     slots = torch.cat([torch.full((COUNTS[i],), slot) for slot, i in enumerate(which)])

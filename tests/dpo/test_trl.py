@@ -48,7 +48,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def tokenizer() -> Any:
-    """Something TRL accepts; the tests' tokens never pass through it."""
+    """A tokenizer that TRL accepts; the tests' tokens never pass through it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

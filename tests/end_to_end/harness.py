@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Sums of two digits, learned in a few steps far enough that some samples are right and others are not.
+# Sums of two digits, learned in a few steps to the point where some samples are right and others are not.
 TASK = {
     "source": "reasoning_gym",
     "task": "chain_sum",
@@ -36,7 +36,7 @@ SFT: dict[str, Any] = {
 }
 GRPO: dict[str, Any] = {
     "data": {
-        # There are about 200 such sums: with more to train on, none would be left to evaluate.
+        # There are about 200 such sums: a larger training set would leave none to evaluate.
         "train": {**TASK, "size": 64, "seed": 1000},
         "held_out": {**TASK, "size": 64, "seed": 100_000},
         "format": {"chat_template": False},
@@ -106,7 +106,7 @@ class Command:
         return self.output_path.read_text()
 
     def wait(self, timeout: float = 1500) -> int:
-        """The exit code; a command that takes longer is killed."""
+        """Return the exit code; a command that takes longer is killed."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -114,13 +114,13 @@ class Command:
             raise
 
     def kill(self) -> None:
-        """SIGKILL: no handler runs, nothing is tidied up."""
+        """SIGKILL: no handler runs, nothing is cleaned up."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 
     def wait_until(self, condition: Callable[[], Any], timeout: float = 1500) -> None:
-        """Poll until ``condition()`` holds; the command must be running all the while."""
+        """Poll until ``condition()`` holds; the command must keep running meanwhile."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, f"ended before it was stopped:\n{self.output}"
@@ -128,7 +128,7 @@ class Command:
             time.sleep(0.002)
 
     def freeze_when(self, condition: Callable[[], Any], timeout: float = 1500) -> None:
-        """Poll until ``condition()`` holds of the stopped process: nothing can change after the look."""
+        """Poll with the process stopped until ``condition()`` holds, so nothing changes after the check."""
         while True:
             self.wait_until(condition, timeout)
             self.process.send_signal(signal.SIGSTOP)
@@ -139,7 +139,7 @@ class Command:
 
 
 def run(*arguments: str | Path, output: Path) -> str:
-    """Run a command that must succeed; returns what it printed."""
+    """Run a command that must succeed; return its output."""
     command = Command(*arguments, output=output)
     code = command.wait()
     assert code == 0, f"exit code {code}:\n{command.output}"
@@ -147,19 +147,19 @@ def run(*arguments: str | Path, output: Path) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A JSONL file; a half-written last line of a running command is left out."""
+    """Read a JSONL file; a half-written last line of a running command is skipped."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_steps(run_dir: Path) -> list[dict[str, Any]]:
-    """The training steps of metrics.jsonl (the evaluation before them is step 0)."""
+    """Return the training steps of metrics.jsonl (the evaluation before them is step 0)."""
     return [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] > 0]
 
 
 def column(run_dir: Path, name: str) -> list[float]:
-    """One metric over the training steps."""
+    """Return one metric over the training steps."""
     return [step[name] for step in read_steps(run_dir)]
 
 
@@ -170,6 +170,6 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def checkpoints(run_dir: Path) -> list[str]:
-    """Names in checkpoints/, partial ones included."""
+    """Return the names in checkpoints/, partial ones included."""
     folder = run_dir / "checkpoints"
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

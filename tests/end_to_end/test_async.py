@@ -15,7 +15,7 @@ from tests.end_to_end.harness import GRPO, Command, read_lines, read_steps, run,
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS, PROMPTS = 6, GRPO["rollout"]["num_prompts_per_step"]
-# Responses of many tokens, so that weights change in the middle of them.
+# Long responses, so that weights change in the middle of them.
 ASYNC: dict[str, dict[str, Any]] = {
     "rollout": {"max_staleness": 2, "max_new_tokens": 32},
     "algorithm": {"off_policy_correction": "tis", "off_policy_high": 2.0},
@@ -31,7 +31,7 @@ def prompts_of(directory: Path, step: int) -> list[int]:
 
 
 def check(directory: Path) -> None:
-    """Prompts in order, none lost and none twice; no sample too old; engine and trainer agree."""
+    """Check the order of prompts, none lost and none twice; no sample too old; engine and trainer agree."""
     order = PromptOrder(GRPO["data"]["train"]["size"], shuffle=True, seed=1)
     steps = read_steps(directory)
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_with_the_same_prompts(tmp_path: Path, sft_run: Fin
 def test_without_staleness_the_run_is_the_synchronous_one(
     tmp_path: Path, sft_run: FinishedRun, grpo_run: FinishedRun
 ) -> None:
-    """k = 0 bit for bit; and of an asynchronous run the first step, whose samples no update has overtaken."""
+    """k = 0 is bit for bit synchronous; so is the first step of an asynchronous run, without staleness."""
     first = json.loads((grpo_run.dir / "samples" / "step_1.jsonl").read_text().splitlines()[0])
     for staleness, steps in ((0, 4), (1, 1)):
         directory = tmp_path / str(staleness)

@@ -16,7 +16,7 @@ from tests.end_to_end.harness import GRPO, ROOT, SFT, Command, write_config
 
 pytestmark = pytest.mark.timeout(1800)
 
-# All cases in one process: most of the time goes into importing transformers.
+# All cases run in one process: importing transformers takes most of the time.
 DRIVER = """
 import contextlib, io, json, sys
 from megarl.cli import main
@@ -31,7 +31,7 @@ for arguments in json.load(sys.stdin):
 
 @dataclass
 class Case:
-    """A command on a configuration with one thing wrong, and what the line must say."""
+    """A command on a configuration with one error, and the expected content of the line."""
 
     command: str
     says: tuple[str, ...]

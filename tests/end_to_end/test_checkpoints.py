@@ -17,7 +17,7 @@ STEPS = SFT["training"]["num_steps"]
 
 
 def complete(directory: Path) -> list[int]:
-    """Steps of the complete checkpoints."""
+    """Return the steps of the complete checkpoints."""
     names = [name for name in checkpoints(directory) if not name.startswith(".")]
     return sorted(int(name.removeprefix("step_")) for name in names)
 
@@ -85,7 +85,7 @@ def test_the_best_checkpoint_stays(tmp_path: Path, model: Path) -> None:
 
 
 def test_two_pipeline_ranks_go_on_alone(tmp_path: Path, model: Path, sft_run: FinishedRun) -> None:
-    """The same file, another layout on the command line: the run says so and goes on."""
+    """The same file with another layout on the command line: the run reports it and resumes."""
     directory = tmp_path / "run"
     config = write_config(tmp_path / "sft.yaml", SFT, run_dir=directory, model=model)
     layout = ["parallel.num_processes=2", "parallel.pipeline_parallel_size=2"]

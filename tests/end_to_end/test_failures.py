@@ -39,12 +39,12 @@ def beat(directory: Path, rank: int) -> dict[str, Any]:
 
 
 def shared_memory() -> set[str]:
-    """Files that torch, vLLM and Python's multiprocessing share memory through."""
+    """Return the files through which torch, vLLM and Python's multiprocessing share memory."""
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def mapped_shared_memory() -> set[str]:
-    """Those files that a living process has in its memory."""
+    """Return those of the files that a living process has mapped."""
     found: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
@@ -55,13 +55,13 @@ def mapped_shared_memory() -> set[str]:
 
 
 def family(command: Command) -> list[psutil.Process]:
-    """Every process of the run, and what listens for them."""
+    """Return every process of the run and its listeners."""
     parent = psutil.Process(command.process.pid)
     return [parent, *parent.children(recursive=True)]
 
 
 def check_nothing_is_left(processes: list[psutil.Process], before: set[str]) -> None:
-    """No process (a zombie waits for its parent only), so no port either, and no shared memory."""
+    """Assert that no process (except zombies, which wait for their parent), port or shared memory is left."""
     deadline = time.monotonic() + 30
     while True:
         alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
@@ -75,7 +75,7 @@ def check_nothing_is_left(processes: list[psutil.Process], before: set[str]) -> 
 
 @pytest.fixture(scope="module")
 def two_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that an engine of two tensor ranks can hold: two key/value heads."""
+    """A model with two key/value heads, for an engine of two tensor ranks."""
     return make_model(tmp_path_factory.mktemp("two_heads") / "model", kv_heads=2)
 
 
@@ -113,7 +113,7 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path, model: Path, rank: int, laun
 
 
 def test_a_stopped_rank_ends_the_run(tmp_path: Path, model: Path) -> None:
-    """Rank 1 does nothing any more; rank 0 waits in a collective until the time-out."""
+    """Rank 1 is stopped; rank 0 waits in a collective until the time-out."""
     before = shared_memory()
     command = start_sft(tmp_path, model, f"run.hang_timeout_seconds={HANG_TIMEOUT}")
     processes = family(command)
@@ -133,14 +133,14 @@ def test_a_stopped_rank_ends_the_run(tmp_path: Path, model: Path) -> None:
 
 
 def engine_processes(command: Command) -> list[psutil.Process]:
-    """The engine's actor, and its workers where it has several ranks."""
+    """Return the engine's actor, and its workers if it has several ranks."""
     kinds = ("EngineActor", "VLLM::Worker", "multiprocessing.spawn")
     return [p for p in family(command) if any(kind in command_line(p) for kind in kinds)]
 
 
 @pytest.mark.parametrize("victim", ["actor", "worker", "rank"])
 def test_a_killed_engine_process(tmp_path: Path, two_heads: Path, victim: str) -> None:
-    """An engine of two tensor ranks: the run goes on with a new one; a killed trainer takes it along."""
+    """An engine of two tensor ranks: the run continues with a new one; a killed trainer ends it too."""
     before = shared_memory()
     config = write_config(
         tmp_path / "grpo.yaml",
@@ -177,7 +177,7 @@ def test_a_killed_engine_process(tmp_path: Path, two_heads: Path, victim: str) -
 
 
 def _judged_again(path: Path) -> int:
-    """Checks every reward of a step's samples with a verifier of our own; how many there are."""
+    """Check every reward of a step's samples with an independent verifier; return their number."""
     judge, samples = MathEnvironment(), read_lines(path)
     for sample in samples:
         a, b = (int(term) for term in sample["prompt"].removesuffix(" =").split(" + "))

@@ -45,7 +45,7 @@ def read_samples(directory: Path, step: int) -> list[dict[str, Any]]:
 
 
 def expected_advantages(rewards: list[float], *, leave_one_out: bool) -> list[float]:
-    """Of one group, from the definition: deviation with divisor G - 1, 0 where all rewards are equal."""
+    """Return a group's advantages from the definition: divisor G - 1, 0 if all rewards are equal."""
     count, mean = len(rewards), sum(rewards) / len(rewards)
     deviation = (sum((r - mean) ** 2 for r in rewards) / (count - 1)) ** 0.5
     if deviation == 0:
@@ -55,7 +55,7 @@ def expected_advantages(rewards: list[float], *, leave_one_out: bool) -> list[fl
 
 
 def check_samples(directory: Path, step: int, *, leave_one_out: bool) -> list[dict[str, Any]]:
-    """Rewards are reasoning-gym's own of the text, advantages follow from them; returns the samples."""
+    """Check rewards with reasoning-gym and advantages from them; return the samples."""
     samples = read_samples(directory, step)
     assert len(samples) == PROMPTS * GENERATIONS
     source = GRPO["data"]["train"]

@@ -75,7 +75,7 @@ ROWS = {  # the data that users bring themselves
 
 @pytest.fixture(scope="module")
 def checkout(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a user may stand: the shipped configurations, their data, and a tokenizer without weights."""
+    """A user's directory: the shipped configurations, their data, and a tokenizer without weights."""
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "data").mkdir()

@@ -47,7 +47,7 @@ def grpo_config(folder: Path, model: Path, **parallel: Any) -> Path:
 
 
 def learned(folder: Path) -> list[list[float]]:
-    """What must not depend on the launcher, bit for bit."""
+    """Return the results that must not depend on the launcher, bit for bit."""
     steps = read_steps(folder / "run")
     names = [name for name in ("loss", "grad_norm", "lr", "reward_mean", "num_tokens") if name in steps[0]]
     return [column(folder / "run", name) for name in names]
@@ -68,7 +68,7 @@ def grpo_alone(tmp_path_factory: pytest.TempPathFactory, sft_run: FinishedRun) -
 
 
 def torchrun(job: str, config: Path, output: Path, size: int = 2) -> None:
-    """With a configuration that asks for another number of processes: torchrun's counts."""
+    """Run with a configuration of another world size; torchrun's is used."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port"]
     with output.open("w") as stream:
         ended = subprocess.run(

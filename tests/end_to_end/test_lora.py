@@ -40,7 +40,7 @@ def digest(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sft_lora(workspace: Path, sft_run: FinishedRun) -> FinishedRun:
-    """Adapters on the model of the full run, on other problems than it has seen."""
+    """Adapters on the model of the full run, trained on new problems."""
     directory = workspace / "sft_lora"
     config = write_config(
         workspace / "sft_lora.yaml",

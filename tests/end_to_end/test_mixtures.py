@@ -39,7 +39,7 @@ def train(
 
 
 def prompts(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """One sample of each of the step's four groups."""
+    """Return one sample of each of the step's four groups."""
     return read_lines(run_dir / "samples" / f"step_{step}.jsonl")[::4]
 
 

@@ -36,7 +36,7 @@ STEPS = SFT["training"]["num_steps"]
 
 
 def hf_validation_loss(directory: Path) -> float:
-    """Mean loss per response token of the held-out problems, by transformers alone, one at a time."""
+    """Mean loss per response token of the held-out problems, by transformers, one at a time."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return validation_loss_of(model, directory)
 

@@ -57,7 +57,7 @@ def start(arguments: list[str], output: str, errors: Path) -> tuple[subprocess.P
 
 
 def drained(descriptors: list[int]) -> None:
-    """Read what there is, so that the command is never held up by a full pipe."""
+    """Read the available output, so a full pipe never blocks the command."""
     for descriptor in descriptors:
         os.set_blocking(descriptor, False)
         try:

@@ -15,7 +15,7 @@ from megarl.records import Prompt
 
 
 def play(game: Any, seed: int, player: Any) -> tuple[list[str], list[float], dict[str, Any]]:
-    """What was said, the rewards and the last info; ``player(text)`` gives actions."""
+    """Return the dialogue, the rewards and the last info; ``player(text)`` returns actions."""
 
     async def episode() -> Any:
         made = game.problem(seed)

@@ -122,7 +122,7 @@ def test_the_last_complete_box():
 
 
 class Endpoint:
-    """A judge on 127.0.0.1 that gives the listed answers in turn, the last one for ever."""
+    """A judge on 127.0.0.1 that returns the listed answers in turn, the last one forever."""
 
     def __init__(self, answers: list[Any]) -> None:
         self.answers, self.requests, self.headers = answers, list[dict[str, Any]](), list[Any]()

@@ -129,7 +129,7 @@ def test_gpus_are_called_as_cuda_visible_devices_calls_them(monkeypatch: pytest.
 
 
 def test_an_actor_sees_the_devices_it_was_placed_on() -> None:
-    """In a Ray that was started here, whose workers have inherited what the driver sees."""
+    """In a Ray started here, whose workers have inherited the driver's visible devices."""
 
     class Asks:
         def devices(self) -> str | None:

@@ -135,7 +135,7 @@ def test_replayed_by_the_trainer_they_give_the_engines_logprobs(rollout: Rollout
 
 
 def test_a_bfloat16_engine_chooses_differently_and_replay_mends_it(tmp_path: Path) -> None:
-    """The reason to replay: rounding moves choices, and a moved choice moves the logprob far more."""
+    """Why replay exists: rounding changes choices, and a changed choice moves the logprob far more."""
     rollout = roll_out(tmp_path, "bfloat16")
     sequences = rollout.sequences()
     plain = [replace(s, experts=None) for s in sequences]

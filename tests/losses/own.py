@@ -23,7 +23,7 @@ def sequence_clipped(tokens: LossTokens) -> tuple[torch.Tensor, dict[str, torch.
 
 
 def mean_loss(tokens: LossTokens) -> torch.Tensor:
-    """A mistake: MegaRL takes the mean."""
+    """A mistake: MegaRL takes the mean itself."""
     return -(tokens.advantages * tokens.logprobs).mean()
 
 

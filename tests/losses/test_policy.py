@@ -65,7 +65,7 @@ def noisy_tokens(dtype: torch.dtype) -> LossTokens:
 
 
 class ByHand(NamedTuple):
-    """One token: its policy loss and KL, gradients of the whole loss, and what is logged."""
+    """One token: its policy loss and KL, gradients of the whole loss, and metrics."""
 
     policy: float
     kl: float

@@ -71,7 +71,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 
 def finished_wandb_records(path: Path) -> list[Any]:
-    """Every record, the run's exit among them: W&B's service goes on writing after finish() has returned."""
+    """Every record, including the run's exit: W&B's service keeps writing after finish() has returned."""
     from wandb.proto import wandb_internal_pb2
 
     deadline = time.monotonic() + 60

@@ -72,7 +72,7 @@ def test_nearest_layouts_really_work(tmp_path: Path) -> None:
 
 
 def test_fewer_key_value_heads_than_tensor_ranks(tmp_path: Path) -> None:
-    """An engine repeats them; the trainer cannot, which is said before its weights are read."""
+    """An engine replicates them; the trainer cannot, which is reported before its weights are read."""
     table = architecture(tmp_path, transformers.Qwen2Config(**(SIZES | {"num_key_value_heads": 1})))
     with pytest.raises(UserError) as error:
         check_layout(table, parallel(2, tensor=2))
@@ -87,7 +87,7 @@ def test_fewer_key_value_heads_than_tensor_ranks(tmp_path: Path) -> None:
 
 
 def test_nearest_layouts_change_how_experts_are_split(tmp_path: Path) -> None:
-    """Experts of an odd width cannot be cut: the layouts that would do leave them whole."""
+    """Experts of an odd width cannot be split: the suggested layouts keep them whole."""
     sizes = SIZES | EXPERTS | {"moe_intermediate_size": 7}
     table = architecture(tmp_path, transformers.Qwen3MoeConfig(**sizes))
     asked = parallel(4, expert_tensor=2)

@@ -53,7 +53,7 @@ def make_learner(context: Any, model_dir: str, critic: dict[str, Any], algorithm
 
 
 def learn(context: Any, model_dir: str, critic: dict[str, Any], algorithm: dict[str, Any]) -> dict[str, Any]:
-    """STEPS steps: metrics, the samples' advantages, both models' weights."""
+    """Take STEPS steps; return metrics, the samples' advantages, both models' weights."""
     learner = make_learner(context, model_dir, critic, algorithm)
     log, advantages, start = [], [], weights(learner.policy)
     for step in range(1, STEPS + 1):

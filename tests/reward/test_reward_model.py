@@ -17,7 +17,7 @@ from megarl.models.score import initial_score, score_architecture, score_config
 from tests.dpo.ranks import make_pairs
 from tests.models.tiny import save_model
 from tests.reward import ranks
-from tests.trainer.ranks import take_placed
+from tests.trainer.ranks import take_split_counts
 from tests.trainer.world import world
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def test_layout_equals_one_rank(models: dict[str, str], model: str, layout: str)
     results = world(2).run(ranks.reward_steps, models[model], STEPS, CENTER, parallel=LAYOUTS[layout])
     found = results[0]
     assert results[1]["log"] == found["log"] and results[1]["scores"] == found["scores"]
-    placed = [take_placed(values) for values in found["log"]]
+    placed = [take_split_counts(values) for values in found["log"]]
     mixed = [sum(counts) == 10 and min(counts) > 0 for counts in placed if counts]
     assert bool(mixed) == layout.endswith("whole") and all(mixed)
     lines = [*zip(expected["log"], found["log"], strict=True), (expected["held_out"], found["held_out"])]

@@ -114,7 +114,7 @@ def test_dynamic_sampling_gives_up_at_its_bound() -> None:
 
 
 def test_a_failure_on_rank_0_ends_the_others_with_it() -> None:
-    """No rank waits for one that is gone, and the reason is said once."""
+    """No rank waits for a failed one, and the reason is reported once."""
     first, other = world(2).run(learner_ranks.collect_and_fail, parallel={"num_processes": 2})
     assert (first[0], other[0]) == ("4", "0"), "samples are rank 0's"
     assert first[1:3] == other[1:3], "figures and position are every rank's"

@@ -13,7 +13,7 @@ from megarl.trainer.passes import train_step
 
 
 def build(context: Any, model_dir: str, *, distributed: bool = False, dtype: str = "float32") -> Any:
-    """A policy on this rank, whose microbatches hold all that a test gives it."""
+    """Build a policy on this rank whose microbatches hold all the test's sequences."""
     from megarl.config.model import ModelConfig
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig

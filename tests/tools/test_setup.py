@@ -119,7 +119,7 @@ class Clone:
         (self.place / "building").unlink()
 
     def broken_files(self) -> list[str]:
-        """What the installed distributions' records name and the disk does not have in that size."""
+        """Return files of installed distributions that are missing or of another size than recorded."""
         broken = []
         for distribution in metadata.distributions(path=[str(self.site)]):
             for file in distribution.files or []:

@@ -37,7 +37,7 @@ def build(
 
 
 def set_adapters(policy: Any, tensors: Tensors) -> None:
-    """Give every A and B the values that ``tensors`` has under PEFT's name."""
+    """Set every A and B to its value in ``tensors``, by PEFT's name."""
     params, regions = policy.lora.adapter_tensors()
     with torch.no_grad():
         for region in regions:

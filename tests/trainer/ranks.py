@@ -36,8 +36,8 @@ KL_COEF = 0.3
 POLICY_LOSS = PolicyLoss(PolicyLossOptions(clip_low=0.02, clip_high=0.05, kl="k3", kl_coef=KL_COEF))
 
 
-def take_placed(metrics: dict[str, float]) -> list[float]:
-    """Remove and return how many sequences were split and whole; nothing without context_split_from."""
+def take_split_counts(metrics: dict[str, float]) -> list[float]:
+    """Remove and return the numbers of split and whole sequences; empty without context_split_from."""
     return [metrics.pop(k) for k in ("num_split_sequences", "num_whole_sequences") if k in metrics]
 
 
@@ -164,7 +164,7 @@ def take(path: Path) -> Any:
 
 
 def checksums(context: Any, queries: list[Any]) -> dict[int, int]:
-    """Of the offered policy's regions."""
+    """Return checksums of the offered policy's regions."""
     [policy] = _offered
     return policy.weights.checksums(queries)
 
@@ -177,7 +177,7 @@ def disturb(context: Any, param: str) -> None:
 
 
 def wrong_checksums(context: Any, regions: list[tuple[Any, int]]) -> list[int]:
-    """Numbers of the regions in the offered policy's memory whose checksum is another than the engine's."""
+    """Return the indices of regions in the offered policy's memory whose checksum is wrong."""
     [policy] = _offered
     mine = policy.weights.checksums([query for query, _ in regions])
     return [number for number, value in mine.items() if value != regions[number][1]]
@@ -413,7 +413,7 @@ def advantage_loss(tokens: LossTokens) -> LossResult:
 
 
 def train_with_naps(context: Any, model_dir: str, distributed: bool, parts: list[str]) -> dict[str, Any]:
-    """Three steps with ``parts`` asleep between them, and the bytes gradients have meanwhile."""
+    """Take three steps with ``parts`` asleep in between; return the bytes of gradients meanwhile."""
     policy = build(context, model_dir, optimizer={"distributed": distributed})
     gradient_bytes = []
     for seed in range(3):
@@ -425,7 +425,7 @@ def train_with_naps(context: Any, model_dir: str, distributed: bool, parts: list
 
 
 def make_groups(seed: int, num_groups: int = 4, size: int = 4, vocab: int = 250) -> list[TokenSequence]:
-    """Groups of sequences with a prompt in common, the last group's sequences without one."""
+    """Groups of sequences with a shared prompt; the last group's sequences have none."""
     draw = random.Random(seed)
     sequences = []
     for group in range(num_groups):
@@ -476,7 +476,7 @@ def train_groups(
 def train_while_saving(
     context: Any, model_dir: str, directory: str, distributed: bool, dtype: str
 ) -> dict[str, Any]:
-    """Save after step 1 in the background; the files are written only when step 3 is over."""
+    """Save after step 1 in the background; the files are written only after step 3."""
     import threading
     from unittest.mock import patch
 

@@ -62,7 +62,7 @@ def own_choices(policy: Any, sequence: TokenSequence) -> np.ndarray:
 
 
 def replay_of_oneself(context: Any, model_dir: str) -> list[dict[str, Any]]:
-    """Three steps without and with the router's own choices replayed: metrics and weights of both."""
+    """Three steps without and with replay of the router's own choices: metrics and weights of both."""
     answers = []
     for replayed in (False, True):
         policy = build(context, model_dir)

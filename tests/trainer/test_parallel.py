@@ -158,7 +158,7 @@ def test_layout_equals_one_rank(model_dirs: dict[str, str], model: str, name: st
     assert results[0]["coordinates"] == (0, 0, 0, 0)
     assert results[-1]["coordinates"] == COORDINATES.get(name, (0, 0, 0, 0))
     assert all(result["weights"] == {} for result in results[1:])
-    placed = [ranks.take_placed(values) for values in results[0]["log"]]
+    placed = [ranks.take_split_counts(values) for values in results[0]["log"]]
     mixed = [min(counts) > 0 and sum(counts) == 9 for counts in placed if sum(counts) > 1]
     assert mixed == [True] * 4 if "context_split_from" in parallel else placed == [[]] * 5
     for number, (one, two) in enumerate(zip(expected["log"], results[0]["log"], strict=True)):

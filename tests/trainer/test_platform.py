@@ -117,7 +117,7 @@ def test_installing_after_megatron_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def errors_on_a_gpu() -> dict[str, str]:
-    """What went wrong, by check, in a process that takes the GPU's platform and has no Transformer Engine."""
+    """Errors by check in a process on the GPU platform without Transformer Engine."""
     result = _run(_GPU)
     assert result.returncode == 0, result.stderr
     errors: dict[str, str] = json.loads(result.stdout)
@@ -131,7 +131,7 @@ def test_a_gpu_without_transformer_engine(errors_on_a_gpu: dict[str, str], check
 
 
 def test_a_cpu_takes_no_kernels_made_for_gpus(tmp_path: Path) -> None:
-    """Packages that need a GPU may be installed where a run is told to use the CPU."""
+    """Packages that need a GPU may be installed where a run is configured for the CPU."""
     package = tmp_path / "transformer_engine"
     (package / "pytorch").mkdir(parents=True)
     (package / "__init__.py").write_text("")

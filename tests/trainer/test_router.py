@@ -116,7 +116,7 @@ def one_rank(model_dir: str, model: str) -> dict[str, Any]:
 
 def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
     for a, b in zip(one["log"], two["log"], strict=True):
-        ranks.take_placed(b)
+        ranks.take_split_counts(b)
         assert a.keys() == b.keys()
         for key, value in a.items():
             assert b[key] == pytest.approx(value, rel=1e-4 if key == "grad_norm" else 1e-5, abs=2e-6), key

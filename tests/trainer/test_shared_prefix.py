@@ -39,7 +39,7 @@ def test_sharing_changes_nothing(
     [flat] = world(1).run(ranks.train_groups, model_dirs[name], "off", 400, loss)
     shared = world(size).run(ranks.train_groups, model_dirs[name], "auto", budget, loss, parallel=parallel)
     for number, (one, two) in enumerate(zip(flat["log"], shared[0]["log"], strict=True)):
-        placed = ranks.take_placed(two)
+        placed = ranks.take_split_counts(two)
         assert not placed or (min(placed) > 0 and sum(placed) == 16)
         assert one.keys() == two.keys()
         for key, value in one.items():

@@ -57,7 +57,7 @@ def wrong(bench: Bench, layout: str) -> list[Any]:
 
 
 def answers(bench: Bench) -> list[tuple[list[int], GeneratedResponse]]:
-    """Six prompts and what the engine makes of them."""
+    """Return six prompts and the engine's responses."""
     prompts = {str(n): [(7 * n + k) % 250 for k in range(5 + n)] for n in range(6)}
     requests = [GenerateRequest(name, token_ids(ids), 12, seed=1) for name, ids in prompts.items()]
     responses = generate(bench.engine, requests, SamplingConfig(1.0, (), True))

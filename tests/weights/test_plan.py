@@ -47,7 +47,7 @@ class Trainer:
         return torch.as_strided(self.buffers[rank], source.shape, source.stride, source.offset)
 
     def check(self, plan: WeightPlan, expected: Tensors) -> None:
-        """Carry the plan out, count how often each element is written, compare."""
+        """Execute the plan, count how often each element is written, and compare."""
         aliased, copied = {a.param for a in plan.aliases}, {c.param for c in plan.copies}
         assert not aliased & copied
         assert aliased | copied == set(expected)

@@ -37,7 +37,7 @@ def table_of(sizes: Sizes) -> Architecture:
 
 @dataclass(frozen=True)
 class Ranks:
-    """One side's sizes; which rank has what is worked out here, not by ParallelLayout."""
+    """One side's sizes; the shard of each rank is computed here, not by ParallelLayout."""
 
     tp: int = 1
     pp: int = 1
@@ -146,7 +146,7 @@ class Trainer:
         return torch.as_strided(buffer, source.shape, source.stride, source.offset)
 
     def carry_out(self, plan: WeightPlan, expected: Tensors) -> None:
-        """Every element of every parameter is written once, with what the hand-cut shard says."""
+        """Check that every element of every parameter is written once, as in the hand-cut shard."""
         got = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
         counts = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
 
