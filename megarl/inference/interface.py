@@ -164,7 +164,7 @@ class Engine(Protocol):
 
     Requests are awaited on an event loop (:meth:`session`); all other calls block, and come from the training
     thread. To add a kind of engine, write a class with these methods and add it to
-    :func:`megarl.inference.engine_group.start_engines`.
+    :func:`megarl.inference.backends.engine_class`.
     """
 
     @property

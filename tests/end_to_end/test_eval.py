@@ -23,7 +23,10 @@ BASE: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_checkpoints_and_their_export_give_the_same_answers(tmp_path: Path, sft_run: FinishedRun) -> None:
-    """Greedy, 5 problems: the run's own checkpoint, converted there and back, against the export."""
+    """Greedy, 5 problems: the run's own checkpoint, converted there and back, against the export.
+
+    And the export with the other engine.
+    """
     answers = {}
     converted = tmp_path / "megatron"
     run("convert", "hf-to-megatron", sft_run.dir / "hf", converted, output=tmp_path / "convert.log")
@@ -31,18 +34,20 @@ def test_checkpoints_and_their_export_give_the_same_answers(tmp_path: Path, sft_
         "hf": sft_run.dir / "hf",
         "run": sft_run.dir / "checkpoints" / "step_40",
         "megatron": converted,
+        "other-engine": sft_run.dir / "hf",
     }
     for name, model in models.items():
         directory = tmp_path / name
         config = write_config(
             tmp_path / f"{name}.yaml", BASE, run_dir=directory, model=model, evaluation={"num_prompts": 5}
         )
-        run("eval", "--config", config, output=tmp_path / f"{name}.log")
+        overrides = ["rollout.engine.backend=hf"] if name == "other-engine" else []
+        run("eval", "--config", config, *overrides, output=tmp_path / f"{name}.log")
         answers[name] = [row["response"] for row in read_lines(directory / "samples" / "step_0.jsonl")]
         summary = read_summary(directory)
         assert (summary["num_prompts"], summary["num_samples"]) == (5, 5)
         assert summary["interval_method"] == "wilson, 95%"
-    assert answers["run"] == answers["hf"] == answers["megatron"]
+    assert answers["run"] == answers["hf"] == answers["megatron"] == answers["other-engine"]
 
 
 @pytest.mark.slow

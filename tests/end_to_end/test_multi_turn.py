@@ -1,4 +1,4 @@
-"""`megarl grpo` on a game of several turns: real vLLM, real trainer, one policy on every sampled token."""
+"""`megarl grpo` on a game of several turns: real engines and trainer, one policy on every sampled token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ GAME = {
 }
 
 
-def test_grpo_on_number_guessing(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("backend", ["vllm", "hf"])
+def test_grpo_on_number_guessing(tmp_path: Path, model: Path, backend: str) -> None:
     config = write_config(
         tmp_path / "c.yaml",
         GRPO,
@@ -28,7 +29,11 @@ def test_grpo_on_number_guessing(tmp_path: Path, model: Path) -> None:
             "held_out": {**GAME, "seed": 1000},
             "format": {"chat_template": True},
         },
-        rollout={"max_new_tokens": 64, "environments": {"max_new_tokens_per_turn": 6}},
+        rollout={
+            "max_new_tokens": 64,
+            "environments": {"max_new_tokens_per_turn": 6},
+            "engine": {"backend": backend},
+        },
         packing={"max_tokens_per_microbatch": 512, "max_sequence_length": 256},
         logging={"samples_per_step": 16},
         training={"num_steps": 2},

@@ -1,6 +1,6 @@
 """Trainer layouts x engine layouts x families: after a training step the engine is the exported model.
 
-Every trainer is real Megatron on gloo, every engine real vLLM. The reference is Hugging Face on an
+Every trainer is real Megatron on gloo, every engine real. The reference is Hugging Face on an
 export of the same weights, which passes through none of the weight sync.
 """
 
@@ -17,8 +17,8 @@ import transformers
 
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
+from megarl.inference.backends import engine_class
 from megarl.inference.interface import GenerateRequest, SamplingConfig
-from megarl.inference.vllm.engine import VllmEngine
 from megarl.loops.engine_setup import attach_weights, region_queries
 from megarl.models import load_architecture
 from megarl.records import token_ids
@@ -92,6 +92,7 @@ class Bench:
         dtype: Literal["auto", "bfloat16"] = "auto",
         *,
         expert_parallel: bool = False,
+        backend: Literal["vllm", "hf"] = "vllm",
     ) -> None:
         self.family, self.engine_ranks, self.directory = family, engine_ranks, directory
         self.model_dir = directory / "model"
@@ -99,6 +100,7 @@ class Bench:
         torch.manual_seed(0)
         model_class(config_class(**(SIZES | options))).save_pretrained(self.model_dir)
         config = EngineConfig(
+            backend=backend,
             dtype=dtype,
             kv_cache_gib=0.02,
             max_num_seqs=8,
@@ -106,7 +108,7 @@ class Bench:
             tensor_parallel_size=engine_ranks,
             expert_parallel=expert_parallel,
         )
-        self.engine = VllmEngine.start(
+        self.engine = engine_class(backend).start(
             self.model_dir, config, dtype="float32", max_model_len=128, seed=1, log_dir=directory
         )
         self.version = 0
@@ -198,6 +200,36 @@ CASES = [
 def test_the_engine_is_the_exported_model(bench: Bench, layout: str) -> None:
     same = (layout == "tp2") if bench.engine_ranks == 2 else layout in ("one", "dp2-distributed")
     bench.check(layout, same_layout=same)
+
+
+@pytest.fixture(scope="module")
+def hf_bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    bench = Bench(request.param, 1, tmp_path_factory.mktemp(f"{request.param}-hf"), backend="hf")
+    yield bench
+    bench.engine.shutdown()
+    stop_ray()
+
+
+@pytest.mark.parametrize(
+    ("hf_bench", "layout"),
+    [
+        (family, layout)
+        for family in MODELS
+        for layout in ("one", "tp2", "pp2", "tp2xep2")
+        if (family in WITH_EXPERTS or layout != "tp2xep2") and (family, layout) != ("deepseek_v3", "tp2")
+    ],
+    indirect=["hf_bench"],
+)
+def test_the_hugging_face_engine_is_the_exported_model(hf_bench: Bench, layout: str) -> None:
+    """Parts of fused parameters are parameters of its own there, so that a single rank's are all aliased."""
+    moved = hf_bench.check(layout, same_layout=layout == "one")
+    assert (moved == 0) == (layout == "one")
+
+
+@pytest.mark.parametrize("hf_bench", ["llama"], indirect=True)
+def test_the_hugging_face_engine_point_to_point(hf_bench: Bench) -> None:
+    hf_bench.check("tp2", same_layout=False, transport="peer")
+    hf_bench.check("one", same_layout=True)
 
 
 @pytest.mark.parametrize(
