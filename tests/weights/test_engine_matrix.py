@@ -221,7 +221,7 @@ def hf_bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     indirect=["hf_bench"],
 )
 def test_the_hugging_face_engine_is_the_exported_model(hf_bench: Bench, layout: str) -> None:
-    """Parts of fused parameters are parameters of their own there: whole ones are aliased, wherever they lie."""
+    """Parts of fused parameters are parameters there; those that lie whole with one rank are aliased."""
     aliased = "tp2" not in layout  # each parameter lies whole with one rank
     assert (hf_bench.check(layout, same_layout=aliased) == 0) == aliased
 
