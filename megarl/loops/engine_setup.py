@@ -59,6 +59,7 @@ def start_engine(
         keep_kv_cache=weights is not None and weights.keep_kv_cache,
         offload_kv_cache=weights is not None and "kv_cache" in weights.offload,
         record_routing=record_routing,
+        trust_remote_code=model.trust_remote_code,
     )
 
 

@@ -24,10 +24,12 @@ from megarl.loops.model_files import read_model
 from megarl.metrics.console import Console
 from megarl.metrics.scores import Scores, is_correct, score, score_by_category, table, vote_of
 from megarl.metrics.timers import PhaseTimers
+from megarl.models.any_family import has_engine_table
 from megarl.records import Group, Prompt
 from megarl.run_directory import RunDirectory
 from megarl.sampling.rollout_manager import RolloutManager, sample_row
 from megarl.trainer.build import build_frozen, finalize, initialize
+from megarl.weights.file_owner import FileOwner
 
 _CONVERTED = "model"  # subdirectory of the run: the Hugging Face form of a Megatron checkpoint
 _ORIGIN = "converted_from.json"
@@ -168,7 +170,11 @@ def run_eval(config: EvalConfig) -> None:
             TurnReader(tokenizer, stops),
         )
         context = initialize(ParallelConfig(), config.run.seed)
-        owners = build_frozen(context, architecture, config.model).weights.owners()
+        if has_engine_table(architecture):
+            owners = build_frozen(context, architecture, config.model).weights.owners()
+        else:
+            files = FileOwner(config.model.path, config.model.dtype)
+            owners = [files.owner()]
         with console.waiting("engine"):
             attach_weights(engine, architecture, owners)
         engine.sync(0)

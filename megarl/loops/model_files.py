@@ -24,7 +24,10 @@ from megarl.trainer.interface import RankContext
 def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
     """Return the architecture, a tokenizer that fits it, and the longest sequence in tokens."""
     path = config.model.path
-    any_family = isinstance(config, TrainingRoot) and config.trainer.any_family
+    if isinstance(config, TrainingRoot):
+        any_family = config.trainer.any_family
+    else:
+        any_family = config.rollout.engine.backend == "hf"
     architecture = load_architecture(path, any_family=any_family)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)

@@ -54,6 +54,7 @@ class ActorEngine:
         keep_kv_cache: bool = False,
         offload_kv_cache: bool = False,
         record_routing: bool = False,
+        trust_remote_code: bool = False,
         place: EnginePlace = BESIDE_DRIVER,
         log_name: str = "engine.log",
     ) -> Self:
@@ -68,6 +69,7 @@ class ActorEngine:
             keep_kv_cache: keep cached keys and values across a sync (they are then stale).
             offload_kv_cache: let sleep free the KV cache (on a GPU).
             record_routing: include the experts of their tokens in responses.
+            trust_remote_code: run Python code of the model's directory, if the backend lacks the model.
             log_dir: directory of the log; None keeps it among Ray's files, while Ray runs.
             place: the node, the devices and the cores.
             log_name: the log's file name.
@@ -85,6 +87,7 @@ class ActorEngine:
             keep_kv_cache=keep_kv_cache,
             offload_kv_cache=offload_kv_cache,
             record_routing=record_routing,
+            trust_remote_code=trust_remote_code,
         )
         return cls(settings, (log_dir or ray_temp_dir()).resolve() / log_name, place)
 

@@ -19,4 +19,5 @@ class EngineSettings:
     temp_dir: str  # for temporary files, such as gloo's rendezvous
     keep_kv_cache: bool = False  # across syncs
     offload_kv_cache: bool = False  # lets sleep free it
+    trust_remote_code: bool = False  # of the model's directory
     record_routing: bool = False  # responses include their tokens' experts

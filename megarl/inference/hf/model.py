@@ -18,7 +18,13 @@ _PAGED_LAYERS = {"full_attention", "sliding_attention", "attention"}
 _CHANGING_ROPE = {"dynamic", "longrope"}
 
 
-def build_model(model_dir: str, dtype: torch.dtype, device: torch.device, attention: str = NAME) -> Any:
+def build_model(
+    model_dir: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    attention: str = NAME,
+) -> Any:
     """The model of ``model_dir``/config.json, its weights whatever the memory holds.
 
     It attends through :mod:`megarl.inference.hf.attention`, or by an ``attention`` of transformers'. Raises
@@ -29,10 +35,13 @@ def build_model(model_dir: str, dtype: torch.dtype, device: torch.device, attent
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention_function)
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(model_dir)
+        config = AutoConfig.from_pretrained(model_dir, **trust)
         with no_init_weights(), device:
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, **trust
+            )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"model.path: transformers cannot build {model_dir}: {error}") from error
     model.tie_weights()  # part of the initialization that was left out

@@ -39,7 +39,8 @@ class HfEngineActor(EngineActor):
         settings = self._settings
         self._device = torch.device("cpu" if platform.chosen_name() == "cpu" else "cuda:0")
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
-        self._model = build_model(settings.model_dir, self._dtype, self._device)
+        how = settings.model_dir, self._dtype, self._device, settings.trust_remote_code
+        self._model = build_model(*how)
         self._attached: AttachedWeights | None = None
         self._note = why_not_paged(self._model, settings.max_model_len) or ""
         shapes: dict[int, LayerShape] = {}
@@ -49,7 +50,7 @@ class HfEngineActor(EngineActor):
             except NotPackable as error:
                 self._note = str(error)
         if self._note:  # eager attention leaves no rule of a layer out, unlike sdpa
-            self._model = build_model(settings.model_dir, self._dtype, self._device, "eager")
+            self._model = build_model(*how, attention="eager")
         self._parameters = parameters(self._model)
         self._scheduler = self._schedule(shapes)
 

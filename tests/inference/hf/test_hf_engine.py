@@ -8,16 +8,23 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from megarl.config.rollout import EngineConfig
+from megarl.inference.backends import engine_class
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, WeightPlanError
+from megarl.loops.engine_setup import attach_weights
+from megarl.models import load_architecture
 from megarl.records import token_ids
 from megarl.weights.checksum import region_checksum
+from megarl.weights.file_owner import FileOwner
 from tests.inference.driving import generate
-from tests.inference.hf.models import PLAIN, make_requests
+from tests.inference.hf.models import MAX_MODEL_LEN, PLAIN, logprobs_of, make_model, make_requests
 
 TOLERANCE = 1e-4
 
@@ -146,3 +153,22 @@ def test_a_killed_engine_takes_up_where_it_stopped(trainer: Any, caplog: pytest.
     assert trainer.logprob_error(requests, responses) < TOLERANCE
     assert trainer.engine.health().pid != pid
     assert any("The Hugging Face engine died" in r.getMessage() for r in caplog.records)
+
+
+def test_a_family_without_a_table_gets_its_weights_from_its_files(tmp_path: Path) -> None:
+    """As `megarl eval` does it: by the names that the files and transformers have."""
+    model = make_model("olmo2")
+    model.save_pretrained(tmp_path)
+    config = EngineConfig(backend="hf", kv_cache_gib=0.05, num_threads=1)
+    options = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "seed": 1, "log_dir": tmp_path}
+    engine = engine_class("hf").start(tmp_path, config, **options)
+    files = FileOwner(tmp_path, "float32")
+    attach_weights(engine, load_architecture(tmp_path, any_family=True), [files.owner()])
+    engine.sync(0)
+    requests = make_requests(6)
+    responses = {r.request_id: r for r in generate(engine, requests, PLAIN)}
+    for request in requests:
+        response = responses[request.request_id]
+        expected = logprobs_of(model, request.prompt_ids, response.token_ids)
+        assert (expected - torch.tensor(response.logprobs)).abs().max() < TOLERANCE
+    engine.shutdown()
