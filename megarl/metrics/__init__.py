@@ -1,1 +1,1 @@
-"""What a run tells people: timers, metric sinks, the console and the HTML report."""
+"""Timers, metric sinks, the console and the HTML report of a run."""

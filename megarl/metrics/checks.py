@@ -1,4 +1,4 @@
-"""What in a run's metrics deserves attention: shown at the top of the report."""
+"""Checks of a run's metrics, shown at the top of the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megarl.records import NON_FINITE_WEIGHTS
 DIFFERENCE_LIMITS = {"float32": 1e-3, "bfloat16": 0.3}
 """Largest |rollout - trainer logprob| of one policy: measured 4e-5 in fp32, up to 0.28 in bf16."""
 
-_RECENT = 10  # steps a judgement about the present looks back
+_RECENT = 10  # steps over which recent means are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Check:
 
 
 def run_checks(steps: Sequence[Mapping[str, Any]], dtype: str) -> list[Check]:
-    """Findings about merged steps, the gravest first; one "ok" when there are none."""
+    """Return findings on merged steps, the most severe first; a single "ok" if there are none."""
     findings = [*_non_finite(steps), *_disagreement(steps, DIFFERENCE_LIMITS[dtype])]
     equal = _recent_mean(steps, "zero_std_groups_fraction")
     if equal is not None and equal >= 0.9:
@@ -47,9 +47,9 @@ def run_checks(steps: Sequence[Mapping[str, Any]], dtype: str) -> list[Check]:
 
 
 def failures(values: Mapping[str, float]) -> list[str]:
-    """What in the figures of an optimizer step says that it failed, as phrases; not what it only measured."""
+    """Return phrases for metrics of an optimizer step that show that it failed."""
     found = [f"{name} is {value}" for name, value in non_finite(values).items() if _decides(name)]
-    # An infinity there is a logprob of -inf, which corrections know what to do with.
+    # An infinity here is a logprob of -inf, which the off-policy corrections handle.
     if math.isnan(difference := values.get("logprob_abs_diff_mean", 0.0)):
         found.append(f"logprob_abs_diff_mean is {difference}")
     for name, value in values.items():
@@ -60,12 +60,12 @@ def failures(values: Mapping[str, float]) -> list[str]:
 
 
 def non_finite(values: Mapping[str, float]) -> dict[str, float]:
-    """Those of the values that are NaN or infinite."""
+    """Return the values that are NaN or infinite."""
     return {name: value for name, value in values.items() if not math.isfinite(value)}
 
 
 def _decides(name: str) -> bool:
-    """Whether weights are moved by this figure: losses and gradient norms."""
+    """Return whether a metric affects the weights: losses and gradient norms."""
     return not name.startswith("validation_") and (name == "loss" or name.endswith(("_loss", "grad_norm")))
 
 

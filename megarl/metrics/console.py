@@ -1,7 +1,7 @@
-"""The run as a person at a terminal sees it: one line per step, live bars for the long phases.
+"""Console output of a run: one line per step, progress bars for long phases.
 
-On a terminal (rich) lines are coloured and progress bars live below them. Anywhere else, e.g. in a
-log file, everything is a plain line without control codes, and a phase reports itself now and then.
+On a terminal (rich) lines are coloured, with progress bars below them. Elsewhere, e.g. in a log file, output
+is plain lines without control codes, and a long phase prints its progress periodically.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from megarl.jobs import JOBS, Column
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.records import StepMetrics
 
-_HEADER_EVERY = 25  # lines: on most screens a header is in sight
-_PLAIN_PROGRESS_SECONDS = 30.0  # in a log, a long phase reports this often
+_HEADER_EVERY = 25  # lines, so that a header is visible on most screens
+_PLAIN_PROGRESS_SECONDS = 30.0  # interval of progress lines in a log
 
-# Rollout against trainer logprobs: above these the value is shown in yellow, in red.
+# Logprob mismatch above which the value is shown in yellow and in red.
 _DIFFERENCE_LIMITS = (DIFFERENCE_LIMITS["float32"], DIFFERENCE_LIMITS["bfloat16"])
 
 
@@ -42,12 +42,12 @@ _GAP = "  "
 
 
 class Console:
-    """Prints a run's progress. With ``enabled=False`` (all ranks but 0) every method is silent.
+    """Prints the progress of a run. With ``enabled=False`` (ranks other than 0) all methods do nothing.
 
     Args:
-        kind: the job, which says what columns a step has.
+        kind: the job, which has the columns of a step line.
         enabled: whether this rank prints.
-        stream: where to; None is standard output.
+        stream: output stream; None: standard output.
     """
 
     def __init__(self, kind: str, *, enabled: bool = True, stream: TextIO | None = None) -> None:
@@ -63,7 +63,7 @@ class Console:
         self._lines_since_header = _HEADER_EVERY
 
     def keep_log(self, path: Path) -> None:
-        """Append every further line to a file too, whatever becomes of the stream."""
+        """Also append all further lines to a file, even if the stream fails."""
         if self._enabled:
             with suppress(OSError):  # a full disk: the run's own files will say so
                 self._log = path.open("a", encoding="utf-8")
@@ -76,7 +76,7 @@ class Console:
             self._log = None
 
     def step(self, metrics: StepMetrics) -> None:
-        """One aligned line with the most telling values; a value the step lacks is a dash."""
+        """Print one aligned line of the job's columns; a missing value is a dash."""
         values = dict(metrics.values) | {"step": metrics.step}
         if values.get("seconds") and "num_tokens" in values:
             values["tokens_per_second"] = values["num_tokens"] / values["seconds"]
@@ -97,22 +97,22 @@ class Console:
         self._print(line)
 
     def note(self, message: str) -> None:
-        """A line of information."""
+        """Print an information line."""
         self._print(Text(message, style="" if self._rich is None else "dim"))
 
     def warn(self, message: str) -> None:
-        """A line nobody should overlook."""
+        """Print a warning line."""
         self._print(Text(f"WARNING: {message}", style="bold yellow"))
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a long phase while the block runs; ``advance(n)`` says that n of ``total`` are done."""
+        """Show the progress of a phase; ``advance(n)`` adds n to the items done of ``total``."""
         with self._phase(label, total) as advance:
             yield advance
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:
-        """Show that something of unknown length is going on, and how long it took."""
+        """Show a phase of unknown length, and its duration at the end."""
         started = time.monotonic()
         with self._phase(label, None):
             yield
@@ -167,14 +167,14 @@ class Console:
                 self._stream.write(line.plain + "\n")
                 self._stream.flush()
             else:
-                self._rich.print(line, soft_wrap=True)  # a narrow terminal wraps lines, nothing is cut
+                self._rich.print(line, soft_wrap=True)  # a narrow terminal wraps lines
         except OSError:
             self._lose_stream()
 
     def _lose_stream(self) -> None:
-        """Go on without the stream: its reader has ended, its terminal was closed, its disk is full.
+        """Continue without the stream: its reader has exited, its terminal was closed or its disk is full.
 
-        Whatever the stream holds back would fail again as the process ends, so it leads nowhere from here on.
+        Redirect it to /dev/null, since flushing its buffer at exit would fail again.
         """
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,9 +1,9 @@
-"""What n samples of a problem say about k of them: pass@k, cons@k, and how sure a mean is.
+"""pass@k and cons@k from n samples per problem, and confidence intervals.
 
-pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374): the chance that a random subset of k of
-the n samples holds at least one of the c right ones, without bias. cons@k: the chance that the majority's
-answer among k of them is right (self-consistency, Wang et al. 2022, arXiv:2203.11171), averaged over all
-subsets in closed form, or over some of them.
+pass@k = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, arXiv:2107.03374): the probability that a random subset of
+k of the n samples contains at least one of the c correct ones; unbiased. cons@k: the probability that the
+majority answer of k samples is correct (self-consistency, Wang et al. 2022, arXiv:2203.11171), over all
+subsets in closed form or over random ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Literal
 import numpy
 
 CONFIDENCE = 0.95
-"""Of every interval here."""
+"""Confidence level of all intervals."""
 _NORMAL_QUANTILE = 1.959963984540054  # of (1 + CONFIDENCE) / 2
 _BOOTSTRAP_DRAWS = 2000
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that k of ``num_samples`` samples hold a correct one; 1 <= k <= num_samples."""
+    """Return the probability that k of ``num_samples`` contain a correct sample; 1 <= k <= num_samples."""
     assert 0 <= num_correct <= num_samples, f"{num_correct} of {num_samples}"
     assert 1 <= k <= num_samples, f"k = {k} of {num_samples} samples"
     failing = Fraction(math.comb(num_samples - num_correct, k), math.comb(num_samples, k))
@@ -32,16 +32,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def consensus_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
-    """Chance that the majority of k of the samples is right, over all subsets of k.
+    """Return the probability that the majority answer of k samples is correct, over all subsets of k.
 
     Args:
-        votes: the samples' answers [n]; None gives no vote. Equal answers are one vote's worth each.
-        correct: whether each sample is right [n]; equal answers must be judged alike.
+        votes: the samples' answers [n]; None is no vote. Equal answers vote together.
+        correct: whether each sample is correct [n]; equal for equal answers.
         k: size of the subsets, 1 <= k <= n.
 
-    Between answers with equally many votes the choice is random. A subset without votes is wrong.
-    Exact: for each right answer and number j of its votes, the ways in which every other answer gets
-    fewer than j votes, or j and a tie; about (number of answers) * k^3 steps.
+    Ties are broken uniformly at random. A subset without votes is wrong. Exact: for each correct answer and
+    number j of its votes, count the ways in which every other answer gets fewer than j votes, or j (a tie);
+    about (number of answers) * k^3 steps.
     """
     sizes, right = _classes(votes, correct)
     n = len(votes)
@@ -58,7 +58,7 @@ def consensus_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool], k:
 
 
 def _ways(sizes: list[int], silent: int, room: int, most: int) -> list[int]:
-    """By number of ties: ways to fill ``room`` places with at most ``most`` of each; a tie has ``most``."""
+    """Return, by number of ties, the ways to draw ``room`` votes with at most ``most`` per answer (a tie)."""
     table = {(0, 0): 1}  # (places taken, ties) -> ways
     for size in sizes:
         grown: dict[tuple[int, int], int] = {}
@@ -76,8 +76,9 @@ def _ways(sizes: list[int], silent: int, room: int, most: int) -> list[int]:
 def sampled_consensus_at_k(
     votes: Sequence[Hashable | None], correct: Sequence[bool], k: int, num_draws: int, seed: int
 ) -> float:
-    """:func:`consensus_at_k` estimated from ``num_draws`` random subsets; its standard error is at most
-    0.5 / sqrt(num_draws).
+    """Estimate :func:`consensus_at_k` from ``num_draws`` random subsets.
+
+    The standard error is at most 0.5 / sqrt(num_draws).
     """
     _, right = _classes(votes, correct)
     assert 1 <= k <= len(votes), f"k = {k} of {len(votes)} samples"
@@ -102,7 +103,7 @@ def _classes(
 
 
 def wilson_interval(num_correct: int, num_trials: int) -> tuple[float, float]:
-    """Interval of a proportion from independent trials (Wilson 1927), also where none or all are right."""
+    """Return the Wilson score interval (Wilson 1927) of a proportion; valid also for 0 or all correct."""
     z2 = _NORMAL_QUANTILE**2
     share = num_correct / num_trials
     middle = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
@@ -112,7 +113,7 @@ def wilson_interval(num_correct: int, num_trials: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 1) -> tuple[float, float]:
-    """Percentile bootstrap (Efron 1979) of the mean over problems: each value is one problem's figure."""
+    """Return the percentile bootstrap interval (Efron 1979) of the mean; ``values`` has one per problem."""
     array = numpy.asarray(values, dtype=numpy.float64)
     draw = numpy.random.default_rng(seed)
     means = numpy.array(

@@ -19,7 +19,7 @@ class StepProfiler:
         self._running: tuple[int, Any] | None = None
 
     def begin(self, step: int) -> None:
-        """``step`` begins: trace it if it is one of the chosen."""
+        """Start tracing if ``step`` is selected."""
         self.discard()
         if step not in self._steps:
             return
@@ -31,7 +31,7 @@ class StepProfiler:
         self._running = (step, profiler)
 
     def end(self, step: int) -> Path | None:
-        """``step`` is over: write its trace; the file, where there is one."""
+        """Stop tracing ``step`` and write its trace; return the file, or None."""
         if self._running is None or self._running[0] != step:
             return None
         _, profiler = self._running
@@ -43,7 +43,7 @@ class StepProfiler:
         return path
 
     def discard(self) -> None:
-        """Drop a trace whose step did not end."""
+        """Discard an unfinished trace."""
         if self._running is not None:
             self._running[1].stop()
             self._running = None

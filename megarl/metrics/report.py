@@ -1,6 +1,6 @@
-"""The HTML report of a run: one file, no network, opened by any browser.
+"""The HTML report of a run: one self-contained file.
 
-The page is headline figures and checks (plain HTML, readable without JavaScript) plus the metrics and
+The page has headline metrics and checks (plain HTML, readable without JavaScript) and the metrics and
 samples as JSON, drawn by the scripts in page/. Text from a run is escaped where it becomes HTML and
 inserted as text nodes by the scripts; a content security policy admits no other script.
 """
@@ -26,7 +26,7 @@ _SCRIPTS = ("charts.js", "samples.js", "page.js")
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write <run_dir>/report.html atomically from what the directory holds now; returns its path.
+    """Write <run_dir>/report.html atomically from the current files; return its path.
 
     Takes well under a second for 1,000 steps, so that a running job can call it often.
 
@@ -39,7 +39,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(run: RunData) -> str:
-    """The page as a string."""
+    """Return the page."""
     script = "".join((_PAGE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
@@ -76,7 +76,7 @@ def render(run: RunData) -> str:
 
 
 def _embedded(run: RunData) -> str:
-    """The page's data as JSON that cannot end its script element."""
+    """Return the page's data as JSON that cannot close its script element."""
     head = to_json(
         {
             "steps": [step["step"] for step in run.chart_steps],
@@ -118,7 +118,7 @@ def _checks(checks: Iterable[Check]) -> str:
 
 
 def _figures(run: RunData) -> Iterable[str]:
-    """The headline figures, as far as the run has them."""
+    """Yield the headline metrics that the run has."""
     summary = run.summary
     if run.is_online:
         yield _change("Accuracy, held-out", summary, "accuracy", percent=True)
@@ -216,7 +216,7 @@ def _dtype(run: RunData) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, small numbers as 2.2e-4."""
+    """Format with three significant digits, small numbers as 2.2e-4."""
     if value == 0 or abs(value) >= 1e-3 or not math.isfinite(value):
         return f"{value:#.3g}".rstrip(".")
     mantissa, exponent = f"{value:.1e}".split("e")

@@ -1,4 +1,4 @@
-"""What the report page holds: the run directory, read and cut to a size a browser opens at once."""
+"""Data of the report: the run directory, reduced to a size that a browser opens quickly."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megarl.metrics.summary import merge_steps, summarize
 from megarl.run_directory import read_metrics, to_json
 
 MAX_CHART_STEPS = 2000
-"""Steps drawn; of a longer run evenly spaced ones, the worst of each stretch and all evaluations."""
+"""Steps drawn; a longer run shows evenly spaced steps, the worst of each interval and all evaluations."""
 MAX_SAMPLE_BYTES = 4 * 2**20
-"""Samples embedded in the page, as JSON."""
+"""Maximum size of the samples embedded as JSON."""
 _MAX_SAMPLE_STEPS = 64
 
 _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -26,7 +26,7 @@ _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
 
 @dataclass(frozen=True, slots=True)
 class SampleSelection:
-    """Samples the page shows, and out of how many."""
+    """Samples on the page, and the totals."""
 
     records: list[str]  # each one JSON object
     num_in_steps: int  # samples in the files of the shown steps
@@ -36,11 +36,11 @@ class SampleSelection:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """A run as the report shows it."""
+    """Data of a run for the report."""
 
     name: str
     kind: str  # the job: grpo, dpo, ...; run where its configuration is missing
-    is_online: bool  # whether it learns from its own samples
+    is_online: bool  # whether it trains on its own samples
     steps: list[dict[str, Any]]  # merged metrics lines, ascending
     chart_steps: list[dict[str, Any]]  # those that are drawn
     config: dict[str, Any]
@@ -51,10 +51,10 @@ class RunData:
 
 
 def read_run(run_dir: Path) -> RunData:
-    """Read a run directory; files that do not exist yet are simply not shown.
+    """Read a run directory; missing files are not shown.
 
     Raises:
-        UserError: the directory does not exist or holds a file that is not what its name says.
+        UserError: the directory does not exist, or a file in it is invalid.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory")
@@ -75,14 +75,14 @@ def read_run(run_dir: Path) -> RunData:
         config=config,
         config_text=config_text,
         summary=summary,
-        # summary.json of an earlier, shorter run says nothing about one that goes on
+        # summary.json may be from an earlier, shorter run that has been continued
         finished=bool(written) and bool(steps) and steps[-1]["step"] >= planned,
         samples=_select_samples(run_dir / "samples"),
     )
 
 
 def chart_columns(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Metrics by name, one value per step, None where a step lacks it; numbers exactly as written."""
+    """Return metric -> one value per step, None if missing; numbers exactly as written."""
     names = dict.fromkeys(name for step in steps for name in step if name != "step")
     return {name: [step.get(name) for step in steps] for name in names}
 
@@ -95,7 +95,7 @@ def _thin(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept |= {i for i, step in enumerate(steps) if "accuracy" in step or "validation_loss" in step}
     for start in range(0, len(steps), stride):
         stretch = range(start, min(start + stride, len(steps)))
-        # a spike is what one looks for in these curves: thinning must not lose it
+        # thinning must keep spikes
         kept |= {start, max(stretch, key=lambda i: _severity(steps[i]))}
     return [steps[i] for i in sorted(kept)]
 
@@ -116,7 +116,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _select_samples(folder: Path) -> SampleSelection:
-    """Samples of the last and first step, then of ever finer divisions between, while they fit."""
+    """Select samples of the last and first step, then of finer subdivisions, until the size limit."""
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := _SAMPLES_NAME.fullmatch(path.name):
@@ -148,7 +148,7 @@ def _select_samples(folder: Path) -> SampleSelection:
 
 
 def _fit(line: str, room: int, where: str) -> str | None:
-    """A sample as embedded JSON; without its token logprobs where only that fits; None where nothing does."""
+    """Return a sample as JSON, without token logprobs if only that fits; None if it does not fit."""
     try:
         sample = json.loads(line)
     except json.JSONDecodeError as error:
@@ -169,12 +169,12 @@ def _embed(sample: dict[str, Any]) -> str:
 
 
 def _coarse_to_fine(steps: list[int]) -> list[int]:
-    """All steps, the last first, then the first, then midpoints of what is left between."""
+    """Order the steps: the last, the first, then midpoints of ever smaller intervals."""
     if len(steps) <= 2:
         return steps[::-1]
     order = [len(steps) - 1, 0]
     spans = [(0, len(steps) - 1)]
-    for low, high in spans:  # grows while it is walked: breadth first
+    for low, high in spans:  # extended during iteration: breadth first
         if high - low > 1:
             middle = (low + high) // 2
             order.append(middle)

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, from its graded groups: over all problems and by category."""
+"""Scores of an evaluation from graded groups: over all prompts and by category."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from megarl.records import Group, Sample
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What an evaluation found. ``accuracy`` is the share of right samples: mean@n, which is pass@1.
+    """Scores of an evaluation. ``accuracy`` is the share of correct samples: mean@n, which is pass@1.
 
-    ``values`` adds ``pass_at_K`` and ``cons_at_K`` for every K asked for. ``interval`` is the 95% interval of
-    the accuracy: Wilson's where each problem has one sample, else the bootstrap over problems.
-    ``num_incomplete`` problems lack samples that could not be judged.
+    ``values`` has ``pass_at_K`` and ``cons_at_K`` for every requested K. ``interval`` is the 95% interval
+    of the accuracy: Wilson's with one sample per prompt, else a bootstrap over prompts. ``num_incomplete``
+    prompts lack samples that could not be scored.
     """
 
     num_prompts: int
@@ -36,7 +36,7 @@ class Scores:
     values: dict[str, float]
 
     def summary(self) -> dict[str, Any]:
-        """For summary.json."""
+        """Return plain data for summary.json."""
         return {
             "accuracy": self.accuracy,
             "accuracy_interval": list(self.interval),
@@ -50,27 +50,27 @@ class Scores:
 
 
 def is_correct(sample: Sample) -> bool:
-    """Full marks: a reward of 1."""
+    """Return whether the reward is at least 1."""
     assert sample.reward is not None
     return sample.reward >= 1.0
 
 
 def vote_of(sample: Sample) -> tuple[str, bool] | None:
-    """The answer a sample votes for: the one its verifier read out, else its whole text; None: no answer."""
+    """Return the vote of a sample: the answer its verifier extracted, else its text; None without an answer."""
     answer = sample.info.get("answer", sample.info.get("choice", sample.text))
     text = "" if answer is None else str(answer).strip()
     if any(sample.info.get(name) for name in ("unparsed", "timeout", "incomparable")):
         return None
-    # A right and a wrong sample are never the same vote: a verifier may look at more than the answer.
+    # Correct and wrong samples never vote together: a verifier may check more than the answer.
     return (text, is_correct(sample)) if text else None
 
 
 def score(groups: Sequence[Group], ks: Sequence[int], *, consensus_draws: int = 0, seed: int = 1) -> Scores:
-    """Figures over all ``groups``, of equally many samples unless some could not be judged.
+    """Score ``groups``, of equally many samples unless some could not be scored.
 
-    A group without samples counts nowhere, one with fewer than k not for that k; a k for which no group
-    has enough is left out. ``consensus_draws`` 0 is the closed form of cons@k, else that many random subsets
-    for each problem. Raises ValueError where no group has a sample.
+    A group without samples is ignored, one with fewer than k samples is ignored for that k; a k for which no
+    group has enough is omitted. ``consensus_draws`` 0 selects the closed form of cons@k, else that many
+    random subsets per prompt. Raises ValueError if no group has a sample.
     """
     judged = [group for group in groups if group.samples]
     if not judged:
@@ -84,7 +84,7 @@ def score(groups: Sequence[Group], ks: Sequence[int], *, consensus_draws: int = 
             values[f"pass_at_{k}"] = _mean(passes)
     for k in ks:
         enough = [group for group in judged if len(group.samples) >= k]
-        if k > 1 and enough:  # of one sample, the majority is that sample
+        if k > 1 and enough:  # cons@1 is the accuracy
             values[f"cons_at_{k}"] = _mean([_consensus(group, k, consensus_draws, seed) for group in enough])
     rewards = [sample.reward or 0.0 for group in judged for sample in group.samples]
     method: IntervalMethod = "wilson" if most == 1 else "bootstrap"
@@ -105,7 +105,7 @@ def score(groups: Sequence[Group], ks: Sequence[int], *, consensus_draws: int = 
 def score_by_category(
     groups: Sequence[Group], ks: Sequence[int], *, consensus_draws: int = 0, seed: int = 1
 ) -> dict[str, Scores]:
-    """:func:`score` of the groups of each ``metadata["category"]``, in alphabetical order; empty without."""
+    """Return the scores per ``metadata["category"]``, in alphabetical order; {} without categories."""
     by_category: dict[str, list[Group]] = {}
     for group in groups:
         if group.samples and (category := group.prompt.metadata.get("category")) is not None:
@@ -117,7 +117,7 @@ def score_by_category(
 
 
 def table(total: Scores, categories: dict[str, Scores]) -> list[str]:
-    """Lines for people: a heading, a line per category, and all problems."""
+    """Format as lines: a heading, one line per category, and the total."""
     names = ["problems", "accuracy", "95% interval", *(name.replace("_at_", "@") for name in total.values)]
     width = max(map(len, ["all", *categories]))
     lines = ["  ".join([" " * width, *(f"{name:>14}" for name in names)])]

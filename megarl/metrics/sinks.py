@@ -1,4 +1,4 @@
-"""Where the metrics of a step go: metrics.jsonl always, TensorBoard and W&B when configured."""
+"""Metric sinks: metrics.jsonl always, TensorBoard and W&B if configured."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from megarl.run_directory import RunDirectory, write_atomically
 
 
 class MetricsSink(Protocol):
-    """Takes the metrics of each step. Rank 0 only."""
+    """Receives the metrics of each step, on rank 0."""
 
     def log(self, metrics: StepMetrics) -> None:
         """Record one step."""
 
     def close(self) -> None:
-        """Write out what is buffered; nothing is logged afterwards."""
+        """Flush buffers; nothing is logged afterwards."""
 
 
 def build_sinks(
     logging: LoggingConfig, run_directory: RunDirectory, resolved_config: dict[str, Any]
 ) -> list[MetricsSink]:
-    """The sinks a run writes to, metrics.jsonl first.
+    """Build the sinks of a run, metrics.jsonl first.
 
-    Call it on rank 0 after ``run_directory.start_after``, which says from which step the curves go on.
+    Call it on rank 0 after ``run_directory.start_after``, which sets the first step of the curves.
 
     Raises:
-        UserError: a configured sink cannot be imported or started; names the field.
+        UserError: a configured sink cannot be imported or started; the message names the field.
     """
     sinks: list[MetricsSink] = [JsonlSink(run_directory)]
     if logging.tensorboard:
@@ -41,17 +41,17 @@ def build_sinks(
 
 
 class JsonlSink:
-    """metrics.jsonl in the run directory, which owns and closes the file."""
+    """metrics.jsonl; the run directory owns the file."""
 
     def __init__(self, run_directory: RunDirectory) -> None:
         self._run_directory = run_directory
 
     def log(self, metrics: StepMetrics) -> None:
-        """Append the step's line."""
+        """Append the line of the step."""
         self._run_directory.append_metrics(metrics.step, metrics.values)
 
     def close(self) -> None:
-        """Nothing to do: every line is already on disk."""
+        """Do nothing: every line is already on disk."""
 
 
 class TensorBoardSink:
@@ -67,7 +67,7 @@ class TensorBoardSink:
             raise UserError(f"logging.tensorboard: cannot start TensorBoard ({error})") from error
 
     def log(self, metrics: StepMetrics) -> None:
-        """Write one scalar per value, at once, so that a running TensorBoard shows it."""
+        """Write one scalar per value and flush, so that a running TensorBoard shows it."""
         for name, value in metrics.values.items():
             self._writer.add_scalar(name, value, metrics.step)
         self._writer.flush()
@@ -78,7 +78,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A W&B run that keeps its identity over restarts; curves are drawn over ``step``."""
+    """A W&B run that keeps its id across restarts; curves are plotted over ``step``."""
 
     def __init__(
         self, config: WandbConfig, run_directory: RunDirectory, resolved_config: dict[str, Any]
@@ -88,7 +88,9 @@ class WandbSink:
         except ImportError as error:
             raise UserError(f"logging.wandb: cannot import wandb ({error}); pip install wandb") from error
         folder = run_directory.path / "wandb"
-        folder.mkdir(exist_ok=True)  # wandb falls back to /tmp, silently, when it is not there
+        folder.mkdir(
+            exist_ok=True
+        )  # if it does not exist, wandb silently falls back to the system's temporary directory
         try:
             self._run = wandb.init(
                 project=config.project,
@@ -99,7 +101,7 @@ class WandbSink:
                 id=_wandb_run_id(folder / "run_id", resumes=run_directory.started_after is not None),
                 resume="allow",
                 config=resolved_config,
-                # console capture would record the progress bars, character by character
+                # console capture would record progress bars character by character
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except (wandb.errors.Error, OSError) as error:
@@ -108,15 +110,15 @@ class WandbSink:
                 f"logging.wandb: cannot start a run ({reason}); mode: offline needs no account"
             ) from error
         self._run.define_metric("step")
-        # W&B drops rows whose own counter goes backwards, as it does after a resume: plot over ours.
+        # W&B drops rows whose counter goes backwards, as after a resume: plot over ``step``.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: StepMetrics) -> None:
-        """Send the step's values as one row."""
+        """Send the values of the step as one row."""
         self._run.log({"step": metrics.step, **metrics.values})
 
     def close(self) -> None:
-        """Finish the run; waits until W&B has everything."""
+        """Finish the run; waits until the upload is complete."""
         self._run.finish()
 
 

@@ -1,4 +1,4 @@
-"""Figures of a whole run from its metrics lines: what the report shows while summary.json is not there."""
+"""Summary of a run from its metrics lines, for the report until summary.json exists."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megarl.metrics.timers import PHASES
 
 
 def as_number(value: Any) -> float | None:
-    """A metric as metrics.jsonl writes it (numbers; "NaN", "Infinity" as strings); None where absent."""
+    """Convert a metric of metrics.jsonl (a number, or "NaN", "Infinity") to float; None stays None."""
     return None if value is None else float(value)
 
 
 def merge_steps(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One dict per step, ascending: a second line of a step (an evaluation after it) adds its values."""
+    """Merge the lines of each step (an evaluation is a second line); return one dict per step, ascending."""
     steps: dict[int, dict[str, Any]] = {}
     for line in lines:
         steps.setdefault(line["step"], {}).update(line)
@@ -22,9 +22,9 @@ def merge_steps(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarize(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Totals, extremes and first and last values over merged steps; keys as in summary.json.
+    """Compute totals, maxima, first and last values over merged steps; keys as in summary.json.
 
-    Seconds are those of the steps, start-up excluded. A figure that no step carries is left out.
+    Seconds are those of the steps, without start-up. Metrics that no step has are omitted.
     """
 
     def values(name: str) -> list[float]:
@@ -42,7 +42,7 @@ def summarize(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         summary["phase_seconds"] = {phase: sum(values(f"seconds_{phase}")) for phase in PHASES}
     speeds = {}
     for phase in ("rollout", "train"):
-        # tokens = rate x seconds, so that long steps weigh what they took
+        # weight each rate by the seconds of its step
         pairs = [
             (float(step[f"tokens_per_second_{phase}"]), float(step[f"seconds_{phase}"]))
             for step in trained

@@ -1,4 +1,4 @@
-"""Where the wall time of a step goes."""
+"""Wall time of a step by phase."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class PhaseTimers:
-    """Exclusive wall time per phase: every moment belongs to exactly one phase.
+    """Exclusive wall time per phase.
 
-    ``with timers("train"):`` may be nested; the inner phase stops the outer one's clock, so that the
-    phases of a step always add up to its wall time. Time outside any phase is "other"; entering
-    ``timers("other")`` takes work inside a phase out of it. One thread uses one object.
+    ``with timers("train"):`` may be nested; an inner phase pauses the outer one, so that the phases of a step
+    add up to its wall time. Time outside all phases is "other"; ``timers("other")`` excludes work inside a
+    phase from it. Use one object per thread.
 
     Args:
         range_hook: wraps each phase, e.g. an NVTX range: ``hook(name)`` returns a context manager.
-        start_hook: called when the first step of this process begins.
+        start_hook: called when the first step of this process starts.
         clock: seconds from any origin, monotonic.
     """
 
@@ -33,7 +33,7 @@ class PhaseTimers:
         self.totals: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         """Seconds per phase over all ended steps of this process."""
         self.last_step: dict[str, float] = {}
-        """What the latest end_step returned."""
+        """Return value of the latest end_step."""
         self._range_hook = range_hook
         self._clock = clock
         self._start_hook = start_hook
@@ -55,20 +55,20 @@ class PhaseTimers:
                 self._active.pop()
 
     def move(self, source: Phase, target: Phase, seconds: float) -> None:
-        """Book ``seconds`` of this step's ``source`` under ``target``: known only afterwards."""
+        """Move ``seconds`` of this step from phase ``source`` to ``target``."""
         self._book()
         self._step[source] -= seconds
         self._step[target] += seconds
 
     def start_step(self) -> None:
-        """Forget the time since the last step ended (start-up, a long pause): it belongs to no step."""
+        """Discard the time since the last step ended (start-up, a pause)."""
         assert not self._active, f"step started inside phase {self._active[-1]!r}"
         self._start_hook()
         self._step = dict.fromkeys(PHASES, 0.0)
         self._since = self._clock()
 
     def end_step(self) -> dict[str, float]:
-        """Close the step: ``seconds`` and ``seconds_<phase>`` since it began; the next one begins now."""
+        """End the step and start the next; return its ``seconds`` and ``seconds_<phase>``."""
         assert not self._active, f"step ended inside phase {self._active[-1]!r}"
         self._book()
         step, self._step = self._step, dict.fromkeys(PHASES, 0.0)
@@ -78,7 +78,7 @@ class PhaseTimers:
         return self.last_step
 
     def seconds(self, phase: Phase) -> float:
-        """Seconds of ``phase`` in the present step so far."""
+        """Return the seconds of ``phase`` in the current step so far."""
         self._book()
         return self._step[phase]
 

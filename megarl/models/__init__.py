@@ -1,4 +1,4 @@
-"""Architecture tables (docs/architecture.md, decision 4). ``load_architecture`` picks the family."""
+"""Architecture tables (docs/models.md). ``load_architecture`` selects the family by model_type."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
 
 
 def load_architecture(model_dir: str | Path, *, any_family: bool = False) -> Architecture:
-    """Read ``model_dir``/config.json; a UserError names what is missing or not supported.
+    """Read ``model_dir``/config.json; raise UserError for missing or unsupported settings.
 
-    With ``any_family`` a model whose family or options have no table is what its weights say.
+    With ``any_family``, a model without a table gets one from its weights (:mod:`megarl.models.any_family`).
     """
     path = Path(model_dir) / "config.json"
     if not path.is_file():

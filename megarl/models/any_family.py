@@ -1,7 +1,7 @@
-"""Models without a table: what their directory says of them, for a trainer that builds them by transformers.
+"""Models without a table, for a trainer that builds them with transformers.
 
-Such an architecture has the names and shapes of a checkpoint's tensors, and no place for them in Megatron's
-or vLLM's parameters.
+Such an architecture has the names and shapes of the checkpoint's tensors, but does not map them to
+Megatron's or vLLM's parameters.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _HEAD = "lm_head.weight"
 
 
 def any_architecture(model_dir: str | Path, config: dict[str, Any]) -> Architecture:
-    """From the weights' names and shapes and what ``config`` says in the words most families have.
+    """Build an architecture from the names and shapes of the weights and common keys of ``config``.
 
     Raises:
-        UserError: there are no weights, or not even the sizes that all decoders have.
+        UserError: there are no weights, or a size that all decoders have is missing.
     """
     shapes = _shapes(Path(model_dir))
     tied = bool(config.get("tie_word_embeddings", _HEAD not in shapes))
@@ -52,7 +52,7 @@ def any_architecture(model_dir: str | Path, config: dict[str, Any]) -> Architect
 
 
 def has_engine_table(architecture: Architecture) -> bool:
-    """Whether vLLM's parameters are known, so that an engine can share or copy weights by region."""
+    """Return whether the table maps vLLM's parameters, so that an engine can alias or copy weights."""
     return any(rule.engine for rule in architecture.rules)
 
 

@@ -12,10 +12,10 @@ from megarl.models.table import Architecture
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: deepseek_v3``.
+    """Return the table for ``model_type: deepseek_v3``.
 
-    The layers of multi-token prediction, which follow the model's own in a checkpoint, are ignored:
-    neither the trainer nor the engine has parameters for them.
+    Layers of multi-token prediction, which follow the model's layers in a checkpoint, are ignored: neither
+    trainer nor engine has parameters for them.
     """
     num_layers = config["num_hidden_layers"]
     dense = config["first_k_dense_replace"] or 0

@@ -1,4 +1,4 @@
-"""The table shared by Llama-like dense decoders; families differ in biases, qk-norm and defaults."""
+"""Rules shared by Llama-like dense decoders; families differ in biases, qk-norm and defaults."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _MEGATRON = "decoder.layers.{layer}."
 
 
 def dense_architecture(spec: ModelSpec) -> Architecture:
-    """Rules for embeddings, norms, attention (q|k|v flat), gated MLP (gate|up flat) and head."""
+    """Return rules for embeddings, norms, attention (q|k|v flat), gated MLP (gate|up flat) and head."""
     return Architecture(spec, (*ends(spec), *attention(spec), *dense_mlp(spec)))
 
 
 def ends(spec: ModelSpec) -> list[Rule]:
-    """Embedding, final norm and head."""
+    """Return rules for embedding, final norm and head."""
     embedding_shape = (spec.vocab_size, spec.hidden_size)
 
     def rows(param: str, stage: Stage) -> Place:
@@ -24,7 +24,7 @@ def ends(spec: ModelSpec) -> list[Rule]:
     trainer = [rows("embedding.word_embeddings.weight", "first")]
     rules = []
     if spec.tied_embeddings:
-        # A last stage that is not the first keeps a copy, which Megatron's gradient reduction holds equal.
+        # A last stage that is not the first has a copy, which Megatron's gradient reduction keeps equal.
         trainer.append(rows("output_layer.weight", "last_alone"))
     else:
         rules.append(
@@ -53,7 +53,7 @@ def ends(spec: ModelSpec) -> list[Rule]:
 
 
 def attention(spec: ModelSpec) -> list[Rule]:
-    """Grouped-query attention and the norms around it, in every layer."""
+    """Return rules for grouped-query attention and its norms, in every layer."""
     head, hidden = spec.head_dim, spec.hidden_size
     q, kv = spec.num_heads * head, spec.num_kv_heads * head
     slots = (Slot(q, head), Slot(kv, head), Slot(kv, head))
@@ -99,7 +99,7 @@ def attention(spec: ModelSpec) -> list[Rule]:
 
 
 def dense_mlp(spec: ModelSpec) -> list[Rule]:
-    """The gated MLP of the layers that have no experts."""
+    """Return rules for the gated MLP of layers without experts."""
     layers = spec.dense_layers
     inner, hidden = spec.intermediate_size, spec.hidden_size
     slots = (Slot(inner), Slot(inner))

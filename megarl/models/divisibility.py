@@ -1,4 +1,4 @@
-"""Which tensors of an architecture a layout cannot split."""
+"""Find tensors of an architecture that a layout cannot split."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megarl.layout import ParallelLayout
 from megarl.models.table import Architecture, Slot
 
 Side = Literal["trainer", "engine"]
-_AT = "@"  # stands for a tensor's name while messages are compared
+_AT = "@"  # placeholder for the tensor's name, so that equal messages can be merged
 
 
 def division_problems(
     architecture: Architecture, side: Side, layout: ParallelLayout, prefix: str
 ) -> Iterator[str]:
-    """What cannot be split over tensor or expert-tensor ranks, the tensors concerned put together.
+    """Yield one line per reason why tensors cannot be split over tensor or expert-tensor ranks.
 
-    Lines begin with the field of the section ``prefix`` that is at fault.
+    Lines begin with the field at fault, in section ``prefix``.
     """
     names: dict[tuple[str, str], list[str]] = defaultdict(list)
     for rule in architecture.rules:
@@ -44,8 +44,8 @@ def _span_problem(slot: Slot, ranks: int, side: Side) -> str | None:
         return str(error).removeprefix(f"{_AT}: ")
     units = slot.size // slot.unit
     if side == "trainer" and units < ranks:
-        # An engine repeats them. The trainer's copies would each get a part of the gradient, which nothing
-        # adds up.
+        # An engine replicates them. The trainer's replicas would each get a part of the gradient, which is
+        # not summed.
         return (
             f"{ranks} tensor ranks need {ranks} units of {slot.unit} (got {units}): the trainer repeats none"
         )

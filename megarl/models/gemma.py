@@ -1,7 +1,7 @@
 """Gemma 2 (arXiv:2408.00118) and the text model of Gemma 3 (arXiv:2503.19786).
 
-Norms stand before and after attention and MLP. Their weights are stored minus one by Hugging Face and
-vLLM alike (the norm multiplies by 1 + weight), so that the table copies them as they are.
+Norms are before and after attention and MLP. Hugging Face and vLLM both store their weights minus one (the
+norm multiplies by 1 + weight), so the table copies them unchanged.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _NOT_TRAINABLE = "norms after attention and MLP, soft caps and sliding windows a
 
 
 def gemma2(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: gemma2``."""
+    """Return the table for ``model_type: gemma2``."""
     return _architecture("gemma2", config, RopeSpec.from_hf(config), qk_norm=False)
 
 
 def gemma3_text(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: gemma3_text``; the rope named is that of the full-attention layers."""
+    """Return the table for ``model_type: gemma3_text``; its RoPE is that of the full-attention layers."""
     rope = dict(config.get("rope_parameters") or {})
     if "full_attention" in rope:
         rope = rope["full_attention"]

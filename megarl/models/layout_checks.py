@@ -1,4 +1,4 @@
-"""Whether a model can be trained under a layout, seen from its config.json: before any process starts."""
+"""Check that a model can be trained under a layout, from its config.json, before any process starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUM_NEAREST = 3
 
 
 def check_training(config: TrainingRoot) -> None:
-    """Refuse, with a UserError, a model that cannot be trained as ``config`` asks."""
+    """Raise UserError if the model cannot be trained as configured."""
     if config.trainer.backend == "torch":
         _check_torch(config)
         return
@@ -38,7 +38,7 @@ def check_training(config: TrainingRoot) -> None:
 
 
 def _check_torch(config: TrainingRoot) -> None:
-    """The same for the torch backend, which knows more of a model when transformers has built it."""
+    """Check for the torch backend, which checks further when transformers has built the model."""
     architecture = load_architecture(config.model.path, any_family=True)
     spec, size = architecture.spec, config.parallel.tensor_parallel_size
     heads = {"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
@@ -76,7 +76,7 @@ def _unknown_code(model: ModelConfig) -> Iterator[str]:
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Raise UserError with every violation, and the nearest layouts of as many ranks that would do."""
+    """Raise UserError with every violation and the nearest valid layouts with the same number of ranks."""
     if architecture.spec.not_trainable is not None:
         why = f"training {architecture.spec.family} is not supported: {architecture.spec.not_trainable}"
         raise UserError(f"model.path: {why}")
@@ -91,7 +91,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
 
 
 def check_engine(architecture: Architecture, engine: EngineConfig) -> None:
-    """Raise UserError with each way in which the engine's ranks cannot share the model, and what would do."""
+    """Raise UserError with every reason why the engine's ranks cannot split the model, and valid sizes."""
     wrong = list(engine_problems(architecture, engine))
     if not wrong:
         return
@@ -107,7 +107,7 @@ def check_engine(architecture: Architecture, engine: EngineConfig) -> None:
 
 
 def engine_problems(architecture: Architecture, engine: EngineConfig) -> Iterator[str]:
-    """A line for each way in which an engine's ranks cannot share this model."""
+    """Yield one line per reason why an engine's ranks cannot split the model."""
     moe, layout = architecture.spec.moe, engine_layout(engine)
     yield from division_problems(architecture, "engine", layout, "rollout.engine")
     if not engine.expert_parallel:
@@ -122,13 +122,13 @@ def engine_problems(architecture: Architecture, engine: EngineConfig) -> Iterato
 
 
 def engine_layout(engine: EngineConfig) -> ParallelLayout:
-    """How an engine's ranks share a model: each expert cut over all ranks, or whole experts dealt to them."""
+    """Return the layout of an engine: each expert sharded over all ranks, or whole experts per rank."""
     ranks, whole = engine.tensor_parallel_size, engine.expert_parallel
     return ParallelLayout(tensor=ranks, expert=ranks if whole else 1, expert_tensor=1 if whole else ranks)
 
 
 def check_router(architecture: Architecture, router: RouterConfig, *, replay: bool = False) -> None:
-    """Raise UserError for settings that the model has no use for; ``replay`` is rollout.router_replay."""
+    """Raise UserError for settings that do not apply to the model; ``replay`` is rollout.router_replay."""
     moe = architecture.spec.moe
     asked = [f"router.{name}" for name, value in router if value != 0] + ["rollout.router_replay"] * replay
     if moe is None and asked:
@@ -140,7 +140,7 @@ def check_router(architecture: Architecture, router: RouterConfig, *, replay: bo
 
 
 def layout_problems(architecture: Architecture, parallel: ParallelConfig) -> Iterator[str]:
-    """A line for each way in which this model does not fit this layout."""
+    """Yield one line per reason why the model does not fit the layout."""
     spec, experts = architecture.spec, parallel.expert_parallel_size
     try:
         layout = layout_of(parallel)
@@ -164,7 +164,7 @@ def layout_problems(architecture: Architecture, parallel: ParallelConfig) -> Ite
 
 
 def layout_of(parallel: ParallelConfig) -> ParallelLayout:
-    """The layout of a configuration's ranks; UserError where they cannot be divided."""
+    """Return the layout of a configuration; UserError if the sizes do not divide the ranks."""
     return ParallelLayout.from_world_size(
         parallel.num_processes,
         tensor=parallel.tensor_parallel_size,
@@ -180,14 +180,14 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
 
 
 def nearest_layouts(architecture: Architecture, parallel: ParallelConfig) -> list[ParallelConfig]:
-    """The layouts of as many ranks that work and differ least (in factors of two) from what was asked."""
+    """Return valid layouts of as many ranks, closest to the configured one (in factors of two)."""
     others = sorted(_candidates(architecture, parallel), key=lambda other: _distance(other, parallel))
     work = (other for other in others if not any(layout_problems(architecture, other)))
     return list(itertools.islice(work, _NUM_NEAREST))
 
 
 def _candidates(architecture: Architecture, parallel: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Every layout whose sizes divide the ranks, by whatever the model can be split."""
+    """Yield every layout whose sizes divide the ranks."""
     ranks, moe = parallel.num_processes, architecture.spec.moe is not None
     sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
     shared = sizes if moe else [1]
@@ -220,7 +220,7 @@ def _distance(one: ParallelConfig, other: ParallelConfig) -> float:
 
 
 def _describe(layout: ParallelConfig, asked: ParallelConfig) -> str:
-    """As overrides; what is 1 on both sides is left out."""
+    """Format a layout as overrides, without sizes that are 1 on both sides."""
     names = [f"{size}_parallel_size" for size in _SIZES]
     parts = [
         f"parallel.{name}={getattr(layout, name)}"

@@ -1,4 +1,4 @@
-"""Llama 2, 3 and 3.x, and what shares its architecture (SmolLM2, ...)."""
+"""Llama 2, 3 and 3.x, and models with the same architecture (SmolLM2, ...)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarl.models.table import Architecture
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: llama``."""
+    """Return the table for ``model_type: llama``."""
     bias = bool(config.get("attention_bias", False))
     mlp_bias = bool(config.get("mlp_bias", False))
     return dense_architecture(

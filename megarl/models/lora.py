@@ -1,7 +1,7 @@
-"""Which layers of a model take a low-rank adapter (LoRA: Hu et al. 2021, arXiv:2106.09685), and their names.
+"""Layers with LoRA adapters (Hu et al. 2021, arXiv:2106.09685), and their names.
 
-All of it follows from the architecture table: an adapter belongs to a Hugging Face projection, though the
-trainer may hold several of them in one matrix.
+Derived from the architecture table: an adapter belongs to a Hugging Face projection, although the trainer may
+fuse several in one matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SUFFIX = "_proj.weight"
 
 
 def check_lora(architecture: Architecture, lora: LoraLayers | None, section: str = "lora") -> None:
-    """Raise UserError for a model or layers that cannot have adapters; ``section`` is what asked for them."""
+    """Raise UserError for a model or layers without adapters; ``section`` is the configuration key."""
     if lora is None:
         return
     spec, field = architecture.spec, f"{section}.target_modules"
@@ -37,20 +37,20 @@ def check_lora(architecture: Architecture, lora: LoraLayers | None, section: str
 
 
 def possible_targets(architecture: Architecture) -> list[str]:
-    """PEFT's names of the projections that can have adapters, in the table's order."""
+    """Return PEFT's names of the projections that can have adapters, in table order."""
     with_experts = {_name(rule) for rule in architecture.rules if _is_of_experts(rule)}
     names = (_name(rule) for rule in architecture.rules if rule.hf.endswith(_SUFFIX))
     return list(dict.fromkeys(name for name in names if name not in with_experts))
 
 
 def targets_of(architecture: Architecture, lora: LoraLayers) -> list[str]:
-    """The projections that get adapters, all-linear resolved; in the table's order."""
+    """Return the projections that get adapters, all-linear resolved, in table order."""
     names = possible_targets(architecture)
     return [name for name in names if name in lora.target_modules or lora.target_modules == [ALL_LINEAR]]
 
 
 def adapted_modules(architecture: Architecture, lora: LoraLayers) -> dict[str, tuple[int, int]]:
-    """Hugging Face module with an adapter -> its outputs and inputs."""
+    """Return Hugging Face module with an adapter -> (outputs, inputs)."""
     targets = set(targets_of(architecture, lora))
     found = {}
     for name, shape in architecture.hf_shapes().items():
@@ -61,7 +61,7 @@ def adapted_modules(architecture: Architecture, lora: LoraLayers) -> dict[str, t
 
 
 def adapter_shapes(modules: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, int]]:
-    """Every tensor of the adapter in PEFT's format, with its shape."""
+    """Return the tensors of the adapters in PEFT's format -> shape."""
     shapes = {}
     for module, (outputs, inputs) in modules.items():
         shapes[peft_name(module, "A")] = (rank, inputs)
@@ -70,14 +70,14 @@ def adapter_shapes(modules: Mapping[str, tuple[int, int]], rank: int) -> dict[st
 
 
 def num_adapter_parameters(modules: Mapping[str, tuple[int, int]], rank: int) -> int:
-    """Elements of all adapters."""
+    """Return the number of elements of all adapters."""
     return sum(rank * (outputs + inputs) for outputs, inputs in modules.values())
 
 
 def local_elements(
     architecture: Architecture, lora: LoraLayers, regions: Iterable[Region]
 ) -> tuple[int, int]:
-    """Of the rank that holds ``regions``: elements of its adapters, and of the weights they stand beside."""
+    """Return the elements of a rank's adapters and of the weights they adapt; the rank holds ``regions``."""
     targets = targets_of(architecture, lora)
     adapters = weights = 0
     for region in regions:
@@ -89,12 +89,12 @@ def local_elements(
 
 
 def peft_name(module: str, matrix: Matrix) -> str:
-    """What PEFT calls a matrix in adapter_model.safetensors."""
+    """Return PEFT's name of a matrix in adapter_model.safetensors."""
     return f"base_model.model.{module}.lora_{matrix}.weight"
 
 
 def module_of(hf_tensor: str, targets: Iterable[str]) -> str | None:
-    """The adapted module that a weight belongs to; None where it gets no adapter."""
+    """Return the adapted module of a weight; None if it has no adapter."""
     module = hf_tensor.removesuffix(".weight")
     is_weight = module != hf_tensor
     return module if is_weight and module.rpartition(".")[2] in set(targets) else None

@@ -1,4 +1,4 @@
-"""Mixtral: Llama's attention, eight experts or so in every layer, softmax router."""
+"""Mixtral: Llama's attention, experts in every layer, softmax router."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megarl.models.table import Architecture
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: mixtral``."""
+    """Return the table for ``model_type: mixtral``."""
     moe = MoeSpec(
         num_experts=config["num_local_experts"],
         experts_per_token=config["num_experts_per_tok"],

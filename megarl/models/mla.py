@@ -1,9 +1,8 @@
 """Rules of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) and the norms around it.
 
-Hidden states are projected down to a latent of q (if q has a rank) and one of k and v with the rotary
-part of k beside it; both are whole on every tensor rank, as Transformer Engine's duplicated linear
-layers and vLLM have them. What projects up from the latents is split by head. vLLM fuses the two down
-projections into one parameter when q has a rank.
+Hidden states are projected down to a latent of q (if q has a rank) and a latent of k and v with the rotary
+part of k; both are replicated on every tensor rank, as in Transformer Engine's duplicated linear layers and
+vLLM. The up-projections are split by head. vLLM fuses the two down-projections if q has a rank.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _MEGATRON_SELF = "decoder.layers.{layer}.self_attention."
 
 
 def latent_attention(spec: ModelSpec) -> list[Rule]:
-    """Attention and the norms before it and before the MLP, in every layer."""
+    """Return rules for attention and the norms before it and before the MLP, in every layer."""
     mla, hidden, heads = spec.mla, spec.hidden_size, spec.num_heads
     assert mla is not None
     q_head = mla.qk_nope_head_dim + mla.qk_rope_head_dim
@@ -56,13 +55,13 @@ def latent_attention(spec: ModelSpec) -> list[Rule]:
 
 
 def _whole(hf: str, megatron: str, shape: tuple[int, ...]) -> Rule:
-    """The same on every tensor rank; the engine's name is Hugging Face's."""
+    """Return a rule for a tensor replicated on every tensor rank; the engine uses Hugging Face's name."""
     place = Place(f"{_HF}{hf}.weight")
     return Rule(place.param, shape, (Place(f"{_MEGATRON}{megatron}.weight"),), (place,))
 
 
 def _by_head(hf: str, megatron: str, shape: tuple[int, ...], dim: int, head: int) -> Rule:
-    """Split along ``dim`` in units of a head."""
+    """Return a rule for a tensor split along ``dim`` in units of a head."""
     slots = (Slot(shape[dim], head),)
     name = f"{_SELF}{hf}.weight"
     trainer = Place(f"{_MEGATRON_SELF}{megatron}.weight", dim=dim, slots=slots)

@@ -1,7 +1,7 @@
-"""Rules of mixture-of-experts layers, shared by the families that have them.
+"""Rules of mixture-of-experts layers.
 
-Experts are stacked as the engine stacks them, w13 [E, 2I, H] (gate above up) and w2 [E, H, I], so
-that a rank's experts are two parameters of a layer, however many they are.
+Experts are stacked as in the engine, w13 [E, 2I, H] (gate, then up) and w2 [E, H, I], so that the experts of
+a rank are two parameters per layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MEGATRON = "decoder.layers.{layer}.mlp."
 
 @dataclass(frozen=True, slots=True)
 class MoeNames:
-    """What a family calls the parts of its MoE block; ``block`` is also the engine's prefix."""
+    """A family's names for the parts of its MoE block; ``block`` is also the engine's prefix."""
 
     block: str = "mlp"
     gate: str = "gate_proj"
@@ -25,7 +25,7 @@ class MoeNames:
 
 
 def moe_mlp(spec: ModelSpec, names: MoeNames = MoeNames()) -> list[Rule]:
-    """Router, experts and shared experts of the layers that have experts."""
+    """Return rules for router, experts and shared experts of the layers with experts."""
     moe, hidden = spec.moe, spec.hidden_size
     assert moe is not None
     block = f"model.layers.{{layer}}.{names.block}."

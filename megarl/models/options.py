@@ -1,7 +1,7 @@
-"""What config.json may say beside the sizes: which keys are read, which change nothing, which are refused.
+"""Keys of config.json: which are read, which have no effect, which values are errors.
 
-transformers fills in what a config.json lacks and ignores keys it does not know; other readers, vLLM among
-them, know more keys. So a value that would change what is computed, here or there, is an error that names it.
+transformers fills in missing keys and ignores unknown ones; other readers, such as vLLM, know more keys. So
+any value that would change the computation in one of them and is not supported is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _EVERYWHERE = (
     " head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters rope_theta"
     " rope_scaling initializer_range"
 )
-# Keys that a family's table reads, beside those that all read.
+# Keys that the table of a family reads, besides the common ones.
 READ: dict[str, frozenset[str]] = {
     family: frozenset(f"{_EVERYWHERE} {own}".split())
     for family, own in {
@@ -34,7 +34,7 @@ READ: dict[str, frozenset[str]] = {
         "gemma3_text": "attention_bias",
     }.items()
 }
-# What changes no logits: for generation, the loss, the layout of the computation, or for people.
+# Keys without effect on logits: generation, loss, execution, documentation.
 _HARMLESS = (
     "architectures auto_map bos_token_id eos_token_id pad_token_id dtype torch_dtype id2label label2id"
     " max_window_layers model_type name_or_path _name_or_path num_labels output_attentions use_cache"
@@ -42,7 +42,7 @@ _HARMLESS = (
     " transformers_version ep_size"
 )
 HARMLESS = frozenset(_HARMLESS.split())
-# Of the families that are only converted: nobody here computes with these, and the weights do not show them.
+# Keys of families that are only converted: nothing is computed with them, and no weights depend on them.
 _GEMMA = {
     "query_pre_attn_scalar",
     "sliding_window",
@@ -55,7 +55,7 @@ _GEMMA = {
 }
 NOT_COMPUTED: dict[str, set[str]] = {"gemma2": _GEMMA, "gemma3_text": _GEMMA}
 
-# Values with which a key says what is built; any other is refused. null counts as missing.
+# Values that match what is built; any other is an error. null counts as missing.
 _SILU = ("silu", "swish")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": _SILU,
@@ -120,7 +120,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layernorm_type": ("rms",),
     "norm_type": ("rms",),
 }
-# Neutral in some families only.
+# Further neutral values by family.
 _FAMILY_NEUTRAL: dict[str, dict[str, tuple[Any, ...]]] = {
     "qwen2": {"attention_bias": (True, False), "qkv_bias": (True,)},  # biases on q, k, v, whatever it says
     "qwen3": {"use_qk_norm": (True,), "qk_layernorm": (True,)},
@@ -135,7 +135,7 @@ _ALIASES: dict[str, dict[str, str]] = {
     "mixtral": {"num_experts": "num_local_experts"},
     "deepseek_v3": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 }
-# What transformers takes for a key that is missing; sizes that are not here must be there.
+# Defaults of transformers for missing keys; other sizes are required.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"num_key_value_heads": 32},
@@ -178,17 +178,17 @@ _ROPES_BY_LAYER = frozenset(("full_attention", "sliding_attention"))
 
 
 def with_defaults(family: str, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with what transformers takes for the keys that it lacks."""
+    """Return ``config`` with transformers' defaults for missing keys."""
     aliases = _ALIASES.get(family, {})
     renamed = {new: config[old] for old, new in aliases.items() if old in config and new not in config}
     return DEFAULTS[family] | config | renamed
 
 
 def check_options(family: str, config: dict[str, Any]) -> None:
-    """Refuse, by name, what is not built.
+    """Raise an error for every unsupported value.
 
     Raises:
-        UserError: all of it, one line each.
+        UserError: one line per unsupported value.
     """
     if problems := list(_problems(family, config)):
         raise UserError("\n".join(f"config.json: {problem}" for problem in problems))
@@ -222,7 +222,7 @@ _MOST = 1e30
 
 
 def _size_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Numbers with which nothing can be built."""
+    """Yield errors for invalid sizes."""
     for key, (least, most) in _COUNTS.items():
         value = config.get(key)
         if value is not None and (type(value) is not int or not least <= value <= most):

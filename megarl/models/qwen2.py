@@ -10,5 +10,5 @@ from megarl.models.table import Architecture
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: qwen2``."""
+    """Return the table for ``model_type: qwen2``."""
     return dense_architecture(ModelSpec.from_hf("qwen2", config, qkv_bias=True))

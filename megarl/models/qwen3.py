@@ -1,4 +1,4 @@
-"""Qwen3 (dense): RMS norm on every q and k head, head_dim of its own, no biases by default."""
+"""Qwen3 (dense): RMS norm on every q and k head, explicit head_dim, no biases by default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarl.models.table import Architecture
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: qwen3``."""
+    """Return the table for ``model_type: qwen3``."""
     bias = bool(config.get("attention_bias", False))
     return dense_architecture(
         ModelSpec.from_hf(

@@ -11,7 +11,7 @@ from megarl.models.table import Architecture
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """Table for ``model_type: qwen3_moe``."""
+    """Return the table for ``model_type: qwen3_moe``."""
     bias = bool(config.get("attention_bias", False))
     num_layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
     dense = set(config.get("mlp_only_layers") or ())

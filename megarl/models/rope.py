@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as Hugging Face does."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in Hugging Face's half-split layout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megarl.models.spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
-    """Angle per position of each pair of dimensions: [head_dim / 2], fp32.
+    """Return the angle per position of each pair of dimensions: [head_dim / 2], fp32.
 
     ``llama3`` scaling as in Llama 3.1 (arXiv:2407.21783): wavelengths above
-    original_max / low_freq_factor are slowed by ``factor``, those below original_max /
-    high_freq_factor are kept, and what lies between is interpolated.
+    original_max / low_freq_factor are slowed by ``factor``, those below original_max / high_freq_factor are
+    kept, those in between are interpolated.
     """
     inv_freq = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if rope.kind == "linear":
@@ -35,9 +35,11 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
 
 
 def _yarn(inv_freq: torch.Tensor, rope: RopeSpec, head_dim: int) -> torch.Tensor:
-    """Dimensions that turn more than ``beta_fast`` times in the original context keep their frequency,
-    those that turn fewer than ``beta_slow`` times are slowed by ``factor``; a ramp lies between
-    (arXiv:2309.00071, section 3.2). Cosine and sine must be multiplied by ``rope.attention_factor``.
+    """Return YaRN's frequencies (arXiv:2309.00071, section 3.2).
+
+    Dimensions that turn more than ``beta_fast`` times in the original context keep their frequency, those
+    that turn fewer than ``beta_slow`` times are slowed by ``factor``, with a linear ramp in between. Cosine
+    and sine must be multiplied by ``rope.attention_factor``.
     """
 
     def dim_of(turns: float) -> float:
@@ -54,19 +56,19 @@ def _yarn(inv_freq: torch.Tensor, rope: RopeSpec, head_dim: int) -> torch.Tensor
 def cos_sin(
     inv_freq: torch.Tensor, position_ids: torch.Tensor, factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each token's cosine and sine, times ``factor`` (RopeSpec.attention_factor): [T, 1, head_dim], fp32."""
+    """Return cosine and sine times ``factor`` (RopeSpec.attention_factor): [T, 1, head_dim], fp32."""
     angles = position_ids.to(torch.float32)[:, None] * inv_freq[None, :]
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos() * factor, angles.sin() * factor
 
 
 def pair_halves(x: torch.Tensor) -> torch.Tensor:
-    """From pairs (0, 1), (2, 3) ... to halves, which :func:`rotate` takes: evens before odds."""
+    """Reorder interleaved pairs (0, 1), (2, 3) ... into halves for :func:`rotate`: evens before odds."""
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate q or k [T, heads, head_dim] by its token's angle."""
+    """Rotate q or k [T, heads, head_dim] by the angle of each token."""
     first, second = x.chunk(2, dim=-1)
     rotated_half = torch.cat((-second, first), dim=-1)
     return (x * cos + rotated_half * sin).to(x.dtype)

@@ -1,7 +1,7 @@
-"""A model that gives each token a number: the body of a language model with a row of weights for a head.
+"""Score models: a language model with a score head, which gives one number per token.
 
-It is what transformers calls ``AutoModelForSequenceClassification`` with one label: ``score.weight`` [1, H]
-in the place of ``lm_head.weight``, applied to the hidden states after the final norm.
+This is transformers' ``AutoModelForSequenceClassification`` with one label: ``score.weight`` [1, H] instead
+of ``lm_head.weight``, applied to the hidden states after the final norm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HEADS = ("lm_head.",)
 
 
 def score_architecture(architecture: Architecture) -> Architecture:
-    """The table of ``architecture`` with a score head; no engine has such a model."""
+    """Return the table of ``architecture`` with a score head, without engine parameters."""
     spec = replace(architecture.spec, tied_embeddings=False, score_head=True)
     rules = []
     for rule in architecture.rules:
@@ -32,21 +32,21 @@ def score_architecture(architecture: Architecture) -> Architecture:
 
 
 def initial_score(architecture: Architecture, seed: int) -> dict[str, torch.Tensor]:
-    """The head of a model that has none yet: normal with the family's deviation, the same on every rank."""
+    """Initialise a score head: normal with the family's standard deviation, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, architecture.spec.hidden_size)
     return {SCORE: torch.empty(shape).normal_(0.0, architecture.spec.init_std, generator=generator)}
 
 
 def score_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a language model as that of its sequence classification model with one label.
+    """Convert a language model's config.json to that of a sequence classifier with one label.
 
-    transformers takes the score of the last token that is not ``pad_token_id``. Where that is the token
-    that ends responses, it would take another token than training did; it is left out then, and transformers
-    scores one sequence at a time.
+    transformers scores the last token that is not ``pad_token_id``. If the pad token is the EOS token, it
+    would score another token than training did; then ``pad_token_id`` is removed, and transformers supports
+    batch size 1 only.
 
     Raises:
-        UserError: the configuration does not say of which class the model is.
+        UserError: the configuration does not name the model class.
     """
     names = config.get("architectures") or []
     if len(names) != 1 or not str(names[0]).endswith(("ForCausalLM", "ForSequenceClassification")):

@@ -1,4 +1,4 @@
-"""What MegaRL knows about a decoder-only transformer, read from its Hugging Face config.json."""
+"""Sizes and options of a decoder-only transformer, read from its Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megarl.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary embedding: base and, for linear, llama3 and yarn scaling, its parameters.
+    """Rotary embedding: base, and the parameters of linear, llama3 or yarn scaling.
 
     ``attention_factor`` multiplies cosine and sine (1 for all but yarn).
     """
@@ -55,7 +55,7 @@ class RopeSpec:
 
     @classmethod
     def _yarn(cls, theta: float, rope: dict[str, Any], config: dict[str, Any]) -> RopeSpec:
-        """YaRN (arXiv:2309.00071); with DeepSeek's two scales the attention factor is their quotient."""
+        """Read YaRN (arXiv:2309.00071); with DeepSeek's two scales the attention factor is their quotient."""
         if not rope.get("truncate", True):
             raise UserError("config.json: yarn with truncate false is not supported")
         original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
@@ -80,7 +80,7 @@ class RopeSpec:
 
 
 def yarn_scale(factor: float, mscale: float) -> float:
-    """YaRN's growth of the attention logits with the context (arXiv:2309.00071, eq. 22)."""
+    """Return YaRN's scale of the attention logits (arXiv:2309.00071, eq. 22)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -88,15 +88,15 @@ def yarn_scale(factor: float, mscale: float) -> float:
 class MoeSpec:
     """The mixture of experts in some or all layers.
 
-    Scores are softmax or sigmoid of the router's fp32 logits; the ``experts_per_token`` best are taken
-    (of the ``top_groups`` best of ``num_groups`` groups), their weights optionally normalised to sum 1,
-    then scaled by ``scaling_factor``. A router bias takes part in the choice, not in the weights.
+    Scores are softmax or sigmoid of the router's fp32 logits. The ``experts_per_token`` best experts are
+    selected (among the ``top_groups`` best of ``num_groups`` groups); their weights are optionally normalised
+    to sum 1, then scaled by ``scaling_factor``. A router bias affects the selection, not the weights.
     """
 
     num_experts: int
     experts_per_token: int
     intermediate_size: int  # of one expert
-    layers: tuple[int, ...]  # global numbers of the layers that have experts; the others are dense
+    layers: tuple[int, ...]  # global numbers of the layers with experts; the others are dense
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize_top_k: bool = True
     scaling_factor: float = 1.0
@@ -109,7 +109,7 @@ class MoeSpec:
 
 @dataclass(frozen=True, slots=True)
 class MlaSpec:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): ranks of the latents, sizes of a head."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): ranks of the latents, sizes per head."""
 
     q_lora_rank: int | None
     kv_lora_rank: int
@@ -121,7 +121,7 @@ class MlaSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Shape and options of a decoder. Sizes are counts of elements, not bytes."""
+    """Sizes and options of a decoder. Sizes are in elements, not bytes."""
 
     family: str
     num_layers: int
@@ -140,7 +140,9 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     sandwich_norms: bool = False  # norms also after attention and after the MLP
-    not_trainable: str | None = None  # why the trainer cannot build it; plans and conversion can do without
+    not_trainable: str | None = (
+        None  # reason why the trainer cannot build it; planning and conversion still work
+    )
     init_std: float = 0.02
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
@@ -154,7 +156,7 @@ class ModelSpec:
 
     @classmethod
     def from_hf(cls, family: str, config: dict[str, Any], **differences: Any) -> ModelSpec:
-        """The fields every family names alike; ``differences`` are the family's own.
+        """Read the fields common to all families; ``differences`` are those of the family.
 
         Raises KeyError for a missing field, UserError for an unknown rope type.
         """
@@ -177,14 +179,14 @@ class ModelSpec:
 
     @property
     def rope_dim(self) -> int:
-        """Dimensions of a head that are rotated."""
+        """Number of rotated dimensions per head."""
         return self.mla.qk_rope_head_dim if self.mla else self.head_dim
 
     def padded_vocab(self, tensor_parallel_size: int) -> int:
-        """Rows of the stored embedding: the engine's padding (a multiple of 64), then of the ranks."""
+        """Return the rows of the stored embedding: a multiple of VOCAB_PADDING and of the tensor ranks."""
         rows = -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
         return -(-rows // tensor_parallel_size) * tensor_parallel_size
 
 
 VOCAB_PADDING = 64
-"""vLLM pads the vocabulary to this; storing the same rows is what lets it alias the embedding."""
+"""vLLM pads the vocabulary to a multiple of this; storing the same rows allows it to alias the embedding."""

@@ -1,8 +1,8 @@
-"""Architecture tables: how every Hugging Face tensor is made of regions of local parameters.
+"""Architecture tables: map every Hugging Face tensor to regions of local parameters.
 
-A family file (llama.py, ...) lists :class:`Rule` objects as data. Loading, exporting, weight sync to an
-engine and planning at scale all derive :class:`Region` lists from the same rules, so a tensor that
-one of them would forget is forgotten by all, and the coverage check of the loader finds it.
+A family file (llama.py, ...) lists :class:`Rule` objects as data. Loading, export, weight sync and planning
+all derive :class:`Region` lists from the same rules, so a missing tensor is missing in all of them, and the
+coverage check of the loader finds it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from megarl.models.spec import ModelSpec
 Index = tuple["int | tuple[int, int]", ...]
 Box = tuple[tuple[int, int], ...]
 Stage = Literal["first", "layer", "last", "last_alone"]
-"""last_alone: the last pipeline stage when it is not also the first."""
+"""last_alone: the last pipeline stage if it is not also the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One of the parts fused in a parameter along its split dimension.
+    """One of the tensors fused in a parameter along its split dimension.
 
-    ``size`` elements in all, dealt to ranks in multiples of ``unit`` (a head, for k and v). With
-    fewer units than ranks each unit is replicated on consecutive ranks.
+    ``size`` elements in total, split over ranks in multiples of ``unit`` (a head, for k and v). With fewer
+    units than ranks each unit is replicated on consecutive ranks.
     """
 
     size: int
     unit: int = 1
 
     def span(self, rank: int, ranks: int, what: str, kind: str = "tensor ranks") -> tuple[int, int]:
-        """[start, stop) of this slot's elements on ``rank``."""
+        """Return [start, stop) of this slot's elements on ``rank``; UserError if they do not divide."""
         units = self.size // self.unit
         if units >= ranks:
             if units % ranks:
@@ -48,17 +48,16 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one HF tensor lives on one side.
+    """Location of an HF tensor in the parameters of one side.
 
-    ``param`` may contain {layer}. ``dim`` is the dimension split over tensor ranks (None: every
-    rank has all of it). ``slots`` are the parts fused along ``dim`` (None: dimension 0)
-    on each rank, in memory order;
-    ``slot`` is this tensor's. ``padded`` says that the parameter has the padded vocabulary's rows
-    over all ranks although the HF tensor has fewer.
+    ``param`` may contain {layer}. ``dim`` is the dimension split over tensor ranks (None: replicated).
+    ``slots`` are the tensors fused along ``dim`` (None: dimension 0) on each rank, in memory order; ``slot``
+    is this tensor's index. With ``padded``, the parameter has the rows of the padded vocabulary over all
+    ranks, although the HF tensor has fewer.
 
-    ``expert`` says that the parameter stacks experts in a leading dimension the HF tensor (one per
-    expert) lacks: experts are dealt to expert ranks in runs, and ``dim``, which counts the HF
-    tensor's dimensions, is split over expert-tensor ranks.
+    With ``expert``, the parameter stacks experts in a leading dimension that the HF tensor (one per expert)
+    lacks: consecutive experts are assigned to expert ranks, and ``dim``, which counts the HF tensor's
+    dimensions, is split over expert-tensor ranks.
     """
 
     param: str
@@ -72,9 +71,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One HF tensor and its places; one per layer and per expert when ``hf`` contains {layer}, {expert}.
+    """One HF tensor and its places; one per layer and expert if ``hf`` contains {layer}, {expert}.
 
-    ``layers`` are the global numbers of the layers that have it (None: all).
+    ``layers`` are the global numbers of its layers (None: all).
     """
 
     hf: str
@@ -86,7 +85,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """``hf[box]`` is ``param[index]`` (same shape; an int in ``index`` drops that dimension)."""
+    """``hf[box]`` equals ``param[index]`` (same shape; an int in ``index`` drops that dimension)."""
 
     hf: str
     box: Box
@@ -96,9 +95,9 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A model's shape and its complete table.
+    """The sizes of a model and its complete table.
 
-    Tensors of a checkpoint whose names start with one of ``ignored`` have no rule and need none.
+    Checkpoint tensors whose names start with one of ``ignored`` need no rule.
     """
 
     spec: ModelSpec
@@ -106,11 +105,11 @@ class Architecture:
     ignored: tuple[str, ...] = ()
 
     def ignores(self, name: str) -> bool:
-        """Whether the model is complete without this tensor of the checkpoint."""
+        """Return whether the model does not need this checkpoint tensor."""
         return name.startswith(self.ignored) if self.ignored else False
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a checkpoint of this model has, with its shape."""
+        """Return name -> shape of all tensors in a checkpoint of this model."""
         shapes: dict[str, tuple[int, ...]] = {}
         for rule in self.rules:
             experts = range(self.num_experts if "{expert}" in rule.hf else 1)
@@ -121,14 +120,14 @@ class Architecture:
 
     @property
     def num_experts(self) -> int:
-        """Experts per layer that has any."""
+        """Number of experts per MoE layer; 0 for a dense model."""
         return self.spec.moe.num_experts if self.spec.moe else 0
 
     def trainer_regions(self, layout: ParallelLayout, at: RankCoordinates) -> list[Region]:
-        """Regions that the Megatron parameters of one rank hold.
+        """Return the regions of the Megatron parameters of one rank.
 
-        Layers are numbered from 0 per stage. With virtual stages, chunk c's parameters have the
-        prefix ``chunk{c}.`` and its layers count from 0 too.
+        Layers are numbered from 0 per stage. With virtual stages, parameters of chunk c have the prefix
+        ``chunk{c}.``, and its layers are numbered from 0.
         """
         if layout.virtual == 1:
             return self._regions("trainer", layout, at, 0)
@@ -139,7 +138,7 @@ class Architecture:
         return regions
 
     def engine_regions(self, layout: ParallelLayout, at: RankCoordinates) -> list[Region]:
-        """Regions that the vLLM parameters of one engine rank hold; layers keep their global number."""
+        """Return the regions of the vLLM parameters of one engine rank; layers keep their global number."""
         return self._regions("engine", layout, at, 0)
 
     def _layers(self, rule: Rule) -> Iterable[int]:
@@ -171,7 +170,7 @@ class Architecture:
     def _place(
         self, rule: Rule, place: Place, layer: int, local: int, layout: ParallelLayout, at: RankCoordinates
     ) -> list[Region]:
-        """The regions of one place in one layer: one, one per local expert, or none (padding rows only)."""
+        """Return the regions of one place in one layer: one, one per local expert, or [] (padding only)."""
         param = place.param.format(layer=local)
         hf = rule.hf.format(layer=layer, expert="{expert}")
         ranks, rank = (layout.expert_tensor, at.expert_tensor) if place.expert else (layout.tensor, at.tensor)
@@ -192,7 +191,7 @@ class Architecture:
 def _cut(
     hf: str, shape: tuple[int, ...], place: Place, padded: int, ranks: int, rank: int
 ) -> tuple[Box, Index] | None:
-    """The part of the HF tensor a rank holds, and where in the parameter (without experts' dimension)."""
+    """Return a rank's box of the HF tensor and its index in the parameter (without the expert dimension)."""
     box = [(0, size) for size in shape]
     index = list(box)
     dim = place.dim
@@ -208,14 +207,14 @@ def _cut(
         offset = sum(stop - start for start, stop in spans[: place.slot])
         start, stop = spans[place.slot]
         box[dim], index[dim] = (start, stop), (offset, offset + stop - start)
-    elif place.slots:  # fused, yet whole on every rank
+    elif place.slots:  # fused and replicated
         offset = sum(slot.size for slot in place.slots[: place.slot])
         index[0] = (offset, offset + shape[0])
     return tuple(box), tuple(index)
 
 
 def name_problems(expected: Iterable[str], found: Iterable[str], where: str) -> list[str]:
-    """A line for every missing and every left-over tensor."""
+    """Return one line per missing and per unmapped tensor."""
     names, present = set(expected), set(found)
     return [f"{where}: missing tensor {name}" for name in sorted(names - present)] + [
         f"{where}: no rule maps tensor {name}" for name in sorted(present - names)

@@ -1,8 +1,8 @@
-"""Transformers' parameters and the tensors of Hugging Face checkpoints: which region of one is which other.
+"""Regions that map parameters of transformers' models to tensors of Hugging Face checkpoints.
 
-Mostly a parameter has the name of its tensor. Where a model of transformers holds several tensors in one
-parameter (the experts of a layer), its conversion mapping says how; only what is put together by stacking
-and concatenation is read here, since the parts of such a parameter stay regions of it.
+A parameter usually has the name of its tensor. If transformers fuses several tensors in one parameter (the
+experts of a layer), its conversion mapping describes how; only stacking and concatenation are supported,
+since their parts are regions of the parameter.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megarl.models.table import Box, Index, Region
 def transformers_regions(
     lm: Any, shapes: Mapping[str, tuple[int, ...]], names: Collection[str] | None
 ) -> list[Region]:
-    """For parameters of these whole ``shapes`` the regions of checkpoint tensors that they are made of.
+    """Return the regions of checkpoint tensors in parameters with these full ``shapes``.
 
-    ``names`` are a checkpoint's; None: those that transformers would write.
+    ``names`` are those of a checkpoint; None: those that transformers would write.
 
     Raises:
-        UserError: a parameter is made of tensors in another way.
+        UserError: a parameter is built from tensors in another way.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -44,7 +44,7 @@ def transformers_regions(
 
 
 def _sources(param: str, shape: tuple[int, ...], converters: list[Any]) -> list[tuple[str, Box, Index]]:
-    """Name, box and place in ``param`` of each tensor it is made of."""
+    """Return name, box and index in ``param`` of each of its tensors."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     whole = tuple((0, size) for size in shape)
@@ -73,7 +73,7 @@ def _sources(param: str, shape: tuple[int, ...], converters: list[Any]) -> list[
 
 
 def _old_name(name: str, renamings: list[Any]) -> str:
-    """What a checkpoint calls a tensor whose module transformers has renamed."""
+    """Return the checkpoint's name of a tensor whose module transformers has renamed."""
     for renaming in reversed(renamings):
         name = renaming.reverse_transform().rename_source_key(name)[0]
     return name

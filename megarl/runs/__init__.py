@@ -1,1 +1,1 @@
-"""What every training run has around its steps: directory, sinks, checkpoints, resume, signals."""
+"""A training run around its steps: directory, sinks, checkpoints, resume, signals."""

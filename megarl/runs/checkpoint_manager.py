@@ -1,4 +1,4 @@
-"""Checkpoints of a run: in the foreground or the background, the newest and the best of them kept."""
+"""Save checkpoints in the foreground or background; keep the newest and the best."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATE_FILE = "run_state.json"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a loop has kept with a checkpoint; empty where it cannot be read."""
+    """Read the loop state stored with a checkpoint; {} if it is unreadable."""
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -39,10 +39,10 @@ class _Pending:
 
 
 class CheckpointManager:
-    """Saves one run on one rank. Rank 0 commits; every rank calls every method, in the same order.
+    """Checkpoints of one run on one rank. All methods are collective, in the same order; rank 0 commits.
 
-    A checkpoint that is written in the background is committed between two steps, by all ranks together:
-    their background threads never communicate.
+    A background checkpoint is committed between two steps, by all ranks together: background threads never
+    communicate.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class CheckpointManager:
         self._is_first = is_first
         self._pending: _Pending | None = None
         self.blocked_seconds = 0.0
-        """How long steps have waited for background saves since :meth:`take_blocked_seconds`."""
+        """Seconds that steps waited for background saves since :meth:`take_blocked_seconds`."""
 
     @property
     def is_pending(self) -> bool:
@@ -60,7 +60,7 @@ class CheckpointManager:
         return self._pending is not None
 
     def save(self, step: int, policy: Checkpointable, state: Mapping[str, Any], values: Mapping[str, float]) -> None:
-        """Write, or begin to write, the checkpoint of ``step``, whose metrics are ``values``."""
+        """Write, or start writing, the checkpoint of ``step``, whose metrics are ``values``."""
         self.wait()
         with ranges.phase("checkpoint"):
             self._save(step, policy, state, values)
@@ -88,12 +88,12 @@ class CheckpointManager:
         self._pending = _Pending(step, pending, text, began, blocked)
 
     def poll(self) -> None:
-        """Commit the background checkpoint if all ranks have written it; does not wait for them."""
+        """Commit the background checkpoint if all ranks have written it; do not wait."""
         if self._pending is not None and all(gather(self._pending.save.done())):
             self.wait()
 
     def wait(self) -> None:
-        """Commit the background checkpoint when all ranks have written it."""
+        """Wait until all ranks have written the background checkpoint, and commit it."""
         if self._pending is None:
             return
         began, pending = time.perf_counter(), self._pending
@@ -109,7 +109,7 @@ class CheckpointManager:
         )
 
     def take_blocked_seconds(self) -> float:
-        """What steps have waited for background saves since the last call."""
+        """Return and reset the seconds that steps waited for background saves."""
         seconds, self.blocked_seconds = self.blocked_seconds, 0.0
         return seconds
 
@@ -129,7 +129,7 @@ class CheckpointManager:
     # --- the best one -------------------------------------------------------------------------
 
     def _rank_of(self, step: int, values: Mapping[str, float]) -> dict[str, Any]:
-        """What a checkpoint says about itself, to be compared with others."""
+        """Return the entry that ranks a checkpoint by keep_best_metric; {} without one."""
         name = self._config.keep_best_metric
         if name is None:
             return {}
@@ -144,7 +144,7 @@ class CheckpointManager:
         return {"best": {"metric": name, "value": float(value)}}
 
     def _best(self) -> int | None:
-        """Step of the complete checkpoint with the best value; the earliest of equals."""
+        """Return the step of the checkpoint with the best value, the earliest if equal; None without one."""
         name = self._config.keep_best_metric
         if name is None:
             return None

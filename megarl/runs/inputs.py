@@ -1,8 +1,8 @@
-"""What a run depends on beside its configuration: files, the user's code, and packages that make data.
+"""Inputs of a run besides its configuration: files, user code and package versions.
 
-``inputs.json`` of a run directory says what they were. A run that is resumed on other ones says which have
-changed, or refuses to go on (``run.on_changed_inputs``). Which keys of a configuration name inputs is told by
-their names, so that a new one is looked at too.
+``inputs.json`` in the run directory records them. A resumed run reports which have changed, or refuses to
+resume (``run.on_changed_inputs``). Configuration keys with inputs are recognised by their names, so that new
+ones are included.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Inputs = dict[str, dict[str, Any]]
 
 
 def find_inputs(config: BaseModel, known: Inputs | None = None) -> Inputs:
-    """The inputs of a configuration, as they are now.
+    """Return the current inputs of a configuration.
 
-    A file of the size and time that ``known`` has is not read again.
+    A file with the size and time recorded in ``known`` is not read again.
     """
     found: Inputs = {}
     for key, value in _texts(config):
@@ -59,7 +59,7 @@ def find_inputs(config: BaseModel, known: Inputs | None = None) -> Inputs:
 
 
 def changes(before: Inputs, now: Inputs) -> list[str]:
-    """One line per key whose inputs differ; keys that one side lacks belong to another configuration."""
+    """Return one line per key whose inputs differ; keys missing on one side are ignored."""
     lines = []
     for key in before.keys() & now.keys():
         old, new = before[key], now[key]
@@ -80,7 +80,7 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
 
 
 def read_inputs(directory: Path) -> Inputs | None:
-    """What a run directory says of its inputs; None where it says nothing that can be read."""
+    """Read the inputs recorded in a run directory; None if there are none that can be read."""
     try:
         found = json.loads((directory / INPUTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -90,7 +90,7 @@ def read_inputs(directory: Path) -> Inputs | None:
 
 
 def _texts(section: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of a configuration with its dotted key."""
+    """Yield (dotted key, text) for every text of a configuration."""
     if isinstance(section, BaseModel):
         section = dict(section)
     if isinstance(section, dict):
@@ -108,7 +108,7 @@ def _files(path: Path, *, deep: bool) -> dict[str, Path]:
 
 
 def _source_files(dotted: str) -> dict[str, Path]:
-    """The file of a module, or every source file of the package that it is in."""
+    """Return the file of a module, or all source files of its package."""
     top = dotted.partition(":")[0].partition(".")[0]
     spec = importlib.machinery.PathFinder.find_spec(top) or importlib.machinery.PathFinder.find_spec(
         top, [str(Path.cwd())]
@@ -146,5 +146,5 @@ def _content(path: Path) -> str:
 
 
 def _identity(told: Any) -> Any:
-    """What tells a file from another: not when it was written."""
+    """Return the size and content digest of a file, without its time."""
     return (told.get("size"), told.get("content")) if isinstance(told, dict) else told

@@ -1,7 +1,7 @@
-"""Which checkpoint a run goes on from: the newest one that is what was written.
+"""Select and load the checkpoint to resume from: the newest undamaged one.
 
-Every rank calls every function. A damaged checkpoint is set aside with a line that names its file, and the
-one before it is taken; a run whose checkpoints are all damaged ends with a line.
+All functions are collective. A damaged checkpoint is renamed, with a warning that names its file, and the one
+before it is used; if all are damaged, the run stops with an error.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from megarl.trainer.interface import Checkpointable
 
 
 def newest_whole(directory: RunDirectory, console: Console) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and what its loop has kept; None where there is no checkpoint.
+    """Return the newest undamaged checkpoint and its loop state; None without checkpoints.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: all checkpoints are damaged.
     """
     damaged: dict[int, str] = {}
     for step in reversed(from_first_rank(directory.checkpoint_steps)):
@@ -61,10 +61,10 @@ def _set_aside(directory: RunDirectory, console: Console, damaged: Mapping[int, 
 
 
 def load(policy: Checkpointable, path: Path, state: Mapping[str, Any], num_steps: int) -> bool:
-    """Load a checkpoint that :func:`newest_whole` gave; whether random states were restored too.
+    """Load a checkpoint returned by :func:`newest_whole`; return whether random states were restored.
 
     Raises:
-        UserError: it has no optimizer state, and there are steps left to train; or it cannot be read.
+        UserError: it has no optimizer state but steps remain, or it cannot be read.
     """
     if not state.get("optimizer", True):
         if state["step"] < num_steps:
@@ -90,5 +90,5 @@ def load(policy: Checkpointable, path: Path, state: Mapping[str, Any], num_steps
 
 
 def told_once(line: str) -> UserError:
-    """An error that every rank raises with the same line: rank 0 says it."""
+    """Return an error that all ranks raise and only rank 0 prints."""
     return UserError(line) if dist.get_rank() == 0 else ToldByRankZeroError(line)

@@ -1,4 +1,4 @@
-"""What every training loop needs around it: run directory, sinks, checkpoints, resume and signals."""
+"""The frame of every training loop: run directory, sinks, checkpoints, resume and signals."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(SystemExit):
-    """Ends the process with the signal's customary code, after a checkpoint was written."""
+    """Exits the process with the signal's exit code, after a checkpoint was written."""
 
 
 class TrainingRun:
-    """One training run on one rank. Rank 0 writes; the others keep step."""
+    """One training run on one rank; only rank 0 writes."""
 
     def __init__(self, config: TrainingRoot, kind: str, *, is_first: bool) -> None:
         self.config, self.kind, self.is_first = config, kind, is_first
@@ -63,9 +63,9 @@ class TrainingRun:
         self.checkpoints = CheckpointManager(config.checkpoint, self.directory, self.console, is_first=is_first)
         self._values: dict[str, float] = {}
         self._last_step = 0
-        self._checked, self._spoiled = 0, False  # the last step whose figures were looked at, and what of it
-        self._odd: set[str] = set()  # metrics that were said not to be finite
-        self._base: dict[str, str] = {}  # with LoRA what the frozen weights are, for the run's state
+        self._checked, self._spoiled = 0, False  # last step passed to check(), and whether it failed
+        self._odd: set[str] = set()  # non-finite metrics already reported
+        self._base: dict[str, str] = {}  # with LoRA: fingerprint of the frozen weights, for the state
         self._heartbeat = Heartbeat(
             self.directory.ranks_path,
             dist.get_rank(),
@@ -79,7 +79,7 @@ class TrainingRun:
     # --- beginning and end --------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        """Open the run directory (rank 0); from here on SIGTERM, SIGINT and SIGHUP end the run after a step."""
+        """Open the run directory (rank 0); from now on SIGTERM, SIGINT and SIGHUP stop the run after a step."""
         on_first_rank(self._open)
         self._heartbeat.start()
         for number in _ENDING:
@@ -97,7 +97,7 @@ class TrainingRun:
         heartbeat.clear(self.directory.ranks_path)
 
     def _look_at_inputs(self) -> None:
-        """Say what else has changed since the run began, and keep what there is now."""
+        """Report inputs that have changed since the run began, and store the current ones."""
         before = read_inputs(self.directory.path)
         now = find_inputs(self.config, before)
         has_begun = before is not None and bool(self.directory.checkpoint_steps())
@@ -123,18 +123,18 @@ class TrainingRun:
         self.directory.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:  # the second one is meant
+        if self._signal is not None:  # a second signal exits at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._signal = number
         if self.is_first:
-            # Not through the console: its stream may be in the middle of a line, or have lost its reader.
+            # Not through the console: its stream may be in the middle of a line, or broken.
             line = f"\n{signal.Signals(number).name}: ending after this step, with a checkpoint\n"
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), line.encode())
 
     def tell(self, *data: Any) -> None:
-        """Say what became of the rows of data sets (None: there is none)."""
+        """Print the load reports of datasets (None is skipped)."""
         for report in (report for each in data if each is not None for report in each.reports):
             for line in report.lines():
                 self.console.note(line)
@@ -142,12 +142,12 @@ class TrainingRun:
     # --- checkpoints --------------------------------------------------------------------------
 
     def resume(self, policy: Checkpointable) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint into ``policy``; returns its state, None for a fresh run.
+        """Load the newest undamaged checkpoint into ``policy``; return its state, None for a new run.
 
-        One that is damaged is set aside with a line, and the one before it taken.
+        A damaged checkpoint is renamed with a warning, and the one before it is used.
 
         Raises:
-            UserError: there are checkpoints, and none of them can be gone on from.
+            UserError: there are checkpoints, but the run can resume from none.
         """
         if self.config.lora is not None:
             self._base = {"base": from_first_rank(lambda: fingerprint(self.config.model.path))}
@@ -169,7 +169,7 @@ class TrainingRun:
         return state
 
     def _check_base(self, state: Mapping[str, Any]) -> None:
-        """A checkpoint of adapters is nothing without the weights it was trained beside."""
+        """Raise UserError if the base weights of an adapter checkpoint have changed."""
         if self._base and state.get("base") != self._base["base"]:
             raise UserError(
                 f"model.path: {self.config.model.path} holds other weights than when this run began, whose "
@@ -177,7 +177,7 @@ class TrainingRun:
             )
 
     def after_step(self, step: int, last_step: int, policy: Checkpointable, state: Mapping[str, Any]) -> None:
-        """Save when it is time; end the process here if a signal asked for it."""
+        """Save a checkpoint if due; exit the process if a signal was received."""
         self.checkpoints.poll()
         number = self.signal_number()
         interval = self.config.checkpoint.interval
@@ -197,19 +197,19 @@ class TrainingRun:
         if number is not None and step != last_step:
             name = signal.Signals(number).name
             self.console.note(f"{name}: stopped at step {step} with a checkpoint; the same command resumes")
-            # srun and torchrun end the other ranks when one has ended like this: rank 0 must be done.
+            # srun and torchrun kill the other ranks when one exits with this code: rank 0 must be done.
             broadcast(None)
             raise Interrupted(128 + number)
 
     def signal_number(self) -> int | None:
-        """The signal that asked this run to end, if one did: rank 0's, the same on every rank."""
+        """Return the signal received by rank 0, the same on every rank, or None."""
         number: int | None = broadcast(self._signal)
         return number
 
     def export(self, policy: Trainer, architecture: Architecture) -> None:
-        """Write the weights as a Hugging Face directory, <run.dir>/hf, unless switched off.
+        """Export the weights as a Hugging Face directory, <run.dir>/hf, unless disabled.
 
-        With LoRA: those weights with adapters merged, the adapters as <run.dir>/adapter, or both.
+        With LoRA: merged weights, the adapters as <run.dir>/adapter, or both.
         """
         if not self.config.checkpoint.export_hf:
             return
@@ -232,13 +232,13 @@ class TrainingRun:
     # --- figures ------------------------------------------------------------------------------
 
     def check(self, step: int, values: Mapping[str, float]) -> None:
-        """End the run where the figures of ``step``'s learning say that it failed; or warn, as configured.
+        """Stop the run, or warn if so configured, if the metrics of ``step`` show that it failed.
 
-        Every rank calls it with equal values, before anything reads the new weights.
+        Collective, with equal values, before anything reads the new weights.
 
         Raises:
-            UserError: a loss, a gradient norm or a weight is NaN or infinite. The figures are in
-                metrics.jsonl and the report; of the step nothing is saved.
+            UserError: a loss, a gradient norm or a weight is NaN or infinite. The metrics are in metrics.jsonl
+                and the report; nothing of the step is saved.
         """
         found = failures(values)
         self._checked, self._spoiled = step, bool(found)
@@ -248,13 +248,13 @@ class TrainingRun:
             self.console.warn(f"step {step}: {', '.join(found)}")
             return
         self.log(step, dict(values))
-        self.checkpoints.wait()  # a good one may be on its way
+        self.checkpoints.wait()  # a valid one may be in progress
         if self.is_first:
             write_report(self.directory.path)
         raise self._failed(step, found)
 
     def _failed(self, step: int, found: list[str]) -> UserError:
-        """The line with which a run ends that has failed."""
+        """Return the error of a run that has failed."""
         kept = self.directory.latest_checkpoint()
         line = (
             f"step {step}: {', '.join(found)}. The run ends here and saves nothing of this step; the latest "
@@ -264,7 +264,7 @@ class TrainingRun:
         return told_once(line)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Close the step's clock and hand its figures to every sink and the console (rank 0)."""
+        """End the timers of the step and send its metrics to all sinks and the console (rank 0)."""
         odd = non_finite(values)
         if new := [f"{name} is {odd[name]}" for name in odd if name not in self._odd]:
             self.console.warn(f"step {step}: {', '.join(new)}")
@@ -285,16 +285,16 @@ class TrainingRun:
         self._begin_steps()
 
     def _begin_steps(self) -> None:
-        """The loop begins, or a step is over: the next one is watched, and traced if it was chosen."""
+        """Set the heartbeat's step to the next one and trace it if selected."""
         self._heartbeat.step = self._last_step + 1
         self._profiler.begin(self._last_step + 1)
 
     def seconds_so_far(self) -> float:
-        """Wall time of this process's run, start-up included."""
+        """Return the wall time of this process's run, start-up included."""
         return time.perf_counter() - self.started
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and the report, and say where it is."""
+        """Write summary.json and the report, and print its path."""
         if self.is_first:
             self.directory.write_summary(summary)
             report = write_report(self.directory.path)
