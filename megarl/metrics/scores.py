@@ -56,7 +56,7 @@ def is_correct(sample: Sample) -> bool:
 
 
 def vote_of(sample: Sample) -> tuple[str, bool] | None:
-    """Return the vote of a sample: the answer its verifier extracted, else its text; None without an answer."""
+    """Return the vote of a sample: its extracted answer, else its text; None without an answer."""
     answer = sample.info.get("answer", sample.info.get("choice", sample.text))
     text = "" if answer is None else str(answer).strip()
     if any(sample.info.get(name) for name in ("unparsed", "timeout", "incomparable")):
