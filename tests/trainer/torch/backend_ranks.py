@@ -195,3 +195,29 @@ def exchange(context: Any, model_dir: str) -> dict[str, Any]:
         "engines_see_nothing": inside or policy.model.mesh is None,
         "back": torch.equal(again, own) and at == {n: t.data_ptr() for n, t in policy.model.tensors.items()},
     }
+
+
+def offer_and_train(
+    context: Any, model_dir: str, trainer: dict[str, Any], lora: bool, directory: str, syncs: int
+) -> None:
+    """Steps, each followed by what an engine needs to know of it and a wait until it has read the weights.
+
+    Messages are files in ``directory``: owners, then for each step exported-N from rank 0 and read-N from the
+    engine's side.
+    """
+    from pathlib import Path
+
+    from megarl.config.lora import LoraConfig
+
+    place, adapters = Path(directory), {"lora": LoraConfig(rank=4)} if lora else {}
+    policy = build(context, model_dir, trainer=trainer, **adapters)
+    owners = policy.weights.owners()
+    if context.is_first:
+        ranks.put(place / "owners", owners)
+    for number in range(syncs):
+        step(policy, "sft", number)
+        policy.weights.publish()
+        exported = ranks.weights(policy)
+        if context.is_first:
+            ranks.put(place / f"exported-{number}", exported)
+        ranks.take(place / f"read-{number}")
