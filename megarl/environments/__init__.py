@@ -1,4 +1,4 @@
-"""What judges a response. ``make`` turns a data source's configuration into its environment."""
+"""Environments, which score responses. ``make`` builds the environment of a data source."""
 
 from __future__ import annotations
 
@@ -49,16 +49,15 @@ __all__ = [
     "wrong_references",
 ]
 
-# reasoning-gym brings cellpylib, which Python complains of whenever it compiles it.
+# cellpylib, a dependency of reasoning-gym, raises SyntaxWarnings when it is compiled.
 warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*cellpylib")
 
 
 def make(source: PromptSource, field: str = "data.train") -> Environment:
-    """The environment that judges answers to ``source``'s problems; ``field`` is its configuration key.
+    """Build the environment that scores responses to ``source``'s prompts; ``field`` is its key.
 
     Raises:
-        UserError: an unknown task or bad task arguments, as :func:`megarl.data.load_prompts` words them, or
-            an environment that cannot be made.
+        UserError: an unknown task, invalid task arguments, or an environment that cannot be built.
     """
     if source.source == "reasoning_gym":
         from megarl.environments.reasoning_gym import ReasoningGymEnvironment
@@ -69,13 +68,13 @@ def make(source: PromptSource, field: str = "data.train") -> Environment:
 
         parts = source.sources.items()
         return MixtureEnvironment({name: make(part, f"{field}.sources.{name}") for name, part in parts})
-    if source.source == "benchmark":  # its verifier is no field of its own
+    if source.source == "benchmark":  # the benchmark determines its verifier
         return make_environment(source.environment, field)
     return make_environment(source.environment, f"{field}.environment")
 
 
 def make_environment(config: EnvironmentConfig, field: str) -> Environment:
-    """The environment ``config`` describes. Each kind's libraries are imported here, when it is used."""
+    """Build the environment of ``config``; the libraries of each kind are imported on use."""
     if isinstance(config, MathEnvironmentConfig):
         from megarl.environments.math import MathEnvironment
 
@@ -128,7 +127,7 @@ def _make_of_turns(
 
 
 def needs_answer(config: EnvironmentConfig) -> bool:
-    """Whether every problem must bring a reference answer."""
+    """Return whether every prompt needs a reference answer."""
     if isinstance(config, RegexConfig):
         return "(?P<answer>" in config.pattern
     if isinstance(config, JudgeConfig):
@@ -141,7 +140,7 @@ def needs_answer(config: EnvironmentConfig) -> bool:
 def check_references(
     config: EnvironmentConfig, field: str, lines: Iterable[tuple[str, str, dict[str, Any]]]
 ) -> None:
-    """As wrong_references; raises UserError at the first."""
+    """Raise UserError for the first result of :func:`wrong_references`."""
     for _, message in wrong_references(config, field, lines):
         raise UserError(message)
 
@@ -149,15 +148,15 @@ def check_references(
 def wrong_references(
     config: EnvironmentConfig, field: str, lines: Iterable[tuple[str, str, dict[str, Any]]]
 ) -> Iterator[tuple[int, str]]:
-    """Reference answers that the environment cannot use, found before anything is sampled.
+    """Find reference answers that the environment cannot use, before anything is sampled.
 
     Args:
-        config: the environment's.
-        field: its key.
-        lines: (where, answer, the row) of each problem; ``where`` begins the message.
+        config: of the environment.
+        field: its configuration key.
+        lines: (where, answer, row) of each prompt; ``where`` is the prefix of messages.
 
     Yields:
-        The position of each, and why it cannot be used.
+        Position and reason of each unusable reference.
 
     Raises:
         UserError: a custom environment that cannot be imported.

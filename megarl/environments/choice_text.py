@@ -1,4 +1,4 @@
-"""The letter that a response chooses, in the forms in which models give one."""
+"""Extract the chosen letter from a response, in the usual forms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megarl.environments.text import after_reasoning, boxes
 
-# LaTeX, Markdown and HTML around a letter say nothing.
+# LaTeX, Markdown and HTML around a letter are ignored.
 _WRAPPED = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:rm|bf|it|sf|tt|bb|cal)?|boldsymbol|bm|operatorname|mbox|underline)"
     r"\s*\{([^{}]*)\}"
@@ -77,7 +77,7 @@ _SUBJECT = re.compile(
     r"|fails?|seems?)\b",
     re.IGNORECASE,
 )
-# "A because" and "a since": what follows an article is none of these.
+# "A because", "a since": words that do not follow an article.
 _GOES_ON = re.compile(
     r"\s+(?:because|since|as|and|or|but|for|which|so|is|was|are|due|by|not|here|given|from|when|with|in"
     r"|based|it|this|that|if|the)\b",
@@ -93,19 +93,19 @@ _NONE = re.compile(r"\banswer\b\s*(?:is|[:=])\s*(?:none|neither|not|no)\b", re.I
 
 @dataclass(frozen=True)
 class _Mark:
-    """A place that says what is chosen; ``letter`` None: several, or one that is no choice."""
+    """A position that marks the choice; ``letter`` None: several letters, or not a valid one."""
 
     position: int
     letter: str | None
 
 
 def chosen(text: str, letters: str, options: Sequence[str] = ()) -> str | None:
-    """The letter that a response chooses, in upper case; None where it chooses none or several.
+    """Return the letter that a response chooses, in upper case; None if it chooses none or several.
 
     Args:
         text: the response.
-        letters: those there are, in upper case.
-        options: the texts that the letters stand for; one of them, given as the answer, counts as its letter.
+        letters: the valid letters, in upper case.
+        options: the texts of the letters; an option's text as the answer counts as its letter.
     """
     said = after_reasoning(text)
     reader = _Reader(unicodedata.normalize("NFKC", said), letters, options)
@@ -132,12 +132,12 @@ class _Reader:
                 parts.append(_plain(text[position:start]))
             self._held.append((sum(map(len, parts)), content))
             position = end
-        # Of what a box holds, nothing is left in the text: it is read by itself.
+        # The content of boxes is removed from the text and read separately.
         self._text = "".join(parts) + _plain(text[position:])
         self.has_other_answer = _NONE.search(self._text) is not None
 
     def answers(self) -> Iterator[_Mark]:
-        """Boxes, tags, "the answer is B"."""
+        """Yield marks of boxes, tags and "the answer is B"."""
         for position, content in self._held:
             mark = self._content(position, _plain(content).strip())
             if mark is None:
@@ -159,7 +159,7 @@ class _Reader:
                 yield mark
 
     def conclusions(self) -> Iterator[_Mark]:
-        """A line that is a letter, "I choose B", "B is the answer", "so B."."""
+        """Yield marks of a line that is a letter, "I choose B", "B is the answer", "so B."."""
         lines = list(re.finditer(r"[^\n]*\S[^\n]*", self._text))
         for line in (lines[0], lines[-1]) if lines else ():
             alone = _LINE.fullmatch(line[0].strip())
@@ -176,7 +176,7 @@ class _Reader:
         yield from self._right(answers=True)
 
     def called_right(self) -> Iterator[_Mark]:
-        """C, where it is said that C is right."""
+        """Yield marks of "C is right"."""
         return self._right(answers=False)
 
     def _right(self, *, answers: bool) -> Iterator[_Mark]:
@@ -189,12 +189,12 @@ class _Reader:
                 yield _Mark(found.start(), letter.upper())
 
     def bare(self) -> str | None:
-        """The one letter that stands alone."""
+        """Return the only letter that stands alone, or None."""
         found = {match[1] for match in _BARE.finditer(self._text) if match[1] in self._letters}
         return found.pop() if len(found) == 1 else None
 
     def _content(self, position: int, content: str) -> _Mark | None:
-        """What a box or tag holds: a letter, alone or before its option's text."""
+        """Read a box or tag: a letter, alone or before its option's text."""
         match = re.match(rf"(?:.*?\banswer\b{_SEPARATOR})?(?:{_KIND})?", content, re.IGNORECASE | re.DOTALL)
         start = match.end() if match else 0
         mark = self._letters_in(content, start, position, after_colon=True, ends=False)
@@ -217,9 +217,9 @@ class _Reader:
     def _letters_in(
         self, text: str, start: int, position: int, *, after_colon: bool, ends: bool
     ) -> _Mark | None:
-        """The letter at ``start``, none of them where others are joined to it; None where a word is there.
+        """Return the mark of the letter at ``start`` (letter None if joined with others); None for a word.
 
-        ``ends``: the letter ends the clause.
+        ``ends``: the letter must end the clause.
         """
         match = self._letter(text, start, after_colon)
         if match is None:
@@ -249,7 +249,7 @@ class _Reader:
         return _Mark(position, None) if plain else None
 
     def _letter(self, text: str, start: int, after_colon: bool) -> re.Match[str] | None:
-        """A letter that stands for a choice: no word, no article, no pronoun, no variable."""
+        """Match a letter that is a choice, not a word, article, pronoun or variable."""
         match = _LETTER.match(text, start)
         if match is None:
             return None
@@ -264,7 +264,7 @@ class _Reader:
 
 
 def _overlapping(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """Matches that may begin inside one another: "Answer: the correct option is B"."""
+    """Yield overlapping matches: "Answer: the correct option is B"."""
     found = pattern.search(text)
     while found is not None:
         yield found
@@ -272,7 +272,7 @@ def _overlapping(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]
 
 
 def _plain(text: str) -> str:
-    """A text without what is only there for its looks."""
+    """Remove formatting from a text."""
     before = None
     while before != text:
         before, text = text, _WRAPPED.sub(r"\1", text)

@@ -1,4 +1,4 @@
-"""A reasoning-gym task at a level that rises with the accuracy, and several of them in a mixture."""
+"""Curricula over reasoning-gym tasks: the level rises with accuracy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Curriculum:
-    """Problems of one task by index, at its present level: a problem depends on its seed and the level.
+    """Problems of one task by index, at the current level; a problem depends on its seed and the level.
 
-    ``observe`` raises the level; ``state`` and ``load_state`` carry it over an interruption.
+    ``observe`` raises the level; ``state`` and ``load_state`` are for checkpoints.
     """
 
     def __init__(self, source: PromptReasoningGymSource, settings: CurriculumConfig, field: str) -> None:
@@ -34,13 +34,13 @@ class Curriculum:
         self.dataset(0)
 
     def entry(self, index: int) -> dict[str, Any]:
-        """The reasoning-gym entry of problem ``index`` at the present level."""
+        """Return the reasoning-gym entry of problem ``index`` at the current level."""
         return self.dataset(self.level)[index]
 
     def observe(self, groups: Iterable[Group]) -> list[str]:
-        """Count what was right, and raise the level; returns a line where it rose."""
+        """Update the accuracy and raise the level if it is reached; return a log line if so."""
         for group in groups:
-            if group.prompt.metadata["level"] == self.level:  # earlier problems say nothing of a new level
+            if group.prompt.metadata["level"] == self.level:  # ignore samples of an earlier level
                 self._recent.extend((sample.reward or 0.0) >= 1.0 for sample in group.samples)
         if len(self._recent) < self._settings.min_samples or self.level >= self._highest:
             return []
@@ -52,20 +52,20 @@ class Curriculum:
         return [f"{self._source.task}: level {self.level} (accuracy {accuracy:.1%} below it)"]
 
     def metrics(self) -> dict[str, float]:
-        """For metrics.jsonl."""
+        """Return the level as a metric."""
         return {"level": self.level}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state for a checkpoint."""
         return {"level": self.level, "recent": list(self._recent)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Restore from :meth:`state`."""
         self.level = state["level"]
         self._recent = deque(state["recent"], maxlen=self._settings.min_samples)
 
     def dataset(self, level: int) -> ProceduralDataset:
-        """The task's problems at ``level``."""
+        """Return the task's dataset at ``level``."""
         if level not in self._datasets:
             source = self._source
             self._levels.set_global_level(level)
@@ -97,13 +97,13 @@ class Curriculum:
 
 
 class Curricula:
-    """Those of a mixture's sources that have one, by the source's name: each has its own level."""
+    """The curricula of a mixture, by source name; each has its own level."""
 
     def __init__(self, curricula: Mapping[str, Curriculum]) -> None:
         self._curricula = curricula
 
     def observe(self, groups: Iterable[Group]) -> list[str]:
-        """As a curriculum's, each with the groups of its own source."""
+        """Update each curriculum with the groups of its source; return log lines."""
         groups = list(groups)
         return [
             f"{name}: {line}"
@@ -112,21 +112,21 @@ class Curricula:
         ]
 
     def metrics(self) -> dict[str, float]:
-        """Levels by source, for metrics.jsonl."""
+        """Return the levels by source as metrics."""
         return {f"level_{name}": each.level for name, each in self._curricula.items()}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state for a checkpoint."""
         return {name: each.state() for name, each in self._curricula.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
+        """Restore from :meth:`state`."""
         for name, each in self._curricula.items():
             each.load_state(state[name])
 
 
 def first_dataset(source: Any, field: str) -> ProceduralDataset:
-    """A reasoning-gym source's problems as a run begins: at the lowest level where levels rise."""
+    """Return the initial dataset of a reasoning-gym source: with a curriculum at the lowest level."""
     settings = getattr(source, "curriculum", None)
     return make_dataset(source, field) if settings is None else Curriculum(source, settings, field).dataset(0)
 

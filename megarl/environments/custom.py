@@ -1,4 +1,4 @@
-"""Environments from the user's own package, by dotted path."""
+"""User-defined environments, by import path."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def load_class(path: str, field: str) -> Any:
-    """The class that "package.module:Class" names; the current directory is searched too.
+    """Import the class "package.module:Class"; the current directory is searched last.
 
     Raises:
-        UserError: it cannot be imported, or has no reset and step.
+        UserError: the import fails, or the class lacks reset or step.
     """
     found = load_dotted(path, f"{field}.path")
     missing = [name for name in ("reset", "step") if not callable(getattr(found, name, None))]
@@ -29,7 +29,7 @@ def load_class(path: str, field: str) -> Any:
 
 
 def make_custom(config: CustomEnvironmentConfig, field: str) -> Environment:
-    """An instance of the user's class. Raises UserError with what its constructor raised."""
+    """Build an instance of the user's class; an error of its constructor becomes a UserError."""
     made = load_class(config.path, field)
     try:
         environment: Environment = made(**config.arguments)

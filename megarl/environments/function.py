@@ -1,4 +1,4 @@
-"""Rewards from plain functions, (prompt, response, answer) -> float, added up with weights."""
+"""Rewards from plain functions, (prompt, response, answer) -> float, as a weighted sum."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FunctionEnvironment(Verifier):
         ]
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
-        """The weighted sum. Raises VerifierError where a function returns no finite number."""
+        """Return the weighted sum; raise VerifierError if a function does not return a finite number."""
         question = str(prompt.metadata.get("question") or prompt.text)
         answer = str(prompt.metadata.get("answer") or "")
         total, info = 0.0, dict[str, Any]()

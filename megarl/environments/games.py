@@ -1,4 +1,4 @@
-"""What the games have in common: they make their own problems, each from a seed."""
+"""Base of the games, which generate their problems from seeds."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
 
 
 class Game(ABC):
-    """An environment of several turns with problems of its own; subclasses say how one is played.
+    """A multi-turn environment that generates its problems.
 
-    ``copy.copy`` of a game before ``reset`` plays an episode of its own: state is made in ``begin``.
+    State is created in ``begin``, so that ``copy.copy`` before ``reset`` gives a separate episode.
     """
 
     @abstractmethod
     def problem(self, seed: int) -> Problem:
-        """The problem of that seed, the same one always."""
+        """Return the problem of a seed; deterministic."""
 
     @abstractmethod
     def begin(self, metadata: dict[str, Any]) -> None:
-        """Set up the episode of a problem."""
+        """Start an episode on a problem."""
 
     @abstractmethod
     def turn(self, action: str) -> tuple[str | None, float, dict[str, Any]]:
-        """One turn: what the policy reads next (None at the end), the turn's reward, and info."""
+        """Process one turn; return the next observation (None at the end), the reward and info."""
 
     async def reset(self, prompt: Prompt) -> Observation:
-        """See Environment."""
+        """Start an episode on ``prompt``."""
         self.begin(dict(prompt.metadata))
         return Observation(prompt.text)
 
     async def step(self, action: str) -> StepResult:
-        """See Environment."""
+        """Process the policy's turn."""
         text, reward, info = self.turn(action)
         return StepResult(None if text is None else Observation(text), reward, text is None, info)

@@ -1,4 +1,4 @@
-"""Mathematical answers judged by math-verify (parse both sides, compare as expressions)."""
+"""Score mathematical answers with math-verify, which parses both sides and compares expressions."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _START_SECONDS = 120.0
 
 
 class _Worker:
-    """One math-verify process: started at the first request, again after it was killed."""
+    """One math-verify subprocess, started at the first request and restarted after it was killed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, reference: str, response: str | None) -> dict[str, Any]:
-        """The worker's reply (see math_worker.py); outcome "timeout" where it had to be killed.
+        """Return the worker's reply (see math_worker.py); outcome "timeout" if it had to be killed.
 
         Raises:
             RuntimeError: the worker ended by itself, or was held up.
@@ -87,13 +87,13 @@ class _Worker:
             self._process = None
 
     def close(self) -> None:
-        """End the process; the next request starts another."""
+        """Kill the process; the next request starts a new one."""
         with self._lock:
             self._stop()
 
 
 def _cpu_seconds(pid: int) -> float:
-    """What a process has computed so far; 0 where it has ended."""
+    """Return the CPU seconds of a process; 0 if it has exited."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -106,7 +106,7 @@ def _held_up(seconds: float, used: float) -> str:
 
 
 def _read_line(descriptor: int, seconds: float) -> bytes:
-    """One line from an unbuffered descriptor; b"" at its end, TimeoutError after ``seconds``."""
+    """Read one line from an unbuffered descriptor; b"" at its end, TimeoutError after ``seconds``."""
     line = b""
     while not line.endswith(b"\n"):
         ready, _, _ = select.select([descriptor], [], [], seconds)
@@ -120,7 +120,7 @@ def _read_line(descriptor: int, seconds: float) -> bytes:
 
 
 class MathEnvironment(Verifier):
-    """Reward 1 where the response's final expression equals ``prompt.metadata["answer"]``, else 0.
+    """Reward 1 if the response's final expression equals ``prompt.metadata["answer"]``, else 0.
 
     The reference may be a plain number, also in e notation, or LaTeX, with or without delimiters. In the
     response, after its reasoning (``</think>``), the last box or ``<answer>`` counts; several boxes joined by
@@ -150,7 +150,7 @@ class MathEnvironment(Verifier):
         return episode
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
-        """Reward 0 or 1. A reference that cannot be parsed raises: the loader has refused it before."""
+        """Return reward 0 or 1; raise for a reference that cannot be parsed (the loader rejects those)."""
         reference = str(prompt.metadata["answer"])
         if self._extract != "any":
             found = last_boxed(response_text) if self._extract == "boxed" else last_number(response_text)
@@ -169,12 +169,12 @@ class MathEnvironment(Verifier):
         return 0.0, {outcome: True, "detail": detail}
 
     def close(self) -> None:
-        """End the worker process; it also ends with this one."""
+        """Kill the worker process; it also exits with this one."""
         self._worker.close()
 
 
 def check_references(references: Iterable[tuple[str, str]]) -> None:
-    """Refuse reference answers that math-verify cannot parse.
+    """Raise UserError for reference answers that math-verify cannot parse.
 
     Args:
         references: (where, answer) pairs; ``where`` (file:line: field) begins the error message.
@@ -187,7 +187,7 @@ def check_references(references: Iterable[tuple[str, str]]) -> None:
 
 
 def wrong_references(references: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str]]:
-    """Position and reason of every reference answer that math-verify cannot parse; as check_references."""
+    """Yield position and reason of every reference answer that math-verify cannot parse."""
     worker = _Worker()
     try:
         for position, (where, reference) in enumerate(references):

@@ -1,4 +1,4 @@
-r"""Mathematics as people and models write it, in the LaTeX that math-verify reads.
+r"""Normalise mathematics in responses to LaTeX that math-verify parses.
 
 math-verify takes text apart by itself. What it would take for something else is put right first: numbers in e
 notation (1e-05 would be e - 5), signs of Unicode (its minus would be lost), thousands separators, functions
@@ -111,7 +111,7 @@ LATEX_MARKS = ("$", "\\boxed", "\\(", "\\[")
 
 
 def latex(expression: str, *, euler: bool = False) -> str:
-    """One expression, without delimiters, in LaTeX that math-verify reads as it is meant.
+    """Convert one expression, without delimiters, to LaTeX that math-verify parses correctly.
 
     ``euler``: the e in 2e-5 may be Euler's number, so it is left alone.
     """
@@ -131,7 +131,7 @@ def latex(expression: str, *, euler: bool = False) -> str:
 
 
 def in_digits(text: str) -> str:
-    """``text`` with numbers in e notation, and with a word for a power of ten (1.5 million), in digits."""
+    """Write out numbers in E notation and with a power of ten as a word (1.5 million) in digits."""
 
     def multiplied(found: re.Match[str]) -> str:
         return number_text(Decimal(found[1].replace(",", "")) * 10 ** _POWERS[found[2].lower()])
@@ -140,7 +140,7 @@ def in_digits(text: str) -> str:
 
 
 def reference_expression(reference: str) -> str:
-    r"""A reference as text for math-verify: in delimiters, for it is an expression and no prose.
+    r"""Convert a reference to text for math-verify: in delimiters, since it is an expression, not prose.
 
     In plain text math-verify takes ``2^{10}`` for 2 and finds nothing in ``\sqrt{2}``.
     """
@@ -156,7 +156,7 @@ def reference_expression(reference: str) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What of a response is compared: texts for math-verify, of which one must be right.
+    """The part of a response to compare: texts for math-verify, one of which must be correct.
 
     ``sides`` are those of the equation that the answer is, if it is one; ``rounded`` where it is an
     approximation.
@@ -168,7 +168,7 @@ class Reading:
 
 
 def read(response: str, *, several: bool, euler: bool) -> Reading:
-    """Find a response's answer.
+    """Find the answer of a response.
 
     Args:
         response: the model's text.
@@ -197,7 +197,7 @@ def read(response: str, *, several: bool, euler: bool) -> Reading:
 
 
 def _expression(contents: list[str], euler: bool) -> Reading:
-    """Each content is an expression; the first is the answer by itself."""
+    """Read contents that are expressions; the first alone is the answer."""
     plain = [_without_words(content.strip().rstrip(".,;").strip("$").strip()) for content in contents]
     answers = [f"${part}$" for each in plain for part in _both_sides(latex(each, euler=euler))]
     sides, rounded = _equation(plain[0])
@@ -205,7 +205,7 @@ def _expression(contents: list[str], euler: bool) -> Reading:
 
 
 def _prose(text: str, euler: bool) -> Reading:
-    """A response in which nothing is marked: math-verify looks through it."""
+    """Read a response without marked answer: math-verify searches it."""
     text = text.translate(_PLAIN_MINUS)
     plain = text.strip().strip("*_`\"' ").rstrip(".")
     delimited = any(mark in plain for mark in LATEX_MARKS)
@@ -227,18 +227,18 @@ def _prose(text: str, euler: bool) -> Reading:
 
 
 def _turned(sides: list[str]) -> list[str]:
-    """The value in "17 = x": math-verify takes what stands on the right."""
+    """Return the value of "17 = x", where math-verify would take the right-hand side."""
     return [sides[0]] if len(sides) == 2 and re.fullmatch(r"\$\s*[A-Za-z]\s*\$", sides[1]) else []
 
 
 def _both_sides(expression: str) -> list[str]:
-    r"""An expression, or what stands on each side of its last ``\approx``, where math-verify stops."""
+    r"""Return the expression, or both sides of its last ``\approx``, where math-verify stops."""
     left, sign, right = expression.rpartition("\\approx")
     return [left, right] if sign else [right]
 
 
 def _equation(expression: str) -> tuple[list[str], bool]:
-    """The sides of an equation, none where it is none or has units; and whether it is an approximation."""
+    """Return the sides of an equation ([] if it is not one or has units), and whether it is approximate."""
     if re.search(r"[,;]|\\(?:text|mathrm|mbox|circ|bmod|pmod|mod)(?![A-Za-z])", expression):
         return [], False
     if _WITH_WORDS.search(expression):
@@ -256,7 +256,7 @@ def _equation(expression: str) -> tuple[list[str], bool]:
 
 
 def _without_words(content: str) -> str:
-    """The number in "36 apples"."""
+    """Return the number in "36 apples"."""
     counted = _WITH_WORDS.fullmatch(content)
     if counted and counted[2].split()[0].lower() not in _KNOWN_WORDS | _POWERS.keys() | {"percent"}:
         return counted[1]
@@ -264,7 +264,7 @@ def _without_words(content: str) -> str:
 
 
 def is_expression(text: str) -> bool:
-    """Whether a text is one short expression and no prose."""
+    """Return whether a text is one short expression, not prose."""
     if not text or len(text) > _LONGEST_BARE or re.search(r"\n|\d\s+\d", text.strip()):
         return False
     words = (word.lower() for word in _WORDS.findall(text))
@@ -272,7 +272,7 @@ def is_expression(text: str) -> bool:
 
 
 def plain_equation(text: str) -> str | None:
-    """The equation of numerals, e.g. "18 = 17", in which a text ends; None where there is none."""
+    """Return the equation of numerals at the end of a text, e.g. "18 = 17"; None without one."""
     line = text.strip().rpartition("\n")[2].rstrip(".!* ")[-_LONGEST_BARE:]
     found = _NUMERALS_AT_END.search(line)
     if (
@@ -285,5 +285,5 @@ def plain_equation(text: str) -> str | None:
 
 
 def has_unit(expression: str) -> bool:
-    r"""Whether it is a number with a unit: "5 cm", "5\text{ m}"; "4t" and "2 x" are algebra."""
+    r"""Return whether it is a number with a unit: "5 cm", "5\text{ m}"; "4t" and "2 x" are algebra."""
     return _WITH_UNIT.fullmatch(expression.strip().strip("$").strip()) is not None

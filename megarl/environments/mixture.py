@@ -1,4 +1,4 @@
-"""Judging answers to the problems of several sources: each by its own source's environment."""
+"""Environment of a mixture: each prompt uses the environment of its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class MixtureEnvironment:
-    """Hands an episode to the environment of its prompt's source (``metadata["source"]``)."""
+    """Delegates an episode to the environment of the prompt's source (``metadata["source"]``)."""
 
     def __init__(self, environments: dict[str, Environment]) -> None:
         self._environments = environments
@@ -28,11 +28,11 @@ class MixtureEnvironment:
         self.max_concurrency = min(getattr(each, "max_concurrency", 1) for each in environments.values())
 
     async def reset(self, prompt: Prompt) -> Observation:
-        """See Environment."""
+        """Start an episode on ``prompt``."""
         self._episode = copy.copy(self._environments[prompt.metadata["source"]])
         return await self._episode.reset(prompt)
 
     async def step(self, action: str) -> StepResult:
-        """See Environment."""
+        """Process the policy's turn."""
         assert self._episode is not None, "step() before reset()"
         return await self._episode.step(action)

@@ -1,4 +1,4 @@
-"""One letter out of several."""
+"""Multiple choice: score the letter that a response chooses."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ if TYPE_CHECKING:
 
 
 class MultipleChoiceEnvironment(Verifier):
-    """Reward 1 where the response chooses the reference's letter, else 0.
+    """Reward 1 if the response chooses the reference's letter, else 0.
 
-    The choice is what the response marks as its answer, the last such mark counting: a boxed letter,
-    ``<answer>B</answer>``, "answer is (B)", "Answer: B"; where nothing is marked so, "I choose B", "B is the
-    answer", a first or last line that is a letter; then "B is right". Without a mark it is the letter that
-    begins the response or stands alone in it as "(B)" or "B.": then there must be one such letter only, for
-    a response that discusses several has not chosen. LaTeX, Markdown and quotes around a letter say nothing;
-    a text behind it ("B. Paris") is its option's; "B or C" is no choice. ``info`` has the ``choice``, None
-    where there is none.
+    The choice is the last marked answer: a boxed letter, ``<answer>B</answer>``, "answer is (B)", "Answer:
+    B"; else "I choose B", "B is the answer", a first or last line that is a letter; else "B is right".
+    Without a mark it is a letter that begins the response or stands alone as "(B)" or "B."; there must be
+    only one, since a response that discusses several has not chosen. LaTeX, Markdown and quotes around a
+    letter are ignored; a text after it ("B. Paris") belongs to its option; "B or C" is not a choice.
+    ``info`` has the ``choice`` or None.
     """
 
     def __init__(self, config: MultipleChoiceConfig) -> None:
         self._letters, self._field = config.choices.upper(), config.choices_field
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
-        """Reward 0 or 1."""
+        """Return reward 0 or 1."""
         letters, options = self._allowed(prompt.metadata)
         reference = self.reference(prompt.metadata["answer"], letters)
         choice = chosen(response_text, letters, options)
         return float(choice == reference), {"choice": choice}
 
     def choice(self, text: str) -> str | None:
-        """The letter a response chooses, in upper case."""
+        """Return the letter a response chooses, in upper case, or None."""
         return chosen(text, self._letters)
 
     def check(self, entry: dict[str, Any], answer: str) -> str | None:
-        """What is wrong with a problem's reference, None where nothing is."""
+        """Return the error of a reference, or None."""
         try:
             self.reference(answer, self._allowed({"entry": entry})[0])
         except ValueError as error:
@@ -47,7 +46,7 @@ class MultipleChoiceEnvironment(Verifier):
         return None
 
     def _allowed(self, metadata: Any) -> tuple[str, list[str]]:
-        """The letters there are, and what they stand for where that is known."""
+        """Return the valid letters, and the texts of their options if known."""
         if self._field is None:
             return self._letters, []
         choices = metadata.get("entry", metadata).get(self._field)
@@ -57,7 +56,7 @@ class MultipleChoiceEnvironment(Verifier):
 
     @staticmethod
     def reference(answer: Any, letters: str) -> str:
-        """The reference's letter. Raises ValueError where it is none of ``letters`` and no position."""
+        """Return the letter of a reference; ValueError if it is neither one of ``letters`` nor an index."""
         text = str(answer).strip().upper()
         if text.isdigit() and int(text) < len(letters):
             return letters[int(text)]

@@ -1,4 +1,4 @@
-"""Number guessing: higher or lower, until it is found."""
+"""Number guessing: the environment answers higher or lower."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class NumberGuessingEnvironment(Game):
     """A number in [low, high]; the last number in an action is the guess.
 
-    Finding it gives 1, less ``turn_penalty`` for each guess before; anything else 0. The episode ends there,
-    or after ``max_guesses`` (actions without a number in the range count as guesses).
+    The reward is 1 when it is found, minus ``turn_penalty`` per earlier guess; else 0. The episode ends
+    then or after ``max_guesses`` (actions without a number in the range count as guesses).
     """
 
     def __init__(self, config: NumberGuessingConfig) -> None:
@@ -25,18 +25,18 @@ class NumberGuessingEnvironment(Game):
         self._secret = self._guesses = 0
 
     def problem(self, seed: int) -> Problem:
-        """Every number is equally likely."""
+        """Draw a number uniformly."""
         low, high = self._config.low, self._config.high
         secret = random.Random(seed).randint(low, high)
         text = f"Guess my number from {low} to {high}. I answer higher or lower. Reply with a number only."
         return Problem(text, str(secret))
 
     def begin(self, metadata: dict[str, Any]) -> None:
-        """See Game."""
+        """Start an episode on a problem."""
         self._secret, self._guesses = int(metadata["answer"]), 0
 
     def turn(self, action: str) -> tuple[str | None, float, dict[str, Any]]:
-        """See Game."""
+        """Process one guess."""
         config = self._config
         self._guesses += 1
         text = last_number(action)

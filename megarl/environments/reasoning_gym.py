@@ -1,4 +1,4 @@
-"""reasoning-gym's own verifiers: each task judges with the ``score_answer`` of its data set."""
+"""reasoning-gym's verifiers: each task scores with ``score_answer`` of its dataset."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 
 class ReasoningGymEnvironment(Verifier):
-    """Judges by the task's ``score_answer``; prompts carry their entry in ``metadata["entry"]``.
+    """Scores with the task's ``score_answer``; prompts have their entry in ``metadata["entry"]``.
 
-    The answer is the content of the last ``<answer>...</answer>`` where the response has one, else
-    the whole response; stripped either way. With ``source.extract`` last_number, the last number in
-    that text is judged instead (an empty answer where there is none), for models that answer in
-    sentences. ``info`` has the answer as judged and which it was (``answer_tags``). Scores are the
-    task's own, in [0, 1]: many tasks give partial credit, so "solved" means a reward of 1;
-    ``source.partial_credit`` false turns every lower score into 0.
+    The answer is the content of the last ``<answer>...</answer>``, else the whole response, stripped. With
+    ``source.extract`` last_number it is the last number in that text ("" without one), for models that
+    answer in sentences. ``info`` has the scored ``answer`` and whether it was tagged (``answer_tags``).
+    Scores are the task's, in [0, 1]; many tasks give partial credit, so "solved" means a reward of 1. With
+    ``source.partial_credit`` false every lower score becomes 0.
     """
 
     def __init__(self, source: ReasoningGymSource, field: str = "data.train") -> None:
@@ -32,7 +31,7 @@ class ReasoningGymEnvironment(Verifier):
         self._partial_credit = source.partial_credit
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
-        """Score in [0, 1] and ``{"answer": str, "answer_tags": bool}``."""
+        """Return a score in [0, 1] and ``{"answer": str, "answer_tags": bool}``."""
         tagged = extract_answer(response_text)
         answer = response_text.strip() if tagged is None else tagged.strip()
         if self._extract == "last_number":

@@ -1,4 +1,4 @@
-"""The form of a response, by a regular expression."""
+"""Score responses with a regular expression."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ if TYPE_CHECKING:
 
 
 class RegexEnvironment(Verifier):
-    """Reward 1 where the response matches and its group ``answer`` equals the reference.
+    """Reward 1 if the response matches and its group ``answer`` equals the reference.
 
-    A pattern without that group asks for the form alone. A match with another answer gives
-    ``format_reward``, no match 0. Answers are compared as text, white space at their ends aside; where the
-    file has a number as the reference (``answer_is_number``), as numbers: 42.0 is 42. ``info`` has
-    ``matched`` and the ``answer`` found. A pattern that takes for ever on a response meets the time limit of
-    rollout.environments, and its episode is dropped.
+    Without that group any match gets 1. A match with another answer gets ``format_reward``, no match 0.
+    Answers are compared as stripped text; if the reference is a JSON number (``answer_is_number``), as
+    numbers: 42.0 equals 42. ``info`` has ``matched`` and the ``answer`` found. A pattern that does not
+    finish hits the time limit of rollout.environments, and its episode is dropped.
     """
 
     def __init__(self, config: RegexConfig) -> None:
@@ -28,7 +27,7 @@ class RegexEnvironment(Verifier):
         self._config = config
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
-        """Reward in {0, format_reward, 1}."""
+        """Return a reward in {0, format_reward, 1}."""
         if self._config.full_match:
             match = self._pattern.fullmatch(response_text.strip())
         else:

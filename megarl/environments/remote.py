@@ -1,4 +1,4 @@
-"""Environments in processes of their own: Ray actors that play the driver's episodes."""
+"""Environments in worker processes: Ray actors that run the driver's episodes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class EnvironmentWorkers:
-    """The worker processes of one environment; start early, they get ready by themselves.
+    """The worker processes of one environment; they start in the background.
 
     Args:
-        source: the configuration whose environment (:func:`megarl.environments.make`) they hold.
-        field: its key, for messages.
-        runtime: how many there are, and their limits.
-        read: makes text of the policy's turns; is sent to them.
+        source: data source of the environment (:func:`megarl.environments.make`).
+        field: its configuration key, for messages.
+        runtime: number of workers, and limits.
+        read: decodes turns of the policy; sent to the workers.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class EnvironmentWorkers:
 
     @property
     def num_replaced(self) -> int:
-        """Processes that died or were ended, so far."""
+        """Number of processes that died or were killed so far."""
         return sum(process.num_replaced for process in self.processes)
 
     def wait_ready(self) -> RemoteEnvironment:
-        """The environment, when every worker takes calls.
+        """Wait until every worker is ready; return the environment.
 
         Raises:
-            UserError: one could not be started; with the reason.
+            UserError: a worker could not be started; the message has the reason.
         """
         import ray
 
@@ -75,16 +75,16 @@ class EnvironmentWorkers:
         return RemoteEnvironment(self, facts, Judges(self.processes, facts.max_concurrency))
 
     def shutdown(self) -> None:
-        """End all worker processes."""
+        """Kill all worker processes."""
         for process in self.processes:
             process.kill()
 
     def pids(self) -> list[int]:
-        """Process ids of the workers that are ready."""
+        """Return the process ids of ready workers."""
         return [process.facts.pid for process in self.processes if process.facts is not None]
 
     def pick(self) -> WorkerProcess:
-        """The worker with the fewest open episodes."""
+        """Return the worker with the fewest open episodes."""
         if self._loop is not asyncio.get_running_loop():  # semaphores belong to one event loop
             self._loop = asyncio.get_running_loop()
             for process in self.processes:
@@ -92,10 +92,10 @@ class EnvironmentWorkers:
         return min(self.processes, key=lambda process: process.num_episodes)
 
     async def call(self, process: WorkerProcess, generation: int | None, method: str, *arguments: Any) -> Any:
-        """Call an actor; with ``generation``, only the one the episode was opened in.
+        """Call an actor; with ``generation``, only the process that the episode was started in.
 
         Raises:
-            EnvironmentFailureError: it raised, died, or gave no answer in time.
+            EnvironmentFailureError: it raised, died or timed out.
         """
         async with process.slots:
             if generation is not None and generation != process.generation:
@@ -105,7 +105,7 @@ class EnvironmentWorkers:
 
 
 class RemoteEnvironment:
-    """An :class:`megarl.environments.base.EpisodeEnvironment` whose episodes worker processes play."""
+    """An :class:`megarl.environments.base.EpisodeEnvironment` whose episodes run in worker processes."""
 
     def __init__(self, workers: EnvironmentWorkers, facts: EnvironmentFacts, judges: Judges) -> None:
         self.workers, self._facts, self._judges = workers, facts, judges
@@ -120,7 +120,7 @@ class RemoteEnvironment:
         return RemoteEnvironment(self.workers, self._facts, self._judges)
 
     async def reset(self, prompt: Prompt) -> Observation:
-        """Start an episode; a verifier's needs no call, for its first observation is the prompt."""
+        """Start an episode; a verifier needs no call, since its first observation is the prompt."""
         self._prompt = prompt
         if self._facts.one_step:
             return Observation(prompt.text)
@@ -132,7 +132,7 @@ class RemoteEnvironment:
         return observation
 
     async def step(self, sampled: TokenIds) -> StepResult:
-        """The policy's turn."""
+        """Process the policy's turn."""
         assert self._prompt is not None, "step() before reset()"
         if self._facts.one_step:
             return await self._judges.judge(self._prompt, sampled)
@@ -143,7 +143,7 @@ class RemoteEnvironment:
         return result
 
     def end(self) -> None:
-        """Let the worker forget the episode."""
+        """Release the episode in the worker."""
         if self._process is not None:
             self._process.num_episodes -= 1
             if self._generation == self._process.generation:

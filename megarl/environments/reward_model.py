@@ -1,6 +1,6 @@
-"""A reward model that scores responses: what `megarl rm` exports, or another one-label sequence classifier.
+"""Reward-model environment: a model exported by `megarl rm`, or another one-label sequence classifier.
 
-It runs in the environment's worker process (remote.py), on its CPU, with transformers.
+It runs with transformers on the CPU of the worker process (remote.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class RewardModelEnvironment(Verifier):
-    """Reward: the model's score of the last token, times ``scale``. ``info`` has the bare ``score``.
+    """Reward: the model's score of the last token, times ``scale``. ``info`` has the ``score``.
 
-    The model reads the prompt's token ids as the policy reads them, the response's text as its own tokenizer
-    has it, and that tokenizer's EOS, as in training. It must read the prompt's ids as the same text.
+    The model reads the prompt's token ids, the response's text in its own tokenization, and EOS, as in
+    training. Its tokenizer must decode the prompt's ids to the same text.
     """
 
     def __init__(self, config: RewardModelConfig, field: str = "environment") -> None:
@@ -51,7 +51,7 @@ class RewardModelEnvironment(Verifier):
         return episode
 
     async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
-        """The score of one response. ValueError where the tokenizers do not agree on the prompt."""
+        """Return the score of a response; ValueError if the tokenizers disagree on the prompt."""
         score = await asyncio.to_thread(self._score, prompt, response_text)
         return self._scale * score, {"score": score}
 
@@ -66,6 +66,6 @@ class RewardModelEnvironment(Verifier):
         if self._tokenizer.eos_token_id is not None:
             ids.append(self._tokenizer.eos_token_id)
         with torch.inference_mode():
-            # One sequence, all attended to and no padding: hidden state and score of its very last token.
+            # One sequence without padding: hidden state and score of its last token.
             hidden = self._model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
             return float(self._model.score(hidden)[0])

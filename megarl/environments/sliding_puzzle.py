@@ -1,4 +1,4 @@
-"""The sliding puzzle: tiles in a square with one gap, to be put in order."""
+"""The sliding puzzle: order the tiles of a square with one gap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megarl.environments.games import Game
 if TYPE_CHECKING:
     from megarl.config.environments import SlidingPuzzleConfig
 
-# How far the gap moves when a tile slides the way the word says.
+# Displacement of the gap when a tile slides in this direction.
 _MOVES = {"up": (1, 0), "down": (-1, 0), "left": (0, 1), "right": (0, -1)}
 _WORD = re.compile(r"\b(up|down|left|right)\b", re.IGNORECASE)
 _RULES = (
@@ -22,10 +22,10 @@ _RULES = (
 
 
 class SlidingPuzzleEnvironment(Game):
-    """A ``size`` x ``size`` puzzle, ``num_shuffles`` random moves from solved; the last move named is made.
+    """A ``size`` x ``size`` puzzle, ``num_shuffles`` random moves from solved; the last named move is made.
 
-    Solving it gives 1; a move that cannot be made, or none, leaves it as it is: ``-illegal_penalty``.
-    The episode ends when it is solved or after ``max_moves`` actions.
+    Solving it gives reward 1; an illegal or missing move changes nothing and gives ``-illegal_penalty``. The
+    episode ends when it is solved or after ``max_moves`` actions.
     """
 
     def __init__(self, config: SlidingPuzzleConfig) -> None:
@@ -34,7 +34,7 @@ class SlidingPuzzleEnvironment(Game):
         self._moves = 0
 
     def problem(self, seed: int) -> Problem:
-        """Shuffled by moves that never undo the one before; solved ones are shuffled further."""
+        """Scramble by moves that do not undo the previous one, until it is not solved."""
         size, rng = self._config.size, random.Random(seed)
         tiles, back, count = solved(size), "", 0
         while count < self._config.num_shuffles or tiles == solved(size):
@@ -45,11 +45,11 @@ class SlidingPuzzleEnvironment(Game):
         return Problem(f"{_RULES}\n\n{draw(tiles, size)}", "", {"tiles": tiles})
 
     def begin(self, metadata: dict[str, Any]) -> None:
-        """See Game."""
+        """Start an episode on a problem."""
         self._tiles, self._moves = list(metadata["tiles"]), 0
 
     def turn(self, action: str) -> tuple[str | None, float, dict[str, Any]]:
-        """See Game."""
+        """Make one move."""
         size = self._config.size
         self._moves += 1
         words = _WORD.findall(action)
@@ -67,12 +67,12 @@ class SlidingPuzzleEnvironment(Game):
 
 
 def solved(size: int) -> list[int]:
-    """1, 2, ... row by row, the gap (0) last."""
+    """Return the solved tiles: 1, 2, ... row by row, the gap (0) last."""
     return [*range(1, size * size), 0]
 
 
 def slide(tiles: list[int], size: int, word: str) -> list[int] | None:
-    """The tiles after one slides the way ``word`` says; None where none can."""
+    """Return the tiles after a slide in direction ``word``; None if it is illegal."""
     row, column = divmod(tiles.index(0), size)
     other_row, other_column = row + _MOVES[word][0], column + _MOVES[word][1]
     if not (0 <= other_row < size and 0 <= other_column < size):
@@ -83,6 +83,6 @@ def slide(tiles: list[int], size: int, word: str) -> list[int] | None:
 
 
 def draw(tiles: list[int], size: int) -> str:
-    """The board, a line per row; the gap is a dot."""
+    """Draw the board, one line per row; the gap is a dot."""
     rows = [tiles[i : i + size] for i in range(0, size * size, size)]
     return "\n".join(" ".join(str(tile) if tile else "." for tile in row) for row in rows)

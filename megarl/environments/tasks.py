@@ -1,8 +1,8 @@
-"""reasoning-gym tasks by name and arguments, with errors that name the configuration's field.
+"""reasoning-gym tasks by name and arguments, with errors that name the configuration field.
 
-Problem i of a data set with seed s is drawn from the random stream ``s + i`` in nearly every
-reasoning-gym task. Two seeds closer than the data set's size therefore share problems, shifted: seed
-2 is seed 1 from its second problem on. A rule of the data's section refuses that for held-out data.
+In nearly every reasoning-gym task, problem i of a dataset with seed s is drawn from the random stream ``s +
+i``. Datasets whose seeds differ by less than their size share problems: seed 2 is seed 1 from its second
+problem on. A rule of the data section rejects that for held-out data.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ if TYPE_CHECKING:
 
     from megarl.config.data import ReasoningGymSource
 
-# Settings of the source itself; inside `arguments` they would contradict it.
+# Settings of the source, not allowed in `arguments`.
 _RESERVED = ("seed", "size")
 
 
 def make_dataset(source: ReasoningGymSource, field: str) -> ProceduralDataset:
-    """The reasoning-gym data set that ``source`` describes; problems are generated on access.
+    """Create the reasoning-gym dataset of ``source``; problems are generated on access.
 
     Args:
         source: the task, its arguments, size and seed.
         field: the configuration key of ``source``, e.g. ``data.train``, for error messages.
 
     Raises:
-        UserError: unknown task (with the nearest names), or an argument the task does not have,
-            or does not accept.
+        UserError: an unknown task (with the nearest names), or an unknown or invalid argument.
     """
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -53,12 +52,12 @@ def make_dataset(source: ReasoningGymSource, field: str) -> ProceduralDataset:
         dataset = reasoning_gym.create_dataset(
             source.task, seed=source.seed, size=source.size, **source.arguments
         )
-    except Exception as error:  # the package checks with assert, TypeError, ValueError alike
+    except Exception as error:  # the package raises AssertionError, TypeError, ValueError and others
         raise UserError(
             f"{_blame(source, field)}: task {source.task} refuses it: {_reason(error)}"
         ) from error
     try:
-        # Wrong types pass many tasks' own checks and only fail when a problem is generated.
+        # Wrong types pass the checks of many tasks and only fail when a problem is generated.
         dataset[0]
     except Exception as error:
         raise UserError(
@@ -68,14 +67,14 @@ def make_dataset(source: ReasoningGymSource, field: str) -> ProceduralDataset:
 
 
 def _blame(source: ReasoningGymSource, field: str) -> str:
-    """The argument at fault where one can be told, by leaving out each in turn; else all of them."""
+    """Return the argument at fault, found by omitting each in turn, or all of them."""
     import reasoning_gym
 
     for name in source.arguments:
         rest = {key: value for key, value in source.arguments.items() if key != name}
         try:
             reasoning_gym.create_dataset(source.task, seed=source.seed, size=source.size, **rest)[0]
-        except Exception:  # still refused: another argument is at fault as well
+        except Exception:  # still fails: another argument is at fault
             continue
         return f"{field}.arguments.{name} = {source.arguments[name]!r}"
     return f"{field}.arguments"

@@ -1,4 +1,4 @@
-"""How a model writes a tool call: read off its chat template."""
+"""The format of a model's tool calls, derived from its chat template."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NAME, _KEY = "megarl_probe_name", "megarl_probe_key"
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """A call is ``marker``, then a JSON object with the tool's name and its arguments under these keys.
+    """Format of a call: ``marker``, then a JSON object with the tool's name and arguments under these keys.
 
-    ``native`` says whether the model's template has it; otherwise it is the one most models know (Hermes),
-    and the prompt must describe the tools itself.
+    ``native``: it is the format of the model's template; else it is Hermes', which most models know, and the
+    prompt must describe the tools.
     """
 
     marker: str = "<tool_call>"
@@ -30,10 +30,10 @@ class ToolFormat:
 
     @classmethod
     def of(cls, render: Render, tools: list[dict[str, Any]]) -> ToolFormat:
-        """The format of a template.
+        """Derive the format of a template.
 
         Raises:
-            UserError: the template shows tools to the model, but its calls are no JSON objects.
+            UserError: the template supports tools, but its calls are not JSON objects.
         """
         user = {"role": "user", "content": "x"}
         if render([user], tools=tools, add_generation_prompt=True) == render(
@@ -59,16 +59,16 @@ class ToolFormat:
                 marker = text[begin:start].strip().removesuffix("[").strip() if begin else ""
                 return cls(marker, names[0], arguments[0], native=True)
         raise UserError(
-            "data.format.chat_template: the model's template writes tool calls in a form not known here:"
+            "data.format.chat_template: the model's template has an unknown format of tool calls:"
             f" {text[begin:][:200]!r}"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For a prompt's metadata; ``ToolFormat(**value)`` reads it back."""
+        """Return plain data for prompt metadata; ``ToolFormat(**value)`` restores it."""
         return asdict(self)
 
     def call_in(self, text: str) -> tuple[str, dict[str, Any]] | str | None:
-        """The first call in a turn: (name, arguments), or what is wrong with it; None where there is none."""
+        """Return the first call of a turn: (name, arguments), or an error message; None without a call."""
         if self.marker:
             _, marker, rest = text.partition(self.marker)
             if not marker:
@@ -85,7 +85,7 @@ class ToolFormat:
         except ValueError as error:
             return f"a tool call that is not JSON: {error}"
         name, arguments = found.get(self.name_key), found.get(self.arguments_key, {})
-        if isinstance(arguments, str):  # some models write the arguments as text that holds JSON
+        if isinstance(arguments, str):  # some models write the arguments as JSON text
             try:
                 arguments = json.loads(arguments)
             except ValueError:
@@ -95,7 +95,7 @@ class ToolFormat:
         return name, arguments
 
     def instructions(self, tools: list[dict[str, Any]]) -> str:
-        """A system message for models whose template says nothing of tools."""
+        """Return a system message for models whose template does not support tools."""
         listed = "\n".join(json.dumps(tool["function"]) for tool in tools)
         example = json.dumps({self.name_key: "NAME", self.arguments_key: {"KEY": "VALUE"}})
         return (

@@ -1,4 +1,4 @@
-"""The tool loop: the model calls tools, reads what they return, and answers in the end."""
+"""The tool loop: the model calls tools, reads their results, and answers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MAX_RESULT = 4000
 
 
 class ToolUseEnvironment:
-    """A turn with a tool call is answered by the tool; a turn without one is the answer, and is judged.
+    """A turn with a tool call gets the tool's result; a turn without one is the answer and is scored.
 
-    Calls are read in the model's own form (``metadata["tool_format"]``, as the prompts' template has it). A
-    call that cannot be read, of an unknown tool, or with wrong arguments is answered with what is wrong. The
-    answer's reward is the inner environment's (``judge``); a turn with a call gives 0, or ``-error_penalty``
-    where the call was wrong. ``info`` adds ``tool_calls`` and ``tool_errors``.
+    Calls are parsed in the model's format (``metadata["tool_format"]``). An invalid call, an unknown tool
+    or wrong arguments get an error message. The reward of the answer is that of the inner environment
+    (``judge``); a turn with a call gets 0, or ``-error_penalty`` if it was invalid. ``info`` adds
+    ``tool_calls`` and ``tool_errors``.
     """
 
     raw_actions = True  # some models mark calls with special tokens
@@ -39,13 +39,13 @@ class ToolUseEnvironment:
         self._calls = self._errors = 0
 
     async def reset(self, prompt: Prompt) -> Observation:
-        """See Environment."""
+        """Start an episode on ``prompt``."""
         self._prompt, self._calls, self._errors = prompt, 0, 0
         self._format = ToolFormat(**prompt.metadata.get("tool_format", {}))
         return Observation(prompt.text)
 
     async def step(self, action: str) -> StepResult:
-        """See Environment."""
+        """Process the policy's turn."""
         assert self._prompt is not None, "step() before reset()"
         call = self._format.call_in(action)
         if call is None:

@@ -1,4 +1,4 @@
-"""Tools that an environment offers: a calculator, Python in a sandbox, a search over documents (BM25)."""
+"""Tools: a calculator, Python in a sandbox, search over documents (BM25)."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ _OPERATORS: dict[type[ast.AST], Any] = {
 
 
 class ToolError(ValueError):
-    """The call was wrong; the model reads why, and may try again."""
+    """An invalid call; the model reads the message and may retry."""
 
 
 class Tool(Protocol):
-    """One tool. ``run`` raises ToolError for what the model did wrong, anything else for what broke."""
+    """One tool. ``run`` raises ToolError for invalid calls; any other exception is a failure."""
 
     name: str
     schema: dict[str, Any]
     note: str  # for the log; may be empty
 
     def run(self, arguments: dict[str, Any]) -> str:
-        """What the model reads."""
+        """Return the result for the model."""
         ...
 
 
 def describe(name: str, about: str, **parameters: str) -> dict[str, Any]:
-    """A tool in the JSON form that chat templates take; every parameter is text and required."""
+    """Return the JSON schema of a tool for chat templates; all parameters are required strings."""
     properties = {key: {"type": "string", "description": text} for key, text in parameters.items()}
     schema = {"type": "object", "properties": properties, "required": list(parameters)}
     return {"type": "function", "function": {"name": name, "description": about, "parameters": schema}}
 
 
 def text_argument(arguments: dict[str, Any], name: str) -> str:
-    """One argument. Raises ToolError where it is missing or no text."""
+    """Return a text argument; ToolError if it is missing or not text."""
     value = arguments.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
@@ -103,7 +103,7 @@ def _evaluate(node: ast.AST) -> Any:
 
 
 class PythonTool:
-    """Runs a program and returns what it printed."""
+    """Runs a program and returns its output."""
 
     name = "python"
     schema = describe(name, "Runs a Python program and returns what it prints.", code="the program")
@@ -127,7 +127,7 @@ class PythonTool:
 
 
 class Search:
-    """The documents that match a query best: BM25 (Robertson and Zaragoza 2009), rank-bm25's Okapi form."""
+    """Search for documents: BM25 (Robertson and Zaragoza 2009), in rank-bm25's Okapi form."""
 
     name = "search"
     note = ""
@@ -141,7 +141,7 @@ class Search:
         self._index = BM25Okapi([words_of(document) for document in self._documents])
 
     def run(self, arguments: dict[str, Any]) -> str:
-        """See Tool. Documents that share no word with the query are not found."""
+        """Return the best documents; those without a word of the query are excluded."""
         words = set(words_of(text_argument(arguments, "query")))
         scores = self._index.get_scores(sorted(words))
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
@@ -150,12 +150,12 @@ class Search:
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words, in order."""
+    """Return the lower-case words, in order."""
     return _WORD.findall(text.lower())
 
 
 def read_documents(path: str, field: str) -> list[str]:
-    """Texts of a JSONL file: ``text``, after ``title`` where there is one. Raises UserError with the line."""
+    """Read a JSONL file: ``text``, after ``title`` if there is one. UserError with the line."""
     documents = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -179,12 +179,12 @@ _CLASSES: dict[str, type[Calculator] | type[PythonTool] | type[Search]] = {
 
 
 def schemas(names: Sequence[str]) -> list[dict[str, Any]]:
-    """What chat templates show of the tools of these names."""
+    """Return the JSON schemas of these tools."""
     return [_CLASSES[name].schema for name in names]
 
 
 def make_tools(config: ToolsConfig, field: str) -> list[Tool]:
-    """The tools of a configuration, in its order."""
+    """Build the tools of a configuration, in order."""
     made: list[Tool] = []
     for name in config.tools:
         if name == "calculator":
@@ -192,6 +192,6 @@ def make_tools(config: ToolsConfig, field: str) -> list[Tool]:
         elif name == "python":
             made.append(PythonTool(config.python_timeout_seconds, f"{field}.tools"))
         else:
-            assert config.corpus is not None, "the rules have seen to it"
+            assert config.corpus is not None, "a rule requires it"
             made.append(Search(config.corpus, config.num_results, f"{field}.corpus"))
     return made

@@ -71,7 +71,7 @@ def test_a_template_tells_how_calls_are_written(template: str, expected: tuple[A
 
 def test_a_form_that_is_no_json_is_refused():
     template = HERMES.replace('{"name": "{{ c.function.name }}", ', "<f={{ c.function.name }}>{")
-    with pytest.raises(UserError, match="writes tool calls in a form not known here"):
+    with pytest.raises(UserError, match="has an unknown format of tool calls"):
         ToolFormat.of(render(template), TOOLS)
 
 
