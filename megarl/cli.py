@@ -7,6 +7,7 @@ after SIGTERM. Heavy packages are imported only after the configuration is valid
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -205,11 +206,14 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from megarl.cluster.limits import choose_temp_dir
     from megarl.config.load import load_config
     from megarl.launch import adopt_slurm, run_ranks, run_ranks_on_ray, world_size
     from megarl.run_directory import RunDirectory
 
     job = JOBS[options.command]
+    if (note := choose_temp_dir(os.environ)) is not None and _rank() == 0:
+        print(f"note: {one_line(note)}", file=sys.stderr)
     adopt_slurm(os.environ)
     started = world_size(os.environ)
     try:
@@ -259,10 +263,35 @@ def _check_machine(job: Job, config: Any, started: int | None) -> None:
         check_packages(config.parallel)
     _check_memory_can_be_mapped(config)
     if here:
+        from megarl.cluster.limits import check_limits
+
+        check_limits()
+        _check_shared_memory(config)
         from megarl.cluster.devices import check_devices
 
         alone = config.parallel.num_processes if job.trains and started is None else 1
         check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", alone)))
+
+
+def _check_shared_memory(config: Any) -> None:
+    """Raise UserError if /dev/shm cannot hold weights that trainer and engine share on a CPU."""
+    from megarl.config.model import is_megatron_checkpoint
+
+    path, rollout = config.model.path, getattr(config, "rollout", None)
+    if rollout is None or is_megatron_checkpoint(path):
+        return
+    from megarl.cluster.limits import check_shared_memory
+    from megarl.models import load_architecture
+
+    shapes = load_architecture(path).hf_shapes().values()
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    try:
+        check_shared_memory(width * sum(math.prod(shape) for shape in shapes))
+    except UserError:
+        from megarl.platform import chosen_name  # imports torch, which is not needed where there is room
+
+        if chosen_name() == "cpu":
+            raise
 
 
 def _check_memory_can_be_mapped(config: TrainingRoot | EvalConfig) -> None:
