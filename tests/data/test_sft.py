@@ -283,3 +283,36 @@ def test_raw_text_is_learned_whole_and_every_token_is_predicted_once(tokenizer, 
     ]
     with pytest.raises(UserError, match="data.format.prompt_suffix does not apply"):
         load(tokenizer, file(path), prompt_suffix="!")
+
+
+def test_columns_can_have_any_name(tokenizer, jsonl):
+    """Each key of SftColumns: the column it names is read, and the usual name beside it is not."""
+    other = {"role": "user", "content": "no"}, {"role": "assistant", "content": "wrong"}
+    calls = [*calling({"a": 1}), {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3"}]
+    rows = {
+        "messages": (
+            {"messages": TALK[4:6]},
+            {"talk": TALK[4:6], "messages": other},
+            {"messages_field": "talk"},
+        ),
+        "pair": (
+            {"prompt": "1 + 1 =", "response": "2"},
+            {"q": "1 + 1 =", "a": "2", "prompt": "x", "response": "y"},
+            {"prompt_field": "q", "response_field": "a"},
+        ),
+        "text": ({"text": "abc"}, {"body": "abc", "text": "x"}, {"text_field": "body"}),
+        "tools": (
+            {"messages": calls, "tools": [{"name": "add"}]},
+            {"messages": calls, "functions": [{"name": "add"}], "tools": []},
+            {"tools_field": "functions"},
+        ),
+    }
+    for name, (usual, renamed, fields) in rows.items():
+        reader = with_tools(tokenizer) if name == "tools" else tokenizer
+        [expected] = load(reader, file(jsonl(json.dumps(usual))))
+        path = jsonl(json.dumps(renamed), name="renamed.jsonl")
+        source = SftJsonlSource(source="jsonl", path=path, **fields)
+        [found] = load(reader, source)
+        assert found.token_ids.tolist() == expected.token_ids.tolist(), name
+        [unnamed] = load(reader, file(jsonl(json.dumps(renamed)))) if name != "tools" else [None]
+        assert unnamed is None or unnamed.token_ids.tolist() != expected.token_ids.tolist(), name

@@ -96,3 +96,12 @@ def test_unusable_tests_are_refused_at_load_and_never_a_reward(code: Any, entry:
     if "tests" in words and "cases" not in entry:
         with pytest.raises(VerifierError, match="tests must be"):
             code(RIGHT, **entry)
+
+
+def test_tests_and_cases_can_stand_in_fields_of_other_names(code: Any):
+    fields = {"tests_field": "checks", "cases_field": "runs"}
+    wrong = ["assert False"]
+    assert code(RIGHT, checks=TESTS, tests=wrong, settings=fields) == (1.0, {"passed": 3, "total": 3})
+    assert code(RIGHT, checks=wrong, tests=TESTS, settings=fields)[0] == 0.0
+    adds = "print(sum(map(int, input().split())))"
+    assert code(adds, runs=CASES, cases=[{"input": "1 1", "output": "3"}], settings=fields)[0] == 1.0

@@ -14,7 +14,15 @@ import pytest
 from megarl.config.environments import ToolsConfig
 from megarl.environments import make_environment, sandbox
 from megarl.environments.tool_format import ToolFormat
-from megarl.environments.tools import Calculator, PythonTool, Search, ToolError, schemas, words_of
+from megarl.environments.tools import (
+    Calculator,
+    PythonTool,
+    Search,
+    ToolError,
+    make_tools,
+    schemas,
+    words_of,
+)
 from megarl.errors import UserError
 from megarl.records import Prompt
 
@@ -191,3 +199,12 @@ def test_python_tool():
     assert tool.run({"code": "x = 1"}) == "(nothing printed)"
     with pytest.raises(ToolError, match="'code' must be text"):
         tool.run({})
+
+
+def test_as_many_documents_of_the_corpus_as_asked_for(tmp_path: Path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": f"cat number {i}"}) + "\n" for i in range(6)))
+    for count in (1, 4):
+        config = ToolsConfig(kind="tools", tools=["search"], corpus=str(path), num_results=count)
+        [search] = make_tools(config, "environment")
+        assert search.run({"query": "cat"}).count("cat number") == count

@@ -237,3 +237,11 @@ def test_many_are_judged_at_a_time(serve: Any):
     assert [reward for reward, _ in asyncio.run(play())] == [0.5] * 20
     seen = {request["messages"][0]["content"] for request in endpoint.requests}
     assert all(any(f"q{i}." in text and f"r{i}." in text for text in seen) for i in range(20))
+
+
+def test_the_form_and_the_scale_of_a_judges_score(serve: Any):
+    endpoint = serve((200, "Score: 2\nGrade = 3"))
+    grade_of = {"score_pattern": r"Grade = (\d)", "max_score": 4.0}
+    assert judged(judge(endpoint.url, **grade_of), "x", question="q", answer="a")[0] == 0.75
+    assert judged(judge(endpoint.url, max_score=4.0), "x", question="q", answer="a")[0] == 0.5
+    assert judged(judge(endpoint.url), "x", question="q", answer="a")[0] == 0.2
