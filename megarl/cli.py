@@ -42,7 +42,8 @@ _JOB_EPILOG = """\
 overrides:
   section.key=value overrides any setting of the file; lists and mappings are YAML:
     optimizer.lr=1e-5  logging.wandb=null  data.train.arguments.min_terms=3
-    'data.held_out={{source: jsonl, path: data/test.jsonl}}'
+    'data.held_out={{source: jsonl, path: data/test.jsonl}}'"""
+_TRAINING_EPILOG = """
 
 several trainer processes:
   parallel.num_processes=N starts N on this machine. Under torchrun or srun each rank runs this same command:
@@ -117,7 +118,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
             job.name,
             help=job.help,
             description=job.help[0].upper() + job.help[1:] + ".",
-            epilog=_JOB_EPILOG.format(job=job.name),
+            epilog=(_JOB_EPILOG + (_TRAINING_EPILOG if job.trains else "")).format(job=job.name),
             formatter_class=raw,
             allow_abbrev=False,
         )
