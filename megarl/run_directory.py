@@ -103,18 +103,27 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {self.path} ({error.strerror})") from error
         try:
+            self._check_kinds()
             changes = self._compare_with_disk(resolved_config, chosen)
         except UserError:
             self.close()
             raise
         self._remove_leftovers()
         for folder in (self.samples_path, self.checkpoints_path, self.ranks_path):
-            if folder.exists() and not folder.is_dir():
-                self.close()
-                raise UserError(f"run.dir: {folder} is a file where the run keeps a directory; move it away")
             folder.mkdir(exist_ok=True)
         write_atomically(self.config_path, dump_yaml(dict(resolved_config)))
         return changes
+
+    def _check_kinds(self) -> None:
+        """Refuse files where the run keeps directories, and directories where it keeps files."""
+        folders = (self.samples_path, self.checkpoints_path, self.ranks_path, self.evaluations_path)
+        files = (self.config_path, self.metrics_path, self.summary_path, self.report_path, self.console_path)
+        for path in folders:
+            if path.exists() and not path.is_dir():
+                raise UserError(f"run.dir: {path} is a file where the run keeps a directory; move it away")
+        for path in (*files, self.path / "inputs.json"):
+            if path.is_dir():
+                raise UserError(f"run.dir: {path} is a directory where the run keeps a file; move it away")
 
     def check_before_start(self, config: TrainingRoot) -> str | None:
         """Check the directory's files before any rank starts, without taking the lock.

@@ -313,3 +313,21 @@ def test_config_yaml_is_read_back_by_the_configuration_loader(tmp_path: Path) ->
     with RunDirectory(tmp_path) as run:
         run.open(config)
     assert parse_yaml((tmp_path / "config.yaml").read_text(), "config.yaml").value == config
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("samples", "checkpoints", "ranks", "evaluations"),
+        *("config.yaml", "metrics.jsonl", "summary.json", "report.html", "console.log", "inputs.json"),
+    ],
+)
+def test_what_is_of_another_kind_is_one_line_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    path, is_file = tmp_path / name, "." not in name
+    path.write_text("x") if is_file else path.mkdir()
+    with pytest.raises(
+        UserError, match=rf"^run\.dir: .*{name} is a (file|directory) where the run keeps a"
+    ) as told:
+        RunDirectory(tmp_path).open({"a": 1})
+    assert "\n" not in str(told.value)
+    assert {each.name for each in tmp_path.iterdir()} == {name, ".lock"}
