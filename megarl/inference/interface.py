@@ -13,13 +13,14 @@ from typing import Protocol
 import numpy as np
 
 from megarl.config.rollout import EngineConfig
+from megarl.errors import UserError
 from megarl.models.table import Region
 from megarl.records import ArrayRecord, FinishReason, Logprobs, TokenIds
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.sync_plan import ParamInfo, WeightPlan
 
 
-class EngineError(RuntimeError):
+class EngineError(UserError, RuntimeError):
     """The engine could not start, or died too often; the message has the cause and the log's end."""
 
 

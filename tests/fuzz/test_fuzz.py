@@ -19,6 +19,8 @@ from tests.end_to_end.harness import make_model
 from tests.fuzz import configurations, models, rows
 from tests.fuzz.outcome import Outcome, faults, run
 
+pytestmark = pytest.mark.timeout(1800)  # each command has ten seconds of its own
+
 SEED = 20261128
 
 

@@ -302,5 +302,5 @@ def test_the_third_death_in_a_row_is_an_error(trainer: Any, monkeypatch: pytest.
         engine = VllmEngine(trainer.engine._settings, trainer.engine.log_path.with_name("dying.log"))
         with pytest.raises(EngineError, match=r"died while starting[\s\S]*the last words"):
             engine.wait_ready()
-        with pytest.raises(EngineError, match=r"died 3 times in a row[\s\S]*the last words"):
+        with pytest.raises(EngineError, match=r"died while starting, 3 times in a row[\s\S]*the last words"):
             engine.sync(0)

@@ -112,18 +112,18 @@ class ActorEngine:
         return self._plans
 
     def wait_ready(self) -> None:
-        """Wait until the engine accepts calls.
+        """Wait until the engine accepts calls. If its process is killed meanwhile, another is started.
 
         Raises:
-            EngineError: it crashed (at once, with the cause), or start_timeout_seconds passed without
-            progress.
+            EngineError: it failed (at once, with the cause), died too often, or start_timeout_seconds passed
+            without progress.
         """
+        actor = self._process.actor
         try:
             self._process.wait_started()
         except actor_died() as death:
-            raise EngineError(
-                self._process.explain(f"the {self.name} engine died while starting: {death}")
-            ) from death
+            self._process.replace(death, "it had not started yet", actor)
+        self._process.answered()
 
     def describe_parameters(self) -> list[dict[str, ParamInfo]]:
         """See Engine.describe_parameters."""

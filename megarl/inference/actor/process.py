@@ -57,6 +57,7 @@ class EngineProcess:
         self.actor: Any
         """The present one."""
         self._deaths_in_a_row = 0
+        self._has_started = False
         self._replacing = threading.Lock()
         self._shared_memory: list[str] = []
         self._spawn()
@@ -126,6 +127,7 @@ class EngineProcess:
     def answered(self) -> None:
         """Record that the actor works: the count of deaths starts again."""
         self._deaths_in_a_row = 0
+        self._has_started = True
 
     def replace(self, death: Exception, then: str, dead: Any) -> None:
         """Start a successor and restore it, or raise EngineError. Blocks.
@@ -167,7 +169,8 @@ class EngineProcess:
             self._deaths_in_a_row += 1
             if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
                 times = f"{MAX_DEATHS_IN_A_ROW} times in a row"
-                message = f"the {self._name} engine died {times}; last cause: {_cause(death)}"
+                when = "" if self._has_started else " while starting,"
+                message = f"the {self._name} engine died{when} {times}; last cause: {_cause(death)}"
                 raise EngineError(self.explain(message)) from death
             log.warning("The %s engine died (%s). Restarting it; %s.", self._name, _cause(death), then)
             self.kill()  # the actor may be unreachable rather than dead
