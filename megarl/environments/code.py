@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 import json
 import os
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,9 +195,22 @@ def check(entry: dict[str, Any], config: CodeConfig) -> str | None:
             read_cases(cases)
         else:
             for test in read_tests(tests):
-                compile(test, "test", "exec")
-    except (ValueError, SyntaxError) as error:
-        return str(error)
+                if missing := _missing_library(ast.parse(test, "test")):
+                    return f"the tests import {missing}, which the sandbox does not have"
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def _missing_library(tree: ast.Module) -> str | None:
+    """What the tests' own statements import that is neither the standard library's nor the program."""
+    for node in tree.body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        for name in (name.split(".")[0] for name in names):
+            if name not in sys.stdlib_module_names and name != "solution":
+                return name
     return None
 
 

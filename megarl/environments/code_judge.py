@@ -111,14 +111,11 @@ class JudgeGuard(wire.Guard):
     def attribute(self, peer: Any, value: Any, name: str) -> Any:
         """Of an object of the program: all but what would compare it."""
         link: Any = mirror.link_of(value)
-        if not isinstance(value, type | mirror.Function):
-            if name in _PREDICATES:
-                if not (link.constructed and link.used):
-                    raise AttributeError(
-                        f"an object of the program's class {type(value).__name__} is no value"
-                    )
-            else:
-                link.used = True
+        if name in _PREDICATES:
+            if not (link.constructed and link.used) and value not in self.named:
+                raise AttributeError(f"an object of the program's ({type(value).__name__}) is no value")
+        else:
+            link.used = True
         return peer.request("attribute", value, name)
 
     def operate(self, peer: Any, value: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -253,9 +250,9 @@ def _run(test: str, tree: ast.Module, number: int, space: Space, peer: Any) -> s
     except (wire.GoneError, wire.CannotJudgeError):
         return "not run to its end"  # judge() looks at the peer
     except SystemExit as error:  # unittest.main() and the like
-        return _words(error) if error is peer.last_raised or error.code else None
+        return _words(error) if wire.is_from_there(error) or error.code else None
     except ModuleNotFoundError as error:
-        if error is not peer.last_raised and (error.name or "").split(".")[0] not in sys.stdlib_module_names:
+        if not wire.is_from_there(error) and (error.name or "").split(".")[0] not in sys.stdlib_module_names:
             peer.cannot(f"test {number} imports {error.name}, which is not in the sandbox")
         return _words(error)
     except BaseException as error:

@@ -118,6 +118,14 @@ PATCHABLE = tuple(
 )
 
 
+_FROM_THERE = "_raised_by_the_other_process"
+
+
+def is_from_there(error: BaseException) -> bool:
+    """Whether an exception was raised by the other process."""
+    return _FROM_THERE in error.__dict__
+
+
 class GoneError(BaseException):
     """The other process has ended, or its time has."""
 
@@ -224,6 +232,11 @@ class _Shared:
             self.add(key, value)
         return key
 
+    def check(self, key: int) -> None:
+        """Raises ValueError for a new key that the other end may not give."""
+        if key % 2 == self._next % 2:
+            raise ValueError(f"the key {key}")
+
     def add(self, key: int, value: Any) -> None:
         """One that the other end has shared."""
         self.entries[key] = [value, None]
@@ -312,8 +325,6 @@ class Peer:
         self.is_looking_up = False
         self.failure: GoneError | CannotJudgeError | None = None
         """Why nothing further can be asked, whatever a test has made of the exception."""
-        self.last_raised: BaseException | None = None
-        """The exception that came last from the other end."""
 
     # Requests.
 
@@ -350,7 +361,7 @@ class Peer:
                 error = self.decode(message["raise"])
                 if not isinstance(error, BaseException):
                     raise BrokenError("what is raised is no exception")
-                self.last_raised = error
+                error.__dict__[_FROM_THERE] = True
                 raise error
             else:
                 return self.decode(message.get("value"))
@@ -627,6 +638,7 @@ class Peer:
         entries = self._shared.entries
         for key, kind, *state in states:
             if key not in entries:
+                self._shared.check(key)
                 made = collections.deque(maxlen=state[1]) if kind == "deque" else _KINDS[kind]()
                 self._shared.add(key, made)
         for key, _, *state in states:

@@ -77,9 +77,11 @@ class Calculator:
         text = text_argument(arguments, "expression")
         try:
             value = _evaluate(ast.parse(text.strip().replace("^", "**"), mode="eval").body)
-        except SyntaxError:
+        except (SyntaxError, UnicodeError):
             raise ToolError(f"{text!r} is no arithmetic expression") from None
-        except (ZeroDivisionError, OverflowError, RecursionError) as error:
+        except (ArithmeticError, RecursionError, MemoryError, ValueError) as error:
+            if isinstance(error, ToolError):
+                raise
             raise ToolError(f"{type(error).__name__}: {error}") from None
         return str(
             int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value

@@ -399,6 +399,22 @@ CHEATS: dict[str, tuple[str, str]] = {
     "a class that holds everything": (_ANYTHING + "Divisors = E", "assert 3 in Divisors(12)"),
     "holds everything": (_ANYTHING + "def f(n): return E()", "assert 3 in f(12)"),
     "begins with everything": (_ANYTHING + "def f(n): return E()", "assert f('abc').startswith('cb')"),
+    "a function that begins with everything": (
+        "def f(n):\n    def g(): pass\n    g.startswith = lambda *a: True\n    return g",
+        "assert f('abc').startswith('cb')",
+    ),
+    "a class that begins with everything": (
+        "class R:\n    startswith = issubset = staticmethod(lambda *a: True)\ndef f(n): return R",
+        "assert f('abc').startswith('cb') or f('abc').issubset({1})",
+    ),
+    "an exit that another error hides": (
+        "def f(x): raise SystemExit(0)\ndef g(): raise ValueError",
+        "try:\n    assert f(1) == 2\nfinally:\n    try:\n        g()\n    except ValueError:\n        pass",
+    ),
+    "an answer about a list of the tests": (
+        'import os, struct\nm = b\'{"states":[[0,"list",[1]],[2,"list",[1]]],"value":null}\'\nos.write(4, struct.pack(\'>I\', len(m)) + m)\ndef f(x): return 1',
+        "x = [1, 2]\nassert f(x) == 2 or x != [1, 2]",
+    ),
     "is below everything": (_ANYTHING + "def f(n): return E()", "assert f(2) <= 3 and f(2) >= 1"),
     "an object of a class that is under test": (
         _ANYTHING + "class Calc(E):\n    def add(s, a, b): return s",

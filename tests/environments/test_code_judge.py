@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from typing import Any
@@ -28,6 +29,7 @@ CHEATS_ALWAYS_RUN = (
     "an answer sent before the question",
     "a float that rounds as wanted",
 )
+PLAIN_PYTHON = "/usr/bin/python3.11"
 RIGHT_ALWAYS_RUN = (
     "a list sorted in place",
     "classes",
@@ -42,14 +44,27 @@ RIGHT_ALWAYS_RUN = (
 )
 
 
-@pytest.fixture(scope="module")
-def judge() -> Any:
-    try:
-        isolation = sandbox.choose()
-    except UserError as error:
-        pytest.skip(str(error))
-    environment = make_environment(CodeConfig(kind="code", timeout_seconds=20.0, isolation=isolation), "e")
+_OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("bubblewrap", "landlock")]
 
+
+@pytest.fixture(scope="module", params=["auto", *_OTHERS])
+def judge(request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "landlock" and os.geteuid() == 0:  # a Python that nobody can reach
+            if not os.path.exists(PLAIN_PYTHON):
+                pytest.skip("no Python outside root's home")
+            patch.setattr(sandbox, "python_path", lambda: PLAIN_PYTHON)
+            paths = [path for path in sandbox._SYSTEM_PATHS if os.path.exists(path)]
+            patch.setattr(sandbox, "visible_paths", lambda: paths)
+        try:
+            isolation = sandbox.choose.__wrapped__(request.param)
+        except UserError as error:
+            pytest.skip(str(error))
+        config = CodeConfig(kind="code", timeout_seconds=20.0, isolation=isolation)
+        yield _judge(make_environment(config, "e"))
+
+
+def _judge(environment: Any) -> Any:
     def judged(program: str, tests: Any, prefix: str = "") -> Any:
         prompt = Prompt(0, "p", [1], {"entry": {"tests": tests}, "prefix": prefix})
         return asyncio.run(grade(environment, prompt, f"```python\n{program}\n```"))

@@ -110,6 +110,11 @@ def test_calculator(expression: str, result: str):
         "'a' * 3",
         "",
         "1" * 600 + "* 1" * 0 + "**2",
+        "-" * 20_000 + "1",
+        "(" * 5_000 + "1" + ")" * 5_000,
+        "1 + \ud83d",
+        "1 \0",
+        "1" * 5_000,
     ],
 )
 def test_calculator_refuses(expression: str):
