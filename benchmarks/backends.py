@@ -129,7 +129,7 @@ def start_engine(backend: Literal["vllm", "hf"], model: Any, directory: Path) ->
 
 
 def cpu_seconds(engine: Any) -> float:
-    """Of this process and the engine's, all threads: what else runs on the machine is not in it."""
+    """Return CPU seconds of this process and the engine's, all threads, without other processes."""
     processes = [psutil.Process(), *([psutil.Process(engine.health().pid)] if engine is not None else [])]
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 

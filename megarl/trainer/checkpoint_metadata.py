@@ -1,4 +1,4 @@
-"""A checkpoint's ``.metadata`` without running what it says: pickles of plain records, and of nothing else.
+"""Read a checkpoint's ``.metadata`` without running code: only pickles of plain records are accepted.
 
 A pickle names the functions that rebuild its objects, and unpickling calls them: in a file from elsewhere
 they may be any. Here the names are those that torch.distributed.checkpoint's own records need.
@@ -36,15 +36,15 @@ _ALLOWED = {
     "builtins": {"set", "frozenset", "dict", "list", "tuple"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
-# Nothing of these is looked up: a stand-in takes the place of each.
+# These names are not imported: a stand-in replaces each.
 _NOT_READ = ("torch.distributed.checkpoint.planner", "megatron.core.dist_checkpointing.")
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """``directory``/.metadata.
+    """Read ``directory``/.metadata.
 
     Raises:
-        UserError: there is none, it is damaged, or it asks for anything but the records of a checkpoint.
+        UserError: it is missing or damaged, or references anything but the records of a checkpoint.
     """
     path = directory / ".metadata"
     try:
@@ -69,7 +69,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 class _Unread:
-    """Stands for a record that nobody here reads, such as the plan by which a checkpoint was written."""
+    """Stand-in for a record that is not read, such as the plan by which a checkpoint was written."""
 
     def __init__(self, *arguments: Any) -> None: ...
 
@@ -79,12 +79,12 @@ class _Unread:
 
 
 class _ForbiddenError(Exception):
-    """A name that is not in the list."""
+    """A name that is not allowed."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """The object of this name, where it is one of a checkpoint's records."""
+        """Return the object of this name if it is one of a checkpoint's records."""
         if module.startswith(_NOT_READ):
             return _Unread
         is_dtype = module == "torch" and name.isidentifier() and _is_dtype(name)

@@ -13,7 +13,7 @@ from megarl import platform
 from megarl.errors import UserError
 from megarl.terminal import one_line
 
-# Older checkpoints hold numpy's state as numpy has it: with an array, which is rebuilt from its bytes.
+# Older checkpoints have numpy's own state, with an array that is rebuilt from its bytes.
 _NUMPY: list[Any] = [
     numpy._core.multiarray._reconstruct,  # type: ignore[attr-defined]
     numpy.ndarray,
@@ -28,12 +28,12 @@ def file(directory: Path, rank: int) -> Path:
 
 
 def read(directory: Path, rank: int, num_ranks: int) -> dict[str, Any] | None:
-    """What ``rank`` wrote; None where fewer or more than ``num_ranks`` ranks wrote the checkpoint.
+    """Return the states of ``rank``; None unless exactly ``num_ranks`` ranks wrote the checkpoint.
 
-    Tensors, numbers and texts: nothing else is unpickled.
+    Only tensors, numbers and strings are unpickled.
 
     Raises:
-        UserError: the file is damaged, or holds something else.
+        UserError: the file is damaged, or contains anything else.
     """
     own = file(directory, rank)
     if file(directory, num_ranks).exists() or not own.exists():
@@ -41,14 +41,14 @@ def read(directory: Path, rank: int, num_ranks: int) -> dict[str, Any] | None:
     try:
         with torch.serialization.safe_globals(_NUMPY):
             found: dict[str, Any] = torch.load(own, weights_only=True)
-    except Exception as error:  # torch's reader and its unpickler raise types of their own
+    except Exception as error:  # torch's reader and its unpickler raise many types
         raise UserError(f"{own}: damaged, or not a random state: {one_line(str(error))[:200]}") from error
     return found
 
 
 def take() -> dict[str, Any]:
     """Return the current states."""
-    name, keys, *rest = numpy.random.get_state(legacy=True)  # noqa: NPY002  what libraries draw from
+    name, keys, *rest = numpy.random.get_state(legacy=True)  # noqa: NPY002  used by libraries
     state = {
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(numpy.asarray(keys).astype("int64")), *rest),
