@@ -20,7 +20,13 @@ NUM_SEQUENCES = 256
 NUM_SAMPLES, GROUP_SIZE = 4096, 16
 # The options of GRPO with a reference model and token-level importance sampling.
 OPTIONS = PolicyLossOptions(
-    clip_high=0.28, dual_clip=3.0, correction="tis", kl="k3", kl_coef=0.01, entropy_coef=0.001
+    clip_high=0.28,
+    dual_clip=3.0,
+    correction="tis",
+    correction_high=2.0,
+    kl="k3",
+    kl_coef=0.01,
+    entropy_coef=0.001,
 )
 TOKENS_CASE, SAMPLES_CASE = f"{NUM_TOKENS} tokens fp32", f"{NUM_SAMPLES} samples fp32"
 

@@ -70,20 +70,19 @@ TORCH_LIBRARY(megarl, m) {
       "Tensor sequence_ids, int num_sequences) -> Tensor");
   // Per-token tensors are [R]; tokens of weight 0 are ignored, whatever their values. -> [17] float64: the loss, then
   // the logged sums in the order of megarl/ops/policy_loss.py. Only the loss has a gradient.
-  // sequence_sums [S, 3] is needed by level "sequence" and by correction "sequence_mask".
+  // sequence_sums [S, 3] is needed by level "sequence", by objective "vespo" and by corrections "sequence_*".
+  // numbers [15] are the options that are numbers, in the order of PolicyLossOptions.numbers.
   m.def(
       "policy_loss(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages, Tensor weights, "
       "Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? sequence_ids, Tensor? sequence_sums, "
-      "str objective, str level, float clip_low, float clip_high, float? dual_clip, str correction, "
-      "float correction_low, float correction_high, str kl, bool kl_score_gradient, float kl_coef, "
-      "float entropy_coef) -> Tensor");
+      "str objective, str level, str correction, str sequence_weight, str kl, str kl_gradient, "
+      "float[] numbers) -> Tensor");
   // -> gradients of logprobs and of entropy (empty without), times grad_loss [].
   m.def(
       "policy_loss_backward(Tensor grad_loss, Tensor logprobs, Tensor? entropy, Tensor old_logprobs, "
       "Tensor advantages, Tensor weights, Tensor? ref_logprobs, Tensor? rollout_logprobs, Tensor? sequence_ids, "
-      "Tensor? sequence_sums, str objective, str level, float clip_low, float clip_high, float? dual_clip, "
-      "str correction, float correction_low, float correction_high, str kl, bool kl_score_gradient, "
-      "float kl_coef, float entropy_coef) -> (Tensor, Tensor)");
+      "Tensor? sequence_sums, str objective, str level, str correction, str sequence_weight, str kl, "
+      "str kl_gradient, float[] numbers) -> (Tensor, Tensor)");
 
   // Packing (layout: PackedBatch in megarl/records.py). Ragged sequences are in token_ids [N] int64, loss_mask [N]
   // uint8 and rollout_logprobs [N] float32. Sequence s of S has lengths [S] int32 (0: a dummy) tokens from starts [S]

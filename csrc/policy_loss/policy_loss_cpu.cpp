@@ -53,9 +53,8 @@ class TokenVectors {
 
   TokenVectors(const PolicyTokens<T>& tokens, int64_t num_sequences) : tokens_(tokens) {
     for (int64_t s = 0; tokens.sequence_sums && s < num_sequences; ++s) {
-      const double* sums = tokens.sequence_sums + 3 * s;
-      log_ratio_.push_back(static_cast<T>(sums[0] / sums[2]));
-      log_off_policy_.push_back(static_cast<T>(sums[1] / sums[2]));
+      log_ratio_.push_back(tokens.sequence_log_ratio(s));
+      log_off_policy_.push_back(tokens.sequence_log_off_policy(s));
     }
   }
 
@@ -83,7 +82,7 @@ class TokenVectors {
 
  private:
   PolicyTokens<T> tokens_;
-  std::vector<T> log_ratio_, log_off_policy_;  // means over each sequence
+  std::vector<T> log_ratio_, log_off_policy_;  // of each sequence
 };
 
 // Sums of tokens [begin, end): each lane of the vectors has its own, added up in order at the end.
@@ -158,14 +157,12 @@ at::Tensor policy_loss_cpu(const at::Tensor& logprobs, const OptionalTensor& ent
                            const at::Tensor& old_logprobs, const at::Tensor& advantages, const at::Tensor& weights,
                            const OptionalTensor& ref_logprobs, const OptionalTensor& rollout_logprobs,
                            const OptionalTensor& sequence_ids, const OptionalTensor& sequence_sums,
-                           std::string_view objective, std::string_view level, double clip_low, double clip_high,
-                           std::optional<double> dual_clip, std::string_view correction, double correction_low,
-                           double correction_high, std::string_view kl, bool kl_score_gradient, double kl_coef,
-                           double entropy_coef) {
+                           std::string_view objective, std::string_view level, std::string_view correction,
+                           std::string_view sequence_weight, std::string_view kl, std::string_view kl_gradient,
+                           at::ArrayRef<double> numbers) {
   constexpr const char* op = "policy_loss";
   const PolicyOptions options =
-      policy_options(op, objective, level, clip_low, clip_high, dual_clip, correction, correction_low,
-                     correction_high, kl, kl_score_gradient, kl_coef, entropy_coef);
+      policy_options(op, objective, level, correction, sequence_weight, kl, kl_gradient, numbers);
   const PolicyArguments arguments(op, options, logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs,
                                   rollout_logprobs, sequence_ids, sequence_sums);
   const int64_t num_sequences = arguments.sequence_sums.defined() ? arguments.sequence_sums.size(0) : 0;
@@ -194,13 +191,12 @@ std::tuple<at::Tensor, at::Tensor> policy_loss_backward_cpu(
     const at::Tensor& grad_loss, const at::Tensor& logprobs, const OptionalTensor& entropy,
     const at::Tensor& old_logprobs, const at::Tensor& advantages, const at::Tensor& weights,
     const OptionalTensor& ref_logprobs, const OptionalTensor& rollout_logprobs, const OptionalTensor& sequence_ids,
-    const OptionalTensor& sequence_sums, std::string_view objective, std::string_view level, double clip_low,
-    double clip_high, std::optional<double> dual_clip, std::string_view correction, double correction_low,
-    double correction_high, std::string_view kl, bool kl_score_gradient, double kl_coef, double entropy_coef) {
+    const OptionalTensor& sequence_sums, std::string_view objective, std::string_view level,
+    std::string_view correction, std::string_view sequence_weight, std::string_view kl, std::string_view kl_gradient,
+    at::ArrayRef<double> numbers) {
   constexpr const char* op = "policy_loss_backward";
   const PolicyOptions options =
-      policy_options(op, objective, level, clip_low, clip_high, dual_clip, correction, correction_low,
-                     correction_high, kl, kl_score_gradient, kl_coef, entropy_coef);
+      policy_options(op, objective, level, correction, sequence_weight, kl, kl_gradient, numbers);
   const PolicyArguments arguments(op, options, logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs,
                                   rollout_logprobs, sequence_ids, sequence_sums);
   const int64_t num_sequences = arguments.sequence_sums.defined() ? arguments.sequence_sums.size(0) : 0;

@@ -51,13 +51,11 @@ at::Tensor policy_loss_cuda(const at::Tensor& logprobs, const OptionalTensor& en
                             const at::Tensor& advantages, const at::Tensor& weights, const OptionalTensor& ref_logprobs,
                             const OptionalTensor& rollout_logprobs, const OptionalTensor& sequence_ids,
                             const OptionalTensor& sequence_sums, std::string_view objective, std::string_view level,
-                            double clip_low, double clip_high, std::optional<double> dual_clip,
-                            std::string_view correction, double correction_low, double correction_high,
-                            std::string_view kl, bool kl_score_gradient, double kl_coef, double entropy_coef) {
+                            std::string_view correction, std::string_view sequence_weight, std::string_view kl,
+                            std::string_view kl_gradient, at::ArrayRef<double> numbers) {
   constexpr const char* op = "policy_loss";
   const PolicyOptions options =
-      policy_options(op, objective, level, clip_low, clip_high, dual_clip, correction, correction_low, correction_high,
-                     kl, kl_score_gradient, kl_coef, entropy_coef);
+      policy_options(op, objective, level, correction, sequence_weight, kl, kl_gradient, numbers);
   const PolicyArguments arguments(op, options, logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs,
                                   rollout_logprobs, sequence_ids, sequence_sums);
   const c10::cuda::CUDAGuard guard(logprobs.device());
@@ -81,13 +79,12 @@ std::tuple<at::Tensor, at::Tensor> policy_loss_backward_cuda(
     const at::Tensor& grad_loss, const at::Tensor& logprobs, const OptionalTensor& entropy,
     const at::Tensor& old_logprobs, const at::Tensor& advantages, const at::Tensor& weights,
     const OptionalTensor& ref_logprobs, const OptionalTensor& rollout_logprobs, const OptionalTensor& sequence_ids,
-    const OptionalTensor& sequence_sums, std::string_view objective, std::string_view level, double clip_low,
-    double clip_high, std::optional<double> dual_clip, std::string_view correction, double correction_low,
-    double correction_high, std::string_view kl, bool kl_score_gradient, double kl_coef, double entropy_coef) {
+    const OptionalTensor& sequence_sums, std::string_view objective, std::string_view level,
+    std::string_view correction, std::string_view sequence_weight, std::string_view kl, std::string_view kl_gradient,
+    at::ArrayRef<double> numbers) {
   constexpr const char* op = "policy_loss_backward";
   const PolicyOptions options =
-      policy_options(op, objective, level, clip_low, clip_high, dual_clip, correction, correction_low, correction_high,
-                     kl, kl_score_gradient, kl_coef, entropy_coef);
+      policy_options(op, objective, level, correction, sequence_weight, kl, kl_gradient, numbers);
   const PolicyArguments arguments(op, options, logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs,
                                   rollout_logprobs, sequence_ids, sequence_sums);
   MEGARL_CHECK(op, grad_loss.numel() == 1, "grad_loss must hold one value, got ", grad_loss.sizes());

@@ -30,44 +30,56 @@ Enum parse(const char* op, const char* argument, std::string_view text, const Na
 }
 
 inline PolicyOptions policy_options(const char* op, std::string_view objective, std::string_view level,
-                                    double clip_low, double clip_high, std::optional<double> dual_clip,
-                                    std::string_view correction, double correction_low, double correction_high,
-                                    std::string_view kl, bool kl_score_gradient, double kl_coef,
-                                    double entropy_coef) {
-  constexpr Named<Objective> objectives[] = {{"clip", Objective::clip}, {"cispo", Objective::cispo}};
+                                    std::string_view correction, std::string_view sequence_weight,
+                                    std::string_view kl, std::string_view kl_gradient,
+                                    at::ArrayRef<double> numbers) {
+  constexpr Named<Objective> objectives[] = {{"clip", Objective::clip},
+                                             {"cispo", Objective::cispo},
+                                             {"sapo", Objective::sapo},
+                                             {"dppo", Objective::dppo},
+                                             {"vespo", Objective::vespo}};
   constexpr Named<bool> levels[] = {{"token", false}, {"sequence", true}};
   constexpr Named<Correction> corrections[] = {{"none", Correction::none},
                                                {"tis", Correction::tis},
                                                {"icepop", Correction::icepop},
                                                {"sequence_mask", Correction::sequence_mask},
-                                               {"sequence_tis", Correction::sequence_tis}};
+                                               {"sequence_tis", Correction::sequence_tis},
+                                               {"sequence_mask_tis", Correction::sequence_mask_tis},
+                                               {"sequence_icepop", Correction::sequence_icepop}};
+  constexpr Named<bool> weights[] = {{"geometric_mean", false}, {"product", true}};
   constexpr Named<KlEstimator> estimators[] = {
       {"none", KlEstimator::none}, {"k1", KlEstimator::k1}, {"k2", KlEstimator::k2}, {"k3", KlEstimator::k3}};
-  MEGARL_CHECK(op, clip_low >= 0, "clip_low must not be negative, got ", clip_low);
-  MEGARL_CHECK(op, clip_high >= 0, "clip_high must not be negative, got ", clip_high);
-  MEGARL_CHECK(op, !dual_clip || *dual_clip > 1, "dual_clip must be above 1, got ", *dual_clip);
-  MEGARL_CHECK(op, correction_low >= 0 && correction_low <= correction_high, "correction_low must lie in [0, ",
-               correction_high, "], got ", correction_low);
-  return {
-      .objective = parse(op, "objective", objective, objectives),
-      .sequence_level = parse(op, "level", level, levels),
-      .clip_low = clip_low,
-      .clip_high = clip_high,
-      .dual_clip = dual_clip.value_or(0),
-      .correction = parse(op, "correction", correction, corrections),
-      .correction_low = correction_low,
-      .correction_high = correction_high,
-      .kl = parse(op, "kl", kl, estimators),
-      .kl_score_gradient = kl_score_gradient,
-      .kl_coef = kl_coef,
-      .entropy_coef = entropy_coef,
-  };
+  constexpr Named<KlGradient> gradients[] = {{"plain", KlGradient::plain},
+                                             {"score", KlGradient::score},
+                                             {"unbiased", KlGradient::unbiased},
+                                             {"unbiased_old", KlGradient::unbiased_old},
+                                             {"unbiased_rollout", KlGradient::unbiased_rollout}};
+  MEGARL_CHECK(op, numbers.size() == kNumPolicyNumbers, "numbers must be ", kNumPolicyNumbers, ", got ",
+               numbers.size());
+  const PolicyOptions options = make_policy_options(
+      parse(op, "objective", objective, objectives), parse(op, "level", level, levels),
+      parse(op, "correction", correction, corrections), parse(op, "sequence_weight", sequence_weight, weights),
+      parse(op, "kl", kl, estimators), parse(op, "kl_gradient", kl_gradient, gradients), numbers.data());
+  MEGARL_CHECK(op, options.clip_low >= 0, "clip_low must not be negative, got ", options.clip_low);
+  MEGARL_CHECK(op, options.clip_high >= 0, "clip_high must not be negative, got ", options.clip_high);
+  MEGARL_CHECK(op, options.dual_clip > 1, "dual_clip must be above 1, got ", options.dual_clip);
+  MEGARL_CHECK(op, options.correction_low >= 0 && options.correction_low <= options.correction_high,
+               "correction_low must lie in [0, ", options.correction_high, "], got ", options.correction_low);
+  for (const double bound : {options.correction_token_high, options.log_ratio_clamp, options.kl_input_clamp,
+                             options.kl_output_clamp}) {
+    MEGARL_CHECK(op, bound > 0, "bounds must be above 0, got ", bound);
+  }
+  MEGARL_CHECK(op, !options.sequence_level || options.objective == Objective::clip ||
+                       options.objective == Objective::cispo || options.objective == Objective::sapo,
+               "objective ", objective, " has no level sequence");
+  return options;
 }
 
 // The tensors as given, made contiguous and kept alive, and checked against logprobs [R].
 struct PolicyArguments {
   at::Tensor logprobs, entropy, old_logprobs, advantages, weights, ref_logprobs, rollout_logprobs, sequence_ids,
       sequence_sums;
+  bool sum_of_ratios, sum_of_off_policy;
 
   PolicyArguments(const char* op, const PolicyOptions& options, const at::Tensor& logprobs_,
                   const OptionalTensor& entropy_, const at::Tensor& old_logprobs_, const at::Tensor& advantages_,
@@ -97,11 +109,14 @@ struct PolicyArguments {
                  " needs entropy");
     MEGARL_CHECK(op, options.correction == Correction::none || rollout_logprobs.defined(),
                  "correction needs rollout_logprobs");
-    const bool sequences = options.sequence_level || options.correction == Correction::sequence_mask ||
-                           options.correction == Correction::sequence_tis;
-    if (sequences) {
+    MEGARL_CHECK(op, options.kl == KlEstimator::none || options.kl_gradient != KlGradient::unbiased_rollout ||
+                         rollout_logprobs.defined(),
+                 "kl_gradient unbiased_rollout needs rollout_logprobs");
+    sum_of_ratios = options.objective == Objective::vespo;
+    sum_of_off_policy = options.sequence_product;
+    if (by_sequence(options)) {
       MEGARL_CHECK(op, sequence_ids.defined() && sequence_sums_,
-                   "level and correction by sequence need sequence_ids and sequence_sums");
+                   "objective, level or correction by sequence need sequence_ids and sequence_sums");
       MEGARL_CHECK(op, sequence_sums_->dim() == 2 && sequence_sums_->size(1) == 3 &&
                            sequence_sums_->scalar_type() == at::kDouble,
                    "sequence_sums must be float64 [S, 3], got ", sequence_sums_->scalar_type(), " ",
@@ -126,6 +141,8 @@ struct PolicyArguments {
         pointer(rollout_logprobs),
         sequence_sums.defined() ? sequence_ids.const_data_ptr<int64_t>() : nullptr,
         sequence_sums.defined() ? sequence_sums.const_data_ptr<double>() : nullptr,
+        sum_of_ratios,
+        sum_of_off_policy,
     };
   }
 };

@@ -1,7 +1,12 @@
-"""Group-relative advantages (GRPO: Shao et al. 2024, arXiv:2402.03300; RLOO: arXiv:2402.14740)."""
+"""Group-relative advantages.
+
+GRPO: Shao et al. 2024, arXiv:2402.03300; RLOO: arXiv:2402.14740; OPO: arXiv:2505.23585; GDPO:
+arXiv:2601.05242.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -10,8 +15,9 @@ import torch
 
 from megarl.errors import UserError
 from megarl.ops.group_advantage import group_advantage
+from megarl.records import Sample
 
-Baseline = Literal["mean", "leave_one_out", "none"]
+Baseline = Literal["mean", "leave_one_out", "length_weighted", "none"]
 
 
 def group_advantages(
@@ -21,13 +27,15 @@ def group_advantages(
     baseline: Baseline = "mean",
     normalize_std: bool = True,
     epsilon: float = 1e-6,
+    lengths: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return group-relative advantages, ``A_i = (r_i - b_i) / (std + epsilon)``.
 
     ``b_i`` is the mean of the group ("mean"), the mean without sample i ("leave_one_out"; r_i - b_i is then
-    G / (G - 1) times as large), or 0 ("none"). ``std`` is the *sample* standard deviation (divisor G - 1) of
-    the whole group for every baseline, as in TRL 1.16 and NeMo RL, except that NeMo RL excludes sample i from
-    the deviation too if it does so for the baseline.
+    G / (G - 1) times as large), the mean weighted by ``lengths`` ("length_weighted", OPO: the baseline of
+    least variance if a sample's squared gradient grows with its length), or 0 ("none"). ``std`` is the
+    *sample* standard deviation (divisor G - 1) of the whole group for every baseline, as in TRL 1.16 and NeMo
+    RL, except that NeMo RL excludes sample i from the deviation too if it does so for the baseline.
 
     A group whose rewards are all equal gives no gradient: its advantages are exactly 0 (without a baseline
     they are the undivided rewards). The test compares rewards, not a computed deviation, whose rounding
@@ -39,6 +47,7 @@ def group_advantages(
         baseline: what is subtracted.
         normalize_std: divide by the deviation.
         epsilon: added to the deviation.
+        lengths: [S] tokens that were sampled, for "length_weighted".
 
     Returns:
         Advantages [S] float64.
@@ -48,12 +57,19 @@ def group_advantages(
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     _check(rewards, bounds, baseline)
-    if baseline == "none":
-        deviation = np.ones(len(rewards))
+    if baseline in ("none", "length_weighted"):
+        deviation, center = np.ones(len(rewards)), np.zeros(len(rewards))
         for start, end in pairwise(bounds):
-            if normalize_std and not is_degenerate(rewards[start:end]):
-                deviation[start:end] = rewards[start:end].std(ddof=1) + epsilon
-        return rewards / deviation
+            own = rewards[start:end]
+            if baseline == "length_weighted":
+                assert lengths is not None
+                weights = np.asarray(lengths[start:end], dtype=np.float64)
+                total = weights.sum()
+                even = is_degenerate(own) or total == 0
+                center[start:end] = own if even else (weights * own).sum() / total
+            if normalize_std and not is_degenerate(own):
+                deviation[start:end] = own.std(ddof=1) + epsilon
+        return (rewards - center) / deviation
     advantages = group_advantage(
         torch.from_numpy(rewards),
         torch.from_numpy(np.asarray(bounds, dtype=np.int32)),
@@ -62,6 +78,27 @@ def group_advantages(
         epsilon=epsilon,
     )
     return advantages.numpy()
+
+
+def named_rewards(samples: Sequence[Sample], names: Sequence[str]) -> np.ndarray:
+    """[K, S] float64: the rewards that environments give under these names, in info["rewards"].
+
+    Raises:
+        UserError: a sample has none of a name, or no finite number.
+    """
+    found = np.zeros((len(names), len(samples)))
+    for i, sample in enumerate(samples):
+        given = sample.info.get("rewards")
+        for k, name in enumerate(names):
+            value = given.get(name) if isinstance(given, dict) else None
+            if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+                has = ", ".join(map(str, given)) if isinstance(given, dict) and given else "none"
+                raise UserError(
+                    f"algorithm.reward_weights: a sample of prompt {sample.prompt_index} has no finite "
+                    f"reward {name!r} in info['rewards'] (its environment gave: {has})"
+                )
+            found[k, i] = value
+    return found
 
 
 def zero_std_fraction(rewards: np.ndarray, bounds: np.ndarray) -> float:

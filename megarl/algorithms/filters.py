@@ -16,6 +16,7 @@ import torch
 
 from megarl.batching.rank_microbatches import gather_from_packed, reweight
 from megarl.cluster.collectives import from_first_rank
+from megarl.config.grpo import GrpoAlgorithmConfig
 from megarl.loops import minibatches
 from megarl.loops.minibatches import MiniBatch
 from megarl.losses.base import Aggregation, token_weights
@@ -51,9 +52,58 @@ def _drop(mini: MiniBatch, bound: float, aggregation: Aggregation, fixed_length:
 
 
 def _logprob_error(batch: PackedBatch) -> torch.Tensor:
+    return _drift(batch).abs()
+
+
+def _drift(batch: PackedBatch) -> torch.Tensor:
     assert batch.old_logprobs is not None
     assert batch.rollout_logprobs is not None
-    return (batch.old_logprobs - batch.rollout_logprobs).abs()
+    return batch.old_logprobs - batch.rollout_logprobs
+
+
+def drop_rejected(
+    minis: list[MiniBatch], algorithm: GrpoAlgorithmConfig, aggregation: Aggregation, fixed_length: int
+) -> dict[str, float]:
+    """With off_policy_denominators "kept": take what the correction's mask rejects out of the loss.
+
+    The share of the targets that it was. verl's rejection (rollout_rs) with the means of what is left.
+    """
+    if algorithm.off_policy_denominators == "all":
+        return {}
+    found = [_reject(mini, algorithm, aggregation, fixed_length) for mini in minis]
+    rejected, targets = (sum(each) for each in zip(*found, strict=True)) if found else (0, 0)
+    return {"rejected_fraction": rejected / max(targets, 1)}
+
+
+def _reject(
+    mini: MiniBatch, algorithm: GrpoAlgorithmConfig, aggregation: Aggregation, fixed_length: int
+) -> tuple[int, int]:
+    """How many targets were rejected, and how many there were."""
+    drift, kept = gather_from_packed(mini.packed, _drift), np.zeros(0, dtype=bool)
+
+    def reject() -> tuple[int, int]:
+        nonlocal kept
+        bounds, counts = list(pairwise(mini.batch.offsets.tolist())), mini.num_targets
+        by_token, before = drift, int(counts.sum())
+        if algorithm.off_policy_correction.startswith("sequence"):
+            sums = np.array([drift[start:end].sum() for start, end in bounds])
+            mean = algorithm.off_policy_sequence_weight == "geometric_mean"
+            by_token = np.repeat(sums / np.maximum(counts, 1) if mean else sums, mini.batch.lengths)
+        ratios = np.exp(by_token)
+        assert algorithm.off_policy_low is not None
+        assert algorithm.off_policy_high is not None
+        inside = (ratios >= algorithm.off_policy_low) & (ratios <= algorithm.off_policy_high)
+        kept = inside & mini.targets()
+        left = np.array([kept[start:end].sum() for start, end in bounds], dtype=counts.dtype)
+        for row in np.flatnonzero((left == 0) & (counts > 0)).tolist():
+            mini.samples[row].info["dropped"] = "off_policy"
+        counts[:] = left
+        return before - int(left.sum()), before
+
+    counted: tuple[int, int] = from_first_rank(reject)
+    if counted[0]:
+        reweight(mini.packed, mini.num_targets, aggregation, fixed_length, kept)
+    return counted
 
 
 def weigh_positives(minis: list[MiniBatch]) -> dict[str, float]:

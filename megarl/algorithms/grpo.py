@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from megarl.advantages.custom import custom_advantages, load_advantage
-from megarl.advantages.group import group_advantages
+from megarl.advantages.group import group_advantages, named_rewards
 from megarl.advantages.shaping import add_kl_to_go, clip_advantages, overlong_penalty, standardize
 from megarl.algorithms import filters
 from megarl.cluster.collectives import from_first_rank
@@ -63,6 +63,7 @@ class GrpoLearner:
         old = algorithm.old_logprobs_from
         mismatch = minibatches.old_and_reference(policy, minis, self.config, self.run, old)
         values |= filters.drop_by_error(minis, algorithm.max_logprob_error, *self.weighing)
+        values |= filters.drop_rejected(minis, algorithm, *self.weighing)
         if self.why_all:
             kl = minibatches.gather(minis, minibatches.kl_to_reference) if algorithm.kl_reward_coef else None
             values |= from_first_rank(lambda: self.give_advantages(groups, minis, kl))
@@ -135,10 +136,21 @@ class GrpoLearner:
         if self.own_advantage is not None:
             found = custom_advantages(self.own_advantage, str(algorithm.advantage), groups, rewards)
         else:
+            weights = algorithm.reward_weights
+            parts = [rewards] if weights is None else named_rewards(samples, list(weights))
             bounds = np.array([0, *accumulate(len(group.samples) for group in groups)])
-            found = group_advantages(
-                rewards, bounds, baseline=algorithm.baseline, normalize_std=algorithm.normalize_std
-            )
+            sampled = np.array([sample.num_sampled_tokens for sample in samples])
+            each = [
+                group_advantages(
+                    part,
+                    bounds,
+                    baseline=algorithm.baseline,
+                    normalize_std=algorithm.normalize_std,
+                    lengths=sampled,
+                )
+                for part in parts
+            ]
+            found = each[0] if weights is None else np.array(list(weights.values())) @ np.array(each)
         for sample, advantage in zip(samples, found.tolist(), strict=True):
             sample.advantage = advantage
         advantages = found[trained]

@@ -273,13 +273,22 @@ def reweight(
     num_targets: np.ndarray,
     aggregation: Aggregation,
     fixed_length: int | None = None,
+    kept: np.ndarray | None = None,
 ) -> None:
-    """Recompute the weights of a step after removing sequences from the loss.
+    """Recompute the weights of a step after removing targets from the loss.
 
-    ``num_targets`` [S] (rank 0's) is 0 for removed sequences: they get weight 0 and have no targets in any
-    loss or metric from now on.
+    They get weight 0, and are targets of no loss or metric from now on.
+
+    Args:
+        step: on every rank.
+        num_targets: [S] (rank 0's), how many each sequence has left; 0 removes it.
+        aggregation: see token_weights.
+        fixed_length: for that aggregation.
+        kept: [T] bool (rank 0's), the targets that are left, where sequences lose only some.
     """
     given = token_weights(num_targets, aggregation, fixed_length)
+    if kept is not None and step.batch is not None:
+        given = np.repeat(given, step.batch.lengths) * kept
     for batch, weights in zip(step.batches, scatter_to_packed(step, given), strict=True):
         batch.loss_weights = weights
         batch.loss_mask = (weights > 0).to(batch.loss_mask.dtype)

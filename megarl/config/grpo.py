@@ -20,8 +20,10 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     """Custom policy loss, "package.module:function", instead of `objective` (guides/custom-losses.md)."""
     advantage: Text | None = None
     """Custom advantage, "package.module:function", instead of `baseline` (guides/custom-losses.md)."""
-    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
-    """Group baseline subtracted from each reward (leave_one_out: RLOO, arXiv:2402.14740)."""
+    baseline: Literal["mean", "leave_one_out", "length_weighted", "none"] = "mean"
+    """Subtracted from each reward (leave_one_out: RLOO, 2402.14740; length_weighted: OPO, 2505.23585)."""
+    reward_weights: dict[Text, float] | None = None
+    """Advantages of each of these rewards of info["rewards"] summed by weight (GDPO, arXiv:2601.05242)."""
     normalize_std: bool = True
     """Divide advantages by the group's standard deviation + 1e-6 if it is above 0 (Dr. GRPO: false)."""
     normalize_batch: bool = False
@@ -39,22 +41,52 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     """Tokens below rollout.max_new_tokens over which a length penalty grows from 0 (DAPO's soft penalty)."""
     overlong_penalty: PositiveFloat = 1.0
     """Reward penalty of a response of rollout.max_new_tokens; needs overlong_buffer."""
-    objective: Literal["clip", "cispo"] = "clip"
-    """clip: PPO's clipped ratio; cispo: a clipped, detached ratio times the logprob (arXiv:2506.13585)."""
+    objective: Literal["clip", "cispo", "sapo", "dppo", "vespo"] = "clip"
+    """clip: PPO's clipped ratio; others: CISPO, SAPO, DPPO and VESPO (docs/algorithms.md)."""
     ratio_level: Literal["token", "sequence"] = "token"
     """Importance ratio per token, or per sequence (GSPO, arXiv:2507.18071)."""
     clip_low: NonNegativeFloat = 0.2
     """Lower clip: ratios below 1 - clip_low get no gradient (cispo: are raised to it; 1 switches it off)."""
     clip_high: NonNegativeFloat = 0.2
-    """Upper clip: 1 + clip_high (DAPO's clip-higher, arXiv:2503.14476: 0.28)."""
+    """Upper clip: 1 + clip_high (DAPO: 0.28). dppo: both are bounds on changes of probability."""
+    sapo_temperature_pos: PositiveFloat = 1.0
+    """Steepness of sapo's gate where the advantage is positive."""
+    sapo_temperature_neg: PositiveFloat = 1.05
+    """And where it is not."""
+    vespo_k_pos: NonNegativeFloat = 2.0
+    """Power of the sequence's ratio w in vespo's weight w^k exp(lambda (1 - w)); advantage not negative."""
+    vespo_lambda_pos: NonNegativeFloat = 3.0
+    """That lambda."""
+    vespo_k_neg: NonNegativeFloat = 3.0
+    """The same k where the advantage is negative."""
+    vespo_lambda_neg: NonNegativeFloat = 2.0
+    """And lambda."""
+    drift_coef: NonNegativeFloat = 0.0
+    """Weight of (logprob - old logprob)^2 (Kimi K2.5, arXiv:2602.02276; prime-rl's kl_tau)."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Dual clip c (arXiv:1912.09729): the loss of an advantage A < 0 is at most -A c (null: off; often 3)."""
-    off_policy_correction: Literal["none", "tis", "icepop", "sequence_mask", "sequence_tis"] = "none"
+    """Dual clip (arXiv:1912.09729): the loss of an advantage A < 0 is at most -A c (null: off; often 3)."""
+    off_policy_correction: Literal[
+        "none",
+        "tis",
+        "icepop",
+        "sequence_mask",
+        "sequence_tis",
+        "sequence_mask_tis",
+        "sequence_icepop",
+    ] = "none"
     """Correction of the mismatch between engine and trainer logprobs (docs/algorithms.md)."""
     off_policy_low: NonNegativeFloat | None = None
-    """Lower bound of the ratio old / rollout probability; icepop and sequence_mask mask tokens below it."""
+    """Lower bound of the ratio old / rollout probability: masks drop what is below, the others raise it."""
     off_policy_high: PositiveFloat | None = None
-    """Upper bound of that ratio: tis and sequence_tis truncate it, the two masks mask tokens above it."""
+    """Upper bound of that ratio: masks drop what is above, tis and sequence_tis truncate it."""
+    off_policy_token_high: PositiveFloat | None = None
+    """Where sequence_mask_tis truncates the token's own weight (null: nowhere)."""
+    off_policy_sequence_weight: Literal["geometric_mean", "product"] = "geometric_mean"
+    """Ratio of a sequence in sequence_*: its tokens' geometric mean (the usual for masks) or product."""
+    off_policy_denominators: Literal["all", "kept"] = "all"
+    """kept: what a mask drops leaves KL, entropy and denominators too (takes a pass for old logprobs)."""
+    log_ratio_clamp: PositiveFloat | None = None
+    """Bound on the size of the logs of ratios and off-policy weights (null: none; verl: 20)."""
     max_logprob_error: PositiveFloat | None = None
     """Mask sequences whose mean |rollout - old logprob| exceeds this (null: off)."""
     old_logprobs: Literal["trainer", "rollout"] = "trainer"
@@ -63,8 +95,12 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     """Weight beta in the loss of the KL divergence from the reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL (Schulman 2020; docs/algorithms.md)."""
-    kl_gradient: Literal["plain", "score"] = "plain"
-    """plain: derivative of the estimate; score: logprob - reference, unbiased for the gradient of the KL."""
+    kl_gradient: Literal["plain", "score", "unbiased", "unbiased_old", "unbiased_rollout"] = "plain"
+    """plain: the estimate's own derivative; others: the KL's in expectation (docs/algorithms.md)."""
+    kl_input_clamp_value: PositiveFloat | None = None
+    """Bound on the size of reference - logprob in that KL (null: none; NeMo RL and verl: 20)."""
+    kl_output_clamp_value: PositiveFloat | None = None
+    """Bound on the size of the estimate of a token (null: none; NeMo RL and verl: 10)."""
     kl_reward_coef: NonNegativeFloat = 0.0
     """Weight of the KL penalty in the reward (k1: old - reference logprob)."""
     kl_reward_level: Literal["token", "sequence"] = "token"
@@ -86,12 +122,20 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {
         "none": (),
-        "tis": ("off_policy_high",),
-        "sequence_tis": ("off_policy_high",),
+        "tis": ("off_policy_low", "off_policy_high"),
+        "sequence_tis": ("off_policy_low", "off_policy_high"),
         "icepop": ("off_policy_low", "off_policy_high"),
         "sequence_mask": ("off_policy_low", "off_policy_high"),
+        "sequence_mask_tis": ("off_policy_low", "off_policy_high", "off_policy_token_high"),
+        "sequence_icepop": ("off_policy_low", "off_policy_high"),
     }
     """Bounds that each off_policy_correction reads."""
+    optional: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("tis", "off_policy_low"),
+        ("sequence_tis", "off_policy_low"),
+        ("sequence_mask_tis", "off_policy_token_high"),
+    )
+    """Those of them that may be null."""
 
     @property
     def needs_reference(self) -> bool:
@@ -123,7 +167,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
         if self.old_logprobs == "rollout":
             return False
         asked = self.kl_reward_coef > 0 or self.max_logprob_error is not None
-        return asked or self.optimizer_steps_per_batch > 1
+        return asked or self.off_policy_denominators == "kept" or self.optimizer_steps_per_batch > 1
 
     @property
     def old_logprobs_from(self) -> bool | Literal["rollout"]:
@@ -149,7 +193,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
                 "loss",
                 "objective ratio_level clip_low clip_high dual_clip off_policy_correction",
             ),
-            ("advantage", "baseline normalize_std"),
+            ("advantage", "baseline normalize_std reward_weights"),
         ):
             path = getattr(self, owner)
             if path is not None and not is_dotted(path):
@@ -160,18 +204,40 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     @rule
     def _clip(self) -> Problems:
         # CISPO as published has no lower clip: clip_low = 1 switches it off.
-        if self.clip_low != 1 or self.objective != "cispo":
+        objective = self.objective
+        if self.clip_low != 1 or objective != "cispo":
             yield from self.lower_clip(self.clip_low)
-        if self.dual_clip is not None and self.objective == "cispo":
-            reason = "applies to algorithm.objective = clip only, not to cispo"
+        if self.dual_clip is not None and objective != "clip":
+            reason = f"applies to algorithm.objective = clip only, not to {objective}"
             yield "dual_clip", f"{reason} (got {self.dual_clip})", "objective"
+
+    @rule
+    def _parts_of_objectives(self) -> Problems:
+        objective = self.objective
+        not_read = f"algorithm.objective = {objective} does not read it"
+        if objective != "sapo":
+            yield from self.unused("sapo_temperature_pos sapo_temperature_neg", not_read, "objective")
+        if objective != "vespo":
+            parts = "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+            yield from self.unused(parts, not_read, "objective")
+        if objective in ("sapo", "vespo"):
+            yield from self.unused("clip_low clip_high", not_read, "objective")
+        if objective == "dppo":
+            own = "compares tokens' probabilities and has no ratio of a sequence"
+            yield from self.unused("ratio_level", f"algorithm.objective = dppo {own}", "objective")
+        if objective == "vespo":
+            own = "has its own ratio of a sequence"
+            yield from self.unused("ratio_level", f"algorithm.objective = vespo {own}", "objective")
+            engine = f"algorithm.objective = vespo {own}: old_logprobs = rollout makes it the engine's"
+            yield from self.unused("off_policy_correction", engine, "objective")
 
     @rule
     def _ratio_of_one(self) -> Problems:
         if not self.has_ratios:
             one = "with one optimizer step per rollout batch every ratio is 1"
             why = f"has no effect: {one}, unless algorithm.old_logprobs = rollout"
-            yield from self.unused("objective ratio_level dual_clip", why, *_STEPS, "old_logprobs")
+            ratios = "objective ratio_level dual_clip drift_coef"
+            yield from self.unused(ratios, why, *_STEPS, "old_logprobs")
 
     @rule
     def _options_of_disabled(self) -> Problems:
@@ -182,6 +248,17 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
         ):
             if not getattr(self, owner):
                 yield from self.unused(part, f"has no effect: algorithm.{owner} is {off}", owner)
+
+    @rule
+    def _named_rewards(self) -> Problems:
+        if self.reward_weights is None:
+            return
+        if not any(self.reward_weights.values()):
+            yield "reward_weights", f"names no reward of a weight other than 0 (got {self.reward_weights})"
+        own = "is taken off the one reward that algorithm.reward_weights does not read"
+        yield from self.unused("overlong_buffer", own, "reward_weights")
+        if self.kl_reward_coef > 0:
+            yield from self.unused("kl_reward_level", own, "reward_weights")
 
     @rule
     def _loss_length(self) -> Problems:
@@ -204,29 +281,49 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _off_policy(self) -> Problems:
-        owner, read = "off_policy_correction", self.thresholds[self.off_policy_correction]
-        correction = f"algorithm.{owner} = {self.off_policy_correction}"
-        for name in ("off_policy_low", "off_policy_high"):
-            if name not in read:
-                yield from self.unused(name, f"{correction} does not read it", owner)
-            elif getattr(self, name) is None:
-                yield name, f"missing, {correction} needs it", owner
+        owner, name = "off_policy_correction", self.off_policy_correction
+        read, correction = self.thresholds[name], f"algorithm.off_policy_correction = {name}"
+        for threshold in ("off_policy_low", "off_policy_high", "off_policy_token_high"):
+            if threshold not in read:
+                yield from self.unused(threshold, f"{correction} does not read it", owner)
+            elif getattr(self, threshold) is None and (name, threshold) not in self.optional:
+                yield threshold, f"missing, {correction} needs it", owner
         low, high = self.off_policy_low, self.off_policy_high
         agree = "or tokens with a ratio of 1 are"
-        if len(read) == 2 and low is not None and high is not None and not low < 1 < high:
-            reason = f"off_policy_low < 1 < off_policy_high must hold, {agree} masked (got {low} and {high})"
-            yield "off_policy_low", reason, "off_policy_high"
-        if len(read) == 1 and high is not None and high < 1:
+        truncates = name in ("tis", "sequence_tis")
+        if low is not None and high is not None and read and not low < 1 < high:
+            if not (truncates and low <= 1 <= high):
+                order, what = ("<=", "truncated") if truncates else ("<", "masked")
+                must = f"off_policy_low {order} 1 {order} off_policy_high must hold"
+                yield "off_policy_low", f"{must}, {agree} {what} (got {low} and {high})", "off_policy_high"
+        elif truncates and high is not None and high < 1:
             yield "off_policy_high", f"must be at least 1, {agree} truncated (got {high})"
+        if name == "sequence_mask_tis" and (most := self.off_policy_token_high) is not None and most < 1:
+            yield "off_policy_token_high", f"must be at least 1, {agree} truncated (got {most})"
+
+    @rule
+    def _parts_of_corrections(self) -> Problems:
+        owner, name = "off_policy_correction", self.off_policy_correction
+        if not name.startswith("sequence"):
+            not_read = f"algorithm.{owner} = {name} does not read it"
+            yield from self.unused("off_policy_sequence_weight", not_read, owner)
+        if name in ("none", "tis", "sequence_tis"):
+            drops_nothing = f"has no effect: algorithm.{owner} = {name} drops nothing"
+            yield from self.unused("off_policy_denominators", drops_nothing, owner)
+        of_ratio = self.kl_gradient in ("unbiased_old", "unbiased_rollout")
+        if not (self.has_ratios or name != "none" or of_ratio):
+            none = "every ratio is 1 with one optimizer step per rollout batch and no off-policy correction"
+            yield from self.unused("log_ratio_clamp", f"has no effect: {none}", *_STEPS, owner)
 
     @rule
     def _kl(self) -> Problems:
         if self.kl_coef == 0:
             why = "has no effect: algorithm.kl_coef is 0"
-            yield from self.unused("kl_estimator kl_gradient", why, "kl_coef")
+            parts = "kl_estimator kl_gradient kl_input_clamp_value kl_output_clamp_value"
+            yield from self.unused(parts, why, "kl_coef")
         elif self.kl_estimator == "k1" and self.kl_gradient == "plain":
             plain = "the plain gradient of k1 does not depend on the reference and averages to zero"
-            use = "it does not regularise; use score, or kl_estimator k2 or k3 (got plain)"
+            use = "it does not regularise; use another, or kl_estimator k2 or k3 (got plain)"
             yield "kl_gradient", f"{plain}: {use}", "kl_estimator"
 
 
@@ -245,10 +342,12 @@ class GrpoConfig(OnlineConfig):
         algorithm, router = self.algorithm, self.router
         if algorithm.skip_zero_advantages == "off":
             return "algorithm.skip_zero_advantages is off"
-        terms = "loss", "kl_coef", "kl_reward_coef", "entropy_coef", "positive_nll_coef", "max_logprob_error"
-        for name in terms:
+        terms = "loss kl_coef kl_reward_coef entropy_coef positive_nll_coef drift_coef max_logprob_error"
+        for name in terms.split():
             if getattr(algorithm, name):
                 return f"algorithm.{name} needs them"
+        if algorithm.off_policy_denominators == "kept":
+            return "algorithm.off_policy_denominators is kept"
         for name in ("aux_loss_coef", "bias_update_rate"):
             if getattr(router, name) != 0:  # null: the value of config.json, which is above 0
                 return f"router.{name} needs them"

@@ -89,6 +89,7 @@ def configured_loss(algorithm: GrpoAlgorithmConfig, *, check_numerics: bool) -> 
         options_of(algorithm),
         check_numerics,
         nll_coef=algorithm.positive_nll_coef,
+        drift_coef=algorithm.drift_coef,
         is_mean=algorithm.loss_aggregation != "fixed_length",
     )
     if algorithm.loss is None:

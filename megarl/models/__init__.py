@@ -9,13 +9,14 @@ from typing import Any
 
 from megarl.errors import UserError
 from megarl.files import read_json_object
-from megarl.models import deepseek_v3, gemma, llama, mixtral, qwen2, qwen3, qwen3_moe
+from megarl.models import deepseek_v3, gemma, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from megarl.models.any_family import any_architecture
 from megarl.models.options import check_options, with_defaults
 from megarl.models.table import Architecture
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
     "llama": llama.architecture,
+    "mistral": mistral.architecture,
     "qwen2": qwen2.architecture,
     "qwen3": qwen3.architecture,
     "qwen3_moe": qwen3_moe.architecture,

@@ -21,6 +21,7 @@ READ: dict[str, frozenset[str]] = {
     family: frozenset(f"{_EVERYWHERE} {own}".split())
     for family, own in {
         "llama": "attention_bias mlp_bias",
+        "mistral": "sliding_window",
         "qwen2": "",
         "qwen3": "attention_bias",
         "qwen3_moe": "attention_bias num_experts num_local_experts num_experts_per_tok moe_intermediate_size"
@@ -138,6 +139,7 @@ _ALIASES: dict[str, dict[str, str]] = {
 # Defaults of transformers for missing keys; other sizes are required.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "qwen3_moe": {

@@ -6,22 +6,40 @@ difference, GSPO, arXiv:2507.18071) and A the advantage:
     clip    max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))         PPO, arXiv:1707.06347
             and, for A < 0, min(that, -A dual_clip)                     arXiv:1912.09729
     cispo   -A sg(clamp(r, 1 - clip_low, 1 + clip_high)) logprob        arXiv:2506.13585
+    sapo    -A 4 / t sigmoid(t (r - 1)), t = positive[0] where A > 0,
+            else negative[0]                                            SAPO, arXiv:2511.20347
+    dppo    -A r; 0 where A > 0 and p - p_old > clip_high,
+            or A < 0 and p - p_old < -clip_low, with p = exp(logprob)   DPPO, arXiv:2602.04879
+    vespo   -A sg(e^l w^k e^(-l w)) logprob, with w the product of the
+            sequence's r within [1e-8, e^20], (k, l) = negative
+            where A < 0, else positive                                  VESPO, arXiv:2602.10693
 
 times the off-policy weight, a constant to the gradient, with w = exp(old_logprob - rollout_logprob) and
-g = exp of the sequence's mean of that difference:
+g = exp of the sequence's mean of that difference (sequence_weight "product": of its sum), and a mask m that
+is 1 where g is inside [correction_low, correction_high], else 0:
 
-    tis            min(w, correction_high)
-    icepop         w inside [correction_low, correction_high], else 0
-    sequence_mask  1 where g is inside [correction_low, correction_high], else 0
-    sequence_tis   min(g, correction_high)
+    tis                clamp(w, correction_low, correction_high)
+    icepop             w inside [correction_low, correction_high], else 0
+    sequence_mask      m
+    sequence_tis       clamp(g, correction_low, correction_high)
+    sequence_mask_tis  m min(w, correction_token_high)
+    sequence_icepop    m g
 
-plus kl_coef times a KL estimate to the reference (Schulman 2020), with d = ref_logprob - logprob:
+plus kl_coef times a KL estimate to the reference (Schulman 2020), with d = ref_logprob - logprob within
++-kl_input_clamp:
 
     k1 = -d        k2 = d^2 / 2        k3 = exp(d) - 1 - d
 
-minus entropy_coef times the entropy. kl_gradient "plain" differentiates the estimate (k3: 1 - exp(d));
-"score" uses the gradient logprob - ref_logprob, which is in expectation that of the reverse KL, and keeps
-the value.
+minus entropy_coef times the entropy. The gradient of the estimate, by kl_gradient:
+
+    plain             its derivative k' (k3: 1 - exp(d))
+    score             logprob - ref_logprob, in expectation that of the reverse KL
+    unbiased          k + k': of the estimate's expectation under the policy (arXiv:2506.09477)
+    unbiased_old      v (k + k'), and the value v k, with v = exp(logprob - old_logprob)
+    unbiased_rollout  the same with v = exp(logprob - rollout_logprob)
+
+The value is within +-kl_output_clamp. All logs of ratios (also those of v, w and g) are within
++-log_ratio_clamp. What a clamp changes has no gradient, but for kl_gradient "score".
 
 The loss is sum_t weights[t] * loss[t]. weights hold mask and denominators: mask / T for token level,
 mask / (tokens of the sequence * S) for sequence level, with global T and S. With level "sequence" each
@@ -31,6 +49,7 @@ token receives its own share of the gradient, as if the mean's gradient passed s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -66,25 +85,64 @@ SUM_NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossOptions:
-    """Kind of loss and its parameters; formulas are in the module's docstring."""
+    """Kind of loss and its parameters; formulas are in the module's docstring. An infinite bound is none."""
 
-    objective: Literal["clip", "cispo"] = "clip"
-    level: Literal["token", "sequence"] = "token"
+    objective: Literal["clip", "cispo", "sapo", "dppo", "vespo"] = "clip"
+    level: Literal["token", "sequence"] = "token"  # of clip, cispo and sapo
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
-    correction: Literal["none", "tis", "icepop", "sequence_mask", "sequence_tis"] = "none"
-    correction_low: float = 0.5
-    correction_high: float = 2.0
+    correction: Literal[
+        "none",
+        "tis",
+        "icepop",
+        "sequence_mask",
+        "sequence_tis",
+        "sequence_mask_tis",
+        "sequence_icepop",
+    ] = "none"
+    correction_low: float = 0.0
+    correction_high: float = math.inf
+    correction_token_high: float = math.inf
+    sequence_weight: Literal["geometric_mean", "product"] = "geometric_mean"
+    log_ratio_clamp: float = math.inf
     kl: Literal["none", "k1", "k2", "k3"] = "none"
-    kl_gradient: Literal["plain", "score"] = "plain"
+    kl_gradient: Literal["plain", "score", "unbiased", "unbiased_old", "unbiased_rollout"] = "plain"
     kl_coef: float = 0.0
+    kl_input_clamp: float = math.inf
+    kl_output_clamp: float = math.inf
     entropy_coef: float = 0.0
+    positive: tuple[float, float] = (1.0, 0.0)
+    negative: tuple[float, float] = (1.0, 0.0)
 
     @property
     def by_sequence(self) -> bool:
-        """True if sequence means are needed."""
-        return self.level == "sequence" or self.correction in ("sequence_mask", "sequence_tis")
+        """True if sums over sequences are needed."""
+        return self.level == "sequence" or self.objective == "vespo" or self.correction.startswith("sequence")
+
+    @property
+    def reads_rollout(self) -> bool:
+        """True if rollout_logprobs enter the loss."""
+        return self.correction != "none" or (self.kl != "none" and self.kl_gradient == "unbiased_rollout")
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numeric arguments of the op, in the order of make_policy_options (policy_loss_math.h)."""
+        return [
+            self.clip_low,
+            self.clip_high,
+            math.inf if self.dual_clip is None else self.dual_clip,
+            self.correction_low,
+            self.correction_high,
+            self.correction_token_high,
+            self.log_ratio_clamp,
+            self.kl_coef,
+            self.kl_input_clamp,
+            self.kl_output_clamp,
+            self.entropy_coef,
+            *self.positive,
+            *self.negative,
+        ]
 
 
 class PolicyLoss(NamedTuple):
@@ -117,8 +175,8 @@ def policy_loss(
     """Return the loss over R tokens and its logged sums; sums are bitwise repeatable.
 
     All per-token tensors are [R]; tokens of weight 0 are ignored, whatever their values. Gradients flow to
-    logprobs (fp32 or fp64) and entropy. Sequence level and sequence corrections need sequence_ids [R] int64,
-    ascending, below num_sequences; cp_group sums the sequence means over the ranks that share sequences.
+    logprobs (fp32 or fp64) and entropy. If options.by_sequence, sequence_ids [R] int64 are needed, ascending,
+    below num_sequences; cp_group sums the sequence means over the ranks that share sequences.
 
     Raises:
         ValueError: names the argument and its value.
@@ -134,7 +192,7 @@ def policy_loss(
     if options.by_sequence:
         if sequence_ids is None or num_sequences is None:
             raise ValueError(
-                "megarl::policy_loss: sequence_ids and num_sequences are needed by level or correction"
+                "megarl::policy_loss: sequence_ids and num_sequences are needed by what goes by sequence"
             )
         sequence_sums = torch.ops.megarl.policy_sequence_sums(
             logprobs.detach(), old, rollout, weights, sequence_ids, num_sequences
@@ -153,16 +211,11 @@ def policy_loss(
         sequence_sums,
         options.objective,
         options.level,
-        options.clip_low,
-        options.clip_high,
-        options.dual_clip,
         options.correction,
-        options.correction_low,
-        options.correction_high,
+        options.sequence_weight,
         options.kl,
-        options.kl_gradient == "score",
-        options.kl_coef,
-        options.entropy_coef,
+        options.kl_gradient,
+        options.numbers,
     )
     return PolicyLoss(sums[0].to(dtype), sums.detach(), sequence_sums)
 

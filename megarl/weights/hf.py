@@ -99,6 +99,9 @@ def fingerprint(model_dir: str | Path) -> str:
     return digest.hexdigest()
 
 
+_FREQUENCIES = ".rotary_emb.inv_freq"
+
+
 class WeightFiles:
     """The tensors of a Hugging Face directory as an architecture reads them, for loading and conversion.
 
@@ -111,7 +114,9 @@ class WeightFiles:
     def __init__(
         self, model_dir: Path, architecture: Architecture, initial: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        self._files = safetensors_files(model_dir)
+        files = safetensors_files(model_dir)
+        # Llama 2's files have them; they follow from config.json, and transformers drops them too.
+        self._files = {name: file for name, file in files.items() if not name.endswith(_FREQUENCIES)}
         self._initial = {name: part for name, part in (initial or {}).items() if name not in self._files}
         self._handles: dict[Path, Any] = {}
         self.ignored = sorted(name for name in self._files if architecture.ignores(name))

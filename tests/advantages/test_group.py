@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from megarl import advantages as module
+from megarl.advantages.group import named_rewards
 from megarl.errors import UserError
+from megarl.records import Sample, token_ids
 
 
 def ragged(groups: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,3 +87,43 @@ def test_user_errors_name_the_group() -> None:
         group_advantages([[1.0], [2.0], [0.0, math.nan]])
     with pytest.raises(UserError, match="leave_one_out.*group 1 has 1"):
         group_advantages([[1.0, 2.0], [2.0]], baseline="leave_one_out")
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_length_weighted_by_hand(normalize_std: bool) -> None:
+    """OPO: sum of length x reward over the sum of lengths."""
+    groups, lengths = [[1.0, 0.0, 0.5], [2.0, 2.0], [3.0, -1.0]], [10, 30, 0, 4, 5, 7, 1]
+    found = module.group_advantages(
+        *ragged(groups),
+        baseline="length_weighted",
+        normalize_std=normalize_std,
+        lengths=np.array(lengths),
+    )
+    first, last = 10 / 40, (21 - 1) / 8
+    expected = [1 - first, -first, 0.5 - first, 0.0, 0.0, 3 - last, -1 - last]
+    if normalize_std:
+        deviations = [statistics.stdev(groups[0]) + 1e-6] * 3 + [1, 1]
+        deviations += [statistics.stdev(groups[2]) + 1e-6] * 2
+        expected = [a / d for a, d in zip(expected, deviations, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert found[3] == found[4] == 0
+    # its expectation over the group is not 0, that weighted by lengths is
+    assert np.dot(found[:3], lengths[:3]) == pytest.approx(0, abs=1e-12)
+
+
+def sample_with(**info: Any) -> Sample:
+    none = np.zeros(0, dtype=np.float32)
+    return Sample(7, token_ids([1]), token_ids([2]), none, 0, "stop", info=info)
+
+
+def test_named_rewards() -> None:
+    samples = [sample_with(rewards={"a": 1, "b": 0.5, "c": None}), sample_with(rewards={"b": -2.0, "a": 3})]
+    assert named_rewards(samples, ["b", "a"]).tolist() == [[0.5, -2.0], [1.0, 3.0]]
+    for bad, has in (
+        ({"rewards": {"a": 1}}, "a"),
+        ({}, "none"),
+        ({"rewards": {"a": 1, "b": math.nan}}, "a, b"),
+        ({"rewards": {"b": "1"}}, "b"),
+    ):
+        with pytest.raises(UserError, match=rf"prompt 7 has no finite reward 'b' .*gave: {has}\)"):
+            named_rewards([sample_with(**bad)], ["b"])

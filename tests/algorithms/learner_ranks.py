@@ -34,6 +34,7 @@ def make_groups(seed: int = 0, prompts: int = 4, generations: int = 4) -> list[G
                     policy_version=0,
                     finish_reason="length" if length == MAX_NEW_TOKENS else "stop",
                     reward=float(g % 2 or p == 1),
+                    info={"rewards": {"correct": float(g % 2), "format": (p * g % 3) / 2}},
                 )
             )
         groups.append(Group(Prompt(p, "", token_ids(ids)), samples))

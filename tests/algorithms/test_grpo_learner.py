@@ -200,3 +200,72 @@ def test_what_is_dropped_is_in_no_loss_and_no_figure(model_dirs: dict[str, str],
     assert set(packed) == {i for i, gone in enumerate(found["dropped"]) if not gone}, (
         "no target of the others"
     )
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed_length"])
+@pytest.mark.parametrize("correction", ["icepop", "sequence_mask"])
+def test_what_a_mask_rejects_leaves_the_denominators(
+    model_dirs: dict[str, str], correction: str, aggregation: str
+) -> None:
+    """verl's rejection with the means of what is kept: weights by hand from the logprobs that were seen."""
+    low, high = (0.85, 1.2) if correction == "icepop" else (0.7, 1.35)
+    algorithm = {
+        "off_policy_correction": correction,
+        "off_policy_low": low,
+        "off_policy_high": high,
+        "off_policy_denominators": "kept",
+        "loss_aggregation": aggregation,
+        "kl_coef": 0.1,
+    }
+    [result] = run(model_dirs, algorithm, {})
+    samples = [s for group in make_groups(2) for s in group.samples]
+    kept: list[list[bool]] = []
+    for i, sample in enumerate(samples):
+        old = tokens_of(result, 0, i, sample, "old_logprobs")
+        drifts = [a - b for a, b in zip(old, sample.rollout_logprobs, strict=True)]
+        if correction == "sequence_mask":
+            drifts = [statistics.fmean(drifts)] * len(drifts)
+        kept.append([low <= math.exp(drift) <= high for drift in drifts])
+    total, sequences = sum(map(sum, kept)), sum(map(any, kept))
+    targets = sum(map(len, kept))
+    assert 0.05 < total / targets < 0.9 and sequences < len(samples)
+    for i, (sample, inside) in enumerate(zip(samples, kept, strict=True)):
+        each = {
+            "token": 1 / total,
+            "sequence": 1 / (sequences * max(sum(inside), 1)),
+            "fixed_length": 1 / (sequences * MAX_NEW_TOKENS),
+        }[aggregation]
+        weights = [each if good else 0.0 for good in inside]
+        assert tokens_of(result, 0, i, sample, "loss_weights") == pytest.approx(weights, rel=1e-6)
+        assert tokens_of(result, 0, i, sample, "loss_mask") == inside
+        assert result["dropped"][i // 4][i % 4] == (None if any(inside) else "off_policy")
+    assert result["metrics"]["rejected_fraction"] == pytest.approx(1 - total / targets)
+    assert result["metrics"]["corrected_fraction"] == 0
+
+
+def test_rewards_by_name_are_normalised_before_they_are_summed(model_dirs: dict[str, str]) -> None:
+    """GDPO, against its formula: what one normalised sum would not give."""
+    algorithm = {"reward_weights": {"correct": 1.0, "format": 0.5}, "baseline": "leave_one_out"}
+    [result] = run(model_dirs, algorithm, {})
+    summed = []
+    for p, group in enumerate(make_groups(2)):
+        expected = [0.0] * 4
+        for weight, rewards in ((1.0, [0.0, 1.0, 0.0, 1.0]), (0.5, [(p * g % 3) / 2 for g in range(4)])):
+            for g, reward in enumerate(rewards):
+                others = statistics.fmean(rewards[:g] + rewards[g + 1 :])
+                deviation = statistics.stdev(rewards)
+                expected[g] += weight * (reward - others) / (deviation + 1e-6) if deviation else 0.0
+        assert result["advantages"][p] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        summed.append(expected)
+        assert len(group.samples) == 4
+    assert summed[0] != summed[1]
+
+
+def test_opo_weighs_the_baseline_by_length(model_dirs: dict[str, str]) -> None:
+    [result] = run(model_dirs, {"baseline": "length_weighted", "normalize_std": False}, {})
+    for p, group in enumerate(make_groups(2)):
+        lengths = [len(s.response_ids) for s in group.samples]
+        rewards = [float(s.reward or 0) for s in group.samples]
+        baseline = sum(n * r for n, r in zip(lengths, rewards, strict=True)) / sum(lengths)
+        expected = [0.0 if p == 1 else r - baseline for r in rewards]
+        assert result["advantages"][p] == pytest.approx(expected, rel=1e-9, abs=1e-12)

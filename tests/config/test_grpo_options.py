@@ -58,6 +58,76 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "algorithm.off_policy_correction: compares old with rollout logprobs",
     ),
     ({"old_logprobs": "rollout", "max_logprob_error": 1}, {}, "algorithm.max_logprob_error: compares old"),
+    (
+        {"off_policy_correction": "tis", "off_policy_high": 2, "off_policy_sequence_weight": "product"},
+        {},
+        "algorithm.off_policy_sequence_weight: algorithm.off_policy_correction = tis does not read it",
+    ),
+    (
+        {"off_policy_correction": "tis", "off_policy_high": 2, "off_policy_denominators": "kept"},
+        {},
+        "algorithm.off_policy_denominators: has no effect: algorithm.off_policy_correction = tis drops",
+    ),
+    (
+        {"off_policy_correction": "tis", "off_policy_high": 2, "off_policy_low": 1.5},
+        {},
+        "algorithm.off_policy_low: off_policy_low <= 1 <= off_policy_high must hold",
+    ),
+    (
+        {"off_policy_correction": "sequence_mask_tis", "off_policy_high": 2},
+        {},
+        "algorithm.off_policy_low: missing, algorithm.off_policy_correction = sequence_mask_tis needs it",
+    ),
+    (
+        {"off_policy_correction": "icepop", "off_policy_low": 0, "off_policy_high": 2}
+        | {"off_policy_token_high": 3},
+        {},
+        "algorithm.off_policy_token_high: algorithm.off_policy_correction = icepop does not read it",
+    ),
+    (
+        {"off_policy_correction": "sequence_mask_tis", "off_policy_low": 0.9, "off_policy_high": 2}
+        | {"off_policy_token_high": 0.5},
+        {},
+        "algorithm.off_policy_token_high: must be at least 1, or tokens with a ratio of 1",
+    ),
+    ({"reward_weights": {"a": 0}}, {}, "algorithm.reward_weights: names no reward of a weight other than 0"),
+    (
+        {"reward_weights": {"a": 1}, "overlong_buffer": 4},
+        {},
+        "algorithm.overlong_buffer: is taken off the one reward that algorithm.reward_weights does not read",
+    ),
+    ({"objective": "sapo"}, {}, "algorithm.objective: has no effect: with one optimizer step"),
+    ({"drift_coef": 0.1}, {}, "algorithm.drift_coef: has no effect: with one optimizer step"),
+    ({"sapo_temperature_neg": 2}, {}, "algorithm.sapo_temperature_neg: algorithm.objective = clip does not"),
+    ({"vespo_k_pos": 1}, {}, "algorithm.vespo_k_pos: algorithm.objective = clip does not read it"),
+    (
+        {"objective": "sapo", "old_logprobs": "rollout", "clip_high": 0.3},
+        {},
+        "algorithm.clip_high: algorithm.objective = sapo does not read it",
+    ),
+    (
+        {"objective": "dppo", "old_logprobs": "rollout", "ratio_level": "sequence"},
+        {},
+        "algorithm.ratio_level: algorithm.objective = dppo compares tokens' probabilities",
+    ),
+    (
+        {
+            "objective": "vespo",
+            "num_epochs_per_batch": 2,
+            "off_policy_correction": "tis",
+            "off_policy_high": 2,
+        },
+        {},
+        "algorithm.off_policy_correction: algorithm.objective = vespo has its own ratio of a sequence",
+    ),
+    (
+        {"objective": "dppo", "old_logprobs": "rollout", "dual_clip": 3},
+        {},
+        "algorithm.dual_clip: applies to algorithm.objective = clip only, not to dppo",
+    ),
+    ({"log_ratio_clamp": 20}, {}, "algorithm.log_ratio_clamp: has no effect: every ratio is 1 with one"),
+    ({"kl_input_clamp_value": 20}, {}, "algorithm.kl_input_clamp_value: has no effect: algorithm.kl_coef"),
+    ({"kl_output_clamp_value": 9}, {}, "algorithm.kl_output_clamp_value: has no effect: algorithm.kl_coef"),
     ({"kl_reward_coef": 0.1}, {"top_p": 0.9}, "rollout.top_p: algorithm.kl_reward_coef uses logprobs"),
     ({}, {"max_staleness": 1, "top_p": 0.9}, "rollout.max_staleness: rollout.top_p makes the trainer's"),
     ({}, {"max_staleness": 1, "top_k": 9}, "rollout.max_staleness: rollout.top_k makes the trainer's"),
@@ -94,6 +164,15 @@ def test_refused(algorithm: dict[str, Any], rollout: dict[str, Any], start: str)
         ({"filter_overlong": True, "kl_reward_coef": 0.1}, {}),
         ({"old_logprobs": "rollout", "kl_reward_coef": 0.1}, {}),
         ({"overlong_buffer": 64}, {}),
+        ({"off_policy_correction": "tis", "off_policy_high": 2, "log_ratio_clamp": 20}, {}),
+        ({"off_policy_correction": "sequence_tis", "off_policy_low": 1, "off_policy_high": 1.5}, {}),
+        (
+            {"off_policy_correction": "sequence_icepop", "off_policy_low": 0, "off_policy_high": 3}
+            | {"off_policy_sequence_weight": "product", "off_policy_denominators": "kept"},
+            {},
+        ),
+        ({"kl_coef": 0.1, "kl_estimator": "k1", "kl_gradient": "unbiased"}, {}),
+        ({"kl_coef": 0.1, "kl_gradient": "unbiased_rollout", "log_ratio_clamp": 20}, {}),
     ],
 )
 def test_just_inside(algorithm: dict[str, Any], rollout: dict[str, Any]) -> None:
@@ -105,8 +184,10 @@ def test_presets_of_the_guide() -> None:
         yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     ]
     presets = {name: part for block in blocks for name, part in block.items()}
-    names = {"grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_baseline"}
-    assert presets.keys() == names
+    names = (
+        "grpo dr_grpo dapo gspo cispo sapo dppo vespo rloo opo gdpo reinforce_plus_plus reinforce_baseline"
+    )
+    assert presets.keys() == set(names.split())
     for name, part in presets.items():
         assert part.keys() == {"algorithm"}, name
         assert lines(part["algorithm"], {"num_generations_per_prompt": 4}) == [], name

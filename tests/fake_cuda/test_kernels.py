@@ -12,7 +12,7 @@ COMPARISONS = {
     "linear_token_logprob": 4,
     "vocab_kl": 48,
     "segments": 32,
-    "policy_loss": 14,
+    "policy_loss": 26,
     "packing": 40,
 }
 

@@ -11,6 +11,7 @@ import torch
 
 from megarl.config.grpo import GrpoAlgorithmConfig
 from megarl.losses.base import LossResult, LossTokens
+from megarl.losses.custom import configured_loss
 from megarl.losses.policy import PolicyLoss, options_of
 from megarl.ops import NumericsError
 
@@ -92,8 +93,8 @@ def off_policy(drift: float, c: GrpoAlgorithmConfig) -> tuple[float, bool]:
     low, high = c.off_policy_low or 0.0, c.off_policy_high or 0.0
     match c.off_policy_correction:
         case "tis" | "sequence_tis":
-            return min(ratio, high), ratio > high
-        case "icepop":
+            return min(max(ratio, low), high), not low <= ratio <= high
+        case "icepop" | "sequence_icepop":
             return (ratio if low <= ratio <= high else 0.0), not low <= ratio <= high
         case "sequence_mask":
             return float(low <= ratio <= high), not low <= ratio <= high
@@ -108,14 +109,35 @@ def by_hand(tokens: LossTokens, c: GrpoAlgorithmConfig) -> list[ByHand]:
     token_log_ratios = log_ratios
     if c.ratio_level == "sequence":
         log_ratios = sequence_means(log_ratios)
+    elif c.objective == "vespo":
+        means = sequence_means(log_ratios)
+        log_ratios = [mean * SLOTS.count(slot) for mean, slot in zip(means, SLOTS, strict=True)]
+        log_ratios = [min(max(total, math.log(1e-8)), 20) for total in log_ratios]
+    of_tokens = [math.exp(drift) for drift in drifts]
     if c.off_policy_correction.startswith("sequence"):
         drifts = sequence_means(drifts)
+        if c.off_policy_sequence_weight == "product":
+            drifts = [drift * SLOTS.count(slot) for drift, slot in zip(drifts, SLOTS, strict=True)]
     result = []
     for i, a in enumerate(advantages):
         ratio = math.exp(log_ratios[i])
         low, high = 1 - c.clip_low, 1 + c.clip_high
         dual = False
-        if c.objective == "cispo":
+        if c.objective == "sapo":
+            heat = c.sapo_temperature_pos if a > 0 else c.sapo_temperature_neg
+            gate, clipped = 1 / (1 + math.exp(-heat * (ratio - 1))), False
+            policy, gradient = -a * 4 / heat * gate, -a * 4 * gate * (1 - gate) * ratio
+        elif c.objective == "dppo":
+            moved = math.exp(cur[i]) - math.exp(old[i])
+            clipped = (a > 0 and moved > c.clip_high) or (a < 0 and -moved > c.clip_low)
+            policy = gradient = 0.0 if clipped else -a * ratio
+        elif c.objective == "vespo":
+            clipped, good = False, a >= 0
+            k = c.vespo_k_pos if good else c.vespo_k_neg
+            decay = c.vespo_lambda_pos if good else c.vespo_lambda_neg
+            gradient = -a * ratio**k * math.exp(decay * (1 - ratio))
+            policy = gradient * cur[i]
+        elif c.objective == "cispo":
             clipped = a != 0 and not low <= ratio <= high
             gradient = -a * min(max(ratio, low), high)
             policy = gradient * cur[i]
@@ -126,13 +148,21 @@ def by_hand(tokens: LossTokens, c: GrpoAlgorithmConfig) -> list[ByHand]:
             if a < 0 and c.dual_clip is not None and policy > -a * c.dual_clip:
                 dual, policy, gradient = True, -a * c.dual_clip, 0.0
         weight, corrected = off_policy(drifts[i], c)
+        if c.off_policy_correction == "sequence_mask_tis":
+            most = c.off_policy_token_high or math.inf
+            inside = (c.off_policy_low or 0) <= math.exp(drifts[i]) <= (c.off_policy_high or 0)
+            weight, corrected = inside * min(of_tokens[i], most), not inside or of_tokens[i] > most
         d = ref[i] - cur[i]
         kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - 1 - d}[c.kl_estimator]
         slope = {"k1": 1.0, "k2": -d, "k3": 1 - math.exp(d)}[c.kl_estimator]
         if c.kl_gradient == "score":
             slope = cur[i] - ref[i]
+        elif c.kl_gradient != "plain":
+            start = {"unbiased_old": old[i], "unbiased_rollout": rollout[i]}.get(c.kl_gradient, cur[i])
+            kl, slope = (math.exp(cur[i] - start) * each for each in (kl, kl + slope))
         k3_old = math.exp(token_log_ratios[i]) - 1 - token_log_ratios[i]
-        whole = weight * gradient + c.kl_coef * slope
+        moved = token_log_ratios[i]
+        whole = weight * gradient + c.kl_coef * slope + 2 * c.drift_coef * moved
         result.append(
             ByHand(
                 weight * policy, kl, whole, -c.entropy_coef, ratio, k3_old, clipped, dual, weight, corrected
@@ -148,6 +178,10 @@ CASES: dict[str, dict[str, Any]] = {
     "cispo": {"objective": "cispo", "clip_low": 1.0, "clip_high": 0.3},
     "gspo": {"ratio_level": "sequence", "clip_low": 0.03, "clip_high": 0.04},
     "gspo_cispo": {"ratio_level": "sequence", "objective": "cispo", "clip_high": 0.04},
+    "sapo": {"objective": "sapo"},
+    "sapo_sequence": {"objective": "sapo", "ratio_level": "sequence", "sapo_temperature_neg": 3.0},
+    "dppo": {"objective": "dppo", "clip_low": 0.02, "clip_high": 0.03, "drift_coef": 0.3},
+    "vespo": {"objective": "vespo", "vespo_lambda_neg": 1.5},
     "tis": {"off_policy_correction": "tis", "off_policy_high": 1.1},
     "icepop": {"off_policy_correction": "icepop", "off_policy_low": 0.8, "off_policy_high": 1.2},
     "sequence_mask": {
@@ -156,6 +190,32 @@ CASES: dict[str, dict[str, Any]] = {
         "off_policy_high": 1.15,
     },
     "sequence_tis": {"off_policy_correction": "sequence_tis", "off_policy_high": 1.05},
+    "tis_low": {"off_policy_correction": "tis", "off_policy_low": 0.95, "off_policy_high": 1.1},
+    "sequence_tis_product": {
+        "off_policy_correction": "sequence_tis",
+        "off_policy_sequence_weight": "product",
+        "off_policy_high": 2.0,
+    },
+    "sequence_mask_tis": {
+        "off_policy_correction": "sequence_mask_tis",
+        "off_policy_low": 0.9,
+        "off_policy_high": 1.5,
+    },
+    "sequence_mask_tis_truncated": {
+        "off_policy_correction": "sequence_mask_tis",
+        "off_policy_low": 0.5,
+        "off_policy_high": 1.5,
+        "off_policy_token_high": 1.2,
+    },
+    "sequence_icepop": {
+        "off_policy_correction": "sequence_icepop",
+        "off_policy_sequence_weight": "product",
+        "off_policy_low": 0.1,
+        "off_policy_high": 100.0,
+    },
+    "k1_unbiased": {"kl_coef": 0.7, "kl_estimator": "k1", "kl_gradient": "unbiased"},
+    "k2_unbiased_old": {"kl_coef": 0.7, "kl_estimator": "k2", "kl_gradient": "unbiased_old"},
+    "k3_unbiased_rollout": {"kl_coef": 0.7, "kl_gradient": "unbiased_rollout"},
     "k1_score": {"kl_coef": 0.7, "kl_estimator": "k1", "kl_gradient": "score"},
     "k2": {"kl_coef": 0.7, "kl_estimator": "k2"},
     "k3": {"kl_coef": 0.7},
@@ -181,7 +241,7 @@ def test_every_option_by_hand(case: str, dtype: torch.dtype) -> None:
     tokens = noisy_tokens(dtype)
     expected = by_hand(tokens, config)
     weights = tokens.weights.tolist()
-    result = PolicyLoss(options_of(config))(tokens)
+    result = configured_loss(config, check_numerics=False)(tokens)
     rel = 1e-12 if dtype == torch.float64 else 4e-6
 
     def mean(values: list[float]) -> float:
@@ -204,6 +264,10 @@ def test_every_option_by_hand(case: str, dtype: torch.dtype) -> None:
     }
     if config.kl_coef:
         sums["kl_ref"] = kl
+    if config.drift_coef:
+        moves = zip(tokens.logprobs.tolist(), tokens.old_logprobs.tolist(), strict=True)  # type: ignore[union-attr]
+        sums["drift"] = mean([(a - b) ** 2 for a, b in moves])
+        sums["loss"] += config.drift_coef * sums["drift"]
     if config.dual_clip:
         token_sums["dual_clip_fraction"] = float(sum(t.dual for t in expected))
         assert token_sums["dual_clip_fraction"] > 0
@@ -211,7 +275,8 @@ def test_every_option_by_hand(case: str, dtype: torch.dtype) -> None:
         token_sums["correction_weight_mean"] = sum(t.weight for t in expected)
         token_sums["corrected_fraction"] = float(sum(t.corrected for t in expected))
         assert 0 < token_sums["corrected_fraction"] < COUNT
-    assert 10 < token_sums["clip_fraction"] < COUNT - 10, "the case covers what clips and what does not"
+    if config.objective not in ("sapo", "vespo"):
+        assert 10 < token_sums["clip_fraction"] < COUNT - 10, "the case covers what clips and what does not"
     assert numbers(result.sums) == pytest.approx(sums, rel=rel, abs=1e-8)
     assert numbers(result.token_sums) == pytest.approx(token_sums, rel=rel)
     assert numbers(result.maxima) == pytest.approx({"ratio_max": max(t.ratio for t in expected)}, rel=rel)
@@ -355,3 +420,32 @@ def test_check_numerics_names_the_row(field: str) -> None:
         PolicyLoss(options, check_numerics=True)(tokens)
     assert error.value.row == 7
     PolicyLoss(options)(tokens)
+
+
+def test_a_clamp_bounds_the_value_and_stops_the_gradient() -> None:
+    """As torch.clamp does: NeMo RL's and verl's clamps of the KL, verl's of the ratio."""
+    cur, ref = [-1.0, -9.0, -1.0, -1.0], [-1.5, -1.0, -40.0, -1.0]
+    fields = {"ref_logprobs": ref, "advantages": [0.0, 0.0, 0.0, -1.0], "dtype": torch.float64}
+    tokens = make_tokens(cur, old_logprobs=[-1.0, -9.0, -1.0, -31.0], **fields)
+    clamps = {"kl_input_clamp_value": 20.0, "kl_output_clamp_value": 10.0, "log_ratio_clamp": 20.0}
+    result = make_loss(kl_coef=1.0, clip_high=1e9, **clamps)(tokens)
+    result.loss.backward()
+    kl = [math.exp(-0.5) - 0.5, 10.0, 10.0, 0.0]  # of d = -0.5, 8 (2,972), -20 (19), 0
+    assert float(result.sums["kl_ref"]) == pytest.approx(sum(kl) / 4, rel=1e-12)
+    assert float(result.sums["policy_loss"]) == pytest.approx(math.exp(20) / 4, rel=1e-12)
+    assert tokens.logprobs.grad is not None
+    assert tokens.logprobs.grad.tolist() == pytest.approx([(1 - math.exp(-0.5)) / 4, 0, 0, 0], rel=1e-12)
+
+
+def test_the_unbiased_gradient_is_that_of_the_expectation() -> None:
+    """Over a whole vocabulary: sum_j p_j (k_j + k_j') d log p_j is the gradient of sum_j p_j k_j."""
+    torch.manual_seed(1)
+    logits = torch.randn(40, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(40, dtype=torch.float64).log_softmax(0)
+    cur = logits.log_softmax(0)
+    estimates = {"k1": cur - ref, "k2": (cur - ref) ** 2 / 2, "k3": (ref - cur).exp() - 1 - (ref - cur)}
+    for kind, estimate in estimates.items():
+        [true] = torch.autograd.grad((cur.exp() * estimate).sum(), logits, retain_graph=True)
+        result = kl_only(cur, ref, cur.detach().exp(), kl_estimator=kind, kl_gradient="unbiased")
+        [gradient] = torch.autograd.grad(result.loss, logits, retain_graph=True)
+        torch.testing.assert_close(gradient, true, rtol=1e-9, atol=1e-12)

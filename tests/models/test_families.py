@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megarl.convert.hf_side import HfReader
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.models import FAMILIES, load_architecture
@@ -42,6 +44,7 @@ DEEPSEEK = MLA | {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
 MODELS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (transformers.MistralConfig, {"head_dim": 24}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
     "qwen3_moe": (transformers.Qwen3MoeConfig, EXPERTS),
@@ -140,6 +143,24 @@ def test_layers_of_multi_token_prediction_are_ignored(tmp_path: Path) -> None:
     assert table.ignores("model.layers.3.eh_proj.weight")
     assert not any(table.ignores(name) for name in table.hf_shapes())
     assert not table.ignores("model.layers.30.eh_proj.weight")
+
+
+def test_rotary_frequencies_in_a_checkpoint_need_no_rule(tmp_path: Path) -> None:
+    """Llama 2's published files have them; what is beside them is still missed."""
+    config_class, options = MODELS["llama"]
+    config = config_class(**(SIZES | options))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    frequencies = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in range(3)}
+    save_file(tensors | frequencies, tmp_path / "model.safetensors")
+    table = load_architecture(tmp_path)
+    reader = HfReader(tmp_path, table)
+    assert reader.ignored == []
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(reader.read(name), tensors[name])
+    save_file(tensors | {"model.layers.0.self_attn.freq": torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"no rule maps tensor model\.layers\.0\.self_attn\.freq$"):
+        HfReader(tmp_path, table)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0, "original_max_position_embeddings": 4096}

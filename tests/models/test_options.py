@@ -75,6 +75,7 @@ OTHER: dict[str, Any] = {
     "mlp_only_layers": lambda value: [0] if not value else [],
     "head_dim": lambda value: 2 * (value or 16),
     "q_lora_rank": lambda value: None if value else 8,
+    "sliding_window": lambda value: 8,
 }
 
 
@@ -141,6 +142,7 @@ TRAINABLE = {
     "use_sliding_window": True,
 }
 ONE_FAMILY = [
+    ("mistral", "sliding_window", 255),
     ("qwen2", "hidden_act", "gelu_pytorch_tanh"),
     ("llama", "hidden_act", "relu"),
     ("llama", "use_qk_norm", True),
@@ -162,7 +164,8 @@ def refusals() -> list[tuple[str, str, Any]]:
     found = [(family, key, value) for family in FAMILIES for key, value in EVERY_FAMILY.items()]
     for family in FAMILIES:
         for key, value in TRAINABLE.items():
-            if not family.startswith("gemma") and not (family.startswith("qwen") and key == "sliding_window"):
+            windowed = key == "sliding_window" and family.startswith(("qwen", "mistral"))
+            if not family.startswith("gemma") and not windowed:
                 found.append((family, key, value))
     return [*found, *ONE_FAMILY]
 
@@ -180,6 +183,8 @@ def test_an_option_that_is_not_built_is_refused_by_name(family: str, key: str, v
         ("qwen2", {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21}),
         ("qwen3", {"layer_types": ["full_attention"] * 3, "partial_rotary_factor": 1.0}),
         ("gemma2", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 256}),
         ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}),
         ("llama", {"unsloth_version": "2025.1", "_attn_implementation_autoset": True}),
     ],

@@ -68,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": LINEAR_ROPE, "num_key_value_heads": 4, "head_dim": 8},
     ),
     "llama-deep-tied": ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("qwen2", {"tie_word_embeddings": False}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
@@ -91,6 +92,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),

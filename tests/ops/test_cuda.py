@@ -94,9 +94,21 @@ def test_vocab_kl(rows: int, columns: int, direction: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("correction", ["none", "tis", "icepop", "sequence_mask", "sequence_tis"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        *({"correction": name} for name in ("tis", "icepop", "sequence_mask", "sequence_tis")),
+        {"correction": "sequence_mask_tis", "correction_token_high": 1.5},
+        {"correction": "sequence_icepop", "sequence_weight": "product"},
+        {"objective": "sapo", "negative": (1.05, 0.0)},
+        {"log_ratio_clamp": 0.5, "kl_input_clamp": 0.4, "kl_output_clamp": 0.05},
+        {"kl_gradient": "unbiased_rollout"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_policy_loss(level: str, correction: str, dtype: torch.dtype) -> None:
+def test_policy_loss(level: str, changed: dict[str, Any], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     lengths = torch.tensor([7, 1, 40, 0, 5000, 5])
     total = int(lengths.sum())
@@ -106,7 +118,9 @@ def test_policy_loss(level: str, correction: str, dtype: torch.dtype) -> None:
     arguments["entropy"].requires_grad_()
     arguments["weights"] = (torch.rand(total, generator=generator) > 0.3).to(dtype) / total
     arguments["sequence_ids"] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    options = PolicyLossOptions(level=level, correction=correction, kl="k3", kl_coef=0.1, entropy_coef=0.01)
+    band = {"correction_low": 0.5, "correction_high": 2.0}
+    terms = {"kl": "k3", "kl_coef": 0.1, "entropy_coef": 0.01}
+    options = PolicyLossOptions(level=level, **band, **(terms | changed))  # type: ignore[arg-type]
     compare(
         lambda **kw: policy_loss(**kw, options=options, num_sequences=len(lengths)),
         arguments,

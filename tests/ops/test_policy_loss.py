@@ -95,9 +95,47 @@ CASES = [
         ],
     )
 ]
+BAND: dict[str, Any] = {"correction_low": 0.8, "correction_high": 1.2}
+CLAMPS: dict[str, Any] = {"log_ratio_clamp": 0.5, "kl_input_clamp": 0.4, "kl_output_clamp": 0.05}
+CASES += [
+    make_options(**fields, kl_coef=0.05, entropy_coef=0.01)
+    for fields in (
+        *(
+            {"correction": name, "sequence_weight": weight, **BAND}
+            for name in ("sequence_mask", "sequence_tis", "sequence_mask_tis", "sequence_icepop")
+            for weight in ("geometric_mean", "product")
+        ),
+        {"correction": "tis", "correction_low": 0.0},
+        {"correction": "sequence_mask_tis", "correction_token_high": 1.3, **BAND},
+        {"correction": "sequence_mask_tis", "correction_token_high": 1.3, **BAND, **CLAMPS},
+        {"correction": "icepop", **BAND, **CLAMPS, "kl": "k3"},
+        *(
+            {"kl": kl, "kl_gradient": gradient, **clamps}
+            for kl in ("k1", "k2", "k3")
+            for gradient in ("plain", "score", "unbiased", "unbiased_old", "unbiased_rollout")
+            for clamps in ({}, CLAMPS)
+        ),
+        *(
+            {"objective": name, "level": level, **extra, **clamps}
+            for name, level, extra in (
+                ("clip", "token", {}),
+                ("clip", "sequence", {"clip_high": 0.01}),
+                ("cispo", "token", {}),
+                ("sapo", "token", {"positive": (1.0, 0.0), "negative": (1.05, 0.0)}),
+                ("sapo", "sequence", {"positive": (2.0, 0.0), "negative": (3.0, 0.0)}),
+                ("dppo", "token", {"clip_low": 0.05, "clip_high": 0.1}),
+            )
+            for clamps in ({}, {"log_ratio_clamp": 0.3})
+        ),
+        {"objective": "vespo", "positive": (2.0, 3.0), "negative": (3.0, 2.0)},
+        {"objective": "dppo", "correction": "tis", "correction_high": 1.1, "clip_low": 0.05},
+    )
+]
 
 
-@pytest.mark.parametrize("options", CASES, ids=lambda o: f"{o.objective}-{o.level}-{o.correction}-{o.kl}")
+@pytest.mark.parametrize(
+    "options", CASES, ids=lambda o: "-".join((o.objective, o.level, o.correction, o.kl, o.kl_gradient))
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_matches_autograd_in_float64(options: PolicyLossOptions, dtype: torch.dtype) -> None:
     batch = sample_batch(dtype)
@@ -111,7 +149,15 @@ def test_matches_autograd_in_float64(options: PolicyLossOptions, dtype: torch.dt
 
 def test_logged_sums() -> None:
     batch = sample_batch(torch.float64)
-    options = PolicyLossOptions(dual_clip=1.5, correction="icepop", kl="k3", kl_coef=0.1, entropy_coef=0.01)
+    options = PolicyLossOptions(
+        dual_clip=1.5,
+        correction="icepop",
+        correction_low=0.5,
+        correction_high=2.0,
+        kl="k3",
+        kl_coef=0.1,
+        entropy_coef=0.01,
+    )
     sums = run(batch, options)[3]
     tokens = batch["weights"] != 0
     cur, old, adv, ref, rollout = (
@@ -177,8 +223,9 @@ def test_gradcheck() -> None:
     batch = sample_batch(torch.float64)
     first = {name: tensor[:20].clone() for name, tensor in batch.items()}
     for options in CASES:
-        if options.kl_gradient == "score" or options.objective == "cispo" or options.level == "sequence":
-            continue  # their gradient is by definition not the derivative of their value
+        of_kl, of_objective = options.kl_gradient in ("score", "unbiased"), options.objective
+        if of_kl or of_objective in ("cispo", "vespo") or options.level == "sequence":
+            continue  # their gradient is not the derivative of their value
 
         def loss(logprobs: torch.Tensor, entropy: torch.Tensor, options: PolicyLossOptions = options) -> Any:
             arguments = {**first, "logprobs": logprobs, "entropy": entropy}
@@ -213,7 +260,8 @@ def test_opcheck() -> None:
         b["weights"],
         b["ref_logprobs"],
     )
-    options = ("clip", "token", 0.2, 0.2, None, "tis", 0.5, 2.0, "k3", False, 0.1, 0.01)
+    numbers = PolicyLossOptions(correction_high=2.0, kl_coef=0.1, entropy_coef=0.01).numbers
+    options = ("clip", "token", "tis", "geometric_mean", "k3", "plain", numbers)
     torch.library.opcheck(
         torch.ops.megarl.policy_loss.default, (*arguments, b["rollout_logprobs"], None, None, *options)
     )
@@ -240,7 +288,11 @@ def test_runs_are_bitwise_equal_whatever_the_number_of_threads() -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({}, {"objective": "ppo"}, r"policy_loss: objective must be one of clip, cispo; got 'ppo'"),
+        (
+            {},
+            {"objective": "ppo"},
+            r"objective must be one of clip, cispo, sapo, dppo, vespo; got 'ppo'",
+        ),
         ({}, {"dual_clip": 0.5}, r"policy_loss: dual_clip must be above 1, got 0.5"),
         ({}, {"clip_low": -0.1}, r"policy_loss: clip_low must not be negative, got -0.1"),
         ({"advantages": torch.zeros(3)}, {}, r"policy_loss: advantages must have shape \[1253\], got \[3\]"),
@@ -251,6 +303,18 @@ def test_runs_are_bitwise_equal_whatever_the_number_of_threads() -> None:
             r"policy_loss: correction needs rollout_logprobs",
         ),
         ({"entropy": None}, {"entropy_coef": 0.1}, r"policy_loss: entropy_coef = 0.1 needs entropy"),
+        ({}, {"kl_input_clamp": 0.0}, r"policy_loss: bounds must be above 0, got 0"),
+        ({}, {"correction_low": -1.0}, r"policy_loss: correction_low must lie in \[0, inf\], got -1"),
+        (
+            {},
+            {"objective": "dppo", "level": "sequence"},
+            r"objective dppo has no level sequence",
+        ),
+        (
+            {"rollout_logprobs": None},
+            {"kl": "k3", "kl_gradient": "unbiased_rollout"},
+            r"policy_loss: kl_gradient unbiased_rollout needs rollout_logprobs",
+        ),
         (
             {"sequence_ids": None},
             {"level": "sequence"},

@@ -5,6 +5,8 @@ Readable rather than fast; differentiable by autograd alone. Shapes and argument
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megarl.ops.policy_loss import PolicyLossOptions
@@ -76,10 +78,26 @@ def policy_loss(
         assert sequence_ids is not None
         mean = _sequence_mean(log_ratio.detach(), counted, sequence_ids)
         log_ratio = mean + logprobs - logprobs.detach()
-    ratio = log_ratio.exp()
+    bound = options.log_ratio_clamp
+    ratio = log_ratio.clamp(-bound, bound).exp()
     clamped = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
     if options.objective == "cispo":
         loss = -advantages * clamped.detach() * logprobs
+    elif options.objective == "sapo":
+        hot, cold = logprobs.new_tensor([options.positive[0], options.negative[0]])
+        heat = torch.where(advantages > 0, hot, cold)
+        loss = -advantages * torch.sigmoid(heat * (ratio - 1)) * 4 / heat
+    elif options.objective == "dppo":
+        moved = (logprobs.exp() - old_logprobs.exp()).detach() * advantages.sign()
+        limit = torch.where(advantages > 0, options.clip_high, options.clip_low)
+        loss = -advantages * ratio * (moved <= limit)
+    elif options.objective == "vespo":
+        assert sequence_ids is not None
+        total = _sequence_mean(log_ratio.detach(), counted, sequence_ids, product=True)
+        total = total.clamp(math.log(1e-8), 20).clamp(-bound, bound)
+        good, bad = torch.tensor(options.positive), torch.tensor(options.negative)
+        k, decay = torch.where(advantages[:, None] >= 0, good, bad).unbind(1)
+        loss = -advantages * (decay + k * total - decay * total.exp()).exp() * logprobs
     else:
         loss = torch.maximum(-advantages * ratio, -advantages * clamped)
         if options.dual_clip is not None:
@@ -88,15 +106,36 @@ def policy_loss(
     loss = loss * _off_policy_weight(old_logprobs, counted, options, rollout_logprobs, sequence_ids)
     if options.kl != "none":
         assert ref_logprobs is not None
-        d = ref_logprobs - logprobs
-        value = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - 1 - d}[options.kl]
-        if options.kl_gradient == "score":
-            surrogate = d.square() / 2
-            value = value.detach() + surrogate - surrogate.detach()
-        loss = loss + options.kl_coef * value
+        loss = loss + options.kl_coef * _kl(logprobs, old_logprobs, ref_logprobs, rollout_logprobs, options)
     if entropy is not None:
         loss = loss - options.entropy_coef * entropy
     return (weights * loss.masked_fill(~counted, 0.0)).sum()
+
+
+def _kl(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor | None,
+    options: PolicyLossOptions,
+) -> torch.Tensor:
+    """The estimate of the KL to the reference, with the gradient that was asked for."""
+    bound = options.kl_input_clamp
+    d = (ref_logprobs - logprobs).clamp(-bound, bound)
+    value = {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - 1 - d}[options.kl]
+    if options.kl_gradient.startswith("unbiased"):
+        start = {"unbiased": logprobs.detach(), "unbiased_old": old_logprobs}
+        drawn_by = start.get(options.kl_gradient, rollout_logprobs)
+        assert drawn_by is not None
+        limit = options.log_ratio_clamp
+        weight = (logprobs - drawn_by).clamp(-limit, limit).exp()
+        inside = (ref_logprobs - logprobs).abs() <= bound
+        value = value * torch.where(inside, weight, weight.detach())
+    value = value.clamp(-options.kl_output_clamp, options.kl_output_clamp)
+    if options.kl_gradient == "score":
+        surrogate = (ref_logprobs - logprobs).square() / 2
+        value = value.detach() + surrogate - surrogate.detach()
+    return value
 
 
 def _off_policy_weight(
@@ -106,25 +145,36 @@ def _off_policy_weight(
     rollout_logprobs: torch.Tensor | None,
     sequence_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    if options.correction == "none":
+    correction, low, high = options.correction, options.correction_low, options.correction_high
+    if correction == "none":
         return torch.ones_like(old_logprobs)
     assert rollout_logprobs is not None
     log_weight = old_logprobs - rollout_logprobs
-    if options.correction.startswith("sequence"):
+    bound = options.log_ratio_clamp
+    of_token = log_weight.clamp(-bound, bound).exp()
+    if correction.startswith("sequence"):
         assert sequence_ids is not None
-        log_weight = _sequence_mean(log_weight, counted, sequence_ids)
-    weight = log_weight.exp()
-    if options.correction.endswith("tis"):
-        return weight.clamp(max=options.correction_high)
-    inside = (weight >= options.correction_low) & (weight <= options.correction_high)
-    return inside * (weight if options.correction == "icepop" else 1.0)
+        product = options.sequence_weight == "product"
+        log_weight = _sequence_mean(log_weight, counted, sequence_ids, product=product)
+    weight = log_weight.clamp(-bound, bound).exp()
+    if correction in ("tis", "sequence_tis"):
+        return weight.clamp(low, high)
+    inside = (weight >= low) & (weight <= high)
+    if correction == "sequence_mask":
+        return inside * 1.0
+    if correction == "sequence_mask_tis":
+        return inside * of_token.clamp(max=options.correction_token_high)
+    return inside * weight
 
 
-def _sequence_mean(values: torch.Tensor, counted: torch.Tensor, sequence_ids: torch.Tensor) -> torch.Tensor:
+def _sequence_mean(
+    values: torch.Tensor, counted: torch.Tensor, sequence_ids: torch.Tensor, *, product: bool = False
+) -> torch.Tensor:
+    """The mean over each sequence's counted tokens, or for a product of exponentials the sum."""
     result = torch.zeros_like(values)
     for sequence in sequence_ids.unique().tolist():
         tokens = (sequence_ids == sequence) & counted
-        result[tokens] = values[tokens].mean()
+        result[tokens] = values[tokens].sum() if product else values[tokens].mean()
     return result
 
 

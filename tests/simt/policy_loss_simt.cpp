@@ -9,10 +9,12 @@ template <class T>
 K::Arguments<T> arguments_of(const T* const* fields, int64_t num_tokens, const int64_t* ids, const double* sums,
                              int64_t num_sequences, const double* options) {
   K::Arguments<T> arguments{};
-  arguments.tokens = {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6], ids, sums};
-  arguments.options = {megarl::Objective(int(options[0])), options[1] != 0, options[2], options[3], options[4],
-                       megarl::Correction(int(options[5])), options[6], options[7], megarl::KlEstimator(int(options[8])),
-                       options[9] != 0, options[10], options[11]};
+  arguments.options = megarl::make_policy_options(
+      megarl::Objective(int(options[0])), options[1] != 0, megarl::Correction(int(options[2])), options[3] != 0,
+      megarl::KlEstimator(int(options[4])), megarl::KlGradient(int(options[5])), options + 6);
+  const bool sum_of_ratios = arguments.options.objective == megarl::Objective::vespo;
+  arguments.tokens = {fields[0], fields[1], fields[2], fields[3],     fields[4], fields[5],
+                      fields[6], ids,       sums,      sum_of_ratios, arguments.options.sequence_product};
   arguments.num_tokens = num_tokens;
   arguments.num_sequences = num_sequences;
   return arguments;

@@ -10,9 +10,18 @@ import pytest
 
 from tests.simt.executor import Kernels, Read, SimtError, Write
 
-OBJECTIVES = ("clip", "cispo")
-CORRECTIONS = ("none", "tis", "icepop", "sequence_mask", "sequence_tis")
+OBJECTIVES = ("clip", "cispo", "sapo", "dppo", "vespo")
+CORRECTIONS = (
+    "none",
+    "tis",
+    "icepop",
+    "sequence_mask",
+    "sequence_tis",
+    "sequence_mask_tis",
+    "sequence_icepop",
+)
 ESTIMATORS = ("none", "k1", "k2", "k3")
+GRADIENTS = ("plain", "score", "unbiased", "unbiased_old", "unbiased_rollout")
 FIELDS = ("logprobs", "entropy", "old_logprobs", "advantages", "weights", "ref_logprobs", "rollout_logprobs")
 TOLERANCE = {"float32": 3e-6, "float64": 1e-12}
 
@@ -29,15 +38,23 @@ class Options:
     dual_clip: float = 3.0
     correction: str = "none"
     kl: str = "none"
-    score: bool = False
+    gradient: str = "plain"
     clip: tuple[float, float] = (0.2, 0.28)
     band: tuple[float, float] = (0.5, 2.0)
     coefficients: tuple[float, float] = (0.05, 0.01)
+    product: bool = False
+    token_high: float = np.inf
+    log_ratio_clamp: float = np.inf
+    kl_clamps: tuple[float, float] = (np.inf, np.inf)
+    shape: tuple[float, float, float, float] = (2.0, 3.0, 1.5, 2.0)
 
     def array(self) -> np.ndarray:
+        kl, gradient = ESTIMATORS.index(self.kl), GRADIENTS.index(self.gradient)
         objective, correction = OBJECTIVES.index(self.objective), CORRECTIONS.index(self.correction)
-        head = [objective, self.sequence_level, *self.clip, self.dual_clip, correction, *self.band]
-        return np.array([*head, ESTIMATORS.index(self.kl), self.score, *self.coefficients], np.float64)
+        choices = [objective, self.sequence_level, correction, self.product, kl, gradient]
+        numbers = [*self.clip, self.dual_clip, *self.band, self.token_high, self.log_ratio_clamp]
+        numbers += [self.coefficients[0], *self.kl_clamps, self.coefficients[1], *self.shape]
+        return np.array([*choices, *numbers], np.float64)
 
 
 class Tokens:
@@ -102,40 +119,69 @@ def sequence_means(tokens: Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def reference(tokens: Tokens, o: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums [17], gradients by logprob and by entropy [T], by the formulas."""
     kept = tokens.wide("weights") != 0
-    log_ratio, log_off, _ = sequence_means(tokens)
+    log_ratio, log_off, count = sequence_means(tokens)
     cur, entropy, old, a, w, ref, rollout = (tokens.wide(name)[kept] for name in FIELDS)
     ids = tokens.ids[kept]
-    r = np.exp(log_ratio[ids] if o.sequence_level else cur - old)
+    bound = o.log_ratio_clamp
+    x = log_ratio[ids] if o.sequence_level else cur - old
+    if o.objective == "vespo":
+        x = np.clip(np.clip((log_ratio * count)[ids], np.log(1e-8), 20), -bound, bound)
+    r = np.exp(np.clip(x, -bound, bound))
+    moving = np.abs(x) <= bound
     inside = np.clip(r, 1 - o.clip[0], 1 + o.clip[1])
     below, above, dual = r < 1 - o.clip[0], r > 1 + o.clip[1], np.zeros(len(r), bool)
     if o.objective == "cispo":
         value, slope = -a * inside * cur, -a * inside
+    elif o.objective == "sapo":
+        heat = np.where(a > 0, o.shape[0], o.shape[2])
+        gate = 1 / (1 + np.exp(-heat * (r - 1)))
+        value, slope = -a * gate * 4 / heat, -a * 4 * gate * (1 - gate) * r * moving
+        below = above = np.zeros(len(r), bool)
+    elif o.objective == "dppo":
+        moved = np.exp(cur) - np.exp(old)
+        below, above = (a < 0) & (moved < -o.clip[0]), (a > 0) & (moved > o.clip[1])
+        value = np.where(below | above, 0, -a * r)
+        slope = value * moving
+    elif o.objective == "vespo":
+        k, decay = np.where(a < 0, o.shape[2], o.shape[0]), np.where(a < 0, o.shape[3], o.shape[1])
+        slope = -a * np.exp(decay + k * x - decay * np.exp(x))
+        value = slope * cur
+        below = above = np.zeros(len(r), bool)
     else:
         value = np.maximum(-a * r, -a * inside)
-        slope = np.where(-a * r >= -a * inside, -a * r, 0)
+        slope = np.where(-a * r >= -a * inside, -a * r, 0) * moving
         below, above = below & (a < 0), above & (a > 0)
         dual = (a < 0) & (r > o.dual_clip)
         value, slope = np.where(dual, np.minimum(value, -a * o.dual_clip), value), np.where(dual, 0, slope)
-    off = np.exp(old - rollout)
-    by_sequence = np.exp(log_off[ids])
+    off = np.exp(np.clip(old - rollout, -bound, bound))
+    by_sequence = np.exp(np.clip((log_off * count if o.product else log_off)[ids], -bound, bound))
     band = (o.band[0] <= off) & (off <= o.band[1])
     sequence_band = (o.band[0] <= by_sequence) & (by_sequence <= o.band[1])
+    least = np.minimum(off, o.token_high)
     weight, corrected = {
         "none": (np.ones_like(r), np.zeros(len(r))),
-        "tis": (np.minimum(off, o.band[1]), off > o.band[1]),
+        "tis": (np.clip(off, *o.band), ~band),
         "icepop": (off * band, ~band),
         "sequence_mask": (1.0 * sequence_band, ~sequence_band),
-        "sequence_tis": (np.minimum(by_sequence, o.band[1]), by_sequence > o.band[1]),
+        "sequence_tis": (np.clip(by_sequence, *o.band), ~sequence_band),
+        "sequence_mask_tis": (least * sequence_band, ~sequence_band | (off > o.token_high)),
+        "sequence_icepop": (by_sequence * sequence_band, ~sequence_band),
     }[o.correction]
-    d = ref - cur
+    d = np.clip(ref - cur, -o.kl_clamps[0], o.kl_clamps[0])
     kl, kl_slope = {
         "none": (0 * d, 0 * d),
         "k1": (-d, np.ones_like(d)),
         "k2": (d**2 / 2, -d),
         "k3": (np.exp(d) - 1 - d, 1 - np.exp(d)),
     }[o.kl]
-    if o.score and o.kl != "none":
-        kl_slope = -d
+    if o.gradient.startswith("unbiased"):
+        start = {"unbiased": cur, "unbiased_old": old, "unbiased_rollout": rollout}[o.gradient]
+        drawn = np.exp(np.clip(cur - start, -bound, bound))
+        kl, kl_slope = drawn * kl, drawn * (kl * (np.abs(cur - start) <= bound) + kl_slope)
+    kl_slope = kl_slope * (np.abs(ref - cur) <= o.kl_clamps[0]) * (np.abs(kl) <= o.kl_clamps[1])
+    kl = np.clip(kl, -o.kl_clamps[1], o.kl_clamps[1])
+    if o.gradient == "score" and o.kl != "none":
+        kl_slope = cur - ref
     beta, eta = o.coefficients
     k3 = lambda x: np.exp(x) - 1 - x  # noqa: E731
     rows = [w * (weight * value + beta * kl - eta * entropy), w * weight * value, w * kl, w * entropy]
@@ -166,8 +212,27 @@ def check(kernels: Kernels, tokens: Tokens, options: Options) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_option(kernels: Kernels, objective: str, correction: str, dtype: str) -> None:
     tokens = Tokens([300, 1, 17, 90, 250, 5], dtype)
-    for kl, score, sequence_level in itertools.product(ESTIMATORS, (False, True), (False, True)):
-        check(kernels, tokens, Options(objective, sequence_level, 1.5, correction, kl, score))
+    levels = (False, True) if objective in ("clip", "cispo", "sapo") else (False,)
+    for kl, gradient, sequence_level in itertools.product(("none", "k3"), GRADIENTS[:2], levels):
+        check(kernels, tokens, Options(objective, sequence_level, 1.5, correction, kl, gradient))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kl", ESTIMATORS[1:])
+def test_every_kl(kernels: Kernels, kl: str, gradient: str, dtype: str) -> None:
+    tokens = Tokens([300, 1, 17, 90, 250, 5], dtype)
+    check(kernels, tokens, Options(kl=kl, gradient=gradient))
+    check(kernels, tokens, Options(kl=kl, gradient=gradient, kl_clamps=(0.9, 0.3), log_ratio_clamp=0.4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("correction", CORRECTIONS[3:])
+def test_products_and_bounds(kernels: Kernels, correction: str, dtype: str) -> None:
+    tokens = Tokens([3, 1, 17, 9, 2, 5], dtype)
+    for objective in OBJECTIVES:
+        changed = {"product": True, "token_high": 1.2, "log_ratio_clamp": 0.7}
+        check(kernels, tokens, Options(objective, correction=correction, **changed))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -23,7 +23,12 @@ def sequence_level(context: Any, model_dir: str) -> dict[str, Any]:
     """Steps of GSPO with a sequence mask, the last on a sequence with a single target."""
     policy = build(context, model_dir, optimizer=NO_WARMUP)
     options = PolicyLossOptions(
-        level="sequence", clip_low=0.01, clip_high=0.01, correction="sequence_mask", correction_low=0.7
+        level="sequence",
+        clip_low=0.01,
+        clip_high=0.01,
+        correction="sequence_mask",
+        correction_low=0.7,
+        correction_high=2.0,
     )
     log = []
     lone = TokenSequence(list(range(1, 9)), [0] * 7 + [1], [-5.4] * 8)

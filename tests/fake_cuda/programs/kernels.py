@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,11 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
 # Statistics of half-precision logits are float.
 STATISTICS = 2e-6
+POLICY_LOSSES = [
+    ("clip", "token"),
+    ("clip", "sequence"),
+    *((objective, "token") for objective in ("cispo", "sapo", "dppo", "vespo")),
+]
 
 
 def on_device(value: Any) -> Any:
@@ -244,9 +250,11 @@ def policy_loss() -> Any:
             sequences,
             tolerance=1e-6,
         )
-        for objective, level in (("clip", "token"), ("clip", "sequence"), ("cispo", "token")):
-            by_sequence = level == "sequence"
-            options = (objective, level, 0.2, 0.3, 3.0, "tis", 0.5, 2.0, "k3", False, 0.1, 0.01)
+        for objective, level in POLICY_LOSSES:
+            by_sequence = level == "sequence" or objective == "vespo"
+            bounds = (0.2, 0.3, 3.0, 0.5, 2.0, math.inf, math.inf)
+            numbers = [*bounds, 0.1, math.inf, math.inf, 0.01, *(1.0, 3.0, 1.05, 2.0)]
+            options = (objective, level, "tis", "geometric_mean", "k3", "plain", numbers)
             fields = (
                 logprobs,
                 entropy,
