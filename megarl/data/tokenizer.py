@@ -159,7 +159,7 @@ def chat_ids(
     """Tokenise messages with the tokenizer's chat template.
 
     Raises:
-        ValueError: the template refuses these messages, or has no place for tools, tool calls, reasoning or
+        ValueError: the template raises an error, or would silently drop tools, tool calls, reasoning or
             names, which it would leave out without a word (the caller knows where they are from); or an
             assistant's text spells a token that opens or ends a turn. Elsewhere such tokens stay text.
     """
@@ -169,7 +169,7 @@ def chat_ids(
     if any("tool_calls" in message for message in messages) and "tool_call" not in template:
         raise ValueError("the chat template does not support tool_calls")
     if any("reasoning_content" in message for message in messages) and "reasoning_content" not in template:
-        raise ValueError("the chat template has no place for reasoning_content")
+        raise ValueError("the chat template does not support reasoning_content")
     check_names(tokenizer, messages)
     given, shown = [dict(message) for message in messages], list(tools) if tools else None
     safe = protect_messages(tokenizer, given)

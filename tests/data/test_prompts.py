@@ -106,7 +106,7 @@ def test_messages_and_numbers_in_jsonl(tokenizer, jsonl):
         (['{"prompt": [], "answer": "1"}'], [":1:", "'prompt'", "messages"]),
         (['{"prompt": [{"role": "user"}], "answer": "1"}'], [":1:", "prompt[0]", "content"]),
         (['{"prompt": [{"role": "bot", "content": "a"}], "answer": "1"}'], [":1:", "prompt[0].role", "bot"]),
-        (['{"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}'], [":1:", "user's"]),
+        (['{"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}'], [":1:", "role 'user'"]),
         (['{"prompt": "a", "answer": "1"}', '{"prompt": "a", "answer": "Paris"}'], [":2:", "Paris"]),
         (['{"prompt": "a", "answer": "$\\\\frac{1$"}'], [":1:", "'answer'"]),
         ([""], ["data.train.path", "no records"]),

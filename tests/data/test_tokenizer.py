@@ -61,7 +61,7 @@ def test_a_tokenizer_that_ends_texts_with_eos_cannot_make_bare_prompts(tokenizer
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A <|end|>", special_tokens=[("<|end|>", tokenizer.eos_token_id)]
     )
-    with pytest.raises(UserError, match="ends every text with EOS"):
+    with pytest.raises(UserError, match="appends EOS to every text"):
         check_tokenizer(tokenizer, 512, PromptFormat(chat_template=False))
 
 
