@@ -161,18 +161,26 @@ PromptSource = Annotated[
 class PromptFormat(Section):
     """Formatting of prompts."""
 
-    chat_template: bool = True
-    """Apply the tokenizer's chat template; false: the prompt is the bare text."""
+    chat_template: bool | Text = True
+    """true: the tokenizer's chat template; a path: the Jinja template in that file; false: bare text."""
     system_prompt: str | None = None
     """First message, with role system (needs the chat template)."""
     prompt_suffix: str = ""
     """Text appended to every prompt, e.g. an instruction on the form of the answer."""
+
+    chat_template_kwargs: dict[Text, bool | int | float | str] = Field(default_factory=dict)
+    """Variables that the template reads, e.g. {enable_thinking: false}."""
 
     @rule
     def _system_prompt(self) -> Problems:
         if self.system_prompt is not None and not self.chat_template:
             reason = "needs a chat template, but data.format.chat_template is false"
             yield "system_prompt", reason, "chat_template"
+        if self.chat_template_kwargs and not self.chat_template:
+            yield "chat_template_kwargs", "there is no template to read them", "chat_template"
+        for name in self.chat_template_kwargs:
+            if not name.isidentifier():
+                yield "chat_template_kwargs", f"{name!r} is no name of a variable"
 
 
 class LengthFilter(Section):
@@ -360,6 +368,8 @@ class SftDataConfig(TrainingDataReading):
     """Training demonstrations."""
     held_out: SftSource | None = None
     """Demonstrations for the validation loss only."""
+    learned_turns: Literal["all", "last"] = "all"
+    """Of a conversation, learn all of the assistant's turns, or the last one only."""
     format: PromptFormat = PromptFormat()
     """Formatting of prompts."""
     shuffle: bool = True

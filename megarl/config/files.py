@@ -52,6 +52,9 @@ def _run_directory(config: Section) -> Problems:
 
 
 def _data_files(config: Section) -> Problems:
+    template = _get(config, "data", "format", "chat_template")
+    if isinstance(template, str) and not Path(template).is_file():
+        yield "data.format.chat_template", f"no such file (got {template!r}){_relative_to(template)}"
     for split in ("train", "held_out"):
         for at, source in parts_of(_get(config, "data", split), f"data.{split}"):
             copy, file = _get(source, "directory"), _get(source, "path")

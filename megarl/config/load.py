@@ -22,6 +22,7 @@ from megarl.config.introspect import (
     describe_field,
     fields_at,
     is_path,
+    leaf_types,
     sections_of,
     select_section,
     tag_field,
@@ -192,7 +193,9 @@ class _Loading:
     def read_override(self, path: Path, text: str) -> YamlText:
         annotations = [field.annotation for field in fields_at(self.kind, path)]
         is_null = text in ("null", "~") and any(map(accepts_null, annotations))
-        if any(map(accepts_text, annotations)) and not is_null and not text.startswith(('"', "'")):
+        is_bool = text in ("true", "false") and any(bool in leaf_types(each) for each in annotations)
+        plain = not is_null and not is_bool and not text.startswith(('"', "'"))
+        if any(map(accepts_text, annotations)) and plain:
             written: dict[Path, str] = {(): text} if names_variables(text) else {}
             return YamlText(check_text(expand_variables(text)), written=written)
         return parse_yaml(text, _COMMAND_LINE)

@@ -210,7 +210,10 @@ def load_demonstrations(
     source = train if split == "train" else held_out
     if source is None:
         raise UserError("data.held_out: missing; the validation loss needs held-out demonstrations")
-    transcripts = Transcripts(tokenizer, config.format, max_sequence_length, "demonstration")
+    last_only = config.learned_turns == "last"
+    transcripts = Transcripts(
+        tokenizer, config.format, max_sequence_length, "demonstration", last_turn_only=last_only
+    )
     loader = _Loader(config, tokenizer, transcripts, max_sequence_length)
     if not isinstance(source, SftMixtureSource):
         return loader.load(source, f"data.{split}")
@@ -228,7 +231,11 @@ class _Loader:
         max_sequence_length: int,
     ) -> None:
         self._config, self._tokenizer, self._transcripts = config, tokenizer, transcripts
-        self._kind = {"kind": "sft", "max_sequence_length": max_sequence_length}
+        self._kind = {
+            "kind": "sft",
+            "max_sequence_length": max_sequence_length,
+            "learned_turns": config.learned_turns,
+        }
 
     def load(self, source: PlainSftSource, field: str) -> SftDataset:
         """Load one plain source."""

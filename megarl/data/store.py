@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Increase this when the same settings give other tokens, masks or arrays.
-_FORMAT = "megarl tokens 2"
+_FORMAT = "megarl tokens 3"
 
 
 class TokenStore(Sequence[TokenSequence]):

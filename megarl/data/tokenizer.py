@@ -84,6 +84,33 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_
         raise UserError("\n".join(problems))
 
 
+def apply_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> None:
+    """Set the chat template and the template's variables that data.format names.
+
+    The variables are set at the head of the template, so that every rendering has them.
+
+    Raises:
+        UserError: the file cannot be read, or the template reads no such variable.
+    """
+    path, variables = prompt_format.chat_template, prompt_format.chat_template_kwargs
+    if isinstance(path, str):
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.format.chat_template: cannot read {path}: {error}") from error
+    if not variables or tokenizer.chat_template is None:  # check_tokenizer() refuses the latter
+        return
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else None
+    for name in variables:
+        if name not in (json.dumps(named) if named else str(tokenizer.chat_template)):
+            raise UserError(f"data.format.chat_template_kwargs: the chat template reads no variable {name!r}")
+    head = "".join(f"{{% set {name} = {json.dumps(value)} %}}" for name, value in variables.items())
+    if named:
+        tokenizer.chat_template = {name: head + template for name, template in named.items()}
+    else:
+        tokenizer.chat_template = head + str(tokenizer.chat_template)
+
+
 class TurnReader:
     """Decodes turns of the policy. When pickled it holds only the decoder: workers need no transformers.
 
@@ -156,7 +183,19 @@ def chat_ids(
     add_generation_prompt: bool,
     tools: Sequence[Any] | None = None,
 ) -> list[int]:
-    """Tokenise messages with the tokenizer's chat template.
+    """Tokenise messages with the tokenizer's chat template; raises as :func:`chat_text`."""
+    text = chat_text(tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
+    return tokenize(tokenizer, text)
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
+) -> str:
+    """Render messages with the chat template, protected: for :func:`tokenize`, whole or in parts.
 
     Raises:
         ValueError: the template raises an error, or would silently drop tools, tool calls, reasoning or
@@ -174,15 +213,13 @@ def chat_ids(
     given, shown = [dict(message) for message in messages], list(tools) if tools else None
     safe = protect_messages(tokenizer, given)
     safe_tools = protect(shown, control_tokens(tokenizer).other)
-    is_plain = safe == given and safe_tools == shown
     try:
         found: Any = tokenizer.apply_chat_template(
             safe,
             tools=safe_tools,
             add_generation_prompt=add_generation_prompt,
-            tokenize=is_plain,
-            return_dict=False,
+            tokenize=False,
         )
     except Exception as error:  # templates raise through jinja2, in many ways
         raise ValueError(f"the chat template refuses it: {error}") from error
-    return list(found) if is_plain else tokenize(tokenizer, str(found))
+    return str(found)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megarl.config.data import PromptFormat
+from megarl.data.control_tokens import tokenize
 from megarl.data.report import TooLongError
-from megarl.data.tokenizer import Message, chat_ids
+from megarl.data.tokenizer import Message, chat_text
 from megarl.errors import UserError
 from megarl.records import TokenSequence
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_BEGIN, _END = "<think>", "</think>"
 # A template may put this much after the last turn's EOS (a line break, as a rule); it is cut off.
 _MAX_AFTER_EOS = 64
 
@@ -30,11 +32,14 @@ class Transcripts:
         prompt_format: PromptFormat,
         max_sequence_length: int,
         noun: str,
+        *,
+        last_turn_only: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._format = prompt_format
         self._max_sequence_length = max_sequence_length
         self._noun = noun  # name of a sequence in errors
+        self._last_only = last_turn_only
 
     def pair(self, where: str, prompt: str, response: str) -> TokenSequence:
         """Tokenise prompt and response; the loss mask covers the response and its EOS."""
@@ -67,7 +72,7 @@ class Transcripts:
             raise UserError(f"{where}: chat messages need data.format.chat_template: true")
         turns = self._with_format(where, messages)
         try:
-            first = first_learned + len(turns) - len(messages)
+            first = len(turns) - 1 if self._last_only else first_learned + len(turns) - len(messages)
             token_ids, loss_mask = self._mask_turns(where, turns, first, tools)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
@@ -108,36 +113,71 @@ class Transcripts:
         self, where: str, turns: list[Message], first: int, tools: Sequence[Any] | None
     ) -> tuple[list[int], list[int]]:
         eos = self._eos()
-
-        def ids_of(messages: list[Message], *, prompt: bool) -> list[int]:
-            return chat_ids(self._tokenizer, messages, add_generation_prompt=prompt, tools=tools)
-
-        token_ids = ids_of(turns, prompt=False)
+        whole = self._render(turns, tools, prompt=False)
         # Before the template is applied up to every turn: that takes the square of their number.
-        self._check_length(where, len(token_ids), spare=_MAX_AFTER_EOS)
-        loss_mask = [0] * len(token_ids)
+        self._check_length(where, len(tokenize(self._tokenizer, whole)), spare=_MAX_AFTER_EOS)
+        cut, token_ids, loss_mask = 0, list[int](), list[int]()
         for position, turn in enumerate(turns):
             if turn["role"] != "assistant" or position < first:
                 continue
-            before = ids_of(turns[:position], prompt=True)
-            after = ids_of(turns[: position + 1], prompt=False)
-            if after[: len(before)] != before or token_ids[: len(after)] != after:
+            last = position == len(turns) - 1
+            before = self._render(turns[:position], tools, prompt=True)
+            after = whole if last else self._render(turns[: position + 1], tools, prompt=False)
+            if last and (written := self._reasoned(turn, before, after)) is not None:
+                whole = after = before + written
+            if not whole.startswith(after):
                 raise ValueError(
                     f"the chat template renders message {position} differently when others follow; use a "
-                    "template that only appends"
+                    "template that only appends, or learn the last turn only (data.learned_turns)"
                 )
-            end = len(after)
+            if not after.startswith(before):
+                raise ValueError(
+                    f"the chat template writes {before[_common(before, after) :]!r} where message {position} "
+                    "is to be generated, and not where it is shown: begin the message with it, or set "
+                    "data.format.chat_template_kwargs"
+                )
+            prompt_ids, turn_ids = self._split(token_ids, cut, len(before), after)
+            cut = len(after)
             # Templates append a line break after EOS; it is never sampled, so it has no loss.
-            last_eos = max((i for i in range(len(before), end) if after[i] == eos), default=None)
-            if last_eos is not None:
-                end = last_eos + 1
-            loss_mask[len(before) : end] = [1] * (end - len(before))
+            end = max((i + 1 for i, token in enumerate(turn_ids) if token == eos), default=len(turn_ids))
+            token_ids += prompt_ids + turn_ids
+            loss_mask += [0] * len(prompt_ids) + [1] * end + [0] * (len(turn_ids) - end)
         end = len(loss_mask) - loss_mask[::-1].index(1)
         token_ids, loss_mask = token_ids[:end], loss_mask[:end]
         if token_ids[-1] != eos:  # the template ends turns with a token other than the tokenizer's EOS
             token_ids.append(eos)
             loss_mask.append(1)
         return token_ids, loss_mask
+
+    def _split(self, done: list[int], cut: int, start: int, after: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of ``after`` from ``cut`` (before it: ``done``) to ``start``, and from there on.
+
+        If a token would span both, an answer that begins with a line break say, each is tokenised alone, as
+        when the answer is sampled.
+        """
+        prompt, whole = (tokenize(self._tokenizer, text) for text in (after[:start], after))
+        if whole[: len(prompt)] == prompt and prompt[: len(done)] == done:
+            return prompt[len(done) :], whole[len(prompt) :]
+        return tokenize(self._tokenizer, after[cut:start]), tokenize(self._tokenizer, after[start:])
+
+    def _render(self, turns: list[Message], tools: Sequence[Any] | None, *, prompt: bool) -> str:
+        return chat_text(self._tokenizer, turns, add_generation_prompt=prompt, tools=tools)
+
+    def _reasoned(self, turn: Message, before: str, after: str) -> str | None:
+        """Return what the policy would have written, if the template leaves the reasoning out; else None.
+
+        Templates that open <think> in the prompt show a message without what stands before </think>.
+        """
+        content = turn["content"]
+        shown = after[_common(before, after) :]
+        if not isinstance(content, str) or _END not in content or _END in shown:
+            return None
+        reasoning, answer = content.rsplit(_END, 1)
+        place = shown.rfind(answer.strip())
+        if place < 0 or not before.rstrip().endswith(_BEGIN):
+            raise ValueError(f"the chat template leaves out what stands before {_END}")
+        ending = shown[place + len(answer.strip()) :]
+        return f"{reasoning.lstrip().removeprefix(_BEGIN).lstrip()}{_END}{answer}{ending}"
 
     def _eos(self) -> int:
         eos = self._tokenizer.eos_token_id
@@ -154,6 +194,12 @@ class Transcripts:
                 f"{where}: the {self._noun} has {length} tokens, but at most "
                 f"{self._max_sequence_length} are allowed (packing.max_sequence_length)"
             )
+
+
+def _common(first: str, second: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, min(len(first), len(second)))
 
 
 def _sequence(token_ids: list[int], loss_mask: list[int]) -> TokenSequence:

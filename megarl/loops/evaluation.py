@@ -186,7 +186,7 @@ def run_eval(config: EvalConfig) -> None:
             timers,
             config.run.seed,
             config.rollout.environments,
-            chat_template=config.data.format.chat_template,
+            chat_template=bool(config.data.format.chat_template),
         )
         if rollouts.note:
             console.note(rollouts.note)

@@ -11,7 +11,7 @@ from megarl.config.evaluate import EvalConfig
 from megarl.config.lora import LoraConfig
 from megarl.config.model import read_model_config
 from megarl.config.training import TrainingRoot
-from megarl.data.tokenizer import check_tokenizer, load_tokenizer
+from megarl.data.tokenizer import apply_format, check_tokenizer, load_tokenizer
 from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.lora import adapted_modules, num_adapter_parameters, targets_of
@@ -30,6 +30,7 @@ def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrai
         any_family = config.rollout.engine.backend == "hf"
     architecture = load_architecture(path, any_family=any_family)
     tokenizer = load_tokenizer(path)
+    apply_format(tokenizer, config.data.format)
     check_tokenizer(tokenizer, architecture.spec.vocab_size, config.data.format)
     return architecture, tokenizer, config.max_sequence_length(read_model_config(path))
 

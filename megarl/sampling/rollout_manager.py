@@ -256,7 +256,7 @@ def make_rollout_manager(
         timers,
         config.run.seed,
         config.rollout.environments,
-        chat_template=config.data.format.chat_template,
+        chat_template=bool(config.data.format.chat_template),
     )
 
 

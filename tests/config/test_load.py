@@ -365,3 +365,12 @@ def test_world_size_replaces_num_processes(folder: Path) -> None:
 def test_a_tag_that_its_text_does_not_fit(folder: Path) -> None:
     (line,) = errors(folder, text=GRPO.replace("lr: 1e-5", "lr: !!float fast"))
     assert line == "optimizer.lr: !!float on what is none (got 'fast') [c.yaml:6]"
+
+
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("true", True), ("a.jinja", "a.jinja")])
+def test_a_key_that_takes_a_boolean_or_a_text(text: str, value: bool | str) -> None:
+    """true and false are the booleans there, on the command line as in a file."""
+    given = ["run.dir=a", "model.path=b", "optimizer.lr=1", "training.num_steps=1", "training.batch_size=1"]
+    given += ["data.train={source: jsonl, path: c}", f"data.format.chat_template={text}"]
+    found = load_config(SftConfig, None, given, check_files=False).data.format.chat_template
+    assert found == value and type(found) is type(value)

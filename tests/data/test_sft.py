@@ -9,6 +9,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megarl.config.data import (
     PromptDataConfig,
@@ -20,6 +22,7 @@ from megarl.config.data import (
 )
 from megarl.data.prompts import load_prompts
 from megarl.data.sft import load_demonstrations
+from megarl.data.tokenizer import apply_format
 from megarl.errors import UserError
 from tests.config.rules import data_violations
 
@@ -35,8 +38,31 @@ FORGETFUL = (
 )
 
 
-def load(tokenizer, source, split="train", held_out=None, limit=400, **format_fields):
-    config = SftDataConfig(train=source, held_out=held_out, format=PromptFormat(**format_fields))
+# As DeepSeek-R1's distillates: <think> stands in the prompt, and messages are shown without their reasoning.
+OPENS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{{ '<|assistant|>' + m['content'].split('</think>')[-1].strip() + '<|end|>' }}"
+    "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+# As Qwen3: the last answer has its thoughts (or an empty place for them), earlier ones do not.
+QWEN3 = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% set parts = m['content'].split('</think>') %}"
+    "{{ '<|assistant|>' }}{% if loop.last %}{{ '<think>' + (parts[0].split('<think>')[-1] if parts|length > 1"
+    " else '\n\n') + '</think>\n\n' }}{% endif %}{{ parts[-1].strip() + '<|end|>\n' }}"
+    "{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% if enable_thinking is defined and not"
+    " enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def load(tokenizer, source, split="train", held_out=None, limit=400, learned_turns="all", **format_fields):
+    config = SftDataConfig(
+        train=source,
+        held_out=held_out,
+        format=PromptFormat(**format_fields),
+        learned_turns=learned_turns,
+    )
     return load_demonstrations(config, tokenizer, max_sequence_length=limit, split=split)
 
 
@@ -127,6 +153,88 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer, jsonl):
     with pytest.raises(UserError, match=r":2: the chat template renders message 1 differently"):
         load(tokenizer, file(path))
     assert learned(tokenizer, load(tokenizer, file(jsonl(single)))[0]) == "b<|end|>"
+
+
+TWO_TURNS = json.dumps(
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "<think>\nso b\n</think>\n\nb"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "<think>\nso d\n</think>\n\nd"},
+        ]
+    }
+)
+
+
+def test_the_last_turn_alone_is_learned(tokenizer, jsonl):
+    """What earlier turns look like does not matter then, as in Qwen3's template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = QWEN3
+    path = file(jsonl(TWO_TURNS))
+    with pytest.raises(UserError, match=r"message 1 differently .*\(data\.learned_turns\)"):
+        load(tokenizer, path)
+    sequence = load(tokenizer, path, learned_turns="last")[0]
+    assert learned(tokenizer, sequence) == "<think>\nso d\n</think>\n\nd<|end|>"
+    text = "<|user|>a<|end|>\n<|assistant|>b<|end|>\n<|user|>c<|end|>\n<|assistant|>"
+    assert tokenizer.decode(sequence.token_ids).startswith(text + "<think>")
+
+
+def test_variables_and_files_of_templates(tokenizer, jsonl, tmp_path):
+    """enable_thinking: false puts the empty place into the prompt: it is not learned."""
+    tokenizer = copy.deepcopy(tokenizer)
+    place = tmp_path / "qwen3.jinja"
+    place.write_text(QWEN3)
+    single = file(jsonl(json.dumps({"prompt": "a", "response": "b"})))
+    for variables, expected in (
+        ({}, "<think>\n\n</think>\n\nb<|end|>"),
+        ({"enable_thinking": True}, "<think>\n\n</think>\n\nb<|end|>"),
+        ({"enable_thinking": False}, "b<|end|>"),
+    ):
+        fields = {"chat_template": str(place), "chat_template_kwargs": variables}
+        own = copy.deepcopy(tokenizer)
+        apply_format(own, PromptFormat(**fields))
+        assert learned(own, load(own, single, **fields)[0]) == expected
+    with pytest.raises(UserError, match="reads no variable 'thinking_mode'"):
+        apply_format(tokenizer, PromptFormat(chat_template_kwargs={"thinking_mode": True}))
+    with pytest.raises(UserError, match=r"data\.format\.chat_template: cannot read .*none\.jinja"):
+        apply_format(tokenizer, PromptFormat(chat_template=str(tmp_path / "none.jinja")))
+
+
+def test_reasoning_where_the_prompt_opens_it(tokenizer, jsonl):
+    """The learned tokens are what the policy would sample after the rollout's prompt."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = OPENS
+    row = {"prompt": "a", "response": "<think>\nso b\n</think>\n\nb"}
+    sequence = load(tokenizer, file(jsonl(json.dumps(row))))[0]
+    assert learned(tokenizer, sequence) == "so b\n</think>\n\nb<|end|>"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
+    )
+    assert sequence.token_ids[: len(prompt)].tolist() == prompt
+    with pytest.raises(UserError, match=r"writes '<think>\\n' where message 1 is to be generated"):
+        load(tokenizer, file(jsonl(json.dumps({"prompt": "a", "response": "b"}))))
+    forgets = copy.deepcopy(tokenizer)
+    forgets.chat_template = OPENS.replace("<|assistant|><think>\n", "<|assistant|>")
+    with pytest.raises(UserError, match="leaves out what stands before </think>"):
+        load(forgets, file(jsonl(json.dumps(row))))
+
+
+def test_an_answer_that_begins_with_a_line_break(jsonl):
+    """One token spans the end of the prompt and the answer's beginning: sampled, there are two."""
+    merges = [("\n", "\n")]
+    vocabulary = {text: i for i, text in enumerate(["<|end|>", *"abuser:\n", "\n\n"])}
+    raw = Tokenizer(models.BPE(vocabulary, merges))
+    raw.add_special_tokens(["<|end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] + ':\n' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:\n' }}{% endif %}"
+    )
+    sequence = load(tokenizer, file(jsonl(json.dumps({"prompt": "u", "response": "\n\nab"}))))[0]
+    tokens = tokenizer.convert_ids_to_tokens(sequence.token_ids.tolist())
+    assert tokens == ["u", ":", "\n", "u", "<|end|>", "a", ":", "\n", "\n\n", "a", "b", "<|end|>"]
+    assert sequence.loss_mask.tolist() == [0] * 8 + [1] * 4
 
 
 @pytest.mark.parametrize(
