@@ -244,7 +244,7 @@ def report(folder: Path, ranks: list[int], what: str) -> None:
 
 
 def first_line(folder: Path) -> str | None:
-    """What failure.txt says of the rank that ended the run; None where no rank has written one."""
+    """Return the text of failure.txt, which describes the rank that ended the run; None without one."""
     try:
         text = (folder / FAILURE_FILE).read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""What a process needs of its machine before it starts: a temporary directory, shared memory, open files."""
+"""Check the machine before a process starts: temporary directory, shared memory, open files."""
 
 from __future__ import annotations
 

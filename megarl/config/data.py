@@ -191,7 +191,7 @@ class LengthFilter(Section):
     max_tokens: PositiveInt | None = None
     """Drop longer rows (preference pairs: by the longer response)."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with rows that exceed the run's longest sequence."""
+    """Handling of rows that exceed the run's longest sequence."""
 
     @rule
     def _lengths(self) -> Problems:

@@ -293,7 +293,7 @@ class FunctionConfig(Judging):
     paths: Annotated[list[Text], Field(min_length=1)]
     """Where they are: "package.module:function" each, installed or in the current directory."""
     weights: list[float] | None = None
-    """What each value is multiplied with before they are added up (null: 1)."""
+    """Weight of each value in the sum (null: 1)."""
 
     @rule
     def _functions(self) -> Problems:

@@ -39,7 +39,7 @@ def at_most(limit: int) -> AfterValidator:
 Seconds = Annotated[float, Field(gt=0), at_most(100_000_000)]
 """Three years at most: longer ones overflow in the clocks of threads and sockets."""
 Seed = Annotated[int, Field(ge=0), at_most(2**32 - 1)]
-"""What every library's generator takes."""
+"""Range of seeds that every library's generator accepts."""
 ProcessCount = Annotated[int, Field(ge=1), at_most(65_536)]
 
 

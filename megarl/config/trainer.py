@@ -1,4 +1,4 @@
-"""Which backend trains, and what only one of them can be told."""
+"""Training backend, and the options that only one backend has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megarl.config.section import PositiveInt, Problems, Section, rule
 
 
 class TrainerConfig(Section):
-    """What computes passes and optimizer steps."""
+    """Backend that computes passes and optimizer steps."""
 
     backend: Literal["megatron", "torch"] = "megatron"
     """megatron: Megatron-Core, for families with a table here; torch: FSDP2, for transformers' decoders."""

@@ -32,9 +32,9 @@ OF_MEGATRON = (
     "router.aux_loss_coef",
     "router.bias_update_rate",
 )
-"""What trainer.backend torch lacks."""
+"""Features that trainer.backend torch lacks."""
 ALWAYS_IN_TORCH = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
-"""What trainer.backend torch does whatever is asked."""
+"""Features that trainer.backend torch always applies."""
 
 
 class DebugConfig(Section):

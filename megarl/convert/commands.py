@@ -272,7 +272,7 @@ def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argpar
 
 
 def _moe_arguments(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
-    """How the router chooses and weighs: Megatron-LM would take its own defaults."""
+    """Return the router's options, which Megatron-LM would set to its own defaults."""
     return {
         "moe_router_topk": moe.experts_per_token,
         # With sigmoid scores Megatron normalises the chosen ones in any case.

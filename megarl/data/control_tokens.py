@@ -30,10 +30,10 @@ _NOT_TEXT = ("role", "type")  # what templates compare with words of their own
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """What texts must not spell, as patterns that match inside them; None: nothing."""
+    """Patterns of control tokens that texts must not spell; None: no restriction."""
 
     turns: re.Pattern[str] | None
-    """What opens and ends turns: for an assistant's text."""
+    """Tokens that open and end turns, for an assistant's text."""
     tool: re.Pattern[str] | None
     """For a tool's output."""
     other: re.Pattern[str] | None

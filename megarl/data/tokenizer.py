@@ -198,9 +198,9 @@ def chat_text(
     """Render messages with the chat template, protected: for :func:`tokenize`, whole or in parts.
 
     Raises:
-        ValueError: the template raises an error, or would silently drop tools, tool calls, reasoning or
-            names, which it would leave out without a word (the caller knows where they are from); or an
-            assistant's text spells a token that opens or ends a turn. Elsewhere such tokens stay text.
+        ValueError: the template raises an error or would silently drop tools, tool calls, reasoning or
+            names, or an assistant's text spells a token that opens or ends a turn. Elsewhere such tokens
+            stay text.
     """
     template = json.dumps(tokenizer.chat_template)
     if tools and "tools" not in template:
