@@ -31,6 +31,7 @@ _BLOCK = 512  # of st_blocks
 _INODES = 4096
 # Threads that the user's other processes may start meanwhile, where they count too.
 _SPARE_TASKS = 64
+_SPARE_BYTES = 256 << 10  # for the program's own text and folders
 _KERNEL_SETTINGS = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
@@ -259,10 +260,10 @@ def _excess_beside_others(spec: dict[str, Any]) -> str:
     for path in [*_files(spec["folder"]), *(path for pid in pids for path in _open_files(pid))]:
         with contextlib.suppress(OSError):
             found = os.stat(path)
-            sizes[found.st_dev, found.st_ino] = found.st_blocks * _BLOCK
+            sizes[found.st_dev, found.st_ino] = min(found.st_size, found.st_blocks * _BLOCK)
             if len(sizes) > _INODES:
                 return "disk"
-    return "disk" if sum(sizes.values()) > spec["disk_bytes"] else _excess_memory(spec, pids)
+    return "disk" if sum(sizes.values()) > spec["disk_bytes"] + _SPARE_BYTES else _excess_memory(spec, pids)
 
 
 def _num_tasks(pid: int) -> int:
