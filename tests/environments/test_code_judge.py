@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,10 +84,12 @@ exec(compile(test, "test", "exec"), module.__dict__)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RIGHT)
-def test_what_is_right_is_right_in_one_process_too(name: str):
+def test_what_is_right_is_right_in_one_process_too(name: str, tmp_path: Path):
     prefix, program, tests = RIGHT[name]
     text = f"{prefix}\n{program}\0\0{tests}".encode()
-    done = subprocess.run([sys.executable, "-c", ONE_PROCESS], input=text, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS], input=text, capture_output=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 

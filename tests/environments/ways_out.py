@@ -158,17 +158,19 @@ try:
 except OSError:
     pass
 tell(count > TASKS)
+time.sleep(1)
 """,
     "number of threads": r"""
 threading.stack_size(128 << 10)
 count = 0
 try:
     while count < 60:
-        threading.Thread(target=time.sleep, args=(1,), daemon=True).start()
+        threading.Thread(target=time.sleep, args=(3,), daemon=True).start()
         count += 1
 except RuntimeError:
     pass
 tell(count > TASKS)
+time.sleep(1)  # long enough to be seen, as one that uses them would be
 os._exit(0)
 """,
     "processes past its end": r"""
