@@ -30,6 +30,7 @@ from rich.text import Text
 from megarl.jobs import JOBS, Column
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.records import StepMetrics
+from megarl.terminal import printable
 
 _HEADER_EVERY = 25  # lines, so that a header is visible on most screens
 _PLAIN_PROGRESS_SECONDS = 30.0  # interval of progress lines in a log
@@ -154,6 +155,8 @@ class Console:
         return advance
 
     def _print(self, line: Text) -> None:
+        if (safe := printable(line.plain)) != line.plain:
+            line = Text(safe, style=line.style)
         if not self._enabled:
             return
         if self._log is not None:

@@ -140,3 +140,10 @@ def test_other_ranks_are_silent() -> None:
     with console.progress("rollout", total=4) as advance, console.waiting("x"):
         advance(4)
     assert stream.getvalue() == ""
+
+
+def test_escape_sequences_are_printed_as_text() -> None:
+    """A warning may quote a file's name, a model's answer or an environment's error."""
+    stream = io.StringIO()
+    Console("sft", stream=stream).warn("rows of \x1b[2Jdata\rOK")
+    assert stream.getvalue() == "WARNING: rows of \\x1b[2Jdata\\rOK\n"
