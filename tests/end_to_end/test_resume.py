@@ -58,11 +58,11 @@ def test_two_flipped_bytes_are_found_and_the_run_goes_on_as_if_never_stopped(
         content[place] ^= 1
     data.write_bytes(content)
     config = config_of(tmp_path, model)
-    output = run("sft", "--config", config, output=tmp_path / "log")
+    output = run("sft", "--config", config, "training.num_steps=4", output=tmp_path / "log")
     assert f"WARNING: checkpoint step_3 is damaged ({data.name} has changed" in output
     assert "going on from step_2" in output
-    assert column(directory, "loss") == losses
-    assert checkpoints(directory) == ["step_1", "step_2", "step_3", "step_3.damaged"]
+    assert column(directory, "loss")[:3] == losses
+    assert checkpoints(directory) == ["step_1", "step_2", "step_3", "step_3.damaged", "step_4"]
 
 
 @pytest.mark.slow
@@ -79,7 +79,8 @@ def test_a_damaged_checkpoint_of_before_checksums_is_a_line(
         (path / name).unlink()
     else:
         (path / name).write_bytes(content)
-    command = Command("sft", "--config", config_of(tmp_path, model), output=tmp_path / "log")
+    config = config_of(tmp_path, model)
+    command = Command("sft", "--config", config, "training.num_steps=4", output=tmp_path / "log")
     code = command.wait()
     assert "Traceback" not in command.output
     if (name, content) == ("rng_00000.pt", None):  # as if another number of ranks had written it
