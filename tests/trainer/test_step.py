@@ -48,6 +48,7 @@ def hf_gradients(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
         ("llama-biases", "sequence", False),
         ("llama-biases", "token", True),
         ("qwen3-tied", "sequence", True),
+        ("mistral", "token", False),
     ],
 )
 def test_packed_gradients_equal_hf_unpacked_for_any_split(
