@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import UserError
+from megarl.terminal import printable
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         commands.megatron_to_hf(options.source, options.target, hf_config=options.hf_config, **settings)
         sides = options.source, options.target
-    print(f"wrote {options.target}")
+    print(printable(f"wrote {options.target}"))
     if options.verify:
         difference = check.verify(*sides, getattr(options, "hf_config", None))
         print(f"verified: logits differ by at most {difference:.1e}")
@@ -93,7 +94,7 @@ def _run_torch(options: argparse.Namespace, settings: dict[str, Any]) -> None:
         hf_to_torch(options.source, options.target, **settings)
     else:
         torch_to_hf(options.source, options.target, hf_config=options.hf_config, **settings)
-    print(f"wrote {options.target}")
+    print(printable(f"wrote {options.target}"))
 
 
 def parse_size(text: str) -> int:
