@@ -63,28 +63,53 @@ def save_family(name: str, directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def packed_and_alone(context: Any, model_dir: str, lengths: list[int]) -> dict[str, Any]:
-    """Logprobs of sequences in one microbatch, by the trainer, and one by one, by transformers; what a few
-    SFT steps on them make of the loss."""
+def make_sequences(lengths: list[int]) -> list[Any]:
+    """Random sequences whose tokens are all targets."""
+    import torch
+
+    from megarl.records import TokenSequence
+
+    draw = torch.Generator().manual_seed(1)
+    return [
+        TokenSequence(torch.randint(3, VOCAB, (n,), generator=draw).numpy(), torch.ones(n).int().numpy())
+        for n in lengths
+    ]
+
+
+def alone(model_dir: str, sequences: list[Any]) -> list[Any]:
+    """Logprobs of each sequence by transformers itself, in a process where torch is as it was."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager").eval()
+    found = []
+    with torch.no_grad():
+        for sequence in sequences:
+            ids = torch.from_numpy(sequence.token_ids).long()
+            logits = model(ids[None]).logits[0].float()
+            found.append(logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0].numpy())
+    return found
+
+
+def packed(context: Any, model_dir: str, sequences: list[Any]) -> dict[str, Any]:
+    """Logprobs of sequences in one microbatch, by the trainer, and what a few SFT steps make of the loss."""
+    import torch
+
     from megarl.losses.sft import sft_loss
     from megarl.models import load_architecture
-    from megarl.records import TokenSequence, TrainBatch
+    from megarl.records import TrainBatch
     from megarl.trainer.passes import train_step
     from tests.trainer.torch import backend_ranks
 
     assert load_architecture(model_dir, any_family=True).rules
-    draw = torch.Generator().manual_seed(1)
-    sequences = [
-        TokenSequence(torch.randint(3, VOCAB, (n,), generator=draw).numpy(), torch.ones(n).int().numpy())
-        for n in lengths
-    ]
-    trainer = backend_ranks.build(
-        context, model_dir, any_family=True, budget=sum(lengths), optimizer={"lr": 3e-3, "weight_decay": 0.0}
-    )
     batch = TrainBatch.of(sequences)
+    trainer = backend_ranks.build(
+        context,
+        model_dir,
+        any_family=True,
+        budget=batch.num_tokens,
+        optimizer={"lr": 3e-3, "weight_decay": 0.0},
+    )
     step = trainer.prepare(batch, "token")
     found: dict[int, torch.Tensor] = {}
 
@@ -94,21 +119,13 @@ def packed_and_alone(context: Any, model_dir: str, lengths: list[int]) -> dict[s
             found[number] = tokens.logprobs[tokens.sequence_ids == number].clone()
 
     trainer.run(step.batches, read)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager").eval()
-    errors = []
-    with torch.no_grad():
-        for number, sequence in enumerate(sequences):
-            ids = torch.from_numpy(sequence.token_ids).long()
-            logits = model(ids[None]).logits[0].float()
-            expected = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            errors.append(float((expected - found[number]).abs().max()))
     exported = {name: tuple(tensor.shape) for name, tensor in trainer.weights.hf_tensors()}
     losses = [
         train_step(trainer, trainer.prepare(batch, "token").batches, sft_loss).metrics["loss"]
         for _ in range(6)
     ]
     return {
-        "errors": errors,
+        "logprobs": [found[number].numpy() for number in range(len(sequences))],
         "losses": losses,
         "rows": trainer.decoder.rows,
         "microbatches": len(step.batches),
