@@ -11,7 +11,7 @@ import torch
 
 from megarl.errors import UserError
 from megarl.weights import cuda_ipc
-from megarl.weights.shared_storage import _share, open_storage, share_parameters
+from megarl.weights.shared_storage import _shared_handle, open_storage, share_parameters
 from megarl.weights.sync_plan import CudaStorage
 
 UUIDS = ["GPU-a", "GPU-b", "GPU-c"]
@@ -63,9 +63,9 @@ def test_what_is_asked_for_point_to_point_needs_no_handle(monkeypatch: pytest.Mo
     monkeypatch.setattr("megarl.weights.shared_storage.device_id", lambda device: UUIDS[device.index])
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     storage: Any = Storage()
-    assert _share(storage, torch.device("cuda", 1), mapped=False) == CudaStorage("GPU-b", (), 3584)
+    assert _shared_handle(storage, torch.device("cuda", 1), mapped=False) == CudaStorage("GPU-b", (), 3584)
     with pytest.raises(UserError):
-        _share(storage, torch.device("cuda", 1), mapped=True)
+        _shared_handle(storage, torch.device("cuda", 1), mapped=True)
 
 
 def _add_one(shared: CudaStorage, done: Any) -> None:
