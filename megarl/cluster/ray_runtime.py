@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -67,7 +67,9 @@ def start_ray(num_cpus: int | None = None) -> None:
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES to the engine
     temp_dir, lock = make_temp_dir()
     if address := os.environ.get(ADDRESS_VARIABLE):
-        _init(address=address)
+        # A Ray on loopback is joined on loopback; any other node's address is kept.
+        with _on_loopback() if address.startswith("127.") else nullcontext():
+            _init(address=address)
         _sessions.append(_Session(temp_dir, lock, None))
         return
     with _on_loopback():

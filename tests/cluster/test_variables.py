@@ -27,7 +27,9 @@ found = {name: os.environ.get(name) for name in ("RANK", "OMP_NUM_THREADS", "MEG
 found["threads"] = torch.get_num_threads()
 if address := os.environ.get("MEGARL_RAY_ADDRESS"):
     import ray
-    ray.init(address=address, log_to_driver=False)  # as a rank with an engine does
+    from ray._private import ray_constants
+    ray_constants.ENABLE_RAY_CLUSTER = not address.startswith("127.")  # as start_ray does in a rank
+    ray.init(address=address, log_to_driver=False)
     found["answer"] = ray.get(ray.remote(num_cpus=0)(lambda: 42).remote())
 pathlib.Path(sys.argv[1], f"rank{found['RANK']}.json").write_text(json.dumps(found))
 """
