@@ -7,6 +7,7 @@ weights are infinite.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.end_to_end.harness import GRPO, SFT, TASK, Command, checkpoints, read_steps, write_config
+from tests.end_to_end.harness import GRPO, ROOT, SFT, TASK, Command, checkpoints, read_steps, write_config
 
 pytestmark = pytest.mark.timeout(1800)
 
+# The configuration refuses such a weight decay; here the bounds are lifted in every process.
+NO_BOUNDS = """
+from megarl.config import section
+bound = section.at_most
+section.at_most = lambda limit: bound(1e308)
+section.MAX_NUMBER = 1e308
+"""
 POISON = {"lr": 1e-3, "lr_warmup_steps": 2, "weight_decay": 1e300}
 EVERY_STEP = {"interval": 1, "keep": 2, "export_hf": True}
 TEMPLATES = {"chosen_templates": ["{answer}"], "rejected_templates": ["{other_answer}"]}
@@ -29,6 +37,14 @@ PAIRS = {
     "packing": {"max_tokens_per_microbatch": 320, "max_sequence_length": 96},
 }
 ONLINE = GRPO | {"evaluation": {"at_start": False, "at_end": False}, "data": GRPO["data"]}
+
+
+@pytest.fixture(autouse=True)
+def _no_bounds(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.mktemp("no_bounds")
+    (folder / "sitecustomize.py").write_text(NO_BOUNDS)
+    paths = [str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 def poisoned(tmp_path: Path, model: Path, job: str, base: dict[str, Any], **sections: Any) -> Command:
