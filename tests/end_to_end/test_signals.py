@@ -31,10 +31,20 @@ def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], Any], l
         time.sleep(0.01)
 
 
+def as_at_a_terminal() -> None:
+    """Undo what the tests' own parent may ignore, as a shell does for its background jobs."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def nohup() -> None:
+    as_at_a_terminal()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def start(arguments: list[str], output: str, errors: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
     """The command, its standard output a terminal, a pipe or a file; descriptors of the reading end."""
     command = [sys.executable, "-m", "megarl.cli", *arguments]
-    ignore_hangup = output == "nohup"
     if output == "tty":
         reading, writing = os.openpty()
     elif output == "pipe":
@@ -50,7 +60,7 @@ def start(arguments: list[str], output: str, errors: Path) -> tuple[subprocess.P
             stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
             start_new_session=True,
-            preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignore_hangup else None,  # type: ignore[arg-type, return-value]
+            preexec_fn=nohup if output == "nohup" else as_at_a_terminal,
         )
     os.close(writing)
     return process, [reading] if reading >= 0 else []
