@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 
 # Name -> module, loaded on first use; __init__.pyi has the same for type checkers.
 _PUBLIC = {
-    **dict.fromkeys(("Result", "convert", "distill", "dpo", "evaluate", "grpo", "plan", "ppo"), "megarl.api"),
+    **dict.fromkeys(
+        ("Result", "convert_checkpoint", "distill", "dpo", "evaluate", "grpo", "plan", "ppo"), "megarl.api"
+    ),
     **dict.fromkeys(("read_result", "rm", "sft"), "megarl.api"),
     **dict.fromkeys(
         ("Environment", "Observation", "Problem", "StepResult", "Verifier"), "megarl.environments.base"
@@ -29,7 +31,7 @@ __all__ = [
     "StepResult",
     "UserError",
     "Verifier",
-    "convert",
+    "convert_checkpoint",
     "distill",
     "dpo",
     "evaluate",

@@ -1,5 +1,5 @@
 from megarl.api import Result as Result
-from megarl.api import convert as convert
+from megarl.api import convert_checkpoint as convert_checkpoint
 from megarl.api import distill as distill
 from megarl.api import dpo as dpo
 from megarl.api import evaluate as evaluate

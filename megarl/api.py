@@ -121,7 +121,7 @@ def plan(config: Config = None, *, num_gpus: int, **settings: Any) -> dict[str, 
     return simulate(loaded, num_gpus).as_json()
 
 
-def convert(direction: str, source: str | Path, target: str | Path, *options: str) -> None:
+def convert_checkpoint(direction: str, source: str | Path, target: str | Path, *options: str) -> None:
     """`megarl convert`; ``direction`` is hf-to-megatron or megatron-to-hf, ``options`` the command's."""
     from megarl.cli import main
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,3 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _installed() -> object:
+    return getattr(sys.modules.get("megarl.platform"), "_installed", None)
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_unpatched() -> Iterator[None]:
+    """No test installs the platform in the tests' own process: it would change torch for all others."""
+    before = _installed()
+    yield
+    if before is None and _installed() is not None:
+        pytest.fail("the platform was installed in the tests' own process; use a process for it")

@@ -25,6 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_everything_public_is_there_and_nothing_heavy_is_loaded() -> None:
     for name in megarl.__all__:
         assert callable(getattr(megarl, name))
+        assert not (Path(megarl.__file__).parent / name).exists(), f"a package would take the place of {name}"
     assert set(megarl.__all__) <= set(dir(megarl))
     stub = (Path(megarl.__file__).parent / "__init__.pyi").read_text()
     assert set(megarl.__all__) == {line.split()[-1] for line in stub.splitlines() if line.startswith("from")}

@@ -231,7 +231,10 @@ def test_a_killed_rank_ends_the_others(launcher: list[str], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_every_rank_once(launcher: list[str], tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen([*launcher, "checkpoint"])
+    # A test run in a shell's background ignores SIGINT, and so would the launcher.
+    process = subprocess.Popen(
+        [*launcher, "checkpoint"], preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+    )
     wait_for_ranks(tmp_path)
     os.kill(process.pid, number)
     assert process.wait(30) == 128 + number

@@ -29,6 +29,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
 def test_more_steps_go_on_on_the_longer_schedule(tmp_path: Path, model: Path, shape: str) -> None:
     config = config_of(tmp_path, model, optimizer={"lr": 1e-3, "lr_schedule": shape, "min_lr": 1e-4})
@@ -91,6 +92,7 @@ def test_a_damaged_checkpoint_of_before_checksums_is_a_line(
         assert str(path) in line
 
 
+@pytest.mark.slow
 def test_weights_alone_are_no_run_to_go_on_from(tmp_path: Path, model: Path) -> None:
     weights = {"interval": 0, "save_optimizer": False, "export_hf": True}
     config = config_of(tmp_path, model, checkpoint=weights)
@@ -107,6 +109,7 @@ def test_weights_alone_are_no_run_to_go_on_from(tmp_path: Path, model: Path) -> 
     assert len(read_steps(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_data_that_has_changed_is_said_or_refused(tmp_path: Path, model: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1 + 1 =", "response": "2"}\n' * 16)

@@ -38,8 +38,9 @@ def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def processes(marker: str) -> list[psutil.Process]:
-    found = [each for each in psutil.process_iter(["cmdline"]) if marker in (each.info["cmdline"] or [])]
-    return [each for each in found if each.status() != psutil.STATUS_ZOMBIE]
+    found = psutil.process_iter(["cmdline", "status"])
+    named = [each for each in found if marker in (each.info["cmdline"] or [])]
+    return [each for each in named if each.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def test_a_thread_and_a_child_run_whatever_else_the_user_runs(isolation: Any):

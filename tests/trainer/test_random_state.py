@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -14,7 +15,11 @@ from megarl import platform
 from megarl.errors import UserError
 from megarl.trainer import random_state
 
-platform.install()
+
+@pytest.fixture(autouse=True)
+def _current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The platform is not installed: that would patch torch for all tests of this process."""
+    monkeypatch.setattr(platform, "current", lambda: SimpleNamespace(name=platform.chosen_name()))
 
 
 def saved(state: dict[str, Any], folder: Path) -> dict[str, Any]:

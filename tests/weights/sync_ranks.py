@@ -101,7 +101,7 @@ def checksums_by_other_handles(context: Any, model_dir: str) -> dict[str, Any]:
         made.append(storage)
         return SharedStorage((b"counter %d" % len(made), b"", storage.nbytes()))
 
-    real, shared_storage._share = shared_storage._share, share_anew
+    real, shared_storage._shared_handle = shared_storage._shared_handle, share_anew
     try:
         policy = ranks.build(context, model_dir)
         owner = next(o for o in policy.weights.owners() if o.rank == context.rank)
@@ -110,7 +110,7 @@ def checksums_by_other_handles(context: Any, model_dir: str) -> dict[str, Any]:
         ]
         found = policy.weights.checksums(queries)
     finally:
-        shared_storage._share = real
+        shared_storage._shared_handle = real
     params = policy.weights._params
     return {
         "found": [found.get(number) for number in range(len(queries))],
