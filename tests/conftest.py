@@ -18,7 +18,9 @@ os.environ["WANDB_MODE"] = "offline"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where torch sees no CUDA device."""
+    """Skip tests marked gpu where torch sees no CUDA device; refuse test files that patch torch."""
+    if _installed() is not None:
+        raise pytest.UsageError("a test file installs the platform as it is imported; use a process for it")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
