@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.cluster.ray_async import END, answer, in_thread, next_of, stream
 from megarl.cluster.ray_runtime import start_ray, stop_ray
+
+ROOT = Path(__file__).parents[2]
 
 
 class Counts:
@@ -34,10 +38,14 @@ class Counts:
 def counts() -> Iterator[Any]:
     import ray
 
-    start_ray()
-    actor: Any = ray.remote(Counts)
-    yield actor.options(num_cpus=0, max_concurrency=4).remote()
-    stop_ray()
+    # Workers do not search the driver's paths: they find this module by the environment.
+    with pytest.MonkeyPatch.context() as patched:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patched.setenv("PYTHONPATH", os.pathsep.join(paths))
+        start_ray()
+        actor: Any = ray.remote(Counts)
+        yield actor.options(num_cpus=0, max_concurrency=4).remote()
+        stop_ray()
 
 
 async def taken(values: AsyncIterator[Any]) -> list[Any]:
