@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,10 @@ import transformers
 
 from megarl.cluster.ray_runtime import stop_ray
 from megarl.config.rollout import EngineConfig
-from megarl.inference.interface import GeneratedResponse, GenerateRequest
+from megarl.inference.interface import GenerateRequest
 from megarl.inference.vllm.engine import VllmEngine
 from megarl.records import token_ids
-from megarl.weights.sync_plan import Alias, Copy, ParamInfo, SharedStorage, SourceView, WeightPlan
+from tests.inference.mini_trainer import MiniTrainer, SharedWeights
 
 MAX_MODEL_LEN = 256
 FAMILIES = ("llama", "qwen3")
@@ -31,67 +31,20 @@ SIZES = {
 }
 
 
-class SharedWeights:
-    """One shared buffer that holds HF weights as the engine lays them out (q|k|v, gate|up, padding)."""
+class FusedWeights(SharedWeights):
+    """Hugging Face weights as vLLM lays them out (q|k|v, gate|up, padding)."""
 
-    def __init__(self, params: dict[str, ParamInfo], dtype: str) -> None:
-        self.params, self.dtype = params, dtype
-        sizes = [torch.Size(info.shape).numel() for info in params.values()]
-        self.buffer = torch.zeros(sum(sizes), dtype=getattr(torch, dtype))
-        pieces = self.buffer.split(sizes)
-        self.views = {
-            name: piece.view(params[name].shape) for name, piece in zip(params, pieces, strict=True)
-        }
-        self.storage = SharedStorage(self.buffer.untyped_storage()._share_filename_cpu_())
-
-    @torch.no_grad()
-    def load(self, model: transformers.PreTrainedModel) -> None:
+    def reader(self, model: transformers.PreTrainedModel) -> Callable[[str], torch.Tensor]:
+        """Join the parts of what vLLM fuses."""
         state = model.state_dict()
-        for name, view in self.views.items():
-            weight = torch.cat([state[part] for part in _hf_names(name)])
-            view[: len(weight)].copy_(weight)  # rows beyond are vocabulary padding
-
-    def source(self, name: str, start: int = 0, stop: int | None = None) -> SourceView:
-        view = self.views[name][start:stop]
-        return SourceView(0, self.dtype, view.storage_offset(), tuple(view.shape), tuple(view.stride()))
-
-    def alias_plan(self) -> WeightPlan:
-        return WeightPlan([self.storage], [Alias(name, self.source(name)) for name in self.params], [])
-
-    def copy_plan(self) -> WeightPlan:
-        """Every parameter in two regions, as if two trainer ranks held a half each."""
-        copies = []
-        for name, info in self.params.items():
-            middle = info.shape[0] // 2
-            rest = tuple((0, size) for size in info.shape[1:])
-            for start, stop in ((0, middle), (middle, info.shape[0])):
-                copies.append(Copy(name, ((start, stop), *rest), self.source(name, start, stop)))
-        return WeightPlan([self.storage], [], copies)
+        return lambda name: torch.cat([state[part] for part in _hf_names(name)])
 
 
-class MiniTrainer:
-    """An HF model as the reference, its shared weights, and the engine that aliases them."""
+class VllmTrainer(MiniTrainer):
+    """With requests for every test."""
 
     def __init__(self, engine: VllmEngine, model: transformers.PreTrainedModel) -> None:
-        self.engine, self.model = engine, model
-        self.initial = {name: value.clone() for name, value in model.state_dict().items()}
-        [self.params] = engine.describe_parameters()
-        self.shared = SharedWeights(self.params, "float32")
-
-    def reset(self) -> None:
-        """Back to the first weights, aliased, policy version 0."""
-        self.model.load_state_dict(self.initial)
-        self.shared.load(self.model)
-        self.engine.attach([self.shared.alias_plan()])
-        self.engine.sync(0)
-
-    @torch.no_grad()
-    def change_weights(self) -> None:
-        """Change the weights as an optimizer step does, without notifying the engine."""
-        generator = torch.Generator().manual_seed(11)
-        for param in self.model.parameters():
-            param.add_(0.05 * torch.randn(param.shape, generator=generator))
-        self.shared.load(self.model)
+        super().__init__(engine, model, FusedWeights)
 
     def requests(self, count: int, max_new_tokens: int, prompt_length: int = 9) -> list[GenerateRequest]:
         generator = torch.Generator().manual_seed(3)
@@ -104,24 +57,6 @@ class MiniTrainer:
             )
             for i in range(count)
         ]
-
-    @torch.no_grad()
-    def logprob_error(
-        self, requests: list[GenerateRequest], responses: list[GeneratedResponse], temperature: float
-    ) -> float:
-        """Largest |engine - HF| over all response tokens; every request must have been answered."""
-        prompts = {request.request_id: request.prompt_ids for request in requests}
-        assert sorted(prompts) == sorted(response.request_id for response in responses)
-        errors = []
-        for response in responses:
-            prompt = prompts[response.request_id]
-            logits = self.model(torch.tensor([[*prompt, *response.token_ids]])).logits[
-                0, len(prompt) - 1 : -1
-            ]
-            expected = (logits / temperature).log_softmax(-1)
-            expected = expected.gather(-1, torch.tensor(response.token_ids).long()[:, None])[:, 0]
-            errors.append((expected - torch.tensor(response.logprobs)).abs().max().item())
-        return max(errors)
 
 
 def _hf_names(engine_name: str) -> list[str]:
@@ -151,7 +86,7 @@ def _make_model(family: str, directory: Path) -> transformers.PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def _trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, MiniTrainer]]:
+def _trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, VllmTrainer]]:
     """Start both engines concurrently: importing vllm takes most of the time."""
     config = EngineConfig(kv_cache_gib=0.05, num_threads=1)
     models, engines = {}, {}
@@ -168,14 +103,14 @@ def _trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mi
         )
     for engine in engines.values():
         engine.wait_ready()
-    yield {family: MiniTrainer(engines[family], models[family]) for family in FAMILIES}
+    yield {family: VllmTrainer(engines[family], models[family]) for family in FAMILIES}
     for engine in engines.values():
         engine.shutdown()
     stop_ray()
 
 
 @pytest.fixture(params=FAMILIES)
-def trainer(request: pytest.FixtureRequest, _trainers: dict[str, MiniTrainer]) -> MiniTrainer:
+def trainer(request: pytest.FixtureRequest, _trainers: dict[str, VllmTrainer]) -> VllmTrainer:
     """A trainer with its first weights; tied and with q/k norms (qwen3) or untied and without (llama)."""
     chosen = _trainers[request.param]
     chosen.reset()

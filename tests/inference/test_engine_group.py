@@ -28,7 +28,7 @@ from megarl.inference.interface import (
 )
 from megarl.inference.placement import EnginePlace
 from megarl.records import token_ids
-from tests.inference.conftest import MAX_MODEL_LEN, SharedWeights, _make_model
+from tests.inference.conftest import MAX_MODEL_LEN, FusedWeights, _make_model
 from tests.inference.driving import generate
 
 PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
@@ -238,7 +238,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineGroup]:
     assert isinstance(started, EngineGroup)
     started.wait_ready()
     params = started.describe_parameters()
-    weights = SharedWeights(params[0], "float32")
+    weights = FusedWeights(params[0], "float32")
     weights.load(model)
     started.attach([weights.alias_plan()] * 2)
     started.sync(0)

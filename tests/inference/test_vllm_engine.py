@@ -25,10 +25,11 @@ from megarl.inference.interface import (
 )
 from megarl.inference.vllm import engine as vllm_engine
 from megarl.inference.vllm.engine import VllmEngine
-from megarl.records import TokenIds, token_ids
+from megarl.records import token_ids
 from megarl.weights.sync_plan import Alias, SourceView
 from tests.cluster.events import recorded_tasks
 from tests.inference.driving import generate
+from tests.inference.mini_trainer import check_pause, logprobs_of
 from tests.processes import command_line
 
 PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
@@ -114,9 +115,9 @@ def test_a_seed_fixes_the_tokens(trainer: Any) -> None:
 
 
 def test_the_engine_reads_the_owners_memory(trainer: Any) -> None:
-    [report] = trainer.engine.attach([trainer.shared.alias_plan()])
+    [report] = trainer.engine.attach([trainer.weights.alias_plan()])
     assert set(report.aliased) == set(trainer.params)  # by address, inside the mapped storage
-    assert report.copied == [] and report.aliased_bytes == trainer.shared.buffer.nbytes
+    assert report.copied == [] and report.aliased_bytes == trainer.weights.buffer.nbytes
     # Prompts longer than a KV block, so that a forgotten prefix cache would serve old keys and values.
     requests = trainer.requests(4, max_new_tokens=8, prompt_length=70)
     before = list(generate(trainer.engine, requests, PLAIN))
@@ -130,7 +131,7 @@ def test_the_engine_reads_the_owners_memory(trainer: Any) -> None:
 
 
 def test_copies_convert_and_are_counted(trainer: Any) -> None:
-    shared = type(trainer.shared)(trainer.params, "bfloat16")
+    shared = type(trainer.weights)(trainer.params, "bfloat16")
     with torch.no_grad():  # the reference has the rounded weights (model.bfloat16() would round RoPE too)
         for param in trainer.model.parameters():
             param.copy_(param.bfloat16())
@@ -149,7 +150,7 @@ def test_copies_convert_and_are_counted(trainer: Any) -> None:
 
 
 def test_a_wrong_plan_is_refused_with_every_violation(trainer: Any) -> None:
-    plan = trainer.shared.alias_plan()
+    plan = trainer.weights.alias_plan()
     norm = "model.norm.weight"
     aliases = [a for a in plan.aliases if a.param not in (norm, "model.layers.0.mlp.down_proj.weight")]
     aliases.append(Alias(norm, SourceView(0, "bfloat16", 0, (32,), (1,))))
@@ -205,19 +206,7 @@ def test_a_consumer_that_leaves_aborts_the_rest(trainer: Any) -> None:
 
 
 def test_a_paused_engine_waits_and_takes_weights(trainer: Any) -> None:
-    requests = trainer.requests(3, max_new_tokens=10)
-    trainer.engine.pause()
-    responses: list[GeneratedResponse] = []
-    consumer = threading.Thread(target=lambda: responses.extend(generate(trainer.engine, requests, PLAIN)))
-    consumer.start()
-    time.sleep(0.5)
-    assert trainer.engine.health().num_unfinished_requests == 3 and not responses
-    trainer.change_weights()
-    trainer.engine.sync(4)
-    trainer.engine.resume()
-    consumer.join(timeout=60)
-    assert {r.policy_version for r in responses} == {4}
-    assert trainer.logprob_error(requests, responses, 1.0) < TOLERANCE
+    check_pause(trainer, trainer.requests(3, max_new_tokens=10), PLAIN, TOLERANCE)
 
 
 @pytest.mark.parametrize("trainer", ["qwen3"], indirect=True)
@@ -243,19 +232,13 @@ def test_weights_change_in_the_middle_of_samples(trainer: Any) -> None:
         assert (first, second, count + rest) == (0, 1, 230) and count > 0
         expected = torch.cat(
             [
-                hf_logprobs(before, prompts[response.request_id], response.token_ids)[:count],
-                hf_logprobs(trainer.model, prompts[response.request_id], response.token_ids)[count:],
+                logprobs_of(before, prompts[response.request_id], response.token_ids)[:count],
+                logprobs_of(trainer.model, prompts[response.request_id], response.token_ids)[count:],
             ]
         )
         assert (expected - torch.tensor(response.logprobs)).abs().max() < TOLERANCE
-        stale = hf_logprobs(before, prompts[response.request_id], response.token_ids)[count:]
+        stale = logprobs_of(before, prompts[response.request_id], response.token_ids)[count:]
         assert (stale - torch.tensor(response.logprobs)[count:]).abs().max() > 100 * TOLERANCE
-
-
-@torch.no_grad()
-def hf_logprobs(model: Any, prompt: TokenIds, response: TokenIds) -> torch.Tensor:
-    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(response).long()[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("trainer", ["qwen3"], indirect=True)

@@ -15,6 +15,7 @@ from megarl.inference.hf.runner import PagedRunner, RowRunner
 from megarl.inference.hf.scheduler import Scheduler
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.records import token_ids
+from tests.inference.mini_trainer import logprobs_of
 
 MAX_MODEL_LEN = 256
 PLAIN = SamplingConfig(temperature=1.0, stop_token_ids=(), logprobs=True)
@@ -129,12 +130,6 @@ class Core:
             expected = logprobs_of(self.reference, request.prompt_ids, response.token_ids)
             errors.append((expected - torch.from_numpy(response.logprobs)).abs().max().item())
         return max(errors)
-
-
-@torch.no_grad()
-def logprobs_of(model: Any, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
-    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(response).long()[:, None])[:, 0]
 
 
 def make_requests(count: int, *, prompts: int | None = None, length: int = 40) -> list[GenerateRequest]:

@@ -14,7 +14,8 @@ from megarl.inference.hf.packing_check import packing_error
 from megarl.inference.hf.pages import PAGE
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.records import token_ids
-from tests.inference.hf.models import FAMILIES, PLAIN, Core, logprobs_of, make_requests
+from tests.inference.hf.models import FAMILIES, PLAIN, Core, make_requests
+from tests.inference.mini_trainer import logprobs_of
 
 TOLERANCE = 1e-4
 ROWS_ONLY = ("mamba", "bloom", "lfm2")

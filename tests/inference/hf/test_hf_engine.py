@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from megarl.records import token_ids
 from megarl.weights.checksum import region_checksum
 from megarl.weights.file_owner import FileOwner
 from tests.inference.driving import generate
-from tests.inference.hf.models import MAX_MODEL_LEN, PLAIN, logprobs_of, make_model, make_requests
+from tests.inference.hf.models import MAX_MODEL_LEN, PLAIN, make_model, make_requests
+from tests.inference.mini_trainer import check_pause, logprobs_of
 
 TOLERANCE = 1e-4
 
@@ -86,19 +86,7 @@ def test_a_wrong_plan_is_refused_with_every_violation(trainer: Any) -> None:
 
 
 def test_a_paused_engine_waits_and_takes_weights(trainer: Any) -> None:
-    requests = make_requests(3)
-    trainer.engine.pause()
-    responses: list[GeneratedResponse] = []
-    consumer = threading.Thread(target=lambda: responses.extend(generate(trainer.engine, requests, PLAIN)))
-    consumer.start()
-    time.sleep(0.5)
-    assert trainer.engine.health().num_unfinished_requests == 3 and not responses
-    trainer.change_weights()
-    trainer.engine.sync(4)
-    trainer.engine.resume()
-    consumer.join(timeout=60)
-    assert {r.policy_version for r in responses} == {4}
-    assert trainer.logprob_error(requests, responses) < TOLERANCE
+    check_pause(trainer, make_requests(3), PLAIN, TOLERANCE)
 
 
 def test_a_sleeping_engine_gives_its_cache_back(trainer: Any) -> None:
