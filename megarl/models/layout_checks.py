@@ -163,10 +163,10 @@ def layout_problems(architecture: Architecture, parallel: ParallelConfig) -> Ite
         yield "parallel.sequence_parallel: must be true for experts with tensor_parallel_size > 1"
 
 
-def layout_of(parallel: ParallelConfig) -> ParallelLayout:
-    """Return the layout of a configuration; UserError if the sizes do not divide the ranks."""
+def layout_of(parallel: ParallelConfig, num_ranks: int | None = None) -> ParallelLayout:
+    """Return the layout of ``num_ranks`` (None: as configured); UserError if the sizes do not divide them."""
     return ParallelLayout.from_world_size(
-        parallel.num_processes,
+        parallel.num_processes if num_ranks is None else num_ranks,
         tensor=parallel.tensor_parallel_size,
         pipeline=parallel.pipeline_parallel_size,
         context=parallel.context_parallel_size,

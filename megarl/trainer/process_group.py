@@ -15,23 +15,13 @@ from megarl.cluster import collectives
 from megarl.cluster.rendezvous import open_store
 from megarl.config.parallel import ParallelConfig
 from megarl.layout import ParallelLayout
+from megarl.models.layout_checks import layout_of
 from megarl.platform import Platform
 
 
 def layout_of_ranks(parallel: ParallelConfig) -> ParallelLayout:
     """Return the layout of the ranks started by the launcher (WORLD_SIZE; one rank without it)."""
-    return ParallelLayout.from_world_size(
-        int(os.environ.get("WORLD_SIZE", "1")),
-        tensor=parallel.tensor_parallel_size,
-        pipeline=parallel.pipeline_parallel_size,
-        context=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        virtual=parallel.virtual_pipeline_parallel_size,
-        expert=parallel.expert_parallel_size,
-        expert_tensor=parallel.expert_tensor_parallel_size,
-        first_stage_layers=parallel.first_stage_layers,
-        last_stage_layers=parallel.last_stage_layers,
-    )
+    return layout_of(parallel, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def join(platform: Platform) -> int:
