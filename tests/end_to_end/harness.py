@@ -87,6 +87,17 @@ def write_config(
     return path
 
 
+def wait_until(
+    process: subprocess.Popen[bytes], condition: Callable[[], Any], output: Path, timeout: float = 1500
+) -> None:
+    """Poll until ``condition()`` holds; the process, which writes to ``output``, must run all the while."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended before it was stopped:\n{output.read_text()}"
+        assert time.monotonic() < deadline, f"nothing happened in {timeout} s:\n{output.read_text()}"
+        time.sleep(0.002)
+
+
 class Command:
     """One ``python -m megarl.cli ...``; its output (both streams) goes to a file."""
 
@@ -121,11 +132,7 @@ class Command:
 
     def wait_until(self, condition: Callable[[], Any], timeout: float = 1500) -> None:
         """Poll until ``condition()`` holds; the command must keep running meanwhile."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.process.poll() is None, f"ended before it was stopped:\n{self.output}"
-            assert time.monotonic() < deadline, f"nothing happened in {timeout} s:\n{self.output}"
-            time.sleep(0.002)
+        wait_until(self.process, condition, self.output_path, timeout)
 
     def freeze_when(self, condition: Callable[[], Any], timeout: float = 1500) -> None:
         """Poll with the process stopped until ``condition()`` holds, so nothing changes after the check."""

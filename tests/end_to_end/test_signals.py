@@ -6,14 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.end_to_end.harness import ROOT, SFT, checkpoints, read_steps, write_config
+from tests.end_to_end.harness import ROOT, SFT, checkpoints, read_steps, wait_until, write_config
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCHERS: dict[str, list[str]] = {
@@ -21,14 +18,6 @@ LAUNCHERS: dict[str, list[str]] = {
     "two": ["parallel.num_processes=2"],
     "ray": ["parallel.num_processes=2", "launcher=ray"],
 }
-
-
-def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], Any], log: Path) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert process.poll() is None, f"ended by itself: {log.read_text() if log.exists() else ''}"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def as_at_a_terminal() -> None:
@@ -97,13 +86,13 @@ def test_a_signal_ends_with_a_checkpoint(
     )
     process, reading = start(["sft", "--config", str(config), *LAUNCHERS[launcher]], output, log)
     try:
-        wait_until(process, lambda: (drained(reading), len(read_steps(directory)) >= 3)[1], log)
+        wait_until(process, lambda: (drained(reading), len(read_steps(directory)) >= 3)[1], log, 600)
         for descriptor in reading:
             os.close(descriptor)
         process.send_signal(number)
         if output == "nohup" and number == signal.SIGHUP:
             before = len(read_steps(directory))
-            wait_until(process, lambda: len(read_steps(directory)) >= before + 3, log)
+            wait_until(process, lambda: len(read_steps(directory)) >= before + 3, log, 600)
             process.send_signal(number := signal.SIGTERM)
         assert process.wait(300) == 128 + number, log.read_text()
     finally:
