@@ -24,6 +24,7 @@ from typing import IO, Any
 from megarl.cluster.by_value import by_value
 from megarl.config.section import Section
 from megarl.errors import UserError
+from megarl.run_directory import RunDirectory, read_metrics
 
 Reward = Callable[[str, str, str], float]
 Config = Section | str | os.PathLike[str] | Mapping[str, Any] | None
@@ -160,40 +161,35 @@ def run(
     from megarl.config.load import load_config
     from megarl.jobs import JOBS
 
-    given = dict(settings or {})
     with tempfile.TemporaryDirectory(prefix="megarl-") as folder:
         path = _config_file(config, Path(folder))
         code = Path(folder) / "code"
-        overrides = _overrides(given)
+        overrides = _overrides(settings or {})
         for name, function in (("loss", loss), ("advantage", advantage)):
             if function is not None:
                 overrides.append(f"algorithm.{name}={_import_path(function, code)}")
+        # The command checks files and functions, and says what is wrong in the same words.
+        read = load_config(JOBS[job].root(), path, overrides, check_files=False)
         if reward is not None:
             environment = json.dumps(_environment(reward, code))
-            raw = load_config(JOBS[job].root(), path, overrides, check_files=False)
-            splits = [name for name in ("train", "held_out") if getattr(raw.data, name, None) is not None]
+            splits = [name for name in ("train", "held_out") if getattr(read.data, name, None) is not None]
             overrides += [f"data.{name}.environment={environment}" for name in splits]
-        with _on_path(code):
-            # Without the files' contents: the command checks them, and says the same in the same words.
-            directory = Path(
-                load_config(JOBS[job].root(), path, overrides, check_files=False).run.dir
-            ).resolve()
+        directory = RunDirectory(Path(read.run.dir).resolve())
         if code.is_dir():  # the run keeps it: it is resumed with the same functions
-            code = _keep(code, directory)
+            code = _keep(code, directory.path)
         arguments = [job, *(["--config", str(path)] if path else []), *overrides]
         _command(arguments, code if code.is_dir() else None)
-    return read_result(directory)
+    return read_result(directory.path)
 
 
 def read_result(directory: str | Path) -> Result:
     """The :class:`Result` of a run directory."""
-    directory = Path(directory)
-    summary, metrics = directory / "summary.json", directory / "metrics.jsonl"
-    rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    run_directory = RunDirectory(directory)
+    summary = run_directory.summary_path
     return Result(
-        directory,
+        run_directory.path,
         json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
-        [{name: float(value) for name, value in json.loads(row).items()} for row in rows],
+        [{name: float(value) for name, value in row.items()} for row in read_metrics(run_directory.path)],
     )
 
 
@@ -280,18 +276,6 @@ def _keep(code: Path, directory: Path) -> Path:
     for file in code.iterdir():
         (kept / file.name).write_bytes(file.read_bytes())
     return kept
-
-
-class _on_path:
-    def __init__(self, folder: Path) -> None:
-        self._folder = str(folder)
-
-    def __enter__(self) -> None:
-        sys.path.append(self._folder)
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(ValueError):
-            sys.path.remove(self._folder)
 
 
 # --- the process --------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config_path = self.path / "config.yaml"
         self.console_path = self.path / "console.log"
+        self.inputs_path = self.path / "inputs.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples"
         self.evaluations_path = self.path / "evaluations"
@@ -117,11 +118,11 @@ class RunDirectory:
     def _check_kinds(self) -> None:
         """Refuse files where the run keeps directories, and directories where it keeps files."""
         folders = (self.samples_path, self.checkpoints_path, self.ranks_path, self.evaluations_path)
-        files = (self.config_path, self.metrics_path, self.summary_path, self.report_path, self.console_path)
+        files = (self.config_path, self.metrics_path, self.summary_path, self.report_path)
         for path in folders:
             if path.exists() and not path.is_dir():
                 raise UserError(f"run.dir: {path} is a file where the run keeps a directory; move it away")
-        for path in (*files, self.path / "inputs.json"):
+        for path in (*files, self.console_path, self.inputs_path):
             if path.is_dir():
                 raise UserError(f"run.dir: {path} is a directory where the run keeps a file; move it away")
 

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "doctor": "cluster environments ops platform",
     "cli": "arguments launch recipes run_directory doctor loops convert simulate metrics models weights"
     " cluster platform",
-    "api": "cluster simulate cli",
+    "api": "run_directory cluster simulate cli",
     "__main__": "cli",
 }
 # Where a library may be imported (prefixes of modules).

@@ -20,7 +20,6 @@ from pydantic import BaseModel
 from megarl.config.dotted import is_dotted
 from megarl.trainer.checksums import checksums_of
 
-INPUTS_FILE = "inputs.json"
 FILE_KEYS = ("path", "corpus", "directory", "dataset", "chat_template")
 """Names of keys whose value, where it is there on disk, is read by a run."""
 CODE_KEYS = ("path", "paths", "loss", "advantage")
@@ -79,10 +78,10 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
     return sorted(lines)
 
 
-def read_inputs(directory: Path) -> Inputs | None:
-    """Read the inputs recorded in a run directory; None if there are none that can be read."""
+def read_inputs(path: Path) -> Inputs | None:
+    """Read the inputs that a run recorded; None if there are none that can be read."""
     try:
-        found = json.loads((directory / INPUTS_FILE).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     whole = isinstance(found, dict) and all(isinstance(each, dict) for each in found.values())

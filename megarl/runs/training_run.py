@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megarl import platform
-from megarl.runs.inputs import INPUTS_FILE, changes, find_inputs, read_inputs
+from megarl.runs.inputs import changes, find_inputs, read_inputs
 from megarl.runs.resuming import load, newest_whole, told_once
 from megarl.runs.checkpoint_manager import CheckpointManager
 from megarl.cluster import heartbeat
@@ -98,7 +98,7 @@ class TrainingRun:
 
     def _look_at_inputs(self) -> None:
         """Report inputs that have changed since the run began, and store the current ones."""
-        before = read_inputs(self.directory.path)
+        before = read_inputs(self.directory.inputs_path)
         now = find_inputs(self.config, before)
         has_begun = before is not None and bool(self.directory.checkpoint_steps())
         if lines := changes(before or {}, now) if has_begun else []:
@@ -109,7 +109,7 @@ class TrainingRun:
                 )
             for line in lines:
                 self.console.warn(f"{line}; it goes on with what is there now")
-        write_atomically(self.directory.path / INPUTS_FILE, to_json(now, indent=1) + "\n")
+        write_atomically(self.directory.inputs_path, to_json(now, indent=1) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
