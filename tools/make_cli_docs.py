@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from unittest import mock
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 INTRODUCTION = """\
@@ -26,9 +27,8 @@ Environment variables that MegaRL reads: `MEGARL_PLATFORM` (`cpu` or `cuda` in p
 
 def text_of(parser: argparse.ArgumentParser) -> str:
     """Return a parser's help, the same on every terminal."""
-    os.environ["COLUMNS"] = "110"
-    os.environ["NO_COLOR"] = "1"
-    return parser.format_help().rstrip()
+    with mock.patch.dict(os.environ, COLUMNS="110", NO_COLOR="1"):
+        return parser.format_help().rstrip()
 
 
 def page() -> str:
