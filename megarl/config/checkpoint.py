@@ -27,6 +27,7 @@ class CheckpointConfig(Section):
 
     @rule
     def _best(self) -> Problems:
+        """`keep_best_mode` needs `keep_best_metric`."""
         if self.keep_best_metric is None and self.keep_best_mode != "max":
             reason = "has no effect: checkpoint.keep_best_metric is not set (got 'min')"
             yield "keep_best_mode", reason, "keep_best_metric"

@@ -66,6 +66,7 @@ class FileLocation(Section):
 
     @rule
     def _kind(self) -> Problems:
+        """`source: file` needs a `path` that ends in .jsonl, .json, .parquet, .csv or .arrow."""
         if self.source == "file" and PurePath(self.path).suffix.lower() not in FILE_KINDS:
             kinds = ", ".join(FILE_KINDS)
             yield "path", f"its extension selects the format and must be one of {kinds} (got {self.path!r})"
@@ -135,6 +136,7 @@ class MixtureWeights(Section):
 
     @rule
     def _every_source_once(self) -> Problems:
+        """`weights` has exactly the names of `sources`."""
         if self.weights is not None and (differ := sorted(set(self.sources) ^ set(self.weights))):
             reason = "must have the same names as data sources (they differ in {})"
             yield "weights", reason.format(", ".join(differ))
@@ -173,6 +175,7 @@ class PromptFormat(Section):
 
     @rule
     def _system_prompt(self) -> Problems:
+        """`system_prompt` and `chat_template_kwargs` need `chat_template`."""
         if self.system_prompt is not None and not self.chat_template:
             reason = "needs a chat template, but data.format.chat_template is false"
             yield "system_prompt", reason, "chat_template"
@@ -195,6 +198,7 @@ class LengthFilter(Section):
 
     @rule
     def _lengths(self) -> Problems:
+        """`min_tokens` must not exceed `max_tokens`."""
         low, high = self.min_tokens, self.max_tokens
         if low is not None and high is not None and low > high:
             reason = f"larger than data.filter.max_tokens = {high}: every row would be dropped (got {low})"
@@ -235,12 +239,14 @@ class DataReading(Section):
 
     @rule
     def _separate_splits(self) -> Problems:
+        """`train` and `held_out` must not be the same rows: other seeds, another file or another split."""
         for train_at, train in parts_of(self.train, "train"):
             for at, held_out in parts_of(self.held_out, "held_out"):
                 yield from _overlap(train_at, train, at, held_out)
 
     @rule
     def _fixed_held_out(self) -> Problems:
+        """Held-out data has no `weights` and no `curriculum`."""
         for split in self.measured:
             if getattr(getattr(self, split), "weights", None) is not None:
                 yield f"{split}.weights", "held-out data is evaluated once per row: remove the weights"
@@ -249,6 +255,7 @@ class DataReading(Section):
 
     @rule
     def _no_filter_with_curriculum(self) -> Problems:
+        """A `curriculum` cannot be combined with `data.filter` or `on_bad_row: skip`."""
         if "train" in self.measured or (self.on_bad_row == "error" and self.filter == LengthFilter()):
             return
         once = "select among problems generated once, at the start"

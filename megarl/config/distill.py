@@ -30,6 +30,8 @@ class DistillAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _divergence(self) -> Problems:
+        """`beta` needs `divergence: jensen_shannon`, `teacher_top_k` needs `divergence: forward`,
+        `renormalize_top_k` needs `teacher_top_k`."""
         divergence = f"algorithm.divergence = {self.divergence}"
         if self.divergence != "jensen_shannon":
             yield from self.unused("beta", f"{divergence} does not read it", "divergence")

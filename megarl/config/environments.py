@@ -90,6 +90,7 @@ class MultipleChoiceConfig(Judging):
 
     @rule
     def _letters(self) -> Problems:
+        """`choices` are distinct letters."""
         letters = self.choices
         if not letters.isascii() or not letters.isalpha() or len(set(letters.upper())) < len(letters):
             yield "choices", f"must be distinct letters (got {letters!r})"
@@ -111,6 +112,7 @@ class RegexConfig(Judging):
 
     @rule
     def _pattern(self) -> Problems:
+        """`pattern` compiles; `format_reward` needs a group `answer` in it."""
         found = _compiled(self.pattern)
         if isinstance(found, str):
             yield "pattern", found
@@ -151,6 +153,8 @@ class JudgeConfig(Judging):
 
     @rule
     def _request(self) -> Problems:
+        """`prompt` contains {response}, `base_url` begins with http:// or https://, `score_pattern` has a
+        group."""
         if "{response}" not in self.prompt:
             yield "prompt", "must contain {response}, the text to grade"
         if not re.match(r"https?://[^/]", self.base_url):
@@ -202,6 +206,7 @@ class CodeConfig(Judging):
 
     @rule
     def _times(self) -> Problems:
+        """`timeout_seconds` must not exceed `total_timeout_seconds`."""
         if self.timeout_seconds > self.total_timeout_seconds:
             least = f"must be at least timeout_seconds = {self.timeout_seconds:g}"
             yield "total_timeout_seconds", f"{least} (got {self.total_timeout_seconds:g})", "timeout_seconds"
@@ -231,6 +236,7 @@ class NumberGuessingConfig(Judging):
 
     @rule
     def _numbers(self) -> Problems:
+        """`low` is below `high`."""
         if self.low >= self.high:
             yield "high", f"must be above low (got {self.high})", "low"
 
@@ -281,6 +287,7 @@ class CustomEnvironmentConfig(Judging):
 
     @rule
     def _dotted(self) -> Problems:
+        """`path` has the form package.module:Class."""
         if not is_dotted(self.path):
             yield "path", f'must have the form "package.module:Class" (got {self.path!r})'
 
@@ -297,6 +304,7 @@ class FunctionConfig(Judging):
 
     @rule
     def _functions(self) -> Problems:
+        """Each of `paths` has the form package.module:function; `weights` has one number for each."""
         for number, path in enumerate(self.paths):
             if not is_dotted(path):
                 yield "paths", f'item {number} is written "package.module:function" (got {path!r})'
@@ -331,6 +339,7 @@ class ToolsConfig(Judging):
 
     @rule
     def _corpus(self) -> Problems:
+        """The tool `search` and `corpus` are set together."""
         if ("search" in self.tools) != (self.corpus is not None):
             found = f"{self.corpus!r} with tools {self.tools}"
             reason = f"holds the documents of the tool search: set both or neither (got {found})"
@@ -391,6 +400,7 @@ class EnvironmentSource(Section):
 
     @rule
     def _makes_problems(self) -> Problems:
+        """`environment` must be one that generates problems."""
         if not self.environment.makes_problems:
             kind = self.environment.kind
             yield "environment.kind", f"generates no problems: use another data source (got {kind})"

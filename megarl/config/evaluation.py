@@ -43,6 +43,7 @@ class EvaluationSizeConfig(Section):
 
     @rule
     def _greedy(self) -> Problems:
+        """`num_samples_per_prompt` > 1, `top_p` and `top_k` need `temperature` > 0."""
         if self.temperature > 0:
             return
         if (n := self.num_samples_per_prompt) > 1:
@@ -53,6 +54,7 @@ class EvaluationSizeConfig(Section):
 
     @rule
     def _subsets(self) -> Problems:
+        """Each of `k` is at most `num_samples_per_prompt`."""
         n = self.num_samples_per_prompt
         for k in (k for k in self.k if k > n):
             reason = f"k must be at most evaluation.num_samples_per_prompt = {n} (got {k})"
@@ -60,6 +62,7 @@ class EvaluationSizeConfig(Section):
 
     @rule
     def _consensus(self) -> Problems:
+        """`consensus: sampled` needs a `k` above 1; `consensus_draws` needs `consensus: sampled`."""
         if self.consensus == "closed":
             why = "has no effect: needs evaluation.consensus: sampled"
             yield from self.unused("consensus_draws", why, "consensus")

@@ -188,6 +188,9 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _custom(self) -> Problems:
+        """`loss` and `advantage` have the form package.module:function. `loss` excludes `objective`,
+        `ratio_level`, the clips and `off_policy_correction`; `advantage` excludes `baseline`, `normalize_std`
+        and `reward_weights`."""
         for owner, replaced in (
             (
                 "loss",
@@ -203,6 +206,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _clip(self) -> Problems:
+        """`clip_low` is below 1 (or 1 with `objective: cispo`); `dual_clip` needs `objective: clip`."""
         # CISPO as published has no lower clip: clip_low = 1 switches it off.
         objective = self.objective
         if self.clip_low != 1 or objective != "cispo":
@@ -213,6 +217,8 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _parts_of_objectives(self) -> Problems:
+        """`sapo_*` and `vespo_*` need the objective of that name. `sapo` and `vespo` have no `clip_low` and
+        `clip_high`, `dppo` and `vespo` no `ratio_level`, `vespo` no `off_policy_correction`."""
         objective = self.objective
         not_read = f"algorithm.objective = {objective} does not read it"
         if objective != "sapo":
@@ -233,6 +239,8 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _ratio_of_one(self) -> Problems:
+        """`objective`, `ratio_level`, `dual_clip` and `drift_coef` need several optimizer steps per rollout
+        batch, or `old_logprobs: rollout`."""
         if not self.has_ratios:
             one = "with one optimizer step per rollout batch every ratio is 1"
             why = f"has no effect: {one}, unless algorithm.old_logprobs = rollout"
@@ -241,6 +249,8 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _options_of_disabled(self) -> Problems:
+        """`max_generation_batches` needs `dynamic_sampling`, `overlong_penalty` needs `overlong_buffer`,
+        `kl_reward_level` needs `kl_reward_coef` > 0."""
         for owner, off, part in (
             ("dynamic_sampling", "false", "max_generation_batches"),
             ("overlong_buffer", "null", "overlong_penalty"),
@@ -251,6 +261,7 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _named_rewards(self) -> Problems:
+        """`reward_weights` has a weight other than 0; it excludes `overlong_buffer`, `kl_reward_level`."""
         if self.reward_weights is None:
             return
         if not any(self.reward_weights.values()):
@@ -262,12 +273,14 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _loss_length(self) -> Problems:
+        """`loss_length` needs `loss_aggregation: fixed_length`."""
         if (how := self.loss_aggregation) != "fixed_length":
             why = f"has no effect: algorithm.loss_aggregation is {how}, not fixed_length"
             yield from self.unused("loss_length", why, "loss_aggregation")
 
     @rule
     def _filtered(self) -> Problems:
+        """`filter_overlong` cannot be combined with `kl_reward_level: sequence`."""
         if self.filter_overlong and self.kl_reward_coef > 0 and self.kl_reward_level == "sequence":
             why = "excluded responses have no KL, but their rewards count in the baseline"
             reason = f"cannot be combined with algorithm.kl_reward_level = sequence: {why} (got true)"
@@ -275,12 +288,15 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _old_of_the_engine(self) -> Problems:
+        """`old_logprobs: rollout` excludes `off_policy_correction` and `max_logprob_error`."""
         if self.old_logprobs == "rollout":
             why = "compares old with rollout logprobs; algorithm.old_logprobs = rollout makes them equal"
             yield from self.unused("off_policy_correction max_logprob_error", why, "old_logprobs")
 
     @rule
     def _off_policy(self) -> Problems:
+        """`off_policy_low` < 1 < `off_policy_high` (or = 1 where the correction truncates). Each needs an
+        `off_policy_correction` that reads it; every correction needs `off_policy_high`, masks need both."""
         owner, name = "off_policy_correction", self.off_policy_correction
         read, correction = self.thresholds[name], f"algorithm.off_policy_correction = {name}"
         for threshold in ("off_policy_low", "off_policy_high", "off_policy_token_high"):
@@ -303,6 +319,8 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _parts_of_corrections(self) -> Problems:
+        """`off_policy_sequence_weight` needs a correction sequence_*, `off_policy_denominators` one that
+        masks; `log_ratio_clamp` needs ratios other than 1."""
         owner, name = "off_policy_correction", self.off_policy_correction
         if not name.startswith("sequence"):
             not_read = f"algorithm.{owner} = {name} does not read it"
@@ -317,6 +335,8 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _kl(self) -> Problems:
+        """`kl_estimator`, `kl_gradient` and the KL clamps need `kl_coef` > 0; `kl_estimator: k1` cannot be
+        combined with `kl_gradient: plain`."""
         if self.kl_coef == 0:
             why = "has no effect: algorithm.kl_coef is 0"
             parts = "kl_estimator kl_gradient kl_input_clamp_value kl_output_clamp_value"
@@ -367,6 +387,7 @@ class GrpoConfig(OnlineConfig):
 
     @rule
     def _group_size(self) -> Problems:
+        """`baseline`, `normalize_std` and `dynamic_sampling` need several samples per prompt."""
         algorithm, size, against = self.algorithm, self.rollout.num_generations_per_prompt, {}
         if algorithm.advantage is not None:
             pass  # the function checks the group size
@@ -384,6 +405,7 @@ class GrpoConfig(OnlineConfig):
 
     @rule
     def _overlong_buffer(self) -> Problems:
+        """`algorithm.overlong_buffer` must not exceed `rollout.max_new_tokens`."""
         buffer, longest = self.algorithm.overlong_buffer, self.rollout.max_new_tokens
         if buffer is not None and buffer > longest:
             reason = f"must not exceed rollout.max_new_tokens = {longest} (got {buffer})"
@@ -391,6 +413,8 @@ class GrpoConfig(OnlineConfig):
 
     @rule
     def _truncated_sampling(self) -> Problems:
+        """`rollout.top_p` and `top_k` need one optimizer step per rollout batch, `algorithm.kl_coef: 0`,
+        `kl_reward_coef: 0` and no `max_logprob_error`."""
         # The support is a set of tokens per position. The trainer recomputes it from the weights that
         # sampled, which it has only before the first optimizer step on a batch.
         algorithm, steps = self.algorithm, self.algorithm.optimizer_steps_per_batch
@@ -416,6 +440,7 @@ class GrpoConfig(OnlineConfig):
 
     @rule
     def _curriculum(self) -> Problems:
+        """A `curriculum` cannot be combined with `algorithm.dynamic_sampling`."""
         for at in self.data.curricula("train") if self.algorithm.dynamic_sampling else ():
             owner = "algorithm.dynamic_sampling"
             reason = f"needs the accuracy over all samples, but {owner} replaces groups that are all correct"
@@ -423,6 +448,8 @@ class GrpoConfig(OnlineConfig):
 
     @rule
     def _asynchronous(self) -> Problems:
+        """`rollout.max_staleness` excludes `top_p`, `top_k`, `router_replay`, `algorithm.dynamic_sampling`, a
+        `curriculum` and `weights.offload`."""
         older = "older versions are not kept"
         gone = f" makes the trainer's logprobs depend on the weights that sampled; {older}"
         against = [(name, gone) for name, _ in self.changed("rollout.top_p", "rollout.top_k")]

@@ -22,6 +22,7 @@ class LoraLayers(Section):
 
     @rule
     def _targets(self) -> Problems:
+        """`target_modules` is [all-linear], or names without repetition."""
         names = self.target_modules
         if ALL_LINEAR in names and len(names) > 1:
             yield "target_modules", f"{ALL_LINEAR} excludes other names (got {', '.join(names)})"

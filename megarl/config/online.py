@@ -88,6 +88,7 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @rule
     def _of_torch(self) -> Problems:
+        """`trainer.backend: torch` has no `rollout.router_replay` and no `cpu_offload` in online runs."""
         if self.trainer.backend == "torch":
             why = "the torch backend has none; trainer.backend = megatron has it"
             yield from self.unused("rollout.router_replay", why, "trainer.backend")
@@ -138,23 +139,27 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @rule
     def _refused(self) -> Problems:
+        """Settings that this algorithm does not support keep their defaults."""
         for path, why in self.refused.items():
             yield from self.unused(path, why)
 
     @rule
     def _something_to_evaluate(self) -> Problems:
+        """`evaluation` needs `data.held_out`; without it set `evaluation.at_start` and `at_end` to false."""
         asked = [f"evaluation.{name}" for name in self.evaluation.asked_by]
         if asked and self.data.held_out is None:
             yield "data.held_out", f"missing, but required by {', '.join(asked)}", *asked
 
     @rule
     def _param_gather_with_an_engine(self) -> Problems:
+        """`parallel.overlap_param_gather` is not for online runs."""
         if self.parallel.overlap_param_gather:
             reason = "not for online runs: engines read the parameters right after each step"
             yield "parallel.overlap_param_gather", reason
 
     @rule
     def _prompts(self) -> Problems:
+        """`rollout.num_prompts_per_step` is a multiple of `algorithm.num_optimizer_steps_per_batch`."""
         prompts, updates = self.rollout.num_prompts_per_step, self.algorithm.num_optimizer_steps_per_batch
         if prompts % updates:
             name = "algorithm.num_optimizer_steps_per_batch"
@@ -163,6 +168,7 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @rule
     def _enough_problems(self) -> Problems:
+        """`rollout.num_prompts_per_step` must not exceed `data.train.size`."""
         prompts, size = self.rollout.num_prompts_per_step, getattr(self.data.train, "size", None)
         if size is not None and prompts > size:
             reason = f"more than the training set has, data.train.size = {size} (got {prompts})"
@@ -170,6 +176,7 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @rule
     def _ranks(self) -> Problems:
+        """An optimizer step has at least one sample for every data-parallel rank."""
         samples, updates = self.rollout.num_samples, self.algorithm.num_optimizer_steps_per_batch
         if samples >= updates:
             yield from self.empty_ranks(
@@ -178,6 +185,7 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @rule
     def _room_for_a_prompt(self) -> Problems:
+        """`rollout.max_new_tokens` and `evaluation.max_new_tokens` are below the longest sequence."""
         name = "max_sequence_length" if self.packing.max_sequence_length else "max_tokens_per_microbatch"
         limit = getattr(self.packing, name)
         for section in ("rollout", "evaluation"):

@@ -44,5 +44,6 @@ class OptimizerConfig(Section):
 
     @rule
     def _learning_rates(self) -> Problems:
+        """`min_lr` must not exceed `lr`."""
         if self.min_lr > self.lr:
             yield "min_lr", f"must not exceed {HERE}lr = {self.lr} (got {self.min_lr})", "lr"

@@ -19,6 +19,7 @@ class PackingConfig(Section):
 
     @rule
     def _token_budget(self) -> Problems:
+        """`max_sequence_length` must not exceed `max_tokens_per_microbatch`."""
         longest, budget = self.max_sequence_length, self.max_tokens_per_microbatch
         if longest is not None and longest > budget:
             fits = "a sequence of this length must fit into a microbatch"

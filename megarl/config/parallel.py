@@ -58,6 +58,8 @@ class ParallelConfig(Section):
 
     @rule
     def _sizes(self) -> Problems:
+        """`num_processes` is a multiple of `tensor_parallel_size` x `pipeline_parallel_size` x
+        `context_parallel_size`."""
         product = self.model_parallel_size
         if self.num_processes % product:
             sizes = "tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"
@@ -66,7 +68,9 @@ class ParallelConfig(Section):
 
     @rule
     def _of_several_ranks(self) -> Problems:
-        """Rule: these settings need a dimension with more than one rank."""
+        """`sequence_parallel` needs `tensor_parallel_size` > 1, `virtual_pipeline_parallel_size` needs
+        `pipeline_parallel_size` > 1, `context_attention` and `context_split_from` need
+        `context_parallel_size` > 1."""
         for size, names in (
             ("tensor_parallel_size", ["sequence_parallel"]),
             ("pipeline_parallel_size", ["virtual_pipeline_parallel_size"]),
@@ -78,6 +82,8 @@ class ParallelConfig(Section):
 
     @rule
     def _uneven_stages(self) -> Problems:
+        """`first_stage_layers` and `last_stage_layers` need `pipeline_parallel_size` > 1 and
+        `virtual_pipeline_parallel_size: 1`."""
         if self.pipeline_parallel_size == 1 or self.virtual_pipeline_parallel_size > 1:
             needs = "pipeline_parallel_size", "virtual_pipeline_parallel_size"
             for name, _ in self.changed("first_stage_layers", "last_stage_layers"):
@@ -85,12 +91,14 @@ class ParallelConfig(Section):
 
     @rule
     def _overlap(self) -> Problems:
+        """`overlap_param_gather` needs `overlap_grad_reduce`."""
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             reason = "needs parallel.overlap_grad_reduce = true (they share Megatron's hooks)"
             yield "overlap_param_gather", reason, "overlap_grad_reduce"
 
     @rule
     def _expert_parallel(self) -> Problems:
+        """`expert_parallel_size` x `expert_tensor_parallel_size` divides the ranks of a pipeline stage."""
         stage, rest = divmod(self.num_processes, self.pipeline_parallel_size)
         size, split = self.expert_parallel_size, self.expert_tensor_parallel_size
         if not rest and stage % (size * split):

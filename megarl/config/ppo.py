@@ -60,6 +60,7 @@ class PpoAlgorithmConfig(OnlineAlgorithm):
 
     @rule
     def _ratios(self) -> Problems:
+        """`clip_low` is below 1; `dual_clip` needs several optimizer steps per rollout batch."""
         if self.optimizer_steps_per_batch == 1:
             why = "has no effect: with one optimizer step per rollout batch every ratio is 1"
             steps = "num_optimizer_steps_per_batch", "num_epochs_per_batch"
@@ -116,6 +117,8 @@ class PpoConfig(OnlineConfig):
 
     @rule
     def _critic_steps(self) -> Problems:
+        """`critic.warmup_steps` is below `training.num_steps`; `critic.optimizer.lr_warmup_steps` must not
+        exceed the critic's optimizer steps."""
         critic, steps, last = self.critic, self.num_critic_steps, self.training.num_steps
         if (warmup := critic.warmup_steps) >= last:
             reason = f"the policy trains in none of the run's {last} steps (got {warmup})"
@@ -126,6 +129,8 @@ class PpoConfig(OnlineConfig):
 
     @rule
     def _truncated_sampling(self) -> Problems:
+        """`rollout.top_p` and `top_k` need one optimizer step per rollout batch and
+        `algorithm.kl_reward_coef: 0`."""
         asked = self.algorithm.needs_old_logprobs
         why = (
             "logprobs are normalised over the sampling policy's support, which is known only before the first"

@@ -57,6 +57,7 @@ class PreferenceReasoningGymSource(ReasoningGymSource):
 
     @rule
     def _templates(self) -> Problems:
+        """Each template contains {answer}, or in `rejected_templates` {other_answer}."""
         for name, *fields in (
             ("chosen_templates", "{answer}"),
             ("rejected_templates", "{answer}", "{other_answer}"),
@@ -133,6 +134,8 @@ class PreferenceAlgorithmConfig(Section):
 
     @rule
     def _options(self) -> Problems:
+        """`label_smoothing`, `length_normalization`, `simpo_gamma`, `desirable_weight` and
+        `undesirable_weight` need a `loss` that reads them."""
         optional = dict.fromkeys(name for names in self.reads.values() for name in names)
         for name in optional.keys() - set(self.reads[self.loss]):
             always = name == "length_normalization" and self.loss in ("simpo", "orpo")  # fixed by the loss
@@ -173,6 +176,8 @@ class PreferenceRoot(OfflineRoot):
 
     @rule
     def _pair_fits(self) -> Problems:
+        """Both responses of a pair share a microbatch: `packing.max_sequence_length` is at most half of
+        `max_tokens_per_microbatch`."""
         longest, budget = self.packing.max_sequence_length, self.packing.max_tokens_per_microbatch
         if longest is not None and longest <= budget < 2 * longest:
             name, both = "packing.max_tokens_per_microbatch", "both responses of a pair share a microbatch"
@@ -195,6 +200,7 @@ class DpoConfig(PreferenceRoot):
 
     @rule
     def _reference(self) -> Problems:
+        """`reference` needs `algorithm.loss` dpo, ipo or kto."""
         unused = () if self.algorithm.uses_reference else ("reference.path", "reference.cache_dir")
         for name, value in self.changed(*unused):
             reason = f"algorithm.loss = {self.algorithm.loss} needs no reference (got {value!r})"
@@ -216,5 +222,6 @@ class RmConfig(PreferenceRoot):
 
     @rule
     def _no_adapters(self) -> Problems:
+        """`lora` is not for reward models, which train all weights and a new head."""
         if self.lora is not None:
             yield "lora", "not for reward models: they train all weights and a new head"

@@ -61,6 +61,7 @@ class EngineConfig(Section):
 
     @rule
     def _a_token_per_sequence(self) -> Problems:
+        """`max_num_batched_tokens` is at least `max_num_seqs`."""
         tokens, sequences = self.max_num_batched_tokens, self.max_num_seqs
         if tokens < sequences:
             least = f"rollout.engine.max_num_seqs = {sequences}, one token per sequence"
@@ -68,12 +69,14 @@ class EngineConfig(Section):
 
     @rule
     def _what_the_backend_has(self) -> Problems:
+        """`tensor_parallel_size`, `expert_parallel` and `batch_invariant` need `backend: vllm`."""
         if self.backend != "vllm":
             names = "tensor_parallel_size expert_parallel batch_invariant"
             yield from self.unused(names, f"needs {HERE}backend = vllm", "backend")
 
     @rule
     def _ranks_of_experts(self) -> Problems:
+        """`expert_parallel` needs `tensor_parallel_size` > 1."""
         if self.expert_parallel and self.tensor_parallel_size == 1:
             needs = "rollout.engine.tensor_parallel_size > 1, the ranks that split the experts"
             yield "expert_parallel", f"needs {needs} (got true)", "tensor_parallel_size"
@@ -110,6 +113,7 @@ class RolloutConfig(GenerationConfig):
 
     @rule
     def _experts_are_recorded(self) -> Problems:
+        """`router_replay` needs `engine.backend: vllm`."""
         if self.router_replay and self.engine.backend != "vllm":
             yield "router_replay", "needs rollout.engine.backend = vllm (got true)", "engine.backend"
 
@@ -153,6 +157,7 @@ class Sampling:
 
     @rule
     def _held_out_size(self) -> Problems:
+        """`evaluation.num_prompts` must not exceed `data.held_out.size`."""
         size, wanted = getattr(self.data.held_out, "size", None), self.evaluation.num_prompts
         if self.evaluates and size is not None and wanted is not None and wanted > size:
             reason = f"more than the held-out set has, data.held_out.size = {size} (got {wanted})"
@@ -165,6 +170,7 @@ class Sampling:
 
     @rule
     def _judged_in_time(self) -> Problems:
+        """Time limits of an environment are below `rollout.environments.timeout_seconds`."""
         limit = self.rollout.environments.timeout_seconds
         for at, environment in self._environments():
             for name, why, *others in environment.within(limit):
@@ -173,6 +179,7 @@ class Sampling:
 
     @rule
     def _tools(self) -> Problems:
+        """`environment: {kind: tools}` needs `data.format.chat_template: true`."""
         where, missing = "data.format.chat_template", not self.data.format.chat_template
         for at in (at for at, each in self._environments() if each.needs_chat_template and missing):
             yield f"{at}.kind", f"tools need {where}: true", where

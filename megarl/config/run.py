@@ -53,6 +53,7 @@ class ProfileConfig(Section):
 
     @rule
     def _ranges(self) -> Problems:
+        """The first step of a range in `steps` must not exceed its last."""
         for item in self.steps:
             if not _steps_of(item):
                 yield "steps", f"a range must have first <= last (got {item!r})"

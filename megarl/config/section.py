@@ -113,7 +113,7 @@ def as_violation(problem: tuple[str, ...], at: Path = ()) -> Violation:
 
 
 @functools.cache
-def _rules_of(kind: type) -> list[str]:
+def rules_of(kind: type) -> list[str]:
     """Return the names of the rule methods, those of bases first."""
     members = ((name, each) for base in reversed(kind.__mro__) for name, each in vars(base).items())
     return list(dict.fromkeys(name for name, each in members if hasattr(each, "is_rule")))
@@ -125,7 +125,7 @@ def find_violations(section: Section, at: Path = (), *, partial: bool = False) -
     With ``partial`` fields that failed the schema are absent; rules that read one of them are skipped.
     """
     found: list[Violation] = []
-    for name in _rules_of(type(section)):
+    for name in rules_of(type(section)):
         try:
             for problem in getattr(section, name)():
                 found.append(as_violation(problem, at))

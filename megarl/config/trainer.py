@@ -26,6 +26,7 @@ class TrainerConfig(Section):
 
     @rule
     def _of_torch(self) -> Problems:
+        """`replicate_size`, `reshard_after_forward` and `cpu_offload` need `backend: torch`."""
         if self.backend != "torch":
             names = "replicate_size reshard_after_forward cpu_offload"
             yield from self.unused(names, "needs trainer.backend = torch", "backend")

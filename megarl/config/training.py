@@ -120,6 +120,8 @@ class TrainingRoot(Section):
 
     @rule
     def _of_megatron_alone(self) -> Problems:
+        """`trainer.backend: torch` has no pipeline, context and expert parallelism and no router losses, and
+        always overlaps communication."""
         if self.trainer.backend != "torch":
             return
         for name, value in self.changed(*OF_MEGATRON):
@@ -130,12 +132,14 @@ class TrainingRoot(Section):
 
     @rule
     def _of_torch_alone(self) -> Problems:
+        """`model.trust_remote_code` needs `trainer.backend: torch`."""
         if self.trainer.backend != "torch":
             why = "needs trainer.backend = torch: models with a table run no code of their own"
             yield from self.unused("model.trust_remote_code", why, _BACKEND)
 
     @rule
     def _replicas(self) -> Problems:
+        """`trainer.replicate_size` divides the data-parallel size."""
         ranks, replicas = self.parallel.data_parallel_size, self.trainer.replicate_size
         if ranks % replicas:
             reason = f"must divide the {ranks} data-parallel ranks (got {replicas})"
@@ -143,12 +147,15 @@ class TrainingRoot(Section):
 
     @rule
     def _ring_shares_no_prefixes(self) -> Problems:
+        """`parallel.context_attention: ring` needs `packing.share_prefix: off`."""
         if self.parallel.context_attention == "ring" and self.packing.share_prefix != "off":
             reason = "ring has no shared prefixes: set packing.share_prefix: off, or use all_gather"
             yield "parallel.context_attention", reason, "packing.share_prefix"
 
     @rule
     def _whole_sequences_fit_one_rank(self) -> Problems:
+        """`parallel.context_split_from` - 1 tokens fit into one rank's share of
+        `packing.max_tokens_per_microbatch`."""
         parallel, split_from = self.parallel, self.parallel.context_split_from
         if split_from is None or (ranks := parallel.context_parallel_size) == 1:
             return
@@ -162,12 +169,14 @@ class TrainingRoot(Section):
 
     @rule
     def _param_gather(self) -> Problems:
+        """`parallel.overlap_param_gather` needs `optimizer.distributed`."""
         if self.parallel.overlap_param_gather and not self.optimizer.distributed:
             reason = "needs optimizer.distributed = true"
             yield "parallel.overlap_param_gather", reason, "optimizer.distributed"
 
     @rule
     def _warmup(self) -> Problems:
+        """`optimizer.lr_warmup_steps` must not exceed the run's optimizer steps."""
         steps, warmup = self.num_optimizer_steps, self.optimizer.lr_warmup_steps
         if warmup > steps:
             reason = f"longer than the run's {steps} optimizer steps (got {warmup})"
@@ -175,6 +184,7 @@ class TrainingRoot(Section):
 
     @rule
     def _best_checkpoint(self) -> Problems:
+        """`checkpoint.keep_best_metric` on held-out data needs `data.held_out`."""
         metric = self.checkpoint.keep_best_metric
         if metric is not None and self.measures(metric) and self.data.held_out is None:
             reason = f"{metric} is computed on data.held_out, which is not set"
@@ -182,6 +192,7 @@ class TrainingRoot(Section):
 
     @rule
     def _traced_steps(self) -> Problems:
+        """`profile.steps` must not exceed `training.num_steps`."""
         last = self.training.num_steps
         if late := sorted(step for step in self.profile.traced if step > last):
             got = ", ".join(map(str, late[:5]))
@@ -189,6 +200,7 @@ class TrainingRoot(Section):
 
     @rule
     def _tracing_ranks(self) -> Problems:
+        """`profile.ranks` are below `parallel.num_processes`."""
         ranks = self.parallel.num_processes
         got = ", ".join(str(rank) for rank in self.profile.ranks if rank >= ranks)
         if self.profile.traced and got:
@@ -196,6 +208,7 @@ class TrainingRoot(Section):
 
     @rule
     def _frozen_router(self) -> Problems:
+        """`router.bias_update_rate` cannot be combined with `lora`."""
         if self.lora is not None and (rate := self.router.bias_update_rate):
             reason = f"not with lora, which freezes the model's weights (got {rate})"
             yield "router.bias_update_rate", reason, "lora"
@@ -212,6 +225,7 @@ class OfflineRoot(TrainingRoot):
 
     @rule
     def _batch(self) -> Problems:
+        """`training.batch_size` must not exceed `data.train.size`."""
         batch, size = self.training.batch_size, getattr(self.data.train, "size", None)
         if size is not None and batch > size:
             reason = f"larger than the training set, data.train.size = {size} (got {batch})"
@@ -219,10 +233,13 @@ class OfflineRoot(TrainingRoot):
 
     @rule
     def _ranks(self) -> Problems:
+        """`training.batch_size` is at least the data-parallel size."""
         yield from self.empty_ranks("training.batch_size", self.a_step, self.training.batch_size)
 
     @rule
     def _validation(self) -> Problems:
+        """`training.validation_interval` needs `data.held_out`; `training.validation_size` must not exceed
+        `data.held_out.size`."""
         interval, held_out = self.training.validation_interval, self.data.held_out
         if interval and held_out is None:
             reason = f"needs data.held_out, which is not set (got {interval})"
