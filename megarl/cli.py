@@ -209,6 +209,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from megarl.cluster.limits import choose_temp_dir
     from megarl.config.load import load_config
+    from megarl.config.model import is_checkpoint
     from megarl.launch import adopt_slurm, run_ranks, run_ranks_on_ray, world_size
     from megarl.run_directory import RunDirectory
 
@@ -224,7 +225,8 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             options.overrides,
             num_processes=started if job.trains else None,
         )
-        if job.trains:
+        from_checkpoint = job.trains and is_checkpoint(config.model.path)
+        if job.trains and not from_checkpoint:
             from megarl.models.layout_checks import check_training
 
             check_training(config)
@@ -238,10 +240,17 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if _rank() == 0:
             print(_resolved(config), end="")
         return 0
+    source = config.model.path
+    if from_checkpoint:
+        from megarl.loops.start_weights import with_converted_path
+
+        config = with_converted_path(config)
     if job.trains and (line := RunDirectory(config.run.dir).check_before_start(config)) is not None:
         if _rank() == 0:
             print(line)
         return 0
+    if from_checkpoint:
+        _convert_start(config, source)
     if job.trains and started is None:
         count, ranks_path = config.parallel.num_processes, Path(config.run.dir) / "ranks"
         if config.launcher == "ray":
@@ -250,6 +259,19 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return run_ranks(count, arguments, ranks_path)
     _call_loop(job, config)
     return 0
+
+
+def _convert_start(config: TrainingRoot, source: str) -> None:
+    """Convert the checkpoint ``source`` to ``config.model.path`` on rank 0, or wait for it; then check it."""
+    from megarl.loops.start_weights import convert_start, wait_for_start
+    from megarl.models.layout_checks import check_training
+
+    if _rank() == 0:
+        if (line := convert_start(source, config.run.dir, keep=True)) is not None:
+            print(one_line(line))
+    else:
+        wait_for_start(source, config.run.dir, config.run.hang_timeout_seconds)
+    check_training(config)
 
 
 def _check_machine(job: Job, config: Any, started: int | None) -> None:
@@ -276,10 +298,10 @@ def _check_machine(job: Job, config: Any, started: int | None) -> None:
 
 def _check_shared_memory(config: Any) -> None:
     """Raise UserError if /dev/shm cannot hold weights that trainer and engine share on a CPU."""
-    from megarl.config.model import is_megatron_checkpoint
+    from megarl.config.model import is_checkpoint
 
     path, rollout = config.model.path, getattr(config, "rollout", None)
-    if rollout is None or is_megatron_checkpoint(path):
+    if rollout is None or is_checkpoint(path):
         return
     from megarl.cluster.limits import check_shared_memory
     from megarl.models import load_architecture
@@ -316,10 +338,10 @@ def _call_loop(job: Job, config: TrainingRoot | EvalConfig) -> None:
 
 def _resolved(config: TrainingRoot | EvalConfig) -> str:
     from megarl.config.load import dump_config
-    from megarl.config.model import is_megatron_checkpoint, read_model_config
+    from megarl.config.model import is_checkpoint, read_model_config
 
     path = config.model.path
-    facts = config.describe(None if is_megatron_checkpoint(path) else read_model_config(path))
+    facts = config.describe(None if is_checkpoint(path) else read_model_config(path))
     return "".join(f"# {line}\n" for line in facts) + dump_config(config)
 
 

@@ -9,6 +9,7 @@
       metrics.jsonl           one JSON object per step
       samples/step_N.jsonl    samples of step N
       evaluations/step_N.jsonl  all responses of the evaluation after step N (0: before training)
+      model/                  start weights, converted from the checkpoint that model.path named
       checkpoints/step_N/     always complete: renamed into place when all files are on disk
                               (step_N.damaged: a checkpoint whose checksums failed on resume)
       summary.json            headline metrics, written at the end
@@ -210,14 +211,16 @@ class RunDirectory:
             differing = {field: text for field, text in differing.items() if field in known}
         free = [text for field, text in differing.items() if _is_free(field)]
         binding = [text for field, text in differing.items() if not _is_free(field)]
-        # Before the first logged step or checkpoint any value may change.
-        has_begun = bool(self.checkpoint_steps()) or bool(read_metrics(self.path))
-        if binding and has_begun:
+        if binding and self.has_begun():
             raise UserError(
                 f"run.dir: {self.path} was started with other values: {'; '.join(binding)}. "
                 "Set a new run.dir to start afresh, or restore the old values to resume"
             )
         return free + binding
+
+    def has_begun(self) -> bool:
+        """Return whether there is a logged step or a checkpoint; before, any value may change."""
+        return bool(self.checkpoint_steps()) or bool(read_metrics(self.path))
 
     def _remove_leftovers(self) -> None:
         """Delete the remains of an interrupted save, deletion or atomic write (the lock is held)."""

@@ -16,7 +16,7 @@ class EvalConfig(Section, Sampling):
     """Root of `megarl eval`: accuracy, pass@k and cons@k of a checkpoint."""
 
     converts_checkpoints: ClassVar[bool] = True
-    """Whether model.path may be a Megatron checkpoint."""
+    """Whether model.path may be a checkpoint."""
 
     run: RunConfig
     model: ModelConfig

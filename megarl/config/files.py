@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megarl.config.data import parts_of
-from megarl.config.model import is_megatron_checkpoint, read_model_config
+from megarl.config.model import is_checkpoint, read_model_config
 from megarl.config.section import Problems, Section, as_violation
 from megarl.config.violation import Violation, show
 from megarl.errors import UserError
@@ -68,7 +68,7 @@ def _data_files(config: Section) -> Problems:
 
 def _model(config: Section, weights: bool) -> Problems:
     path = _get(config, "model", "path")
-    if path is None or (_get(config, "converts_checkpoints") and is_megatron_checkpoint(path)):
+    if path is None or (_get(config, "converts_checkpoints") and is_checkpoint(path)):
         return  # a checkpoint is converted first, with checks of its own
     if not _exists(path):
         yield from _directory("model.path", path, [], weights)

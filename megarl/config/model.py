@@ -13,16 +13,26 @@ class ModelConfig(Section):
     """The model to train."""
 
     path: PathText
-    """Hugging Face directory: config.json, safetensors, tokenizer (eval also takes Megatron checkpoints)."""
+    """Hugging Face directory (config.json, safetensors, tokenizer), a checkpoint of either backend, or a run
+    directory, whose newest checkpoint is taken. Checkpoints are converted into the run directory first."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of parameters and activations. float32 is faster on CPUs without AMX or AVX512-BF16."""
     trust_remote_code: bool = False
     """Run Python code of the model's directory where transformers lacks the model (trainer.backend torch)."""
 
 
-def is_megatron_checkpoint(path: str | Path) -> bool:
-    """Return whether ``path`` is a Megatron distributed checkpoint or has a tracker file that names one."""
-    return any((Path(path) / name).is_file() for name in (".metadata", "latest_checkpointed_iteration.txt"))
+def is_checkpoint(path: str | Path) -> bool:
+    """Return whether ``path`` is a checkpoint, names one in a tracker file, or is a run directory."""
+    names = (".metadata", "latest_checkpointed_iteration.txt")
+    try:
+        return any((Path(path) / name).is_file() for name in names) or is_run_directory(path)
+    except OSError:  # a name that the file system does not take
+        return False
+
+
+def is_run_directory(path: str | Path) -> bool:
+    """Return whether a run keeps its checkpoints in ``path``."""
+    return (Path(path) / "config.yaml").is_file() and (Path(path) / "checkpoints").is_dir()
 
 
 def read_model_config(path: str) -> dict[str, Any]:

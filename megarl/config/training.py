@@ -63,6 +63,8 @@ class TrainingRoot(Section):
     profile: ProfileConfig = ProfileConfig()
     router: RouterConfig = RouterConfig()
 
+    converts_checkpoints: ClassVar[bool] = True
+    """Whether model.path may be a checkpoint."""
     sequences_per_example: ClassVar[int] = 1
     """Sequences per example, which share a microbatch."""
     example: ClassVar[str] = "sequences"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megarl.config.evaluate import EvalConfig
 from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.load import public
-from megarl.config.model import is_megatron_checkpoint
+from megarl.config.model import is_checkpoint
 from megarl.config.parallel import ParallelConfig
 from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
 from megarl.data.tokenizer import TurnReader, stop_token_ids
@@ -21,6 +19,7 @@ from megarl.inference.placement import this_machine
 from megarl.loops.datasets import load_problems
 from megarl.loops.engine_setup import attach_weights, start_engine
 from megarl.loops.model_files import read_model
+from megarl.loops.start_weights import convert_start, with_converted_path
 from megarl.metrics.console import Console
 from megarl.metrics.scores import Scores, is_correct, score, score_by_category, table, vote_of
 from megarl.metrics.timers import PhaseTimers
@@ -30,9 +29,6 @@ from megarl.run_directory import RunDirectory
 from megarl.sampling.rollout_manager import RolloutManager, sample_row
 from megarl.trainer.build import build_frozen, finalize, initialize
 from megarl.weights.file_owner import FileOwner
-
-_CONVERTED = "model"  # subdirectory of the run: the Hugging Face form of a Megatron checkpoint
-_ORIGIN = "converted_from.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +143,10 @@ def run_eval(config: EvalConfig) -> None:
     console, timers = Console("eval"), PhaseTimers()
     with RunDirectory(config.run.dir) as directory:
         directory.open(public(config), config.model_dump(mode="json", exclude_defaults=True))
-        config = _with_hugging_face_model(config, directory.path, console)
+        if is_checkpoint(config.model.path):
+            if line := convert_start(config.model.path, directory.path):
+                console.note(line)
+            config = with_converted_path(config)
         architecture, tokenizer, longest = read_model(config)
         held_out = load_problems(config, tokenizer, longest, "held_out")
         for line in (line for report in held_out.reports for line in report.lines()):
@@ -217,23 +216,3 @@ def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: 
         f"{found.total.num_samples} answers to {found.total.num_prompts} problems "
         f"(95% intervals: {found.total.interval_method}): {directory.samples_path / 'step_0.jsonl'}"
     )
-
-
-def _with_hugging_face_model(config: EvalConfig, run_dir: Path, console: Console) -> EvalConfig:
-    """Return ``config`` with a Hugging Face ``model.path``; converts a trainer's checkpoint once, bitwise."""
-    source = Path(config.model.path)
-    if not is_megatron_checkpoint(source):
-        return config
-    from megarl.convert.commands import find_iteration, megatron_to_hf
-    from megarl.convert.torch_native import is_torch_checkpoint, torch_to_hf
-
-    metadata = find_iteration(source) / ".metadata"
-    origin = {"source": str(source.resolve()), "written": metadata.stat().st_mtime}
-    target = run_dir / _CONVERTED
-    note = target / _ORIGIN
-    if not note.is_file() or json.loads(note.read_text()) != origin:
-        convert = torch_to_hf if is_torch_checkpoint(metadata.parent) else megatron_to_hf
-        convert(source, target, hf_config=None, dtype=None, max_bytes=2 * 2**30, overwrite=True)
-        note.write_text(json.dumps(origin))
-        console.note(f"{source}: converted to {target}")
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(target)})})
