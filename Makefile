@@ -62,7 +62,7 @@ gpu-check: setup  ## Build, test and measure on a GPU in ten minutes; results in
 fake-cuda-test: setup  ## Run the CUDA path on a fake GPU (MEGARL_CUDA_ENV=... selects another environment's python)
 	@$(PYTEST) tests/fake_cuda -m fake_cuda $(ARGS)
 
-nightly: lint test-all cuda-check cuda-env-check fake-cuda-test guides quickstart  ## Run all checks; takes hours
+nightly: lint test-all cuda-check cuda-env-check fake-cuda-test quickstart guides  ## Run all checks; takes hours
 
 bench-setup: setup  ## Check that TRL, the baseline of the dpo and grpo benchmarks, is installed
 	@$(VENV_PYTHON) -c "import trl; print('trl', trl.__version__)"
@@ -79,7 +79,7 @@ docs:  ## Build the documentation site into build/docs (open build/docs/index.ht
 	@.setup/docs/bin/python -m sphinx -b html -q -W --keep-going docs build/docs
 	@echo "build/docs/index.html"
 
-guides: setup  ## Run the last command of each guide in docs/guides (ARGS=eval for one) and report the times
+guides: setup  ## Run the command blocks of README and docs/ (ARGS=eval for one page) and report the times
 	@$(VENV_PYTHON) tools/run_guides.py $(ARGS)
 
 clean:  ## Remove build outputs; keep .venv, runs/ and models/

@@ -35,7 +35,7 @@ OVERVIEW = """\
 
 One YAML file describes a run. Settings on the command line replace the file's.
 
-```
+```bash
 megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 data.train.arguments.max_digits=3
 megarl grpo --config configs/quickstart_grpo.yaml --dry-run      # print the resolved configuration and stop
 megarl config optimizer.lr                                       # explain one setting
@@ -139,7 +139,7 @@ class Pages:
     def _command(self, command: str, root: type[Section]) -> str:
         parts = [f"# Configuration of megarl {command}\n\n{_GENERATED}\n\n{_purpose(command)}\n"]
         if command in JOBS:
-            parts.append(f"```\nmegarl {command} --config {JOBS[command].example}\n```\n")
+            parts.append(f"```bash\nmegarl {command} --config {JOBS[command].example}\n```\n")
         rows = []
         for name, field in root.model_fields.items():
             need = "required" if field.is_required() else "optional"

@@ -1,11 +1,11 @@
-"""Run the last command block of every guide in docs/guides/, and report each one's time.
+"""Run the command blocks of the documentation, and report each one's time.
 
-python tools/run_guides.py            all guides
+python tools/run_guides.py            all pages
 python tools/run_guides.py eval sft   some of them
-python tools/run_guides.py --list     show the commands
+python tools/run_guides.py --list     show the commands, and why some are not run here
 
-Exit code 1 if one fails or takes longer than 5 minutes, which the guides promise (--limit).
-Output goes to runs/guides/NAME.log.
+Command blocks are fenced as ```bash. Exit code 1 if one fails or takes longer than the 5 minutes that guides
+promise (--limit). Output goes to runs/guides/NAME.log. ELSEWHERE names the blocks that are not run here.
 """
 
 from __future__ import annotations
@@ -17,31 +17,70 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ROOT / "docs" / "guides"
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCS = ROOT / "docs"
+_FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+QUICKSTART = "`make nightly` runs the quickstart and all tests before the guides"
+LONG = "as long as the quickstart, which it follows; tests/docs resolves its configuration"
+ELSEWHERE = {
+    ("README", "make quickstart"): QUICKSTART,
+    ("index", "make quickstart"): QUICKSTART,
+    ("installation", "apt-get"): "needs root and a GPU; tests/tools/test_setup.py runs the set-up",
+    ("installation", "pip install torch"): "downloads torch; tests/package builds and installs the wheel",
+    ("installation", "docker build"): "needs Docker; tests/tools/test_deployment.py reads the Dockerfiles",
+    ("installation", "megarl doctor"): QUICKSTART,
+    ("backends", "megarl sft"): LONG,
+    ("configuration", "megarl grpo"): LONG,
+    ("configuration/*", "megarl"): LONG,
+    ("security", "export RAY_AUTH_MODE"): "starts a cluster on several hosts; tests/cluster has one host's",
+}
+"""(page, beginning of the block) -> where its commands are checked instead, or why they cannot be."""
 
 
-def last_command(text: str) -> str:
-    """Return the last fenced block of a page; ValueError if there is none, or its language is another."""
-    blocks = _BLOCK.findall(text)
-    if not blocks:
-        raise ValueError("no command block")
-    language, command = blocks[-1]
-    if language not in ("", "bash", "sh", "console"):
-        raise ValueError(f"the last block is {language}, not a command")
-    return str(command)
+def fences(text: str) -> list[tuple[str, str]]:
+    """Return language and content of every fenced block of a page."""
+    return _FENCE.findall(text)
+
+
+def pages() -> dict[str, Path]:
+    """Return name -> page: README, and the pages of docs/ by their path without .md."""
+    found = {str(path.relative_to(DOCS).with_suffix("")): path for path in sorted(DOCS.rglob("*.md"))}
+    return {"README": ROOT / "README.md", **found}
+
+
+def applies(key: tuple[str, str], page: str, block: str) -> bool:
+    """Return whether a key of ELSEWHERE is about this block."""
+    return fnmatch(page, key[0]) and block.startswith(key[1])
+
+
+def reason_elsewhere(page: str, block: str) -> str | None:
+    """Return why a block is not run here; None if it is."""
+    return next((reason for key, reason in ELSEWHERE.items() if applies(key, page, block)), None)
+
+
+def blocks(names: list[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (page, block) of every command block, of these pages if any are named."""
+    for page, path in pages().items():
+        if not names or page in names:
+            for language, block in fences(path.read_text(encoding="utf-8")):
+                if language == "bash":
+                    yield page, block
 
 
 def run(command: str, log: Path, limit: float) -> tuple[str, float]:
     """Return "ok" or the failure, and the seconds; end the command after ``limit``."""
     started = time.monotonic()
-    with log.open("w") as stream:
+    environ = {**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"}
+    with log.open("a") as stream:
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", command],
             cwd=ROOT,
+            env=environ,
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -60,37 +99,37 @@ def run(command: str, log: Path, limit: float) -> tuple[str, float]:
 
 
 def main() -> int:
-    """Run the requested guides."""
+    """Run the requested pages' blocks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="guides, without .md")
+    parser.add_argument("names", nargs="*", help="pages, without .md; guides without their folder too")
     parser.add_argument("--list", action="store_true", help="show the commands, run nothing")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for each")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for each block")
     options = parser.parse_args()
-    there = sorted(path.stem for path in GUIDES.glob("*.md") if path.stem != "README")
-    if unknown := set(options.names) - set(there):
-        sys.exit(f"no guide {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+    there = dict.fromkeys(page for page, _ in blocks())
+    names = [f"guides/{name}" if f"guides/{name}" in there else name for name in options.names]
+    if unknown := set(names) - set(there):
+        sys.exit(f"no commands in {', '.join(sorted(unknown))}; pages are {', '.join(there)}")
     logs = ROOT / "runs" / "guides"
     logs.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for name in options.names or there:
-        try:
-            command = last_command((GUIDES / f"{name}.md").read_text())
-        except ValueError as error:
-            print(f"{name:15} {error}", flush=True)
-            failed += 1
+    started: set[Path] = set()
+    for page, command in blocks(names):
+        if (reason := reason_elsewhere(page, command)) is not None:
+            print(f"{page:24} not here: {reason}", flush=True)
             continue
         if options.list:
-            print(f"{name}:\n{command}")
+            print(f"{page}:\n{command}")
             continue
-        log = logs / f"{name}.log"
+        log = logs / f"{page.replace('/', '-')}.log"
+        if log not in started:
+            log.unlink(missing_ok=True)
+            started.add(log)
         outcome, seconds = run(command, log, options.limit)
         failed += outcome != "ok"
-        print(
-            f"{name:15} {seconds:6.0f} s  {outcome if outcome == 'ok' else f'{outcome}: see {log}'}",
-            flush=True,
-        )
+        told = outcome if outcome == "ok" else f"{outcome}: see {log}"
+        print(f"{page:24} {seconds:6.0f} s  {told}", flush=True)
     return 1 if failed else 0
 
 

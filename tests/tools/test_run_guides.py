@@ -1,31 +1,40 @@
-"""Every guide ends in a command, the index's links lead somewhere, and a command's outcome is reported."""
+"""Every command block is run or has its reason not to be, every guide has one, and outcomes are reported."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import pytest
+from tools.run_guides import DOCS, ELSEWHERE, applies, blocks, fences, pages, reason_elsewhere, run
 
-from tools.run_guides import GUIDES, last_command, run
+GUIDES = DOCS / "guides"
 
 
-def test_every_guide_ends_in_a_command_and_the_index_leads_to_guides() -> None:
+def test_every_guide_ends_in_a_command_that_is_run_and_the_index_leads_to_guides() -> None:
     for path in GUIDES.glob("*.md"):
         if path.stem != "README":
-            assert last_command(path.read_text()).strip(), path
+            language, block = fences(path.read_text())[-1]
+            assert language == "bash" and reason_elsewhere(f"guides/{path.stem}", block) is None, path
     for name in re.findall(r"\]\(([^)]*)\)", (GUIDES / "README.md").read_text()):
         assert (GUIDES / name).is_file(), f"docs/guides/README.md links to {name}"
 
 
-def test_the_last_block_counts() -> None:
-    assert (
-        last_command("a\n```\nfirst\n```\nb\n```bash\nsecond \\\n  more\n```\nend\n") == "second \\\n  more\n"
-    )
-    with pytest.raises(ValueError, match="yaml"):
-        last_command("```\nfirst\n```\n```yaml\na: 1\n```\n")
-    with pytest.raises(ValueError, match="no command"):
-        last_command("words")
+def test_every_fenced_block_says_what_it_is() -> None:
+    known = {"bash", "yaml", "json", "python", "text", "{eval-rst}"}
+    for page, path in pages().items():
+        for language, block in fences(path.read_text()):
+            assert language in known, f"{page}: a block of language {language!r}: {block[:40]!r}"
+
+
+def test_the_table_of_blocks_that_are_not_run_has_no_stale_line() -> None:
+    for key in ELSEWHERE:
+        assert any(applies(key, page, block) for page, block in blocks()), key
+
+
+def test_fences() -> None:
+    text = "a\n```bash\nfirst\n```\nb\n```yaml\na: 1\n```\n```bash\nsecond \\\n  more\n```\nend\n"
+    assert fences(text) == [("bash", "first\n"), ("yaml", "a: 1\n"), ("bash", "second \\\n  more\n")]
+    assert fences("words") == []
 
 
 def test_outcomes(tmp_path: Path) -> None:
