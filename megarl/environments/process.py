@@ -71,7 +71,8 @@ class WorkerProcess:
         """Wait for a successor's start. Raises EnvironmentFailureError."""
         if self.facts is None:
             reference, limit = self.actor.facts.remote(), self._runtime.start_timeout_seconds
-            self.facts = await self._within(self.generation, answer(reference), limit)
+            late = f"not started within {limit:g} s"
+            self.facts = await self._within(self.generation, answer(reference), limit, late)
 
     async def call(self, generation: int, method: str, *arguments: Any) -> Any:
         """What the actor of this generation answers. Raises EnvironmentFailureError."""
@@ -108,7 +109,7 @@ class WorkerProcess:
             **options,
         ).remote(*self._arguments)
 
-    async def _within(self, generation: int, waiting: Awaitable[T], limit: float) -> T:
+    async def _within(self, generation: int, waiting: Awaitable[T], limit: float, late: str = "") -> T:
         from ray.exceptions import RayActorError
 
         try:
@@ -118,7 +119,8 @@ class WorkerProcess:
             if getattr(error, "cause", None) is not None:
                 raise EnvironmentFailureError(words(error)) from error
             # With several calls at a time, those beside the one that blocks are not told apart from it.
-            reason = f"no answer within {self._runtime.timeout_seconds:g} s; its process was ended"
+            late = late or f"no answer within {self._runtime.timeout_seconds:g} s"
+            reason = f"{late}; its process was ended"
         except RayActorError as error:
             alone = self.facts is None or self.facts.max_concurrency == 1
             if generation != self.generation and not alone:

@@ -117,7 +117,8 @@ class EnvironmentActor:
 
         async def one(number: int) -> None:
             async with self._slots:
-                judged.append(await self._judgement(answers, number))
+                judgement = await self._judgement(answers, number)
+                judged.append(judgement)  # to the list that is there by now, not when the judging began
                 changed.set()
 
         tasks = [asyncio.create_task(one(number)) for number in range(len(answers.rows))]

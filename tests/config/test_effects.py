@@ -18,7 +18,7 @@ MEGARL = TESTS.parent / "megarl"
 ROWS = dict(re.findall(r"^\| (\w+\.\w+) \| (\S+) \|$", (TESTS / "config" / "effects.md").read_text(), re.M))
 EFFECTS = {key: test for key, test in ROWS.items() if test != "-"}
 NOT_SHOWN = ROWS.keys() - EFFECTS.keys()
-MOST_NOT_SHOWN = 67
+MOST_NOT_SHOWN = 41
 """How many keys lacked a test when the table was made; only ever lowered."""
 SELECTORS = ("source", "kind")  # which kind of section it is: without it there is no section
 

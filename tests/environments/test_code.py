@@ -9,6 +9,7 @@ import pytest
 
 from megarl.config.environments import CodeConfig
 from megarl.environments import VerifierError, check_references, grade, make_environment, sandbox
+from megarl.environments.sandbox_streams import Finished
 from megarl.errors import UserError
 from megarl.records import Prompt
 
@@ -110,3 +111,48 @@ def test_tests_and_cases_can_stand_in_fields_of_other_names(code: Any):
     assert code(RIGHT, checks=wrong, tests=TESTS, settings=fields)[0] == 0.0
     adds = "print(sum(map(int, input().split())))"
     assert code(adds, runs=CASES, cases=[{"input": "1 1", "output": "3"}], settings=fields)[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large", "program", "outcome"),
+    [
+        ("memory_mib", 64, 512, "x = bytearray(200 << 20)\nx[::4096] = b'x' * len(x[::4096])", "exited"),
+        ("disk_mib", 4, 16, "open('file', 'wb').write(b'x' * (8 << 20))", "exited"),
+        ("output_kib", 16, 256, "import sys\nsys.stderr.write('x' * (100 << 10))", "output"),
+        (
+            "num_processes",
+            4,
+            16,
+            "import threading\nstop = threading.Event()\n"
+            "for _ in range(8): threading.Thread(target=stop.wait, daemon=True).start()\nstop.set()",
+            "exited",
+        ),
+    ],
+)
+def test_a_program_has_what_its_limits_leave(
+    code: Any, name: str, small: int, large: int, program: str, outcome: str
+):
+    """The same program, beyond one limit and within the other."""
+    cases = [{"input": "", "output": "done\n"}]
+    reward, info = code(f"{program}\nprint('done')", cases=cases, settings={name: small})
+    assert (reward, info["outcome"]) == (0.0, outcome), info
+    assert code(f"{program}\nprint('done')", cases=cases, settings={name: large})[0] == 1.0
+
+
+@pytest.mark.parametrize("wanted", ["bubblewrap", "landlock"])
+def test_programs_run_in_the_isolation_that_is_asked_for(wanted: Any, monkeypatch: pytest.MonkeyPatch):
+    ran: list[str] = []
+
+    def run(program: Any, limits: Any, isolation: str, stop: Any = None) -> Finished:
+        ran.append(isolation)
+        return Finished("exited", 0, b"3\n", b"")
+
+    monkeypatch.setattr(sandbox, "_problem", lambda isolation: None)
+    monkeypatch.setattr(sandbox, "not_held", lambda isolation: ())
+    monkeypatch.setattr(sandbox, "choose", sandbox.choose.__wrapped__)
+    monkeypatch.setattr(sandbox, "run", run)
+    for isolation, used in (("auto", "namespaces"), (wanted, wanted)):
+        environment = make_environment(CodeConfig(kind="code", isolation=isolation), "e")
+        prompt = Prompt(0, "p", [1], {"entry": {"cases": CASES[:1]}})
+        assert asyncio.run(grade(environment, prompt, "print(3)"))[0] == 1.0
+        assert ran.pop() == used

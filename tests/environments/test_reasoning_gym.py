@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
-from megarl.environments.reasoning_gym import last_number
+from megarl.config.data import PromptReasoningGymSource
+from megarl.environments.reasoning_gym import ReasoningGymEnvironment, last_number
+from megarl.records import Prompt, token_ids
 
 
 @pytest.mark.parametrize(
@@ -21,3 +26,20 @@ from megarl.environments.reasoning_gym import last_number
 )
 def test_last_number_reads_what_a_person_reads(text, number):
     assert last_number(text) == number
+
+
+def test_where_the_answer_is_and_what_half_an_answer_earns() -> None:
+    """chain_sum gives 0.4 here for a sentence with the answer in it."""
+
+    def reward(response: str, **settings: Any) -> float:
+        source = PromptReasoningGymSource(source="reasoning_gym", task="chain_sum", size=1, **settings)
+        environment = ReasoningGymEnvironment(source)
+        entry = environment._dataset[0]
+        prompt = Prompt(0, "p", token_ids([1]), {"entry": entry})
+        return asyncio.run(environment.judge(prompt, response.format(entry["answer"])))[0]
+
+    said = "I would say {} here"
+    assert 0 < reward(said, partial_credit=True) < 1
+    assert reward(said, partial_credit=False) == 0.0
+    assert reward(said, extract="last_number", partial_credit=False) == 1.0
+    assert reward("{}", partial_credit=False) == 1.0

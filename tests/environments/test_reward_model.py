@@ -74,3 +74,25 @@ def test_what_is_no_reward_model_is_refused(directory: Path, tmp_path: Path) -> 
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no sequence classification model with one label"):
         make_environment(RewardModelConfig(kind="reward_model", path=str(tmp_path)), "data.train.environment")
+
+
+def test_type_and_threads(directory: Path) -> None:
+    """Scores in bfloat16 are transformers' of that type, and others than those in float32."""
+    prompt, threads = Prompt(0, "what is good", token_ids([1, 2, 5])), torch.get_num_threads()
+    scores: dict[str, float] = {}
+    try:
+        for number, dtype in ((1, "float32"), (2, "bfloat16")):
+            config = RewardModelConfig(
+                kind="reward_model", path=str(directory), dtype=dtype, num_threads=number
+            )
+            environment = make_environment(config, "data.train.environment")
+            assert torch.get_num_threads() == number
+            scores[dtype] = asyncio.run(grade(environment, prompt, "three"))[0]
+    finally:
+        torch.set_num_threads(threads)
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    for dtype, score in scores.items():
+        model = load(directory, dtype=getattr(torch, dtype)).eval()
+        expected = float(model(torch.tensor([[1, 2, 5, 3, 0]])).logits[0, 0].detach())
+        assert score == pytest.approx(expected, abs=1e-5 if dtype == "float32" else 1e-2)
+    assert abs(scores["float32"] - scores["bfloat16"]) > 1e-4

@@ -213,3 +213,15 @@ def test_as_many_documents_of_the_corpus_as_asked_for(tmp_path: Path):
         config = ToolsConfig(kind="tools", tools=["search"], corpus=str(path), num_results=count)
         [search] = make_tools(config, "environment")
         assert search.run({"query": "cat"}).count("cat number") == count
+
+
+def test_a_program_of_the_python_tool_has_its_own_time():
+    try:
+        sandbox.choose()
+    except UserError as error:
+        pytest.skip(str(error))
+    call = {"code": "import time\ntime.sleep(1)\nprint('done')"}
+    for seconds, result in ((0.3, "(ended: timeout)"), (30.0, "done")):
+        config = ToolsConfig(kind="tools", tools=["python"], python_timeout_seconds=seconds)
+        [tool] = make_tools(config, "environment")
+        assert tool.run(call) == result

@@ -245,3 +245,43 @@ def test_the_form_and_the_scale_of_a_judges_score(serve: Any):
     assert judged(judge(endpoint.url, **grade_of), "x", question="q", answer="a")[0] == 0.75
     assert judged(judge(endpoint.url, max_score=4.0), "x", question="q", answer="a")[0] == 0.5
     assert judged(judge(endpoint.url), "x", question="q", answer="a")[0] == 0.2
+
+
+def test_the_letters_there_are_to_choose_from():
+    def choice(config: MultipleChoiceConfig, response: str, **entry: Any) -> Any:
+        return judged(make_environment(config, "e"), response, answer="A", entry=entry)[1]["choice"]
+
+    four, six = (MultipleChoiceConfig(kind="multiple_choice", choices=c) for c in ("ABCD", "ABCDEF"))
+    assert choice(four, "The answer is (E).") is None
+    assert choice(six, "The answer is (E).") == "E"
+    options = {"options": ["red", "green"]}
+    by_row = MultipleChoiceConfig(kind="multiple_choice", choices_field="options")
+    assert choice(four, "The answer is (C).", **options) == "C"
+    assert choice(by_row, "The answer is (C).", **options) is None, "this row has two"
+    assert choice(by_row, "The answer is (B).", **options) == "B"
+
+
+def test_a_judge_is_asked_as_the_settings_say(serve: Any):
+    endpoint = serve((200, "Score: 5"))
+    own = {"prompt": "Is {response} good?", "temperature": 0.7, "max_tokens": 9}
+    for settings in ({}, own):
+        judged(judge(endpoint.url, **settings), "x", question="q", answer="a")
+    default, changed = endpoint.requests
+    assert (default["temperature"], default["max_tokens"]) == (0.0, 512)
+    assert default["messages"][0]["content"].startswith("Grade a response")
+    assert (changed["temperature"], changed["max_tokens"]) == (0.7, 9)
+    assert changed["messages"] == [{"role": "user", "content": "Is x good?"}]
+
+
+def test_the_pause_before_a_judge_is_asked_again_doubles(serve: Any, monkeypatch: pytest.MonkeyPatch):
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    endpoint = serve((500, "busy"), (500, "busy"), (500, "busy"), (200, "Score: 5"))
+    environment = judge(endpoint.url, num_attempts=4, retry_seconds=3.0, request_timeout_seconds=5.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("megarl.environments.judge.asyncio.sleep", sleep)
+        assert judged(environment, "r")[0] == 0.5
+    assert [pause for pause in pauses if pause >= 1] == [3.0, 6.0, 12.0]
