@@ -13,7 +13,7 @@ BENCH ?= $(filter-out common loss_ops peers process_tree trainers %_trainer %_tr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check gpu-check \
-  fake-cuda-test nightly bench-setup bench docs guides clean distclean
+  fake-cuda-test quickstart-backends nightly bench-setup bench docs guides clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,7 +62,14 @@ gpu-check: setup  ## Build, test and measure on a GPU in ten minutes; results in
 fake-cuda-test: setup  ## Run the CUDA path on a fake GPU (MEGARL_CUDA_ENV=... selects another environment's python)
 	@$(PYTEST) tests/fake_cuda -m fake_cuda $(ARGS)
 
-nightly: lint test-all cuda-check cuda-env-check fake-cuda-test quickstart guides  ## Run all checks; takes hours
+BACKENDS := trainer.backend={megatron,torch}\ rollout.engine.backend={vllm,hf}
+
+quickstart-backends: setup  ## Run the quickstart with every pair of backends on 1 and 2 ranks; each must gain 20 points
+	@set -e; for pair in $(BACKENDS)\ parallel.num_processes={1,2}; do \
+	  echo "== $$pair"; $(VENV_PYTHON) tools/quickstart.py --min-gain 20 $$pair; \
+	done
+
+nightly: lint test-all cuda-check cuda-env-check fake-cuda-test quickstart guides quickstart-backends  ## Run all checks; takes hours
 
 bench-setup: setup  ## Check that TRL, the baseline of the dpo and grpo benchmarks, is installed
 	@$(VENV_PYTHON) -c "import trl; print('trl', trl.__version__)"

@@ -28,7 +28,8 @@ from benchmarks.weights import MODELS, write_model
 Row = dict[str, Any]
 BATCH = 8
 MODEL_OF = {"megarl_tp2": "smollm2-135m-8-heads"}
-QUICK = [name for name in TRAINERS if name != "trl_packed_without_checkpointing"]
+NAMES = [name for name in TRAINERS if name != "megarl_torch"]  # which benchmarks/backends.py measures
+QUICK = [name for name in NAMES if name != "trl_packed_without_checkpointing"]
 
 
 def make_sequences(count: int) -> list[list[int]]:
@@ -88,7 +89,7 @@ def ratios(rows: list[Row]) -> dict[str, float]:
         found["sft_packed_vs_trl_packed_without_checkpointing"] = speed(
             "megarl", "trl_packed_without_checkpointing"
         )
-    return found | {f"{name}_vs_megarl": speed(name, "megarl") for name in TRAINERS if name[:7] == "megarl_"}
+    return found | {f"{name}_vs_megarl": speed(name, "megarl") for name in NAMES if name[:7] == "megarl_"}
 
 
 def main(argv: list[str]) -> None:
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each trainer")
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), help="these trainers only (no ratios)")
     args = parser.parse_args(argv)
-    names = args.only or (QUICK if args.quick else list(TRAINERS))
+    names = args.only or (QUICK if args.quick else NAMES)
     steps, repeats = (2, 1) if args.quick else (3, 3)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="megarl-bench-") as directory:

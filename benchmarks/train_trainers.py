@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,15 +24,17 @@ PACK = 512
 """Tokens per row of TRL's packing; no sequence is longer."""
 
 
-def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
+def megarl(
+    job: dict[str, Any], backend: Literal["megatron", "torch"] = "megatron", **parallel: Any
+) -> dict[str, float]:
     """Run ``megarl sft`` from its loaded data to before its output files."""
     from megarl.losses.sft import sft_loss
     from megarl.records import TokenSequence, TrainBatch
-    from megarl.trainer.megatron.initialize import finalize
+    from megarl.trainer.build import finalize
     from megarl.trainer.passes import train_step
 
     size = job["batch_size"]
-    policy, memory = megarl_policy(job, len(job["sequences"]) // size, **parallel)
+    policy, memory = megarl_policy(job, len(job["sequences"]) // size, backend, **parallel)
     sequences = [TokenSequence(np.array(ids), np.arange(len(ids)) > 0) for ids in job["sequences"]]
     built_with = peak_gib()
     losses = []
@@ -42,7 +44,7 @@ def megarl(job: dict[str, Any], **parallel: Any) -> dict[str, float]:
         result = train_step(policy, batches, sft_loss, temperature=1.0)
         losses.append(result.metrics["loss"])
     took = watch.read()
-    finalize()
+    finalize(policy.context)
     return took | memory | {"built_with_gib": built_with, "mean_loss": statistics.mean(losses)}
 
 
@@ -80,6 +82,7 @@ def trl_packed(job: dict[str, Any], **options: Any) -> dict[str, float]:
 
 TRAINERS: dict[str, Trainer] = {
     "megarl": megarl,
+    "megarl_torch": lambda job: megarl(job, "torch"),
     "trl_padded": trl,
     "trl_packed": trl_packed,
     "trl_packed_without_checkpointing": lambda job: trl_packed(job, gradient_checkpointing=False),

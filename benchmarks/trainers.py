@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 MICROBATCH_TOKENS = 1024
 Trainer = Callable[[dict[str, Any]], dict[str, float]]
@@ -98,20 +98,22 @@ def clock(into: dict[str, float]) -> Any:
     return Clock()
 
 
-def megarl_policy(job: dict[str, Any], num_steps: int, **parallel: Any) -> tuple[Any, dict[str, float]]:
+def megarl_policy(
+    job: dict[str, Any], num_steps: int, backend: Literal["megatron", "torch"] = "megatron", **parallel: Any
+) -> tuple[Any, dict[str, float]]:
     """Build MegaRL's trainer of ``job["model"]`` on this rank; also return the memory before it."""
     from megarl.config.model import ModelConfig
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
     from megarl.config.parallel import ParallelConfig
+    from megarl.config.trainer import TrainerConfig
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.initialize import initialize
+    from megarl.trainer.build import initialize, trainer_class
 
-    context = initialize(ParallelConfig(**parallel), seed=1)
-    from megarl.trainer.megatron.trainer import MegatronTrainer
-
+    context = initialize(ParallelConfig(**parallel), 1, TrainerConfig(backend=backend))
+    kind = trainer_class(context)
     started_with = peak_gib()
-    policy = MegatronTrainer(
+    policy = kind(
         context,
         load_architecture(job["model"]),
         ModelConfig(path=job["model"]),

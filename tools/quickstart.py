@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="of both parts; rollout.* of GRPO's"
     )
+    parser.add_argument("--min-gain", type=float, default=0.0, help="points of accuracy; less is exit code 1")
     arguments = parser.parse_args()
     seed, overrides = arguments.seed, arguments.overrides
     names = [f"seed{seed}"] * (seed != 1) + [re.sub(r"[^\w.=]+", "-", each) for each in overrides]
@@ -31,7 +32,7 @@ def main() -> int:
     started = time.perf_counter()
     if (ROOT / run / "summary.json").exists():
         print(f"{run} is complete; remove it to run again (rm -r {run}).")
-        return show(run)
+        return show(run, arguments.min_gain)
     commands = []
     if not (ROOT / run / "model" / "config.json").exists():
         commands.append(["tools/make_tiny_model.py", "--output", f"{run}/model", "--seed", str(seed)])
@@ -51,13 +52,13 @@ def main() -> int:
         code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
         if code:
             return code
-    code = show(run)
+    code = show(run, arguments.min_gain)
     print(f"Quickstart took {time.perf_counter() - started:.0f} s.")
     return code
 
 
-def show(run: Path) -> int:
-    """Print the figures of summary.json and the path of the report."""
+def show(run: Path, min_gain: float) -> int:
+    """Print the figures of summary.json and the path of the report; 1 if accuracy gained too little."""
     summary = json.loads((ROOT / run / "summary.json").read_text())
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     print(
@@ -66,6 +67,9 @@ def show(run: Path) -> int:
         f"largest engine/trainer logprob difference: {summary['logprob_abs_diff_max']:.1e}"
     )
     print(f"Open {run}/report.html in a browser.")
+    if 100 * (after - before) < min_gain:
+        print(f"Accuracy gained less than {min_gain:g} points.")
+        return 1
     return 0
 
 

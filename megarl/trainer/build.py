@@ -45,7 +45,7 @@ def build_trainer(
     config: TrainingRoot, context: RankContext, architecture: Architecture, num_optimizer_steps: int
 ) -> Trainer:
     """Build the run's trained model, loaded from ``model.path``, with its optimizer."""
-    return _trainer_class(context)(
+    return trainer_class(context)(
         context,
         architecture,
         config.model,
@@ -72,7 +72,7 @@ def build_scorer(
     keeps its own (:func:`megarl.weights.hf.has_score`).
     """
     scores = score_architecture(architecture)
-    return _trainer_class(context)(
+    return trainer_class(context)(
         context,
         scores,
         model,
@@ -89,10 +89,11 @@ def build_frozen(
     context: RankContext, architecture: Architecture, model: ModelConfig, packing: PackingConfig | None = None
 ) -> Trainer:
     """Build a model without an optimizer: it computes and exports."""
-    return _trainer_class(context)(context, architecture, model, packing)
+    return trainer_class(context)(context, architecture, model, packing)
 
 
-def _trainer_class(context: RankContext) -> type[MegatronTrainer] | type[TorchTrainer]:
+def trainer_class(context: RankContext) -> type[MegatronTrainer] | type[TorchTrainer]:
+    """Return the class of the context's backend; both have the same arguments."""
     if context.trainer.backend == "torch":
         from megarl.trainer.torch.trainer import TorchTrainer
 

@@ -67,11 +67,11 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def make_model(family: str) -> Any:
+def make_model(family: str, **sizes: Any) -> Any:
     """A model as transformers computes it, eagerly; equal weights at every call."""
     torch.manual_seed(0)
     kind, options = FAMILIES[family]
-    config = kind(**{**_SIZES, **options})
+    config = kind(**{**_SIZES, **options, **sizes})
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # norms start at one value, where a missing or swapped one would not show
         for name, param in model.named_parameters():
@@ -84,9 +84,15 @@ class Core:
     """A scheduler and its model beside the reference model, whose weights it copies."""
 
     def __init__(
-        self, family: str = "llama", *, paged: bool = True, pages: int = 200, **options: Any
+        self,
+        family: str = "llama",
+        *,
+        paged: bool = True,
+        pages: int = 200,
+        sizes: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        self.reference = make_model(family)
+        self.reference = make_model(family, **(sizes or {}))
         with tempfile.TemporaryDirectory() as directory:
             self.reference.config.save_pretrained(directory)
             how = {} if paged else {"attention": "eager"}

@@ -13,7 +13,10 @@ from megarl.inference.hf.model import measure, why_not_paged
 from megarl.inference.hf.packing_check import packing_error
 from megarl.inference.hf.pages import PAGE
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
+from megarl.ops import linear_token_logprob
 from megarl.records import token_ids
+from megarl.trainer.packed_attention import PackedRow
+from megarl.trainer.torch import attention
 from tests.inference.hf.models import FAMILIES, PLAIN, Core, make_requests
 from tests.inference.mini_trainer import logprobs_of
 
@@ -95,6 +98,54 @@ def test_greedy_is_what_generate_gives() -> None:
         got = responses[request.request_id].token_ids.tolist()
         if 2 not in got:
             assert got == expected
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+def test_engine_and_trainer_differ_by_rounding_alone(spread: float) -> None:
+    """Equal to 1e-6 where fp32 can hold it: of an even distribution (spread 0.02, as models begin). With
+    sharp ones either differs more from float64 than that, and neither more than the other."""
+    core = Core("qwen3", sizes={"initializer_range": spread})
+    requests = make_requests(24)
+    responses = core.run(requests)
+    engine = torch.cat([torch.from_numpy(responses[r.request_id].logprobs) for r in requests]).double()
+    trainer = trainer_logprobs(core, requests, responses)
+    core.reference.double()
+    exact = torch.cat(
+        [
+            logprobs_of(core.reference, request.prompt_ids, responses[request.request_id].token_ids)
+            for request in requests
+        ]
+    )
+    assert exact.dtype == torch.float64
+    if spread < 0.1:
+        assert (engine - trainer).abs().max() < 1e-6
+    floor = (trainer - exact).abs()
+    assert (engine - exact).abs().max() < 3 * floor.max() and (engine - exact).abs().mean() < 2 * floor.mean()
+
+
+@torch.no_grad()
+def trainer_logprobs(
+    core: Core, requests: list[GenerateRequest], responses: dict[str, GeneratedResponse]
+) -> torch.Tensor:
+    """Logprobs of all responses, end to end, as the torch backend computes them: one packed row."""
+    whole = [np.concatenate([r.prompt_ids, responses[r.request_id].token_ids]) for r in requests]
+    ids = torch.from_numpy(np.concatenate(whole)).long()
+    positions = torch.cat([torch.arange(len(tokens)) for tokens in whole])
+    core.reference.set_attn_implementation(attention.NAME)
+    with attention.of_row(PackedRow([len(tokens) for tokens in whole])):
+        hidden = core.reference.model(input_ids=ids[None], position_ids=positions[None], use_cache=False)[0][
+            0
+        ]
+    core.reference.set_attn_implementation("eager")
+    starts = np.cumsum([0, *(len(tokens) for tokens in whole)])
+    rows = torch.cat(
+        [
+            torch.arange(start + len(request.prompt_ids) - 1, start + len(tokens) - 1)
+            for start, request, tokens in zip(starts, requests, whole, strict=False)
+        ]
+    )
+    head = core.reference.lm_head.weight
+    return linear_token_logprob(hidden, head, ids[rows + 1], row_index=rows).logprob.double()
 
 
 def test_a_slot_is_filled_again_at_once() -> None:
