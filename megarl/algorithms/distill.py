@@ -130,7 +130,7 @@ class Distiller:
         """Run the teacher forward; keep its hidden states [N, H] at the targets until :meth:`forget`."""
 
         def keep(output: Output) -> None:
-            self._teacher_at[id(output.batch)] = output.at_targets()
+            self._teacher_at[id(output.batch)] = output.at_targets(lasting=True)
 
         self.teacher.run(batches, keep)
 

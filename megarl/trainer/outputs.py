@@ -49,6 +49,7 @@ class Output:
             computes with its own rows of the vocabulary (gradients are summed over the group).
         whole_hidden: the same for a function that every rank of the group computes equally.
         head: of a language model.
+        lasting_head: the same in memory that the model does not free or change after the pass.
         score: [H] of a score head, in a model that has one.
         sharing_group: the ranks that share this microbatch's sequences; None if they are whole here.
         check_numerics: raise an error for a logprob or score that is not finite.
@@ -59,6 +60,7 @@ class Output:
     hidden: Callable[[torch.Tensor], torch.Tensor]
     whole_hidden: Callable[[torch.Tensor], torch.Tensor]
     head: Callable[[], Head]
+    lasting_head: Callable[[], Head]
     score: torch.Tensor | None
     sharing_group: dist.ProcessGroup | None
     check_numerics: bool
@@ -83,19 +85,21 @@ class Output:
         """Return the rows [N] int64 that have a loss, ascending; maybe none, on any rank."""
         return self.batch.loss_mask.nonzero().flatten()
 
-    def at_targets(self) -> HiddenTokens:
+    def at_targets(self, *, lasting: bool = False) -> HiddenTokens:
         """Return the hidden states of the targets, for a loss over the whole vocabulary.
+
+        With ``lasting`` they can be used after the pass, as long as the weights stay.
 
         Raises:
             UserError: logits are not the product of hidden states and head alone.
         """
         if self.softcap is not None:
             raise UserError("model.path: losses over the whole vocabulary know no final_logit_softcapping")
-        return self._at_targets()
+        return self._at_targets(lasting)
 
-    def _at_targets(self) -> HiddenTokens:
+    def _at_targets(self, lasting: bool = False) -> HiddenTokens:
         rows = self.targets()
-        return HiddenTokens(rows, self.hidden(rows), self.head())
+        return HiddenTokens(rows, self.hidden(rows), self.lasting_head() if lasting else self.head())
 
     def logprobs(self, sampler: Sampler = Sampler()) -> LossTokens:
         """Return the targets' logprob and entropy [N] float32 under ``sampler``, with a loss's other fields.

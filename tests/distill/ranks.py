@@ -12,17 +12,28 @@ from tests.dpo.ranks import NO_WARMUP
 from tests.trainer.ranks import OPTIMIZER, TOTAL_STEPS, make_sequences, prepare, weights
 
 
-def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any]) -> Any:
+def build(
+    context: Any,
+    student_dir: str,
+    teacher_dir: str,
+    options: dict[str, Any],
+    trainer: dict[str, Any] | None = None,
+) -> Any:
+    from dataclasses import replace
+
     from megarl.algorithms.distill import Distiller
     from megarl.config.model import ModelConfig
     from megarl.config.optimizer import OptimizerConfig
     from megarl.config.packing import PackingConfig
+    from megarl.config.trainer import TrainerConfig
     from megarl.losses.distill import DistillOptions
     from megarl.models import load_architecture
-    from megarl.trainer.megatron.trainer import MegatronTrainer
+    from megarl.trainer.build import _trainer_class
 
+    context = replace(context, trainer=TrainerConfig(**(trainer or {})))
+    kind = _trainer_class(context)
     packing = PackingConfig(max_tokens_per_microbatch=96)
-    student = MegatronTrainer(
+    student = kind(
         context,
         load_architecture(student_dir),
         ModelConfig(path=student_dir),
@@ -30,7 +41,7 @@ def build(context: Any, student_dir: str, teacher_dir: str, options: dict[str, A
         OptimizerConfig(**(OPTIMIZER | NO_WARMUP)),
         TOTAL_STEPS,
     )
-    teacher = MegatronTrainer(context, load_architecture(teacher_dir), ModelConfig(path=teacher_dir), packing)
+    teacher = kind(context, load_architecture(teacher_dir), ModelConfig(path=teacher_dir), packing)
     return Distiller(student, teacher, DistillOptions(**options))
 
 
@@ -63,14 +74,20 @@ def filled(context: Any, model_dir: str, drawn_by: dict[str, Any], sequences: li
 
 
 def steps(
-    context: Any, student_dir: str, teacher_dir: str, options: dict[str, Any], count: int
+    context: Any,
+    student_dir: str,
+    teacher_dir: str,
+    options: dict[str, Any],
+    count: int,
+    trainer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Optimizer steps on any layout."""
-    distiller = build(context, student_dir, teacher_dir, options)
+    """Optimizer steps on any layout of either backend."""
+    distiller = build(context, student_dir, teacher_dir, options, trainer)
     log = []
     for number in range(count):
         batches = prepare(distiller.student, make_sequences(number), "token").batches
-        distiller.read_teacher(batches)
+        for batch in batches:  # as mini-batches: passes of their own
+            distiller.read_teacher([batch])
         result = distiller.step(batches)
         distiller.forget()
         log.append(result.metrics | result.mismatch.metrics())

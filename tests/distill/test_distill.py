@@ -113,6 +113,30 @@ def test_layout_equals_one_rank(models: dict[str, str], name: str, layout: str) 
         assert (found["teacher"][key] == value).all(), f"the teacher stays as it is: {key}"
 
 
+TORCH: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "one": (1, {}, {}),
+    "fsdp2": (2, {}, {}),
+    "tp2-sequence-parallel": (2, LAYOUTS["tp2-sequence-parallel"], {}),
+    "offloaded": (2, {}, {"cpu_offload": True}),
+}
+
+
+@pytest.mark.parametrize("name", ["reverse", "top_k"])
+@pytest.mark.parametrize("layout", TORCH)
+def test_the_torch_backend_equals_the_other(models: dict[str, str], name: str, layout: str) -> None:
+    size, parallel, trainer = TORCH[layout]
+    arguments = (models["student"], models["teacher"], OPTIONS[name], STEPS, trainer | {"backend": "torch"})
+    expected = one_rank(models["student"], models["teacher"], name)
+    results = world(size).run(ranks.steps, *arguments, parallel=parallel)
+    assert all(found["log"] == results[0]["log"] for found in results)
+    for one, two in zip(expected["log"], results[0]["log"], strict=True):
+        for key in one.keys() & two.keys():
+            assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
+    for part in ("weights", "teacher"):
+        for key, value in expected[part].items():
+            assert np.abs(results[0][part][key] - value).max() < 1e-5, key
+
+
 def test_top_k_of_the_teacher_over_shards(models: dict[str, str]) -> None:
     """Two tensor ranks find the ids that one finds; k beyond the vocabulary takes all of it."""
     arguments = (models["teacher"], make_sequences(3))

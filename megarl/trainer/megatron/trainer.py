@@ -19,6 +19,7 @@ from megarl.config.optimizer import OptimizerConfig
 from megarl.config.packing import PackingConfig
 from megarl.config.router import RouterConfig
 from megarl.losses.base import LossResult
+from megarl.losses.hidden import Head
 from megarl.models.layout_checks import check_layout, check_router
 from megarl.models.lora import check_lora
 from megarl.models.table import Architecture
@@ -174,11 +175,16 @@ class MegatronTrainer:
         flat, layout = hidden[:, 0], self.context.layout
         last: Any = self.chunks[-1]
         spec = self.architecture.spec
+
+        def head() -> Head:
+            return head_of(last, spec, self.context)
+
         output = Output(
             batch,
             hidden=lambda rows: rows_for_head(flat, rows, layout),
             whole_hidden=lambda rows: whole_rows(flat, rows, layout),
-            head=lambda: head_of(last, spec, self.context),
+            head=head,
+            lasting_head=head,
             score=last.score.weight[0] if spec.score_head else None,
             sharing_group=sharing_group(batch, layout),
             check_numerics=self._check_numerics,

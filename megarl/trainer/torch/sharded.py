@@ -69,7 +69,7 @@ class Sharded:
             self.cut = cut(decoder, self.groups.tensor, sequence_parallel=sequence)
         self.mesh = self.groups.data_mesh
         if self.mesh is None:
-            _allocate(decoder, self.device)
+            _allocate(decoder, self.device, self.device)
             pool_parameters(_in_pool_order(dict(decoder.named_parameters())), _padded(decoder))
         else:
             self._shard(context, self.mesh)
@@ -95,7 +95,7 @@ class Sharded:
             # Loss weights have the step's denominators: gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        _allocate(self.decoder, torch.device("cpu") if trainer.cpu_offload else self.device)
+        _allocate(self.decoder, torch.device("cpu") if trainer.cpu_offload else self.device, self.device)
 
     def fsdp_modules(self) -> Iterator[FSDPModule]:
         """The root first."""
@@ -202,8 +202,8 @@ def _size(sizes: tuple[int, ...]) -> int:
     return count
 
 
-def _allocate(decoder: Decoder, device: torch.device) -> None:
-    """Give all parameters memory, and bring buffers, which have values, to the device."""
+def _allocate(decoder: Decoder, device: torch.device, buffers_on: torch.device) -> None:
+    """Give all parameters memory on ``device``, and bring buffers, which have values, to ``buffers_on``."""
     buffers = [
         (module, name, buffer)
         for module in decoder.modules()
@@ -221,7 +221,7 @@ def _allocate(decoder: Decoder, device: torch.device) -> None:
         assert now is not None
         module._parameters[name] = new.setdefault(id(param), now)
     for module, name, buffer in buffers:
-        module._buffers[name] = buffer.to(device)
+        module._buffers[name] = buffer.to(buffers_on)
 
 
 def _in_pool_order(params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,6 +111,7 @@ class TorchTrainer:
         self.prepare = self.batch_maker.prepare
         self.before_update: Callable[[], None] | None = None
         self._reference: dict[str, torch.Tensor] | None = None
+        self._head_copy: weakref.ref[torch.Tensor] | None = None  # freed with the states that need it
         self._main_grads: dict[str, torch.Tensor] = {}
         self._trained: list[str] = []
         if optimizer is None:
@@ -160,6 +162,7 @@ class TorchTrainer:
         """See Trainer."""
         self.wake()
         self._zero_gradients()
+        self._head_copy = None
         results = self.run(batches, fn, grad=True)
         learning_rate = self.optimizer.learning_rate
         if self.before_update is not None:
@@ -208,11 +211,22 @@ class TorchTrainer:
             assert head is not None
             return at_head(hidden[:0], head, bias, decoder.logit_scale)[1]
 
+        def lasting_head() -> Head:  # FSDP frees what it has gathered; one copy serves all microbatches
+            if self.model.mesh is None and bias is None:
+                return whole_head()
+            copy = None if self._head_copy is None else self._head_copy()
+            if copy is None:
+                copy = whole_head().weight.detach().clone()
+                self._head_copy = weakref.ref(copy)
+            assert head is not None
+            return replace(head, weight=copy)
+
         return Output(
             batch,
             hidden=rows_for_head,
             whole_hidden=whole_rows,
             head=whole_head,
+            lasting_head=lasting_head,
             score=decoder.score.weight[0] if head is None else None,
             sharing_group=None,
             check_numerics=self._check_numerics,
@@ -277,6 +291,7 @@ class TorchTrainer:
             self._load_hf(self._model_dir)
 
     def _load_hf(self, model_dir: str) -> None:
+        self._head_copy = None
         tensors = {name: tensor for name, tensor in self.model.tensors.items() if not is_adapter(name)}
         load_hf(model_dir, self.architecture, self.regions, tensors, self._initial)
 
@@ -315,6 +330,7 @@ class TorchTrainer:
     def load(self, directory: Path, *, optimizer: bool = True) -> bool:
         """See Trainer."""
         self.wake()
+        self._head_copy = None
         steps = checkpoint.read(directory, self._held(optimizer))
         self.optimizer.go_on_after(steps)
         if not optimizer:

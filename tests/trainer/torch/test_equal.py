@@ -18,6 +18,7 @@ SP = TP2 | {"sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "fsdp2": (2, {}, {}),
     "replicas2": (2, {}, {"replicate_size": 2}),
+    "offloaded2": (2, {}, {"cpu_offload": True}),
     "tp2": (2, TP2, {}),
     "tp2-sp": (2, SP, {}),
     "fsdp4": (4, {"activation_recompute": "selective"}, {"reshard_after_forward": False}),
@@ -63,6 +64,14 @@ def test_layouts_equal_the_megatron_backend(dirs: dict[str, str], model: str, na
     )
     assert all(found == results[0] for found in results), "every rank reports the same"
     backend_ranks.assert_equal_steps(results[0], megatron(dirs[model]))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_host_memory_changes_no_bit(dirs: dict[str, str], size: int) -> None:
+    """Parameters and optimizer on the host: the same steps as in the device's memory."""
+    run = functools.partial(world(size).run, backend_ranks.steps, dirs["llama-biases"], "torch")
+    there = run({"cpu_offload": True}, parallel={"num_processes": size})
+    assert there == run({}, parallel={"num_processes": size})
 
 
 def test_adapters_equal_the_megatron_backend(dirs: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ READERS: dict[str, Layout] = {
     "one": (1, {}, {}),
     "tp2": (2, TP2, {}),
     "replicas2": (2, {}, {"replicate_size": 2}),
+    "offloaded": (2, {}, {"cpu_offload": True}),
 }
 
 
