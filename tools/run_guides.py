@@ -30,13 +30,19 @@ LONG = "as long as the quickstart, which it follows; tests/docs resolves its con
 ELSEWHERE = {
     ("README", "make quickstart"): QUICKSTART,
     ("index", "make quickstart"): QUICKSTART,
+    ("quickstart", "make quickstart"): QUICKSTART,
     ("installation", "apt-get"): "needs root and a GPU; tests/tools/test_setup.py runs the set-up",
     ("installation", "pip install torch"): "downloads torch; tests/package builds and installs the wheel",
-    ("installation", "docker build"): "needs Docker; tests/tools/test_deployment.py reads the Dockerfiles",
     ("installation", "megarl doctor"): QUICKSTART,
+    ("docker", "docker build"): "needs Docker; tests/tools/test_deployment.py reads the Dockerfiles",
+    ("workstation", "make setup"): "activates the environment of an interactive shell",
+    ("workstation", "tmux"): "starts a run in the background, on data of one's own",
     ("backends", "megarl sft"): LONG,
+    ("checkpoints", "megarl grpo"): LONG,
     ("configuration", "megarl grpo"): LONG,
     ("configuration/*", "megarl"): LONG,
+    ("use-cases/mathematics", "megarl eval"): "the command of guides/eval",
+    ("use-cases/mathematics", "megarl grpo"): "names a model of 3 GB; tests/docs resolves its configuration",
     ("security", "export RAY_AUTH_MODE"): "starts a cluster on several hosts; tests/cluster has one host's",
 }
 """(page, beginning of the block) -> where its commands are checked instead, or why they cannot be."""

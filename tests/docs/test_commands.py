@@ -254,3 +254,29 @@ def test_python_blocks_import_what_is_there() -> None:
                     assert hasattr(megarl, node.attr), f"{page}: {node.attr}"
                     seen += 1
     assert seen >= 5
+
+
+def test_the_page_on_testing_has_tests_that_pass_and_can_fail() -> None:
+    (block,) = [
+        b for language, b in fences((ROOT / "docs" / "testing.md").read_text()) if language == "python"
+    ]
+    found: dict[str, Any] = {}
+    exec(compile(block, "docs/testing.md", "exec"), found)
+    tests = [value for name, value in found.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+    found["Exact"].judge = lenient
+    with pytest.raises(AssertionError, match="5 or 6"):
+        found["test_wrong_and_dishonest_ones_do_not"]()
+
+
+async def lenient(self: Any, prompt: Any, response_text: str) -> tuple[float, dict[str, Any]]:
+    return float(prompt.metadata["answer"] in response_text), {}
+
+
+def test_every_shipped_configuration_is_in_the_gallery() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text()
+    named = {name.replace("*", ".*") for name in re.findall(r"`([a-z0-9_*/]+)`", page)}
+    missing = [name for name in recipes() if not any(re.fullmatch(each, name) for each in named)]
+    assert missing == []

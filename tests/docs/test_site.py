@@ -11,6 +11,7 @@ import pytest
 from megarl.jobs import JOBS
 from megarl.metrics.timers import PHASES
 from tools import make_cli_docs
+from tools.run_guides import fences, pages
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -64,3 +65,10 @@ def test_the_glossary_has_every_metric_that_is_shown() -> None:
     shown |= {f"seconds_{phase}" for phase in PHASES}
     explained = set(re.findall(r"`([a-z_]+)`", page))
     assert shown - {"step", "tokens_per_second"} <= explained
+
+
+def test_every_fenced_block_says_what_it_is() -> None:
+    known = {"bash", "yaml", "json", "python", "text", "{eval-rst}"}
+    for page, path in pages().items():
+        for language, block in fences(path.read_text()):
+            assert language in known, f"{page}: a block of language {language!r}: {block[:40]!r}"
