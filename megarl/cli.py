@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match options.command:
             case "report":
-                return _report(options.run_dir)
+                return _report(options)
             case "convert":
                 from megarl.convert.cli import run
 
@@ -133,6 +133,11 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
             action="store_true",
             help="print the resolved configuration and derived values, then stop",
         )
+        said = command.add_mutually_exclusive_group()
+        said.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
+        said.add_argument(
+            "-v", "--verbose", action="store_true", help="print details, and other libraries' warnings"
+        )
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings that override the file"
         )
@@ -140,6 +145,12 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         "report", help="write or update the HTML report of a run", allow_abbrev=False
     )
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, e.g. runs/quickstart")
+    report.add_argument(
+        "--serve", action="store_true", help="follow the run: serve a page on 127.0.0.1 that refreshes itself"
+    )
+    report.add_argument(
+        "--port", type=int, default=0, metavar="N", help="port of --serve (default: any free one)"
+    )
     from megarl.convert.cli import add_arguments
 
     text = "convert or inspect Hugging Face and Megatron checkpoints"
@@ -257,6 +268,9 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return run_ranks_on_ray(count, arguments, ranks_path)
         if count > 1:
             return run_ranks(count, arguments, ranks_path)
+    from megarl.metrics.console import use_level
+
+    use_level("quiet" if options.quiet else "verbose" if options.verbose else "normal")
     _call_loop(job, config)
     return 0
 
@@ -333,7 +347,19 @@ def _check_memory_can_be_mapped(config: TrainingRoot | EvalConfig) -> None:
 
 
 def _call_loop(job: Job, config: TrainingRoot | EvalConfig) -> None:
-    job.loop()(config)
+    from megarl.foreign_output import quieten, quieten_bars
+    from megarl.metrics.console import Console
+    from megarl.opening import opening
+
+    console = Console(job.name, enabled=_rank() == 0)
+    console.note(opening(job, config))
+    if not console.is_verbose:
+        quieten(os.environ)
+    with console.waiting("loading libraries"):
+        loop = job.loop()
+    if not console.is_verbose:
+        quieten_bars()
+    loop(config)
 
 
 def _resolved(config: TrainingRoot | EvalConfig) -> str:
@@ -345,7 +371,16 @@ def _resolved(config: TrainingRoot | EvalConfig) -> str:
     return "".join(f"# {line}\n" for line in facts) + dump_config(config)
 
 
-def _report(run_dir: Path) -> int:
+def _report(options: argparse.Namespace) -> int:
+    run_dir = options.run_dir
+    if options.serve and not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run directory")
+    if options.serve:
+        from megarl.metrics.report_server import ReportServer
+
+        with ReportServer(run_dir, options.port) as server:
+            print(f"Serving {run_dir} at {server.url} (Ctrl-C ends it; the run goes on)", flush=True)
+            server.serve_forever()
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: not a run directory (no metrics.jsonl in it)")
     from megarl.metrics.report import write_report

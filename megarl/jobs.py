@@ -15,11 +15,20 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the step line: the first metric of ``sources`` (name -> title) that the step logged."""
+    """One column of the step line: the first metric of ``sources`` (name -> title) that the step logged.
+
+    ``general`` is the title before any step has logged one of several sources; None: that of the first.
+    """
 
     sources: Mapping[str, str]
     form: Literal["count", "fixed", "percent", "scientific", "thousands", "seconds"]
     width: int
+    general: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The title where no source is known."""
+        return self.general or next(iter(self.sources.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ PROBLEMS = Data("problems", "megarl.loops.datasets:load_problems")
 _STEP = Column({"step": "step"}, "count", 6)
 _LOSS = Column({"loss": "loss"}, "fixed", 8)
 _REWARD = Column({"reward_mean": "reward"}, "fixed", 7)
-_ACCURACY = Column({"accuracy": "accuracy"}, "percent", 8)
+_ACCURACY = Column({"accuracy": "held-out acc"}, "percent", 12)
 _MISMATCH = Column({"logprob_abs_diff_max": "logp diff"}, "scientific", 9)
 _LENGTH = Column({"response_length_mean": "length"}, "fixed", 7)
 _VALIDATION = Column({"validation_loss": "validation"}, "fixed", 10)
@@ -89,10 +98,10 @@ _SPEED = (
 )
 _ONLINE_TAIL = (_MISMATCH, *_OPTIMIZER, _LENGTH, *_SPEED)
 _PAIRS_TAIL = (
-    Column({"reward_accuracy": "accuracy"}, "percent", 8),
+    Column({"reward_accuracy": "train acc"}, "percent", 9),
     Column({"reward_margin": "margin"}, "fixed", 8),
     _VALIDATION,
-    Column({"validation_accuracy": "val. acc."}, "percent", 9),
+    Column({"validation_accuracy": "held-out acc"}, "percent", 12),
     *_OPTIMIZER,
     *_SPEED,
 )
@@ -135,7 +144,7 @@ _ALL = (
             _STEP,
             _REWARD,
             _ACCURACY,
-            Column({"kl_ref": "kl ref", "kl_policy": "kl old"}, "scientific", 8),
+            Column({"kl_ref": "kl ref", "kl_policy": "kl old"}, "scientific", 8, general="kl"),
             *_ONLINE_TAIL,
         ),
         example="configs/quickstart_grpo.yaml optimizer.lr=2e-4 training.num_steps=20",

@@ -6,6 +6,7 @@
       config.yaml             resolved configuration
       console.log             what the console showed, whatever became of the terminal
       inputs.json             sizes and checksums of what the run reads beside it
+      provenance.jsonl        one line per start: command, commit, machine
       metrics.jsonl           one JSON object per step
       samples/step_N.jsonl    samples of step N
       evaluations/step_N.jsonl  all responses of the evaluation after step N (0: before training)
@@ -67,6 +68,7 @@ class RunDirectory:
         self.config_path = self.path / "config.yaml"
         self.console_path = self.path / "console.log"
         self.inputs_path = self.path / "inputs.json"
+        self.provenance_path = self.path / "provenance.jsonl"
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples"
         self.evaluations_path = self.path / "evaluations"
@@ -123,7 +125,7 @@ class RunDirectory:
         for path in folders:
             if path.exists() and not path.is_dir():
                 raise UserError(f"run.dir: {path} is a file where the run keeps a directory; move it away")
-        for path in (*files, self.console_path, self.inputs_path):
+        for path in (*files, self.console_path, self.inputs_path, self.provenance_path):
             if path.is_dir():
                 raise UserError(f"run.dir: {path} is a directory where the run keeps a file; move it away")
 
@@ -268,8 +270,9 @@ class RunDirectory:
         """Write samples/step_N.jsonl atomically.
 
         The report shows these keys: step, prompt_index, prompt, response, answer, reward, advantage,
-        finish_reason, policy_version, num_response_tokens, info, and optionally rollout_logprobs [N] and
-        response_tokens [N] (text of each token).
+        finish_reason, policy_version, num_response_tokens, info, and optionally, of each response token,
+        response_tokens (text), rollout_logprobs (the engine's), trainer_logprobs, entropy (nats) and
+        token_advantages (if they differ), each [N]; null where the trainer computed none.
         """
         path = self.samples_path / f"step_{step}.jsonl"
         write_atomically(path, "".join(_to_json_line(sample) for sample in samples))

@@ -55,9 +55,11 @@ MAY_IMPORT = {
     "arguments": "",
     "launch": "cluster",
     "recipes": "",
+    "foreign_output": "",
+    "opening": "models",
     "doctor": "cluster environments ops platform",
-    "cli": "arguments launch recipes run_directory doctor loops convert simulate metrics models weights"
-    " cluster platform",
+    "cli": "arguments foreign_output opening launch recipes run_directory doctor loops convert simulate"
+    " metrics models weights cluster platform",
     "api": "run_directory cluster simulate cli",
     "__main__": "cli",
 }

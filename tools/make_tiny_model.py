@@ -186,6 +186,9 @@ def main() -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
         tokenizer.save_pretrained(staging)
         model.save_pretrained(staging)
         staging.chmod(0o755)

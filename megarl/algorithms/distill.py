@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from megarl.batching.token_trace import TokenTrace
 from megarl.config.distill import DistillConfig
 from megarl.data.tokenizer import load_tokenizer
 from megarl.errors import UserError
@@ -99,8 +100,9 @@ class DistillLearner:
         with self.run.timers("logprobs"):
             for mini in minis:
                 self.distiller.read_teacher(mini.batches)
+        minibatches.trace_first(minis, self.config.logging.samples_per_step)
         results = [
-            self.distiller.step(mini.batches)
+            self.distiller.step(mini.batches, mini.trace)
             for mini in minibatches.epochs(self.run, minis, algorithm.num_epochs_per_batch)
         ]
         self.distiller.forget()
@@ -109,7 +111,7 @@ class DistillLearner:
         ) | minibatches.split_metrics(minis)
         values |= minibatches.train_speed(self.run, values, algorithm)
         # The first step's logprobs are computed with the weights that drew the samples.
-        return Learned(values, results[0].mismatch)
+        return Learned(values, results[0].mismatch, minibatches.traced(self.policy, minis))
 
 
 class Distiller:
@@ -138,8 +140,11 @@ class Distiller:
         """Release the teacher's hidden states."""
         self._teacher_at.clear()
 
-    def step(self, batches: list[PackedBatch]) -> TrainStepResult:
-        """Take one optimizer step of the student on the divergence from :meth:`read_teacher`'s states."""
+    def step(self, batches: list[PackedBatch], trace: TokenTrace | None = None) -> TrainStepResult:
+        """Take one optimizer step of the student on the divergence from :meth:`read_teacher`'s states.
+
+        ``trace`` keeps what the student computes for its sequences.
+        """
         mismatch, sampler = LogprobMismatch(), Sampler(self.options.temperature)
 
         def learn(output: Output) -> LossResult:
@@ -148,8 +153,12 @@ class Distiller:
                 tokens = output.logprobs(sampler)
                 drawn = output.logprobs(self.drawn_by) if self.drawn_by.truncates else tokens
             mismatch = mismatch + mismatch_of(drawn)
+            if trace is not None:
+                trace.read(output.batch, drawn)
             teacher = self._teacher_at[id(output.batch)]
             return distill_loss(self.options, output.at_targets(), teacher, tokens)
 
         metrics = self.student.optimizer_step(batches, learn)
+        if trace is not None:
+            trace.close()
         return TrainStepResult(metrics, reduce_mismatch(self.student.context, mismatch))

@@ -61,6 +61,7 @@ class GrpoLearner:
         minis, values = self.split(step, groups)
         values |= minibatches.pack(policy, minis, *self.weighing)
         old = algorithm.old_logprobs_from
+        minibatches.trace_first(minis, self.config.logging.samples_per_step, old)
         mismatch = minibatches.old_and_reference(policy, minis, self.config, self.run, old)
         values |= filters.drop_by_error(minis, algorithm.max_logprob_error, *self.weighing)
         values |= filters.drop_rejected(minis, algorithm, *self.weighing)
@@ -83,7 +84,8 @@ class GrpoLearner:
             mismatch = results[0].mismatch
         values |= minibatches.mean_metrics([result.metrics for result in results])
         values |= minibatches.split_metrics([mini for mini, _ in taught])
-        return Learned(values | minibatches.train_speed(self.run, values, algorithm), mismatch)
+        values |= minibatches.train_speed(self.run, values, algorithm)
+        return Learned(values, mismatch, minibatches.traced(policy, minis))
 
     def split(self, step: int, groups: list[Group]) -> tuple[list[MiniBatch], dict[str, Any]]:
         """Build one mini-batch per optimizer step, filtered, with advantages if they are known already."""

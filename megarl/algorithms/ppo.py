@@ -80,6 +80,7 @@ class PpoLearner:
                 fill_values(self.critic, mini.batches)
         # Without an optimizer step, nothing else measures the mismatch of engine and trainer.
         old = algorithm.needs_old_logprobs or not trains_policy
+        minibatches.trace_first(minis, self.config.logging.samples_per_step, old)
         mismatch = minibatches.old_and_reference(policy, minis, self.config, self.run, old)
         values |= self.give_advantages(minis)
         results, critic = [], []
@@ -93,7 +94,8 @@ class PpoLearner:
         values |= minibatches.mean_metrics([result.metrics for result in results])
         values |= {renamed.get(name, name): value for name, value in minibatches.mean_metrics(critic).items()}
         values |= minibatches.split_metrics(minis)
-        return Learned(values | minibatches.train_speed(self.run, values, algorithm), mismatch)
+        values |= minibatches.train_speed(self.run, values, algorithm)
+        return Learned(values, mismatch, minibatches.traced(policy, minis))
 
     def give_advantages(self, minis: list[MiniBatch]) -> dict[str, float]:
         """Set advantages and returns on every microbatch, and the mean advantage on each sample."""

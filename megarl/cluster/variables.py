@@ -31,6 +31,11 @@ _ENGINE = {
 }
 
 
+def is_first_process() -> bool:
+    """Whether this is rank 0, as the launcher's variables say: before the process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def cores() -> int:
     """Return the CPU cores of this process: the smaller of its affinity and its container's quota."""
     bound = len(os.sched_getaffinity(0))

@@ -25,6 +25,8 @@ class LoggingConfig(Section):
     """Write TensorBoard events to <run.dir>/tensorboard."""
     wandb: WandbConfig | None = None
     """Send metrics to Weights & Biases."""
+    interval: PositiveInt | None = None
+    """Steps per line on the console; null: about 1% of the steps, more if they take long."""
     samples_per_step: NonNegativeInt = 16
     """Samples written to samples/step_N.jsonl per step (0: none)."""
     report_interval: PositiveInt = 10

@@ -134,7 +134,7 @@ def evaluate(
     categories = score_by_category(groups, settings.k, consensus_draws=draws, seed=seed)
     kind = "greedy accuracy" if settings.temperature == 0 else f"accuracy (mean@{n})"
     extra = "".join(f", {name.replace('_at_', '@')} {value:.1%}" for name, value in total.values.items())
-    console.note(f"step {step}: {kind} {total.accuracy:.1%}{extra} on {len(problems)} held-out problems")
+    console.detail(f"step {step}: {kind} {total.accuracy:.1%}{extra} on {len(problems)} held-out problems")
     return Evaluation(groups, total, categories)
 
 
@@ -143,24 +143,26 @@ def run_eval(config: EvalConfig) -> None:
     console, timers = Console("eval"), PhaseTimers()
     with RunDirectory(config.run.dir) as directory:
         directory.open(public(config), config.model_dump(mode="json", exclude_defaults=True))
-        if is_checkpoint(config.model.path):
-            if line := convert_start(config.model.path, directory.path):
-                console.note(line)
-            config = with_converted_path(config)
-        architecture, tokenizer, longest = read_model(config)
-        held_out = load_problems(config, tokenizer, longest, "held_out")
+        with console.waiting("reading model and problems"):
+            if is_checkpoint(config.model.path):
+                if line := convert_start(config.model.path, directory.path):
+                    console.note(line)
+                config = with_converted_path(config)
+            architecture, tokenizer, longest = read_model(config)
+            held_out = load_problems(config, tokenizer, longest, "held_out")
         for line in (line for report in held_out.reports for line in report.lines()):
             console.note(line)
         problems = pick_problems(held_out, config.evaluation, console)
-        engine = start_engine(
-            config.model,
-            architecture,
-            config.rollout.engine,
-            max_model_len=longest,
-            seed=config.run.seed,
-            log_dir=directory.path,
-            ranks=[this_machine()],
-        )
+        with console.waiting("starting the engine's processes"):
+            engine = start_engine(
+                config.model,
+                architecture,
+                config.rollout.engine,
+                max_model_len=longest,
+                seed=config.run.seed,
+                log_dir=directory.path,
+                ranks=[this_machine()],
+            )
         stops = tuple(stop_token_ids(tokenizer, config.model.path))
         workers = EnvironmentWorkers(
             config.data.held_out,
@@ -174,7 +176,7 @@ def run_eval(config: EvalConfig) -> None:
         else:
             files = FileOwner(config.model.path, config.model.dtype)
             owners = [files.owner()]
-        with console.waiting("engine"):
+        with console.waiting("waiting for the engine"):
             attach_weights(engine, architecture, owners)
         engine.sync(0)
         rollouts = RolloutManager(
@@ -199,8 +201,9 @@ def run_eval(config: EvalConfig) -> None:
             console=console,
         )
         _write(directory, found, timers.end_step()["seconds"], console)
-        engine.shutdown()
-        workers.shutdown()
+        with console.waiting("shutting down the engine"):
+            engine.shutdown()
+            workers.shutdown()
     finalize(context)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megarl.batching.rank_microbatches import PackedStep, gather_from_packed, scatter_to_packed
+from megarl.batching.token_trace import TokenTrace, TracedTokens
 from megarl.batching.train_batch import train_batch
 from megarl.cluster.collectives import from_first_rank
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
@@ -37,6 +38,7 @@ class MiniBatch:
     """[S] tokens of each sequence in the loss; 0 for a sequence that was filtered out."""
     advantages: np.ndarray | None = None  # [S] float64, or [T] if they differ between tokens
     only: np.ndarray | None = None  # [.] ascending: the packed sequences; None: all
+    trace: TokenTrace | None = None  # of the samples that the run writes down
     _packed: PackedStep | None = None
 
     @property
@@ -48,6 +50,11 @@ class MiniBatch:
     @packed.setter
     def packed(self, packed: PackedStep) -> None:
         self._packed = packed
+
+    def close_trace(self) -> None:
+        """Trace no further pass: the weights are about to change, or have."""
+        if self.trace is not None:
+            self.trace.close()
 
     @property
     def known_advantages(self) -> np.ndarray:
@@ -125,6 +132,30 @@ def pack(
     }
 
 
+def trace_first(minis: list[MiniBatch], count: int, old: bool | Literal["rollout"] = False) -> None:
+    """Trace the tokens of the first ``count`` samples of the step; comes before the first pass.
+
+    Only the weights that drew the samples are of interest: without a pass for ``old`` logprobs the first
+    mini-batch alone is traced, for the others are computed after its optimizer step.
+    """
+    if not count:
+        return
+    numbers = from_first_rank(lambda: [np.flatnonzero(mini.numbers < count) for mini in minis])
+    for mini, rows in zip(minis if old is True else minis[:1], numbers, strict=False):
+        mini.trace = TokenTrace(rows)
+
+
+def traced(policy: Trainer, minis: list[MiniBatch]) -> dict[int, TracedTokens]:
+    """Return sample number within the step -> its traced tokens, on rank 0; empty elsewhere."""
+    found: dict[int, TracedTokens] = {}
+    for mini in minis:
+        if mini.trace is not None:
+            has_results = policy.context.has_results
+            tokens = mini.trace.gather(mini.batch, mini.advantages, has_results=has_results)
+            found |= {int(mini.numbers[row]): values for row, values in tokens.items()}
+    return found
+
+
 def split_metrics(minis: list[MiniBatch]) -> dict[str, float]:
     """Return mean numbers of sequences split over context-parallel ranks and kept whole per mini-batch."""
     found = [mini.packed.split_counts for mini in minis]
@@ -147,8 +178,15 @@ def old_and_reference(
     with run.timers("logprobs"):
         for mini in minis if old is True else ():
             mismatch = mismatch + fill_logprobs(
-                policy, mini.batches, "old_logprobs", temperature=temperature, top_k=top_k, top_p=top_p
+                policy,
+                mini.batches,
+                "old_logprobs",
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                trace=mini.trace,
             )
+            mini.close_trace()
         for batch in (each for mini in minis for each in mini.batches) if old == "rollout" else ():
             batch.old_logprobs = batch.rollout_logprobs
         if config.algorithm.needs_reference:
@@ -162,7 +200,17 @@ def policy_step(policy: Trainer, mini: MiniBatch, loss: Loss, config: OnlineConf
     """Take one optimizer step, on the distribution the engine samples from."""
     rollout = config.rollout
     temperature, top_k, top_p = rollout.temperature, rollout.top_k, rollout.top_p
-    return train_step(policy, mini.batches, loss, temperature=temperature, top_k=top_k, top_p=top_p)
+    result = train_step(
+        policy,
+        mini.batches,
+        loss,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        trace=mini.trace,
+    )
+    mini.close_trace()
+    return result
 
 
 def epochs(run: TrainingRun, items: list[Item], num_epochs: int) -> Iterator[Item]:

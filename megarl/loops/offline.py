@@ -16,14 +16,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from megarl.batching.rank_microbatches import PackedStep
+from megarl.cluster.variables import is_first_process
 from megarl.config.preference import PreferenceRoot
 from megarl.config.sft import SftConfig
 from megarl.data.order import Ordered, held_out_rows, order_of
 from megarl.loops.datasets import load_splits
 from megarl.loops.model_files import check_fits, describe_model, read_model
+from megarl.metrics.console import Console
 from megarl.models.table import Architecture
 from megarl.records import PackedBatch, TrainBatch
 from megarl.runs.training_run import TrainingRun
+from megarl.simulate.shapes import active_elements
 from megarl.trainer.build import finalize, initialize
 from megarl.trainer.interface import RankContext, Trainer
 
@@ -87,14 +90,22 @@ def run_offline(
     make: Callable[[TrainingRun, RankContext, Architecture], Objective[Data, Any]],
 ) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
-    architecture, tokenizer, longest = read_model(config)
-    train, held_out = load_splits(load, config, tokenizer, longest)
-    context = initialize(config.parallel, config.run.seed, config.trainer)
-    check_fits(config, architecture, context)
+    console = Console(kind, enabled=is_first_process())
+    with console.waiting("reading model and data"):
+        architecture, tokenizer, longest = read_model(config)
+        train, held_out = load_splits(load, config, tokenizer, longest)
+    with console.waiting("starting the trainer's processes"):
+        context = initialize(config.parallel, config.run.seed, config.trainer)
+        check_fits(config, architecture, context)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
-        objective = make(run, context, architecture)
-        for line in [*describe_model(context.platform.name, config, architecture), *objective.notes()]:
+        run.record_start(active_elements(architecture))
+        with run.console.waiting("building the model"):
+            objective = make(run, context, architecture)
+        layers, *adapters = describe_model(context.platform.name, config, architecture)
+        for line in [layers, *objective.notes()]:
+            run.console.detail(line)
+        for line in adapters:
             run.console.note(line)
         loop = OfflineLoop(config, run, objective, train, held_out)
         objective.begin(loop.rows)
@@ -135,6 +146,7 @@ class OfflineLoop(Generic[Data]):
         """Run from the state of the last finished step to the last step; return summary.json's entries."""
         run, objective, training = self.run_, self.objective, self.config.training
         position, totals = state["position"], dict(state["totals"])
+        run.begin_steps()
         run.timers.start_step()
         for step in range(state["step"] + 1, training.num_steps + 1):
             packed, loss = self.take(self.train, self.order.batch(position, training.batch_size))
@@ -157,6 +169,7 @@ class OfflineLoop(Generic[Data]):
             totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
             kept = {"position": position, "totals": totals, **objective.state()}
             run.after_step(step, training.num_steps, objective.trained, kept)
+        run.console.end_steps()
         return totals
 
     def take(self, data: Data, rows: list[int]) -> tuple[PackedStep, Any]:

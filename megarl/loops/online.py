@@ -12,13 +12,15 @@ per algorithm (grpo.py), turns graded groups into optimizer steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from megarl.batching.token_trace import TracedTokens
 from megarl.cluster.collectives import barrier, broadcast, from_first_rank, gather, on_first_rank
+from megarl.cluster.variables import is_first_process
 from megarl.config.online import OnlineConfig
 from megarl.data.prompts import PromptDataset
 from megarl.data.tokenizer import TurnReader, stop_token_ids
@@ -39,12 +41,14 @@ from megarl.loops.online_metrics import (
     staleness_metrics,
 )
 from megarl.losses.logprob_mismatch import LogprobMismatch
+from megarl.metrics.console import Console
 from megarl.metrics.timers import PHASES
 from megarl.models.table import Architecture
 from megarl.records import Group, Prompt
 from megarl.runs.training_run import TrainingRun
 from megarl.sampling.rollout_batches import RolloutBatches
 from megarl.sampling.rollout_manager import RolloutManager, make_rollout_manager
+from megarl.simulate.shapes import active_elements
 from megarl.trainer.build import build_trainer, finalize, initialize
 from megarl.trainer.interface import Checkpointable, Trainer
 from megarl.weights.plan import Owner
@@ -54,11 +58,13 @@ from megarl.weights.plan import Owner
 class Learned:
     """Result of one step's optimizer steps: metrics (equal on every rank) and mismatch to the engine.
 
-    ``metrics`` has at least num_tokens, the tokens of all sequences trained on.
+    ``metrics`` has at least num_tokens, the tokens of all sequences trained on. ``traced`` has, on rank 0,
+    the tokens of some of the step's samples, by their number (groups end to end).
     """
 
     metrics: dict[str, float]
     mismatch: LogprobMismatch
+    traced: dict[int, TracedTokens] = field(default_factory=dict)
 
 
 class Learner(Protocol):
@@ -83,23 +89,30 @@ MakeLearner = Callable[[Any, TrainingRun, Trainer], Learner]
 
 def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
-    architecture, tokenizer, longest = read_model(config)
-    train, held_out = load_splits(load_problems, config, tokenizer, longest)
-    context = initialize(config.parallel, config.run.seed, config.trainer)
-    check_fits(config, architecture, context)
+    console = Console(kind, enabled=is_first_process())
+    with console.waiting("reading model and data"):
+        architecture, tokenizer, longest = read_model(config)
+        train, held_out = load_splits(load_problems, config, tokenizer, longest)
+    with console.waiting("starting the trainer's processes"):
+        context = initialize(config.parallel, config.run.seed, config.trainer)
+        check_fits(config, architecture, context)
     check_offload(config.weights)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
+        run.record_start(active_elements(architecture))
         ranks = gather(this_rank()) if config.rollout.engine.data_parallel_size > 1 else []
         rollout = on_first_rank(
             lambda: _start_rollout(config, run, architecture, tokenizer, longest, held_out, ranks)
         )
-        policy = build_trainer(config, context, architecture, config.num_optimizer_steps)
-        for line in describe_model(context.platform.name, config, architecture):
-            run.console.note(line)
-        if config.algorithm.needs_reference:
-            policy.keep_reference()
-        learner = make_learner(config, run, policy)
+        with run.console.waiting("building the model"):
+            policy = build_trainer(config, context, architecture, config.num_optimizer_steps)
+            layers, *adapters = describe_model(context.platform.name, config, architecture)
+            run.console.detail(layers)
+            for line in adapters:
+                run.console.note(line)
+            if config.algorithm.needs_reference:
+                policy.keep_reference()
+            learner = make_learner(config, run, policy)
         state = run.resume(learner.trained) or {"step": 0, "position": 0, "totals": {}}
         owners = policy.weights.owners(config.weights.transport)
         rollouts = on_first_rank(
@@ -113,7 +126,8 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
         OnlineLoop(config, run, policy, learner, rollouts, engine, train, problems, tokenizer).run(state)
         run.export(policy, architecture)
         if rollout is not None:
-            rollout.shutdown()
+            with run.console.waiting("shutting down the engine"):
+                rollout.shutdown()
     finalize(context)
 
 
@@ -135,7 +149,7 @@ class _Rollout:
         policy_version: int,
     ) -> RolloutManager:
         """Wait for the engine, attach it to the trainer's weights and return the rollouts."""
-        with run.console.waiting("engine"):
+        with run.console.waiting("waiting for the engine"):
             for line in attach_weights(self.engine, architecture, owners, config.weights.transport):
                 run.console.note(line)
         rollouts = make_rollout_manager(config, self.engine, self.workers, tokenizer, run.timers)
@@ -163,18 +177,19 @@ def _start_rollout(
     problems = []
     if held_out is not None and config.evaluates:
         problems = pick_problems(held_out, config.evaluation, run.console)
-    engine = start_engine(
-        config.model,
-        architecture,
-        config.rollout.engine,
-        config.weights,
-        max_model_len=max_model_len,
-        seed=config.run.seed,
-        log_dir=run.directory.path,
-        record_routing=config.rollout.router_replay,
-        ranks=ranks,
-        while_training=config.rollout.max_staleness > 0,
-    )
+    with run.console.waiting("starting the engine's processes"):
+        engine = start_engine(
+            config.model,
+            architecture,
+            config.rollout.engine,
+            config.weights,
+            max_model_len=max_model_len,
+            seed=config.run.seed,
+            log_dir=run.directory.path,
+            record_routing=config.rollout.router_replay,
+            ranks=ranks,
+            while_training=config.rollout.max_staleness > 0,
+        )
     read = TurnReader(tokenizer, stop_token_ids(tokenizer, config.model.path))
     workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments, read)
     return _Rollout(engine, workers, problems)
@@ -218,13 +233,14 @@ class OnlineLoop:
     def _run(self, state: dict[str, Any], collector: RolloutBatches) -> None:
         config, run = self.config, self.run_
         for line in self.learner.notes():
-            run.console.note(line)
+            run.console.detail(line)
         curriculum = self.train.curriculum
         if curriculum is not None and "curriculum" in state:
             curriculum.load_state(state["curriculum"])
         totals: dict[str, float] = dict(state["totals"])
         last = config.training.num_steps
         earlier = totals.get("wall_seconds", 0.0)
+        run.begin_steps()
         run.timers.start_step()
         if state["step"] == 0 and config.evaluation.at_start:
             found = self.evaluate(0)
@@ -251,13 +267,14 @@ class OnlineLoop:
             if self.rollouts is not None and (count := config.logging.samples_per_step):
                 chosen = first_samples(groups, count)
                 self.rollouts.read(sample for _, sample in chosen)
-                run.directory.write_samples(step, sample_rows(step, chosen, self._decode))
+                run.directory.write_samples(step, sample_rows(step, chosen, self._decode, learned.traced))
             self._log(step, values, totals)
             totals["wall_seconds"] = earlier + run.seconds_so_far()
             kept = {"curriculum": curriculum.state()} if curriculum is not None else {}
             run.after_step(
                 step, last, self.learner.trained, {"position": collector.position, "totals": totals, **kept}
             )
+        run.console.end_steps()
         run.finish(run_summary(run.kind, last, totals))
 
     def _describe(self, step: int, groups: list[Group]) -> dict[str, float]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 
 from megarl.advantages.group import zero_std_fraction
+from megarl.batching.token_trace import TracedTokens
 from megarl.config.online import OnlineConfig
 from megarl.losses.logprob_mismatch import LogprobMismatch
 from megarl.metrics.checks import DIFFERENCE_LIMITS
@@ -79,9 +81,16 @@ def first_samples(groups: list[Group], count: int) -> list[tuple[Group, Sample]]
 
 
 def sample_rows(
-    step: int, chosen: list[tuple[Group, Sample]], decode: Callable[[int], str]
+    step: int,
+    chosen: list[tuple[Group, Sample]],
+    decode: Callable[[int], str],
+    traced: Mapping[int, TracedTokens],
 ) -> list[dict[str, Any]]:
-    """Return samples/step_N.jsonl's rows of trained samples; ``decode`` turns one token id into text."""
+    """Return samples/step_N.jsonl's rows of trained samples.
+
+    ``chosen`` are the first samples of the step, ``traced`` what the trainer computed for some of them, by
+    number; ``decode`` turns one token id into text.
+    """
     return [
         sample_row(step, group, sample)
         | {
@@ -90,11 +99,26 @@ def sample_rows(
             **({"version_spans": sample.version_spans} if sample.version_spans else {}),
             "num_response_tokens": sample.num_sampled_tokens,
             "info": sample.info,
-            "rollout_logprobs": [round(v, 5) for v in sample.rollout_logprobs.tolist()],
+            "rollout_logprobs": [round(v, 7) for v in sample.rollout_logprobs.tolist()],
             "response_tokens": [decode(i) for i in sample.response_ids.tolist()],
+            **(_traced_row(traced[number]) if number in traced else {}),
         }
-        for group, sample in chosen
+        for number, (group, sample) in enumerate(chosen)
     ]
+
+
+def _traced_row(tokens: TracedTokens) -> dict[str, Any]:
+    """Return the trainer's per-token values for the samples file; null at tokens without a target."""
+    values = {
+        "trainer_logprobs": tokens.logprobs,
+        "entropy": tokens.entropy,
+        "token_advantages": tokens.advantages,
+    }
+    return {
+        name: [None if math.isnan(v) else round(v, 7) for v in each.tolist()]
+        for name, each in values.items()
+        if each is not None
+    }
 
 
 def disagreement(mismatch: LogprobMismatch, dtype: str, decode: Callable[[int], str]) -> str | None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -18,11 +20,12 @@ from typing import Any
 
 from megarl.metrics.checks import DIFFERENCE_LIMITS, Check, run_checks
 from megarl.metrics.report_data import MAX_SAMPLE_BYTES, RunData, chart_columns, read_run
+from megarl.metrics.report_series import Best
 from megarl.metrics.summary import as_number
 from megarl.run_directory import to_json, write_atomically
 
 _PAGE = Path(__file__).parent / "page"
-_SCRIPTS = ("charts.js", "samples.js", "page.js")
+_SCRIPTS = ("charts.js", "tokens.js", "samples.js", "timeline.js", "page.js")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -38,11 +41,17 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(run: RunData) -> str:
-    """Return the page."""
+def render(run: RunData, version: str | None = None) -> str:
+    """Return the page.
+
+    With ``version`` it follows the run: it asks its server for "version", and loads again when that differs.
+    """
     script = "".join((_PAGE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    if version is not None:
+        policy += "; connect-src 'self'"
+    glossary = json.loads((_PAGE / "glossary.json").read_text(encoding="utf-8"))
     style = (_PAGE / "report.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
@@ -56,7 +65,8 @@ def render(run: RunData) -> str:
 <body>
 <div class="top"><div class="bar"><span class="mark">Mega<span>RL</span></span>
 <nav><a href="#charts">Charts</a>{'<a href="#samples">Samples</a>' if run.is_online else ""}
-<a href="#configuration">Config</a></nav>
+{'<a href="#evaluations">Evaluations</a>' if run.answers.records else ""}
+<a href="#configuration">Run</a></nav>
 <button class="quiet" id="theme" type="button" hidden></button></div></div>
 <main>
 {_heading(run)}
@@ -64,30 +74,51 @@ def render(run: RunData) -> str:
 <dl class="figures">{"".join(_figures(run))}</dl>
 {_charts(run)}
 {_samples(run)}
-<h2 id="configuration">Configuration</h2>
-<details><summary>config.yaml, as resolved</summary><pre>{escape(run.config_text)}</pre></details>
+{_answers(run)}
+<h2 id="configuration">Run</h2>
+{"".join(_provenance(run))}
+<details><summary>Configuration (config.yaml, as resolved)</summary>
+<pre>{escape(run.config_text)}</pre></details>
+{_glossary(run, glossary)}
 <footer>Written by MegaRL. Numbers are those of metrics.jsonl in the run directory.</footer>
 </main>
-<script type="application/json" id="run-data">{_embedded(run)}</script>
+<script type="application/json" id="run-data">{_embedded(run, glossary, version)}</script>
 <script>{script}</script>
 </body>
 </html>
 """
 
 
-def _embedded(run: RunData) -> str:
+def _embedded(run: RunData, glossary: Mapping[str, str], version: str | None) -> str:
     """Return the page's data as JSON that cannot close its script element."""
+    series = chart_columns(run.chart_steps)
     head = to_json(
         {
             "steps": [step["step"] for step in run.chart_steps],
-            "series": chart_columns(run.chart_steps),
+            "series": series,
+            "axes": run.axes,
+            "best": None if run.best is None else asdict(run.best),
+            "glossary": dict(_meanings(series, glossary)),
+            "version": version,
             "phase_seconds": run.summary.get("phase_seconds"),
             "difference_limit": DIFFERENCE_LIMITS[_dtype(run)],
         },
         separators=(",", ":"),
     )
     samples = f'{{"records":[{",".join(run.samples.records)}]}}'
-    return f'{head[:-1]},"samples":{samples}}}'.replace("<", "\\u003c")
+    answers = f'{{"records":[{",".join(run.answers.records)}]}}'
+    return f'{head[:-1]},"samples":{samples},"answers":{answers}}}'.replace("<", "\\u003c")
+
+
+def _meanings(names: Iterable[str], glossary: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Yield (metric, meaning) of the metrics that the glossary has, by name or by family ("stale_*")."""
+    families = {name[:-1]: text for name, text in glossary.items() if name.endswith("*")}
+    for name in names:
+        text = glossary.get(name)
+        if text is None:
+            text = next((each for start, each in families.items() if name.startswith(start)), None)
+        if text is not None:
+            yield name, text
 
 
 def _heading(run: RunData) -> str:
@@ -121,11 +152,13 @@ def _figures(run: RunData) -> Iterable[str]:
     """Yield the headline metrics that the run has."""
     summary = run.summary
     if run.is_online:
-        yield _change("Accuracy, held-out", summary, "accuracy", percent=True)
+        yield _change("Accuracy, held-out", summary, "accuracy", percent=True, best=run.best)
         yield _change("Mean reward", summary, "reward_mean")
     else:
-        yield _change("Preference accuracy, held-out", summary, "validation_accuracy", percent=True)
-        yield _change("Validation loss", summary, "validation_loss")
+        yield _change(
+            "Preference accuracy, held-out", summary, "validation_accuracy", percent=True, best=run.best
+        )
+        yield _change("Validation loss", summary, "validation_loss", best=run.best)
         yield _change("Training loss", summary, "loss")
     trained = [step for step in run.steps if step["step"] > 0]
     yield _figure("Steps", f"{trained[-1]['step'] if trained else 0:,}", _per_step(summary, len(trained)))
@@ -154,7 +187,9 @@ def _figure(label: str, value_html: str, note: str, tone: str = "") -> str:
     return f"<div><dt>{escape(label)}</dt><dd{tone_class}>{value_html}</dd>{note_html}</div>"
 
 
-def _change(label: str, summary: dict[str, Any], name: str, percent: bool = False) -> str:
+def _change(
+    label: str, summary: dict[str, Any], name: str, percent: bool = False, best: Best | None = None
+) -> str:
     before, after = as_number(summary.get(f"{name}_before")), as_number(summary.get(f"{name}_after"))
     if before is None and after is None:
         return ""
@@ -167,6 +202,8 @@ def _change(label: str, summary: dict[str, Any], name: str, percent: bool = Fals
         value = f'<span class="from">{shown(before)}</span><span class="arrow"> → </span>{value}'
     if before is not None and after is not None:
         note = f"{100 * (after - before):+.1f} points" if percent else f"{after - before:+.3f}, first to last"
+    if best is not None and best.metric == name and best.value != best.last:
+        note = f"{note}; best {shown(best.value)} at step {best.step}"
     return _figure(label, value, note)
 
 
@@ -185,13 +222,17 @@ def _charts(run: RunData) -> str:
             "spaced ones, the worst of each stretch, and all evaluations.</p>"
         )
     return f"""<div class="head" id="charts"><h2>Charts</h2>
+<label>x axis <select id="x-axis"></select></label>
+<button class="quiet" id="reset-zoom" type="button" hidden>Reset zoom</button>
 <label>Smoothing <input type="range" id="smoothing" min="0" max="0.98" step="0.01" value="0">
 <output id="smoothing-value"></output></label></div>
-{thinned}<noscript><p class="soft">The charts need JavaScript, which is switched off here.</p></noscript>
+{thinned}<p class="soft hint">Drag over a chart to zoom; click a point for the samples of its step.</p>
+<noscript><p class="soft">The charts need JavaScript, which is switched off here.</p></noscript>
 <div id="chart-sections"></div>
 <div id="phases" hidden><h3>Time by phase, whole run</h3>
 <div class="chart"><div class="share" id="phase-share"></div>
-<div class="legend" id="phase-legend"></div></div></div>"""
+<div class="legend" id="phase-legend"></div></div></div>
+<div id="timeline"></div>"""
 
 
 def _samples(run: RunData) -> str:
@@ -208,6 +249,71 @@ def _samples(run: RunData) -> str:
 <p class="soft">This page holds {held} (at most {MAX_SAMPLE_BYTES // 2**20} MiB of text);
 samples/ in the run directory has all of them.</p>
 <div id="sample-browser"></div></section>"""
+
+
+def _answers(run: RunData) -> str:
+    selection = run.answers
+    if not selection.records:
+        return ""
+    return f"""<section id="evaluations"><h2>Evaluations</h2>
+<p class="soft">{len(selection.records):,} of the {selection.num_in_steps:,} answers of
+{selection.num_steps_shown:,} of {selection.num_steps:,} evaluations;
+evaluations/ in the run directory has all.</p>
+<div id="answer-browser"></div></section>"""
+
+
+def _provenance(run: RunData) -> Iterable[str]:
+    """Yield what the run was made by and of: its last start, packages, data and model files."""
+    if run.starts:
+        start, times = run.starts[-1], len(run.starts)
+        rows = {
+            "Command": start.get("command"),
+            "In": start.get("directory"),
+            "Started": f"{start.get('time')}" + (f" (start {times} of the run)" if times > 1 else ""),
+            "Commit": start.get("commit"),
+            "Host": f"{start.get('host')}: {start.get('cores')} cores, {start.get('device')}",
+            "Ranks": start.get("num_ranks"),
+            "System": f"{start.get('system')}, Python {start.get('python')}",
+        }
+        yield _table(rows)
+    versions = {
+        name.removeprefix("package "): files.get("version")
+        for name, files in run.inputs.items()
+        if name.startswith("package ")
+    }
+    files = [
+        (key, name, facts)
+        for key, found in run.inputs.items()
+        if not key.startswith("package ")
+        for name, facts in found.items()
+    ]
+    if versions:
+        yield f"<details><summary>Packages</summary>{_table(versions)}</details>"
+    if files:
+        rows = {f"{key}: {name}": _fingerprint(facts) for key, name, facts in files}
+        yield f"<details><summary>Data, model and code files</summary>{_table(rows)}</details>"
+
+
+def _fingerprint(facts: Any) -> str:
+    if not isinstance(facts, dict):
+        return str(facts)
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if name != "mtime_ns")
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    cells = "".join(
+        f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+        if value is not None
+    )
+    return f'<table class="facts-table">{cells}</table>'
+
+
+def _glossary(run: RunData, glossary: Mapping[str, str]) -> str:
+    names = dict.fromkeys(name for step in run.chart_steps for name in step if name != "step")
+    if not (found := dict(_meanings(names, glossary))):
+        return ""
+    return f"<details><summary>Metrics of this run</summary>{_table(found)}</details>"
 
 
 def _dtype(run: RunData) -> str:

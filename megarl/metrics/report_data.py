@@ -12,6 +12,7 @@ from typing import Any
 from megarl.config.yaml_text import parse_yaml
 from megarl.errors import UserError
 from megarl.jobs import job_with_sections
+from megarl.metrics.report_series import Best, add_training_rate, best_step, x_axes
 from megarl.metrics.summary import merge_steps, summarize
 from megarl.run_directory import read_metrics, to_json
 
@@ -19,6 +20,10 @@ MAX_CHART_STEPS = 2000
 """Steps drawn; a longer run shows evenly spaced steps, the worst of each interval and all evaluations."""
 MAX_SAMPLE_BYTES = 4 * 2**20
 """Maximum size of the samples embedded as JSON."""
+MAX_ANSWER_BYTES = 2 * 2**20
+"""Maximum size of the evaluations' answers embedded as JSON."""
+TOKEN_FIELDS = ("rollout_logprobs", "trainer_logprobs", "entropy", "token_advantages", "response_tokens")
+"""Fields of a sample with one value per response token."""
 _MAX_SAMPLE_STEPS = 64
 
 _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -48,6 +53,11 @@ class RunData:
     summary: dict[str, Any]  # summary.json over what the metrics say
     finished: bool  # summary.json is there and covers the last step
     samples: SampleSelection
+    answers: SampleSelection  # of evaluations
+    axes: dict[str, list[float]]  # of chart_steps: samples, tokens, hours
+    best: Best | None
+    starts: list[dict[str, Any]]  # provenance.jsonl
+    inputs: dict[str, Any]  # inputs.json
 
 
 def read_run(run_dir: Path) -> RunData:
@@ -66,19 +76,37 @@ def read_run(run_dir: Path) -> RunData:
     summary = summarize(steps) | {name: value for name, value in written.items() if value is not None}
     is_online = "rollout" in config or any("reward_mean" in step for step in steps)
     planned = config.get("training", {}).get("num_steps", 0)
+    starts = _read_lines(run_dir / "provenance.jsonl")
+    add_training_rate(steps, starts[-1] if starts else None)
+    axes = x_axes(steps, _samples_per_step(config))
+    chosen = _thin(steps)
     return RunData(
         name=str(config.get("run", {}).get("dir") or run_dir.resolve().name).removeprefix("runs/"),
         kind=job_with_sections(config).name if config else "run",
         is_online=is_online,
         steps=steps,
-        chart_steps=_thin(steps),
+        chart_steps=[steps[i] for i in chosen],
         config=config,
         config_text=config_text,
         summary=summary,
         # summary.json may be from an earlier, shorter run that has been continued
         finished=bool(written) and bool(steps) and steps[-1]["step"] >= planned,
-        samples=_select_samples(run_dir / "samples"),
+        samples=_select_samples(run_dir / "samples", MAX_SAMPLE_BYTES),
+        answers=_select_samples(run_dir / "evaluations", MAX_ANSWER_BYTES),
+        axes={name: [values[i] for i in chosen] for name, values in axes.items()},
+        best=best_step(steps),
+        starts=starts,
+        inputs=_read_json(path) if (path := run_dir / "inputs.json").exists() else {},
     )
+
+
+def _samples_per_step(config: Mapping[str, Any]) -> int | None:
+    """Return the samples or examples of a step, None if the configuration does not say."""
+    rollout = config.get("rollout") or {}
+    if "num_prompts_per_step" in rollout:
+        return int(rollout["num_prompts_per_step"]) * int(rollout.get("num_generations_per_prompt", 1))
+    size = config.get("training", {}).get("batch_size")
+    return None if size is None else int(size)
 
 
 def chart_columns(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -87,9 +115,10 @@ def chart_columns(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [step.get(name) for step in steps] for name in names}
 
 
-def _thin(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _thin(steps: list[dict[str, Any]]) -> list[int]:
+    """Return the indices of the steps that are drawn."""
     if len(steps) <= MAX_CHART_STEPS:
-        return steps
+        return list(range(len(steps)))
     stride = -(-len(steps) // (MAX_CHART_STEPS // 2))
     kept = {0, len(steps) - 1}
     kept |= {i for i, step in enumerate(steps) if "accuracy" in step or "validation_loss" in step}
@@ -97,7 +126,7 @@ def _thin(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
         stretch = range(start, min(start + stride, len(steps)))
         # thinning must keep spikes
         kept |= {start, max(stretch, key=lambda i: _severity(steps[i]))}
-    return [steps[i] for i in sorted(kept)]
+    return sorted(kept)
 
 
 def _severity(step: Mapping[str, Any]) -> float:
@@ -115,7 +144,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _select_samples(folder: Path) -> SampleSelection:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line; [] if there is none."""
+    if not path.exists():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            raise UserError(f"{path}, line {number}: not valid JSON") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object")
+        found.append(value)
+    return found
+
+
+def _select_samples(folder: Path, max_bytes: int) -> SampleSelection:
     """Select samples of the last and first step, then of finer subdivisions, until the size limit."""
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -123,10 +168,10 @@ def _select_samples(folder: Path) -> SampleSelection:
             found[int(match[1])] = path
     steps = sorted(found)
     chosen: dict[int, list[str]] = {}
-    num_in_steps, room = 0, MAX_SAMPLE_BYTES
+    num_in_steps, room = 0, max_bytes
     for step in _coarse_to_fine(steps)[:_MAX_SAMPLE_STEPS]:
         lines = [line for line in found[step].read_text(encoding="utf-8").split("\n") if line]
-        step_room = min(room, MAX_SAMPLE_BYTES // 4)  # one step of huge samples must not take the page
+        step_room = min(room, max_bytes // 4)  # one step of huge samples must not take the page
         records = []
         for number, line in enumerate(lines, start=1):
             record = _fit(line, step_room, f"{found[step]}, line {number}")
@@ -157,7 +202,7 @@ def _fit(line: str, room: int, where: str) -> str | None:
         raise UserError(f"{where}: not a JSON object")
     if len(record := _embed(sample)) <= room:
         return record
-    for name in ("rollout_logprobs", "response_tokens"):
+    for name in TOKEN_FIELDS:
         sample.pop(name, None)
     sample["logprobs_left_out"] = True
     record = _embed(sample)

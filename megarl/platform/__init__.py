@@ -85,6 +85,15 @@ def synchronize() -> None:
     wait_for(current().device)
 
 
+def device_name() -> str:
+    """Return the name of the GPU, or "cpu"."""
+    if (chosen := current()).name == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name(chosen.device)
+
+
 def peak_memory_gib() -> float:
     """Return this process's peak memory so far: device memory on CUDA, resident memory on a CPU."""
     if current().name == "cuda":

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megarl import platform
+from megarl.runs.provenance import append_start, describe_start
 from megarl.runs.inputs import changes, find_inputs, read_inputs
 from megarl.runs.resuming import load, newest_whole, told_once
 from megarl.runs.checkpoint_manager import CheckpointManager
@@ -168,6 +169,17 @@ class TrainingRun:
             self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
         return state
 
+    def record_start(self, active_parameters: int) -> None:
+        """Add this start of the run to provenance.jsonl (rank 0)."""
+        if self.is_first:
+            start = describe_start(dist.get_world_size(), active_parameters)
+            append_start(self.directory.provenance_path, start)
+
+    def begin_steps(self) -> None:
+        """Begin the console's bar and the time left; comes after :meth:`resume`, before the first step."""
+        total, interval = self.config.training.num_steps, self.config.logging.interval
+        self.console.begin_steps(total, self._last_step, interval)
+
     def _check_base(self, state: Mapping[str, Any]) -> None:
         """Raise UserError if the base weights of an adapter checkpoint have changed."""
         if self._base and state.get("base") != self._base["base"]:
@@ -214,7 +226,7 @@ class TrainingRun:
         if not self.config.checkpoint.export_hf:
             return
         lora, base = self.config.lora, self.config.model.path
-        with ranges.phase("export"):
+        with ranges.phase("export"), self.console.waiting("exporting the weights"):
             if lora is None or lora.export != "adapter":
                 tensors, target = policy.weights.hf_tensors(), self.directory.path / "hf"
                 self._write(tensors, partial(export_hf, target, base, architecture))
@@ -298,4 +310,4 @@ class TrainingRun:
         if self.is_first:
             self.directory.write_summary(summary)
             report = write_report(self.directory.path)
-            self.console.note(f"Report: {report}")
+            self.console.note(f"Report: {report} (open it in a browser)")

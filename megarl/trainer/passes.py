@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from megarl.batching.token_trace import TokenTrace
 from megarl.cluster.collectives import gather
 from megarl.losses.base import Loss, LossResult
 from megarl.losses.logprob_mismatch import LogprobMismatch
@@ -43,11 +44,12 @@ def fill_logprobs(
     temperature: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    trace: TokenTrace | None = None,
 ) -> LogprobMismatch:
     """Forward only: set ``into`` of every microbatch to the current weights' logprobs (last stage).
 
     The logprobs are of the sampler's distribution, like the engine's. Returns their mismatch to the engine's,
-    over all ranks.
+    over all ranks. ``trace`` keeps those of its sequences.
     """
     mismatch, sampler = LogprobMismatch(), Sampler(temperature, top_k, top_p)
 
@@ -55,6 +57,8 @@ def fill_logprobs(
         nonlocal mismatch
         tokens = output.logprobs(sampler)
         setattr(output.batch, into, _at_rows(output.batch, tokens.rows, tokens.logprobs))
+        if trace is not None:
+            trace.read(output.batch, tokens)
         mismatch = mismatch + mismatch_of(tokens)
 
     trainer.run(batches, read)
@@ -69,10 +73,12 @@ def train_step(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    trace: TokenTrace | None = None,
 ) -> TrainStepResult:
     """Take one optimizer step on a loss over logprobs and entropies of the sampler's distribution.
 
-    A truncating sampler's support is computed with the current weights.
+    A truncating sampler's support is computed with the current weights. ``trace`` keeps logprobs and
+    entropies of its sequences.
     """
     mismatch, sampler = LogprobMismatch(), Sampler(temperature, top_k, top_p)
 
@@ -80,6 +86,8 @@ def train_step(
         nonlocal mismatch
         tokens = output.logprobs(sampler)
         mismatch = mismatch + mismatch_of(tokens)
+        if trace is not None:
+            trace.read(output.batch, tokens)
         return loss(tokens)
 
     metrics = trainer.optimizer_step(batches, learn)

@@ -133,6 +133,7 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
     return {
         "seen": seen,
         "metrics": learned.metrics,
+        "traced": learned.traced,
         "advantages": [[s.advantage for s in group.samples] for group in groups],
         "dropped": [[s.info.get("dropped") for s in group.samples] for group in groups],
         "warned": run.console.warned,

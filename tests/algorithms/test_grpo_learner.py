@@ -34,6 +34,7 @@ RLOO: dict[str, Any] = {
     "kl_reward_coef": 0.3,
     "kl_reward_level": "sequence",
 }
+ALL: dict[str, Any] = {"skip_zero_advantages": "off"}
 FILTER: dict[str, Any] = {
     "filter_overlong": True,
     "old_logprobs": "rollout",
@@ -101,6 +102,28 @@ def test_reinforce_plus_plus_and_its_neighbours(model_dirs: dict[str, str]) -> N
     assert 0 < result["metrics"]["advantage_clipped_fraction"] == pytest.approx(clipped / len(flat))
     shaped = [(s.reward or 0.0) + penalty(s) for part in parts for s in part]
     assert result["metrics"]["shaped_reward_mean"] == pytest.approx(statistics.fmean(shaped))
+    assert len(result["traced"]) == 16  # the samples file shows what the loss was computed from
+    for (p, i), sample in kept.items():
+        traced = result["traced"][8 * p + i]
+        assert traced.logprobs.tolist() == tokens_of(result, p, i, sample, "old_logprobs")
+        advantages = tokens_of(result, p, i, sample, "advantages")
+        assert traced.advantages.tolist() == pytest.approx(advantages, rel=1e-6)
+
+
+def test_samples_are_traced_with_the_weights_that_drew_them(model_dirs: dict[str, str]) -> None:
+    """The optimizer step itself shows what a pass before it would; later steps have other weights."""
+    [during] = run(model_dirs, ALL, {})
+    [before] = run(model_dirs, ALL | {"max_logprob_error": 1e9}, {})  # needs a pass, and drops nothing
+    assert sorted(during["traced"]) == sorted(before["traced"]) == list(range(16))
+    for number, traced in during["traced"].items():
+        other = before["traced"][number]
+        np.testing.assert_allclose(traced.logprobs, other.logprobs, atol=1e-5)
+        np.testing.assert_allclose(traced.entropy, other.entropy, atol=1e-5)
+        assert 1 < traced.entropy.max() < math.log(300)
+        assert traced.advantages is None, "a sample has one advantage"
+    two_steps = {"num_optimizer_steps_per_batch": 2, "old_logprobs": "rollout"}
+    [first_only] = run(model_dirs, ALL | two_steps, {})
+    assert sorted(first_only["traced"]) == list(range(8))
 
 
 @pytest.mark.slow
@@ -117,6 +140,15 @@ def test_the_layout_changes_nothing(model_dirs: dict[str, str], parallel: dict[s
     assert seen.keys() == one["seen"].keys()
     for at, fields in seen.items():
         assert fields["advantages"] == pytest.approx(one["seen"][at]["advantages"], rel=1e-3, abs=1e-4)
+    assert two[0]["traced"].keys() == one["traced"].keys() and two[1]["traced"] == {}
+    for number, traced in two[0]["traced"].items():
+        other = one["traced"][number]
+        for values, expected in (
+            (traced.logprobs, other.logprobs),
+            (traced.entropy, other.entropy),
+            (traced.advantages, other.advantages),
+        ):
+            np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
     for name in ("loss", "nll_positive", "grad_norm", "kl_reward", "positive_fraction"):
         assert two[0]["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-3), name
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import json
 import math
 import shutil
 import subprocess
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,10 +18,13 @@ from typing import Any
 import pytest
 
 from megarl.errors import UserError
-from megarl.metrics import report_data
+from megarl.metrics import report_data, report_series
 from megarl.metrics.report import write_report
+from megarl.metrics.report_server import ReportServer
 from megarl.metrics.summary import merge_steps, summarize
 from megarl.run_directory import RunDirectory, to_json
+from megarl.runs.provenance import append_start, describe_start, git_commit
+from tools.make_glossary import glossary
 
 HOSTILE = (
     """</script><script>document.title="pwned"</script><img src=x onerror='document.title="pwned"'><!--&lt;"""
@@ -67,6 +72,7 @@ def make_run(
     samples: dict[int, list[dict[str, Any]]] | None = None,
     config: dict[str, Any] = GRPO,
     summary: dict[str, Any] | None = None,
+    evaluations: dict[int, list[dict[str, Any]]] | None = None,
 ) -> Page:
     with RunDirectory(path) as run:
         run.open(config)
@@ -75,6 +81,8 @@ def make_run(
         run.metrics_path.write_text("".join(to_json(line) + "\n" for line in lines))
         for step, rows in (samples or {}).items():
             run.write_samples(step, rows)
+        for step, rows in (evaluations or {}).items():
+            run.write_evaluation(step, rows)
         if summary is not None:
             run.write_summary(summary)
     return Page(write_report(path).read_text())
@@ -151,39 +159,6 @@ def test_the_policy_admits_this_script_only_and_no_network(tmp_path: Path) -> No
         f"script-src 'sha256-{digest}'",
     ]
     assert not [a for _, a in page.tags if "src" in a or str(a.get("href", "#"))[:1] != "#"]
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser to open the page in")
-def test_a_browser_draws_it_and_runs_nothing_else(tmp_path: Path) -> None:
-    lines = [grpo_line(step, accuracy=0.1 * step, kl_ref=0.0, **{HOSTILE: 1.0}) for step in range(1, 8)]
-    logprobs = {"rollout_logprobs": [-0.1, -2.0], "response_tokens": ["<i>", HOSTILE]}
-    make_run(tmp_path / "run", lines, {7: [sample(7, HOSTILE, **logprobs)]})
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    page = (tmp_path / "run" / "report.html").resolve().as_uri()
-    shown = subprocess.run(
-        ["chromium", *flags, "--virtual-time-budget=3000", "--dump-dom", page],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    ).stdout
-    parsed = Page(shown)
-    assert "<title>run · MegaRL</title>" in shown
-    assert [tag for tag, _ in parsed.tags].count("script") == 2
-    assert "img" not in {tag for tag, _ in parsed.tags}
-    charts = [a["aria-label"] for tag, a in parsed.tags if a.get("role") == "img"]
-    assert "Accuracy: accuracy from 10% to 70%" in charts
-    assert f"{HOSTILE}: {HOSTILE} from 1 to 1" in charts
-    assert sum(tag == "svg" for tag, _ in parsed.tags) == len(charts)
-    tokens = [a["title"] or "" for tag, a in parsed.tags if a.get("class") == "token"]
-    assert [text.splitlines()[0] for text in tokens] == ['token 1: "<i>"', f"token 2: {json.dumps(HOSTILE)}"]
-    assert "p = 0.1353" in tokens[1]
 
 
 def test_headline_figures_come_from_summary_json_when_it_is_there(tmp_path: Path) -> None:
@@ -312,3 +287,108 @@ def test_summarize_weighs_speeds_by_time_and_merges_lines() -> None:
     assert summary["weights_bytes_moved"] == 12
     assert summary["accuracy_after"] == 0.5
     assert "accuracy_before" not in summary  # one evaluation is no change
+
+
+def test_the_glossary_is_the_page_on_metrics() -> None:
+    """docs/metrics.md is the source: python tools/make_glossary.py."""
+    written = json.loads((Path(report_data.__file__).parent / "page" / "glossary.json").read_text())
+    assert written == glossary((Path(__file__).parents[2] / "docs" / "metrics.md").read_text())
+    assert written["lr"] == "learning rate of the step"
+    assert written["critic_lr"] == written["lr"]
+
+
+def test_other_axes_and_the_trainers_flops() -> None:
+    steps: list[dict[str, Any]] = [
+        {"step": 0, "accuracy": 0.5, "seconds": 900.0},
+        {"step": 1, "num_tokens": 10, "seconds": 1800.0, "tokens_per_second_train": 1e6},
+        {"step": 2, "num_tokens": 30, "seconds": 3600.0},
+    ]
+    assert report_series.x_axes(steps, 8) == {
+        "samples": [0.0, 8.0, 16.0],
+        "tokens": [0.0, 10.0, 40.0],
+        "hours": [0.25, 0.75, 1.75],
+    }
+    assert report_series.x_axes([{"step": 1}], None) == {}
+    start = {"active_parameters": 7_000_000_000, "device": "NVIDIA H200", "num_ranks": 2}
+    report_series.add_training_rate(steps, start)
+    assert steps[1]["train_tflops"] == pytest.approx(42_000)  # 6 x 7e9 x 1e6 / 1e12
+    assert steps[1]["train_mfu"] == pytest.approx(42_000 / (2 * 989))
+    assert "train_tflops" not in steps[0] | steps[2]
+
+
+def test_the_best_step_is_the_first_of_equals_in_the_metrics_own_direction() -> None:
+    def best(name: str, values: list[float]) -> Any:
+        return report_series.best_step([{"step": 10 * i, name: value} for i, value in enumerate(values)])
+
+    assert best("accuracy", [0.1, 0.5, 0.5, 0.25]) == report_series.Best("accuracy", 10, 0.5, 0.25)
+    assert best("validation_loss", [3.0, 1.0, 2.0]) == report_series.Best("validation_loss", 10, 1.0, 2.0)
+    assert best("accuracy", [0.5]) is None
+    assert best("reward_mean", [0.5, 0.6]) is None
+
+
+def test_what_a_run_was_made_of_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, [grpo_line(1)])
+    monkeypatch.setattr("megarl.platform.device_name", lambda: "cpu")
+    start = describe_start(2, 1000) | {"command": "megarl grpo <b>", "device": "NVIDIA A100"}
+    append_start(tmp_path / "provenance.jsonl", start)
+    append_start(tmp_path / "provenance.jsonl", start)
+    (tmp_path / "inputs.json").write_text(
+        json.dumps({"package torch": {"version": "9.8"}, "data.train.path": {"a.jsonl": {"sha256": "beef"}}})
+    )
+    page = Page(write_report(tmp_path).read_text())
+    text = " ".join(page.text.split())
+    for shown in ("megarl grpo <b>", "(start 2 of the run)", "NVIDIA A100", "torch9.8", "sha256 beef"):
+        assert shown in text
+    with (tmp_path / "provenance.jsonl").open("a") as handle:
+        handle.write("{oops\n")
+    with pytest.raises(UserError, match=r"provenance\.jsonl, line 3"):
+        write_report(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_says_whether_files_differ_from_it(tmp_path: Path) -> None:
+    assert git_commit(tmp_path) is None
+
+    def git(*arguments: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *name, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-q", "-m", "one")
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "new").write_text("not of the checkout")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "file").write_text("2")
+    assert git_commit(tmp_path) == f"{commit} + changes"
+
+
+def test_the_server_answers_with_the_page_to_this_machine_alone(tmp_path: Path) -> None:
+    make_run(tmp_path, [grpo_line(1)])
+    server = ReportServer(tmp_path)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def get(path: str, host: str = "localhost") -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        connection.request("GET", path, headers={"Host": host})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    try:
+        status, text = get("/")
+        assert status == 200
+        assert Page(text).data["version"] == get("/version")[1]
+        assert "connect-src 'self'" in text
+        with (tmp_path / "metrics.jsonl").open("a") as handle:
+            handle.write(to_json(grpo_line(2)) + "\n")
+        assert Page(text).data["version"] != get("/version")[1]
+        assert get("/../metrics.jsonl")[0] == get("/metrics.jsonl")[0] == 404
+        assert get("/", host="evil.example")[0] == 403
+        (tmp_path / "summary.json").write_text("[]")
+        assert get("/") == (500, f"{tmp_path / 'summary.json'}: not a JSON object")
+    finally:
+        server.shutdown()
+        server.server_close()

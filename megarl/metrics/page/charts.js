@@ -42,7 +42,7 @@ function formatValue(value, unit) {
   if (typeof value === "string") return value;  // NaN, Infinity: kept as text
   if (unit === "percent") return `${Number((value * 100).toPrecision(3))}%`;
   if (unit === "bytes") return formatBytes(value);
-  if (unit === "seconds") return `${formatNumber(value)} s`;
+  if (unit === "seconds") return value > 0 && value < 0.1 ? (value < 1e-4 ? "<0.1 ms" : `${Number((value * 1e3).toPrecision(3))} ms`) : `${formatNumber(value)} s`;
   if (unit === "gib") return `${formatNumber(value)} GiB`;
   return formatNumber(value);
 }
@@ -76,43 +76,73 @@ function smooth(values, weight, logarithmic) {
 }
 
 // "M x y L x y ..." through the points that exist; a gap of missing values is bridged.
-function linePath(steps, values, x, y) {
+function linePath(xs, values, x, y) {
   let path = "";
   values.forEach((value, i) => {
-    if (finite(value)) path += `${path ? "L" : "M"}${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}`;
+    if (finite(value)) path += `${path ? "L" : "M"}${x(xs[i]).toFixed(1)} ${y(value).toFixed(1)}`;
   });
   return path;
 }
 
-function areaPath(steps, lower, upper, x, y) {
-  const there = steps.map((_, i) => i).filter((i) => finite(lower[i]) && finite(upper[i]));
+function areaPath(xs, lower, upper, x, y) {
+  const there = xs.map((_, i) => i).filter((i) => finite(lower[i]) && finite(upper[i]));
   if (!there.length) return "";
-  const point = (i, values) => `${x(steps[i]).toFixed(1)} ${y(values[i]).toFixed(1)}`;
+  const point = (i, values) => `${x(xs[i]).toFixed(1)} ${y(values[i]).toFixed(1)}`;
   return `M${there.map((i) => point(i, upper)).join("L")}L${there.reverse().map((i) => point(i, lower)).join("L")}Z`;
 }
 
+// The text in both of a metric's places: its legend and the glossary.
+const describe = (run, key) => {
+  const glossary = run.glossary ?? {};
+  const family = Object.keys(glossary).find((name) => name.endsWith("*") && key.startsWith(name.slice(0, -1)));
+  return glossary[key] ?? glossary[family];
+};
+
+let chartCount = 0;
+
 // spec: {title, note, unit, log, zero, stack, limit, wide, band: {low, high}, series: [{key, label, color, dots, exact}]}
-// dots: measured now and then, drawn as points; exact: not smoothed.
+// dots: measured now and then, drawn as points; exact: not smoothed. run.xs are the steps' places on the x axis,
+// run.view the part of it that is shown (null: all), run.best the best evaluation.
 class Chart {
   constructor(spec, run) {
     this.spec = spec;
     this.run = run;
+    this.id = `plot-${(chartCount += 1)}`;
+    this.isLog = Boolean(spec.log);
     this.at = el("small", { class: "at" });
     this.legend = el("div", { class: "legend" });
     this.plot = el("div", { class: "plot", tabindex: "0", role: "img" });
+    this.logButton = el("button", { class: "tiny", type: "button", "aria-pressed": String(this.isLog), title: "Logarithmic axis" }, "log");
+    this.logButton.hidden = !this.canBeLog();
     this.node = el("figure", { class: spec.wide ? "chart wide" : "chart" },
-      el("h4", {}, spec.title, spec.note ? el("small", {}, spec.note) : null, this.at), this.legend, this.plot);
+      el("h4", {}, spec.title, spec.note ? el("small", {}, spec.note) : null, this.at, this.logButton), this.legend, this.plot);
     this.readouts = spec.series.map((series) => {
       const value = el("b");
       const swatch = el("i");
       swatch.style.background = `var(${series.color})`;
-      this.legend.append(el("span", {}, swatch, series.label, value));
+      const meaning = describe(run, series.key);
+      this.legend.append(el("span", meaning ? { class: "term", title: `${series.key}: ${meaning}` } : {}, swatch, series.label, value));
       return value;
     });
+    if (spec.series.some((series) => series.key === run.best?.metric)) {
+      this.legend.append(el("span", { class: "best-text" }, `best ${formatValue(run.best.value, spec.unit)} at step ${run.best.step}`));
+    }
     const first = spec.series[0];
     const shown = run.series[first.key].filter((value) => value !== null);
     this.plot.setAttribute("aria-label",
       `${spec.title}: ${first.label} from ${formatValue(shown[0], spec.unit)} to ${formatValue(shown.at(-1), spec.unit)}`);
+  }
+
+  // A log axis needs values of more than one magnitude, all positive.
+  canBeLog() {
+    if (this.spec.stack || this.spec.unit === "percent") return false;
+    const values = this.spec.series.flatMap((series) => this.run.series[series.key]).filter((v) => finite(v) && v !== 0);
+    return values.length > 1 && values.every((v) => v > 0) && Math.max(...values) > 3 * Math.min(...values);
+  }
+
+  toggleLog() {
+    this.isLog = !this.isLog;
+    this.logButton.setAttribute("aria-pressed", String(this.isLog));
   }
 
   widen() {
@@ -126,12 +156,12 @@ class Chart {
     const { spec, run } = this;
     const width = this.plot.clientWidth;
     if (!width) return;
-    const steps = run.steps;
+    const xs = run.xs;
     const lines = spec.series.map((series) => run.series[series.key]);
-    const smoothed = lines.map((values, i) => (spec.series[i].exact ? values : smooth(values, weight, spec.log)));
+    const smoothed = lines.map((values, i) => (spec.series[i].exact ? values : smooth(values, weight, this.isLog)));
     let areas = spec.band ? [[run.series[spec.band.low], run.series[spec.band.high]]] : [];
     if (spec.stack) {
-      let below = steps.map(() => 0);
+      let below = xs.map(() => 0);
       areas = smoothed.map((values) => {
         const above = below.map((base, i) => (values[i] === null ? null : base + values[i]));
         const area = [below, above];
@@ -142,15 +172,20 @@ class Chart {
     const { x, y, ticksX, ticksY } = this.scales(width, spec.stack ? areas.flat() : [...lines, ...areas.flat()]);
     const root = svg("svg", { height: this.height, viewBox: `0 0 ${width} ${this.height}` });
     this.drawAxes(root, width, x, y, ticksX, ticksY);
+    const clip = svg("clipPath", { id: this.id });
+    clip.append(svg("rect", { x: MARGIN.left - 8, y: 0, width: Math.max(width - MARGIN.left - MARGIN.right + 16, 0), height: this.height }));
+    const body = svg("g", { "clip-path": `url(#${this.id})` });
+    root.append(clip, body);
     areas.forEach(([low, high], i) => {
       const color = spec.series[spec.stack ? i : 0].color;
-      root.append(svg("path", { d: areaPath(steps, low, high, x, y), fill: `var(${color})`, "fill-opacity": spec.stack ? 0.8 : 0.13 }));
+      body.append(svg("path", { d: areaPath(xs, low, high, x, y), fill: `var(${color})`, "fill-opacity": spec.stack ? 0.8 : 0.13 }));
     });
     if (!spec.stack) {
-      lines.forEach((values, i) => this.drawLine(root, spec.series[i], values, smoothed[i], weight, x, y));
+      lines.forEach((values, i) => this.drawLine(body, spec.series[i], values, smoothed[i], weight, x, y));
     }
+    this.drawBest(body, x, y);
     this.overlay = svg("g", {});
-    root.append(this.overlay);
+    body.append(this.overlay);
     this.x = x;
     this.y = y;
     this.plot.replaceChildren(root);
@@ -159,44 +194,56 @@ class Chart {
 
   drawLine(root, series, values, smoothed, weight, x, y) {
     const color = `var(${series.color})`;
-    const steps = this.run.steps;
-    const shown = this.spec.log ? values.map((v) => (finite(v) && v > 0 ? v : null)) : values;
+    const xs = this.run.xs;
+    const shown = this.isLog ? values.map((v) => (finite(v) && v > 0 ? v : null)) : values;
     const line = (d, width, opacity) => svg("path", {
       d, fill: "none", stroke: color, "stroke-width": width, "stroke-opacity": opacity, "stroke-linejoin": "round" });
     const raw = weight > 0 && !series.exact;
-    root.append(line(linePath(steps, shown, x, y), raw ? 1 : 1.8, raw ? 0.32 : 1));
-    if (raw) root.append(line(linePath(steps, smoothed, x, y), 2, 1));
+    root.append(line(linePath(xs, shown, x, y), raw ? 1 : 1.8, raw ? 0.32 : 1));
+    if (raw) root.append(line(linePath(xs, smoothed, x, y), 2, 1));
     if (series.dots || shown.filter(finite).length === 1) {
       const radius = shown.filter(finite).length > 40 ? 1.8 : 3;
       shown.forEach((value, i) => {
-        if (finite(value)) root.append(svg("circle", { cx: x(steps[i]), cy: y(value), r: radius, fill: color }));
+        if (finite(value)) root.append(svg("circle", { cx: x(xs[i]), cy: y(value), r: radius, fill: color }));
       });
     }
   }
 
+  // A ring around the best evaluation.
+  drawBest(root, x, y) {
+    const best = this.run.best;
+    const series = this.spec.series.find((each) => each.key === best?.metric);
+    const i = series ? this.run.steps.indexOf(best.step) : -1;
+    if (i < 0 || (this.isLog && best.value <= 0)) return;
+    const [cx, cy] = [x(this.run.xs[i]), y(best.value)];
+    root.append(svg("circle", { cx, cy, r: 6.5, fill: "none", stroke: `var(${series.color})`, "stroke-width": 1.5, class: "best" }));
+  }
+
   scales(width, columns) {
-    const { spec, run } = this;
+    const { spec, run, isLog } = this;
+    const [first, last] = shownRange(run);
     let low = Infinity, high = -Infinity;
     for (const column of columns) {
-      for (const value of column) {
-        if (finite(value) && !(spec.log && value <= 0)) { low = Math.min(low, value); high = Math.max(high, value); }
-      }
+      column.forEach((value, i) => {
+        if (!finite(value) || (isLog && value <= 0) || run.xs[i] < first || run.xs[i] > last) return;
+        low = Math.min(low, value);
+        high = Math.max(high, value);
+      });
     }
-    if (low > high) { low = spec.log ? 1e-6 : 0; high = 1; }
-    if (spec.log && spec.limit) { low = Math.min(low, spec.limit); high = Math.max(high, spec.limit); }
-    if (spec.zero || spec.stack) low = Math.min(low, 0);
-    if (low === high) { const pad = Math.abs(low) * 0.1 || 1; if (!spec.zero) low -= spec.log ? 0 : pad; high += pad; }
-    const ticksY = spec.log ? decadeTicks(low, high) : linearTicks(low, high, 4);
+    if (low > high) { low = isLog ? 1e-6 : 0; high = 1; }
+    if (isLog && spec.limit) { low = Math.min(low, spec.limit); high = Math.max(high, spec.limit); }
+    if (!isLog && (spec.zero || spec.stack)) low = Math.min(low, 0);
+    if (low === high) { const pad = Math.abs(low) * 0.1 || 1; if (!spec.zero) low -= isLog ? 0 : pad; high += pad; }
+    const ticksY = isLog ? decadeTicks(low, high) : linearTicks(low, high, 4);
     const [bottom, top] = [ticksY[0], ticksY.at(-1)];
-    const first = run.steps[0], last = Math.max(run.steps.at(-1), first + 1);
     const inner = { w: width - MARGIN.left - MARGIN.right, h: this.height - MARGIN.top - MARGIN.bottom };
-    const share = spec.log
+    const share = isLog
       ? (value) => Math.log(Math.max(value, bottom) / bottom) / Math.log(top / bottom)
       : (value) => (value - bottom) / (top - bottom);
     const ticksX = linearTicks(first, last, Math.max(2, Math.floor(inner.w / 90)))
-      .filter((tick) => tick >= first && tick <= last && Number.isInteger(tick));
+      .filter((tick) => tick >= first && tick <= last && (run.axis !== "steps" || Number.isInteger(tick)));
     return {
-      x: (step) => MARGIN.left + ((step - first) / (last - first)) * inner.w,
+      x: (place) => MARGIN.left + ((place - first) / (last - first)) * inner.w,
       y: (value) => MARGIN.top + (1 - share(value)) * inner.h,
       ticksX, ticksY,
     };
@@ -208,12 +255,12 @@ class Chart {
       if (this.spec.unit === "bytes" && tick % 1) continue;
       const level = y(tick);
       root.append(svg("line", { x1: MARGIN.left, x2: right, y1: level, y2: level, class: "gridline" }));
-      const text = this.spec.log ? tick.toExponential(0).replace("e+", "e") : formatValue(tick, this.spec.unit);
+      const text = this.isLog ? tick.toExponential(0).replace("e+", "e") : formatValue(tick, this.spec.unit);
       root.append(svg("text", { x: MARGIN.left - 7, y: level + 4, "text-anchor": "end" }, text));
     }
     root.append(svg("line", { x1: MARGIN.left, x2: right, y1: bottom, y2: bottom, class: "axis" }));
     for (const tick of ticksX) {
-      root.append(svg("text", { x: x(tick), y: this.height - 5, "text-anchor": "middle" }, tick.toLocaleString("en-US")));
+      root.append(svg("text", { x: x(tick), y: this.height - 5, "text-anchor": "middle" }, formatTick(tick)));
     }
     if (this.spec.limit) {
       const level = y(this.spec.limit);
@@ -230,7 +277,7 @@ class Chart {
     const index = i ?? run.steps.length - 1;
     this.at.textContent = i === null ? "" : `step ${run.steps[index].toLocaleString("en-US")}`;
     if (i !== null) {
-      const cx = this.x(run.steps[index]);
+      const cx = this.x(run.xs[index]);
       this.overlay.append(svg("line", { x1: cx, x2: cx, y1: MARGIN.top, y2: this.height - MARGIN.bottom, class: "cursor" }));
     }
     spec.series.forEach((series, n) => {
@@ -240,24 +287,52 @@ class Chart {
       const value = values[from];
       const earlier = from !== index && value !== null ? ` (step ${run.steps[from]})` : "";
       this.readouts[n].textContent = formatValue(value, spec.unit) + earlier;
-      if (i !== null && !spec.stack && finite(value) && !(spec.log && value <= 0)) {
-        this.overlay.append(svg("circle", { cx: this.x(run.steps[from]), cy: this.y(value), r: 3.5, fill: `var(${series.color})` }));
+      if (i !== null && !spec.stack && finite(value) && !(this.isLog && value <= 0)) {
+        this.overlay.append(svg("circle", { cx: this.x(run.xs[from]), cy: this.y(value), r: 3.5, fill: `var(${series.color})` }));
       }
     });
   }
 
-  // Index of the step nearest to a horizontal position inside the plot.
-  indexAt(clientX) {
-    const steps = this.run.steps;
+  // The place on the x axis under a horizontal position of the pointer.
+  placeAt(clientX) {
     const box = this.plot.getBoundingClientRect();
-    const inner = box.width - MARGIN.left - MARGIN.right;
-    const last = Math.max(steps.at(-1), steps[0] + 1);
-    const step = steps[0] + ((clientX - box.left - MARGIN.left) / inner) * (last - steps[0]);
-    let low = 0, high = steps.length - 1;
+    const [first, last] = shownRange(this.run);
+    const share = (clientX - box.left - MARGIN.left) / (box.width - MARGIN.left - MARGIN.right);
+    return first + Math.min(Math.max(share, 0), 1) * (last - first);
+  }
+
+  // Index of the step nearest to it.
+  indexAt(clientX) {
+    const xs = this.run.xs, place = this.placeAt(clientX);
+    let low = 0, high = xs.length - 1;
     while (high - low > 1) {
       const middle = (low + high) >> 1;
-      if (steps[middle] <= step) low = middle; else high = middle;
+      if (xs[middle] <= place) low = middle; else high = middle;
     }
-    return step - steps[low] <= steps[high] - step ? low : high;
+    return place - xs[low] <= xs[high] - place ? low : high;
   }
+
+  // Shade what a drag has marked, null: nothing.
+  mark(from, to) {
+    this.marked?.remove();
+    this.marked = null;
+    if (from === null) return;
+    const [left, right] = [this.x(Math.min(from, to)), this.x(Math.max(from, to))];
+    this.marked = svg("rect", { x: left, y: MARGIN.top, width: right - left, height: this.height - MARGIN.top - MARGIN.bottom, class: "marked" });
+    this.plot.firstChild.append(this.marked);
+  }
+}
+
+// The part of the x axis that is drawn.
+function shownRange(run) {
+  const first = run.xs[0], last = run.xs.at(-1);
+  if (run.view) return run.view;
+  return [first, last > first ? last : first + 1];
+}
+
+function formatTick(tick) {
+  for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e4, "k"]]) {
+    if (tick >= size) return `${Number((tick / (unit === "k" ? 1e3 : size)).toPrecision(4))}${unit}`;
+  }
+  return tick.toLocaleString("en-US");
 }

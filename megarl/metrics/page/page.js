@@ -1,6 +1,8 @@
 // Which charts a run has, and the controls above them.
 const SERIES_COLORS = ["--s0", "--s1", "--s2", "--s3", "--s4", "--s5"];
 const PHASES = ["rollout", "reward", "logprobs", "train", "weights", "other"];
+const AXES = { steps: "Steps", samples: "Samples", tokens: "Tokens trained on", hours: "Hours" };
+const HEADLINES = ["reward_mean", "accuracy", "loss", "validation_loss", "validation_accuracy"];  // drawn even if constant
 
 // [section, [title, note, unit, {key: label}, options]...]; a chart is drawn when the run has one of its keys.
 function chartPlan(limit) {
@@ -35,10 +37,12 @@ function chartPlan(limit) {
       ["Advantage", "", "", { advantage_mean: "mean" }, {}],
     ]],
     ["Speed", [
-      ["Time per step", "seconds, by phase", "seconds", Object.fromEntries(PHASES.map((p) => [`seconds_${p}`, p])), { stack: true, wide: true }],
-      ["Throughput", "tokens per second", "", { tokens_per_second_rollout: "rollout", tokens_per_second_train: "training" }, { zero: true }],
-      ["Tokens per step", "", "", { num_tokens: "tokens" }, { zero: true }],
-      ["Peak memory", "", "gib", { peak_memory_gib: "memory" }, { zero: true }],
+      ["Time per step", "seconds, by phase", "seconds", Object.fromEntries(PHASES.map((p) => [`seconds_${p}`, p])), { stack: true, wide: true, exact: true }],
+      ["Throughput", "tokens per second", "", { tokens_per_second_rollout: "rollout", tokens_per_second_train: "training" }, { zero: true, exact: true }],
+      ["Training compute", "TFLOP/s, all ranks", "", { train_tflops: "TFLOP/s" }, { zero: true, exact: true }],
+      ["Model FLOPs utilisation", "training", "percent", { train_mfu: "MFU" }, { zero: true, exact: true }],
+      ["Tokens per step", "", "", { num_tokens: "trained on", num_computed_tokens: "computed" }, { zero: true }],
+      ["Peak memory", "", "gib", { peak_memory_gib: "memory" }, { zero: true, exact: true }],
     ]],
   ];
 }
@@ -56,13 +60,75 @@ function addRewardBand(series) {
   series.reward_high = edge(1, "reward_max");
 }
 
+const readable = (key) => key.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
+
+// A series of one value, or one that repeats another, is a line of text rather than a chart.
+class Folding {
+  constructor(run) {
+    this.run = run;
+    this.drawn = [];  // [name, values]
+    this.lines = [];
+  }
+
+  constant(key) {
+    const values = this.run.series[key].filter((value) => value !== null);
+    return values.length > 2 && values.every((value) => value === values[0]) ? values[0] : undefined;
+  }
+
+  // The name of a drawn series that this one equals, up to sign and rounding.
+  double(key) {
+    const values = this.run.series[key];
+    if (values.filter(finite).length < 3) return undefined;
+    for (const sign of [1, -1]) {
+      const near = (a, b) => (a === null || b === null ? a === b : finite(a) && finite(b) && Math.abs(sign * a - b) <= 1e-6 * Math.max(Math.abs(a), Math.abs(b)));
+      const twin = this.drawn.find(([, other]) => values.every((value, i) => near(other[i], value)));
+      if (twin) return (sign < 0 ? "minus " : "") + twin[0];
+    }
+    return undefined;
+  }
+
+  // Whether a chart of these keys says nothing new; if so, it becomes a line.
+  folds(title, keys, labels, unit) {
+    if (keys.some((key) => HEADLINES.includes(key))) return false;
+    const names = keys.map((key) => (keys.length > 1 ? `${title}, ${labels[key]}` : title));
+    const values = keys.map((key) => this.constant(key));
+    if (values.every((value) => value !== undefined)) {
+      keys.forEach((key, i) => this.lines.push([key, `${names[i]}: always ${formatValue(values[i], unit)}`]));
+      return true;
+    }
+    const doubles = keys.map((key) => this.double(key));
+    if (doubles.every((twin) => twin !== undefined)) {
+      keys.forEach((key, i) => this.lines.push([key, `${names[i]}: equal to ${doubles[i]}`]));
+      return true;
+    }
+    return false;
+  }
+
+  add(title, keys, labels) {
+    for (const key of keys) this.drawn.push([keys.length > 1 ? `${title.toLowerCase()} (${labels[key]})` : title.toLowerCase(), this.run.series[key]]);
+  }
+
+  // What was folded since the last call, as an element; null: nothing.
+  take() {
+    if (!this.lines.length) return null;
+    const items = this.lines.map(([key, text]) => {
+      const meaning = describe(this.run, key);
+      return el("li", meaning ? { class: "term", title: `${key}: ${meaning}` } : {}, text);
+    });
+    this.lines = [];
+    return el("ul", { class: "folded", "aria-label": "Series without a chart" }, ...items);
+  }
+}
+
 function buildCharts(run) {
   const charts = [];
-  const used = new Set(["reward_std", "reward_min", "reward_max", "seconds", "policy_version", "num_microbatches"]);
+  const folding = new Folding(run);
+  const used = new Set(["reward_std", "reward_min", "reward_max", "seconds", "policy_version", "num_microbatches", "reward_low", "reward_high"]);
   const make = ([title, note, unit, keys, options]) => {
     for (const key of Object.keys(keys)) used.add(key);
     const present = Object.keys(keys).filter((key) => run.series[key]?.some((value) => (options.stack ? value : value !== null)));
-    if (!present.length) return null;
+    if (!present.length || (!options.stack && folding.folds(title, present, keys, unit))) return null;
+    folding.add(title, present, keys);
     const band = options.band && run.series[options.band.low] ? options.band : null;
     const dotted = (key) => options.dots === true || Boolean(options.dots?.includes(key));
     const series = present.map((key, i) => ({
@@ -76,40 +142,98 @@ function buildCharts(run) {
   const host = document.getElementById("chart-sections");
   const section = (name, plans) => {
     const made = plans.map(make).filter((chart) => chart !== null);
+    const folded = folding.take();
     if (made.length === 1) made[0].widen();
-    if (made.length) host.append(el("h3", {}, name), el("div", { class: "grid" }, ...made.map((chart) => chart.node)));
+    if (!made.length && !folded) return;
+    const grid = made.length ? el("div", { class: "grid" }, ...made.map((chart) => chart.node)) : null;
+    const isOpen = name === "Learning" || !matchMedia("(max-width: 760px)").matches;
+    host.append(el("details", { class: "section", open: isOpen ? "" : null }, el("summary", {}, name), ...[grid, folded].filter((node) => node !== null)));
   };
   for (const [name, plans] of chartPlan(run.difference_limit)) section(name, plans);
-  const unknown = Object.keys(run.series).filter((key) => !used.has(key) && !["reward_low", "reward_high"].includes(key));
-  section("More", unknown.map((key) => [key, "", "", { [key]: key }, {}]));
+  const unknown = Object.keys(run.series).filter((key) => !used.has(key));
+  section("More", unknown.map((key) => [describe(run, key) ? readable(key) : key, "", key.startsWith("seconds_") ? "seconds" : "", { [key]: key }, { exact: key.startsWith("seconds_") }]));
   return charts;
 }
+
+// What the reader has chosen survives a reload, which a page that follows a run does by itself.
+const memory = {
+  key: `megarl ${document.title}`,
+  read() {
+    try { return JSON.parse(sessionStorage.getItem(this.key)) ?? {}; } catch { return {}; }
+  },
+  write(change) {
+    try { sessionStorage.setItem(this.key, JSON.stringify({ ...this.read(), ...change })); } catch { /* storage is off */ }
+  },
+};
 
 function connect(charts, run) {
   const slider = document.getElementById("smoothing");
   const output = document.getElementById("smoothing-value");
-  slider.value = run.steps.length >= 500 ? 0.9 : run.steps.length >= 40 ? 0.7 : 0;
+  const axis = document.getElementById("x-axis");
+  const reset = document.getElementById("reset-zoom");
+  const kept = memory.read();
+  slider.value = kept.smoothing ?? (run.steps.length >= 500 ? 0.9 : run.steps.length >= 100 ? 0.6 : 0);
+  for (const name of Object.keys(AXES)) if (name === "steps" || run.axes[name]) axis.append(el("option", { value: name }, AXES[name]));
+  if (kept.axis === "steps" || run.axes[kept.axis]) axis.value = kept.axis;
+  const setAxis = () => {
+    run.axis = axis.value;
+    run.xs = run.axes[run.axis] ?? run.steps;
+  };
   const draw = () => {
     output.textContent = slider.value === "0" ? "off" : Number(slider.value).toFixed(2);
+    reset.hidden = run.view === null;
     for (const chart of charts) chart.draw(Number(slider.value));
   };
+  const zoom = (view) => { run.view = view; draw(); };
   const point = (index) => { for (const chart of charts) chart.point(index); };
   let cursor = null;
+  run.view = null;
+  setAxis();
   for (const chart of charts) {
-    const move = (event) => { cursor = chart.indexAt(event.clientX); point(cursor); };
+    let from = null;  // where a drag began
+    const move = (event) => {
+      cursor = chart.indexAt(event.clientX);
+      point(cursor);
+      if (from !== null) chart.mark(from, chart.placeAt(event.clientX));
+    };
     chart.plot.addEventListener("pointermove", move);
-    chart.plot.addEventListener("pointerdown", move);
-    chart.plot.addEventListener("pointerleave", () => { cursor = null; point(null); });
+    chart.plot.addEventListener("pointerdown", (event) => {
+      if (event.pointerType !== "touch") from = chart.placeAt(event.clientX);
+      move(event);
+    });
+    chart.plot.addEventListener("pointerup", (event) => {
+      const to = chart.placeAt(event.clientX), [first, last] = shownRange(run);
+      const began = from;
+      from = null;
+      chart.mark(null);
+      if (began !== null && Math.abs(to - began) > 0.03 * (last - first)) zoom([Math.min(began, to), Math.max(began, to)]);
+      else document.dispatchEvent(new CustomEvent("show-step", { detail: run.steps[chart.indexAt(event.clientX)] }));
+    });
+    chart.plot.addEventListener("pointerleave", () => { from = null; chart.mark(null); cursor = null; point(null); });
+    chart.plot.addEventListener("dblclick", () => zoom(null));
     chart.plot.addEventListener("blur", () => point(null));
     chart.plot.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") {
+        document.dispatchEvent(new CustomEvent("show-step", { detail: run.steps[cursor ?? run.steps.length - 1] }));
+        return;
+      }
       const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!by) return;
       event.preventDefault();
       cursor = Math.min(Math.max((cursor ?? run.steps.length - 1) + by, 0), run.steps.length - 1);
       point(cursor);
     });
+    chart.logButton.addEventListener("click", () => {
+      chart.toggleLog();
+      memory.write({ log: charts.filter((each) => each.isLog).map((each) => each.spec.title) });
+      draw();
+    });
+    if (kept.log && kept.log.includes(chart.spec.title) !== chart.isLog && chart.canBeLog()) chart.toggleLog();
   }
-  slider.addEventListener("input", draw);
+  slider.addEventListener("input", () => { memory.write({ smoothing: slider.value }); draw(); });
+  axis.addEventListener("change", () => { memory.write({ axis: axis.value }); setAxis(); zoom(null); });
+  reset.addEventListener("click", () => zoom(null));
+  for (const section of document.querySelectorAll("details.section")) section.addEventListener("toggle", draw);
   let width = document.body.clientWidth;
   draw();  // at once: an observer's first call waits for a frame, which a page without a screen may never have
   new ResizeObserver(() => {
@@ -137,17 +261,32 @@ function showPhaseTotals(phases) {
 function connectTheme() {
   const button = document.getElementById("theme");
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  let chosen = null;
+  let chosen = memory.read().theme ?? null;
   const isDark = () => (chosen ?? (dark.matches ? "dark" : "light")) === "dark";
   const label = () => { button.textContent = isDark() ? "Light" : "Dark"; };
+  if (chosen) document.documentElement.style.colorScheme = chosen;
   button.hidden = false;
   button.addEventListener("click", () => {
     chosen = isDark() ? "light" : "dark";
     document.documentElement.style.colorScheme = chosen;
+    memory.write({ theme: chosen });
     label();
   });
   dark.addEventListener("change", label);
   label();
+}
+
+// Where a server follows the run: load the page again when there is news, unless the reader is at work.
+function follow(version) {
+  let busy = 0;
+  for (const name of ["pointerdown", "keydown", "wheel"]) addEventListener(name, () => { busy = Date.now(); }, { passive: true });
+  setInterval(async () => {
+    if (document.hidden || Date.now() - busy < 4000) return;
+    try {
+      const now = await (await fetch("version", { cache: "no-store" })).text();
+      if (now !== version) location.reload();
+    } catch { /* the server has ended: the page stays as it is */ }
+  }, 2000);
 }
 
 const run = JSON.parse(document.getElementById("run-data").textContent);
@@ -155,4 +294,7 @@ connectTheme();
 addRewardBand(run.series);
 if (run.steps.length) connect(buildCharts(run), run);
 showPhaseTotals(run.phase_seconds);
+showTimeline(run);
 showSamples(run.samples);
+showAnswers(run.answers, run.best);
+if (run.version) follow(run.version);

@@ -1,5 +1,5 @@
-// The sample browser: choose a step, sort, search, read.
-const PAGE_SIZE = 100;
+// The sample browser: choose a step, filter, sort, search, read; grouped by prompt or as a list.
+const PAGE_SIZE = matchMedia("(max-width: 760px)").matches ? 16 : 100;
 
 const SORTS = {
   "as drawn": null,
@@ -18,6 +18,15 @@ function order(a, b) {
 const asText = (value) => (typeof value === "string" ? value : value === null || value === undefined ? "" : JSON.stringify(value));
 const oneLine = (value) => asText(value).replace(/\s+/g, " ").trim();
 
+// The words that all prompts begin with say nothing in a list.
+function commonStart(texts) {
+  if (new Set(texts).size < 2) return 0;
+  let length = Math.min(...texts.map((text) => text.length));
+  for (const text of texts) while (!texts[0].startsWith(text.slice(0, length))) length -= 1;
+  const cut = texts[0].lastIndexOf(" ", length) + 1;
+  return cut > 12 ? cut : 0;
+}
+
 // Colour by what GRPO learns from: better or worse than the rest of its group.
 function pill(sample, tag = "span", attributes = {}) {
   const advantage = sample.advantage;
@@ -25,43 +34,21 @@ function pill(sample, tag = "span", attributes = {}) {
   return el(tag, { class: `pill${tone}`, ...attributes }, formatValue(sample.reward));
 }
 
-function row(sample, select) {
+function row(sample, skip, isGrouped, select) {
   const meta = [`step ${sample.step}`, `${sample.num_response_tokens ?? "?"} tokens`, sample.finish_reason];
   if (finite(sample.advantage)) meta.push(`advantage ${formatNumber(sample.advantage)}`);
+  const prompt = oneLine(sample.prompt);
+  const response = el("span", { class: isGrouped ? "" : "soft" }, oneLine(sample.response) || "(empty response)");
   return el("button", { class: "row", type: "button", onclick: select }, pill(sample),
-    el("span", {}, oneLine(sample.prompt) || "(empty prompt)"),
-    el("span"), el("span", { class: "soft" }, oneLine(sample.response) || "(empty response)"),
+    ...(isGrouped ? [response] : [el("span", { title: prompt }, (skip ? "… " : "") + (prompt.slice(skip) || "(empty prompt)")), el("span"), response]),
     el("span"), el("span", { class: "meta" }, meta.filter(Boolean).join(" · ")));
 }
 
-// The response token by token; the less likely a token was, the stronger its colour.
-function tokenView(sample) {
-  const view = el("div", { class: "text" });
-  const { rollout_logprobs: logprobs, response_tokens: tokens } = sample;
-  logprobs.forEach((logprob, i) => {
-    const text = tokens?.[i] ?? "▁";
-    const probability = finite(logprob) ? Math.exp(logprob) : 0;
-    const token = el("span", { class: "token", title: `token ${i + 1}: ${JSON.stringify(text)}\nlogprob ${formatValue(logprob)}, p = ${formatNumber(probability)}` },
-      text === "" ? "␣" : text.replace(/\n/g, "↵\n"));
-    token.style.background = `color-mix(in srgb, var(--s1) ${Math.round(75 * (1 - probability))}%, transparent)`;
-    view.append(token);
-  });
-  return view;
-}
-
-function responseBlock(sample) {
-  const plain = el("div", { class: "text" }, asText(sample.response));
-  const title = el("h4", {}, "Response");
-  if (!Array.isArray(sample.rollout_logprobs) || !sample.rollout_logprobs.length) return [title, plain];
-  const tokens = tokenView(sample);
-  tokens.hidden = true;
-  const button = el("button", { class: "quiet", type: "button", onclick: () => {
-    tokens.hidden = !tokens.hidden;
-    plain.hidden = !plain.hidden;
-    button.textContent = tokens.hidden ? "Show token logprobs" : "Show text";
-  } }, "Show token logprobs");
-  title.append(button);
-  return [title, plain, tokens];
+function groupHead(group, skip) {
+  const prompt = oneLine(group[0].prompt);
+  return el("div", { class: "group-head" },
+    el("span", { title: prompt }, (skip ? "… " : "") + (prompt.slice(skip) || "(empty prompt)")),
+    el("span", { class: "strip", title: `rewards: ${group.map((sample) => formatValue(sample.reward)).join(", ")}` }, ...group.map((sample) => pill(sample))));
 }
 
 function detail(sample, group, choose) {
@@ -79,68 +66,174 @@ function detail(sample, group, choose) {
       other, "button", { type: "button", "aria-current": String(other === sample), title: oneLine(other.response).slice(0, 120), onclick: () => choose(other) }))));
   }
   node.append(...block("Prompt", sample.prompt), ...responseBlock(sample), ...block("Reference answer", sample.answer));
-  if (sample.info && Object.keys(sample.info).length) node.append(...block("Details", JSON.stringify(sample.info, null, 2)));
+  const info = Object.entries(sample.info ?? {}).filter(([, value]) => asText(value) !== "");
+  if (info.length) {
+    node.append(el("h4", {}, "Details"), el("dl", { class: "values" }, ...info.map(
+      ([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, finite(value) ? formatNumber(value) : asText(value))))));
+  }
   if (sample.logprobs_left_out) node.append(el("p", { class: "soft" }, "Token logprobs are in the samples file; this page left them out for size."));
   return node;
 }
 
+const groupOf = (sample) => `${sample.step}/${sample.prompt_index}`;
+
+function byGroup(samples) {
+  const groups = new Map();
+  for (const sample of samples) {
+    if (!groups.has(groupOf(sample))) groups.set(groupOf(sample), []);
+    groups.get(groupOf(sample)).push(sample);
+  }
+  return groups;
+}
+
+// name -> predicate of a sample; spread looks at the rewards of the sample's whole group.
+function filtersOf(controls, groups) {
+  const number = (control) => (control.value === "" ? null : Number(control.value));
+  const [low, high, shortest, longest] = [controls.low, controls.high, controls.shortest, controls.longest].map(number);
+  const finish = controls.finish.value, spread = controls.spread.value;
+  const words = controls.search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  return (sample) => {
+    if (low !== null && !(sample.reward >= low)) return false;
+    if (high !== null && !(sample.reward <= high)) return false;
+    if (shortest !== null && !(sample.num_response_tokens >= shortest)) return false;
+    if (longest !== null && !(sample.num_response_tokens <= longest)) return false;
+    if (finish && sample.finish_reason !== finish) return false;
+    if (spread) {
+      const equal = groups.get(groupOf(sample)).every((other) => other.reward === sample.reward);
+      if (equal !== (spread === "equal")) return false;
+    }
+    if (!words.length) return true;
+    const text = `${asText(sample.prompt)}\n${asText(sample.response)}\n${asText(sample.answer)}`.toLowerCase();
+    return words.every((word) => text.includes(word));
+  };
+}
+
 function showSamples(samples) {
-  if (!samples.records.length) return;
-  document.getElementById("samples").hidden = false;
-  const steps = [...new Set(samples.records.map((sample) => sample.step))].sort((a, b) => a - b);
-  const list = el("div", { class: "list" });
-  const browser = el("div", { class: "browser" }, list);
+  const host = document.getElementById("sample-browser");
+  if (!host || !samples.records.length) return;
+  const records = samples.records, groups = byGroup(records);
+  const steps = [...new Set(records.map((sample) => sample.step))].sort((a, b) => a - b);
+  const skip = commonStart([...new Set(records.map((sample) => oneLine(sample.prompt)))]);
+  const select = (label, ...options) => el("select", { "aria-label": label }, ...options.map(([value, text]) => el("option", { value }, text)));
+  const field = (label, placeholder) => el("input", { type: "number", step: "any", "aria-label": label, placeholder, class: "number" });
+  const controls = {
+    step: select("Step", ["all", "All steps"], ...steps.map((step) => [step, `Step ${step}`])),
+    layout: select("Layout", ["groups", "Grouped by prompt"], ["list", "One list"]),
+    sort: select("Sort", ...Object.keys(SORTS).map((name) => [name, `Sort: ${name}`])),
+    search: el("input", { type: "search", placeholder: "Search prompts, responses, answers", "aria-label": "Search" }),
+    low: field("Lowest reward", "min"), high: field("Highest reward", "max"),
+    shortest: field("Shortest response", "min"), longest: field("Longest response", "max"),
+    finish: select("Finish reason", ["", "Any end"], ...[...new Set(records.map((s) => s.finish_reason).filter(Boolean))].map((reason) => [reason, `Ended by ${reason}`])),
+    spread: select("Group spread", ["", "Any group"], ["different", "Groups with different rewards"], ["equal", "Groups with equal rewards"]),
+  };
+  const count = el("span", { class: "soft", "aria-live": "polite" });
+  const everywhere = el("button", { class: "quiet", type: "button" });
+  const clear = el("button", { class: "quiet", type: "button" }, "Clear filters");
+  const charts = el("div", { class: "grid sample-charts" });
+  const rowsNode = el("div", { class: "list" });
+  const browser = el("div", { class: "browser" }, rowsNode);
   const narrow = matchMedia("(max-width: 760px)");
-  const stepChoice = el("select", { "aria-label": "Step" }, el("option", { value: "all" }, "All steps"),
-    ...steps.map((step) => el("option", { value: step }, `Step ${step}`)));
-  const sortChoice = el("select", { "aria-label": "Sort" }, ...Object.keys(SORTS).map((name) => el("option", { value: name }, `Sort: ${name}`)));
-  const search = el("input", { type: "search", placeholder: "Search prompts, responses, answers", "aria-label": "Search" });
-  const count = el("span", { class: "soft" });
   let shown = [], rows = new Map(), limit = PAGE_SIZE, open = null;
 
-  const choose = (sample, scroll = false) => {
+  const choose = (sample) => {
     open = sample;
     browser.querySelector(".detail")?.remove();
     for (const [other, node] of rows) node.setAttribute("aria-current", String(other === sample));
     if (!sample) return;
-    const group = samples.records.filter((s) => s.step === sample.step && s.prompt_index === sample.prompt_index);
-    const node = detail(sample, group, (other) => choose(other));
+    const node = detail(sample, groups.get(groupOf(sample)), (other) => choose(other));
     const at = rows.get(sample);
     if (narrow.matches && at) at.after(node); else browser.append(node);
-    if (scroll) at?.scrollIntoView({ block: "nearest" });
   };
   const render = () => {
-    rows = new Map(shown.slice(0, limit).map((sample) => [sample, row(sample, () => choose(open === sample && narrow.matches ? null : sample))]));
-    list.replaceChildren(...rows.values());
-    if (shown.length > limit) {
-      list.append(el("button", { class: "quiet more", type: "button", onclick: () => { limit += PAGE_SIZE; render(); } }, `Show ${Math.min(PAGE_SIZE, shown.length - limit)} more`));
+    const isGrouped = controls.layout.value === "groups";
+    rows = new Map(shown.slice(0, limit).map((sample) => [sample, row(sample, skip, isGrouped, () => choose(open === sample && narrow.matches ? null : sample))]));
+    let nodes = [...rows.values()];
+    if (isGrouped) {
+      nodes = [...byGroup([...rows.keys()]).values()].flatMap((group) => [groupHead(groups.get(groupOf(group[0])), skip), ...group.map((sample) => rows.get(sample))]);
     }
-    if (!shown.length) list.append(el("p", { class: "none" }, "No sample matches."));
+    rowsNode.replaceChildren(...nodes);
+    if (shown.length > limit) {
+      rowsNode.append(el("button", { class: "quiet more", type: "button", onclick: () => { limit += PAGE_SIZE; render(); } }, `Show ${Math.min(PAGE_SIZE, shown.length - limit)} more`));
+    }
+    if (!shown.length) rowsNode.append(el("p", { class: "none" }, "No sample matches."));
     choose(rows.has(open) ? open : narrow.matches ? null : shown[0] ?? null);
   };
   const update = () => {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    shown = samples.records.filter((sample) => {
-      if (stepChoice.value !== "all" && sample.step !== Number(stepChoice.value)) return false;
-      const text = `${asText(sample.prompt)}\n${asText(sample.response)}\n${asText(sample.answer)}`.toLowerCase();
-      return words.every((word) => text.includes(word));
-    });
-    if (SORTS[sortChoice.value]) shown.sort(SORTS[sortChoice.value]);
-    count.textContent = `${shown.length} of ${samples.records.length}`;
-    previous.disabled = stepChoice.selectedIndex <= 1;
-    next.disabled = stepChoice.selectedIndex === steps.length;
+    const passes = filtersOf(controls, groups);
+    const found = records.filter(passes);
+    shown = controls.step.value === "all" ? [...found] : found.filter((sample) => sample.step === Number(controls.step.value));
+    if (SORTS[controls.sort.value]) shown.sort(SORTS[controls.sort.value]);
+    if (controls.layout.value === "groups") shown = [...byGroup(shown).values()].flat();
+    count.textContent = `${shown.length} of ${records.length}`;
+    everywhere.hidden = shown.length === found.length || (controls.search.value === "" && found.length === records.length);
+    everywhere.textContent = `${found.length} in all steps`;
+    clear.hidden = found.length === records.length;
+    previous.disabled = controls.step.selectedIndex <= 1;
+    next.disabled = controls.step.selectedIndex === steps.length;
+    charts.replaceChildren(...[rewardHistogram(shown), mismatchByPosition(shown)].filter(Boolean));
     limit = PAGE_SIZE;
-    list.scrollTop = 0;
+    rowsNode.scrollTop = 0;
+    memory.write({ sampleStep: controls.step.selectedIndex === steps.length ? null : controls.step.value });
     render();
   };
-  const turn = (by) => () => { stepChoice.selectedIndex += by; update(); };
+  const goTo = (step) => { controls.step.value = String(step); update(); };
+  const turn = (by) => () => { controls.step.selectedIndex += by; update(); };
   const previous = el("button", { class: "quiet", type: "button", "aria-label": "Earlier step", onclick: turn(-1) }, "‹");
   const next = el("button", { class: "quiet", type: "button", "aria-label": "Later step", onclick: turn(1) }, "›");
-  stepChoice.value = String(steps.at(-1));
-  for (const control of [stepChoice, sortChoice]) control.addEventListener("change", update);
-  search.addEventListener("input", update);
+  const kept = memory.read().sampleStep;
+  controls.step.value = kept === "all" || steps.includes(Number(kept)) ? String(kept) : String(steps.at(-1));
+  if (![...groups.values()].some((group) => group.length > 1)) controls.layout.value = "list";
+  for (const control of Object.values(controls)) control.addEventListener(control.tagName === "SELECT" ? "change" : "input", update);
+  everywhere.addEventListener("click", () => goTo("all"));
+  clear.addEventListener("click", () => {
+    for (const name of ["low", "high", "shortest", "longest", "finish", "spread", "search"]) controls[name].value = "";
+    update();
+  });
   narrow.addEventListener("change", render);
-  document.getElementById("sample-browser").append(
-    el("div", { class: "tools" }, el("span", { class: "pair" }, previous, stepChoice, next), sortChoice, search, count), browser);
+  // From a point of a chart: the recorded step nearest to it.
+  document.addEventListener("show-step", ({ detail: step }) => {
+    goTo(steps.reduce((a, b) => (Math.abs(b - step) < Math.abs(a - step) ? b : a)));
+    document.getElementById("samples").scrollIntoView();
+  });
+  const labelled = (text, ...nodes) => el("span", { class: "labelled" }, el("span", { class: "soft" }, text), ...nodes);
+  host.append(
+    el("div", { class: "tools" }, el("span", { class: "pair" }, previous, controls.step, next), controls.layout, controls.sort, controls.search, count, everywhere),
+    el("details", { class: "filters" }, el("summary", {}, "Filters"), el("div", { class: "tools" },
+      labelled("Reward", controls.low, controls.high), labelled("Tokens", controls.shortest, controls.longest), controls.finish, controls.spread)),
+    clear, browser, charts);
   update();
+}
+
+// The answers of the evaluations: right and wrong ones, at any evaluated step.
+function showAnswers(answers, best) {
+  const host = document.getElementById("answer-browser");
+  if (!host || !answers.records.length) return;
+  const steps = [...new Set(answers.records.map((answer) => answer.step))].sort((a, b) => a - b);
+  const skip = commonStart([...new Set(answers.records.map((answer) => oneLine(answer.prompt)))]);
+  const step = el("select", { "aria-label": "Evaluated step" }, ...steps.map((each) => el("option", { value: each }, `Step ${each}${best?.step === each ? " (best)" : ""}`)));
+  const kind = el("select", { "aria-label": "Answers" }, el("option", { value: "" }, "All answers"), el("option", { value: "wrong" }, "Wrong ones"), el("option", { value: "right" }, "Right ones"));
+  const search = el("input", { type: "search", placeholder: "Search problems and answers", "aria-label": "Search answers" });
+  const count = el("span", { class: "soft", "aria-live": "polite" });
+  const body = el("div", { class: "answers" });
+  let limit = matchMedia("(max-width: 760px)").matches ? 6 : 20;
+  step.value = String(steps.at(-1));
+  const render = () => {
+    const at = answers.records.filter((answer) => answer.step === Number(step.value));
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const shown = at.filter((answer) => (kind.value === "" || (kind.value === "right") === Boolean(answer.correct))
+      && words.every((word) => `${asText(answer.prompt)}\n${asText(answer.response)}\n${asText(answer.answer)}`.toLowerCase().includes(word)));
+    count.textContent = `${shown.length} of ${at.length}, ${at.filter((answer) => answer.correct).length} right`;
+    body.replaceChildren(...shown.slice(0, limit).map((answer) => el("details", { class: "answer" },
+      el("summary", {}, el("span", { class: `pill ${answer.correct ? "up" : "down"}` }, answer.correct ? "right" : "wrong"),
+        el("span", {}, (skip ? "… " : "") + oneLine(answer.prompt).slice(skip)), el("span", { class: "soft" }, oneLine(answer.response) || "(empty)")),
+      el("h4", {}, "Problem"), el("div", { class: "text" }, asText(answer.prompt)),
+      el("h4", {}, "Answer"), el("div", { class: "text" }, asText(answer.response)),
+      el("h4", {}, "Reference answer"), el("div", { class: "text" }, asText(answer.answer) || "–"))));
+    if (shown.length > limit) body.append(el("button", { class: "quiet more", type: "button", onclick: () => { limit += PAGE_SIZE; render(); } }, `Show ${Math.min(PAGE_SIZE, shown.length - limit)} more`));
+    if (!shown.length) body.append(el("p", { class: "none" }, "No answer matches."));
+  };
+  for (const control of [step, kind]) control.addEventListener("change", render);
+  search.addEventListener("input", render);
+  host.append(el("div", { class: "tools" }, step, kind, search, count), body);
+  render();
 }

@@ -1,0 +1,47 @@
+"""The first line of a run, made of its configuration and config.json before anything heavy loads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megarl.errors import UserError
+from megarl.jobs import Job
+from megarl.models import load_architecture
+
+
+def opening(job: Job, config: Any) -> str:
+    """Return what is about to run, where: "megarl sft: runs/x | Qwen3 0.85M float32 | 800 steps of ..."."""
+    parts = [_model(config), _steps(job, config)]
+    if job.trains and (count := config.parallel.num_processes) > 1:
+        parts.append(f"{count} processes")
+    return f"megarl {job.name}: " + " | ".join([config.run.dir, *filter(None, parts)])
+
+
+def _model(config: Any) -> str:
+    path, dtype = config.model.path, config.model.dtype
+    try:
+        architecture = load_architecture(path)
+    except UserError:  # a Megatron checkpoint, or a family without a table
+        return f"{path} {dtype}"
+    count = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
+    return f"{path} ({_short(count)} parameters, {dtype})"
+
+
+def _steps(job: Job, config: Any) -> str:
+    if not job.trains:
+        return ""
+    training, rollout = config.training, getattr(config, "rollout", None)
+    if rollout is None:
+        each = f"{training.batch_size} {job.data.noun}"
+    else:
+        each = f"{rollout.num_prompts_per_step} x {rollout.num_generations_per_prompt} samples"
+    return f"{training.num_steps:,} steps of {each}"
+
+
+def _short(count: int) -> str:
+    """Return 3 significant digits: 853k, 135M, 7.62B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
