@@ -301,3 +301,14 @@ def test_opo_weighs_the_baseline_by_length(model_dirs: dict[str, str]) -> None:
         baseline = sum(n * r for n, r in zip(lengths, rewards, strict=True)) / sum(lengths)
         expected = [0.0 if p == 1 else r - baseline for r in rewards]
         assert result["advantages"][p] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("length", "divisor"), [(None, MAX_NEW_TOKENS), (5, 5)])
+def test_the_length_that_a_fixed_denominator_has(
+    model_dirs: dict[str, str], length: int | None, divisor: int
+) -> None:
+    [result] = run(model_dirs, {"loss_aggregation": "fixed_length", "loss_length": length}, {})
+    weights = {fields["loss_weights"] for fields in result["seen"].values() if fields["loss_weights"]}
+    trained = {number for _, number, _ in result["seen"]}
+    assert len(trained) > 4
+    assert max(weights) == min(weights) == pytest.approx(1 / (16 * divisor), rel=1e-6)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
@@ -109,3 +111,36 @@ def test_code_of_a_model_runs_only_where_it_may(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="transformers has no language model of model_type 'own'"):
         check_training(config)
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_model_runs_where_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    """A decoder with a class of its own, known by nobody else."""
+    import json
+
+    import transformers
+
+    from megarl.config.model import ModelConfig
+    from megarl.trainer.torch.model import build_decoder
+    from tests.trainer.torch.families import save_family
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    model = tmp_path / "model"
+    save_family("phi3", model)
+    (model / "own_model.py").write_text(
+        "from transformers import Phi3Config, Phi3ForCausalLM\n"
+        "class OwnConfig(Phi3Config):\n    model_type = 'own'\n"
+        "class OwnModel(Phi3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    facts = json.loads((model / "config.json").read_text())
+    own = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    (model / "config.json").write_text(json.dumps(facts | {"model_type": "own", "auto_map": own}))
+    config = ModelConfig(path=str(model), trust_remote_code=trusted)
+    if trusted:
+        assert type(build_decoder(config, torch.float32).lm).__name__ == "OwnModel"
+    else:
+        with pytest.raises(UserError, match=r"model\.path: "):
+            build_decoder(config, torch.float32)

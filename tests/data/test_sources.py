@@ -25,6 +25,7 @@ from megarl.config.data import (
     SftMixtureSource,
     SftReasoningGymSource,
 )
+from megarl.config.environments import EnvironmentSource
 from megarl.config.preference import PreferenceDataConfig, PreferenceJsonlSource
 from megarl.data.order import MixtureOrder, PromptOrder, held_out_rows, order_of
 from megarl.data.preference import load_pairs
@@ -313,3 +314,53 @@ def test_a_column_that_occurs_twice_is_refused(tokenizer, tmp_path):
     path.write_text("question,reply,reply\n1 + 1?,2,3\n")
     with pytest.raises(UserError, match="rows.csv:1: the column 'reply' occurs twice"):
         load(tokenizer, file(path, **COLUMNS))
+
+
+@pytest.mark.usefixtures("hf_cache")
+def test_the_part_of_a_dataset_that_is_read(tokenizer, tmp_path, monkeypatch):
+    """Two subsets of two splits, as a directory of the hub has them; the revision goes to the library."""
+    for number, name in enumerate(("red", "blue")):
+        for split, count in (("train", 3), ("test", 2)):
+            rows = [{"question": f"{name} {split} {i}?", "reply": str(number)} for i in range(count)]
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {name}/{split}.jsonl\n" for split in ("train", "test"))
+        for name in ("red", "blue")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+
+    def texts(**fields: str) -> list[str]:
+        source = SftHfSource(source="hf", dataset=str(tmp_path), **COLUMNS, **fields)
+        return [tokenizer.decode(s.token_ids).split("?")[0] for s in load(tokenizer, source)]
+
+    assert texts(subset="red") == [f"<|user|>red train {i}" for i in range(3)]
+    assert texts(subset="blue", split="test") == [f"<|user|>blue test {i}" for i in range(2)]
+
+    asked = []
+
+    def load_dataset(path, name, **options):
+        asked.append((path, name, options))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for fields, revision in (({}, None), ({"revision": "v1.2"}, "v1.2")):
+        source = SftHfSource(source="hf", dataset="somebody/sums", subset="red", **COLUMNS, **fields)
+        assert len(load(tokenizer, source)) == len(ROWS)
+        assert asked.pop() == ("somebody/sums", "red", {"split": "train", "revision": revision})
+
+
+def test_problems_that_an_environment_makes_are_those_of_its_seeds(tokenizer):
+    def answers(**fields: int) -> list[str]:
+        environment = {"kind": "number_guessing", "low": 1, "high": 10**6}
+        source = EnvironmentSource.model_validate(
+            {"source": "environment", "environment": environment, **fields}
+        )
+        found = load_prompts(PromptDataConfig(train=source), tokenizer, max_prompt_tokens=999, split="train")
+        return [prompt.metadata["answer"] for prompt in found]
+
+    one = answers(seed=5, size=4)
+    assert len(set(one)) == 4
+    assert answers(seed=6, size=3) == one[1:]
+    assert answers(seed=5, size=2) == one[:2]

@@ -117,6 +117,49 @@ def gradients(
     return loss, {name: grad.numpy() for name, grad in grads.items()}
 
 
+def learn(context: Any, student_dir: str, teacher_dir: str, algorithm: dict[str, Any]) -> dict[str, Any]:
+    """One step of a learner: the loss and the number of targets of each of its optimizer steps."""
+    from megarl.algorithms.distill import DistillLearner
+    from megarl.config.distill import DistillConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.megatron.trainer import MegatronTrainer
+    from tests.algorithms.learner_ranks import MAX_NEW_TOKENS, fake_run, make_groups
+
+    config = DistillConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "model": {"path": student_dir},
+            "teacher": {"path": teacher_dir},
+            "data": {"train": {"source": "reasoning_gym", "task": "chain_sum"}},
+            "rollout": {
+                "num_prompts_per_step": 4,
+                "num_generations_per_prompt": 4,
+                "max_new_tokens": MAX_NEW_TOKENS,
+            },
+            "packing": {"max_tokens_per_microbatch": 64},
+            "optimizer": {"lr": 1e-2, "adam_eps": 1e-3},
+            "algorithm": algorithm,
+            "training": {"num_steps": 4},
+        }
+    )
+    architecture = load_architecture(student_dir)
+    policy = MegatronTrainer(context, architecture, config.model, config.packing, config.optimizer, 8)
+    learner = DistillLearner(config, fake_run(), policy)
+    targets: list[int] = []
+    losses: list[float] = []
+    take = learner.distiller.step
+
+    def step(batches: Any) -> Any:
+        targets.append(int(sum(batch.loss_mask.sum() for batch in batches)))
+        result = take(batches)
+        losses.append(result.metrics["loss"])
+        return result
+
+    learner.distiller.step = step  # type: ignore[method-assign]
+    learner.learn(1, make_groups(1))
+    return {"targets": targets, "losses": losses}
+
+
 def teacher_top_k(
     context: Any, teacher_dir: str, sequences: list[TokenSequence], k: int, temperature: float
 ) -> list[tuple[list[list[int]], list[list[float]]]]:

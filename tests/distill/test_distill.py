@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from megarl.records import TokenSequence
+from tests.algorithms.learner_ranks import make_groups
 from tests.distill import ranks
 from tests.models.tiny import save_model
 from tests.trainer.ranks import make_sequences
@@ -183,3 +184,49 @@ def test_truncated_samples_agree_with_the_trainer(models: dict[str, str], top_k:
     assert found["logprob_abs_diff_max"] < 2e-5
     [found] = world(1).run(ranks.filled, models["student"], drawn_by, sequences)
     assert found["logprob_abs_diff_max"] < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"loss_aggregation": "token"}, OPTIONS["reverse"]),
+        ({"loss_aggregation": "sequence"}, OPTIONS["reverse"]),
+        (
+            {"divergence": "forward", "teacher_top_k": 7, "renormalize_top_k": True},
+            OPTIONS["top_k"] | {"temperature": 1.0},
+        ),
+        (
+            {"divergence": "forward", "teacher_top_k": 7, "renormalize_top_k": False},
+            OPTIONS["top_k"] | {"temperature": 1.0, "renormalize": False},
+        ),
+    ],
+)
+def test_a_learners_first_loss_in_float64(
+    models: dict[str, str], settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    [found] = world(1).run(ranks.learn, models["student"], models["teacher"], settings)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    student, teacher = (load(models[n], dtype=torch.float64).eval() for n in ("student", "teacher"))
+    each = []
+    for sample in (sample for group in make_groups(1) for sample in group.samples):
+        ids = torch.tensor([[*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]])
+        rows = slice(len(sample.prompt_ids) - 1, -1)
+        with torch.no_grad():
+            each.append(divergence(options, student(ids).logits[0, rows], teacher(ids).logits[0, rows]))
+    by_sequence = torch.stack([values.mean() for values in each]).mean()
+    expected = by_sequence if settings.get("loss_aggregation") == "sequence" else torch.cat(each).mean()
+    assert found["losses"] == pytest.approx([float(expected)], abs=1e-5)
+    assert float(by_sequence) != pytest.approx(float(torch.cat(each).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_optimizer_steps_and_epochs(models: dict[str, str], steps: int, epochs: int) -> None:
+    settings = {"num_optimizer_steps_per_batch": steps, "num_epochs_per_batch": epochs}
+    [found] = world(1).run(ranks.learn, models["student"], models["teacher"], settings)
+    lengths = [sum(len(s.response_ids) for s in group.samples) for group in make_groups(1)]
+    parts = [sum(lengths)] if steps == 1 else [sum(lengths[:2]), sum(lengths[2:])]
+    assert [sorted(found["targets"][i : i + steps]) for i in range(0, steps * epochs, steps)] == [
+        sorted(parts)
+    ] * epochs
+    assert len(found["targets"]) == steps * epochs
+    assert len(set(found["losses"])) == steps * epochs, "every one changes the student"

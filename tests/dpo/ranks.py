@@ -88,6 +88,35 @@ def preference_gradients(
     return pair_gradients(policy, pairs, lambda output: loss(output.logprobs()))
 
 
+def reference_of(
+    context: Any, model_dir: str, path: str | None, run_dir: str, sequences: TrainBatch
+) -> list[float]:
+    """What a run with this reference.path has as the reference's logprobs."""
+    from pathlib import Path
+
+    from megarl.config.preference import DpoConfig
+    from megarl.loops.reference_logprobs import ReferenceLogprobs
+    from tests.algorithms.learner_ranks import fake_run
+
+    config = DpoConfig.model_validate(
+        {
+            "run": {"dir": run_dir},
+            "model": {"path": model_dir},
+            "reference": {} if path is None else {"path": path},
+            "optimizer": {"lr": 1e-3},
+            "data": {"train": {"source": "jsonl", "path": "unused"}},
+            "training": {"num_steps": 1, "batch_size": 1},
+        }
+    )
+    policy, run = build(context, model_dir), fake_run()
+    run.directory, run.is_first = type("Directory", (), {"path": Path(run_dir)}), True
+    run.console.note, run.signal_number = print, lambda: None
+    reference = ReferenceLogprobs(config, run, policy, policy.architecture)
+    reference.prepare(sequences)
+    found: list[float] = reference(sequences).tolist()
+    return found
+
+
 def logps(context: Any, model_dir: str, sequences: TrainBatch, other_dir: str) -> dict[str, Any]:
     """Summed logprobs with the policy's weights, with another directory's, and again with the policy's."""
     policy = build(context, model_dir)

@@ -96,3 +96,19 @@ def test_summed_logprobs_are_those_of_transformers(models: dict[str, str]) -> No
     results = world(2).run(ranks.logps, models["first"], sequences.select([0]), models["second"])
     for result in results:
         assert result["before"] == pytest.approx(found["before"][:1], abs=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_reference_is_the_model_at_its_path(tmp_path: Path, own: bool) -> None:
+    """reference.path, else model.path; by transformers in float64, one response at a time."""
+    for name, seed in (("policy", 1), ("other", 9)):
+        save_model("qwen3-tied", tmp_path / name, seed=seed)
+    model_dir, other = str(tmp_path / "policy"), str(tmp_path / "other")
+    path = None if own else other
+    pairs = ranks.make_pairs(1, count=3)
+    [found] = world(1).run(ranks.reference_of, model_dir, path, str(tmp_path / "run"), pairs)
+    model = make_model("qwen3-tied", seed=1 if own else 9).double()
+    for sequence, value in zip(pairs, found, strict=True):
+        logps = hf_logprobs(model, sequence.token_ids)
+        expected = logps[np.array(sequence.loss_mask[1:], bool)].sum()
+        assert value == pytest.approx(float(expected.detach()), abs=1e-3)

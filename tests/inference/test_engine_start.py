@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 
+from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.inference.actor.engine import ActorEngine
 from megarl.inference.actor.process import EngineProcess
+from megarl.inference.actor.settings import EngineSettings
 from megarl.inference.interface import EngineError
 
 
@@ -60,3 +64,40 @@ def test_three_deaths_are_named_with_the_log(tmp_path: Path) -> None:
         engine_of(process).wait_ready()
     assert isinstance(caught.value, UserError), "lines, not a traceback"
     assert process.spawned == 3
+
+
+class Stalled(Starting):
+    """Lives, and never starts; says how far it is, once a tenth of a second for so long."""
+
+    def __init__(self, patience: float, log_path: Path, busy_seconds: float = 0.0) -> None:
+        super().__init__(0, log_path)
+        config = EngineConfig(start_timeout_seconds=patience)
+        self._settings = EngineSettings("model", config, "float32", 64, 1, "tmp")
+        self._started, began = object(), time.monotonic()
+        self.actor = SimpleNamespace(progress=SimpleNamespace(remote=lambda: "progress"))
+        self._progress = lambda: round(10 * min(time.monotonic() - began, busy_seconds))
+
+    def value(self, reference: Any, timeout: float | None = None) -> Any:
+        if reference == "progress":
+            return self._progress()
+        time.sleep(min(timeout or 0.0, 0.05))
+        raise TimeoutError
+
+    def wait_started(self) -> None:
+        EngineProcess.wait_started(self)
+
+
+@pytest.mark.parametrize(("patience", "busy"), [(0.2, 0.0), (0.6, 0.0), (0.4, 0.8)])
+def test_an_engine_that_stalls_while_starting_is_named_in_its_time(
+    tmp_path: Path, patience: float, busy: float
+) -> None:
+    """start_timeout_seconds after its last progress, with what it said last."""
+    (tmp_path / "log").write_text("loading libraries\nwaiting for a device\n")
+    start = time.monotonic()
+    with pytest.raises(EngineError) as caught:
+        engine_of(Stalled(patience, tmp_path / "log", busy)).wait_ready()
+    assert patience + busy <= time.monotonic() - start + 0.11 < patience + busy + 3
+    first, *rest = str(caught.value).splitlines()
+    assert f"made no progress for {patience:g} s (rollout.engine.start_timeout_seconds)" in first
+    assert "its last words: waiting for a device" in first
+    assert rest[-1].endswith("waiting for a device")

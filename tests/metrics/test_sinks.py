@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -131,3 +132,21 @@ def test_wandb_online_without_an_account_names_its_field(
     with pytest.raises(UserError, match=r"logging\.wandb: cannot start a run") as caught:
         log_run(tmp_path / "run", LoggingConfig(wandb=WandbConfig(project="p")), range(1, 2), after=None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entity", [None, "a-team"])
+def test_the_account_that_a_wandb_run_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entity: str | None
+) -> None:
+    import wandb
+
+    asked: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> Any:
+        asked.append(arguments)
+        return MagicMock()
+
+    monkeypatch.setattr(wandb, "init", init)
+    logging = LoggingConfig(wandb=WandbConfig(project="p", mode="offline", entity=entity))
+    log_run(tmp_path, logging, range(1, 2), after=None)
+    assert [arguments["entity"] for arguments in asked] == [entity]

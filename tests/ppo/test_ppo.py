@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 
+from megarl.losses.base import LossTokens
 from megarl.losses.score_inputs import ScoreTokens
 from megarl.losses.value import ValueLoss
 from megarl.records import Sample
-from tests.algorithms.learner_ranks import make_groups
+from tests.algorithms.learner_ranks import fake_run, make_groups
 from tests.models.tiny import save_model
 from tests.ppo import ranks
 from tests.trainer.world import world
@@ -80,7 +81,7 @@ def values_of(model: Any, sample: Sample) -> torch.Tensor:
 
 
 def plain_advantages(
-    samples: list[Sample], values: list[torch.Tensor], kls: list[torch.Tensor]
+    samples: list[Sample], values: list[torch.Tensor], kls: list[torch.Tensor], *, normalize: bool = True
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     gamma, lam = ALGORITHM["gamma"], ALGORITHM["gae_lambda"]
     advantages, returns = [], []
@@ -93,6 +94,8 @@ def plain_advantages(
             own[t], next_value = later, value[t]
         advantages.append(own)
         returns.append(own + value)
+    if not normalize:
+        return advantages, returns
     flat = torch.cat(advantages)
     mean, std = flat.mean(), flat.std(correction=0)
     return [(a - mean) / (std + 1e-8) for a in advantages], returns
@@ -243,3 +246,53 @@ def test_value_loss_in_float64() -> None:
     assert float(plain.loss.detach()) == pytest.approx(
         float((0.5 * weights * (values - returns) ** 2).sum().detach()), abs=1e-12
     )
+
+
+@pytest.mark.parametrize(("normalize", "aggregation"), [(True, "sequence"), (False, "token")])
+def test_advantages_and_means_are_those_asked_for(
+    models: dict[str, str], normalize: bool, aggregation: str
+) -> None:
+    """Of one optimizer step: before it the policy is the reference, and the critic as it was loaded."""
+    one_step = {"num_optimizer_steps_per_batch": 1, "num_epochs_per_batch": 1}
+    algorithm = ALGORITHM | one_step | {"normalize_advantages": normalize, "loss_aggregation": aggregation}
+    critic_settings = {"path": models["critic"], "value_clip": None}
+    [found] = world(1).run(ranks.learn, models["policy"], critic_settings, algorithm)
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    critic = load(models["critic"], dtype=torch.float64)
+    samples = [sample for group in make_groups(1) for sample in group.samples]
+    with torch.no_grad():
+        values = [values_of(critic, sample) for sample in samples]
+    no_kl = [torch.zeros_like(value) for value in values]
+    advantages, returns = plain_advantages(samples, values, no_kl, normalize=normalize)
+    means = [float(each.mean()) for each in advantages]
+    assert found["advantages"][0] == pytest.approx(means, abs=1e-4)
+    errors = [0.5 * (value - each) ** 2 for value, each in zip(values, returns, strict=True)]
+    by_sequence = torch.stack([each.mean() for each in errors]).mean()
+    expected = by_sequence if aggregation == "sequence" else torch.cat(errors).mean()
+    assert found["log"][0]["value_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert float(by_sequence) != pytest.approx(float(torch.cat(errors).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("dual_clip", "entropy_coef"), [(None, 0.0), (3.0, 0.0), (None, 0.5)])
+def test_a_learners_loss_by_hand(dual_clip: float | None, entropy_coef: float) -> None:
+    """Advantages -1, -2 and 1 with the ratios 8, 2 and 4: only the first reaches the dual clip."""
+    from megarl.algorithms.ppo import PpoLearner
+
+    algorithm = ALGORITHM | {"dual_clip": dual_clip, "entropy_coef": entropy_coef}
+    config = ranks.make_config("unused", {}, algorithm, 1)
+    learner = PpoLearner(config, fake_run(), None, None)  # type: ignore[arg-type]
+    tokens = LossTokens(
+        logprobs=torch.tensor([8.0, 2.0, 4.0]).log() - 3.0,
+        entropy=torch.tensor([1.0, 2.0, 3.0]),
+        weights=torch.tensor([0.2, 0.3, 0.5]),
+        labels=torch.tensor([1, 2, 3]),
+        sequence_ids=torch.tensor([0, 0, 0]),
+        advantages=torch.tensor([-1.0, -2.0, 1.0]),
+        old_logprobs=torch.full((3,), -3.0),
+        ref_logprobs=None,
+        rollout_logprobs=None,
+    )
+    clipped = 1 + ALGORITHM["clip_high"]  # of the gain, 4 before
+    expected = 0.2 * (8 if dual_clip is None else 3) + 0.3 * 2 * 2 - 0.5 * clipped
+    expected -= entropy_coef * (0.2 * 1 + 0.3 * 2 + 0.5 * 3)
+    assert float(learner.loss(tokens).loss) == pytest.approx(expected, rel=1e-5)

@@ -97,6 +97,13 @@ def build(
     )
 
 
+def types_and_weights(context: Any, model_dir: str, dtype: str) -> Any:
+    """Types of the parameters, and the weights by HF name in float32."""
+    policy = build(context, model_dir, dtype=dtype)
+    types = {str(param.dtype) for param in policy.params.values()}
+    return types, {name: tensor.float().numpy() for name, tensor in policy.weights.hf_tensors()}
+
+
 def export(policy: Any, model_dir: str, directory: str) -> None:
     from megarl.weights.hf import export_hf
 

@@ -45,6 +45,7 @@ DENSE_ROWS: list[Row] = [
     ("tp2", 2, TP2, False),
     ("vpp2", 2, PP2 | {"virtual_pipeline_parallel_size": 2}, False),
     ("pp2-uneven", 2, PP2 | {"first_stage_layers": 1}, False),
+    ("pp2-uneven-last", 2, PP2 | {"last_stage_layers": 1}, False),
     (
         "vpp2-overlap-recompute",
         2,

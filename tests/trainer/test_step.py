@@ -160,3 +160,39 @@ def test_sleep_between_steps_frees_gradients_and_changes_nothing(
     assert all(size == 0 for size in napping["gradient_bytes"])
     for name, value in awake["weights"].items():
         assert np.array_equal(value, napping["weights"][name]), name
+
+
+def test_moments_decay_as_their_settings_say(model_dirs: dict[str, str]) -> None:
+    """Three steps with betas of their own: torch's AdamW with these ends elsewhere than with the defaults."""
+    steps = [ranks.make_sequences(seed) for seed in range(20, 23)]
+    settings = {"adam_beta1": 0.5, "adam_beta2": 0.6, "lr_warmup_steps": 0, "lr_schedule": "constant"}
+    [(_, found)] = world(1).run(
+        ranks.sft_steps,
+        model_dirs["qwen3-tied"],
+        steps,
+        settings | {"max_grad_norm": 0.0, "weight_decay": 0.0},
+    )
+
+    def trained(betas: tuple[float, float]) -> dict[str, torch.Tensor]:
+        model = make_model("qwen3-tied")
+        high, eps = ranks.OPTIMIZER["lr"], ranks.OPTIMIZER["adam_eps"]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=high, betas=betas, eps=eps, weight_decay=0.0)
+        for sequences in steps:
+            optimizer.zero_grad()
+            hf_loss(model, sequences, "token", False).backward()
+            optimizer.step()
+        return {name: param.detach() for name, param in model.named_parameters()}
+
+    ours, defaults = trained((0.5, 0.6)), trained((0.9, 0.95))
+    for key, param in ours.items():
+        assert np.abs(found[key] - param.numpy()).max() < 5e-6, key
+        assert (param - defaults[key]).abs().max() > 1e-4, key
+
+
+def test_a_type_rounds_the_models_weights(model_dirs: dict[str, str]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        [(types, found)] = world(1).run(ranks.types_and_weights, model_dirs["qwen3-tied"], dtype)
+        assert types == {f"torch.{dtype}"}
+        for name, param in make_model("qwen3-tied").named_parameters():
+            expected = param.detach().to(getattr(torch, dtype)).float()
+            assert np.array_equal(found[name], expected.numpy()), name

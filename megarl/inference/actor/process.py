@@ -87,7 +87,7 @@ class EngineProcess:
         if not wait_while_progressing(started, progress, patience):
             message = (
                 f"the {self._name} engine was not ready and made no progress for {patience:g} s "
-                "(rollout.engine.start_timeout_seconds)"
+                f"(rollout.engine.start_timeout_seconds); its last words: {self._last_line()}"
             )
             raise EngineError(self.explain(message))
 
@@ -120,9 +120,15 @@ class EngineProcess:
 
     def explain(self, message: str) -> str:
         """Append the end of the engine's log to ``message``."""
-        lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
-        tail = "\n".join(f"  | {line[:_LOG_LINE_WIDTH]}" for line in lines[-_LOG_TAIL_LINES:])
+        tail = "\n".join(f"  | {line[:_LOG_LINE_WIDTH]}" for line in self._log_lines()[-_LOG_TAIL_LINES:])
         return f"{message}\nEnd of {self.log_path}:\n{tail or '  | (empty)'}"
+
+    def _log_lines(self) -> list[str]:
+        return self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+
+    def _last_line(self) -> str:
+        said = [line.strip() for line in self._log_lines() if line.strip()]
+        return said[-1][:_LOG_LINE_WIDTH] if said else "none, its log is empty"
 
     def answered(self) -> None:
         """Record that the actor works: the count of deaths starts again."""

@@ -50,6 +50,13 @@ def build(
     )
 
 
+def offload_policies(context: Any, model_dir: str, trainer: dict[str, Any]) -> set[str]:
+    """Names of the offload policies of FSDP's modules; none without FSDP."""
+    sharded = build(context, model_dir, trainer=trainer).model
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded.fsdp_modules()]
+    return {type(group.offload_policy).__name__ for group in groups if group is not None}
+
+
 def step(policy: Any, kind: str, number: int) -> dict[str, float]:
     """One optimizer step of a kind, on the batch of that number."""
     if kind == "dpo":

@@ -98,3 +98,13 @@ def test_a_critic_equals_the_megatron_backends(dirs: dict[str, str]) -> None:
     for found in (ours, *halves):
         for number, expected in enumerate(theirs):
             assert found[number] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_parameters_on_the_host_train_the_same(dirs: dict[str, str], offload: bool) -> None:
+    """FSDP keeps them there, and gradients and moments with them, on a single rank too."""
+    trainer = {"cpu_offload": offload}
+    [policies] = world(1).run(backend_ranks.offload_policies, dirs["qwen3-tied"], trainer)
+    assert policies == ({"CPUOffloadPolicy"} if offload else set())
+    [found] = world(1).run(backend_ranks.steps, dirs["qwen3-tied"], "torch", trainer)
+    backend_ranks.assert_equal_steps(found, megatron(dirs["qwen3-tied"]))
