@@ -67,6 +67,8 @@ def run(**training: Any) -> tuple[list[list[int]], list[int]]:
     timers = PhaseTimers()
     loop_run: Any = SimpleNamespace(
         timers=timers,
+        console=SimpleNamespace(end_steps=lambda: None),
+        begin_steps=lambda: None,
         check=lambda step, values: None,
         log=lambda step, values: timers.end_step(),
         after_step=lambda *args: None,

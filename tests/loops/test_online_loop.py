@@ -48,7 +48,8 @@ def run_of(steps: list[int]) -> Any:
     """What the loop needs of a TrainingRun; records the steps that are through."""
     return SimpleNamespace(
         timers=PhaseTimers(),
-        console=SimpleNamespace(note=print, warn=print),
+        console=SimpleNamespace(note=print, warn=print, detail=print, end_steps=lambda: None),
+        begin_steps=lambda: None,
         check=lambda step, values: None,
         log=lambda step, values: None,
         after_step=lambda step, last, trained, state: steps.append(step),
