@@ -16,6 +16,7 @@ from pydantic import Field
 from megarl.config.benchmarks import BenchmarkSource as BenchmarkSource
 from megarl.config.curriculum import CurriculumConfig
 from megarl.config.environments import EnvironmentConfig, EnvironmentSource, MathEnvironmentConfig
+from megarl.config.row_formats import RowColumns
 from megarl.config.section import (
     NonNegativeInt,
     PathText,
@@ -99,8 +100,10 @@ class PromptReasoningGymSource(ReasoningGymSource):
     """Raise the task's level with accuracy (data.train only; saved with the run); null: fixed arguments."""
 
 
-class PromptColumns(Section):
+class PromptColumns(RowColumns):
     """Columns of a prompt source."""
+
+    usable: ClassVar[tuple[str, ...]] = ("prompt", "alpaca")
 
     prompt_field: Text = "prompt"
     """Field with the prompt (a string, or a list of chat messages)."""
@@ -321,8 +324,17 @@ class EvalDataConfig(DataReading):
     """Formatting of prompts."""
 
 
-class SftColumns(Section):
+class SftColumns(RowColumns):
     """Columns of a demonstration; a column named here must exist."""
+
+    usable: ClassVar[tuple[str, ...]] = (
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "prompt_response",
+        "text",
+    )
 
     messages_field: Text | None = None
     """Column with a conversation; the loss covers assistant turns. null: `messages`, if rows have it."""
@@ -334,6 +346,28 @@ class SftColumns(Section):
     """Column with raw text, all in the loss; long texts are split. null: `text`, if rows have it."""
     tools_field: Text | None = None
     """Column with tools for the chat template, a list or its JSON; null: `tools`, if rows have it."""
+
+    @property
+    def names_pair(self) -> bool:
+        """Whether a column of prompts or responses is named."""
+        return bool(self.prompt_field or self.response_field)
+
+    @rule
+    def _columns_of_the_format(self) -> Problems:
+        reads = {
+            "messages": ("messages_field",),
+            "sharegpt": ("messages_field",),
+            "alpaca": (),
+            "prompt_completion": ("prompt_field", "response_field"),
+            "prompt_response": ("prompt_field", "response_field"),
+            "text": ("text_field",),
+        }
+        if self.row_format not in reads:
+            return
+        for name in ("messages_field", "prompt_field", "response_field", "text_field"):
+            if name not in reads[self.row_format]:
+                why = f"rows of format {self.row_format} have no such column"
+                yield from self.unused(name, why, "row_format")
 
 
 class SftJsonlSource(SftColumns, FileLocation):

@@ -14,6 +14,7 @@ from megarl.config.data import (
     ReasoningGymSource,
     TrainingDataReading,
 )
+from megarl.config.row_formats import RowColumns
 from megarl.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -28,8 +29,10 @@ from megarl.config.section import (
 from megarl.config.training import OfflineRoot
 
 
-class PreferenceColumns(Section):
+class PreferenceColumns(RowColumns):
     """Columns of a preference pair; each holds a string or a list of chat messages."""
+
+    usable: ClassVar[tuple[str, ...]] = ("preference", "unpaired_preference")
 
     prompt_field: Text | None = None
     """Column with the prompt; null: `prompt` if rows have it, else both responses are conversations."""
@@ -37,6 +40,17 @@ class PreferenceColumns(Section):
     """Column with the chosen response, or a conversation that ends in it."""
     rejected_field: Text = "rejected"
     """Column with the rejected response, or a conversation that ends in it."""
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether a column has another name than usual."""
+        return any(self.changed("prompt_field", "chosen_field", "rejected_field"))
+
+    @rule
+    def _columns_of_the_format(self) -> Problems:
+        if self.row_format == "unpaired_preference":
+            why = "rows of format unpaired_preference have no such column"
+            yield from self.unused("prompt_field chosen_field rejected_field", why, "row_format")
 
 
 class PreferenceJsonlSource(PreferenceColumns, FileLocation):

@@ -4,6 +4,8 @@ A row is one of
 
     {"prompt": ..., "chosen": ..., "rejected": ...}   each a string or a list of chat messages
     {"chosen": [...], "rejected": [...]}              conversations that begin with the same messages
+    {"chosen": "...", "rejected": "..."}              texts that begin alike (without a chat template)
+    {"prompt": ..., "completion": ..., "label": true} unpaired; joined to pairs by their prompt
 
 The common beginning of two conversations is the prompt, the rest are the responses. A "prompt" in the same
 row may repeat that beginning. Other fields are ignored.
@@ -29,7 +31,8 @@ from megarl.config.preference import (
 from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
 from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
-from megarl.data.row_fields import get_field, get_messages, get_text
+from megarl.data.row_fields import as_messages, get_text_or_messages
+from megarl.data.row_formats import pair_up, preference_record, recognise, split_texts
 from megarl.data.rows import read_rows
 from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
@@ -124,13 +127,16 @@ class _PairMaker:
 
     def from_row(self, columns: PreferenceColumns, where: str, record: dict[str, Any]) -> Converted[Pair]:
         """Return the pair of one row."""
+        if not columns.names_columns:
+            recognise(record, where, columns.usable, "auto" if columns.row_format == "auto" else "preference")
+            record = preference_record(record, where)
         names = {
             "prompt": columns.prompt_field or "prompt",
             "chosen": columns.chosen_field,
             "rejected": columns.rejected_field,
         }
         fields = {
-            kind: _text_or_messages(record, name, where)
+            kind: get_text_or_messages(record, name, where)
             for kind, name in names.items()
             if name in record or kind != "prompt" or columns.prompt_field
         }
@@ -140,13 +146,20 @@ class _PairMaker:
         chosen, rejected, prompt = fields["chosen"], fields["rejected"], fields.get("prompt")
         if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
             return self.from_texts(where, prompt, chosen, rejected)
+        if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
+            if self._transcripts.applies_template:
+                raise UserError(
+                    f"{where}: 'chosen' and 'rejected' are texts that hold their prompt; plain texts need "
+                    "data.format.chat_template: false, a chat needs a column 'prompt'"
+                )
+            return self.from_texts(where, *split_texts(where, chosen, rejected))
         if prompt is None or _begins_with_a_prompt(chosen, rejected):
             return self._from_messages(where, *_split(where, prompt, chosen, rejected))
         return self._from_messages(
             where,
-            _as_messages(prompt, "user"),
-            _as_messages(chosen, "assistant"),
-            _as_messages(rejected, "assistant"),
+            as_messages(prompt, "user"),
+            as_messages(chosen, "assistant"),
+            as_messages(rejected, "assistant"),
         )
 
     def from_texts(self, where: str, prompt: str, chosen: str, rejected: str) -> Pair:
@@ -208,16 +221,6 @@ class _MixedPairs(Pairs):
         return self._sets[part]._pair(row)
 
 
-def _text_or_messages(record: dict[str, Any], name: str, where: str) -> str | Messages:
-    if isinstance(get_field(record, name, where), list):
-        return get_messages(record, name, where)
-    return get_text(record, name, where)
-
-
-def _as_messages(value: str | Messages, role: str) -> Messages:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
 def _begins_with_a_prompt(chosen: str | Messages, rejected: str | Messages) -> bool:
     return (
         isinstance(chosen, list)
@@ -241,7 +244,7 @@ def _split(
     if common == 0:
         raise UserError(f"{where}: 'chosen' and 'rejected' do not begin with the same message, the prompt")
     if prompt is not None:
-        given = _as_messages(prompt, "user")
+        given = as_messages(prompt, "user")
         if given not in (chosen[:common], [m for m in chosen[:common] if m["role"] != "system"]):
             raise UserError(
                 f"{where}: 'prompt' differs from the common beginning of 'chosen' and 'rejected'; remove it "
@@ -345,7 +348,10 @@ class _Loader:
                 return collect(rows, lambda _, row: measured(made._pair(row["index"])), self._config, report)
             assert not isinstance(source, PreferenceReasoningGymSource)
             convert = functools.partial(self._maker.from_row, source)
-            return collect(read_rows(source, field), convert, self._config, report)
+            rows = read_rows(source, field)
+            if not source.names_columns:
+                rows = pair_up(rows, source.row_format)
+            return collect(rows, convert, self._config, report)
 
         def sequences(report: LoadReport) -> Iterator[TokenSequence]:
             for pair in pairs(report):

@@ -29,7 +29,8 @@ from megarl.config.environments import EnvironmentSource, MathEnvironmentConfig,
 from megarl.data import benchmarks
 from megarl.data.load import Converted, collect, locate, reads_everything
 from megarl.data.report import LoadReport, TooLongError
-from megarl.data.row_fields import get_field, get_messages, get_text
+from megarl.data.row_fields import get_field, get_text, get_text_or_messages
+from megarl.data.row_formats import instruction, recognise
 from megarl.data.rows import read_rows
 from megarl.data.tokenizer import chat_ids
 from megarl.data.tool_prompts import PromptTools
@@ -263,10 +264,8 @@ class _RowPrompts(PromptDataset):
     def _convert(self, where: str, record: dict[str, Any]) -> Converted[tuple[str, Prompt]]:
         columns = self._columns
         problem: str | list[dict[str, Any]]
-        if isinstance(get_field(record, columns.prompt_field, where), list):
-            problem = get_messages(record, columns.prompt_field, where)
-        else:
-            problem = get_text(record, columns.prompt_field, where)
+        record = _with_prompt(record, columns, where)
+        problem = get_text_or_messages(record, columns.prompt_field, where)
         answer = ""
         if columns.answer_field in record or needs_answer(columns.environment):
             answer = _reference(record, columns.answer_field, where)
@@ -285,6 +284,19 @@ class _RowPrompts(PromptDataset):
 
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index]
+
+
+def _with_prompt(record: dict[str, Any], columns: PromptColumns, where: str) -> dict[str, Any]:
+    """Return the row with its prompt and answer where ``columns`` says, whatever its format."""
+    if any(columns.changed("prompt_field")):
+        return record
+    form = "prompt" if "prompt" in record and columns.row_format == "auto" else None
+    form = form or recognise(record, where, columns.usable, columns.row_format)
+    if form != "alpaca":
+        return record
+    if unread := [name for name in ("system", "history") if record.get(name)]:
+        raise UserError(f"{where}: field {unread[0]!r} of an Alpaca row has no place in a prompt")
+    return {columns.answer_field: record["output"], **record, "prompt": instruction(record, where)}
 
 
 def _question(problem: Any) -> str:
@@ -471,5 +483,9 @@ def questions_of(source: PromptSource, field: str) -> Iterator[str]:
             yield from (f"problem of seed {part.seed + index}" for index in range(part.size))
         else:
             for _, record in read_rows(part, place):
-                if isinstance(record, dict) and part.prompt_field in record:  # bad rows: reported at load
+                try:  # bad rows: reported at load
+                    record = _with_prompt(record, part, "") if isinstance(record, dict) else {}
+                except UserError:
+                    continue
+                if part.prompt_field in record:
                     yield _question(record[part.prompt_field])

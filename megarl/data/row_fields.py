@@ -9,6 +9,16 @@ from megarl.errors import UserError
 
 _ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+# Names of ShareGPT's "from", and OpenAI's newer name of the system role.
+_SAME_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "developer": "system",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_CALLS = "function_call"  # ShareGPT's turn of the assistant that holds calls as JSON
 
 
 def get_field(record: dict[str, Any], name: str, where: str) -> Any:
@@ -31,7 +41,8 @@ def get_text(record: dict[str, Any], name: str, where: str) -> str:
 def get_messages(record: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
     """Return a field that must be a list of chat messages, each with a role and a text.
 
-    An assistant message may have tool_calls, with or without text; null fields are removed.
+    An assistant message may have tool_calls, with or without text; null fields are removed. ShareGPT's
+    messages ("from", "value") become such ones, and OpenAI's list of text parts a text.
     """
     value = get_field(record, name, where)
     if not isinstance(value, list) or not value:
@@ -42,7 +53,7 @@ def get_messages(record: dict[str, Any], name: str, where: str) -> list[dict[str
 def _message(message: Any, at: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise UserError(f'{at} must be an object with "role" and "content"')
-    message = {key: value for key, value in message.items() if value is not None}
+    message = _as_openai({key: value for key, value in message.items() if value is not None}, at)
     calls = message.get("tool_calls")
     if "role" not in message or ("content" not in message and not calls):
         raise UserError(f'{at} must be an object with "role" and "content" (or "tool_calls")')
@@ -51,6 +62,8 @@ def _message(message: Any, at: str) -> dict[str, Any]:
     if message["role"] not in _ROLES:
         raise UserError(f"{at}.role is {message['role']!r}; known roles are {', '.join(_ROLES)}")
     message.setdefault("content", "")
+    if isinstance(message["content"], list):
+        message["content"] = _joined(message["content"], at)
     if not isinstance(message["content"], str):
         raise UserError(f"{at}.content must be a string, found {type(message['content']).__name__}")
     if calls is not None:
@@ -62,6 +75,59 @@ def _message(message: Any, at: str) -> dict[str, Any]:
         if not calls:
             del message["tool_calls"]
     return message
+
+
+def _as_openai(message: dict[str, Any], at: str) -> dict[str, Any]:
+    """Return a message of ShareGPT with "role" and "content", and roles by their usual names."""
+    if "from" in message or "value" in message:
+        if missing := [name for name in ("from", "value") if name not in message]:
+            has = ", ".join(map(repr, message))
+            raise UserError(
+                f"{at}: a ShareGPT message has 'from' and 'value'; this one lacks {missing[0]!r}"
+                f" (it has {has})"
+            )
+        message = {"role": message["from"], "content": message["value"]} | {
+            key: value for key, value in message.items() if key not in ("from", "value")
+        }
+        if message["role"] == _CALLS:
+            return {"role": "assistant", "tool_calls": _parsed_calls(message["content"], at)}
+    role = message.get("role")
+    if isinstance(role, str) and role not in _ROLES and role in _SAME_ROLES:
+        message["role"] = _SAME_ROLES[role]
+    return message
+
+
+def _parsed_calls(value: Any, at: str) -> list[dict[str, Any]]:
+    """Return the calls that a message of role function_call writes as JSON, one object or a list."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{at}: the calls are not valid JSON: {error}") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise UserError(f'{at}: a {_CALLS} holds an object with "name" and "arguments", or a list of them')
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _joined(parts: list[Any], at: str) -> str:
+    """Return the text of OpenAI's content parts."""
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UserError(f"{at}.content: only parts of type text are supported (got {kind!r})")
+    return "".join(part["text"] for part in parts)
+
+
+def as_messages(value: str | list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
+    """Return a text as a conversation of one message; a conversation unchanged."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def get_text_or_messages(record: dict[str, Any], name: str, where: str) -> str | list[dict[str, Any]]:
+    """Return a field that must be a text or a list of chat messages."""
+    if isinstance(get_field(record, name, where), list):
+        return get_messages(record, name, where)
+    return get_text(record, name, where)
 
 
 def _call(call: dict[str, Any], at: str) -> dict[str, Any]:

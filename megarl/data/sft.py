@@ -17,7 +17,8 @@ from megarl.config.data import (
 from megarl.data.load import Converted, collect, load_tokens, locate, reads_everything
 from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
-from megarl.data.row_fields import get_field, get_messages, get_text
+from megarl.data.row_fields import as_messages, get_field, get_messages, get_text, get_text_or_messages
+from megarl.data.row_formats import alpaca_messages, instruction, recognise, sharegpt_messages
 from megarl.data.rows import read_json, read_rows
 from megarl.data.store import TokenStore
 from megarl.data.transcript import Transcripts
@@ -116,7 +117,7 @@ class _MixedDemonstrations(SftDataset):
 
 
 class _RowForms:
-    """Converts rows: selects columns and the form (messages, pair or text)."""
+    """Converts rows: selects columns and the format (:mod:`megarl.data.row_formats`)."""
 
     def __init__(self, columns: SftColumns, transcripts: Transcripts, report: LoadReport) -> None:
         self._columns, self._transcripts, self._report = columns, transcripts, report
@@ -126,46 +127,62 @@ class _RowForms:
         }
 
     def __call__(self, where: str, record: dict[str, Any]) -> Converted[TokenSequence]:
-        names, form = self._names, self._form(where, record)
+        form = self._form(where, record)
         if form == "text":
-            chunks = self._transcripts.text(where, get_text(record, names["text"], where))
+            chunks = self._transcripts.text(where, get_text(record, self._names["text"], where))
             length = sum(len(chunk.token_ids) - 1 for chunk in chunks) + 1
             if len(chunks) > 1:
                 self._report.chunked.add(f"{where}: {length} tokens, {len(chunks)} chunks")
             return Converted(chunks, length, length)
+        if record.get("chat_template_kwargs"):
+            raise UserError(f"{where}: chat_template_kwargs are set for all rows, by data.format")
         tools = self._tools(where, record)
-        if form == "messages":
-            messages = get_messages(self._parsed(record, names["messages"], where), names["messages"], where)
-            sequence = self._transcripts.conversation(where, messages, tools=tools)
-        elif tools is not None:
-            raise UserError(f"{where}: tools need a conversation, in a column of messages")
+        found = self._turns(form, where, record)
+        if isinstance(found[0], str):
+            if tools is not None:
+                raise UserError(f"{where}: tools need a conversation, in a column of messages")
+            sequence = self._transcripts.pair(where, *found)
         else:
-            prompt, response = (get_text(record, names[name], where) for name in ("prompt", "response"))
-            sequence = self._transcripts.pair(where, prompt, response)
+            messages, first_learned = found
+            sequence = self._transcripts.conversation(where, messages, first_learned, tools=tools)
         length = len(sequence)
         return Converted([sequence], length, length)
 
+    def _turns(
+        self, form: str, where: str, record: dict[str, Any]
+    ) -> tuple[str, str] | tuple[list[dict[str, Any]], int]:
+        """Return prompt and response, or a conversation and the first message that is learned."""
+        names = self._names
+        if form == "messages":
+            name = names["messages"]
+            return get_messages(self._parsed(record, name, where), name, where), 0
+        if form == "sharegpt":
+            name = self._columns.messages_field or "conversations"
+            return sharegpt_messages(self._parsed(record, name, where), name, where), 0
+        if form == "alpaca":
+            if (messages := alpaca_messages(record, where)) is not None:
+                return messages, 0
+            return instruction(record, where), get_text(record, "output", where)
+        response = names["response"] if self._columns.response_field else form.removeprefix("prompt_")
+        given, answer = (get_text_or_messages(record, name, where) for name in (names["prompt"], response))
+        if isinstance(given, str) and isinstance(answer, str):
+            return given, answer
+        prompt = as_messages(given, "user")
+        return [*prompt, *as_messages(answer, "assistant")], len(prompt)
+
     def _form(self, where: str, record: dict[str, Any]) -> str:
-        names, columns = self._names, self._columns
-        if columns.messages_field:
+        columns = self._columns
+        if columns.row_format != "auto":
+            names = {"messages": columns.messages_field, "sharegpt": columns.messages_field}
+            if columns.row_format == "text" or names.get(columns.row_format) or columns.names_pair:
+                return columns.row_format
+        elif columns.messages_field:
             return "messages"
-        if columns.prompt_field or columns.response_field:
-            return "pair"
-        if columns.text_field:
+        elif columns.names_pair:
+            return "prompt_response"
+        elif columns.text_field:
             return "text"
-        has = {kind for kind, name in names.items() if name in record}
-        if "messages" in has and has & {"prompt", "response"}:
-            raise UserError(f'{where}: has both "messages" and "prompt"/"response"; keep one of them')
-        if "text" in has and len(has - {"tools"}) > 1:
-            raise UserError(
-                f'{where}: has "text" and other columns; name the one to use (messages_field, ...)'
-            )
-        if not has - {"tools"}:
-            raise UserError(
-                f'{where}: needs "messages", or "prompt" and "response", or "text"; it has '
-                f"{', '.join(map(repr, record)) or 'nothing'}"
-            )
-        return "messages" if "messages" in has else "text" if "text" in has else "pair"
+        return recognise(record, where, columns.usable, columns.row_format)
 
     def _tools(self, where: str, record: dict[str, Any]) -> list[Any] | None:
         name = self._names["tools"]

@@ -41,6 +41,11 @@ class Transcripts:
         self._noun = noun  # name of a sequence in errors
         self._last_only = last_turn_only
 
+    @property
+    def applies_template(self) -> bool:
+        """Whether prompts and responses go through the chat template."""
+        return bool(self._format.chat_template)
+
     def pair(self, where: str, prompt: str, response: str) -> TokenSequence:
         """Tokenise prompt and response; the loss mask covers the response and its EOS."""
         if self._format.chat_template:
