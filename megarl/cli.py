@@ -237,12 +237,15 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             num_processes=started if job.trains else None,
         )
         from_checkpoint = job.trains and is_checkpoint(config.model.path)
+        if not options.dry_run and getattr(config, "trainer", None) and config.trainer.any_family:
+            _fetch_models(config)  # their weights say what the model is
         if job.trains and not from_checkpoint:
             from megarl.models.layout_checks import check_training
 
             check_training(config)
         if not options.dry_run:  # a dry run may be on another machine than the run
             _check_machine(job, config, started)
+            _fetch_models(config)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same errors; the first of each machine prints them
@@ -273,6 +276,20 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     use_level("quiet" if options.quiet else "verbose" if options.verbose else "normal")
     _call_loop(job, config)
     return 0
+
+
+def _fetch_models(config: Any) -> None:
+    """Download the weights of models of the hub; ranks started from here take the same commits."""
+    from megarl.config import hub
+
+    if (commits := hub.commits(config)) is None:
+        return
+    hub.fetch_weights(config)
+    if _rank() == 0 and hub.COMMITS not in os.environ:
+        for path, value in hub.models_in(config):
+            if isinstance(value, hub.HubDirectory):
+                print(f"{'.'.join(path)}: {value.written} is {value}", flush=True)
+    os.environ[hub.COMMITS] = commits
 
 
 def _convert_start(config: TrainingRoot, source: str) -> None:

@@ -354,6 +354,7 @@ class SftColumns(RowColumns):
 
     @rule
     def _columns_of_the_format(self) -> Problems:
+        """With a row_format, only columns of that format have a name."""
         reads = {
             "messages": ("messages_field",),
             "sharegpt": ("messages_field",),

@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from megarl.config.hub import ModelPath
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
-from megarl.config.section import PathText, PositiveInt, Problems, Section, rule
+from megarl.config.section import PositiveInt, Problems, Section, rule
 
 
 class DistillAlgorithmConfig(OnlineAlgorithm):
@@ -46,8 +47,8 @@ class DistillAlgorithmConfig(OnlineAlgorithm):
 class TeacherConfig(Section):
     """The frozen teacher."""
 
-    path: PathText
-    """Hugging Face directory with the student's vocabulary; any supported family and size."""
+    path: ModelPath
+    """Directory or hub id of a model with the student's vocabulary; any supported family and size."""
 
 
 class DistillConfig(OnlineConfig):

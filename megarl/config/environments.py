@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from megarl.config.dotted import is_dotted
+from megarl.config.hub import ModelPath
 from megarl.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -263,8 +264,8 @@ class RewardModelConfig(Judging):
 
     kind: Literal["reward_model"]
     """Selects this environment."""
-    path: PathText
-    """Sequence classification directory with one label, e.g. <run.dir>/hf of `megarl rm`."""
+    path: ModelPath
+    """Sequence classification directory or hub id with one label, e.g. <run.dir>/hf of `megarl rm`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
     num_threads: PositiveInt = 1

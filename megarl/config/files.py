@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megarl.config.data import parts_of
+from megarl.config.hub import HubDirectory, is_id
 from megarl.config.model import is_checkpoint, read_model_config
 from megarl.config.section import Problems, Section, as_violation
 from megarl.config.violation import Violation, show
@@ -94,11 +95,17 @@ def _other_models(config: Section) -> Problems:
 
 def _directory(field: str, path: str, lacks: list[str], weights: bool) -> Problems:
     directory = Path(path)
+    if is_id(path):  # its own resolution says what is missing
+        return
     if not (_exists(path) and directory.is_dir()):
         yield field, f"no such directory (got {path!r}){_relative_to(path)}"
         return
     missing = [] if (directory / "config.json").is_file() else ["config.json"]
-    if missing := [*missing, *lacks, *(_missing_weights(directory) if weights else ())]:
+    if missing := [
+        *missing,
+        *lacks,
+        *(_missing_weights(directory) if weights and not isinstance(path, HubDirectory) else ()),
+    ]:
         yield field, f"the directory lacks {', '.join(missing)} (got {path!r})"
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megarl.config import hub
 from megarl.config.files import find_file_violations
 from megarl.config.introspect import (
     accepts_null,
@@ -234,6 +235,9 @@ class _Loading:
             config = _build_partial(self.kind, self.data, failed, ())
         self.violations += find_violations(config, partial=bool(failed))
         if self.check_files:
+            if not self.violations:  # nothing is downloaded for a configuration that cannot run
+                config, missing = hub.resolve(config)
+                self.violations += [Violation(path, message) for path, message in missing]
             self.violations += find_file_violations(config, weights=self.check_weights)
         return config
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from megarl.config.section import PathText, Section
+from megarl.config.hub import ModelPath
+from megarl.config.section import Section
 from megarl.files import read_json_object
 
 
 class ModelConfig(Section):
     """The model to train."""
 
-    path: PathText
-    """Hugging Face directory (config.json, safetensors, tokenizer), a checkpoint of either backend, or a run
-    directory, whose newest checkpoint is taken. Checkpoints are converted into the run directory first."""
+    path: ModelPath
+    """Hugging Face directory (config.json, safetensors, tokenizer), an id of the hub (org/name[@revision]), a
+    checkpoint of either backend, or a run directory, whose newest checkpoint is taken. Checkpoints are
+    converted into the run directory first."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of parameters and activations. float32 is faster on CPUs without AMX or AVX512-BF16."""
     trust_remote_code: bool = False

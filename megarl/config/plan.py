@@ -6,15 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
+from megarl.config.hub import ModelPath
 from megarl.config.lora import LoraLayers
-from megarl.config.section import NonNegativeFloat, PathText, PositiveFloat, PositiveInt, Section
+from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
 class PlanModelConfig(Section):
     """The model."""
 
-    path: PathText
-    """Directory with a Hugging Face config.json; weights are not needed."""
+    path: ModelPath
+    """Directory with a Hugging Face config.json, or a hub id; weights are not needed."""
 
 
 class PlanTrainerConfig(Section):

@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from megarl.config.hub import ModelPath
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
 from megarl.config.optimizer import OptimizerConfig
 from megarl.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
-    PathText,
     PositiveFloat,
     PositiveInt,
     Problems,
@@ -71,8 +71,8 @@ class PpoAlgorithmConfig(OnlineAlgorithm):
 class CriticConfig(Section):
     """The critic, which predicts each token's return; it has the policy's parallel layout and packing."""
 
-    path: PathText | None = None
-    """Language model, or reward model of `megarl rm` (its head is kept); null: model.path."""
+    path: ModelPath | None = None
+    """Language model (directory or hub id), or `megarl rm`'s (its head is kept); null: model.path."""
     optimizer: OptimizerConfig | None = None
     """The critic's optimizer and schedule; null: the policy's settings, over the critic's steps."""
     value_clip: PositiveFloat | None = 0.2

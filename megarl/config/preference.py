@@ -14,6 +14,7 @@ from megarl.config.data import (
     ReasoningGymSource,
     TrainingDataReading,
 )
+from megarl.config.hub import ModelPath
 from megarl.config.row_formats import RowColumns
 from megarl.config.section import (
     NonNegativeFloat,
@@ -48,6 +49,7 @@ class PreferenceColumns(RowColumns):
 
     @rule
     def _columns_of_the_format(self) -> Problems:
+        """With row_format: unpaired_preference, no column has a name of its own."""
         if self.row_format == "unpaired_preference":
             why = "rows of format unpaired_preference have no such column"
             yield from self.unused("prompt_field chosen_field rejected_field", why, "row_format")
@@ -160,8 +162,8 @@ class PreferenceAlgorithmConfig(Section):
 class ReferenceConfig(Section):
     """The frozen reference of dpo, ipo and kto; its logprobs are computed once and cached."""
 
-    path: PathText | None = None
-    """Hugging Face directory of the same architecture; null: model.path."""
+    path: ModelPath | None = None
+    """Hugging Face directory or hub id of a model of the same architecture; null: model.path."""
     cache_dir: PathText | None = None
     """Cache of the logprobs, which runs may share; null: <run.dir>/reference."""
 

@@ -24,7 +24,7 @@ class RowFormat:
     @property
     def columns(self) -> str:
         """The columns in words."""
-        return ", ".join([*self.needs, *(f"{name} (optional)" for name in self.may)])
+        return ", ".join([*map(repr, self.needs), *(f"{name!r} (optional)" for name in self.may)])
 
 
 _SFT = "megarl sft trains on them"
@@ -79,6 +79,7 @@ class RowColumns(Section):
 
     @rule
     def _usable(self) -> Problems:
+        """row_format is one that the job trains on (docs/guides/data.md)."""
         if self.row_format != "auto" and self.row_format not in self.usable:
             given = FORMATS[self.row_format]
             use = ", ".join(self.usable)

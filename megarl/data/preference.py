@@ -149,8 +149,8 @@ class _PairMaker:
         if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
             if self._transcripts.applies_template:
                 raise UserError(
-                    f"{where}: 'chosen' and 'rejected' are texts that hold their prompt; plain texts need "
-                    "data.format.chat_template: false, a chat needs a column 'prompt'"
+                    f"{where}: no field 'prompt'; texts that hold it in 'chosen' and 'rejected' need "
+                    "data.format.chat_template: false"
                 )
             return self.from_texts(where, *split_texts(where, chosen, rejected))
         if prompt is None or _begins_with_a_prompt(chosen, rejected):
@@ -348,10 +348,10 @@ class _Loader:
                 return collect(rows, lambda _, row: measured(made._pair(row["index"])), self._config, report)
             assert not isinstance(source, PreferenceReasoningGymSource)
             convert = functools.partial(self._maker.from_row, source)
-            rows = read_rows(source, field)
+            read = read_rows(source, field)
             if not source.names_columns:
-                rows = pair_up(rows, source.row_format)
-            return collect(rows, convert, self._config, report)
+                read = pair_up(read, source.row_format)
+            return collect(read, convert, self._config, report)
 
         def sequences(report: LoadReport) -> Iterator[TokenSequence]:
             for pair in pairs(report):

@@ -79,15 +79,15 @@ def _near_miss(record: dict[str, Any], usable: Sequence[str]) -> str:
     if (format_ := _closest(record, usable)) is not None:
         return _lacks(format_, [name for name in format_.needs if name not in record], record)
     forms = "; ".join(f"{name}: {FORMATS[name].columns}" for name in usable)
-    return f"no known format of rows; it has {_has(record)}; known here are {forms}"
+    name = "name its columns (messages_field, prompt_field, ...)"
+    return f"no known format of rows; it has {_has(record)}; known here are {forms}; or {name}"
 
 
 def _lacks(format_: RowFormat, missing: Sequence[str], record: dict[str, Any]) -> str:
     close = [f" ({near!r} is close)" if (near := _near(column, record)) else "" for column in missing]
     lacks = ", ".join(f"{column!r}{note}" for column, note in zip(missing, close, strict=True))
-    return (
-        f"a row of format {format_.name} has {format_.columns}; this one lacks {lacks}; it has {_has(record)}"
-    )
+    needs = f"which rows of format {format_.name} have ({format_.columns})"
+    return f"no field {lacks}, {needs}; it has {_has(record)}"
 
 
 def _has(record: dict[str, Any]) -> str:

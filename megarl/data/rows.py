@@ -187,7 +187,7 @@ def _hf_dataset(source: HfLocation, field: str) -> Any:
             else load_dataset(source.dataset, source.subset, split=split, revision=source.revision)
         )
     except Exception as error:  # the library raises some twenty types
-        reason = " ".join(str(error).split())[:300]
+        reason = unreachable(error, source.dataset, source.subset) or " ".join(str(error).split())[:300]
         raise UserError(f"{field}: cannot read split {split!r} of {source.dataset}: {reason}") from error
     if saved and (source.subset or source.revision):
         name = "subset" if source.subset else "revision"
@@ -199,6 +199,18 @@ def _hf_dataset(source: HfLocation, field: str) -> Any:
     if saved and split != (str(dataset.split) if dataset.split is not None else "train"):
         raise UserError(f"{field}.split: {source.dataset} holds one split, {dataset.split} (got {split!r})")
     return dataset
+
+
+def unreachable(error: BaseException, dataset: str, subset: str | None) -> str | None:
+    """Return what to run if a data set is not in the cache and the hub out of reach; else None."""
+    from datasets import config
+
+    if not isinstance(error, ConnectionError):
+        return None
+    why = "HF_HUB_OFFLINE is set" if config.HF_HUB_OFFLINE else "the hub does not answer"
+    arguments = ", ".join(json.dumps(name) for name in (dataset, subset) if name)
+    command = f"python -c 'from datasets import load_dataset; load_dataset({arguments})'"
+    return f"not in the cache {config.HF_DATASETS_CACHE}, and {why}; where it can be reached, run `{command}`"
 
 
 def read_json(text: str) -> Any:

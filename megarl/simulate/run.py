@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megarl.config.hub import directory_of
 from megarl.config.parallel import ParallelConfig
 from megarl.config.plan import PlanConfig
 from megarl.config.rollout import EngineConfig
@@ -89,7 +90,7 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
         UserError: a model without a table, or every violation of the two layouts.
     """
     start = time.perf_counter()
-    architecture = load_architecture(config.model.path)
+    architecture = load_architecture(directory_of(config.model.path))
     check_lora(architecture, config.trainer.lora, "trainer.lora")
     spec = architecture.spec
     layouts = build_layouts(config, architecture, gpus)

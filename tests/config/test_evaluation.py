@@ -84,7 +84,7 @@ def test_accepted(tmp_path: Path, kind: type[EvalConfig | GrpoConfig], overrides
     assert lines(tmp_path, kind, overrides) == []
 
 
-def test_a_megatron_checkpoint_is_a_model_to_evaluate_but_not_to_train(tmp_path: Path) -> None:
+def test_a_megatron_checkpoint_is_a_model_to_evaluate_and_to_train(tmp_path: Path) -> None:
     checkpoint = tmp_path / "step_3"
     checkpoint.mkdir()
     (checkpoint / ".metadata").write_bytes(b"")
@@ -92,8 +92,7 @@ def test_a_megatron_checkpoint_is_a_model_to_evaluate_but_not_to_train(tmp_path:
     file.write_text(yaml.safe_dump(EVAL))
     assert load_config(EvalConfig, file, [f"model.path={checkpoint}"]).model.path == str(checkpoint)
     file.write_text(yaml.safe_dump(GRPO))
-    with pytest.raises(UserError, match=r"model\.path: the directory lacks config\.json"):
-        load_config(GrpoConfig, file, [f"model.path={checkpoint}"])
+    assert load_config(GrpoConfig, file, [f"model.path={checkpoint}"]).model.path == str(checkpoint)
 
 
 def test_a_benchmarks_local_copy_must_be_there(tmp_path: Path) -> None:

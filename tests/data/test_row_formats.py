@@ -153,7 +153,7 @@ def test_implicit_prompts_are_trls(tokenizer, rows):
     end = tokenizer.eos_token
     assert parts(tokenizer, pair.chosen) == ("Q: 1 + 1?\nA:", f" two{end}")
     assert parts(tokenizer, pair.rejected) == ("Q: 1 + 1?\nA:", f" a lot{end}")
-    with pytest.raises(UserError, match="data.format.chat_template: false, a chat needs a column 'prompt'"):
+    with pytest.raises(UserError, match="no field 'prompt'; .* need data.format.chat_template: false"):
         dpo(tokenizer, rows(texts))
 
 
@@ -251,17 +251,21 @@ ULTRAFEEDBACK = "prompt prompt_id messages chosen rejected score_chosen score_re
         (
             SFT,
             "instruction input",
-            "alpaca has instruction, output, .*; this one lacks 'output'; it has",
+            "no field 'output', which rows of format alpaca have .'instruction', 'output', .*; it has",
         ),
         (
             SFT,
             "conversation",
-            r"sharegpt has .*lacks 'conversations' \('conversation' is close\)",
+            r"no field 'conversations' \('conversation' is close\), which .* sharegpt",
         ),
-        (SFT, "prompt respnse", r"prompt_response .*lacks 'response' \('respnse' is close\)"),
-        (DPO, "prompt chosen", "format preference has chosen, rejected, .*; this one lacks 'rejected'"),
-        (DPO, "completion label", "format unpaired_preference .* lacks 'prompt'"),
-        (SFT, "a b", "no known format of rows; it has 'a', 'b'; known here are messages: messages, tools"),
+        (SFT, "prompt respnse", r"no field 'response' \('respnse' is close\), .* prompt_response"),
+        (DPO, "prompt chosen", "no field 'rejected', which rows of format preference have"),
+        (DPO, "completion label", "no field 'prompt', which rows of format unpaired_preference have"),
+        (
+            SFT,
+            "a b",
+            "no known format of rows; it has 'a', 'b'; known here are messages: .messages., .tools.",
+        ),
         (
             DPO,
             "prompt chosen rejected completion label",
@@ -297,7 +301,7 @@ def test_what_public_datasets_are_recognised_as(usable, columns, name):
 
 
 def test_a_named_format_needs_its_columns(tokenizer, rows):
-    with pytest.raises(UserError, match=r"data.jsonl:1: a row of format alpaca .* lacks 'output'"):
+    with pytest.raises(UserError, match="data.jsonl:1: no field 'output', which rows of format alpaca have"):
         sft(tokenizer, rows({"instruction": "a", "messages": TURNS}), row_format="alpaca")
     for name, column in {"text": "plain", "messages": TURNS}.items():
         both = sft(tokenizer, rows({"text": "plain", "messages": TURNS}), row_format=name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.data.rows import unreachable
 from megarl.environments.text import number_text
 from megarl.errors import UserError
 
@@ -113,7 +114,8 @@ def read_rows(source: BenchmarkSource, benchmark: Benchmark, where: str) -> list
             dataset = load_dataset(str(folder), split=split)
     except Exception as error:  # datasets raises some twenty types
         named = source.directory or f"{hub} ({subset or 'default'}) from the hub"
-        reason = " ".join(str(error).split())[:300]
+        there = None if source.directory else unreachable(error, hub, subset)
+        reason = there or " ".join(str(error).split())[:300]
         raise UserError(f"{where}: cannot read split {split!r} of {named}: {reason}") from error
     if not len(dataset):
         raise UserError(f"{where}: no rows")

@@ -1,0 +1,131 @@
+"""A hub of one process: the requests of huggingface_hub for models and data sets, over HTTP on 127.0.0.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class FakeHub:
+    """Repositories in memory.
+
+    ``files`` is repository ("org/name", "datasets/org/name") -> branch -> file name -> content. ``gets``
+    counts the downloads of each file.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.private: dict[str, str] = {}  # repository -> the token that reads it
+        self.gets: Counter[str] = Counter()
+        self.requests: list[str] = []
+        self.url = ""
+
+    def commit(self, repository: str, branch: str = "main") -> str:
+        """A name of the branch's content."""
+        content = sorted((name, data.hex()) for name, data in self.files[repository][branch].items())
+        return hashlib.sha1(json.dumps(content).encode()).hexdigest()
+
+    def branch(self, repository: str, revision: str) -> str | None:
+        """The branch that a revision, its name or commit, is."""
+        branches = self.files[repository]
+        return next((b for b in branches if revision in (b, self.commit(repository, b))), None)
+
+
+@contextmanager
+def serve() -> Iterator[FakeHub]:
+    """Run a hub until the end of the block."""
+    hub = FakeHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            path = unquote(urlsplit(self.path).path).strip("/")
+            hub.requests.append(f"{self.command} {path}")
+            parts = path.split("/")
+            api = parts[0] == "api"
+            if api:
+                parts = parts[1:]
+            kind = "datasets/" if parts[0] == "datasets" else ""
+            if parts[0] in ("models", "datasets"):
+                parts = parts[1:]
+            repository = kind + "/".join(parts[:2])
+            token = hub.private.get(repository)
+            if repository not in hub.files or (token and self.headers["Authorization"] != f"Bearer {token}"):
+                return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            action, *rest = [*parts[2:], "revision", "main"] if len(parts) == 2 else parts[2:]
+            found = self._branch(repository, rest)
+            if found is None:
+                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            branch, name = found
+            commit, files = hub.commit(repository, branch), hub.files[repository][branch]
+            if api and action == "revision":
+                siblings = [{"rfilename": each} for each in files]
+                body = {"id": "/".join(parts[:2]), "sha": commit, "siblings": siblings, "private": False}
+                return self._json(body | {"gated": False, "tags": [], "downloads": 0, "likes": 0})
+            if api and action == "tree":
+                inside = {
+                    each: data for each, data in files.items() if each.startswith(f"{name}/" if name else "")
+                }
+                return self._json(
+                    [
+                        {
+                            "type": "file",
+                            "path": each,
+                            "size": len(data),
+                            "oid": hashlib.sha1(data).hexdigest(),
+                        }
+                        for each, data in inside.items()
+                    ]
+                )
+            if api or action != "resolve" or name not in files:
+                return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            if self.command == "GET":
+                hub.gets[name] += 1
+            etag = hashlib.sha1(files[name]).hexdigest()
+            return self._send(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
+
+        def _branch(self, repository: str, rest: list[str]) -> tuple[str, str] | None:
+            """(branch, remaining path); a branch's name may have slashes."""
+            for end in range(len(rest), 0, -1):
+                if branch := hub.branch(repository, "/".join(rest[:end])):
+                    return branch, "/".join(rest[end:])
+            return None
+
+        def _json(self, body: object) -> None:
+            self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
