@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -82,11 +82,13 @@ class AttachedWeights:
         self.aliases: list[Alias] = plan.aliases
         self._plan = plan
         for alias in plan.aliases:
-            params[alias.param].data = self._view(alias.source)
-        self._copies = [(params[c.param].detach()[_as_slices(c)], self._view(c.source)) for c in plan.copies]
+            params[alias.param].data = view_of(self._storages, alias.source)
+        self._copies = [
+            (params[c.param].detach()[as_slices(c)], view_of(self._storages, c.source)) for c in plan.copies
+        ]
         sent: dict[int, list[tuple[torch.Tensor, SourceView]]] = defaultdict(list)
         for peer in plan.peers:
-            sent[peer.rank].append((params[peer.param].detach()[_as_slices(peer)], peer.source))
+            sent[peer.rank].append((params[peer.param].detach()[as_slices(peer)], peer.source))
         self._readers = [PieceReader(plan.addresses[rank], pieces) for rank, pieces in sent.items()]
 
     def copy_(self) -> int:
@@ -116,7 +118,7 @@ class AttachedWeights:
             yield alias.param, tuple((0, n) for n in alias.source.shape), self._params[alias.param]
         written: list[Copy | PeerCopy] = [*self._plan.copies, *self._plan.peers]
         for copy in written:
-            yield copy.param, copy.index, self._params[copy.param].detach()[_as_slices(copy)]
+            yield copy.param, copy.index, self._params[copy.param].detach()[as_slices(copy)]
 
     def report(self) -> AttachReport:
         """Report what is aliased, from the parameters' addresses rather than from the plan."""
@@ -137,10 +139,12 @@ class AttachedWeights:
             received_bytes=self.received_bytes,
         )
 
-    def _view(self, source: SourceView) -> torch.Tensor:
-        storage = self._storages[source.storage]
-        empty = torch.empty(0, dtype=getattr(torch, source.dtype), device=storage.device)
-        return empty.set_(storage, source.offset, source.shape, source.stride)
+
+def view_of(storages: Sequence[torch.UntypedStorage], source: SourceView) -> torch.Tensor:
+    """Return the view of mapped memory that ``source`` describes."""
+    storage = storages[source.storage]
+    empty = torch.empty(0, dtype=getattr(torch, source.dtype), device=storage.device)
+    return empty.set_(storage, source.offset, source.shape, source.stride)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -148,7 +152,8 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _as_slices(copy: Copy | PeerCopy) -> tuple[int | slice, ...]:
+def as_slices(copy: Copy | PeerCopy) -> tuple[int | slice, ...]:
+    """Return the index of a copy as torch takes it."""
     return tuple(i if isinstance(i, int) else slice(*i) for i in copy.index)
 
 

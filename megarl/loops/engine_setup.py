@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megarl import platform
 from megarl.cluster.collectives import broadcast, gather
-from megarl.config.model import ModelConfig
+from megarl.config.model import ModelConfig, read_model_config
 from megarl.config.online import WeightsConfig
 from megarl.config.rollout import EngineConfig
 from megarl.errors import UserError
 from megarl.inference.engine_group import start_engines
 from megarl.inference.interface import AttachReport, Engine
 from megarl.inference.placement import TrainerPlace, place_engines
+from megarl.models.any_family import has_engine_table
 from megarl.models.layout_checks import check_engine, engine_layout
-from megarl.models.table import Architecture
+from megarl.models.table import Architecture, Region
 from megarl.trainer.interface import Trainer, Transport
 from megarl.weights.checksum import RegionChecksum, RegionQuery
 from megarl.weights.plan import Owner, Planner, Reader
-from megarl.weights.sync_plan import Alias, Copy, SourceView, Storage, WeightPlan
+from megarl.weights.sync_plan import Alias, Copy, ParamInfo, SourceView, Storage, WeightPlan
 
 
 def start_engine(
@@ -73,7 +75,8 @@ def _check_vllm(
             "rollout.router_replay: needs rollout.engine.enable_prefix_caching = true on a GPU, where vLLM "
             "keeps the experts of a prompt with its cached blocks"
         )
-    if architecture.spec.mla and platform.chosen_name() == "cpu":
+    latent = architecture.spec.mla or "kv_lora_rank" in read_model_config(model.path)
+    if latent and platform.chosen_name() == "cpu":
         # Seen with vLLM 0.32: equal weights, logprobs up to 2.4 from Hugging Face's (docs/models.md).
         raise UserError(
             f"model.path: {model.path} has latent attention; vLLM computes wrong logprobs for it on a CPU: "
@@ -124,17 +127,22 @@ def attach_weights(
     """
     engine.wait_ready()
     described, places = engine.describe_parameters(), engine.places()
+    reported = engine.regions({region.hf for owner in owners for region in owner.regions})
+    streamed: dict[str, ParamInfo] = {}
+    if reported is None and not has_engine_table(architecture):
+        streamed = _tensors_of(architecture, owners)
+        described, reported = [streamed] * len(described), _whole(streamed)
     layout = engine_layout(engine.config)
     planner = Planner(owners, peers_only=transport == "peer")
     coordinates = [layout.coordinates(rank) for rank in range(layout.world_size)]
-    reported = engine.regions({region.hf for owner in owners for region in owner.regions})
     regions = [reported or architecture.engine_regions(layout, at) for at in coordinates]
     plans = []
     for rank, (params, (host, device)) in enumerate(zip(described, places, strict=True)):
         coordinate = rank % layout.world_size  # ranks of all engines, end to end
         if params == described[coordinate]:  # identical engine ranks share one plan
             params = described[coordinate]
-        plans.append(planner.plan(Reader(regions[coordinate], params, host, device)))
+        plan = planner.plan(Reader(regions[coordinate], params, host, device))
+        plans.append(replace(plan, streamed=streamed))
     far = sorted({peer.rank for plan in plans for peer in plan.peers})
     if far and transport == "shared_memory":
         raise UserError(
@@ -150,6 +158,17 @@ def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
     """Yield log lines about one engine rank's work at every weight sync."""
     if report.note:
         yield report.note
+    if not plan.streamed:
+        yield from _describe_parameters(plan, report)
+    if plan.peers:
+        ranks = sorted({peer.rank for peer in plan.peers})
+        yield (
+            f"{report.received_bytes / 2**20:.1f} MiB of them arrive point to point from trainer "
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        )
+
+
+def _describe_parameters(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
     yield (
         f"{len(report.aliased)} parameters are the trainer's memory "
         f"({report.aliased_bytes / 2**20:.1f} MiB, 0 bytes to move)"
@@ -163,12 +182,18 @@ def _describe(plan: WeightPlan, report: AttachReport) -> Iterator[str]:
             f"{len(names)} parameters are copied at every step ({total:.1f} MiB in all): {reason} "
             f"(first: {names[0]})"
         )
-    if plan.peers:
-        ranks = sorted({peer.rank for peer in plan.peers})
-        yield (
-            f"{report.received_bytes / 2**20:.1f} MiB of them arrive point to point from trainer "
-            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        )
+
+
+def _tensors_of(architecture: Architecture, owners: list[Owner]) -> dict[str, ParamInfo]:
+    """Return the checkpoint's tensors, in the types that the trainer has them in."""
+    dtypes = {r.hf: owner.params[r.param].dtype for owner in owners for r in owner.regions}
+    return {name: ParamInfo(shape, dtypes[name]) for name, shape in architecture.hf_shapes().items()}
+
+
+def _whole(tensors: Mapping[str, ParamInfo]) -> list[Region]:
+    """Return each tensor as one region, of a parameter of its own name."""
+    boxes = {name: tuple((0, size) for size in info.shape) for name, info in tensors.items()}
+    return [Region(name, box, name, box) for name, box in boxes.items()]
 
 
 def verify_weights(engine: Engine | None, policy: Trainer) -> None:

@@ -15,7 +15,6 @@ from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.layout import ParallelLayout
 from megarl.models import load_architecture
-from megarl.models.any_family import has_engine_table
 from megarl.models.divisibility import division_problems
 from megarl.models.lora import check_lora
 from megarl.models.table import Architecture
@@ -52,9 +51,6 @@ def _check_torch(config: TrainingRoot) -> None:
     if config.lora is not None and size > 1:
         wrong.append("lora: trainer.backend = torch has adapters with parallel.tensor_parallel_size 1 alone")
     if isinstance(config, OnlineConfig):
-        if config.rollout.engine.backend == "vllm" and not has_engine_table(architecture):
-            why = f"there is no table of vLLM's parameters for {spec.family}"
-            wrong.append(f"model.path: {why}; rollout.engine.backend = hf generates with it")
         check_engine(architecture, config.rollout.engine)
     if wrong:
         raise UserError("\n".join(wrong))

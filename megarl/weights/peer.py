@@ -134,11 +134,12 @@ class PieceReader:
         """Let the server begin; several servers can send concurrently."""
         self._pair.start()
 
-    def receive(self) -> int:
-        """Write every piece; return the number of bytes."""
-        for tensor, dtype in self._pieces:
+    def receive(self, first: int = 0, stop: int | None = None) -> int:
+        """Write the pieces [first, stop), by default all, in their order; return the number of bytes."""
+        pieces = self._pieces[first:stop]
+        for tensor, dtype in pieces:
             self._pair.receive(tensor, dtype)
-        return self.num_bytes
+        return sum(tensor.nbytes for tensor, _ in pieces)
 
 
 class _Connection:

@@ -106,3 +106,6 @@ class WeightPlan:
     peers: list[PeerCopy] = field(default_factory=list)
     addresses: dict[int, str] = field(default_factory=dict)  # trainer rank -> address of its server
     padding: dict[str, int] = field(default_factory=dict)  # param -> number of its padding rows
+    streamed: dict[str, ParamInfo] = field(default_factory=dict)
+    """If not empty, the plan's "parameters" are these whole tensors of the checkpoint, which the engine's own
+    loader makes its parameters of."""

@@ -122,7 +122,13 @@ def _register_architecture(model_dir: str) -> PretrainedConfig:
     from vllm import ModelRegistry
 
     config = AutoConfig.from_pretrained(model_dir)
-    for name in config.architectures or []:
+    names = config.architectures or []
+    if not set(names) & set(ModelRegistry.models):
+        raise UserError(
+            f"model.path: vLLM has no {' or '.join(names) or 'architecture'} ({model_dir}); "
+            "rollout.engine.backend = hf generates with any model of transformers"
+        )
+    for name in names:
         if name in ModelRegistry.models:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     return config

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from megarl.cluster.processes import own_shared_memory
 from megarl.inference.cpu_linear import cpu_linear
 from megarl.inference.interface import AttachReport
+from megarl.inference.streamed_weights import StreamedWeights, placeholders
 from megarl.inference.vllm.layout import foreign_layouts
 from megarl.inference.vllm.routing import RoutingRecorder, expert_layers, read_routing, record_routing
 from megarl.inference.weight_receiver import AttachedWeights, check_plan, dtype_name
@@ -37,7 +38,7 @@ class WeightReceiver:
 
     rank: int
     model_runner: Any
-    _attached: AttachedWeights | None = None
+    _attached: AttachedWeights | StreamedWeights | None = None
     _routing: RoutingRecorder | None = None
 
     def megarl_describe(self) -> dict[str, ParamInfo]:
@@ -54,13 +55,20 @@ class WeightReceiver:
 
     def megarl_check(self, plans: list[WeightPlan]) -> list[str]:
         """Return the violations of this rank's plan; changes nothing."""
+        plan = plans[self.rank]
         violations = foreign_layouts(self.model_runner.model)
-        violations += check_plan(plans[self.rank], self._parameters())
+        violations += check_plan(plan, placeholders(plan) if plan.streamed else self._parameters())
         return [f"engine rank {self.rank}: {v}" for v in violations] if len(plans) > 1 else violations
 
     def megarl_attach(self, plans: list[WeightPlan]) -> AttachReport:
         """Bind a plan that megarl_check accepted."""
-        self._attached = AttachedWeights(plans[self.rank], self._parameters(), self._attached)
+        plan, before = plans[self.rank], self._attached
+        if plan.streamed:
+            model, device = self.model_runner.model, self.model_runner.device
+            self._attached = StreamedWeights(plan, model.load_weights, self._parameters(), device)
+        else:
+            assert not isinstance(before, StreamedWeights), "an architecture has a table or none"
+            self._attached = AttachedWeights(plan, self._parameters(), before)
         memory.release_unused()  # the engine's initial weights
         return self._attached.report()
 
@@ -80,6 +88,8 @@ class WeightReceiver:
     def megarl_checksums(self) -> list[RegionChecksum]:
         """Return checksums of every region of the plan, read from the engine's parameters."""
         assert self._attached is not None
+        if isinstance(self._attached, StreamedWeights):
+            return self._attached.checksums()
         return [
             RegionChecksum(param, index, dtype_name(tensor), region_checksum(tensor))
             for param, index, tensor in self._attached.regions()
