@@ -337,7 +337,7 @@ def _check_shared_memory(config: Any) -> None:
     from megarl.cluster.limits import check_shared_memory
     from megarl.models import load_architecture
 
-    shapes = load_architecture(path).hf_shapes().values()
+    shapes = load_architecture(path, any_family=True).hf_shapes().values()
     width = 2 if config.model.dtype == "bfloat16" else 4
     try:
         check_shared_memory(width * sum(math.prod(shape) for shape in shapes))
