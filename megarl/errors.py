@@ -11,5 +11,10 @@ class UserError(Exception):
     """
 
 
+def see(row: str) -> str:
+    """Return a reference to a row of docs/troubleshooting.md, for a message whose remedy is longer."""
+    return f" (docs/troubleshooting.md#{row})"
+
+
 class ToldByRankZeroError(UserError):
     """A UserError on rank 0, which prints it; the other ranks exit with this one and print nothing."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megarl.errors import see
 from megarl.records import NON_FINITE_WEIGHTS
 
 DIFFERENCE_LIMITS = {"float32": 1e-3, "bfloat16": 0.3}
@@ -32,13 +33,17 @@ def run_checks(steps: Sequence[Mapping[str, Any]], dtype: str) -> list[Check]:
             Check(
                 "warn",
                 f"In the last steps {equal:.0%} of the groups had equal rewards: they teach nothing. "
-                "The problems are too easy or too hard for the model.",
+                f"The problems are too easy or too hard for the model{see('equal-rewards')}.",
             )
         )
     cut = _recent_mean(steps, "truncated_fraction")
     if cut is not None and cut >= 0.5:
         findings.append(
-            Check("warn", f"In the last steps {cut:.0%} of the responses were cut at rollout.max_new_tokens.")
+            Check(
+                "warn",
+                f"In the last steps {cut:.0%} of the responses were cut at rollout.max_new_tokens"
+                f"{see('cut-responses')}.",
+            )
         )
     order = {"bad": 0, "warn": 1}
     findings.sort(key=lambda check: order[check.tone])
@@ -99,7 +104,7 @@ def _disagreement(steps: Sequence[Mapping[str, Any]], limit: float) -> list[Chec
         Check(
             "warn",
             f"Engine and trainer logprobs differ by up to {worst:.2g} (step {step}; {len(above)} steps above "
-            f"the limit {limit:g}): they may not be the same policy.",
+            f"the limit {limit:g}): they may not be the same policy{see('logprob-difference')}.",
         )
     ]
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarl.cluster.collectives import from_first_rank, gather, on_first_rank
-from megarl.errors import ToldByRankZeroError, UserError
+from megarl.errors import ToldByRankZeroError, UserError, see
 from megarl.metrics.console import Console
 from megarl.run_directory import RunDirectory
 from megarl.runs.checkpoint_manager import STATE_FILE, read_state
@@ -85,7 +85,7 @@ def load(policy: Checkpointable, path: Path, state: Mapping[str, Any], num_steps
         cause = causes[0][0] if causes else error
         why = f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
         raise UserError(
-            f"checkpoint {path} is damaged ({why}); delete it to go on from the one before"
+            f"checkpoint {path} is damaged ({why}); delete it to go on from the one before{see('damaged-checkpoint')}"
         ) from error
 
 

@@ -24,7 +24,7 @@ from megarl.cluster import heartbeat
 from megarl.cluster.heartbeat import Heartbeat
 from megarl.config.load import public
 from megarl.config.training import TrainingRoot
-from megarl.errors import UserError
+from megarl.errors import UserError, see
 from megarl.metrics.checks import failures, non_finite
 from megarl.metrics.console import Console
 from megarl.metrics.profile import StepProfiler
@@ -272,6 +272,7 @@ class TrainingRun:
             f"step {step}: {', '.join(found)}. The run ends here and saves nothing of this step; the latest "
             f"checkpoint is {'none' if kept is None else kept}. Most often optimizer.lr is too large; "
             "debug.check_numerics names the first bad token, run.on_non_finite: warn goes on"
+            + see("not-finite")
         )
         return told_once(line)
 

@@ -20,7 +20,7 @@ from megarl.config.online import OnlineConfig
 from megarl.data.tokenizer import TurnReader, stop_token_ids
 from megarl.environments.base import EpisodeEnvironment
 from megarl.environments.remote import EnvironmentWorkers
-from megarl.errors import UserError
+from megarl.errors import UserError, see
 from megarl.inference.client import SessionClient
 from megarl.inference.interface import Engine, GeneratedResponse, GenerateRequest, SamplingConfig
 from megarl.metrics.console import Console
@@ -226,6 +226,7 @@ class RolloutManager:
             raise EnvironmentsFailedError(
                 f"the environment failed {counts.num_dropped} of {counts.num_episodes} episodes, more than"
                 f" rollout.environments.max_dropped_fraction = {limit:g} allows; the last: {counts.reason}"
+                + see("dropped-episodes")
             )
 
 

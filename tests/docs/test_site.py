@@ -72,3 +72,10 @@ def test_every_fenced_block_says_what_it_is() -> None:
     for page, path in pages().items():
         for language, block in fences(path.read_text()):
             assert language in known, f"{page}: a block of language {language!r}: {block[:40]!r}"
+
+
+def test_messages_and_the_rows_that_explain_them_belong_together() -> None:
+    rows = set(re.findall(r'<a id="([^"]+)"></a>', (DOCS / "troubleshooting.md").read_text()))
+    sources = [path.read_text() for path in (ROOT / "megarl").rglob("*.py")]
+    referred = {row for text in sources for row in re.findall(r"""\bsee\(["']([a-z-]+)["']\)""", text)}
+    assert rows == referred and len(rows) >= 7

@@ -12,7 +12,7 @@ from typing import Any
 from megarl import platform
 from megarl.cluster.ray_runtime import beside_ranks, unlink_on_node
 from megarl.cluster.variables import engine_variables
-from megarl.errors import UserError
+from megarl.errors import UserError, see
 from megarl.inference.actor.settings import EngineSettings
 from megarl.inference.interface import EngineError, WeightPlanError
 from megarl.inference.placement import EnginePlace, threads_per_rank
@@ -88,6 +88,7 @@ class EngineProcess:
             message = (
                 f"the {self._name} engine was not ready and made no progress for {patience:g} s "
                 f"(rollout.engine.start_timeout_seconds); its last words: {self._last_line()}"
+                f"{see('engine-dies')}"
             )
             raise EngineError(self.explain(message))
 
@@ -177,6 +178,7 @@ class EngineProcess:
                 times = f"{MAX_DEATHS_IN_A_ROW} times in a row"
                 when = "" if self._has_started else " while starting,"
                 message = f"the {self._name} engine died{when} {times}; last cause: {_cause(death)}"
+                message += see("engine-dies")
                 raise EngineError(self.explain(message)) from death
             log.warning("The %s engine died (%s). Restarting it; %s.", self._name, _cause(death), then)
             self.kill()  # the actor may be unreachable rather than dead
