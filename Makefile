@@ -69,7 +69,7 @@ quickstart-backends: setup  ## Run the quickstart with every pair of backends on
 	  echo "== $$pair"; $(VENV_PYTHON) tools/quickstart.py --min-gain 20 $$pair; \
 	done
 
-nightly: lint test-all cuda-check cuda-env-check fake-cuda-test quickstart guides quickstart-backends  ## Run all checks; takes hours
+nightly: lint test-all cuda-check cuda-env-check fake-cuda-test quickstart guides docs quickstart-backends  ## Run all checks; takes hours
 
 bench-setup: setup  ## Check that TRL, the baseline of the dpo and grpo benchmarks, is installed
 	@$(VENV_PYTHON) -c "import trl; print('trl', trl.__version__)"

@@ -85,7 +85,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def stand_in(path: Path) -> str | None:
-    """What lies there in place of a file that was meant to be downloaded; None where it may be the file."""
+    """Return what a file is that stands in for one not downloaded; None if it may be the file."""
     try:
         with path.open("rb") as file:
             head = file.read(64)

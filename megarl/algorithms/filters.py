@@ -78,7 +78,7 @@ def drop_rejected(
 def _reject(
     mini: MiniBatch, algorithm: GrpoAlgorithmConfig, aggregation: Aggregation, fixed_length: int
 ) -> tuple[int, int]:
-    """How many targets were rejected, and how many there were."""
+    """Return the numbers of rejected and of all targets."""
     drift, kept = gather_from_packed(mini.packed, _drift), np.zeros(0, dtype=bool)
 
     def reject() -> tuple[int, int]:

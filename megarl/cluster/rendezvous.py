@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: torch's store at MASTER_ADDR:MASTER_PORT, and on no other interface.
+"""Rendezvous of a run's ranks: torch's store at MASTER_ADDR:MASTER_PORT, on no other interface.
 
 Left to itself torch has the store listen on every interface of rank 0's host. Whoever reaches it reads and
 writes what the ranks tell each other, and nobody is asked for a password.

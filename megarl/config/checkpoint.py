@@ -8,7 +8,7 @@ from megarl.config.section import NonNegativeInt, PositiveInt, Problems, Section
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are saved and how many are kept."""
+    """Interval, content and retention of checkpoints."""
 
     interval: NonNegativeInt = 50
     """Steps between checkpoints; one more is saved at the end. 0: only at the end."""

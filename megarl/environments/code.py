@@ -152,7 +152,7 @@ def _shared() -> dict[str, str]:
 
 
 def _read_report(done: Finished) -> dict[str, Any]:
-    """What the judge's process says. Raises SandboxError where it did not come to its end."""
+    """Return the report of the judge's process; raise SandboxError if it did not finish."""
     if done.outcome == "exited" and done.code == 0:
         with contextlib.suppress(ValueError):
             report: dict[str, Any] = json.loads(done.stdout)
@@ -186,7 +186,7 @@ def read_cases(cases: Any) -> list[tuple[str, str]]:
 
 
 def check(entry: dict[str, Any], config: CodeConfig) -> str | None:
-    """What is wrong with a problem's tests, None where nothing is."""
+    """Return what is wrong with a problem's tests; None if nothing is."""
     tests, cases = entry.get(config.tests_field), entry.get(config.cases_field)
     if (tests is None) == (cases is None):
         return f"needs one of the fields {config.tests_field!r} and {config.cases_field!r}"
@@ -203,7 +203,7 @@ def check(entry: dict[str, Any], config: CodeConfig) -> str | None:
 
 
 def _missing_library(tree: ast.Module) -> str | None:
-    """What the tests' own statements import that is neither the standard library's nor the program."""
+    """Return a module the tests import from neither the standard library nor the program; None if none."""
     for node in tree.body:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:

@@ -96,7 +96,7 @@ class JudgeGuard(wire.Guard):
         return not isinstance(value, _NOT_GIVEN)
 
     def may_read(self, value: Any, name: str) -> bool:
-        """What the tests' objects show to anybody."""
+        """Return whether the program may read an attribute of the tests' objects."""
         if name in _NEVER or name.startswith(_INNER):
             return False
         if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
@@ -238,7 +238,7 @@ def judge(tests: list[str], prefix: str, seconds: float) -> dict[str, Any]:
 
 
 def _run(test: str, tree: ast.Module, number: int, space: Space, peer: Any) -> str | None:
-    """What went wrong, None where nothing did. Raises CannotJudgeError."""
+    """Return what went wrong, None if nothing did; raise CannotJudgeError."""
     for name in _names_in_classes(tree):  # Python looks these up without asking the space
         if name not in space and not hasattr(builtins, name):
             try:
@@ -352,7 +352,7 @@ def _names_in_classes(tree: ast.Module) -> Iterable[str]:
 
 
 def _offer_imports(trees: list[ast.Module], peer: Any) -> None:
-    """What the tests import at their top a program may use too, as it could in one process with them."""
+    """Offer the tests' top-level imports to the program, as if both ran in one process."""
     for tree in trees:
         for node in tree.body:
             if isinstance(node, ast.Import):

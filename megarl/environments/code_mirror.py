@@ -89,7 +89,7 @@ OPERATORS = (*COMPARISONS, *ARITHMETIC, *NUMERIC, *SHOWN, *OTHERS)
 
 
 class Link:
-    """What a mirror knows of the object it stands for."""
+    """A mirror's link to the object it stands for."""
 
     __slots__ = ("constructed", "handle", "mixed", "peer", "received", "used")
 
@@ -176,7 +176,7 @@ class Function:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """What isinstance asks: a function."""
+        """Class that isinstance sees: a function's."""
         return types.FunctionType
 
     @property
@@ -193,7 +193,7 @@ class Function:
         return self if instance is None else types.MethodType(self, instance)
 
     def __getattr__(self, name: str) -> Any:
-        """What the function's object has."""
+        """Return an attribute of the function's object."""
         return _link(self).peer.attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

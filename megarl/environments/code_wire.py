@@ -131,7 +131,7 @@ class GoneError(BaseException):
 
 
 class BrokenError(GoneError):
-    """What came is no message, or makes no sense."""
+    """A received message is malformed."""
 
 
 class CannotJudgeError(BaseException):
@@ -188,7 +188,7 @@ class Channel:
 
 
 class Guard:
-    """What one end allows. The program's end allows everything: it has nothing to keep."""
+    """Policy of one end. The program's end allows everything: it has no secrets."""
 
     looks_up = True  # whether functions of the standard library are taken from this process
 
@@ -281,7 +281,7 @@ _UNHELD = 0
 
 
 def _calibrate() -> int:
-    """How many references a container has that only the table holds."""
+    """Return the reference count of a container that only the table holds."""
     shared = _Shared(0)
     shared.add(0, [])
     return sys.getrefcount(shared.entries[0][0])
@@ -336,7 +336,7 @@ class Peer:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """What the other end answers; raises what is raised there."""
+        """Return the other end's answer; raise what is raised there."""
         if os.getpid() != self._owner or (self._space is not None and not self._depth):
             raise RuntimeError("nothing of the tests can be used outside of their calls")
         with self._lock:
@@ -397,7 +397,7 @@ class Peer:
         return self._guard.operate(self, target, name, args, kwargs or {})
 
     def base_value(self, target: Any) -> Any:
-        """What a mirror is that derives from list, dict, ...: the plain one. Other mirrors as they are."""
+        """Return the plain value of a mirror that derives from list, dict, ...; other mirrors as they are."""
         return self.request("base", target)
 
     def look_up(self, name: str) -> Any:
@@ -517,7 +517,7 @@ class Peer:
     # Messages.
 
     def _surroundings(self) -> dict[str, Any]:
-        """What a test has put in the place of the standard streams and the like, and a random seed."""
+        """Return the test's replacements of standard streams and the like, and a random seed."""
         patched = []
         for (module, name), original in self._originals.items():
             found = getattr(sys.modules.get(module), name, original)

@@ -51,7 +51,7 @@ class Judges:
         self._suspects: set[tuple[int, bytes]] = set()  # answers that have ended a process
 
     async def judge(self, prompt: Prompt, sampled: TokenIds) -> StepResult:
-        """What the verifier says of one response. Raises EnvironmentFailureError."""
+        """Return the verifier's result for one response; raise EnvironmentFailureError."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._enter(loop)

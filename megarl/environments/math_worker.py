@@ -52,7 +52,7 @@ _ROUNDED_RELATIVE = 0.05
 
 
 def _parse(text: str, *, units: bool) -> list[Any]:
-    """What math-verify reads in a text. With ``units`` it takes them off: "5 m" and "5m" are 5."""
+    """Return what math-verify parses from a text. With ``units`` it takes them off: "5 m" and "5m" are 5."""
     normalization = NormalizationConfig(
         basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="last", equations=False
     )
@@ -188,7 +188,7 @@ def _agree(before: Any, after: Any, rounded: bool) -> bool:
 
 
 def _last_place(number: Any) -> float:
-    """What one is worth in the last decimal place that a number is written with; 0 where it has none."""
+    """Return the value of one unit in the last decimal place of a written number; 0 if it has none."""
     mantissa, _, exponent = f"{float(number):.12g}".partition("e")
     places = len(mantissa.partition(".")[2]) - int(exponent or 0)
     return float(10.0**-places) if places > 0 else 0.0

@@ -75,12 +75,12 @@ class WorkerProcess:
             self.facts = await self._within(self.generation, answer(reference), limit, late)
 
     async def call(self, generation: int, method: str, *arguments: Any) -> Any:
-        """What the actor of this generation answers. Raises EnvironmentFailureError."""
+        """Return the answer of this generation's actor; raise EnvironmentFailureError."""
         reference = getattr(self.actor, method).remote(*arguments)
         return await self._within(generation, answer(reference), self._limit)
 
     async def stream(self, generation: int, method: str, *arguments: Any) -> AsyncIterator[Any]:
-        """What the actor of this generation yields. Raises EnvironmentFailureError."""
+        """Yield the results of this generation's actor; raise EnvironmentFailureError."""
         pieces = getattr(self.actor, method).options(num_returns="streaming").remote(*arguments)
         while True:
             piece = await self._within(generation, next_of(pieces), self._limit)

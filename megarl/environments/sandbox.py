@@ -175,7 +175,7 @@ def python_path() -> str:
 
 
 def visible_paths() -> list[str]:
-    """What a program can read: the system's libraries and this Python, without installed packages."""
+    """Return the paths a program can read: system libraries and this Python, without installed packages."""
     prefix = os.path.realpath(sys.base_prefix)
     paths = [path for path in _SYSTEM_PATHS if os.path.exists(path)]
     return paths if prefix.startswith("/usr/") or prefix == "/usr" else [*paths, prefix]
@@ -211,7 +211,7 @@ def describe(isolation: Isolation) -> str:
 
 @functools.cache
 def not_held(isolation: Isolation) -> tuple[str, ...]:
-    """What a program can do in this isolation, here, that it should not: by a program that tries it.
+    """Return what a program can do in this isolation on this machine that it should not, by trying.
 
     Raises:
         SandboxError: the isolation does not work.
@@ -233,7 +233,7 @@ def not_held(isolation: Isolation) -> tuple[str, ...]:
 
 
 def _problem(isolation: Isolation) -> str | None:
-    """Why an isolation does not work here; None where it does."""
+    """Return why an isolation does not work here; None if it does."""
     if os.uname().machine != "x86_64":
         return "only on x86_64"
     if isolation == "bubblewrap" and shutil.which("bwrap") is None:

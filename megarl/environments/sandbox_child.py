@@ -231,7 +231,7 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _excess_memory(spec: dict[str, Any], pids: list[int]) -> str:
-    """What is exceeded, if anything: pages that several processes share count once."""
+    """Return the exceeded memory limit, if any; pages shared by several processes count once."""
     if sum(map(_resident, pids)) <= spec["memory_bytes"]:
         return ""
     return "memory" if sum(map(_proportional, pids)) > spec["memory_bytes"] else ""
@@ -252,7 +252,7 @@ def _proportional(pid: int) -> int:
 
 
 def _excess_beside_others(spec: dict[str, Any]) -> str:
-    """Where no namespace bounds them: processes, memory, and files, deleted ones that are open included."""
+    """Return the exceeded limit, without a namespace: processes, memory, files (open deleted ones too)."""
     pids = list(_descendants(os.getpid()))
     if sum(map(_num_tasks, pids)) > spec["num_processes"]:
         return "processes"

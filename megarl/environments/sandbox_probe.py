@@ -1,4 +1,4 @@
-"""What a program can do in a sandbox that it should not; run inside, it prints a line for each.
+"""Probe of a sandbox: run inside, it prints a line for each thing that a program should not be able to do.
 
 Arguments: a process (0: none) and a file of the host that it should know nothing of, disk_bytes, and
 num_processes (0: it is known not to hold). The tests try the same at length (tests/environments/escapes.py).
@@ -54,7 +54,7 @@ def _has_shared_memory() -> bool:
 
 
 def _forks(count: int) -> int:
-    """How many children there can be beside each other, up to a count."""
+    """Return the number of concurrent children that can be started, up to a count."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         while len(children) < count:

@@ -25,7 +25,7 @@ class SandboxError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a program may use. CPU time and the size of a file hold for each of its processes."""
+    """Limits of a program. CPU time and file size hold for each of its processes."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 10
@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a program ended. ``code`` is its exit status, 128 + n where signal n ended it."""
+    """Outcome of a program. ``code`` is its exit status, 128 + n where signal n ended it."""
 
     outcome: Outcome
     code: int
@@ -162,7 +162,7 @@ class Streams:
 
 
 def _read_outcome(report: list[str]) -> Outcome:
-    """How a program ended that nothing here has ended. Raises SandboxError where that came from outside."""
+    """Return how a program ended by itself; raise SandboxError if something outside ended it."""
     for outcome in ("memory", "disk", "processes"):
         if outcome in report:
             return cast(Outcome, outcome)

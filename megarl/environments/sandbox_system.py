@@ -174,7 +174,7 @@ def _rules() -> list[_Rule]:
 
 
 def _rules_beside_others() -> list[_Rule]:
-    """Where processes and files that are not the program's can be named."""
+    """Return the rules for isolations in which a program can name foreign processes and files."""
     version = landlock_version()
     rules: list[_Rule] = [(number, ()) for number in _DENIED_BESIDE_OTHERS]
     if version < SCOPES_VERSION:

@@ -35,7 +35,7 @@ class ReadsTurns(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentFacts:
-    """What the driver needs to know of an environment."""
+    """Properties of an environment that the driver reads."""
 
     pid: int
     one_step: bool  # as is_one_step says

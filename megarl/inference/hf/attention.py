@@ -79,7 +79,7 @@ class PackedStep:
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """What is added to scores [P, heads, queries, PAGE]: 0 for tokens that are seen, else -inf."""
+        """Return the mask added to scores [P, heads, queries, PAGE]: 0 for visible tokens, else -inf."""
         if window not in self._masks:
             length = self.lengths[self.owner][:, None]
             seen = self.positions < length
@@ -92,7 +92,7 @@ class PackedStep:
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """How a layer attends."""
+    """Attention settings of a layer."""
 
     scale: float
     window: int | None = None
@@ -149,7 +149,7 @@ def attention_function(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer: query [1, Hq, T, D], key [1, H, T, D], value [1, H, T, Dv].
+    """Attention that transformers calls: query [1, Hq, T, D], key [1, H, T, D], value [1, H, T, Dv].
 
     Returns [1, T, Hq, Dv]. Raises NotPackable for what pages cannot do.
     """

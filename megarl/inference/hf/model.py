@@ -57,7 +57,7 @@ def _linear(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def why_not_paged(model: Any, max_model_len: int) -> str | None:
-    """Why a model's requests cannot share a forward pass, as far as its configuration tells."""
+    """Return why a model's requests cannot share a forward pass, by its configuration; None if they may."""
     config = model.config.get_text_config(decoder=True)
     if not model._supports_attention_backend:
         return f"{type(model).__name__} does not call transformers' attention interface"
@@ -74,7 +74,7 @@ def why_not_paged(model: Any, max_model_len: int) -> str | None:
 
 @torch.inference_mode()
 def measure(model: torch.nn.Module) -> dict[int, LayerShape]:
-    """What each layer caches per token. Raises NotPackable where a layer does not attend as pages need it."""
+    """Return what each layer caches per token; raise NotPackable if its attention does not suit pages."""
     shapes: dict[int, LayerShape] = {}
     device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
@@ -100,7 +100,7 @@ def takes(model: Any, argument: str) -> bool:
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint has: parameters, tied ones once, and buffers that are saved."""
+    """Return the tensors of a checkpoint: parameters, tied ones once, and persistent buffers."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters())
     for where, module in model.named_modules():
         for name, buffer in module.named_buffers(where, recurse=False):

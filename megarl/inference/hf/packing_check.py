@@ -1,4 +1,4 @@
-"""Whether a model's tokens may stand side by side in one row, tried with the weights it has.
+"""Test whether a model's requests can be packed into one row, with its own weights.
 
 A model can mix tokens where no configuration says so (a convolution, positions that it counts itself). So the
 same tokens are computed packed, with what the engine does in a step, and alone, as transformers does it.
@@ -24,7 +24,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}  # of the largest logit
 
 @torch.inference_mode()
 def packing_error(model: Any, runner: Runner) -> str | None:
-    """What goes wrong when requests share a forward pass; None if nothing does. The runner is empty again."""
+    """Return what goes wrong when requests share a forward pass, None if nothing; empties the runner."""
     if not isinstance(runner, PagedRunner):
         return None
     vocabulary = model.get_input_embeddings().weight.shape[0]

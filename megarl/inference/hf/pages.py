@@ -1,4 +1,4 @@
-"""Where keys and values lie: a pool of pages, each PAGE tokens of one request.
+"""Paged storage of keys and values: a pool of pages, each PAGE tokens of one request.
 
 Pages in use are always the first ones of the pool, so that attention over all of them reads one slice and
 nothing is gathered: a page that is given up is filled with the last one. From the pool's other end come
@@ -33,7 +33,7 @@ def digests(token_ids: np.ndarray, known: Sequence[bytes] = ()) -> list[bytes]:
 
 
 class PageTable:
-    """Which page holds what. ``move`` is called for every page whose contents must go elsewhere.
+    """Table of pages and their contents. ``move`` is called for every page whose contents must go elsewhere.
 
     A request is known by its slot, a small number. ``owner[:used]`` and ``start[:used]`` are, of every page
     in use, the slot and the position of its first token.

@@ -1,4 +1,4 @@
-"""What a scheduler asks of a model: room for requests, and one forward pass over some of them.
+"""A scheduler's interface to a model: room for requests, and one forward pass over some of them.
 
 :class:`PagedRunner` computes all of them in one pass. :class:`RowRunner` computes one after another with the
 model's own cache, for models that do not let tokens of several requests stand in one row.
@@ -61,13 +61,13 @@ class Decoding:
         self.spans[-1][1] += 1
 
     def finish_reason(self) -> str | None:
-        """Why it ends with its newest token; None where it goes on."""
+        """Return why it ends with its newest token; None if it continues."""
         if self.tokens[-1] in self.sampling.stop_token_ids:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
     def response(self, finish_reason: Any, policy_version: int) -> GeneratedResponse:
-        """What there is of it."""
+        """Return the response so far."""
         spans = [(version, count) for version, count in self.spans]
         return GeneratedResponse(
             request_id=self.request.request_id,

@@ -113,7 +113,7 @@ class Scheduler:
         self._waiting.extendleft(reversed(those))
 
     def _start(self) -> tuple[list[Decoding], list[tuple[Decoding, int]]]:
-        """Who starts, and who will start with the keys and values of one of these."""
+        """Return the requests that start, and those that will copy keys and values of one of them."""
         started: list[Decoding] = []
         followers: list[tuple[Decoding, int]] = []
         leaders: dict[tuple[int, ...], int] = {}

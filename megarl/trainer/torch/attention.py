@@ -30,7 +30,7 @@ _row: PackedRow | None = None  # backward passes run on threads of autograd's ow
 
 
 def row_of(batch: PackedBatch) -> PackedRow:
-    """What attention needs to know of a microbatch."""
+    """Return what attention reads of a microbatch."""
     return PackedRow(batch.cu_seqlens.diff().tolist(), prefix_spans(batch))
 
 

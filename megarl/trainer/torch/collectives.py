@@ -1,4 +1,4 @@
-"""What tensor ranks exchange of activations, each with the gradient that belongs to it."""
+"""Exchanges of activations between tensor ranks, each with its gradient."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def inject(decoder: Decoder, architecture: Architecture, lora: LoraConfig) -> No
 
 
 def model_name(param: str) -> str:
-    """What transformers calls a parameter that may stand under an adapter."""
+    """Return transformers' name of a parameter that may be wrapped by an adapter."""
     return param.replace(f"{_BASE}.", ".")
 
 

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
 
     @property
     def body(self) -> Any:
-        """What makes hidden states of token ids."""
+        """Module that maps token ids to hidden states."""
         return self.lm.base_model
 
     @property
@@ -171,7 +171,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def _logit_scale(config: Any) -> float:
-    """What the model multiplies its logits by (Cohere), or divides them by (Granite)."""
+    """Return the factor of the logits: multiplied (Cohere) or divided (Granite)."""
     if (scale := getattr(config, "logit_scale", None)) is not None:
         return float(scale)
     divisor = getattr(config, "logits_scaling", None)

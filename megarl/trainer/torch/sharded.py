@@ -170,7 +170,7 @@ class Sharded:
             self._hold(own)
 
     def copies(self) -> dict[str, torch.Tensor]:
-        """What the model computes with, as it is now."""
+        """Return clones of the tensors that the model computes with."""
         return {name: tensor.detach().clone() for name, tensor in self._held().items()}
 
     def _held(self) -> dict[str, torch.Tensor]:

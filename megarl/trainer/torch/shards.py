@@ -1,4 +1,4 @@
-"""Which part of every whole tensor a rank holds, after tensor parallelism and FSDP have cut it.
+"""Part of every whole tensor that a rank holds after tensor parallelism and FSDP have split it.
 
 Everything that leaves or enters a rank by name (loading, weight sync, checkpoints, export) goes through
 these parts, so that no layout needs a whole tensor anywhere.
@@ -40,7 +40,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a rank holds of one tensor of shape ``whole``: ``chunks`` tile its local tensor.
+    """A rank's part of one tensor of shape ``whole``: ``chunks`` tile its local tensor.
 
     ``copies`` ranks hold the same values. ``first``: this rank is the one of them that speaks for all.
     """

@@ -35,7 +35,7 @@ _SEQUENCE = 1  # dimension of tokens in [1, T, H]
 
 @dataclass
 class Cut:
-    """What tensor parallelism has done: the split of each parameter, by transformers' names.
+    """Result of tensor parallelism: the split of each parameter, by transformers' names.
 
     Gradients of ``partial`` parameters, which all ranks hold whole, are of a rank's own heads or tokens.
     """

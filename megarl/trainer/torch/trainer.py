@@ -129,7 +129,7 @@ class TorchTrainer:
         self._copies, self._asleep = HostCopies(self.device), False
 
     def _regions_of_whole(self, names: set[str]) -> list[Region]:
-        """What each whole parameter is of a checkpoint's tensors ``names``."""
+        """Return each whole parameter's regions in a checkpoint's tensors ``names``."""
         params = {model_name(name): name for name in self.parts if not is_adapter(name)}
         shapes = {name: self.parts[param].whole for name, param in params.items()}
         regions = transformers_regions(self.decoder.lm, shapes, names)
@@ -183,7 +183,7 @@ class TorchTrainer:
             result.loss = result.loss.detach()
 
     def _output(self, batch: PackedBatch, hidden: torch.Tensor) -> Output:
-        """What a loss may ask of a microbatch; a dummy has no rows, and takes part in every collective."""
+        """Return what a loss may read of a microbatch; a dummy has no rows, but joins every collective."""
         group, decoder = self.model.groups.tensor, self.decoder
         sequence = self.context.layout.sequence_parallel
         weight, bias = None, None
