@@ -124,8 +124,8 @@ def check_make(words: list[str]) -> None:
 
 
 def check_megarl(words: list[str]) -> None:
-    if words[:1] == ["--help"] or words[-1] == "--help":
-        assert words[0] == "--help" or words[0] in COMMANDS
+    if not words or "--help" in (words[0], words[-1]):
+        assert not words or words[0] in {"--help", *COMMANDS}
         return
     mention = words[:1] != ["recipes"] or len(words) == 1
     mention = mention and all(re.fullmatch(r"(--)?[a-z-]+", word) for word in words)
