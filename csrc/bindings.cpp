@@ -137,7 +137,8 @@ pybind11::tuple plan_microbatches(
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// The build names the module: _C, or a wheel's _C_avx2 and _C_avx512.
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native ops of MegaRL; importing registers torch.ops.megarl.*";
   m.def("plan_microbatches", &plan_microbatches, pybind11::arg("lengths"), pybind11::kw_only(),
         pybind11::arg("max_tokens"), pybind11::arg("num_ranks"), pybind11::arg("group"),

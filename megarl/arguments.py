@@ -1,10 +1,15 @@
-"""Command lines as people write them, turned into the one form that the parser reads."""
+"""Command lines as people write them, turned into the one form that the parser reads; parsers of commands
+whose modules are heavy.
+"""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+
+from megarl.jobs import JOBS, PROBLEMS
 
 _SETTING = re.compile(r"--?([a-z][\w-]*(?:\.[\w-]+)+)(=.*)?", re.DOTALL)
 _FILE = re.compile(r"[^=]+\.ya?ml", re.IGNORECASE)
@@ -27,7 +32,9 @@ def normalise(arguments: Sequence[str]) -> list[str]:
     named = any(each in ("-c", "--config") or each.startswith(("--config=", "-c=")) for each in rest)
     while rest:
         each = rest.pop(0)
-        if each in ("-c", "--config"):
+        if each == "--dry-run":  # the parser would take the next word for its value
+            result.append("--dry-run=summary")
+        elif each in ("-c", "--config"):
             result += [each, *rest[:1]]
             rest = rest[1:]
         elif (setting := _SETTING.fullmatch(each)) is not None:
@@ -44,3 +51,30 @@ def normalise(arguments: Sequence[str]) -> list[str]:
         else:
             result.append(each)
     return result
+
+
+def add_env_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `megarl env`."""
+    command = parser.add_subparsers(dest="env_command", required=True, metavar="try").add_parser(
+        "try", help="run one episode on a given answer: prompt, reward and its parts", allow_abbrev=False
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML configuration of a run with an environment")
+    command.add_argument(
+        "--problem", type=int, default=0, metavar="N", help="problem of the data (default 0)"
+    )
+    command.add_argument("--split", choices=["train", "held_out"], help="default: train where there is one")
+    command.add_argument(
+        "--answer",
+        action="append",
+        metavar="TEXT",
+        help="the response; once per turn for an environment of several. Default: standard input",
+    )
+    command.add_argument(
+        "--for",
+        dest="job",
+        choices=[job.name for job in JOBS.values() if job.data is PROBLEMS],
+        help="job of the configuration; default: inferred from its sections",
+    )
+    command.add_argument("--reference", action="store_true", help="answer with the reference answer")
+    command.add_argument("--json", action="store_true", help="print the episode as JSON")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl import __version__
-from megarl.arguments import nearest_command, normalise
+from megarl.arguments import add_env_arguments, nearest_command, normalise
 from megarl.errors import ToldByRankZeroError, UserError
 from megarl.files import as_user_error
 from megarl.jobs import JOBS, Job
@@ -33,6 +33,7 @@ examples:
   megarl convert hf-to-megatron models/smollm2-135m-instruct checkpoints/smollm2 --verify
   megarl plan --config configs/plan_qwen3_30b_a3b.yaml --gpus 32
   megarl data inspect configs/quickstart_sft.yaml -n 5
+  megarl env try configs/quickstart_grpo.yaml --answer 42
   megarl report runs/quickstart
   megarl recipes cp grpo_math_jsonl my.yaml
   megarl doctor
@@ -71,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.loops.inspect_data import run as inspect
 
                 return inspect(options)
+            case "env":
+                from megarl.loops.try_environment import run as try_environment
+
+                return try_environment(options)
             case "config":
                 from megarl.config.explain import run as explain
 
@@ -130,8 +135,10 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
         )
         command.add_argument(
             "--dry-run",
-            action="store_true",
-            help="print the resolved configuration and derived values, then stop",
+            choices=("summary", "full"),
+            nargs="?",
+            const="summary",
+            help="read model, data and environments, say what would happen, and stop; =full prints YAML",
         )
         said = command.add_mutually_exclusive_group()
         said.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
@@ -163,6 +170,10 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     text = "preview tokenised examples and loss masks of a run's data"
     with_overrides["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     _add_data_arguments(with_overrides["data"])
+    text = "try an environment on an answer, without training"
+    commands.add_parser("env", help=text, description=text, allow_abbrev=False)
+    with_overrides["env"] = commands.choices["env"]
+    add_env_arguments(with_overrides["env"])
     from megarl.config.explain import add_arguments as add_explain_arguments
 
     text = "explain a setting: type, default, meaning, which commands have it"
@@ -187,7 +198,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             f"there is no command {arguments[0]!r}; "
             + (f"did you mean {near}?" if near else f"commands: {', '.join(commands)}")
         )
-    if arguments[0] == "data":  # its CONFIG is positional: drop the option's name
+    if arguments[0] in ("data", "env"):  # their CONFIG is positional: drop the option's name
         arguments = [each for each in arguments if each not in ("-c", "--config")]
     elif arguments[0] in with_overrides:
         arguments = [arguments[0], *normalise(arguments[1:])]
@@ -250,9 +261,15 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same errors; the first of each machine prints them
         raise
-    if options.dry_run:
+    if options.dry_run == "full":
         if _rank() == 0:
             print(_resolved(config), end="")
+        return 0
+    if options.dry_run:
+        if _rank() == 0:
+            from megarl.loops.dry_run import dry_run
+
+            dry_run(job, config, _problems_here(job, config, started))
         return 0
     source = config.model.path
     if from_checkpoint:
@@ -290,6 +307,15 @@ def _fetch_models(config: Any) -> None:
             if isinstance(value, hub.HubDirectory):
                 print(f"{'.'.join(path)}: {value.written} is {value}", flush=True)
     os.environ[hub.COMMITS] = commits
+
+
+def _problems_here(job: Job, config: Any, started: int | None) -> list[str]:
+    """Return a line per reason why this machine could not run it; a dry run may be on another."""
+    try:
+        _check_machine(job, config, started)
+    except UserError as error:
+        return [f"this one cannot run it: {line}" for line in str(error).splitlines()]
+    return []
 
 
 def _convert_start(config: TrainingRoot, source: str) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from megarl.cluster.devices import Driver, find_driver
+from megarl.cluster.limits import memory_limit
 
 Level = Literal["ok", "note", "problem"]
 
@@ -104,7 +105,8 @@ def check_memory() -> list[Finding]:
     """Check memory, shared memory and the limit of open files."""
     meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
     total, available = (int(meminfo[key]) * 1024 / GIB for key in ("MemTotal", "MemAvailable"))
-    limit = _cgroup_limit_gib()
+    found = memory_limit()
+    limit = None if found is None else found / GIB
     free = min(available, limit) if limit else available
     findings = [
         Finding(
@@ -122,12 +124,6 @@ def check_memory() -> list[Finding]:
     meaning = f"Ray may exceed the limit: ulimit -n {_OPEN_FILES_NEEDED * 8}" if few else ""
     findings.append(Finding("open files", str(open_files), "note" if few else "ok", meaning))
     return findings
-
-
-def _cgroup_limit_gib() -> float | None:
-    path = Path("/sys/fs/cgroup/memory.max")
-    text = path.read_text().strip() if path.is_file() else "max"
-    return None if text == "max" else int(text) / GIB
 
 
 def shm_finding(free_bytes: int) -> Finding:

@@ -118,8 +118,10 @@ def test_without_a_command_there_is_the_help() -> None:
     ],
 )
 def test_settings_as_other_tools_write_them(folder: Path, arguments: list[str]) -> None:
-    expected = megarl_command("grpo", "--config", "c.yaml", "optimizer.lr=2e-3", "run.seed=7", "--dry-run")
-    done = megarl_command("grpo", *arguments, "--dry-run")
+    expected = megarl_command(
+        "grpo", "--config", "c.yaml", "optimizer.lr=2e-3", "run.seed=7", "--dry-run=full"
+    )
+    done = megarl_command("grpo", *arguments, "--dry-run=full")
     assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
 
 
@@ -129,7 +131,7 @@ def test_a_run_without_a_file(folder: Path) -> None:
     assert "error: data: required but missing" in done.stderr and "[command line]" in done.stderr
     settings = [f"{key}={value}" for key, value in _flat(yaml.safe_load(Path("c.yaml").read_text()))]
     done, expected = (
-        megarl_command("grpo", *arguments, "--dry-run") for arguments in (settings, ["-c", "c.yaml"])
+        megarl_command("grpo", *arguments, "--dry-run=full") for arguments in (settings, ["-c", "c.yaml"])
     )
     assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
 
@@ -162,7 +164,7 @@ def test_what_files_decide_is_said_before_anything_starts(folder: Path) -> None:
 
 
 def test_dry_run(folder: Path) -> None:
-    done = megarl_command("grpo", "optimizer.lr=2e-3", "--config", "c.yaml", "--dry-run", "run.seed=7")
+    done = megarl_command("grpo", "optimizer.lr=2e-3", "--config", "c.yaml", "--dry-run=full", "run.seed=7")
     assert (done.returncode, done.stderr) == (0, "")
     assert "# sequences per step: 32 (8 prompts x 4 samples)\n" in done.stdout
     assert "# longest sequence: 64 tokens\n" in done.stdout
@@ -174,14 +176,18 @@ def test_dry_run(folder: Path) -> None:
 
 
 def test_overrides_on_both_sides_of_options_apply_in_order(folder: Path) -> None:
-    done = megarl_command("grpo", "run.seed=1", "--config", "c.yaml", "run.seed=2", "--dry-run", "run.seed=3")
+    done = megarl_command(
+        "grpo", "run.seed=1", "--config", "c.yaml", "run.seed=2", "--dry-run=full", "run.seed=3"
+    )
     assert "  seed: 3\n" in done.stdout
 
 
 def test_only_rank_0_prints(folder: Path) -> None:
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for rank in ("0", "1"):
-        dry = megarl_command("grpo", "--config", "c.yaml", "--dry-run", RANK=rank, LOCAL_RANK=rank, **ranks)
+        dry = megarl_command(
+            "grpo", "--config", "c.yaml", "--dry-run=full", RANK=rank, LOCAL_RANK=rank, **ranks
+        )
         wrong = megarl_command("grpo", "--config", "c.yaml", "x=1", RANK=rank, LOCAL_RANK=rank, **ranks)
         assert (dry.returncode, wrong.returncode) == (0, 2)
         assert bool(dry.stdout) == bool(wrong.stderr) == (rank == "0")
@@ -194,7 +200,7 @@ def test_nothing_heavy_before_the_configuration_is_good(folder: Path) -> None:
         "import sys; from megarl.cli import main; code = main(sys.argv[1:]); "
         "print(code, [m for m in ('torch', 'vllm', 'ray', 'transformers', 'numpy') if m in sys.modules])"
     )
-    for arguments, code in ((["x=1"], 2), (["--dry-run"], 0)):
+    for arguments, code in ((["x=1"], 2), (["--dry-run=full"], 0)):
         command = [sys.executable, "-c", script, "grpo", "--config", "c.yaml", *arguments]
         done = subprocess.run(
             command, env={**CLEAN, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
@@ -310,7 +316,7 @@ def test_memory_that_no_engine_can_map_is_refused_before_ranks_start(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {name}: expandable_segments: no engine can map such memory")
     assert not started
-    assert cli.main([*command, "--dry-run"]) == 0
+    assert cli.main([*command, "--dry-run=full"]) == 0
     assert cli.main([*command, "weights.transport=peer"]) == 0
     monkeypatch.setattr("megarl.platform.chosen_name", lambda: "cpu")
     assert cli.main(command) == 0
@@ -337,4 +343,4 @@ def test_an_option_of_transformer_engine_is_refused_before_ranks_start(
     monkeypatch.setattr("megarl.launch.run_ranks", lambda *_: pytest.fail("ranks were started"))
     assert cli.main(["grpo", "--config", "c.yaml", *RING]) == 2
     assert capsys.readouterr().err == f"error: parallel.context_attention: ring {message}\n"
-    assert cli.main(["grpo", "--config", "c.yaml", "--dry-run", *RING]) == 0
+    assert cli.main(["grpo", "--config", "c.yaml", "--dry-run=full", *RING]) == 0

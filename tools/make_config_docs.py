@@ -37,7 +37,7 @@ One YAML file describes a run. Settings on the command line replace the file's.
 
 ```bash
 megarl grpo --config configs/quickstart_grpo.yaml optimizer.lr=2e-4 data.train.arguments.max_digits=3
-megarl grpo --config configs/quickstart_grpo.yaml --dry-run      # print the resolved configuration and stop
+megarl grpo --config configs/quickstart_grpo.yaml --dry-run      # say what the run would do
 megarl config optimizer.lr                                       # explain one setting
 ```
 

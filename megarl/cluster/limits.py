@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 from collections.abc import MutableMapping
@@ -56,6 +57,23 @@ def check_limits() -> None:
             f"ulimit -v: {space // 2**20} MiB of address space are too few: the libraries alone map "
             f"{_LEAST_ADDRESS_SPACE // 2**20} MiB; ulimit -v unlimited"
         )
+
+
+def available_memory() -> int:
+    """Return the memory in bytes that processes may still take here: of the machine, within the limit of the
+    control group.
+    """
+    kib = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    free = int(kib[1]) * 1024 if kib else 0
+    limit = memory_limit()
+    return free if limit is None else min(free, limit)
+
+
+def memory_limit() -> int | None:
+    """Return the control group's limit in bytes, None without."""
+    path = Path("/sys/fs/cgroup/memory.max")
+    text = path.read_text().strip() if path.is_file() else "max"
+    return None if text == "max" else int(text)
 
 
 def check_shared_memory(weight_bytes: int, directory: Path = _SHARED_MEMORY) -> None:

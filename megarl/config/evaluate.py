@@ -29,7 +29,7 @@ class EvalConfig(Section, Sampling):
         return int(model_config["max_position_embeddings"])
 
     def describe(self, model_config: dict[str, Any] | None) -> list[str]:
-        """Return the lines of --dry-run on derived values."""
+        """Return the lines of --dry-run=full on derived values."""
         lines = []
         if model_config is not None and "max_position_embeddings" in model_config:
             lines.append(f"longest sequence: {self.max_sequence_length(model_config)} tokens")

@@ -120,7 +120,7 @@ class OnlineConfig(TrainingRoot, Sampling):
         return metric == "accuracy"
 
     def describe(self, model_config: dict[str, Any] | None) -> list[str]:
-        """Return the lines of --dry-run on derived values."""
+        """Return the lines of --dry-run=full on derived values."""
         rollout, algorithm = self.rollout, self.algorithm
         each = rollout.num_samples // algorithm.num_optimizer_steps_per_batch
         return [

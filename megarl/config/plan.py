@@ -125,7 +125,8 @@ class PlanConfig(Section):
 
     model: PlanModelConfig
     trainer: PlanTrainerConfig
-    engine: PlanEngineConfig
+    engine: PlanEngineConfig | None = None
+    """Layout of the engines; null: a run without (sft, dpo, rm)."""
     workload: PlanWorkloadConfig
     weights: PlanWeightsConfig = PlanWeightsConfig()
     dtypes: PlanDtypesConfig = PlanDtypesConfig()

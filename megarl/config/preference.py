@@ -209,7 +209,7 @@ class DpoConfig(PreferenceRoot):
     training: PreferenceTrainingConfig
 
     def describe_batch(self) -> list[str]:
-        """Return the lines of --dry-run on the batch."""
+        """Return the lines of --dry-run=full on the batch."""
         needed = self.algorithm.uses_reference
         reference = "once, before the first step" if needed else f"none ({self.algorithm.loss})"
         return [*super().describe_batch(), f"reference logprobs: {reference}"]

@@ -54,7 +54,7 @@ class EngineConfig(Section):
     """Time without progress after which a starting engine is an error."""
 
     def describe(self) -> list[str]:
-        """Return the lines of --dry-run on the engines; [] for one engine."""
+        """Return the lines of --dry-run=full on the engines; [] for one engine."""
         count = self.data_parallel_size
         each = f"tensor_parallel_size: {self.tensor_parallel_size} each"
         return [f"engines: {count}, {each}"] if count > 1 else []

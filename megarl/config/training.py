@@ -97,7 +97,7 @@ class TrainingRoot(Section):
         return metric.startswith("validation_")
 
     def describe(self, model_config: dict[str, Any] | None) -> list[str]:
-        """Return the lines of --dry-run on derived values, computed by the properties that the loops read."""
+        """Return the lines of --dry-run=full on derived values, by the properties that the loops read."""
         parallel = self.parallel
         lines = [
             f"trainer processes: {parallel.num_processes}, data_parallel_size: {parallel.data_parallel_size}"
@@ -222,7 +222,7 @@ class OfflineRoot(TrainingRoot):
     a_step: ClassVar[str] = "an optimizer step"
 
     def describe_batch(self) -> list[str]:
-        """Return the lines of --dry-run on the batch."""
+        """Return the lines of --dry-run=full on the batch."""
         return [f"{self.example} per step: {self.training.batch_size}"]
 
     @rule

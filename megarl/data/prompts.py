@@ -93,6 +93,11 @@ class PromptDataset(ABC, Sequence[Prompt]):
         """Raise UserError at load for errors that would occur when prompts are generated later."""
 
     @property
+    def starts(self) -> list[int]:
+        """Index of the first prompt of each source: of a mixture's, in order, else [0]."""
+        return [0]
+
+    @property
     def overlap(self) -> int | None:
         """Number of texts that also occur in the training data; None as for ``unseen``."""
         return None if self.unseen is None else len(self) - len(self.unseen)
@@ -393,6 +398,11 @@ class _MixedPrompts(PromptDataset):
 
     def __len__(self) -> int:
         return sum(self._sizes)
+
+    @property
+    def starts(self) -> list[int]:
+        """Index of the first prompt of each source."""
+        return self._starts
 
     def questions(self) -> Iterator[str]:
         """Yield the texts of all datasets in turn."""

@@ -12,19 +12,16 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megarl.config.load import load_config
+from megarl.config.infer import load_inferred
 from megarl.data.order import order_of
 from megarl.errors import UserError
-from megarl.jobs import JOBS, Job
+from megarl.jobs import JOBS
 from megarl.loops.model_files import read_model
 from megarl.records import Pair, Prompt, TokenSequence
 from megarl.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from megarl.config.evaluate import EvalConfig
-    from megarl.config.training import TrainingRoot
 
 
 _NUM_MEASURED = 1000
@@ -35,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
     """Show the examples selected by ``options``; return the exit code."""
     if options.n < 0:
         raise UserError(f"-n: expected a whole number >= 0 (got {options.n})")
-    jobs, config = _read_config(options)
+    jobs, config = load_inferred(
+        options.config, options.overrides, list(JOBS.values()), options.job, check_weights=False
+    )
     _, tokenizer, longest = read_model(config)
     split = options.split
     if getattr(config.data, split) is None:
@@ -63,27 +62,6 @@ def _legend(console: Console) -> Text | str:
     if console.color_system is None:
         return "tokens with a loss are between [[ and ]]"
     return Text.assemble("what is learned is ", ("green", _LEARNED))
-
-
-def _read_config(options: argparse.Namespace) -> tuple[list[Job], TrainingRoot | EvalConfig]:
-    """Return the configuration and the jobs that accept it; they read the same data."""
-    candidates = list(JOBS.values()) if options.job is None else [JOBS[options.job]]
-    accepted, failures = {}, {}
-    for job in candidates:
-        try:
-            accepted[job.name] = load_config(
-                job.root(), options.config, options.overrides, check_weights=False
-            )
-        except UserError as error:
-            failures[job.name] = error
-    if accepted:
-        return [JOBS[name] for name in accepted], next(iter(accepted.values()))
-    nearest = min(failures, key=lambda name: len(str(failures[name]).splitlines()))
-    if options.job is not None:
-        raise failures[nearest]
-    raise UserError(
-        f"{failures[nearest]}\n(read as a configuration of megarl {nearest}; --for names another)"
-    )
 
 
 def _views(example: TokenSequence | Pair | Prompt, index: int) -> Iterator[tuple[str, TokenSequence, str]]:

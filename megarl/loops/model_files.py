@@ -64,10 +64,11 @@ def describe_model(device: str, config: TrainingRoot, architecture: Architecture
     if config.trainer.backend == "megatron":
         found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)
     layers = "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
-    return [layers] if config.lora is None else [layers, _describe_lora(architecture, config.lora)]
+    return [layers] if config.lora is None else [layers, describe_lora(architecture, config.lora)]
 
 
-def _describe_lora(architecture: Architecture, lora: LoraConfig) -> str:
+def describe_lora(architecture: Architecture, lora: LoraConfig) -> str:
+    """Return a line on the adapters: rank, layers, and their share of the model's parameters."""
     trained = num_adapter_parameters(adapted_modules(architecture, lora), lora.rank)
     whole = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
     return (

@@ -7,21 +7,14 @@ from dataclasses import fields, replace
 
 import torch
 
-from megarl.config.lora import LoraLayers
+from megarl.config.model import read_model_config
 from megarl.config.online import OnlineConfig
-from megarl.config.plan import (
-    PlanConfig,
-    PlanDtypesConfig,
-    PlanEngineConfig,
-    PlanModelConfig,
-    PlanTrainerConfig,
-    PlanWorkloadConfig,
-)
 from megarl.config.training import TrainingRoot
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.models.table import Architecture
 from megarl.simulate.layouts import Layouts
 from megarl.simulate.memory import GIB, GpuMemory, trainer_memory, while_generating, while_training
+from megarl.simulate.of_run import plan_of
 from megarl.simulate.shapes import stage_shapes
 
 
@@ -33,9 +26,10 @@ def least_memory(
     Excluded are activations, which depend on the data, a critic or teacher, and engine parameters, of which
     an unknown part is aliased.
     """
+    plan = plan_of(config, read_model_config(config.model.path))
     layouts = Layouts(layout, layout, 1, colocated=True)
     shapes = stage_shapes(architecture, "trainer", layout, at)
-    memory = trainer_memory(_plan_of(config), architecture, layouts, at.pipeline, shapes)
+    memory = trainer_memory(plan, architecture, layouts, at.pipeline, shapes)
     cache = 0
     if isinstance(config, OnlineConfig) and rank < config.rollout.engine.tensor_parallel_size:
         cache = int(config.rollout.engine.kv_cache_gib * GIB)
@@ -60,22 +54,3 @@ def free_bytes(device: torch.device) -> int:
     """Return the free memory of a GPU in bytes, from the driver."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
-
-
-def _plan_of(config: TrainingRoot) -> PlanConfig:
-    """Return a plan with the settings that determine the trainer's memory."""
-    reference = isinstance(config, OnlineConfig) and config.algorithm.needs_reference
-    lora = config.lora and LoraLayers(rank=config.lora.rank, target_modules=config.lora.target_modules)
-    return PlanConfig(
-        model=PlanModelConfig(path=config.model.path),
-        trainer=PlanTrainerConfig(
-            distributed_optimizer=config.optimizer.distributed,
-            keep_reference=reference,
-            lora=lora,
-        ),
-        engine=PlanEngineConfig(kv_cache_gib=1.0),
-        workload=PlanWorkloadConfig(
-            sequence_length=1, tokens_per_microbatch=1
-        ),  # activations are not counted
-        dtypes=PlanDtypesConfig(parameters=config.model.dtype, engine=config.model.dtype),
-    )

@@ -20,7 +20,7 @@ from megarl.models.table import Architecture, Rule
 
 @dataclass(frozen=True, slots=True)
 class Layouts:
-    """Validated layouts; ``engine`` is that of one of the ``num_engines`` engines."""
+    """Validated layouts; ``engine`` is that of one of the ``num_engines`` engines (0: one rank)."""
 
     trainer: ParallelLayout
     engine: ParallelLayout
@@ -48,20 +48,23 @@ class Layouts:
 def build_layouts(config: PlanConfig, architecture: Architecture, gpus: int) -> Layouts:
     """Return the layouts of ``config`` on ``gpus`` trainer GPUs; UserError lists every violation."""
     spec = architecture.spec
-    trainer, engine = _trainer_layout(config.trainer, gpus), _engine_layout(config.engine, spec)
-    engine_gpus = gpus if config.engine.colocated else config.engine.num_gpus or 0
+    trainer, engine, engine_gpus = _trainer_layout(config.trainer, gpus), ParallelLayout(), 0
     wrong = [
         *_trainer_problems(config.trainer, spec, gpus),
         *_stage_problems(trainer, spec),
         *division_problems(architecture, "trainer", trainer, "trainer"),
         *_workload_problems(config, spec),
-        *_engine_problems(config.engine, spec, engine_gpus),
-        *_engine_stage_problems(config.engine, spec),
-        *division_problems(architecture, "engine", engine, "engine"),
     ]
+    if (asked := config.engine) is not None:
+        engine, engine_gpus = _engine_layout(asked, spec), gpus if asked.colocated else asked.num_gpus or 0
+        wrong += [
+            *_engine_problems(asked, spec, engine_gpus),
+            *_engine_stage_problems(asked, spec),
+            *division_problems(architecture, "engine", engine, "engine"),
+        ]
     if wrong:
         raise UserError("\n".join(wrong))
-    return Layouts(trainer, engine, engine_gpus // engine.world_size, config.engine.colocated)
+    return Layouts(trainer, engine, engine_gpus // engine.world_size, asked is None or asked.colocated)
 
 
 def _trainer_layout(trainer: PlanTrainerConfig, gpus: int) -> ParallelLayout:
@@ -154,7 +157,7 @@ def _stage_problems(trainer: ParallelLayout, spec: ModelSpec) -> Iterator[str]:
 
 def _workload_problems(config: PlanConfig, spec: ModelSpec) -> Iterator[str]:
     trainer, work = config.trainer, config.workload
-    if config.weights.offload and not config.engine.colocated:
+    if config.weights.offload and (config.engine is None or not config.engine.colocated):
         yield "weights.offload: needs engine.colocated: it has no effect on separate GPUs"
     if work.sequence_length > spec.max_position_embeddings:
         yield (

@@ -116,10 +116,12 @@ def kv_bytes_per_token(config: PlanConfig, spec: ModelSpec, layouts: Layouts) ->
 
 def kv_cache_bytes(config: PlanConfig, spec: ModelSpec, layouts: Layouts) -> int:
     """Return the KV-cache bytes of one engine GPU."""
-    if config.engine.kv_cache_gib is not None:
-        return int(config.engine.kv_cache_gib * GIB)
-    assert config.engine.max_num_seqs is not None
-    tokens = config.engine.max_num_seqs * config.workload.sequence_length
+    engine = config.engine
+    assert engine is not None
+    if engine.kv_cache_gib is not None:
+        return int(engine.kv_cache_gib * GIB)
+    assert engine.max_num_seqs is not None
+    tokens = engine.max_num_seqs * config.workload.sequence_length
     return tokens * kv_bytes_per_token(config, spec, layouts)
 
 
@@ -137,13 +139,15 @@ def all_gpus(
         architecture: the model.
         layouts: of trainer and engine.
         stages: the trainer's parameters by pipeline stage.
-        engine_bytes: bytes of parameters that are not aliased, per engine rank.
+        engine_bytes: bytes of parameters that are not aliased, per engine rank; [] without engines.
     """
     spec, trainer = architecture.spec, layouts.trainer
     by_stage = [
         trainer_memory(config, architecture, layouts, stage, shapes) for stage, shapes in enumerate(stages)
     ]
     gpus = [by_stage[trainer.coordinates(rank).pipeline] for rank in range(trainer.world_size)]
+    if config.engine is None:
+        return gpus
     cache = kv_cache_bytes(config, spec, layouts)
     if not layouts.colocated:
         return gpus + [GpuMemory(engine_parameters=own, kv_cache=cache) for own in engine_bytes]

@@ -20,6 +20,15 @@ from megarl.simulate.shapes import active_elements, hf_elements, stage_shapes
 
 
 @dataclass(frozen=True, slots=True)
+class WeightSync:
+    """Traffic of a weight sync, lower bounds of its duration, and the cost of gathering instead."""
+
+    traffic: transfer.Traffic
+    seconds: transfer.Seconds
+    gathering: transfer.Gathering
+
+
+@dataclass(frozen=True, slots=True)
 class Simulation:
     """Result of `megarl plan`. ``gpus`` is by GPU, the trainer's first; other lists are by engine rank."""
 
@@ -31,9 +40,7 @@ class Simulation:
     gpus: list[memory.GpuMemory]
     kv_bytes_per_token: int
     engine_bytes: list[int]  # parameters per engine rank, in bytes
-    traffic: transfer.Traffic
-    weight_sync: transfer.Seconds
-    gathering: transfer.Gathering
+    weight_sync: WeightSync | None  # None without engines
     notes: list[str]
     seconds: float  # duration of planning
 
@@ -75,11 +82,18 @@ class Simulation:
             "memory": [asdict(gpu) | {"peak": self.peak(gpu)} for gpu in self.gpus],
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "engine_bytes": self.engine_bytes,
-            "transfer": asdict(self.traffic),
-            "transfer_seconds": asdict(self.weight_sync) | {"bound": self.weight_sync.bound},
-            "gathering": asdict(self.gathering),
+            **self._weight_sync_as_json(),
             "notes": self.notes,
             "seconds": self.seconds,
+        }
+
+    def _weight_sync_as_json(self) -> dict[str, Any]:
+        if (sync := self.weight_sync) is None:
+            return {}
+        return {
+            "transfer": asdict(sync.traffic),
+            "transfer_seconds": asdict(sync.seconds) | {"bound": sync.seconds.bound},
+            "gathering": asdict(sync.gathering),
         }
 
 
@@ -99,11 +113,19 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
         stage_shapes(architecture, "trainer", trainer, RankCoordinates(pipeline=stage))
         for stage in range(trainer.pipeline)
     ]
-    owners = transfer.trainer_owners(config, architecture, layouts, stages)
-    ranks = transfer.EngineRanks(config, architecture, layouts)
-    traffic = transfer.plan_traffic(owners, ranks, layouts.engine_gpus)
-    engine_bytes = [ranks.num_bytes(rank) for rank in range(layouts.engine_gpus)]
-    own = [size - aliased for size, aliased in zip(engine_bytes, traffic.aliased, strict=True)]
+    engine_bytes, own, weight_sync, kv_bytes = list[int](), list[int](), None, 0
+    if config.engine is not None:
+        owners = transfer.trainer_owners(config, architecture, layouts, stages)
+        ranks = transfer.EngineRanks(config, architecture, layouts)
+        traffic = transfer.plan_traffic(owners, ranks, layouts.engine_gpus)
+        engine_bytes = [ranks.num_bytes(rank) for rank in range(layouts.engine_gpus)]
+        own = [size - aliased for size, aliased in zip(engine_bytes, traffic.aliased, strict=True)]
+        weight_sync = WeightSync(
+            traffic,
+            transfer.plan_seconds(config.gpu, traffic),
+            transfer.gathering(config, architecture, owners, engine_bytes),
+        )
+        kv_bytes = memory.kv_bytes_per_token(config, spec, layouts)
     return Simulation(
         config=config,
         layouts=layouts,
@@ -111,11 +133,9 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
         num_parameters=hf_elements(architecture),
         num_active_parameters=active_elements(architecture),
         gpus=memory.all_gpus(config, architecture, layouts, stages, own),
-        kv_bytes_per_token=memory.kv_bytes_per_token(config, spec, layouts),
+        kv_bytes_per_token=kv_bytes,
         engine_bytes=engine_bytes,
-        traffic=traffic,
-        weight_sync=transfer.plan_seconds(config.gpu, traffic),
-        gathering=transfer.gathering(config, architecture, owners, engine_bytes),
+        weight_sync=weight_sync,
         notes=_notes(config, spec),
         seconds=time.perf_counter() - start,
     )
@@ -134,6 +154,8 @@ def _notes(config: PlanConfig, spec: ModelSpec) -> list[str]:
     }
     if lacking := [name for name, want in wanted.items() if want and name not in ParallelConfig.model_fields]:
         notes.append(f"the trainer has no {', '.join(lacking)} yet")
+    if config.engine is None:
+        return notes
     wanted = {
         "pipeline_parallel_size": config.engine.pipeline_parallel_size > 1,
         "expert_parallel": config.engine.expert_parallel,

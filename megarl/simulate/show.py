@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megarl.layout import ParallelLayout
 from megarl.simulate.memory import GIB, GpuMemory, while_generating, while_training
-from megarl.simulate.run import Simulation
+from megarl.simulate.run import Simulation, WeightSync
 from megarl.simulate.transfer import Seconds
 
 
@@ -19,8 +19,9 @@ def show(simulation: Simulation, console: Console) -> None:
     _header(simulation, console)
     console.print(_memory_table(simulation))
     _fit(simulation, console)
-    console.print(_transfer_table(simulation))
-    _weight_sync(simulation, console)
+    if simulation.weight_sync is not None:
+        console.print(_transfer_table(simulation, simulation.weight_sync))
+        _weight_sync(simulation.weight_sync, console)
 
 
 def _header(simulation: Simulation, console: Console) -> None:
@@ -32,7 +33,8 @@ def _header(simulation: Simulation, console: Console) -> None:
     )
     console.print(f"trainer: {layouts.trainer.world_size} GPUs, {_sizes(layouts.trainer)}")
     where = "the trainer's GPUs" if layouts.colocated else f"{layouts.engine_gpus} separate GPUs"
-    console.print(f"engines: {layouts.num_engines} of {_sizes(layouts.engine)} on {where}")
+    if layouts.num_engines:
+        console.print(f"engines: {layouts.num_engines} of {_sizes(layouts.engine)} on {where}")
     for note in simulation.notes:
         console.print(f"[yellow]note:[/] {note}")
 
@@ -76,11 +78,12 @@ def _memory_table(simulation: Simulation) -> Table:
         table.add_row(name, *(f"{value / GIB:.2f}" for value in values), style=style)
 
     for name, of in _ROWS:
-        if any(map(of, simulation.gpus)) or name == "engine's own parameters":
+        if any(map(of, simulation.gpus)) or (name == "engine's own parameters" and simulation.weight_sync):
             add(name, of)
     table.add_section()
     add("while training", lambda gpu: while_training(gpu, offload).total, "bold")
-    add("while generating", lambda gpu: while_generating(gpu, offload).total, "bold")
+    if simulation.weight_sync is not None:
+        add("while generating", lambda gpu: while_generating(gpu, offload).total, "bold")
     return table
 
 
@@ -91,6 +94,8 @@ def _fit(simulation: Simulation, console: Console) -> None:
         console.print(f"[green]fits[/]: {free / GIB:.2f} GiB left of {what}")
     else:
         console.print(f"[red]does not fit[/]: {-free / GIB:.2f} GiB more than {what}")
+    if simulation.weight_sync is None:
+        return
     token, length = simulation.kv_bytes_per_token, simulation.config.workload.sequence_length
     tokens = max(memory.kv_cache for memory in simulation.gpus) // token
     console.print(
@@ -99,8 +104,8 @@ def _fit(simulation: Simulation, console: Console) -> None:
     )
 
 
-def _transfer_table(simulation: Simulation) -> Table:
-    traffic, times = simulation.traffic, simulation.weight_sync
+def _transfer_table(simulation: Simulation, sync: WeightSync) -> Table:
+    traffic, times = sync.traffic, sync.seconds
     table = Table(title="Weights from trainer to engine, GiB per GPU", title_justify="left")
     for name in ("", "least", "mean", "most", "all GPUs", "busiest, s"):
         table.add_column(name, justify="right" if name else "left")
@@ -123,10 +128,10 @@ def _transfer_table(simulation: Simulation) -> Table:
     return table
 
 
-def _weight_sync(simulation: Simulation, console: Console) -> None:
-    gathering, copies = simulation.gathering, simulation.traffic.copies
+def _weight_sync(sync: WeightSync, console: Console) -> None:
+    gathering, copies = sync.gathering, sync.traffic.copies
     console.print(
-        f"weight sync: [bold]{_bound(simulation.weight_sync)}[/]; at most {max(copies):,} copies into one GPU"
+        f"weight sync: [bold]{_bound(sync.seconds)}[/]; at most {max(copies):,} copies into one GPU"
     )
     sizes = [f"{size / GIB:,.1f} GiB" for size in (gathering.network, gathering.nvlink, gathering.local)]
     console.print(

@@ -228,7 +228,7 @@ def gathering(
     }
     network = max(entering.values())
     nvlink = max(total - own[owner.rank] - entering[owner.host] for owner in owners)
-    if not config.engine.colocated:
+    if config.engine is not None and not config.engine.colocated:
         share = total / min(config.gpu.gpus_per_host, len(engine_bytes))
         network, nvlink = max(network, share), max(nvlink, total - share)
     local = total * item + max(engine_bytes)

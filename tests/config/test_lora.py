@@ -90,7 +90,7 @@ def test_the_command_line_says_it_before_anything_starts(
         "training": {"num_steps": 10, "batch_size": 4},
     }
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
-    asked = ["sft", "--config", str(tmp_path / "sft.yaml"), "--dry-run"]
+    asked = ["sft", "--config", str(tmp_path / "sft.yaml"), "--dry-run=full"]
     assert main([*asked, "lora={rank: 4, target_modules: [q_proj, v_proj]}"]) == 0
     assert "trained: adapters of rank 4 on q_proj, v_proj; exported: both" in capsys.readouterr().out
     assert main([*asked, "lora={rank: 4}"]) == 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from megarl.cli import main
 from megarl.config.grpo import GrpoConfig
 from megarl.config.load import dump_config, load_config
 from megarl.config.plan import PlanConfig
@@ -78,6 +80,32 @@ def test_plan_is_of_the_same_layout(file: Path, monkeypatch: pytest.MonkeyPatch)
             assert "are not there yet" in file.read_text()
             notes = _notes(plan, load_architecture(config.model.path).spec)
             assert any("no data_parallel_size that splits experts" in note for note in notes)
+
+
+@pytest.mark.parametrize("file", [f for f in RECIPES if "qwen3_8b" in f.stem], ids=lambda file: file.stem)
+def test_a_plan_of_the_run_itself_has_the_same_memory(
+    file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`megarl plan` of the run's YAML, and of the plan written for it by hand."""
+    count = str(load(file, monkeypatch).parallel.num_processes)
+    kind, name = file.stem.split("_", 1)
+    by_hand = FOLDER / f"plan_{name if kind == 'grpo' else file.stem}.yaml"
+    found = {}
+    for each, gpus in ((file, []), (by_hand, ["--gpus", count])):
+        output = tmp_path / "plan.json"
+        assert main(["plan", str(each), *gpus, "--json", str(output), "gpu.memory_gib=141"]) == 0
+        found[each] = json.loads(output.read_text())
+        assert found[each]["config"]["gpu"]["memory_gib"] == 141
+    assert found[file]["memory"] == found[by_hand]["memory"]
+    assert found[file]["free_bytes"] == found[by_hand]["free_bytes"]
+    assert ("transfer" in found[file]) == (kind == "grpo")
+
+
+def test_a_plan_without_a_number_of_gpus_and_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(FOLDER / "plan_qwen3_8b_8xh100.yaml")]) == 2
+    assert "--gpus: required" in capsys.readouterr().err
+    assert main(["plan", str(FOLDER.parent / "quickstart_eval.yaml")]) == 2
+    assert "training: required but missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

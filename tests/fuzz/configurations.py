@@ -155,7 +155,7 @@ def changed(base_text: str, seed: int) -> bytes:
 
 def commands(config: str, model: Path, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Command lines with one thing wrong: (name, arguments)."""
-    dry = ["sft", "--config", config, "--dry-run"]
+    dry = ["sft", "--config", config, "--dry-run=full"]
     overrides = {
         "no equals sign": "optimizer",
         "no key": "=5",
@@ -188,7 +188,7 @@ def commands(config: str, model: Path, folder: Path) -> Iterator[tuple[str, list
     odd = ["", "a" * 5000, "\udcff", str(folder), "/dev/null", "/nope", "/proc/self/mem", config]
     for path in odd:
         shown = repr(path[:40])
-        yield f"config {shown}", ["sft", "--config", path, "--dry-run"]
+        yield f"config {shown}", ["sft", "--config", path, "--dry-run=full"]
         yield f"report of {shown}", ["report", path]
         yield f"convert inspect {shown}", ["convert", "inspect", path]
         yield f"convert from {shown}", ["convert", "hf-to-megatron", path, str(folder / "out")]

@@ -65,7 +65,7 @@ def check(outcomes: list[Outcome], least: int) -> None:
 
 
 def dry_run(name: str, job: str, config: Path, *overrides: str) -> Outcome:
-    return run(name, [job, "--config", str(config), "--dry-run", *overrides])
+    return run(name, [job, "--config", str(config), "--dry-run=full", *overrides])
 
 
 def test_every_job_has_a_good_configuration(configs: dict[str, Path]) -> None:
@@ -137,7 +137,7 @@ def test_model_directories(tmp_path: Path, model: Path, count: int) -> None:
         shutil.copytree(model, directory)
         change(directory)
         command = rows.RowsFile("chat", ".jsonl", rows.good_rows("chat"), False).write(tmp_path, directory)
-        outcomes.append(run(f"dry run: {name}", ["sft", "--config", command[2], "--dry-run"]))
+        outcomes.append(run(f"dry run: {name}", ["sft", "--config", command[2], "--dry-run=full"]))
         outcomes.append(run(f"data: {name}", command))
         outcomes.append(run(f"convert: {name}", ["convert", "hf-to-megatron", str(directory), str(out)]))
     check(outcomes, least=9 * count)

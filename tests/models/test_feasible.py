@@ -125,7 +125,7 @@ def test_experts_over_tensor_ranks_need_sequence_parallelism(tmp_path: Path) -> 
     check_layout(table, parallel(2, tensor=2, sequence_parallel=True))
 
 
-@pytest.mark.parametrize("extra", [[], ["--dry-run"]])
+@pytest.mark.parametrize("extra", [[], ["--dry-run=full"]])
 def test_no_process_starts(
     extra: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
