@@ -43,7 +43,7 @@ ELSEWHERE = {
     ("configuration", "megarl grpo"): LONG,
     ("configuration/*", "megarl"): LONG,
     ("use-cases/mathematics", "megarl eval"): "the command of guides/eval",
-    ("use-cases/mathematics", "megarl grpo"): "names a model of 3 GB; tests/docs resolves its configuration",
+    ("use-cases/mathematics", "megarl grpo"): "needs the hub; tests/docs resolves its configuration",
     ("models", ".venv/bin/python -m pytest"): QUICKSTART,
     ("security", "export RAY_AUTH_MODE"): "starts a cluster on several hosts; tests/cluster has one host's",
 }
