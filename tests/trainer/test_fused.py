@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ def swiglu_of_torch(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_swiglu_is_torchs_bit_for_bit() -> None:
-    from megarl.trainer.megatron.fused import swiglu
+    from megarl.trainer.fused import swiglu
 
     torch.manual_seed(1)
     x = torch.randn(37, 1, 48)
@@ -28,9 +30,25 @@ def test_swiglu_is_torchs_bit_for_bit() -> None:
     torch.autograd.gradcheck(swiglu, torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("act", [F.silu, torch.tanh, torch.nn.Identity()])
+def test_gated_is_torchs_bit_for_bit(act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    from megarl.trainer.fused import gated
+
+    torch.manual_seed(1)
+    gate, up, grad = torch.randn(3, 37, 24).unbind()
+    mine, theirs = ([t.clone().requires_grad_() for t in (gate, up)] for _ in range(2))
+    ours, expected = gated(act, *mine), act(theirs[0]) * theirs[1]
+    ours.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(ours, expected)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_is_torchs(dtype: torch.dtype) -> None:
-    from megarl.trainer.megatron.fused import rms_norm
+    from megarl.trainer.fused import rms_norm
 
     torch.manual_seed(2)
     x, weight = 3 * torch.randn(29, 1, 64), torch.randn(64)

@@ -63,9 +63,9 @@ def draw(
 
 def _invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first token at which the cumulative probability exceeds noise [B], and its logprob."""
-    largest = logits.amax(-1, keepdim=True)
-    weights = (logits - largest).exp_()
-    blocks = functional.pad(weights, (0, -logits.shape[1] % _BLOCK)).view(len(weights), -1, _BLOCK)
+    weights = logits.softmax(-1)  # up to rounding: `total` has what they add up to
+    padded = functional.pad(weights, (0, -logits.shape[1] % _BLOCK)) if logits.shape[1] % _BLOCK else weights
+    blocks = padded.view(len(weights), -1, _BLOCK)
     upto = blocks.sum(-1).double().cumsum(-1)  # [B, V / _BLOCK]
     total = upto[:, -1:]
     target = torch.minimum(noise[:, None] * total, total.nextafter(torch.zeros_like(total)))
@@ -77,5 +77,5 @@ def _invert(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, to
     last = ((inside > 0) * torch.arange(_BLOCK, device=logits.device)).amax(-1, keepdim=True)
     tokens = block * _BLOCK + torch.minimum(place, last)
     tokens.clamp_(max=logits.shape[1] - 1)  # logits that are not numbers
-    logprobs = (logits.gather(-1, tokens) - largest).double() - total.log()
+    logprobs = weights.gather(-1, tokens).double().log() - total.log()
     return tokens[:, 0], logprobs[:, 0].float()

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megarl.trainer.megatron.fused import swiglu
+from megarl.trainer.fused import swiglu
 
 
 class StackedExperts(MegatronModule):

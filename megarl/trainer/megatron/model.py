@@ -37,9 +37,9 @@ from megarl.errors import UserError
 from megarl.layout import ParallelLayout, RankCoordinates
 from megarl.models.rope import inverse_frequencies
 from megarl.models.spec import ModelSpec
+from megarl.trainer.megatron.activation import SwiGlu
 from megarl.trainer.megatron.attention import FlatQkvSelfAttention, PackedAttention
 from megarl.trainer.megatron.experts import StackedExperts
-from megarl.trainer.megatron.fused import SwiGlu
 from megarl.trainer.megatron.latent_attention import LatentAttention, LatentAttentionSubmodules
 from megarl.trainer.megatron.layer import PolicyLayer
 from megarl.trainer.megatron.norm import RmsNorm

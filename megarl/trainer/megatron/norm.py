@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megarl.trainer.megatron.fused import rms_norm
+from megarl.trainer.fused import rms_norm
 
 
 class RmsNorm(torch.nn.RMSNorm):

@@ -21,6 +21,7 @@ from megarl.losses.hidden import Head
 from megarl.models.score import SCORE
 from megarl.records import PackedBatch
 from megarl.trainer.torch import attention
+from megarl.trainer.torch.fused_layers import fuse
 
 _PACKABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers whose tokens see others by attention alone; all others carry a state along the row."""
@@ -136,6 +137,7 @@ def build_decoder(
     for embedding in (each for each in lm.modules() if isinstance(each, nn.Embedding)):
         embedding.padding_idx = None  # a padding token in a response is learned like any other
     _fill_buffers(lm)
+    fuse(lm)
     if recompute == "full":
         for layer in decoder.layers():
             layer.forward = _recomputed(layer.forward)

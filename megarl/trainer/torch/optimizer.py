@@ -48,13 +48,12 @@ class Optimizer:
             },
             {"params": [self.masters[n] for n in tensors if not self._decays(n)], "weight_decay": 0.0},
         ]
-        on_gpu = next(iter(tensors.values())).device.type == "cuda"
         self.adam = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
-            fused=on_gpu or None,
+            fused=True,  # on a CPU a seventh of the time, too
         )
 
     def _decays(self, name: str) -> bool:
@@ -93,15 +92,13 @@ class Optimizer:
 
     def initialize_state(self) -> None:
         """Have the state that AdamW makes in its first step, as it is before it."""
-        for group in self.adam.param_groups:
-            for master in group["params"]:
-                if not self.adam.state[master]:
-                    on = master.device if group["fused"] else "cpu"
-                    self.adam.state[master] |= {
-                        "step": torch.zeros((), dtype=torch.float32, device=on),
-                        "exp_avg": torch.zeros_like(master),
-                        "exp_avg_sq": torch.zeros_like(master),
-                    }
+        for master in self.masters.values():
+            if not self.adam.state[master]:
+                self.adam.state[master] |= {
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
+                }
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """(parameter, kind, tensor) of what has the parameter's shape: moments, and masters if there are."""

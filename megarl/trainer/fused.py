@@ -7,6 +7,7 @@ less for a layer, in fewer passes over memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,21 +39,31 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-class SwiGlu(torch.nn.Module):
-    """:func:`swiglu` with the constructor that Megatron's MLP expects of an activation."""
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, act: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.act = act
+        ctx.save_for_backward(gate, up)
+        active = act(gate)
+        return active * up if active is gate else active.mul_(up)
 
-    def __init__(self, **_: Any) -> None:
-        super().__init__()
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            active = ctx.act(gate)
+        [grad_gate] = torch.autograd.grad(active, gate, grad * up)
+        return None, grad_gate, grad * active.detach()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See :func:`swiglu`."""
-        return swiglu(x)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        """Return no state; Megatron's MLP asks every submodule."""
-        return {}
+def gated(act: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """act(gate) * up of equal shapes [..., I], with an elementwise ``act``."""
+    out = _Gated.apply(act, gate, up)
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 class _RmsNorm(torch.autograd.Function):
