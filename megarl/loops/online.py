@@ -267,7 +267,7 @@ class OnlineLoop:
             if self.rollouts is not None and (count := config.logging.samples_per_step):
                 chosen = first_samples(groups, count)
                 self.rollouts.read(sample for _, sample in chosen)
-                run.directory.write_samples(step, sample_rows(step, chosen, self._decode, learned.traced))
+                run.write_samples(step, sample_rows(step, chosen, self._decode, learned.traced))
             self._log(step, values, totals)
             totals["wall_seconds"] = earlier + run.seconds_so_far()
             kept = {"curriculum": curriculum.state()} if curriculum is not None else {}
@@ -331,7 +331,7 @@ class OnlineLoop:
                 seed=self.config.run.seed,
                 console=self.run_.console,
             )
-            self.run_.directory.write_evaluation(step, found.rows(step))
+            self.run_.write_evaluation(step, found.rows(step))
             return found.metrics()
 
         return from_first_rank(run)

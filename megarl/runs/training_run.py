@@ -29,7 +29,8 @@ from megarl.metrics.checks import failures, non_finite
 from megarl.metrics.console import Console
 from megarl.metrics.profile import StepProfiler
 from megarl.metrics.report import write_report
-from megarl.metrics.sinks import MetricsSink, build_sinks
+from megarl.metrics.sink import Rows, Sink
+from megarl.metrics.sinks import build_sinks
 from megarl.metrics.timers import PhaseTimers
 from megarl.models.table import Architecture
 from megarl.platform import ranges
@@ -59,7 +60,7 @@ class TrainingRun:
         self.console = Console(kind, enabled=is_first)
         self.timers = PhaseTimers(ranges.phase, start_hook=self._begin_steps)
         self.started = time.perf_counter()
-        self._sinks: list[MetricsSink] = []
+        self._sinks: list[Sink] = []
         self._signal: int | None = None
         self.checkpoints = CheckpointManager(config.checkpoint, self.directory, self.console, is_first=is_first)
         self._values: dict[str, float] = {}
@@ -166,7 +167,11 @@ class TrainingRun:
             self.directory.start_after(state["step"] if state else None)
         self._last_step = state["step"] if state else 0
         if self.is_first:
-            self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
+            with self.console.waiting("starting the sinks"):
+                self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
+            for sink in self._sinks:
+                if sink.url:
+                    self.console.note(f"{type(sink).__name__.removesuffix('Sink')}: {sink.url}")
         return state
 
     def record_start(self, active_parameters: int) -> None:
@@ -291,16 +296,28 @@ class TrainingRun:
             values["seconds_checkpoint_blocked"] = self.checkpoints.take_blocked_seconds()
         self._values = values
         if self.is_first:
-            metrics = StepMetrics(step, values)
             for sink in self._sinks:
-                sink.log(metrics)
-            self.console.step(metrics)
+                sink.log(step, values)
+            self.console.step(StepMetrics(step, values))
         self._begin_steps()
 
     def _begin_steps(self) -> None:
         """Set the heartbeat's step to the next one and trace it if selected."""
         self._heartbeat.step = self._last_step + 1
         self._profiler.begin(self._last_step + 1)
+
+    def write_samples(self, step: int, rows: Rows) -> None:
+        """Write samples/step_N.jsonl; every logging.report_interval steps they also go to the sinks (rank 0)."""
+        self.directory.write_samples(step, rows)
+        if step % self.config.logging.report_interval == 0 or step == self.config.training.num_steps:
+            for sink in self._sinks:
+                sink.log_rows("samples", step, rows)
+
+    def write_evaluation(self, step: int, rows: Rows) -> None:
+        """Write evaluations/step_N.jsonl, and send it to the sinks (rank 0)."""
+        self.directory.write_evaluation(step, rows)
+        for sink in self._sinks:
+            sink.log_rows("evaluations", step, rows)
 
     def seconds_so_far(self) -> float:
         """Return the wall time of this process's run, start-up included."""
