@@ -1,4 +1,4 @@
-"""What the trainer computes for the tokens of a few samples: for samples/step_N.jsonl and the report."""
+"""Trainer's values for the tokens of a few samples: for samples/step_N.jsonl and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a run's steps go: the time left, and which steps get a line on the console."""
+"""Pace of a run: the time left, and which steps get a line on the console."""
 
 from __future__ import annotations
 

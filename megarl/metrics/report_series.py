@@ -1,4 +1,4 @@
-"""What the report derives from a run's metrics: other x axes, the best step, the trainer's FLOPs."""
+"""Series that the report derives from a run's metrics: other x axes, the best step, the trainer's FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run came from: one line of provenance.jsonl per start of its processes.
+"""Provenance of a run: one line of provenance.jsonl per start of its processes.
 
 Versions of packages and checksums of data and model are in inputs.json (:mod:`megarl.runs.inputs`).
 """

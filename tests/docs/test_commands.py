@@ -138,12 +138,20 @@ def check_megarl(words: list[str]) -> None:
         return
     options = cli._parse(words)
     if options.command in roots():
-        load_config(roots()[options.command], options.config, options.overrides, check_files=False)
+        root, overrides = roots()[options.command], options.overrides
+        if options.command == "plan" and "run" in (
+            data := yaml.safe_load((ROOT / options.config).read_text())
+        ):
+            root = job_with_sections(
+                data
+            ).root()  # a run's own file; the plan's sections may be set beside it
+            overrides = [each for each in overrides if not each.startswith(("gpu.", "dtypes."))]
+        load_config(root, options.config, overrides, check_files=False)
     elif options.command == "config":
         explain(options.key, options.job)
     elif options.command == "recipes" and options.recipes_command != "ls":
         assert options.name in recipes(), f"no recipe {options.name}"
-    elif options.command == "data":
+    elif options.command in ("data", "env"):
         job = job_with_sections(yaml.safe_load((ROOT / options.config).read_text()))
         load_config(job.root(), options.config, options.overrides, check_files=False)
 
