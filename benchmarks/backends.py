@@ -251,7 +251,7 @@ def main(argv: list[str]) -> None:
     engines = [side for side in sides if side in ENGINES]
     rows = measure_training(trainers, rounds, 2 if args.quick else 3)
     if engines:
-        rows += measure_generation(engines, rounds, *((24, 160) if args.quick else (64, 512)))
+        rows += measure_generation(engines, rounds, *((16, 96) if args.quick else (64, 512)))
         stop_ray()
     result = {"rows": rows, "ratios": ratios(rows), "num_threads": cores()}
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -60,7 +60,13 @@ def check_fits(config: TrainingRoot, architecture: Architecture, context: RankCo
 def describe_model(device: str, config: TrainingRoot, architecture: Architecture) -> list[str]:
     """Return log lines: the implementation of each kind of trainer layer, and the trained adapters."""
     ring, experts = config.parallel.context_attention == "ring", architecture.spec.moe is not None
-    found = {"all but attention": "transformers", "attention": "megarl, packed"}
+    found = {
+        "attention": "MegaRL's, over packed rows",
+        "gated MLPs and fp32 RMS norms": "MegaRL's, as single steps",
+        "head and loss": "MegaRL's kernels",
+        "Adam": "torch, fused",
+        "all else": "transformers",
+    }
     if config.trainer.backend == "megatron":
         found = layer_implementations(device, config.model.dtype, experts=experts, ring=ring)
     layers = "layers: " + "; ".join(f"{kind}: {who}" for kind, who in found.items())
