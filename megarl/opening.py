@@ -20,12 +20,13 @@ def opening(job: Job, config: Any) -> str:
 
 def _model(config: Any) -> str:
     path, dtype = config.model.path, config.model.dtype
+    name = getattr(path, "written", path)  # of a model of the hub, its id
     try:
         architecture = load_architecture(path)
     except UserError:  # a Megatron checkpoint, or a family without a table
-        return f"{path} {dtype}"
+        return f"{name} {dtype}"
     count = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
-    return f"{path} ({_short(count)} parameters, {dtype})"
+    return f"{name} ({_short(count)} parameters, {dtype})"
 
 
 def _steps(job: Job, config: Any) -> str:
@@ -36,6 +37,8 @@ def _steps(job: Job, config: Any) -> str:
         each = f"{training.batch_size} {job.data.noun}"
     else:
         each = f"{rollout.num_prompts_per_step} x {rollout.num_generations_per_prompt} samples"
+    if training.num_steps is None:
+        return f"{training.num_epochs:g} epochs in steps of {each}"
     return f"{training.num_steps:,} steps of {each}"
 
 

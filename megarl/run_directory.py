@@ -52,7 +52,8 @@ if TYPE_CHECKING:
 # rounding).
 _FREE_FIELDS = (
     *("run.dir", "run.hang_timeout_seconds", "run.on_non_finite", "run.on_changed_inputs"),
-    *("logging", "checkpoint", "profile", "launcher", "parallel", "training.num_steps"),
+    *("logging", "checkpoint", "profile", "launcher", "parallel"),
+    *("training.num_steps", "training.num_epochs"),
     *("reference.cache_dir", "lora.export", "rollout.engine.data_parallel_size"),
 )
 
@@ -143,15 +144,32 @@ class RunDirectory:
         resolved = config.model_dump(mode="json")
         self._compare_with_disk(resolved, config.model_dump(mode="json", exclude_defaults=True))
         steps, saved = config.training.num_steps, self.checkpoint_steps()
+        length = "training.num_steps"
+        if steps is None:  # num_epochs: known of a run that has ended
+            steps, length = self._steps_at_end(config.training.num_epochs), "training.num_epochs"
         exported = not config.checkpoint.export_hf or any(
             (self.path / name).is_dir() for name in ("hf", "adapter")
         )
-        if not (saved and saved[-1] >= steps and exported and self.summary_path.exists()):
+        if steps is None or not (saved and saved[-1] >= steps and exported and self.summary_path.exists()):
             return None
         return (
-            f"{self.path}: complete, {saved[-1]} of {steps} steps. Increase training.num_steps to continue, "
+            f"{self.path}: complete, {saved[-1]} of {steps} steps. Increase {length} to continue, "
             f"or set another run.dir to start afresh. Report: {self.report_path}"
         )
+
+    def _steps_at_end(self, num_epochs: float) -> int | None:
+        """Return the steps of a run of this many epochs that has written its summary; else None."""
+        if not self.summary_path.exists():
+            return None
+        try:
+            config = parse_yaml(self.config_path.read_text(encoding="utf-8"), "", expand=False).value
+            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+            if config["training"]["num_epochs"] != num_epochs:
+                return None
+            names = ("sft_steps", "dpo_steps", "rm_steps")
+            return next(int(summary[name]) for name in names if name in summary)
+        except (ValueError, KeyError, TypeError, StopIteration, OSError):
+            return None
 
     def close(self) -> None:
         """Close metrics.jsonl and release the lock. Safe to call twice."""

@@ -44,12 +44,18 @@ HEADLINES = "loss", "reward_accuracy", "reward_margin"
 
 def run_dpo(config: DpoConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
-    run_offline(config, "dpo", load_preference_pairs, lambda *ranks: DpoObjective(config, *ranks))
+    run_offline(config, "dpo", load_preference_pairs, DpoObjective)
 
 
 def run_rm(config: RmConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
-    run_offline(config, "rm", load_preference_pairs, lambda _, *ranks: RewardObjective(config, *ranks))
+    run_offline(config, "rm", load_preference_pairs, _reward_objective)
+
+
+def _reward_objective(
+    config: RmConfig, _run: TrainingRun, context: RankContext, architecture: Architecture
+) -> RewardObjective:
+    return RewardObjective(config, context, architecture)
 
 
 class DpoObjective(Objective[Pairs, PreferenceLoss]):
@@ -62,7 +68,7 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
         self, config: DpoConfig, run: TrainingRun, context: RankContext, architecture: Architecture
     ) -> None:
         self.run, self.options = run, options_of(config.algorithm)
-        self.trained = build_trainer(config, context, architecture, config.training.num_steps)
+        self.trained = build_trainer(config, context, architecture, config.num_optimizer_steps)
         self.reference: ReferenceLogprobs | None = None
         self.found: dict[str, float] | None = None
         if config.algorithm.uses_reference:
@@ -124,7 +130,7 @@ class RewardObjective(Objective[Pairs, RewardLoss]):
     def __init__(self, config: RmConfig, context: RankContext, architecture: Architecture) -> None:
         self.path, self.center_coef = config.model.path, config.algorithm.center_coef
         self.trained = build_scorer(
-            config, context, architecture, config.model, config.optimizer, config.training.num_steps
+            config, context, architecture, config.model, config.optimizer, config.num_optimizer_steps
         )
 
     def notes(self) -> list[str]:

@@ -13,21 +13,23 @@ from megarl.loops.datasets import load_sequences
 from megarl.loops.offline import Objective, run_offline
 from megarl.losses.base import Loss
 from megarl.losses.sft import sft_loss
+from megarl.models.table import Architecture
 from megarl.records import PackedBatch, TrainBatch
+from megarl.runs.training_run import TrainingRun
 from megarl.trainer.build import build_trainer
-from megarl.trainer.interface import Trainer
+from megarl.trainer.interface import RankContext, Trainer
 from megarl.trainer.passes import evaluate_loss, train_step
 
 
 def run_sft(config: SftConfig) -> None:
     """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
-    steps = config.training.num_steps
-    run_offline(
-        config,
-        "sft",
-        load_sequences,
-        lambda _, context, architecture: SftObjective(build_trainer(config, context, architecture, steps)),
-    )
+    run_offline(config, "sft", load_sequences, _objective)
+
+
+def _objective(
+    config: SftConfig, _run: TrainingRun, context: RankContext, architecture: Architecture
+) -> SftObjective:
+    return SftObjective(build_trainer(config, context, architecture, config.num_optimizer_steps))
 
 
 class SftObjective(Objective[SftDataset, Loss]):

@@ -50,11 +50,12 @@ class HubDirectory(str):
         return Path(self).name
 
 
-def _as_written(value: str) -> str:
+def as_written(value: str) -> str:
+    """Return the id of a snapshot, as the configuration has it; another path unchanged."""
     return value.written if isinstance(value, HubDirectory) else value
 
 
-_FROM_HUB = PlainSerializer(_as_written, return_type=str)
+_FROM_HUB = PlainSerializer(as_written, return_type=str)
 ModelPath = Annotated[str, Field(min_length=1), IS_PATH, _FROM_HUB]
 """A model's directory, or its id on the hub; something that exists on disk wins."""
 

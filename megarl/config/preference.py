@@ -27,7 +27,7 @@ from megarl.config.section import (
     Text,
     rule,
 )
-from megarl.config.training import OfflineRoot
+from megarl.config.training import OfflineRoot, OfflineTraining
 
 
 class PreferenceColumns(RowColumns):
@@ -168,11 +168,9 @@ class ReferenceConfig(Section):
     """Cache of the logprobs, which runs may share; null: <run.dir>/reference."""
 
 
-class PreferenceTrainingConfig(Section):
+class PreferenceTrainingConfig(OfflineTraining):
     """Length and batch size of a preference run."""
 
-    num_steps: PositiveInt
-    """Optimizer steps."""
     batch_size: PositiveInt
     """Pairs per optimizer step, over all ranks."""
     validation_interval: NonNegativeInt = 0

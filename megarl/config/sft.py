@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from megarl.config.data import SftDataConfig
-from megarl.config.section import NonNegativeInt, PositiveInt, Section
-from megarl.config.training import OfflineRoot
+from megarl.config.section import NonNegativeInt, PositiveInt
+from megarl.config.training import OfflineRoot, OfflineTraining
 
 
-class SftTrainingConfig(Section):
+class SftTrainingConfig(OfflineTraining):
     """Length and batch size of an SFT run."""
 
-    num_steps: PositiveInt
-    """Optimizer steps."""
     batch_size: PositiveInt
     """Sequences per optimizer step, over all ranks."""
     validation_interval: NonNegativeInt = 0

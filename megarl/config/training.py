@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import Field, PlainSerializer
 
 from megarl.config.checkpoint import CheckpointConfig
 from megarl.config.logging import LoggingConfig
@@ -13,9 +16,10 @@ from megarl.config.packing import PackingConfig
 from megarl.config.parallel import ParallelConfig
 from megarl.config.router import RouterConfig
 from megarl.config.run import Launcher, ProfileConfig, RunConfig
-from megarl.config.section import Problems, Section, rule
+from megarl.config.section import PositiveFloat, Problems, Section, find_violations, rule
 from megarl.config.trainer import TrainerConfig
-from megarl.config.violation import show
+from megarl.config.violation import dotted, show
+from megarl.errors import UserError
 
 _BACKEND = "trainer.backend"
 OF_MEGATRON = (
@@ -81,7 +85,7 @@ class TrainingRoot(Section):
     @property
     def num_optimizer_steps(self) -> int:
         """Optimizer steps of the (policy's) run: the length of the learning-rate schedule."""
-        return int(self.training.num_steps)
+        return int(self.training.num_steps or 0)
 
     def max_sequence_length(self, model_config: dict[str, Any]) -> int:
         """Return the longest prompt + response in tokens.
@@ -104,15 +108,24 @@ class TrainingRoot(Section):
         ]
         if model_config is not None and "max_position_embeddings" in model_config:
             lines.append(f"longest sequence: {self.max_sequence_length(model_config)} tokens")
-        lines += [*self.describe_batch(), f"optimizer steps in all: {self.num_optimizer_steps}"]
+        lines += [*self.describe_batch(), f"optimizer steps in all: {self._steps_in_words()}"]
         if (lora := self.lora) is not None:
             targets = ", ".join(lora.target_modules)
             lines.append(f"trained: adapters of rank {lora.rank} on {targets}; exported: {lora.export}")
         return lines
 
+    def _steps_in_words(self) -> str:
+        epochs = getattr(self.training, "num_epochs", None)
+        steps = self.num_optimizer_steps
+        return f"{steps or 'by the number of rows'}" + (f" ({epochs:g} epochs)" if epochs else "")
+
     def describe_batch(self) -> list[str]:
         """Return the lines on the batch."""
         return []
+
+    def with_steps(self, num_rows: int) -> Self:
+        """Return the configuration with the number of steps that its training rows give, if they do."""
+        return self
 
     def empty_ranks(self, field: str, step: str, size: int) -> Problems:
         """Rule: ``size`` examples per step, set by ``field``, give every data-parallel rank at least one."""
@@ -180,7 +193,7 @@ class TrainingRoot(Section):
     def _warmup(self) -> Problems:
         """`optimizer.lr_warmup_steps` must not exceed the run's optimizer steps."""
         steps, warmup = self.num_optimizer_steps, self.optimizer.lr_warmup_steps
-        if warmup > steps:
+        if self.training.num_steps is not None and warmup > steps:
             reason = f"longer than the run's {steps} optimizer steps (got {warmup})"
             yield "optimizer.lr_warmup_steps", reason, "training.num_steps"
 
@@ -196,7 +209,7 @@ class TrainingRoot(Section):
     def _traced_steps(self) -> Problems:
         """`profile.steps` must not exceed `training.num_steps`."""
         last = self.training.num_steps
-        if late := sorted(step for step in self.profile.traced if step > last):
+        if last is not None and (late := sorted(step for step in self.profile.traced if step > last)):
             got = ", ".join(map(str, late[:5]))
             yield "profile.steps", f"the run ends with step {last} (got {got})", "training.num_steps"
 
@@ -216,14 +229,74 @@ class TrainingRoot(Section):
             yield "router.bias_update_rate", reason, "lora"
 
 
+class DerivedSteps(int):
+    """A number of steps that follows from training.num_epochs; what is written of it is null."""
+
+
+_Steps = Annotated[
+    int, Field(ge=1), PlainSerializer(lambda steps: None if isinstance(steps, DerivedSteps) else steps)
+]
+
+
+class OfflineTraining(Section):
+    """Length of a run on a dataset; subclasses add the size of its batches."""
+
+    num_steps: _Steps | None = None
+    """Optimizer steps; this or num_epochs."""
+    num_epochs: PositiveFloat | None = None
+    """Times that every row of data.train is drawn, 0.5 for half of them; the last step is a full batch."""
+
+    if TYPE_CHECKING:
+        batch_size: int
+
+    @rule
+    def _one_length(self) -> Problems:
+        """Exactly one of `num_steps` and `num_epochs` is set."""
+        if self.num_steps is None and self.num_epochs is None:
+            yield "num_steps", "required but missing: give it or training.num_epochs", "num_epochs"
+        elif None not in (self.num_steps, self.num_epochs) and not isinstance(self.num_steps, DerivedSteps):
+            reason = "excludes training.num_epochs: remove one of them"
+            yield "num_steps", f"{reason} (got {self.num_steps} and {self.num_epochs:g})", "num_epochs"
+
+    def steps_of(self, num_rows: int) -> int:
+        """Return the number of steps on ``num_rows`` training rows."""
+        if self.num_epochs is None:
+            assert self.num_steps is not None, "a rule asks for one of them"
+            return self.num_steps
+        return max(1, math.ceil(round(self.num_epochs * num_rows, 6) / self.batch_size))
+
+
 class OfflineRoot(TrainingRoot):
     """Base of the roots that train on a dataset (sft, dpo, rm)."""
 
     a_step: ClassVar[str] = "an optimizer step"
 
+    def with_steps(self, num_rows: int) -> Self:
+        """Return the configuration with the number of steps that num_epochs gives on ``num_rows`` rows.
+
+        Raises:
+            UserError: settings that do not fit this number, a longer warm-up say.
+        """
+        training = self.training
+        if training.num_epochs is None:
+            return self
+        steps = DerivedSteps(training.steps_of(num_rows))
+        found = self.model_copy(update={"training": training.model_copy(update={"num_steps": steps})})
+        if violations := find_violations(found):
+            lines = [f"{dotted(each.path)}: {each.message}" for each in violations]
+            raise UserError("\n".join(lines))
+        return found
+
     def describe_batch(self) -> list[str]:
         """Return the lines of --dry-run=full on the batch."""
         return [f"{self.example} per step: {self.training.batch_size}"]
+
+    @rule
+    def _epochs(self) -> Problems:
+        """`training.num_epochs` needs data of which every row is drawn once per epoch: no `weights`."""
+        if self.training.num_epochs is not None and getattr(self.data.train, "weights", None) is not None:
+            reason = "each source of a weighted mixture has its own epochs: use training.num_steps"
+            yield "training.num_epochs", f"{reason} (got {self.training.num_epochs:g})", "data.train.weights"
 
     @rule
     def _batch(self) -> Problems:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megarl.config.hub import as_written
 from megarl.config.model import is_checkpoint, read_model_config
 from megarl.config.online import OnlineConfig
 from megarl.config.section import Section
@@ -57,13 +58,11 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
     architecture, tokenizer, longest = read_model(config)
     count = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
     trained = _trained(config, architecture) if job.trains else "not trained"
-    _say(
-        "model",
-        f"{path}: {architecture.spec.family}, {_count(count)} parameters, {config.model.dtype}; {trained}",
-    )
+    sizes = f"{architecture.spec.family}, {_count(count)} parameters, {config.model.dtype}"
+    _say("model", f"{as_written(path)}: {sizes}; {trained}")
     for name in ("critic", "teacher"):
         if (other := getattr(config, name, None)) is not None:
-            _say(name, str(other.path or path))
+            _say(name, as_written(other.path or path))
     load, data = job.data.loader(), {}
     for split in ("train", "held_out"):
         if getattr(config.data, split, None) is not None:
@@ -73,6 +72,7 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
                 for line in report.lines():
                     _say("", line)
     if job.trains:
+        config = config.with_steps(len(data["train"]))
         for label, text in _steps(job, config, data["train"], longest):
             _say(label, text)
     if hasattr(config, "rollout"):

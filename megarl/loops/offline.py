@@ -87,13 +87,14 @@ def run_offline(
     config: SftConfig | PreferenceRoot,
     kind: str,
     load: Callable[..., Data],
-    make: Callable[[TrainingRun, RankContext, Architecture], Objective[Data, Any]],
+    make: Callable[[Any, TrainingRun, RankContext, Architecture], Objective[Data, Any]],
 ) -> None:
-    """Train until ``training.num_steps``, resuming from the run directory's latest checkpoint."""
+    """Train until the run's last step, resuming from the run directory's latest checkpoint."""
     console = Console(kind, enabled=is_first_process())
     with console.waiting("reading model and data"):
         architecture, tokenizer, longest = read_model(config)
         train, held_out = load_splits(load, config, tokenizer, longest)
+        config = config.with_steps(len(train))
     with console.waiting("starting the trainer's processes"):
         context = initialize(config.parallel, config.run.seed, config.trainer)
         check_fits(config, architecture, context)
@@ -101,10 +102,12 @@ def run_offline(
         run.tell(train, held_out)
         run.record_start(active_elements(architecture))
         with run.console.waiting("building the model"):
-            objective = make(run, context, architecture)
+            objective = make(config, run, context, architecture)
         layers, *adapters = describe_model(context.platform.name, config, architecture)
         for line in [layers, *objective.notes()]:
             run.console.detail(line)
+        if config.training.num_epochs is not None:
+            run.console.note(_epochs_in_words(config, len(train)))
         for line in adapters:
             run.console.note(line)
         loop = OfflineLoop(config, run, objective, train, held_out)
@@ -113,8 +116,14 @@ def run_offline(
         objective.check(state)
         totals = loop.run(state)
         run.export(objective.trained, objective.trained.architecture)
-        run.finish({f"{kind}_steps": config.training.num_steps, **totals, **objective.summary()})
+        run.finish({f"{kind}_steps": config.num_optimizer_steps, **totals, **objective.summary()})
     finalize(context)
+
+
+def _epochs_in_words(config: SftConfig | PreferenceRoot, num_rows: int) -> str:
+    training, steps = config.training, config.num_optimizer_steps
+    of = f"{num_rows:,} {config.example}"
+    return f"{training.num_epochs:g} epochs of {of} are {steps:,} steps of {training.batch_size}"
 
 
 class OfflineLoop(Generic[Data]):
@@ -130,6 +139,7 @@ class OfflineLoop(Generic[Data]):
     ) -> None:
         self.config, self.run_, self.objective = config, run, objective
         self.train, self.held_out = train, held_out
+        self.num_steps = config.num_optimizer_steps
         self.order = order_of(train, config.data.shuffle, config.run.seed)
         self.validation: list[int] = []
         if held_out is not None:
@@ -138,7 +148,7 @@ class OfflineLoop(Generic[Data]):
     def rows(self) -> list[tuple[Data, list[int]]]:
         """Return every row the run will see, each once."""
         training = self.config.training
-        drawn = sorted(set(self.order.batch(0, training.num_steps * training.batch_size)))
+        drawn = sorted(set(self.order.batch(0, self.num_steps * training.batch_size)))
         found = [(self.train, drawn)]
         return found if self.held_out is None else [*found, (self.held_out, self.validation)]
 
@@ -148,7 +158,7 @@ class OfflineLoop(Generic[Data]):
         position, totals = state["position"], dict(state["totals"])
         run.begin_steps()
         run.timers.start_step()
-        for step in range(state["step"] + 1, training.num_steps + 1):
+        for step in range(state["step"] + 1, self.num_steps + 1):
             packed, loss = self.take(self.train, self.order.batch(position, training.batch_size))
             position += training.batch_size
             with run.timers("train"):
@@ -168,7 +178,7 @@ class OfflineLoop(Generic[Data]):
             totals |= {name: values[name] for name in objective.headlines}
             totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
             kept = {"position": position, "totals": totals, **objective.state()}
-            run.after_step(step, training.num_steps, objective.trained, kept)
+            run.after_step(step, self.num_steps, objective.trained, kept)
         run.console.end_steps()
         return totals
 
@@ -182,4 +192,4 @@ class OfflineLoop(Generic[Data]):
         """Return True if held-out rows are evaluated after ``step``."""
         training = self.config.training
         at_interval = bool(training.validation_interval) and step % training.validation_interval == 0
-        return at_interval or step == training.num_steps
+        return at_interval or step == self.num_steps

@@ -75,7 +75,7 @@ def read_run(run_dir: Path) -> RunData:
     written = _read_json(summary_path) if summary_path.exists() else {}
     summary = summarize(steps) | {name: value for name, value in written.items() if value is not None}
     is_online = "rollout" in config or any("reward_mean" in step for step in steps)
-    planned = config.get("training", {}).get("num_steps", 0)
+    planned = config.get("training", {}).get("num_steps") or 0
     starts = _read_lines(run_dir / "provenance.jsonl")
     add_training_rate(steps, starts[-1] if starts else None)
     axes = x_axes(steps, _samples_per_step(config))

@@ -37,6 +37,21 @@ class FakeHub:
         return next((b for b in branches if revision in (b, self.commit(repository, b))), None)
 
 
+def _entry(path: str, data: bytes) -> dict[str, object]:
+    return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+
+def _entries(files: dict[str, bytes], folder: str, deep: bool) -> list[dict[str, object]]:
+    """What lies in a folder, with its folders alone unless ``deep``."""
+    inside = {path: data for path, data in files.items() if path.startswith(folder)}
+    here = [path for path in inside if deep or "/" not in path[len(folder) :]]
+    folders = {folder + path[len(folder) :].split("/")[0] for path in inside if path not in here}
+    return [
+        *(_entry(path, files[path]) for path in here),
+        *({"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)),
+    ]
+
+
 @contextmanager
 def serve() -> Iterator[FakeHub]:
     """Run a hub until the end of the block."""
@@ -52,6 +67,9 @@ def serve() -> Iterator[FakeHub]:
             self._answer()
 
         def do_GET(self) -> None:
+            self._answer()
+
+        def do_POST(self) -> None:
             self._answer()
 
         def _answer(self) -> None:
@@ -79,20 +97,11 @@ def serve() -> Iterator[FakeHub]:
                 body = {"id": "/".join(parts[:2]), "sha": commit, "siblings": siblings, "private": False}
                 return self._json(body | {"gated": False, "tags": [], "downloads": 0, "likes": 0})
             if api and action == "tree":
-                inside = {
-                    each: data for each, data in files.items() if each.startswith(f"{name}/" if name else "")
-                }
-                return self._json(
-                    [
-                        {
-                            "type": "file",
-                            "path": each,
-                            "size": len(data),
-                            "oid": hashlib.sha1(data).hexdigest(),
-                        }
-                        for each, data in inside.items()
-                    ]
-                )
+                deep = "recursive=true" in self.path.lower()
+                return self._json(_entries(files, f"{name}/" if name else "", deep))
+            if api and action == "paths-info":
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+                return self._json([_entry(each, files[each]) for each in asked if each in files])
             if api or action != "resolve" or name not in files:
                 return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             if self.command == "GET":
