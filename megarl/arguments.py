@@ -8,6 +8,7 @@ import argparse
 import re
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from megarl.jobs import JOBS, PROBLEMS
 
@@ -78,3 +79,63 @@ def add_env_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--reference", action="store_true", help="answer with the reference answer")
     command.add_argument("--json", action="store_true", help="print the episode as JSON")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `megarl compare`."""
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="two or more; the first is compared with"
+    )
+    parser.add_argument(
+        "--metric", action="append", metavar="NAME", help="a metric of metrics.jsonl; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+
+def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `megarl merge`."""
+    parser.add_argument("source", type=Path, metavar="RUN_OR_ADAPTER", help="run directory or adapter")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="the Hugging Face directory to write")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="base model; default: as the adapter says")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert to this dtype")
+    parser.add_argument("--max-shard-size", default="2GiB", metavar="SIZE", help="of a file (default 2GiB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `megarl chat`."""
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="run directory, checkpoint, model directory or id of the hub"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default 512")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument("--json", action="store_true", help="a JSON object per answer")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--backend", choices=("vllm", "hf"), default="vllm", help="default vllm")
+    engine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    engine.add_argument("--kv-cache-gib", type=float, default=0.5, metavar="GIB", help="default 0.5")
+    engine.add_argument(
+        "--max-model-len", type=int, default=4096, metavar="N", help="tokens of a conversation (default 4096)"
+    )
+
+
+def add_init_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `megarl init`."""
+    parser.add_argument("--job", choices=list(JOBS), help="what to run")
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory, or an id of the hub")
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        help="file of rows, dataset of the hub (org/name), or task of reasoning-gym",
+    )
+    parser.add_argument("--teacher", metavar="DIR", help="the teacher's directory or id (distill)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: JOB.yaml)")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `megarl config`."""
+    parser.add_argument("key", metavar="SECTION.KEY", help="e.g. optimizer.lr; a section lists its keys")
+    parser.add_argument("--for", dest="job", metavar="COMMAND", help="of this command alone")

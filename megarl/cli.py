@@ -10,12 +10,23 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megarl import __version__
-from megarl.arguments import add_env_arguments, nearest_command, normalise
+from megarl.arguments import (
+    add_chat_arguments,
+    add_compare_arguments,
+    add_config_arguments,
+    add_env_arguments,
+    add_init_arguments,
+    add_merge_arguments,
+    nearest_command,
+    normalise,
+)
+from megarl.completion import add_arguments as add_completion_arguments
+from megarl.completion import complete
 from megarl.errors import ToldByRankZeroError, UserError
 from megarl.files import as_user_error
 from megarl.jobs import JOBS, Job
@@ -35,6 +46,9 @@ examples:
   megarl data inspect configs/quickstart_sft.yaml -n 5
   megarl env try configs/quickstart_grpo.yaml --answer 42
   megarl report runs/quickstart
+  megarl compare runs/quickstart runs/mine
+  echo "1 + 2 + 3 =" | megarl chat runs/quickstart
+  megarl init --job grpo --model models/smollm2-135m-instruct --data configs/data/sums.jsonl
   megarl recipes cp grpo_math_jsonl my.yaml
   megarl doctor
 
@@ -76,6 +90,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.loops.try_environment import run as try_environment
 
                 return try_environment(options)
+            case "compare":
+                from megarl.metrics.compare import run as compare
+
+                return compare(options)
+            case "init":
+                from megarl.init import run as init
+
+                return init(options)
+            case "chat":
+                from megarl.loops.chat import run as chat
+
+                return chat(options)
+            case "merge":
+                from megarl.convert.merge import run as merge
+
+                return merge(options)
+            case "completion":
+                from megarl.completion import run as completion
+
+                return completion(options)
             case "config":
                 from megarl.config.explain import run as explain
 
@@ -104,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser], Collection[str]]:
+def make_parsers() -> tuple[
+    argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser], Mapping[str, argparse.ArgumentParser]
+]:
     """Return the parser, the commands' parsers, and the commands that take key=value settings."""
     raw = argparse.RawDescriptionHelpFormatter
     examples = "\n".join(f"  megarl {job.name} --config {job.example}" for job in JOBS.values())
@@ -174,10 +210,17 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     commands.add_parser("env", help=text, description=text, allow_abbrev=False)
     with_overrides["env"] = commands.choices["env"]
     add_env_arguments(with_overrides["env"])
-    from megarl.config.explain import add_arguments as add_explain_arguments
-
+    for name, text, add in (
+        ("compare", "configuration, metrics and paired differences of runs", add_compare_arguments),
+        ("chat", "talk to a model through an engine; questions on standard input", add_chat_arguments),
+        ("merge", "write a LoRA adapter and its base model as one model", add_merge_arguments),
+        ("completion", "completion of commands and settings in a shell", add_completion_arguments),
+    ):
+        add(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
     text = "explain a setting: type, default, meaning, which commands have it"
-    add_explain_arguments(commands.add_parser("config", help=text, description=text, allow_abbrev=False))
+    add_config_arguments(commands.add_parser("config", help=text, description=text, allow_abbrev=False))
+    text = "write a first configuration of a job; asks for what is not given"
+    add_init_arguments(commands.add_parser("init", help=text, description=text, allow_abbrev=False))
     from megarl.recipes import add_arguments as add_recipes_arguments
 
     text = "list, show or copy the configurations that come with MegaRL"
@@ -189,6 +232,7 @@ def make_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser, commands, with_overrides = make_parsers()
+    complete(parser, with_overrides)
     if not arguments:
         parser.print_help()
         raise SystemExit(0)

@@ -227,7 +227,7 @@ class RunDirectory:
             old, parse_yaml(dump_yaml(dict(resolved_config)), "config.yaml", expand=False).value
         )
         if chosen is not None:
-            known = _flatten(old).keys() | _flatten(chosen).keys()
+            known = flatten(old).keys() | flatten(chosen).keys()
             differing = {field: text for field, text in differing.items() if field in known}
         free = [text for field, text in differing.items() if _is_free(field)]
         binding = [text for field, text in differing.items() if not _is_free(field)]
@@ -446,12 +446,13 @@ def _is_free(field: str) -> bool:
     return any(field == free or field.startswith(free + ".") for free in _FREE_FIELDS)
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of nested mappings; an empty mapping is a value."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, name + ".")
+            flat |= flatten(value, name + ".")
         else:
             flat[name] = value
     return flat
@@ -459,7 +460,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     """Return dotted name -> "field (was x, now y)" of the differing fields."""
-    old_flat, new_flat = _flatten(old), _flatten(new)
+    old_flat, new_flat = flatten(old), flatten(new)
     texts = {}
     for field in [*new_flat, *(field for field in old_flat if field not in new_flat)]:
         before, now = (json.dumps(flat[field]) if field in flat else "unset" for flat in (old_flat, new_flat))

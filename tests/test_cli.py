@@ -208,6 +208,18 @@ def test_nothing_heavy_before_the_configuration_is_good(folder: Path) -> None:
         assert done.stdout.splitlines()[-1] == f"{code} []"
 
 
+def test_help_needs_no_schema() -> None:
+    """pydantic and the classes of the settings would double its time."""
+    script = (
+        "import sys; from megarl.cli import make_parsers; make_parsers()[0].format_help(); "
+        "print([m for m in ('pydantic', 'rich', 'yaml', 'numpy') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", script]
+    environment = {**CLEAN, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_who_only_starts_ranks_loads_nothing_heavy(folder: Path) -> None:
     """Importing torch would take seconds before the ranks start, and 200 MiB."""
     script = (

@@ -55,11 +55,13 @@ MAY_IMPORT = {
     "arguments": "",
     "launch": "cluster",
     "recipes": "",
+    "init": "cluster",
+    "completion": "",
     "foreign_output": "",
     "opening": "models",
     "doctor": "cluster environments ops platform",
-    "cli": "arguments foreign_output opening launch recipes run_directory doctor loops convert simulate"
-    " metrics models weights cluster platform",
+    "cli": "arguments foreign_output opening launch recipes init completion run_directory doctor loops"
+    " convert simulate metrics models weights cluster platform",
     "api": "run_directory cluster simulate cli",
     "__main__": "cli",
 }

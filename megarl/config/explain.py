@@ -16,12 +16,6 @@ from megarl.errors import UserError
 from megarl.jobs import roots
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the key, and the command it is asked for."""
-    parser.add_argument("key", metavar="SECTION.KEY", help="e.g. optimizer.lr; a section lists its keys")
-    parser.add_argument("--for", dest="job", metavar="COMMAND", help="of this command alone")
-
-
 def run(options: argparse.Namespace) -> int:
     """Print it.
 

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator
@@ -67,7 +68,12 @@ class Section(BaseModel):
     """Base of all sections: frozen; unknown keys, type coercion and non-finite numbers are errors."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        defer_build=True,  # a command builds the schema of its own root alone
     )
 
     _written: dict[Path, str] = PrivateAttr(default_factory=dict)  # of a root: see megarl.config.load.public
@@ -116,7 +122,8 @@ def as_violation(problem: tuple[str, ...], at: Path = ()) -> Violation:
 def rules_of(kind: type) -> list[str]:
     """Return the names of the rule methods, those of bases first."""
     members = ((name, each) for base in reversed(kind.__mro__) for name, each in vars(base).items())
-    return list(dict.fromkeys(name for name, each in members if hasattr(each, "is_rule")))
+    rules = (name for name, each in members if isinstance(each, FunctionType) and hasattr(each, "is_rule"))
+    return list(dict.fromkeys(rules))
 
 
 def find_violations(section: Section, at: Path = (), *, partial: bool = False) -> list[Violation]:

@@ -9,7 +9,7 @@ from typing import Any
 from megarl.config.evaluate import EvalConfig
 from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.load import public
-from megarl.config.model import is_checkpoint
+from megarl.config.model import ModelConfig, is_checkpoint
 from megarl.config.parallel import ParallelConfig
 from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
 from megarl.data.tokenizer import TurnReader, stop_token_ids
@@ -24,11 +24,14 @@ from megarl.metrics.console import Console
 from megarl.metrics.scores import Scores, is_correct, score, score_by_category, table, vote_of
 from megarl.metrics.timers import PhaseTimers
 from megarl.models.any_family import has_engine_table
+from megarl.models.table import Architecture
 from megarl.records import Group, Prompt
 from megarl.run_directory import RunDirectory
 from megarl.sampling.rollout_manager import RolloutManager, sample_row
 from megarl.trainer.build import build_frozen, finalize, initialize
+from megarl.trainer.interface import RankContext
 from megarl.weights.file_owner import FileOwner
+from megarl.weights.plan import Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +174,7 @@ def run_eval(config: EvalConfig) -> None:
             TurnReader(tokenizer, stops),
         )
         context = initialize(ParallelConfig(), config.run.seed)
-        if has_engine_table(architecture):
-            owners = build_frozen(context, architecture, config.model).weights.owners()
-        else:
-            files = FileOwner(config.model.path, config.model.dtype)
-            owners = [files.owner()]
+        owners = checkpoint_owners(context, architecture, config.model)
         with console.waiting("waiting for the engine"):
             attach_weights(engine, architecture, owners)
         engine.sync(0)
@@ -205,6 +204,13 @@ def run_eval(config: EvalConfig) -> None:
             engine.shutdown()
             workers.shutdown()
     finalize(context)
+
+
+def checkpoint_owners(context: RankContext, architecture: Architecture, model: ModelConfig) -> list[Owner]:
+    """Return the owners of the weights of ``model``'s files, for an engine without a trainer."""
+    if has_engine_table(architecture):
+        return build_frozen(context, architecture, model).weights.owners()
+    return [FileOwner(model.path, model.dtype).owner()]
 
 
 def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: Console) -> None:

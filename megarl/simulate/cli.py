@@ -6,11 +6,13 @@ import argparse
 import gc
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megarl.config.plan import PlanConfig, PlanDtypesConfig, PlanGpuConfig
 from megarl.errors import UserError
 from megarl.jobs import JOBS
+
+if TYPE_CHECKING:
+    from megarl.config.plan import PlanConfig, PlanDtypesConfig, PlanGpuConfig
 
 _OF_THE_PLAN = ("gpu", "dtypes")
 """Sections that a run does not have; with a run's file they are set on the command line."""
@@ -81,6 +83,7 @@ def _read(
     Only the model's config.json is needed: no tokenizer, no weights, no data.
     """
     from megarl.config.load import load_config
+    from megarl.config.plan import PlanConfig
 
     sections = _sections(path)
     if "run" not in sections and "training" not in sections:
@@ -120,6 +123,7 @@ def _sections(path: str) -> list[str]:
 def _hardware(plan: PlanConfig, overrides: list[str]) -> dict[str, PlanGpuConfig | PlanDtypesConfig]:
     """Return the sections of the plan that ``overrides`` change."""
     from megarl.config.load import load_config
+    from megarl.config.plan import PlanConfig
 
     kept = [
         f"{name}={json.dumps(getattr(plan, name).model_dump())}" for name in ("model", "trainer", "workload")

@@ -29,6 +29,7 @@ OUTSIDE = [
     "cd",
     "cp",
     "docker",
+    "echo",
     "export",
     "grep",
     "mkdir",
@@ -36,6 +37,7 @@ OUTSIDE = [
     "pip",
     "py-spy",
     "ray",
+    "rm",
     "sbatch",
 ]
 OUTSIDE += ["sed", "source", "squeue", "tail", "tensorboard", "tmux", "vllm", "python"]
