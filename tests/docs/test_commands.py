@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ from megarl.config.introspect import fields_at
 from megarl.config.load import load_config
 from megarl.jobs import JOBS, job_with_sections, roots
 from megarl.recipes import recipes
-from tools.run_guides import ROOT, blocks, fences, pages
+from tools.run_guides import DOCS, ROOT, blocks, fences, pages
 
 OUTSIDE = [
     "apt-get",
@@ -290,3 +293,25 @@ def test_every_shipped_configuration_is_in_the_gallery() -> None:
     named = {name.replace("*", ".*") for name in re.findall(r"`([a-z0-9_*/]+)`", page)}
     missing = [name for name in recipes() if not any(re.fullmatch(each, name) for each in named)]
     assert missing == []
+
+
+def chance_of(k: int, n: int) -> float:
+    """Exact two-sided binomial test of k heads in n throws: all outcomes that are no more likely."""
+    ways = [math.comb(n, i) for i in range(n + 1)]
+    return sum(each for each in ways if each <= ways[k]) / 2**n
+
+
+def test_the_comparison_that_the_page_on_evaluation_prints(tmp_path: Path) -> None:
+    page = (DOCS / "guides" / "eval.md").read_text()
+    (block,) = [block for language, block in fences(page) if language == "python"]
+    found: dict[str, Any] = {}
+    exec(compile(block, "docs/guides/eval.md", "exec"), found)
+    for name, right in (("a", range(40)), ("b", range(30, 52))):  # 30 problems only a solves, 12 only b
+        (tmp_path / name / "samples").mkdir(parents=True)
+        rows = [{"prompt_index": i, "correct": i in right} for i in range(100)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "samples" / "step_0.jsonl").write_text(text)
+    better, worse, chance = found["compare"](str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (better, worse) == (30, 12)
+    assert chance == pytest.approx(chance_of(12, 42))
+    assert f"(30, 12, {chance:.3f})" in page and f"(30, 24, {chance_of(24, 54):.2f})" in page
