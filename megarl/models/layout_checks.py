@@ -48,8 +48,6 @@ def _check_torch(config: TrainingRoot) -> None:
     ]
     wrong += _unknown_code(config.model)
     check_lora(architecture, config.lora)
-    if config.lora is not None and size > 1:
-        wrong.append("lora: trainer.backend = torch has adapters with parallel.tensor_parallel_size 1 alone")
     if isinstance(config, OnlineConfig):
         check_engine(architecture, config.rollout.engine)
     if wrong:

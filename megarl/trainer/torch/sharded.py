@@ -124,12 +124,12 @@ class Sharded:
 
     # --- passes -------------------------------------------------------------------------------
 
-    def begin_backward(self, *, last: bool) -> None:
-        """Gradients of the next backward pass are reduced over ranks only if it is the ``last`` of a step."""
+    def begin_backward(self, *, reduce: bool) -> None:
+        """With ``reduce`` gradients are reduced over ranks in the next backward pass, else added up here."""
         if self.mesh is not None:
             root = next(self.fsdp_modules())
-            root.set_requires_gradient_sync(last)
-            root.set_is_last_backward(last)
+            root.set_requires_gradient_sync(reduce)
+            root.set_is_last_backward(reduce)
 
     def end_pass(self) -> None:
         """Give up what a pass has gathered."""
@@ -139,13 +139,13 @@ class Sharded:
     def take_gradients(self, names: list[str], main: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's part of each gradient in fp32, summed over all ranks that have one; none are left.
 
-        ``main`` has those that were added up elsewhere than beside their parameters.
+        ``main`` has what was added up elsewhere than beside the parameters, and is changed.
         """
         found = {}
         for name in names:
             grad, self.params[name].grad = self.params[name].grad, None
             if name in main:
-                found[name] = main[name]
+                found[name] = main[name] if grad is None else main[name].add_(local(grad))
             elif grad is not None:
                 found[name] = local(grad).float()
             else:

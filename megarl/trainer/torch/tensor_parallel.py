@@ -30,6 +30,8 @@ _ROW = {"rowwise", "rowwise_split_input", "rowwise_rep"}
 _GATHERS, _SPLITS = {"colwise_gather_output", "colwise_rep"}, {"rowwise_split_input", "rowwise_rep"}
 _PER_HEAD, _EXPERTS = "replicated_with_grad_allreduce", "moe_tp_experts"
 _KNOWN = _COLUMN | _ROW | {_PER_HEAD, _EXPERTS}
+_ADAPTER = re.compile(r"\.(base_layer|lora_[AB]\.default)\b")
+"""What PEFT puts into the names of an adapted projection's parameters."""
 _SEQUENCE = 1  # dimension of tokens in [1, T, H]
 
 
@@ -109,6 +111,13 @@ class _Cutter:
         relative = re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix(f"{body}."))
         return self.plan.get(relative)
 
+    def is_planned(self, module: nn.Module, param: str) -> bool:
+        """Whether the plan shares a parameter, or the projection that an adapter's parameter belongs to."""
+        return any(
+            self.style(_ADAPTER.sub("", name)) is not None
+            for name in (self.names[module], self.name_of(module, param))
+        )
+
     # --- parameters ---------------------------------------------------------------------------
 
     def split(self, module: nn.Module, param: str, dim: int, pieces: int = 1) -> None:
@@ -182,7 +191,7 @@ class _Cutter:
                 self.name_of(module, param)
                 for module in block.modules()
                 for param in module._parameters
-                if self.style(self.names[module]) or self.style(self.name_of(module, param))
+                if self.is_planned(module, param)
             }
             everything = {self.name_of(block, name) for name, _ in block.named_parameters()}
             if planned or planned_params:
@@ -222,27 +231,37 @@ class _Cutter:
 
     def _column(self, module: nn.Module, style: str, *, enter: bool) -> None:
         pieces = 2 if style == "packed_colwise" else 1
-        self.split(module, "weight", 0, pieces)
-        self.split(module, "bias", 0, pieces)
+        base, adapter = _parts_of(module)
+        self.split(base, "weight", 0, pieces)
+        self.split(base, "bias", 0, pieces)
+        if adapter is not None:  # every rank has A whole, and its gradient through its own rows of B
+            self.split(adapter.b, "weight", 0, pieces)
+            self.result.partial.add(self.name_of(adapter.a, "weight"))
         if enter:
             _on_input(module, lambda x: copy_to_ranks(x, self.group))
         if style in _GATHERS:
             _on_output(module, lambda x: gather(x, -1, self.group, partial=False))
 
     def _row(self, module: nn.Module, style: str, leave: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.split(module, "weight", 1)
-        if module.bias is not None and self.sequence:
-            self.result.partial.add(self.name_of(module, "bias"))
+        linear, adapter = _parts_of(module)
+        self.split(linear, "weight", 1)
+        if linear.bias is not None and self.sequence:
+            self.result.partial.add(self.name_of(linear, "bias"))
+        if adapter is not None:  # every rank has B whole, and its gradient through its own columns of A
+            self.split(adapter.a, "weight", 1)
+            self.result.partial.add(self.name_of(adapter.b, "weight"))
         if style in _SPLITS:
             _on_input(module, lambda x: scatter(x, -1, self.group, partial=False))
 
-        linear: Any = module
-
         def forward(x: torch.Tensor) -> torch.Tensor:
-            out = leave(F.linear(x, linear.weight))
+            out = F.linear(x, linear.weight)
+            if adapter is not None and adapter.is_on:
+                out = out + adapter(x)
+            out = leave(out)
             return out if linear.bias is None else out + linear.bias
 
-        linear.forward = forward
+        whole: Any = module
+        whole.forward = forward
 
     def _experts(self, module: nn.Module, *, enter: bool) -> None:
         """Experts stacked in parameters of their own: every rank has a part of each expert."""
@@ -264,6 +283,33 @@ class _Cutter:
 
         module.register_forward_pre_hook(weigh)
         _on_output(module, lambda x: sum_of_parts(x, self.group))
+
+
+class _Adapter:
+    """The adapter of PEFT around a projection."""
+
+    def __init__(self, wrapper: Any) -> None:
+        (name,) = wrapper.lora_A
+        self._wrapper = wrapper
+        self.a: nn.Module = wrapper.lora_A[name]
+        self.b: nn.Module = wrapper.lora_B[name]
+        self._scale = float(wrapper.scaling[name])
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it counts: not while the reference is computed."""
+        return not self._wrapper.disable_adapters
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What it adds to the projection of ``x``."""
+        out: torch.Tensor = self.b(self.a(x)) * self._scale
+        return out
+
+
+def _parts_of(module: nn.Module) -> tuple[Any, _Adapter | None]:
+    """Return the linear layer of a projection, and its adapter if PEFT has wrapped it."""
+    base = getattr(module, "base_layer", None)
+    return (module, None) if base is None else (base, _Adapter(module))
 
 
 def _on_input(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -34,7 +34,7 @@ from megarl.trainer.torch.collectives import copy_to_ranks, gather
 from megarl.trainer.torch.lora import TorchLora, inject, is_adapter, model_name
 from megarl.trainer.torch.model import at_head, build_decoder, check_longest
 from megarl.trainer.torch.optimizer import Optimizer
-from megarl.trainer.torch.sharded import Sharded
+from megarl.trainer.torch.sharded import Sharded, local
 from megarl.trainer.torch.shards import local_regions
 from megarl.trainer.weights import TrainerWeights
 from megarl.weights.hf import load_hf, safetensors_files
@@ -111,6 +111,7 @@ class TorchTrainer:
         self.prepare = self.batch_maker.prepare
         self.before_update: Callable[[], None] | None = None
         self._reference: dict[str, torch.Tensor] | None = None
+        self._reduces_each = context.trainer.reduce_each_microbatch and self.model.mesh is not None
         self._head_copy: weakref.ref[torch.Tensor] | None = None  # freed with the states that need it
         self._main_grads: dict[str, torch.Tensor] = {}
         self._trained: list[str] = []
@@ -143,14 +144,17 @@ class TorchTrainer:
         with ranges.phase("forward_backward" if grad else "forward"), torch.set_grad_enabled(grad):
             for number, batch in enumerate(batches):
                 ranges.tick()
+                last = number == len(batches) - 1
                 if grad:
-                    self.model.begin_backward(last=number == len(batches) - 1)
+                    self.model.begin_backward(reduce=last or self._reduces_each)
                 with attention.of_row(attention.row_of(batch)):
                     hidden = self.decoder(batch)
                     hidden = hidden.view(-1, hidden.shape[-1])
                     result = self._output(batch, hidden).read(fn)
                     if grad:
                         self._backward(hidden, result)
+                        if self._reduces_each and not last:
+                            self._add_reduced()
                 if result is not None:
                     results.append(result)
             self.model.end_pass()
@@ -253,6 +257,19 @@ class TorchTrainer:
                 param.grad = None
 
             param.register_post_accumulate_grad_hook(add)
+
+    def _add_reduced(self) -> None:
+        """Add this rank's part of a microbatch's reduced gradients to those of the step, in fp32."""
+        for name in self._trained:
+            param = self.model.params[name]
+            if param.grad is None:
+                continue
+            part = local(param.grad)
+            param.grad = None
+            if (total := self._main_grads.get(name)) is not None:
+                total.add_(part)
+            else:
+                self._main_grads[name] = part.to(torch.float32, copy=True)
 
     def _zero_gradients(self) -> None:
         self._main_grads.clear()

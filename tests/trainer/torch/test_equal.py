@@ -19,6 +19,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "fsdp2": (2, {}, {}),
     "replicas2": (2, {}, {"replicate_size": 2}),
     "offloaded2": (2, {}, {"cpu_offload": True}),
+    "reduced2": (2, {}, {"reduce_each_microbatch": True}),
+    "reduced-hsdp2x2": (4, {}, {"reduce_each_microbatch": True, "replicate_size": 2}),
+    "reduced-offloaded2": (2, {}, {"reduce_each_microbatch": True, "cpu_offload": True}),
     "tp2": (2, TP2, {}),
     "tp2-sp": (2, SP, {}),
     "fsdp4": (4, {"activation_recompute": "selective"}, {"reshard_after_forward": False}),
@@ -26,7 +29,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2-fsdp2": (4, TP2, {}),
     "tp2-sp-fsdp2": (4, SP | {"activation_recompute": "full"}, {}),
 }
-QUICK = {("llama-biases", "fsdp2"), ("qwen3-moe-mixed-tied", "tp2-sp"), ("qwen3-tied", "tp2-fsdp2")}
+QUICK = {
+    ("llama-biases", "fsdp2"),
+    ("llama-biases", "reduced2"),
+    ("qwen3-moe-mixed-tied", "tp2-sp"),
+    ("qwen3-tied", "tp2-fsdp2"),
+}
 ROWS = [
     pytest.param(model, name, marks=[] if (model, name) in QUICK else pytest.mark.slow)
     for model in MODELS
@@ -66,7 +74,7 @@ def test_layouts_equal_the_megatron_backend(dirs: dict[str, str], model: str, na
     backend_ranks.assert_equal_steps(results[0], megatron(dirs[model]))
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_host_memory_changes_no_bit(dirs: dict[str, str], size: int) -> None:
     """Parameters and optimizer on the host: the same steps as in the device's memory."""
     run = functools.partial(world(size).run, backend_ranks.steps, dirs["llama-biases"], "torch")
@@ -78,10 +86,11 @@ def test_adapters_equal_the_megatron_backend(dirs: dict[str, str]) -> None:
     """Metrics, merged weights and the adapters themselves, on one rank and sharded over two."""
     [ours] = world(1).run(backend_ranks.adapted, dirs["qwen3-tied"], "torch")
     [theirs] = world(1).run(backend_ranks.adapted, dirs["qwen3-tied"], "megatron")
-    sharded, _ = world(2).run(
-        backend_ranks.adapted, dirs["qwen3-tied"], "torch", parallel={"num_processes": 2}
+    sharded, shared = (
+        world(2).run(backend_ranks.adapted, dirs["qwen3-tied"], "torch", parallel=parallel)[0]
+        for parallel in ({"num_processes": 2}, SP | {"num_processes": 2})
     )
-    for found in (ours, sharded):
+    for found in (ours, sharded, shared):
         backend_ranks.assert_equal_steps(found["steps"], theirs["steps"])
         for kind in ("merged", "adapters"):
             assert found[kind].keys() == theirs[kind].keys()
