@@ -34,8 +34,10 @@ _OPEN_FILES_NEEDED = 1024  # Ray's raylet and vLLM together
 
 # Each is imported in a subprocess, so that a crash is a finding too.
 _IMPORTS = {
-    "trainer": "import megatron.core, transformers",
-    "engine": "import vllm, ray",
+    "trainer.backend megatron": "import megatron.core, transformers",
+    "trainer.backend torch": "import torch.distributed.fsdp, transformers",
+    "engine.backend vllm": "import vllm, ray",
+    "engine.backend hf": "import transformers, ray",
     "rewards": "import reasoning_gym, math_verify",
 }
 

@@ -28,7 +28,8 @@ def tables() -> str:
     lines = ["| setting | megatron | torch |", "|---|---|---|"]
     lines += [f"| `{name}` | {megatron} | {torch} |" for name, megatron, torch in rows]
     families = ", ".join(f"`{name}`" for name in FAMILIES)
-    lines += ["", f"Families with a table, which the Megatron backend and vLLM need: {families}."]
+    why = "which the Megatron backend needs and vLLM aliases or copies by"
+    lines += ["", f"Families with a table, {why}: {families}."]
     return "\n".join(lines)
 
 

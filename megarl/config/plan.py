@@ -21,6 +21,16 @@ class PlanModelConfig(Section):
 class PlanTrainerConfig(Section):
     """Parallel layout of the trainer on --gpus GPUs; data parallelism takes the rest."""
 
+    backend: Literal["megatron", "torch"] = "megatron"
+    """As trainer.backend of a run. torch has tensor and data parallelism (FSDP) alone."""
+    replicate_size: PositiveInt = 1
+    """torch: copies of the model among data-parallel ranks (HSDP), each sharded over its part of them."""
+    reshard_after_forward: bool = True
+    """torch: drop a layer's gathered weights after its forward pass and gather them again in the backward."""
+    reduce_each_microbatch: bool = False
+    """torch: reduce gradients after each microbatch, not once a step."""
+    cpu_offload: bool = False
+    """torch: parameters, reduced gradients and optimizer in host memory."""
     tensor_parallel_size: PositiveInt = 1
     """Tensor parallelism: ranks that shard each layer's matrices."""
     sequence_parallel: bool = False

@@ -16,6 +16,8 @@ class TrainerConfig(Section):
     """torch: copies of the model among data-parallel ranks (HSDP), each sharded over its part of them."""
     reshard_after_forward: bool = True
     """torch: drop a layer's gathered weights after its forward pass and gather them again in the backward."""
+    reduce_each_microbatch: bool = False
+    """torch: reduce gradients after each microbatch, not once a step: a rank then keeps only its shards."""
     cpu_offload: bool = False
     """torch: parameters, gradients and optimizer in host memory; layers come to the GPU in turn."""
 
@@ -26,7 +28,7 @@ class TrainerConfig(Section):
 
     @rule
     def _of_torch(self) -> Problems:
-        """`replicate_size`, `reshard_after_forward` and `cpu_offload` need `backend: torch`."""
+        """All fields below `backend` need `backend: torch`."""
         if self.backend != "torch":
-            names = "replicate_size reshard_after_forward cpu_offload"
+            names = "replicate_size reshard_after_forward reduce_each_microbatch cpu_offload"
             yield from self.unused(names, "needs trainer.backend = torch", "backend")

@@ -266,8 +266,6 @@ def _memory(config: TrainingRoot) -> str:
     from megarl.simulate.of_run import not_planned, plan_of
     from megarl.simulate.run import simulate
 
-    if config.trainer.any_family:
-        return "not planned: trainer.backend torch shards parameters, gradients and optimizer over all ranks"
     ranks = config.parallel.num_processes
     try:
         simulation = simulate(plan_of(config, read_model_config(config.model.path)), ranks)
@@ -275,7 +273,7 @@ def _memory(config: TrainingRoot) -> str:
         return f"not planned: {one_line(str(error).splitlines()[0])}"
     fullest = simulation.gpus[max(range(ranks), key=lambda n: simulation.peak(simulation.gpus[n]))]
     peak = max(
-        (while_training(fullest, config.offloads), while_generating(fullest, config.offloads)),
+        (while_training(fullest, simulation.offload), while_generating(fullest, simulation.offload)),
         key=lambda each: each.total,
     )
     parts = {name: getattr(peak, name) for name in type(peak).__dataclass_fields__}

@@ -24,10 +24,7 @@ from megarl.trainer.interface import RankContext
 def read_model(config: TrainingRoot | EvalConfig) -> tuple[Architecture, PreTrainedTokenizerBase, int]:
     """Return the architecture, a tokenizer that fits it, and the longest sequence in tokens."""
     path = config.model.path
-    if isinstance(config, TrainingRoot):
-        any_family = config.trainer.any_family
-    else:
-        any_family = config.rollout.engine.backend == "hf"
+    any_family = config.trainer.any_family if isinstance(config, TrainingRoot) else True
     architecture = load_architecture(path, any_family=any_family)
     tokenizer = load_tokenizer(path)
     apply_format(tokenizer, config.data.format)
@@ -42,12 +39,11 @@ def check_fits(config: TrainingRoot, architecture: Architecture, context: RankCo
         UserError: the first violation of the first rank that has one.
     """
     device = context.platform.device
-    if device.type == "cpu" or config.trainer.backend == "torch":  # of FSDP's shards there is no figure yet
+    if device.type == "cpu":
         return
     memory = least_memory(config, architecture, context.layout, context.at, context.rank)
-    problem = too_small(
-        memory, config.offloads, free_bytes(device), f"rank {context.rank}'s GPU {device.index}"
-    )
+    place = f"rank {context.rank}'s GPU {device.index}"
+    problem = too_small(memory, config.offloads, free_bytes(device), place, config.trainer.backend)
     problems = [each for each in gather(problem) if each is not None]
 
     def check() -> None:

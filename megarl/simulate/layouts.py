@@ -50,6 +50,7 @@ def build_layouts(config: PlanConfig, architecture: Architecture, gpus: int) -> 
     spec = architecture.spec
     trainer, engine, engine_gpus = _trainer_layout(config.trainer, gpus), ParallelLayout(), 0
     wrong = [
+        *_backend_problems(config.trainer, trainer),
         *_trainer_problems(config.trainer, spec, gpus),
         *_stage_problems(trainer, spec),
         *division_problems(architecture, "trainer", trainer, "trainer"),
@@ -109,6 +110,30 @@ def vllm_stage_layers(num_layers: int, stages: int) -> list[int]:
     return sizes
 
 
+def _backend_problems(trainer: PlanTrainerConfig, layout: ParallelLayout) -> Iterator[str]:
+    """Yield a line for each setting that the backend lacks, as a run refuses it."""
+    lacks = _OF_MEGATRON if trainer.backend == "torch" else _OF_TORCH
+    other = "megatron" if trainer.backend == "torch" else "torch"
+    for name in lacks:
+        if (value := getattr(trainer, name)) != type(trainer).model_fields[name].default:
+            yield f"trainer.{name}: needs trainer.backend = {other} (got {value})"
+    if trainer.backend == "megatron":
+        return
+    if layout.data % trainer.replicate_size:
+        yield (
+            f"trainer.replicate_size: must divide the {layout.data} data-parallel ranks "
+            f"(got {trainer.replicate_size})"
+        )
+
+
+_OF_MEGATRON = (
+    *("pipeline_parallel_size", "virtual_pipeline_parallel_size", "first_stage_layers", "last_stage_layers"),
+    *("context_parallel_size", "expert_parallel_size", "expert_tensor_parallel_size"),
+    "distributed_optimizer",
+)
+_OF_TORCH = ("replicate_size", "reshard_after_forward", "reduce_each_microbatch", "cpu_offload")
+
+
 def _trainer_problems(trainer: PlanTrainerConfig, spec: ModelSpec, gpus: int) -> Iterator[str]:
     tensor, stages = trainer.tensor_parallel_size, trainer.pipeline_parallel_size
     model = tensor * stages * trainer.context_parallel_size
@@ -126,7 +151,8 @@ def _trainer_problems(trainer: PlanTrainerConfig, spec: ModelSpec, gpus: int) ->
         )
     if trainer.sequence_parallel and tensor == 1:
         yield "trainer.sequence_parallel: needs trainer.tensor_parallel_size > 1"
-    if spec.moe is not None and tensor > 1 and not trainer.sequence_parallel:
+    needs_sequence = spec.moe is not None and tensor > 1 and trainer.backend == "megatron"
+    if needs_sequence and not trainer.sequence_parallel:
         yield "trainer.sequence_parallel: must be true for experts with tensor_parallel_size > 1"
     if spec.moe is None and experts > 1:
         yield f"trainer.expert_parallel_size: {spec.family} has no experts (got {experts} ranks)"

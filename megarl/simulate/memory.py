@@ -22,7 +22,8 @@ GIB = 2**30
 class GpuMemory:
     """Bytes on one GPU. ``engine_parameters`` excludes aliased ones, which are the trainer's memory.
 
-    ``merged`` is the trainer's copy of LoRA layers with merged adapters, which engines read.
+    ``merged`` is the trainer's copy of LoRA layers with merged adapters, which engines read; ``gathered`` are
+    weights that FSDP holds whole during a pass.
     """
 
     parameters: int = 0
@@ -30,6 +31,7 @@ class GpuMemory:
     optimizer: int = 0
     reference: int = 0
     merged: int = 0
+    gathered: int = 0
     activations: int = 0
     engine_parameters: int = 0
     kv_cache: int = 0
@@ -38,7 +40,7 @@ class GpuMemory:
     def total(self) -> int:
         """Sum of all parts."""
         trainer = self.parameters + self.gradients + self.optimizer + self.reference + self.merged
-        return trainer + self.activations + self.engine_parameters + self.kv_cache
+        return trainer + self.gathered + self.activations + self.engine_parameters + self.kv_cache
 
 
 def while_training(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
@@ -47,9 +49,9 @@ def while_training(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
 
 
 def while_generating(memory: GpuMemory, offload: Collection[str]) -> GpuMemory:
-    """Return the memory during generation: without activations and offloaded parts."""
+    """Return the memory during generation: without what a pass needs, and without offloaded parts."""
     away = {part: 0 for part in ("gradients", "optimizer") if part in offload}
-    return replace(memory, activations=0, **away)
+    return replace(memory, activations=0, gathered=0, **away)
 
 
 def trainer_memory(
@@ -127,24 +129,21 @@ def kv_cache_bytes(config: PlanConfig, spec: ModelSpec, layouts: Layouts) -> int
 
 def all_gpus(
     config: PlanConfig,
-    architecture: Architecture,
+    spec: ModelSpec,
     layouts: Layouts,
-    stages: list[dict[str, ParamShape]],
+    by_stage: list[GpuMemory],
     engine_bytes: list[int],
 ) -> list[GpuMemory]:
     """Return the memory of every GPU, those of the trainer first.
 
     Args:
         config: the plan.
-        architecture: the model.
+        spec: the model.
         layouts: of trainer and engine.
-        stages: the trainer's parameters by pipeline stage.
+        by_stage: the trainer's memory on each rank of a pipeline stage.
         engine_bytes: bytes of parameters that are not aliased, per engine rank; [] without engines.
     """
-    spec, trainer = architecture.spec, layouts.trainer
-    by_stage = [
-        trainer_memory(config, architecture, layouts, stage, shapes) for stage, shapes in enumerate(stages)
-    ]
+    trainer = layouts.trainer
     gpus = [by_stage[trainer.coordinates(rank).pipeline] for rank in range(trainer.world_size)]
     if config.engine is None:
         return gpus

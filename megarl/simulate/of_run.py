@@ -40,7 +40,7 @@ def plan_of(config: TrainingRoot, model_config: dict[str, Any]) -> PlanConfig:
         model=PlanModelConfig(path=config.model.path),
         trainer=PlanTrainerConfig(
             **layout,
-            distributed_optimizer=config.optimizer.distributed,
+            **_of_backend(config),
             keep_reference=isinstance(config, OnlineConfig) and config.algorithm.needs_reference,
             lora=config.lora and LoraLayers(rank=config.lora.rank, target_modules=config.lora.target_modules),
         ),
@@ -58,6 +58,13 @@ def plan_of(config: TrainingRoot, model_config: dict[str, Any]) -> PlanConfig:
     )
 
 
+def _of_backend(config: TrainingRoot) -> dict[str, Any]:
+    """Return the plan's settings that one backend alone has."""
+    if config.trainer.backend == "megatron":
+        return {"distributed_optimizer": config.optimizer.distributed}
+    return config.trainer.model_dump()
+
+
 def not_planned(config: TrainingRoot) -> list[str]:
     """Return a line per part of the run that its plan does not count."""
     lines = []
@@ -65,8 +72,6 @@ def not_planned(config: TrainingRoot) -> list[str]:
         lines.append(f"not counted: the critic ({critic.path or config.model.path})")
     if (teacher := getattr(config, "teacher", None)) is not None:
         lines.append(f"not counted: the teacher ({teacher.path})")
-    if config.trainer.backend == "torch":
-        lines.append("counted as Megatron-Core holds it: trainer.backend torch shards all of it (FSDP2)")
     return lines
 
 

@@ -14,7 +14,7 @@ from megarl.layout import RankCoordinates
 from megarl.models import load_architecture
 from megarl.models.lora import check_lora
 from megarl.models.spec import ModelSpec
-from megarl.simulate import memory, transfer
+from megarl.simulate import fsdp, memory, transfer
 from megarl.simulate.layouts import Layouts, build_layouts
 from megarl.simulate.shapes import active_elements, hf_elements, stage_shapes
 
@@ -41,12 +41,19 @@ class Simulation:
     kv_bytes_per_token: int
     engine_bytes: list[int]  # parameters per engine rank, in bytes
     weight_sync: WeightSync | None  # None without engines
+    collectives: fsdp.Collectives | None  # of the torch backend
     notes: list[str]
     seconds: float  # duration of planning
 
+    @property
+    def offload(self) -> list[str]:
+        """Return what is freed while engines generate; the torch backend keeps no gradients between steps."""
+        gone = ["gradients"] if self.config.trainer.backend == "torch" else []
+        return [*self.config.weights.offload, *gone]
+
     def peak(self, gpu: memory.GpuMemory) -> int:
         """Return the peak bytes of a GPU, without reserved memory."""
-        offload = self.config.weights.offload
+        offload = self.offload
         return max(memory.while_training(gpu, offload).total, memory.while_generating(gpu, offload).total)
 
     @property
@@ -83,6 +90,7 @@ class Simulation:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "engine_bytes": self.engine_bytes,
             **self._weight_sync_as_json(),
+            "collectives": None if self.collectives is None else asdict(self.collectives),
             "notes": self.notes,
             "seconds": self.seconds,
         }
@@ -113,9 +121,20 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
         stage_shapes(architecture, "trainer", trainer, RankCoordinates(pipeline=stage))
         for stage in range(trainer.pipeline)
     ]
+    by_torch = config.trainer.backend == "torch"
+    if by_torch:
+        by_stage = [fsdp.rank_memory(config, architecture, layouts)]
+    else:
+        by_stage = [
+            memory.trainer_memory(config, architecture, layouts, stage, shapes)
+            for stage, shapes in enumerate(stages)
+        ]
     engine_bytes, own, weight_sync, kv_bytes = list[int](), list[int](), None, 0
     if config.engine is not None:
-        owners = transfer.trainer_owners(config, architecture, layouts, stages)
+        if by_torch and fsdp.is_sharded(config, trainer):
+            owners = fsdp.owners_of(config, architecture, layouts)
+        else:  # one data-parallel rank has its parameters as engines fuse them, with either backend
+            owners = transfer.trainer_owners(config, architecture, layouts, stages)
         ranks = transfer.EngineRanks(config, architecture, layouts)
         traffic = transfer.plan_traffic(owners, ranks, layouts.engine_gpus)
         engine_bytes = [ranks.num_bytes(rank) for rank in range(layouts.engine_gpus)]
@@ -132,10 +151,11 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
         spec=spec,
         num_parameters=hf_elements(architecture),
         num_active_parameters=active_elements(architecture),
-        gpus=memory.all_gpus(config, architecture, layouts, stages, own),
+        gpus=memory.all_gpus(config, spec, layouts, by_stage, own),
         kv_bytes_per_token=kv_bytes,
         engine_bytes=engine_bytes,
         weight_sync=weight_sync,
+        collectives=fsdp.collectives(config, architecture, layouts) if by_torch else None,
         notes=_notes(config, spec),
         seconds=time.perf_counter() - start,
     )
@@ -144,8 +164,10 @@ def simulate(config: PlanConfig, gpus: int) -> Simulation:
 def _notes(config: PlanConfig, spec: ModelSpec) -> list[str]:
     """Return notes on settings of the plan that a MegaRL run does not support."""
     notes, asked = [], config.trainer
-    if spec.not_trainable:
+    if spec.not_trainable and asked.backend == "megatron":
         notes.append(f"the trainer cannot build {spec.family} yet: {spec.not_trainable}")
+    if asked.backend == "torch" and asked.activation_recompute != "full":
+        notes.append("activations are those of MegaRL's layers; transformers' keep some more")
     wanted = {
         "expert_tensor_parallel_size": asked.expert_tensor_parallel_size > 1,
         "first_stage_layers": asked.first_stage_layers is not None,

@@ -19,6 +19,7 @@ def show(simulation: Simulation, console: Console) -> None:
     _header(simulation, console)
     console.print(_memory_table(simulation))
     _fit(simulation, console)
+    _collectives(simulation, console)
     if simulation.weight_sync is not None:
         console.print(_transfer_table(simulation, simulation.weight_sync))
         _weight_sync(simulation.weight_sync, console)
@@ -58,6 +59,7 @@ _ROWS: list[tuple[str, Callable[[GpuMemory], int]]] = [
     ("optimizer state", lambda gpu: gpu.optimizer),
     ("reference", lambda gpu: gpu.reference),
     ("merged adapters", lambda gpu: gpu.merged),
+    ("gathered weights", lambda gpu: gpu.gathered),
     ("activations", lambda gpu: gpu.activations),
     ("engine's own parameters", lambda gpu: gpu.engine_parameters),
     ("KV cache", lambda gpu: gpu.kv_cache),
@@ -65,7 +67,7 @@ _ROWS: list[tuple[str, Callable[[GpuMemory], int]]] = [
 
 
 def _memory_table(simulation: Simulation) -> Table:
-    offload = simulation.config.weights.offload
+    offload = simulation.offload
     fullest = {name: simulation.gpus[number] for name, number in simulation.fullest.items()}
     table = Table(title="Memory per GPU, GiB", title_justify="left")
     table.add_column("")
@@ -101,6 +103,20 @@ def _fit(simulation: Simulation, console: Console) -> None:
     console.print(
         f"KV cache: {token / 1024:.1f} KiB per token and GPU; holds {tokens:,} tokens, "
         f"{tokens // length:,} sequences of {length:,}, per data-parallel rank of an engine"
+    )
+
+
+def _collectives(simulation: Simulation, console: Console) -> None:
+    if (found := simulation.collectives) is None:
+        return
+    trainer, layout = simulation.config.trainer, simulation.layouts.trainer
+    replicas = f", {trainer.replicate_size} replicas" if trainer.replicate_size > 1 else ""
+    when = "microbatch" if trainer.reduce_each_microbatch else "step"
+    also = f" and {found.replicated / GIB:.2f} between replicas" if found.replicated else ""
+    console.print(
+        f"FSDP over {layout.data // trainer.replicate_size} GPUs{replicas}: a microbatch gathers "
+        f"{found.gathered / GIB:.2f} GiB of weights on each ({found.gather_seconds.bound:.3f} s), a {when} "
+        f"reduces {found.reduced / GIB:.2f} GiB of gradients{also} ({found.reduce_seconds.bound:.3f} s)"
     )
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from megarl.cli import main
 from megarl.config.grpo import GrpoConfig
@@ -18,6 +19,8 @@ from megarl.jobs import roots
 from megarl.models import load_architecture
 from megarl.models.layout_checks import engine_problems, layout_problems
 from megarl.simulate.run import _notes, simulate
+from megarl.trainer.torch.model import build_decoder
+from megarl.trainer.torch.tensor_parallel import check_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "recipes"
 RECIPES = sorted(file for file in FOLDER.glob("*.yaml") if not file.stem.startswith("plan_"))
@@ -40,7 +43,7 @@ def plan_of(file: Path) -> PlanConfig:
 def test_every_plan_has_its_recipe() -> None:
     plans = {file.stem.removeprefix("plan_") for file in FOLDER.glob("plan_*.yaml")}
     assert plans == {recipe.stem.removeprefix("grpo_") for recipe in RECIPES}
-    assert len(RECIPES) >= 6
+    assert len(RECIPES) >= 8
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -51,7 +54,12 @@ def test_recipe_is_valid_and_its_layout_possible(
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(type(config), tmp_path / "config.yaml", check_files=False) == config
     assert f"{config.parallel.num_processes}xh100" in file.stem
-    assert list(layout_problems(load_architecture(config.model.path), config.parallel)) == []
+    if config.trainer.backend == "torch":  # by the plan that transformers has for the model
+        decoder = build_decoder(config.model, torch.bfloat16)
+        if (size := config.parallel.tensor_parallel_size) > 1:
+            check_plan(decoder, size)
+    else:
+        assert list(layout_problems(load_architecture(config.model.path), config.parallel)) == []
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -61,7 +69,10 @@ def test_plan_is_of_the_same_layout(file: Path, monkeypatch: pytest.MonkeyPatch)
     for name in type(plan.trainer).model_fields:
         if name in type(config.parallel).model_fields:
             assert getattr(plan.trainer, name) == getattr(config.parallel, name), name
-    assert plan.trainer.distributed_optimizer == config.optimizer.distributed
+    for name in type(config.trainer).model_fields:
+        assert getattr(plan.trainer, name) == getattr(config.trainer, name), name
+    if config.trainer.backend == "megatron":
+        assert plan.trainer.distributed_optimizer == config.optimizer.distributed
     assert plan.dtypes.parameters == config.model.dtype
     assert plan.workload.tokens_per_microbatch == config.packing.max_tokens_per_microbatch
     assert plan.workload.sequence_length == config.packing.max_sequence_length

@@ -25,8 +25,14 @@ BASE: dict[str, Any] = {
     "workload": {"sequence_length": 4096, "tokens_per_microbatch": 16384},
 }
 # Key -> another value, and what else the comparison is made under.
+TORCH = {"dense": True, "trainer.pipeline_parallel_size": 1, "trainer.backend": "torch"}
 APART = {"engine.colocated": False, "engine.num_gpus": 8}
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "trainer.backend": ("torch", {"dense": True, "trainer.pipeline_parallel_size": 1}),
+    "trainer.replicate_size": (2, TORCH),
+    "trainer.reshard_after_forward": (False, TORCH),
+    "trainer.reduce_each_microbatch": (True, TORCH),
+    "trainer.cpu_offload": (True, TORCH),
     "trainer.tensor_parallel_size": (4, {}),
     "trainer.sequence_parallel": (True, {"dense": True, "trainer.sequence_parallel": False}),
     "trainer.pipeline_parallel_size": (4, {}),

@@ -228,3 +228,47 @@ def offer_and_train(
         if context.is_first:
             ranks.put(place / f"exported-{number}", exported)
         ranks.take(place / f"read-{number}")
+
+
+def held(context: Any, model_dir: str, trainer: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of this rank's parameters, moments and masters, and its boxes of the checkpoint's tensors."""
+    policy = build(context, model_dir, trainer=trainer)
+    step(policy, "sft", 0)
+    state = [tensor.nbytes for _, _, tensor in policy.optimizer.state()]
+    return {
+        "parameters": sum(policy.model.tensors[name].nbytes for name in policy.model.params),
+        "optimizer": sum(state),
+        "boxes": {(region.hf, region.box) for region in policy.regions},
+    }
+
+
+def gathered(context: Any, model_dir: str, trainer: dict[str, Any]) -> dict[str, Any]:
+    """Bytes this rank receives in the all-gathers of one microbatch, and in its reduction."""
+    import torch
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        gathered = reduced = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name, size = str(func), dist.get_world_size()
+            if name.startswith("c10d.") and _first(args[0]).dtype == torch.float32:  # others are pickles
+                if "allgather" in name or "all_gather" in name:
+                    self.gathered += _first(args[0]).nbytes * (size - 1) // size
+                if "reduce_scatter" in name:
+                    self.reduced += _first(args[0]).nbytes * (size - 1)
+            return func(*args, **(kwargs or {}))
+
+    def _first(value: Any) -> torch.Tensor:
+        while not isinstance(value, torch.Tensor):
+            value = value[0]
+        return value
+
+    policy = build(context, model_dir, trainer=trainer, budget=4096)
+    batches = ranks.prepare(policy, ranks.make_sequences(30), "token").batches
+    assert len(batches) == 1
+    step(policy, "sft", 0)
+    with Count() as count:
+        policy.optimizer_step(batches, lambda output: sft_loss(output.logprobs()))
+    return {"gathered": count.gathered, "reduced": count.reduced}
