@@ -34,7 +34,7 @@ class AdapterCheckpoint:
         Raises UserError if the run's configuration is missing or does not match.
         """
         self.reader, self.architecture, self.hf_files = reader, architecture, base
-        lora = _settings(directory)
+        lora = lora_settings(directory)
         self._scale, self._base = lora.alpha / lora.rank, HfReader(base, architecture)
         self._pieces = _pieces(architecture, lora)
         self.dtype = reader.dtypes[next(name for name in reader.shapes if _MARK in name)]
@@ -60,7 +60,8 @@ class AdapterCheckpoint:
         return merged(weight, a, b, self._scale)
 
 
-def _settings(directory: Path) -> LoraConfig:
+def lora_settings(directory: Path) -> LoraConfig:
+    """Read the adapters' settings from the configuration of the run that wrote a checkpoint."""
     config = directory.parent.parent / "config.yaml"
     if not config.is_file():
         raise UserError(

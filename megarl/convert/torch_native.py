@@ -16,17 +16,21 @@ import torch
 
 from megarl.config.model import ModelConfig
 from megarl.convert import hf_side
+from megarl.convert.adapters import lora_settings
 from megarl.convert.commands import config_places, find_iteration, output_directory
 from megarl.convert.distcp import DistcpReader
+from megarl.convert.hf_side import HfReader
 from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.models.table import Region
 from megarl.models.transformers_regions import transformers_regions
 from megarl.trainer.checkpoint_files import RankFiles
 from megarl.trainer.torch.checkpoint import MODEL, TRAINER_FILE, Held, read_tensors, write_facts
+from megarl.trainer.torch.lora import is_adapter
 from megarl.trainer.torch.model import build_decoder, named_tensors
 from megarl.trainer.torch.shards import Part, chunks_of
 from megarl.weights.hf import region_index, safetensors_files
+from megarl.weights.peft import merged
 
 HF_FILES = "hf"
 """Folder of a converted checkpoint with config.json and the tokenizer, for the way back."""
@@ -45,7 +49,7 @@ def hf_to_torch(
     Raises:
         UserError: transformers cannot build the model, or tensors are missing, left over or misshapen.
     """
-    reader = hf_side.HfReader(source, load_architecture(source, any_family=True))
+    reader = HfReader(source, load_architecture(source, any_family=True))
     wanted = getattr(torch, dtype) if dtype else None
     shapes, regions = _model(source, set(safetensors_files(source)))
     made_of: dict[str, list[Region]] = {}
@@ -89,13 +93,15 @@ def torch_to_hf(
     if hf_files is None:
         raise UserError(f"{source}: no config.json beside it; name a directory that has one (--hf-config)")
     stored = DistcpReader(directory)
-    if any(".lora_" in key for key in stored.shapes):
-        raise UserError(f"{source} holds adapters alone: convert what its run exported")
     if not is_torch_checkpoint(directory):
         raise UserError(f"{source} is no checkpoint of the torch backend (megatron-to-hf reads Megatron's)")
     wanted = getattr(torch, dtype) if dtype else None
-    shapes, regions = _model(hf_files, _names(hf_files))
-    tensors = _Tensors(directory, shapes, regions, stored, wanted)
+    tensors: _Tensors | _MergedTensors
+    if any(is_adapter(key) for key in stored.shapes):
+        tensors = _MergedTensors(directory, hf_files, stored, wanted)
+    else:
+        shapes, regions = _model(hf_files, _names(hf_files))
+        tensors = _Tensors(directory, shapes, regions, stored, wanted)
     shards = hf_side.plan_shards(tensors.sizes, max_bytes)
     request = {"source": str(source.resolve()), "dtype": str(wanted), "max_bytes": max_bytes}
     with output_directory(target, request, overwrite) as partial:
@@ -148,12 +154,48 @@ class _Tensors:
 
     def _piece(self, region: Region) -> torch.Tensor:
         if self._last is None or self._last[0] != region.param:
-            shape = self._shapes[region.param]
-            whole = torch.empty(shape, dtype=self._stored.dtypes[MODEL + region.param])
-            part = Part(shape, chunks_of(shape, None))
-            read_tensors(self._directory, {MODEL + region.param: Held(whole, part)})
-            self._last = (region.param, whole)
+            found, wanted = self._stored.shapes[MODEL + region.param], self._shapes[region.param]
+            if found != wanted:
+                sizes = f"shape {list(found)}, the model {list(wanted)}"
+                raise UserError(f"{self._directory}: {MODEL + region.param} has {sizes}")
+            self._last = (region.param, read_whole(self._directory, self._stored, MODEL + region.param))
         return self._last[1][region_index(region.index)].to(self._type(region.param))
+
+
+class _MergedTensors:
+    """The model of a LoRA run, whose checkpoint holds adapters alone: they are merged as a tensor is read."""
+
+    def __init__(self, directory: Path, base: Path, stored: DistcpReader, dtype: torch.dtype | None) -> None:
+        """``base`` is the Hugging Face directory the run started from, or a copy of it."""
+        lora = lora_settings(directory)
+        architecture = load_architecture(base, any_family=True)
+        self._directory, self._stored, self._scale = directory, stored, lora.alpha / lora.rank
+        self._base = HfReader(base, architecture)
+        self._trained_as = next(kind for key, kind in stored.dtypes.items() if is_adapter(key))
+        self._dtype = dtype or self._trained_as
+        shapes = architecture.hf_shapes()
+        self.sizes = {name: math.prod(shape) * self._dtype.itemsize for name, shape in shapes.items()}
+        ours = (key.removeprefix(MODEL) for key in stored.shapes if key.startswith(MODEL) and is_adapter(key))
+        adapted = {name.partition(".lora_")[0] for name in ours}
+        if strange := sorted(module for module in adapted if f"{module}.weight" not in shapes):
+            raise UserError(f"{directory}: {base} has no tensor {strange[0]}.weight, which an adapter is of")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor with its adapter."""
+        weight, module = self._base.read(name).to(self._trained_as), name.removesuffix(".weight")
+        keys = [f"{MODEL}{module}.lora_{which}.default.weight" for which in ("A", "B")]
+        if keys[0] in self._stored.shapes:
+            a, b = (read_whole(self._directory, self._stored, key) for key in keys)
+            weight = merged(weight, a, b, self._scale)
+        return weight.to(self._dtype)
+
+
+def read_whole(directory: Path, stored: DistcpReader, key: str) -> torch.Tensor:
+    """Return one whole tensor of a checkpoint, by its key."""
+    shape = stored.shapes[key]
+    whole = torch.empty(shape, dtype=stored.dtypes[key])
+    read_tensors(directory, {key: Held(whole, Part(shape, chunks_of(shape, None)))})
+    return whole
 
 
 def _names(directory: Path) -> set[str] | None:

@@ -36,3 +36,26 @@ def test_there_and_back(tmp_path: Path, name: str, capsys: pytest.CaptureFixture
     assert (target / "config.json").is_file()
     assert main(["convert", "torch-to-hf", str(source), str(tmp_path / "no")]) == 2
     assert "neither a Megatron checkpoint" in capsys.readouterr().err
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    """As the run itself exports them."""
+    import yaml
+
+    from tests.models.tiny import save_model
+    from tests.trainer.torch import backend_ranks
+    from tests.trainer.world import world
+
+    source, run, target = tmp_path / "hf", tmp_path / "run", tmp_path / "merged"
+    save_model("qwen3-tied", source)
+    [exported] = world(1).run(backend_ranks.save_adapters, str(source), str(run))
+    config = {"model": {"path": str(source)}, "lora": {"rank": 4, "alpha": 6.0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["convert", "torch-to-hf", str(run / "checkpoints" / "step_2"), str(target)]) == 0
+    found, before = tensors(target), tensors(source)
+    assert found.keys() == exported.keys()
+    assert all(abs(found[name].numpy() - value).max() < 1e-6 for name, value in exported.items())
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2] for name in found if not found[name].equal(before[name])
+    }
+    assert {"q_proj", "down_proj"} <= changed and "embed_tokens" not in changed

@@ -272,3 +272,19 @@ def gathered(context: Any, model_dir: str, trainer: dict[str, Any]) -> dict[str,
     with Count() as count:
         policy.optimizer_step(batches, lambda output: sft_loss(output.logprobs()))
     return {"gathered": count.gathered, "reduced": count.reduced}
+
+
+def save_adapters(context: Any, model_dir: str, run_dir: str) -> dict[str, Any]:
+    """A checkpoint of adapters after two steps, as a run keeps it, and the merged weights (on rank 0)."""
+    from pathlib import Path
+
+    from megarl.config.lora import LoraConfig
+
+    policy = build(context, model_dir, lora=LoraConfig(rank=4, alpha=6.0))
+    step(policy, "sft", 0)
+    step(policy, "sft", 1)
+    directory = Path(run_dir) / "checkpoints" / "step_2"
+    if context.is_first:
+        directory.mkdir(parents=True)
+    policy.save(directory, optimizer=True)
+    return ranks.weights(policy)
