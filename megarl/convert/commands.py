@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megarl.config import hub
 from megarl.convert import distcp, hf_side
 from megarl.convert.adapters import AdapterCheckpoint, has_adapters
 from megarl.convert.pieces import Dialect, Piece, extra_states, pieces_of
@@ -197,11 +198,13 @@ def config_places(path: Path, directory: Path) -> list[Path | None]:
         if (place / "config.json").is_file()
     ]
     run_config = directory.parent.parent / "config.yaml"
-    if run_config.is_file():
+    if not places and run_config.is_file():
         import yaml
 
-        model = Path(yaml.safe_load(run_config.read_text())["model"]["path"])
-        places.append(model if (model / "config.json").is_file() else None)
+        named = hub.directory_of(yaml.safe_load(run_config.read_text())["model"]["path"])
+        if isinstance(named, hub.HubDirectory):
+            hub.fetch(named)  # the run has it in the cache
+        places.append(Path(named) if (Path(named) / "config.json").is_file() else None)
     return places
 
 

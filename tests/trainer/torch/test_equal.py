@@ -74,7 +74,8 @@ def test_layouts_equal_the_megatron_backend(dirs: dict[str, str], model: str, na
     backend_ranks.assert_equal_steps(results[0], megatron(dirs[model]))
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
 def test_host_memory_changes_no_bit(dirs: dict[str, str], size: int) -> None:
     """Parameters and optimizer on the host: the same steps as in the device's memory."""
     run = functools.partial(world(size).run, backend_ranks.steps, dirs["llama-biases"], "torch")
