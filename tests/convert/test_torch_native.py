@@ -59,3 +59,28 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
         name.rpartition(".")[0].rpartition(".")[2] for name in found if not found[name].equal(before[name])
     }
     assert {"q_proj", "down_proj"} <= changed and "embed_tokens" not in changed
+
+
+def test_a_run_from_the_hub_is_converted_with_its_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import yaml
+
+    from megarl.config import hub
+    from megarl.convert.torch_native import hf_to_torch
+    from tests.models.tiny import save_model
+
+    snapshot, run = tmp_path / "snapshot", tmp_path / "run"
+    save_model("llama-biases", snapshot)
+    hf_to_torch(snapshot, run / "checkpoints" / "step_1", dtype=None, max_bytes=10**9)
+    for copy in (run / "checkpoints" / "step_1" / "hf").iterdir():
+        copy.unlink()
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"path": "org/name"}}))
+    fetched = []
+    monkeypatch.setattr(hub, "resolve_id", lambda name: hub.HubDirectory(str(snapshot), name))
+    monkeypatch.setattr(hub, "fetch", fetched.append)
+    target = tmp_path / "hf"
+    assert main(["convert", "torch-to-hf", str(run / "checkpoints" / "step_1"), str(target)]) == 0
+    assert fetched == [str(snapshot)]
+    found, before = tensors(target), tensors(snapshot)
+    assert found.keys() == before.keys() and all(found[name].equal(before[name]) for name in found)
