@@ -185,9 +185,16 @@ def _describe_parameters(plan: WeightPlan, report: AttachReport) -> Iterator[str
 
 
 def _tensors_of(architecture: Architecture, owners: list[Owner]) -> dict[str, ParamInfo]:
-    """Return the checkpoint's tensors, in the types that the trainer has them in."""
+    """Return the checkpoint's tensors, in the types that the trainer has them in.
+
+    Raises:
+        UserError: no trainer rank holds one.
+    """
     dtypes = {r.hf: owner.params[r.param].dtype for owner in owners for r in owner.regions}
-    return {name: ParamInfo(shape, dtypes[name]) for name, shape in architecture.hf_shapes().items()}
+    shapes = architecture.hf_shapes()
+    if missing := sorted(shapes.keys() - dtypes.keys()):
+        raise UserError("\n".join(f"weights: no trainer rank has {name}" for name in missing))
+    return {name: ParamInfo(shape, dtypes[name]) for name, shape in shapes.items()}
 
 
 def _whole(tensors: Mapping[str, ParamInfo]) -> list[Region]:
