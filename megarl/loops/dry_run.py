@@ -112,6 +112,10 @@ def _state_of_run(config: Any) -> str:
     directory = RunDirectory(config.run.dir)
     if not isinstance(config, TrainingRoot):
         return f"{directory.path}"
+    if is_checkpoint(config.model.path):
+        from megarl.loops.start_weights import with_converted_path
+
+        config = with_converted_path(config)  # as the run's own configuration has it
     if (line := directory.check_before_start(config)) is not None:
         return line
     latest = directory.latest_checkpoint()

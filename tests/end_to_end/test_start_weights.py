@@ -28,6 +28,8 @@ def test_from_megatron_to_torch_and_back(tmp_path: Path, sft_run: FinishedRun) -
     back = losses(tmp_path, "megatron", tmp_path / "torch")
     assert back == losses(tmp_path, "megatron-hf", tmp_path / "torch" / "hf")
     assert there[0] != back[0]
+    output = tmp_path / "dry.log"
+    assert "complete, 2 of 2" in run("sft", "-c", tmp_path / "torch.yaml", *torch, "--dry-run", output=output)
     again = Command(
         *("sft", "--config", tmp_path / "megatron.yaml", "trainer.backend=torch", "training.num_steps=3"),
         output=tmp_path / "again.log",
