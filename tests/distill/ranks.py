@@ -28,10 +28,10 @@ def build(
     from megarl.config.trainer import TrainerConfig
     from megarl.losses.distill import DistillOptions
     from megarl.models import load_architecture
-    from megarl.trainer.build import _trainer_class
+    from megarl.trainer.build import trainer_class
 
     context = replace(context, trainer=TrainerConfig(**(trainer or {})))
-    kind = _trainer_class(context)
+    kind = trainer_class(context)
     packing = PackingConfig(max_tokens_per_microbatch=96)
     student = kind(
         context,

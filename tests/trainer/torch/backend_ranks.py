@@ -36,10 +36,10 @@ def build(
     from megarl.config.packing import PackingConfig
     from megarl.config.trainer import TrainerConfig
     from megarl.models import load_architecture
-    from megarl.trainer.build import _trainer_class
+    from megarl.trainer.build import trainer_class
 
     context = replace(context, trainer=TrainerConfig(backend=backend, **(trainer or {})))
-    return _trainer_class(context)(
+    return trainer_class(context)(
         context,
         architecture or load_architecture(model_dir, any_family=any_family),
         ModelConfig(path=model_dir),
