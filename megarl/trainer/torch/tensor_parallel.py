@@ -140,7 +140,8 @@ class _Cutter:
         assert old is not None
         shape = list(old.shape)
         shape[split.dim] = split.size
-        new = nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device))
+        part = torch.empty(shape, dtype=old.dtype, device=old.device)
+        new = nn.Parameter(part, requires_grad=old.requires_grad)  # under adapters it is frozen
         for other in self.decoder.modules():  # tied ones stay tied
             for key, value in other._parameters.items():
                 if value is old:
