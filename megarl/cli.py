@@ -187,7 +187,13 @@ def make_parsers() -> tuple[
     report = commands.add_parser(
         "report", help="write or update the HTML report of a run", allow_abbrev=False
     )
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run directory, e.g. runs/quickstart")
+    report.add_argument(
+        "run_dirs",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="run directory, e.g. runs/quickstart; with several, the others' curves beside the first's",
+    )
     report.add_argument(
         "--serve", action="store_true", help="follow the run: serve a page on 127.0.0.1 that refreshes itself"
     )
@@ -459,20 +465,22 @@ def _resolved(config: TrainingRoot | EvalConfig) -> str:
 
 
 def _report(options: argparse.Namespace) -> int:
-    run_dir = options.run_dir
-    if options.serve and not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run directory")
+    run_dirs = options.run_dirs
+    for run_dir in run_dirs:
+        if options.serve and not run_dir.is_dir():
+            raise UserError(f"{run_dir}: no such run directory")
+        if not options.serve and not (run_dir / "metrics.jsonl").is_file():
+            raise UserError(f"{run_dir}: not a run directory (no metrics.jsonl in it)")
     if options.serve:
         from megarl.metrics.report_server import ReportServer
 
-        with ReportServer(run_dir, options.port) as server:
-            print(f"Serving {run_dir} at {server.url} (Ctrl-C ends it; the run goes on)", flush=True)
+        with ReportServer(run_dirs, options.port) as server:
+            names = ", ".join(map(str, run_dirs))
+            print(f"Serving {names} at {server.url} (Ctrl-C ends it; the run goes on)", flush=True)
             server.serve_forever()
-    if not (run_dir / "metrics.jsonl").is_file():
-        raise UserError(f"{run_dir}: not a run directory (no metrics.jsonl in it)")
-    from megarl.metrics.report import write_report
+    from megarl.metrics.report import write_comparison, write_report
 
-    print(write_report(run_dir))
+    print(write_comparison(run_dirs) if len(run_dirs) > 1 else write_report(run_dirs[0]))
     return 0
 
 

@@ -14,6 +14,7 @@ DIFFERENCE_LIMITS = {"float32": 1e-3, "bfloat16": 0.3}
 """Largest |rollout - trainer logprob| of one policy: measured 4e-5 in fp32, up to 0.28 in bf16."""
 
 _RECENT = 10  # steps over which recent means are taken
+_FALL = 0.05  # of accuracy since its best; on some hundred problems smaller ones are noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def run_checks(steps: Sequence[Mapping[str, Any]], dtype: str) -> list[Check]:
                 f"{see('cut-responses')}.",
             )
         )
+    findings += _fallen_accuracy(steps)
     order = {"bad": 0, "warn": 1}
     findings.sort(key=lambda check: order[check.tone])
     agree = ", engine and trainer agree" if any("logprob_abs_diff_max" in step for step in steps) else ""
@@ -105,6 +107,22 @@ def _disagreement(steps: Sequence[Mapping[str, Any]], limit: float) -> list[Chec
             "warn",
             f"Engine and trainer logprobs differ by up to {worst:.2g} (step {step}; {len(above)} steps above "
             f"the limit {limit:g}): they may not be the same policy{see('logprob-difference')}.",
+        )
+    ]
+
+
+def _fallen_accuracy(steps: Sequence[Mapping[str, Any]]) -> list[Check]:
+    found = [(float(step["accuracy"]), step["step"]) for step in steps if step.get("accuracy") is not None]
+    if len(found) < 3:
+        return []
+    (best, step), (last, _) = max(found, key=lambda each: each[0]), found[-1]
+    if not best - last >= _FALL:
+        return []
+    return [
+        Check(
+            "warn",
+            f"Held-out accuracy fell from {best:.1%} at step {step} to {last:.1%}: "
+            "checkpoint.keep_best_metric: accuracy keeps the best checkpoint.",
         )
     ]
 

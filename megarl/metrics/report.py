@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from html import escape
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.metrics.checks import DIFFERENCE_LIMITS, Check, run_checks
+from megarl.metrics.comparison import config_differences
 from megarl.metrics.report_data import MAX_SAMPLE_BYTES, RunData, chart_columns, read_run
 from megarl.metrics.report_series import Best
 from megarl.metrics.summary import as_number
@@ -41,8 +42,20 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(run: RunData, version: str | None = None) -> str:
-    """Return the page.
+def write_comparison(run_dirs: Sequence[Path]) -> Path:
+    """Write <first run>/compare.html, the first run's report with the others' curves; return its path.
+
+    Raises:
+        UserError: as :func:`write_report`.
+    """
+    first, *others = (read_run(path) for path in run_dirs)
+    path = run_dirs[0] / "compare.html"
+    write_atomically(path, render(first, others=others))
+    return path
+
+
+def render(run: RunData, version: str | None = None, others: Sequence[RunData] = ()) -> str:
+    """Return the page, with the curves of ``others`` beside those of ``run``.
 
     With ``version`` it follows the run: it asks its server for "version", and loads again when that differs.
     """
@@ -72,6 +85,7 @@ def render(run: RunData, version: str | None = None) -> str:
 {_heading(run)}
 {_checks(run_checks(run.steps, _dtype(run))) if run.steps else ""}
 <dl class="figures">{"".join(_figures(run))}</dl>
+{_differences(run, others) if others else ""}
 {_charts(run)}
 {_samples(run)}
 {_answers(run)}
@@ -82,14 +96,16 @@ def render(run: RunData, version: str | None = None) -> str:
 {_glossary(run, glossary)}
 <footer>Written by MegaRL. Numbers are those of metrics.jsonl in the run directory.</footer>
 </main>
-<script type="application/json" id="run-data">{_embedded(run, glossary, version)}</script>
+<script type="application/json" id="run-data">{_embedded(run, glossary, version, others)}</script>
 <script>{script}</script>
 </body>
 </html>
 """
 
 
-def _embedded(run: RunData, glossary: Mapping[str, str], version: str | None) -> str:
+def _embedded(
+    run: RunData, glossary: Mapping[str, str], version: str | None, others: Sequence[RunData]
+) -> str:
     """Return the page's data as JSON that cannot close its script element."""
     series = chart_columns(run.chart_steps)
     head = to_json(
@@ -100,6 +116,16 @@ def _embedded(run: RunData, glossary: Mapping[str, str], version: str | None) ->
             "best": None if run.best is None else asdict(run.best),
             "glossary": dict(_meanings(series, glossary)),
             "version": version,
+            "name": run.name,
+            "others": [
+                {
+                    "name": other.name,
+                    "steps": [step["step"] for step in other.chart_steps],
+                    "series": chart_columns(other.chart_steps),
+                    "axes": other.axes,
+                }
+                for other in others
+            ],
             "phase_seconds": run.summary.get("phase_seconds"),
             "difference_limit": DIFFERENCE_LIMITS[_dtype(run)],
         },
@@ -249,6 +275,32 @@ def _samples(run: RunData) -> str:
 <p class="soft">This page holds {held} (at most {MAX_SAMPLE_BYTES // 2**20} MiB of text);
 samples/ in the run directory has all of them.</p>
 <div id="sample-browser"></div></section>"""
+
+
+def _differences(run: RunData, others: Sequence[RunData]) -> str:
+    """Return a table of the settings and the results in which the runs differ."""
+    runs = [run, *others]
+    names = "".join(f"<th>{escape(each.name)}</th>" for each in runs)
+    results = {
+        name: [_result(each.summary.get(name)) for each in runs]
+        for name in ("accuracy_after", "validation_accuracy_after", "validation_loss_after", "wall_seconds")
+        if any(each.summary.get(name) is not None for each in runs)
+    }
+    settings = config_differences([each.config for each in runs])
+    rows = "".join(
+        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(_setting(value))}</td>' for value in values)}</tr>"
+        for key, values in [*results.items(), *settings.items()]
+    )
+    return f"""<h2 id="differences">Differences</h2>
+<table class="facts-table"><tr><td></td>{names}</tr>{rows}</table>"""
+
+
+def _result(value: Any) -> Any:
+    return None if value is None else _number(float(value))
+
+
+def _setting(value: Any) -> str:
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _answers(run: RunData) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,14 +16,14 @@ class ReportServer(ThreadingHTTPServer):
     """HTTP on 127.0.0.1: the page, made anew for each request, and ``version``, which changes with the run.
 
     Args:
-        run_dir: the run directory.
+        run_dirs: the run directory, and others whose curves are shown beside its own.
         port: of 127.0.0.1; 0: any free one.
     """
 
     daemon_threads = True
 
-    def __init__(self, run_dir: Path, port: int = 0) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dirs: Sequence[Path], port: int = 0) -> None:
+        self.run_dirs = run_dirs
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
@@ -34,10 +35,10 @@ class ReportServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/"
 
     def version(self) -> str:
-        """Return a text that differs once the run has written more."""
+        """Return a text that differs once a run has written more."""
         parts = []
-        for name in ("metrics.jsonl", "summary.json", "config.yaml"):
-            path = self.run_dir / name
+        files = ("metrics.jsonl", "summary.json", "config.yaml")
+        for path in (run_dir / name for run_dir in self.run_dirs for name in files):
             found = path.stat() if path.exists() else None
             parts.append("-" if found is None else f"{found.st_mtime_ns}.{found.st_size}")
         return "/".join(parts)
@@ -56,7 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/":
             version = self.server.version()  # before reading: a line written meanwhile is news
             try:
-                page = render(read_run(self.server.run_dir), version)
+                run, *others = map(read_run, self.server.run_dirs)
+                page = render(run, version, others)
             except UserError as error:
                 self._answer(str(error), HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain")
             else:

@@ -19,7 +19,8 @@ import pytest
 
 from megarl.errors import UserError
 from megarl.metrics import report_data, report_series
-from megarl.metrics.report import write_report
+from megarl.metrics.comparison import config_differences
+from megarl.metrics.report import write_comparison, write_report
 from megarl.metrics.report_server import ReportServer
 from megarl.metrics.summary import merge_steps, summarize
 from megarl.run_directory import RunDirectory, to_json
@@ -366,9 +367,34 @@ def test_the_commit_says_whether_files_differ_from_it(tmp_path: Path) -> None:
     assert git_commit(tmp_path) == f"{commit} + changes"
 
 
+def test_a_fall_of_the_accuracy_is_told(tmp_path: Path) -> None:
+    def text(name: str, *accuracies: float) -> str:
+        lines = [{"step": i, "accuracy": value} for i, value in enumerate(accuracies)]
+        return make_run(tmp_path / name, lines).text
+
+    assert "Held-out accuracy fell from 80.0% at step 1 to 70.0%" in text("a", 0.1, 0.8, 0.75, 0.7)
+    assert "No warnings" in text("b", 0.1, 0.8, 0.5, 0.76)
+    assert "No warnings" in text("c", 0.5, 0.1)
+
+
+def test_runs_are_compared_by_settings_and_results(tmp_path: Path) -> None:
+    one, two = (GRPO | {"optimizer": {"lr": rate}, "run": {"dir": f"runs/{rate}"}} for rate in (0.1, 0.2))
+    make_run(tmp_path / "a", [grpo_line(1, accuracy=0.25)], config=one)
+    make_run(tmp_path / "b", [grpo_line(1, accuracy=0.5), grpo_line(2)], config=two | {"lora": {"rank": 8}})
+    assert config_differences([one, two, one]) == {"optimizer.lr": [0.1, 0.2, 0.1]}
+    path = write_comparison([tmp_path / "a", tmp_path / "b"])
+    assert path == tmp_path / "a" / "compare.html"
+    page = Page(path.read_text())
+    text = " ".join(page.text.split())
+    assert "0.10.2accuracy_after0.2500.500wall_seconds2.004.00optimizer.lr0.10.2lora.rank–8" in text
+    [other] = page.data["others"]
+    assert (other["name"], other["steps"], other["series"]["accuracy"]) == ("0.2", [1, 2], [0.5, None])
+    assert other["axes"]["hours"] == pytest.approx([2 / 3600, 4 / 3600])
+
+
 def test_the_server_answers_with_the_page_to_this_machine_alone(tmp_path: Path) -> None:
     make_run(tmp_path, [grpo_line(1)])
-    server = ReportServer(tmp_path)
+    server = ReportServer([tmp_path])
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def get(path: str, host: str = "localhost") -> tuple[int, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megarl.metrics.report import write_comparison
 from megarl.metrics.report_server import ReportServer
 from megarl.run_directory import RunDirectory
 from tests.metrics.browser import Browser, needs_browser
@@ -270,12 +271,26 @@ def test_nothing_is_wider_than_the_window(browser: Browser, run_dir: Path, width
         browser.use_scheme("light")
 
 
+def test_another_run_is_drawn_beside_it(browser: Browser, run_dir: Path, tmp_path: Path) -> None:
+    lines = [line(step) | {"loss": 2.0, "clip_fraction": 0.5} for step in range(1, 2 * STEPS + 1)]
+    make_run(tmp_path / "other", lines, config=CONFIG)
+    browser.open(write_comparison([run_dir, tmp_path / "other"]).as_uri())
+    selector = chart(browser, "Loss")
+    assert x_labels(browser, selector)[-1] == "60"
+    assert browser.count(f"{selector} path.other") == 1
+    assert browser.texts(".runs span") == [" run", " other"]
+    assert " / 2" in browser.texts(f"{selector} .legend b")[0]
+    titles = browser.texts("figure.chart h4")
+    assert any(title.startswith("Clipped") for title in titles), "constant in either, and not the same"
+    assert not any(title.startswith("Tokens per step") for title in titles)
+
+
 def test_a_served_page_follows_the_run(browser: Browser, run_dir: Path, tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "run") as run:
         run.open(CONFIG)
         run.start_after(None)
         run.append_metrics(1, line(1))
-        server = ReportServer(run.path)
+        server = ReportServer([run.path])
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             browser.open(server.url)

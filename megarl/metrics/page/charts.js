@@ -98,6 +98,7 @@ const describe = (run, key) => {
   return glossary[key] ?? glossary[family];
 };
 
+const DASHES = ["6 4", "2 3", "10 3 2 3"];  // of the runs that this one is compared with
 let chartCount = 0;
 
 // spec: {title, note, unit, log, zero, stack, limit, wide, band: {low, high}, series: [{key, label, color, dots, exact}]}
@@ -157,6 +158,7 @@ class Chart {
     const width = this.plot.clientWidth;
     if (!width) return;
     const xs = run.xs;
+    const others = spec.stack ? [] : run.others;
     const lines = spec.series.map((series) => run.series[series.key]);
     const smoothed = lines.map((values, i) => (spec.series[i].exact ? values : smooth(values, weight, this.isLog)));
     let areas = spec.band ? [[run.series[spec.band.low], run.series[spec.band.high]]] : [];
@@ -169,7 +171,9 @@ class Chart {
         return area;
       });
     }
-    const { x, y, ticksX, ticksY } = this.scales(width, spec.stack ? areas.flat() : [...lines, ...areas.flat()]);
+    const columns = (spec.stack ? areas.flat() : [...lines, ...areas.flat()]).map((values) => [xs, values]);
+    for (const other of others) for (const { key } of spec.series) if (other.series[key]) columns.push([other.xs, other.series[key]]);
+    const { x, y, ticksX, ticksY } = this.scales(width, columns);
     const root = svg("svg", { height: this.height, viewBox: `0 0 ${width} ${this.height}` });
     this.drawAxes(root, width, x, y, ticksX, ticksY);
     const clip = svg("clipPath", { id: this.id });
@@ -183,6 +187,12 @@ class Chart {
     if (!spec.stack) {
       lines.forEach((values, i) => this.drawLine(body, spec.series[i], values, smoothed[i], weight, x, y));
     }
+    others.forEach((other, n) => spec.series.forEach((series) => {
+      if (!other.series[series.key]) return;
+      const values = other.series[series.key].map((v) => (this.isLog && !(v > 0) ? null : v));
+      const shown = series.exact || weight === 0 ? values : smooth(values, weight, this.isLog);
+      body.append(svg("path", { d: linePath(other.xs, shown, x, y), fill: "none", stroke: `var(${series.color})`, "stroke-width": 1.6, "stroke-dasharray": DASHES[n % DASHES.length], class: "other" }));
+    }));
     this.drawBest(body, x, y);
     this.overlay = svg("g", {});
     body.append(this.overlay);
@@ -223,9 +233,9 @@ class Chart {
     const { spec, run, isLog } = this;
     const [first, last] = shownRange(run);
     let low = Infinity, high = -Infinity;
-    for (const column of columns) {
+    for (const [xs, column] of columns) {
       column.forEach((value, i) => {
-        if (!finite(value) || (isLog && value <= 0) || run.xs[i] < first || run.xs[i] > last) return;
+        if (!finite(value) || (isLog && value <= 0) || xs[i] < first || xs[i] > last) return;
         low = Math.min(low, value);
         high = Math.max(high, value);
       });
@@ -286,7 +296,8 @@ class Chart {
       if (series.dots || i === null) while (from > 0 && values[from] === null) from -= 1;
       const value = values[from];
       const earlier = from !== index && value !== null ? ` (step ${run.steps[from]})` : "";
-      this.readouts[n].textContent = formatValue(value, spec.unit) + earlier;
+      const elsewhere = spec.stack ? "" : run.others.map((other) => valueNear(other, series.key, run.xs[index])).map((found) => (found === null ? "" : ` / ${formatValue(found, spec.unit)}`)).join("");
+      this.readouts[n].textContent = formatValue(value, spec.unit) + earlier + elsewhere;
       if (i !== null && !spec.stack && finite(value) && !(this.isLog && value <= 0)) {
         this.overlay.append(svg("circle", { cx: this.x(run.xs[from]), cy: this.y(value), r: 3.5, fill: `var(${series.color})` }));
       }
@@ -323,9 +334,18 @@ class Chart {
   }
 }
 
+// The last value of another run at or before a place on the x axis, null: none.
+function valueNear(other, key, place) {
+  const values = other.series[key];
+  if (!values) return null;
+  for (let i = other.xs.length - 1; i >= 0; i -= 1) if (other.xs[i] <= place && values[i] !== null) return values[i];
+  return null;
+}
+
 // The part of the x axis that is drawn.
 function shownRange(run) {
-  const first = run.xs[0], last = run.xs.at(-1);
+  const ends = [run, ...run.others].filter((each) => each.xs.length);
+  const first = Math.min(...ends.map((each) => each.xs[0])), last = Math.max(...ends.map((each) => each.xs.at(-1)));
   if (run.view) return run.view;
   return [first, last > first ? last : first + 1];
 }

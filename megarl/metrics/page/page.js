@@ -90,6 +90,8 @@ class Folding {
   // Whether a chart of these keys says nothing new; if so, it becomes a line.
   folds(title, keys, labels, unit) {
     if (keys.some((key) => HEADLINES.includes(key))) return false;
+    const differs = (other, key) => other.series[key]?.some((value) => value !== null && value !== this.constant(key));
+    if (this.run.others.some((other) => keys.some((key) => differs(other, key)))) return false;
     const names = keys.map((key) => (keys.length > 1 ? `${title}, ${labels[key]}` : title));
     const values = keys.map((key) => this.constant(key));
     if (values.every((value) => value !== undefined)) {
@@ -177,7 +179,7 @@ function connect(charts, run) {
   if (kept.axis === "steps" || run.axes[kept.axis]) axis.value = kept.axis;
   const setAxis = () => {
     run.axis = axis.value;
-    run.xs = run.axes[run.axis] ?? run.steps;
+    for (const each of [run, ...run.others]) each.xs = each.axes[run.axis] ?? each.steps;
   };
   const draw = () => {
     output.textContent = slider.value === "0" ? "off" : Number(slider.value).toFixed(2);
@@ -258,6 +260,17 @@ function showPhaseTotals(phases) {
   document.getElementById("phases").hidden = false;
 }
 
+// Which line is whose, where runs are compared.
+function showRuns(run) {
+  if (!run.others.length) return;
+  const key = (name, dash) => {
+    const sample = svg("svg", { width: 34, height: 10, viewBox: "0 0 34 10" });
+    sample.append(svg("line", { x1: 0, x2: 34, y1: 5, y2: 5, stroke: "currentColor", "stroke-width": 2, "stroke-dasharray": dash }));
+    return el("span", {}, sample, ` ${name}`);
+  };
+  document.getElementById("chart-sections").before(el("p", { class: "runs" }, key(run.name, "none"), ...run.others.map((other, n) => key(other.name, DASHES[n % DASHES.length]))));
+}
+
 function connectTheme() {
   const button = document.getElementById("theme");
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -293,6 +306,7 @@ const run = JSON.parse(document.getElementById("run-data").textContent);
 connectTheme();
 addRewardBand(run.series);
 if (run.steps.length) connect(buildCharts(run), run);
+showRuns(run);
 showPhaseTotals(run.phase_seconds);
 showTimeline(run);
 showSamples(run.samples);
