@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -51,6 +52,17 @@ def check_fits(config: TrainingRoot, architecture: Architecture, context: RankCo
             raise UserError(problems[0])
 
     from_first_rank(check)
+
+
+def memory_parts(config: TrainingRoot, architecture: Architecture, context: RankContext) -> dict[str, int]:
+    """Return the bytes of this rank's weights, gradients, optimizer state etc., as `megarl plan` counts them.
+
+    Empty for the torch backend, of whose shards there is no figure yet.
+    """
+    if config.trainer.backend == "torch":
+        return {}
+    memory = least_memory(config, architecture, context.layout, context.at, context.rank)
+    return {name: size for name, size in asdict(memory).items() if size}
 
 
 def describe_model(device: str, config: TrainingRoot, architecture: Architecture) -> list[str]:

@@ -21,7 +21,7 @@ from megarl.config.preference import PreferenceRoot
 from megarl.config.sft import SftConfig
 from megarl.data.order import Ordered, held_out_rows, order_of
 from megarl.loops.datasets import load_splits
-from megarl.loops.model_files import check_fits, describe_model, read_model
+from megarl.loops.model_files import check_fits, describe_model, memory_parts, read_model
 from megarl.metrics.console import Console
 from megarl.models.table import Architecture
 from megarl.records import PackedBatch, TrainBatch
@@ -100,7 +100,7 @@ def run_offline(
         check_fits(config, architecture, context)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
-        run.record_start(active_elements(architecture))
+        run.record_start(active_elements(architecture), memory_parts(config, architecture, context))
         with run.console.waiting("building the model"):
             objective = make(config, run, context, architecture)
         layers, *adapters = describe_model(context.platform.name, config, architecture)

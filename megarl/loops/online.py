@@ -30,7 +30,7 @@ from megarl.inference.placement import TrainerPlace, this_rank
 from megarl.loops.datasets import load_problems, load_splits
 from megarl.loops.engine_setup import attach_weights, check_offload, start_engine, verify_weights
 from megarl.loops.evaluation import evaluate, pick_problems
-from megarl.loops.model_files import check_fits, describe_model, read_model
+from megarl.loops.model_files import check_fits, describe_model, memory_parts, read_model
 from megarl.loops.online_metrics import (
     describe_overlap,
     disagreement,
@@ -99,7 +99,7 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
     check_offload(config.weights)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
-        run.record_start(active_elements(architecture))
+        run.record_start(active_elements(architecture), memory_parts(config, architecture, context))
         ranks = gather(this_rank()) if config.rollout.engine.data_parallel_size > 1 else []
         rollout = on_first_rank(
             lambda: _start_rollout(config, run, architecture, tokenizer, longest, held_out, ranks)

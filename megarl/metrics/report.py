@@ -258,7 +258,27 @@ def _charts(run: RunData) -> str:
 <div id="phases" hidden><h3>Time by phase, whole run</h3>
 <div class="chart"><div class="share" id="phase-share"></div>
 <div class="legend" id="phase-legend"></div></div></div>
-<div id="timeline"></div>"""
+<div id="timeline"></div>
+{_memory(run)}"""
+
+
+def _memory(run: RunData) -> str:
+    """Return a bar of rank 0's memory by part."""
+    parts = run.starts[-1].get("memory_bytes") if run.starts else None
+    if not parts:
+        return ""
+    colors = {name: f"background: var(--s{i % 6})" for i, name in enumerate(parts)}
+    bar = "".join(
+        f'<i style="flex: {float(size)}; {colors[name]}" title="{escape(name)}: {_bytes(size)}"></i>'
+        for name, size in parts.items()
+    )
+    legend = "".join(
+        f'<span><i style="{colors[name]}"></i>{escape(name.replace("_", " "))} <b>{_bytes(size)}</b></span>'
+        for name, size in parts.items()
+    )
+    return f"""<h3>Memory by part, rank 0</h3>
+<div class="chart"><div class="share">{bar}</div><div class="legend">{legend}</div>
+<p class="soft">Counted as megarl plan does: without activations and an engine's own weights.</p></div>"""
 
 
 def _samples(run: RunData) -> str:

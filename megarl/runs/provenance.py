@@ -10,6 +10,7 @@ import platform as machine
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from megarl.run_directory import to_json
 _SOURCE = Path(__file__).parents[2]
 
 
-def describe_start(num_ranks: int, active_parameters: int) -> dict[str, Any]:
+def describe_start(num_ranks: int, active_parameters: int, memory: Mapping[str, int]) -> dict[str, Any]:
     """Return what is known about this start: time, command, code, machine; rank 0's view.
 
-    ``active_parameters`` are those that a token passes through.
+    ``active_parameters`` are those that a token passes through, ``memory`` rank 0's bytes by part.
     """
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -39,6 +40,7 @@ def describe_start(num_ranks: int, active_parameters: int) -> dict[str, Any]:
         "device": platform.device_name(),
         "num_ranks": num_ranks,
         "active_parameters": active_parameters,
+        "memory_bytes": dict(memory),
     }
 
 

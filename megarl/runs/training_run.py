@@ -174,10 +174,10 @@ class TrainingRun:
                     self.console.note(f"{type(sink).__name__.removesuffix('Sink')}: {sink.url}")
         return state
 
-    def record_start(self, active_parameters: int) -> None:
+    def record_start(self, active_parameters: int, memory: dict[str, int]) -> None:
         """Add this start of the run to provenance.jsonl (rank 0)."""
         if self.is_first:
-            start = describe_start(dist.get_world_size(), active_parameters)
+            start = describe_start(dist.get_world_size(), active_parameters, memory)
             append_start(self.directory.provenance_path, start)
 
     def begin_steps(self) -> None:

@@ -330,7 +330,8 @@ def test_the_best_step_is_the_first_of_equals_in_the_metrics_own_direction() -> 
 def test_what_a_run_was_made_of_is_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path, [grpo_line(1)])
     monkeypatch.setattr("megarl.platform.device_name", lambda: "cpu")
-    start = describe_start(2, 1000) | {"command": "megarl grpo <b>", "device": "NVIDIA A100"}
+    start = describe_start(2, 1000, {"parameters": 2**20, "kv_cache": 3 * 2**30})
+    start |= {"command": "megarl grpo <b>", "device": "NVIDIA A100"}
     append_start(tmp_path / "provenance.jsonl", start)
     append_start(tmp_path / "provenance.jsonl", start)
     (tmp_path / "inputs.json").write_text(
@@ -338,7 +339,14 @@ def test_what_a_run_was_made_of_is_on_the_page(tmp_path: Path, monkeypatch: pyte
     )
     page = Page(write_report(tmp_path).read_text())
     text = " ".join(page.text.split())
-    for shown in ("megarl grpo <b>", "(start 2 of the run)", "NVIDIA A100", "torch9.8", "sha256 beef"):
+    for shown in (
+        "megarl grpo <b>",
+        "(start 2 of the run)",
+        "NVIDIA A100",
+        "torch9.8",
+        "sha256 beef",
+        "kv cache 3 GiB",
+    ):
         assert shown in text
     with (tmp_path / "provenance.jsonl").open("a") as handle:
         handle.write("{oops\n")
