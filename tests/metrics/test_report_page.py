@@ -32,6 +32,8 @@ CONFIG = GRPO | {
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        # What a reader has chosen is remembered for the tab: here for one page.
+        browser.devtools("Page.addScriptToEvaluateOnNewDocument", source="sessionStorage.clear()")
         yield browser
 
 
@@ -96,8 +98,6 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def page(browser: Browser, run_dir: Path) -> Browser:
     """The report, as nobody has touched it yet."""
-    browser.open((run_dir / "report.html").as_uri())
-    browser.run("sessionStorage.clear()")
     browser.open((run_dir / "report.html").as_uri())
     return browser
 
