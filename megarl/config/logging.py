@@ -86,7 +86,7 @@ class LoggingConfig(Section):
     sinks: list[Text] = Field(default_factory=list)
     """Further sinks, each the import path "package.module:Class" of a `megarl.metrics.sink.Sink`."""
     interval: PositiveInt | None = None
-    """Steps per line on the console; null: about 1% of the steps, more if they take long."""
+    """Steps per line on the console; null: about 1% of the steps, or as many as take 10 s."""
     samples_per_step: NonNegativeInt = 16
     """Samples written to samples/step_N.jsonl per step (0: none)."""
     report_interval: PositiveInt = 10

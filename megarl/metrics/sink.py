@@ -67,14 +67,3 @@ def table(kind: Literal["samples", "evaluations"], rows: Rows) -> tuple[list[str
     """Return the columns of a table of rows, and their values."""
     columns = list(COLUMNS[kind])
     return columns, [[row.get(name) for name in columns] for row in rows]
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value, for services whose parameters have no sections."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

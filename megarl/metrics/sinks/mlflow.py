@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from megarl.config.logging import MlflowConfig
-from megarl.metrics.sink import Rows, RunInfo, Sink, flatten, table
+from megarl.metrics.sink import Rows, RunInfo, Sink, table
+from megarl.run_directory import flatten
 
 _PARAMS_PER_REQUEST = 100  # the server's limit
 _LONGEST_PARAM = 6000  # characters
