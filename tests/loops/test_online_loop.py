@@ -191,7 +191,7 @@ def test_the_length_of_an_evaluations_answers(
     loop, _, _ = loop_of(config, monkeypatch)
     loop.rollouts, loop.problems = rollouts(Breaks(-1, 0, None), lambda request: "x" * 50), [prompt(0)]
     loop.run_.console = Console("eval", enabled=False)
-    loop.run_.directory = SimpleNamespace(write_evaluation=lambda step, rows: None)
+    loop.run_.write_evaluation = lambda step, rows: None
     monkeypatch.setattr(online, "from_first_rank", lambda make: make())
     assert loop.evaluate(0) == {"accuracy": 1.0}
     assert [request.max_new_tokens for request in loop.rollouts.engine.requests] == [length]
