@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megarl.metrics.checks import DIFFERENCE_LIMITS, Check, run_checks
-from megarl.metrics.comparison import config_differences
+from megarl.metrics.compare import compare
+from megarl.metrics.compare import read as read_compared
 from megarl.metrics.report_data import MAX_SAMPLE_BYTES, RunData, chart_columns, read_run
 from megarl.metrics.report_series import Best
 from megarl.metrics.summary import as_number
@@ -48,14 +49,22 @@ def write_comparison(run_dirs: Sequence[Path]) -> Path:
     Raises:
         UserError: as :func:`write_report`.
     """
-    first, *others = (read_run(path) for path in run_dirs)
     path = run_dirs[0] / "compare.html"
-    write_atomically(path, render(first, others=others))
+    write_atomically(path, render_runs(run_dirs))
     return path
 
 
-def render(run: RunData, version: str | None = None, others: Sequence[RunData] = ()) -> str:
-    """Return the page, with the curves of ``others`` beside those of ``run``.
+def render_runs(run_dirs: Sequence[Path], version: str | None = None) -> str:
+    """Return the page of the first run, with the others' curves and what differs; see :func:`render`."""
+    first, *others = (read_run(path) for path in run_dirs)
+    names = [each.name for each in (first, *others)]
+    return render(first, version, others, _differences(run_dirs, names) if others else "")
+
+
+def render(
+    run: RunData, version: str | None = None, others: Sequence[RunData] = (), differences: str = ""
+) -> str:
+    """Return the page, with the curves of ``others`` and a table of ``differences`` (HTML).
 
     With ``version`` it follows the run: it asks its server for "version", and loads again when that differs.
     """
@@ -85,7 +94,7 @@ def render(run: RunData, version: str | None = None, others: Sequence[RunData] =
 {_heading(run)}
 {_checks(run_checks(run.steps, _dtype(run))) if run.steps else ""}
 <dl class="figures">{"".join(_figures(run))}</dl>
-{_differences(run, others) if others else ""}
+{differences}
 {_charts(run)}
 {_samples(run)}
 {_answers(run)}
@@ -297,26 +306,48 @@ samples/ in the run directory has all of them.</p>
 <div id="sample-browser"></div></section>"""
 
 
-def _differences(run: RunData, others: Sequence[RunData]) -> str:
-    """Return a table of the settings and the results in which the runs differ."""
-    runs = [run, *others]
-    names = "".join(f"<th>{escape(each.name)}</th>" for each in runs)
-    results = {
-        name: [_result(each.summary.get(name)) for each in runs]
-        for name in ("accuracy_after", "validation_accuracy_after", "validation_loss_after", "wall_seconds")
-        if any(each.summary.get(name) is not None for each in runs)
-    }
-    settings = config_differences([each.config for each in runs])
-    rows = "".join(
-        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(_setting(value))}</td>' for value in values)}</tr>"
-        for key, values in [*results.items(), *settings.items()]
+def _differences(run_dirs: Sequence[Path], names: Sequence[str]) -> str:
+    """Return a table of results, paired differences and settings of runs, as megarl compare finds them."""
+    found = compare([read_compared(path) for path in run_dirs])
+    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
+    rows = [(name, _final_cells(name, finals, found["paired"])) for name, finals in found["final"].items()]
+    rows += _problem_rows(found["paired"])
+    rows += [(key, [_setting(value) for value in values]) for key, values in found["configuration"].items()]
+    body = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, cells in rows
     )
     return f"""<h2 id="differences">Differences</h2>
-<table class="facts-table"><tr><td></td>{names}</tr>{rows}</table>"""
+<table class="facts-table"><tr><td></td>{heads}</tr>{body}</table>
+<p class="soft">In brackets: mean difference to the first run over the steps, or problems, that both have, and
+its 95% interval.</p>"""
 
 
-def _result(value: Any) -> Any:
-    return None if value is None else _number(float(value))
+def _final_cells(
+    name: str, finals: Sequence[Mapping[str, Any] | None], paired: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return a metric's last value of each run, with the paired difference over steps."""
+    cells = ["–" if final is None else _number(final["value"]) for final in finals]
+    for i, pair in enumerate(paired, start=1):
+        if name in pair["steps"]:
+            cells[i] += f" ({_difference(pair['steps'][name])})"
+    return cells
+
+
+def _problem_rows(paired: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return a row with the accuracies on the problems that all compared evaluations have."""
+    found = [pair["problems"] for pair in paired]
+    if not any(found):
+        return []
+    first = next(each for each in found if each)["accuracy"][0]
+    others = [f"{each['accuracy'][1]:.1%} ({_difference(each)})" if each else "–" for each in found]
+    return [("accuracy on the same problems", [f"{first:.1%}", *others])]
+
+
+def _difference(found: Mapping[str, Any]) -> str:
+    interval = found["interval"]
+    limits = "" if interval is None else f", {interval[0]:+.3g} to {interval[1]:+.3g}"
+    return f"{found['mean']:+.3g}{limits}"
 
 
 def _setting(value: Any) -> str:

@@ -8,8 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from megarl.errors import UserError
-from megarl.metrics.report import render
-from megarl.metrics.report_data import read_run
+from megarl.metrics.report import render_runs
 
 
 class ReportServer(ThreadingHTTPServer):
@@ -57,8 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/":
             version = self.server.version()  # before reading: a line written meanwhile is news
             try:
-                run, *others = map(read_run, self.server.run_dirs)
-                page = render(run, version, others)
+                page = render_runs(self.server.run_dirs, version)
             except UserError as error:
                 self._answer(str(error), HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain")
             else:
