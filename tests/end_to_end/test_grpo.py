@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,16 @@ def test_engine_and_trainer_are_one_policy(grpo_run: FinishedRun) -> None:
         assert step["ratio_max"] == 1
         assert step["kl_policy"] == 0
         assert step["clip_fraction"] == 0
+        # All samples are in the file, with what the trainer computed for those that it did not skip.
+        computed = [s for s in read_samples(grpo_run.dir, step["step"]) if "trainer_logprobs" in s]
+        differences = [
+            abs(trainer - engine)
+            for sample in computed
+            for trainer, engine in zip(sample["trainer_logprobs"], sample["rollout_logprobs"], strict=True)
+        ]
+        assert max(differences) == pytest.approx(step["logprob_abs_diff_max"], abs=2e-7)
+        entropies = [value for sample in computed for value in sample["entropy"]]
+        assert statistics.fmean(entropies) == pytest.approx(step["entropy"], rel=1e-4)
     # the weights did change, so the agreement above is that of the new ones
     assert any(step["grad_norm"] > 0 for step in steps[:-1])
 
