@@ -82,7 +82,7 @@ def grpo(
     Args:
         config: as for :func:`run`.
         reward: function (prompt, response, answer) -> float, a list of them, or {function: weight};
-            it replaces the configured environment of training and held-out prompts.
+            it replaces the environment of training and held-out rows (sources jsonl, file and hf).
         loss: a policy term of your own, in place of algorithm.loss (docs/guides/custom-losses.md).
         advantage: an advantage of your own, in place of algorithm.advantage.
         settings: as for :func:`run`.

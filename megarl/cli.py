@@ -30,7 +30,7 @@ from megarl.completion import complete
 from megarl.errors import ToldByRankZeroError, UserError
 from megarl.files import as_user_error
 from megarl.jobs import JOBS, Job
-from megarl.terminal import one_line
+from megarl.terminal import announce, one_line
 
 if TYPE_CHECKING:
     from megarl.config.evaluate import EvalConfig
@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "report":
                 return _report(options)
             case "convert":
+                announce("loading torch")
                 from megarl.convert.cli import run
 
                 return run(options)
@@ -83,10 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return plan(options)
             case "data":
+                announce("reading model and data")
                 from megarl.loops.inspect_data import run as inspect
 
                 return inspect(options)
             case "env":
+                announce("reading model, data and environment")
                 from megarl.loops.try_environment import run as try_environment
 
                 return try_environment(options)
@@ -99,10 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return init(options)
             case "chat":
+                announce("loading torch and the engine's libraries")
                 from megarl.loops.chat import run as chat
 
                 return chat(options)
             case "merge":
+                announce("reading adapter and base")
                 from megarl.convert.merge import run as merge
 
                 return merge(options)
@@ -119,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return recipes(options)
             case "doctor":
+                announce("importing the libraries of trainer, engine and rewards")
                 from megarl.doctor import main as doctor
 
                 return doctor()

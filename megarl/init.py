@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ _QUESTIONS = ("question", "problem", "instruction", "query", "input")
 _ANSWERS = ("solution", "final_answer", "ground_truth", "label", "output")
 _LONGEST = 2048  # tokens of a sequence, where the model has as many positions
 _EPOCHS = 3
-_STEPS = 200  # where the number of rows is unknown
+_STEPS = 200
 _LEARNING_RATES = {"sft": 1e-5, "dpo": 5e-7, "rm": 1e-5, "grpo": 1e-6, "ppo": 1e-6, "distill": 1e-6}
 _COMMENT = 78  # characters
 
@@ -150,15 +149,14 @@ def _sampling(job: Job, rows: int | None, longest: int) -> dict[str, Any]:
 
 
 def _training(job: Job, rows: int | None, longest: int) -> dict[str, Any]:
-    batch, found = min(16, rows or 16), {}
-    steps = _STEPS if rows is None else max(1, math.ceil(_EPOCHS * rows / batch))
+    length: dict[str, Any] = {"training.num_steps": _STEPS}
     if job.data is not PROBLEMS:
-        found["training.batch_size"] = batch
+        length = {"training.num_epochs": _EPOCHS, "training.batch_size": min(16, rows or 16)}
+    few = rows is not None and rows < _STEPS
     return {
-        "training.num_steps": min(steps, 1000),
-        **found,
+        **length,
         "optimizer.lr": _LEARNING_RATES[job.name],
-        "optimizer.lr_warmup_steps": min(10, min(steps, 1000) // 10),
+        "optimizer.lr_warmup_steps": 0 if few else 10,
         "packing.max_tokens_per_microbatch": max(4096, 2 * longest),
         "packing.max_sequence_length": longest,
         "checkpoint.interval": 50,

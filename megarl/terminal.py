@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 MAX_LINE = 1200
 """Characters of a line that are printed: what is wrong, not all of the value that is."""
@@ -31,3 +32,9 @@ def one_line(text: str) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def announce(what: str) -> None:
+    """Say on a terminal what the next seconds are spent on, apart from the output."""
+    if sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def test_it_writes_a_configuration_of_the_job(job: str, folder: Path, capsys: An
     if JOBS[job].data is PROBLEMS:
         assert (split.prompt_field, split.answer_field) == ("question", "solution")
     if job == "sft":  # three epochs of 40 rows
-        assert config.training.num_steps == 8 and config.training.batch_size == 16
+        assert config.with_steps(40).training.num_steps == 8 and config.training.batch_size == 16
     text = (folder / "mine.yaml").read_text()
     settings = [line for line in text.splitlines() if re.match(r"\s+\w+: \S", line)]
     assert sum("  # " in line for line in settings) >= len(settings) - 1

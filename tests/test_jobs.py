@@ -74,7 +74,10 @@ def test_the_command_line_runs_it(count: Job, config: str, capsys: pytest.Captur
     assert "counting, for a test" in listed
     assert "megarl count --config count.yaml" in listed
     assert cli.main(["count", "--config", config, "model.path=model", "counting.first_number=9"]) == 0
-    assert capsys.readouterr().out == "counting from 9\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "megarl count: runs/quickstart/sft | model float32",
+        "counting from 9",
+    ]
 
 
 def test_mistakes_are_explained(count: Job, config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,9 +107,9 @@ def test_console_report_and_docs_know_it(
         import make_config_docs
     finally:
         sys.path.remove(str(ROOT / "tools"))
-    page = make_config_docs.render()
-    assert "## megarl count" in page
-    assert "Where counting begins." in page
+    pages = make_config_docs.Pages().render()
+    assert "megarl count --config count.yaml" in pages["configuration/count.md"]
+    assert "Where counting begins." in pages["configuration/count.md"]
 
 
 def test_data_inspect_takes_it_for_what_it_is(

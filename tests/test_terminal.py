@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megarl.terminal import MAX_LINE, one_line, printable
+from megarl.terminal import MAX_LINE, announce, one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,13 @@ def test_one_line_keeps_both_ends() -> None:
     assert line.endswith("xxx\\nend")
     assert len(line) < MAX_LINE + 60
     assert "\n" not in line
+
+
+def test_what_takes_long_is_said_to_people_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    announce("reading")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    announce("reading")
+    assert capsys.readouterr() == ("", "reading ...\n")

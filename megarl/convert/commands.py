@@ -71,7 +71,7 @@ def hf_to_megatron(
             for piece in file.pieces:
                 yield piece.join([reader.read(name).to(dtype_of(piece)) for name, _ in piece.parts])
 
-        with _progress() as progress:
+        with progress_bar() as progress:
             for file in progress.track(files, description="writing .distcp files"):
                 if not distcp.is_finished(directory, file):
                     distcp.write_file(directory, file, tensors(file))
@@ -114,7 +114,7 @@ def megatron_to_hf(
     shards = hf_side.plan_shards(sizes, max_bytes)
     request = {"source": str(source.resolve()), "dtype": str(wanted), "max_bytes": max_bytes}
     with output_directory(target, request, overwrite) as partial:
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("writing safetensors files", total=len(shards))
             for _ in hf_side.write_shards(partial, shards, read):
                 progress.advance(task)
@@ -321,7 +321,8 @@ def output_directory(target: Path, request: dict[str, Any], overwrite: bool) -> 
     partial.rename(target)
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Return the bar of a conversion; it disappears at its end."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -15,7 +15,7 @@ import torch
 from megarl.config.hub import fetch, is_id, resolve_id
 from megarl.convert import hf_side
 from megarl.convert.cli import parse_size
-from megarl.convert.commands import output_directory
+from megarl.convert.commands import output_directory, progress_bar
 from megarl.errors import UserError
 from megarl.files import read_json_object
 from megarl.models import load_architecture
@@ -105,8 +105,10 @@ def merge(
         "max_bytes": max_bytes,
     }
     with output_directory(target, request, overwrite) as partial:
-        for _ in hf_side.write_shards(partial, shards, read):
-            pass
+        with progress_bar() as progress:
+            task = progress.add_task("writing safetensors files", total=len(shards))
+            for _ in hf_side.write_shards(partial, shards, read):
+                progress.advance(task)
         hf_side.write_index(partial, shards, sizes)
         hf_side.carry_over(directory, partial, wanted)
 

@@ -22,7 +22,7 @@ from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.jobs import Job
 from megarl.run_directory import RunDirectory
-from megarl.terminal import one_line, printable
+from megarl.terminal import announce, one_line, printable
 
 _WIDTH, _LABEL = 110, 15
 _NUM_MEASURED = 1000  # examples whose lengths are averaged
@@ -45,6 +45,7 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
     """
     _say("dry run", f"megarl {job.name}; nothing is started or written (--dry-run=full prints the settings)")
     _say("run", _state_of_run(config))
+    announce("reading model and data")
     path = config.model.path
     if is_checkpoint(path):
         _say("model", f"{path}: a checkpoint, converted to Hugging Face's format first")
