@@ -24,7 +24,7 @@ from megarl.inference.client import SessionClient
 from megarl.inference.interface import Engine, GenerateRequest, SamplingConfig
 from megarl.inference.placement import this_machine
 from megarl.loops.engine_setup import attach_weights, start_engine
-from megarl.loops.evaluation import checkpoint_owners
+from megarl.loops.evaluation import CheckpointWeights
 from megarl.loops.start_weights import convert_start
 from megarl.metrics.console import Console
 from megarl.models import load_architecture
@@ -145,9 +145,9 @@ def opened(options: argparse.Namespace, folder: Path) -> Iterator[Chat]:
         )
     try:
         context = initialize(ParallelConfig(), options.seed)
-        owners = checkpoint_owners(context, architecture, model)
+        weights = CheckpointWeights(context, architecture, model)
         with console.waiting("waiting for the engine"):
-            attach_weights(engine, architecture, owners)
+            attach_weights(engine, architecture, weights.owners)
         engine.sync(0)
         yield Chat(engine, tokenizer, stops, options)
     finally:

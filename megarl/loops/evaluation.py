@@ -29,9 +29,8 @@ from megarl.records import Group, Prompt
 from megarl.run_directory import RunDirectory
 from megarl.sampling.rollout_manager import RolloutManager, sample_row
 from megarl.trainer.build import build_frozen, finalize, initialize
-from megarl.trainer.interface import RankContext
+from megarl.trainer.interface import RankContext, Trainer
 from megarl.weights.file_owner import FileOwner
-from megarl.weights.plan import Owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +173,9 @@ def run_eval(config: EvalConfig) -> None:
             TurnReader(tokenizer, stops),
         )
         context = initialize(ParallelConfig(), config.run.seed)
-        owners = checkpoint_owners(context, architecture, config.model)
+        weights = CheckpointWeights(context, architecture, config.model)
         with console.waiting("waiting for the engine"):
-            attach_weights(engine, architecture, owners)
+            attach_weights(engine, architecture, weights.owners)
         engine.sync(0)
         rollouts = RolloutManager(
             engine,
@@ -206,11 +205,22 @@ def run_eval(config: EvalConfig) -> None:
     finalize(context)
 
 
-def checkpoint_owners(context: RankContext, architecture: Architecture, model: ModelConfig) -> list[Owner]:
-    """Return the owners of the weights of ``model``'s files, for an engine without a trainer."""
-    if has_engine_table(architecture):
-        return build_frozen(context, architecture, model).weights.owners()
-    return [FileOwner(model.path, model.dtype).owner()]
+class CheckpointWeights:
+    """The weights of ``model``'s files for an engine without a trainer. They last as long as this object: an
+    engine maps them when it attaches, and again when it is replaced.
+
+    Attributes:
+        owners: as :func:`megarl.loops.engine_setup.attach_weights` takes them.
+    """
+
+    def __init__(self, context: RankContext, architecture: Architecture, model: ModelConfig) -> None:
+        self._holder: Trainer | FileOwner
+        if has_engine_table(architecture):
+            self._holder = trainer = build_frozen(context, architecture, model)
+            self.owners = trainer.weights.owners()
+        else:
+            self._holder = files = FileOwner(model.path, model.dtype)
+            self.owners = [files.owner()]
 
 
 def _write(directory: RunDirectory, found: Evaluation, seconds: float, console: Console) -> None:
