@@ -310,6 +310,10 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from megarl.models.layout_checks import check_training
 
             check_training(config)
+        if _rank() == 0:
+            from megarl.loops.lookups import check_names
+
+            check_names(config, here=not options.dry_run)
         if not options.dry_run:  # a dry run may be on another machine than the run
             _check_machine(job, config, started)
             _fetch_models(config)

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from megarl.config.hub import ModelPath
+from megarl.config.metric_names import DISTILL
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
 from megarl.config.section import PositiveInt, Problems, Section, rule
 
@@ -57,6 +58,7 @@ class DistillConfig(OnlineConfig):
     algorithm: DistillAlgorithmConfig = DistillAlgorithmConfig()
     teacher: TeacherConfig
 
+    metric_names: ClassVar[frozenset[str]] = DISTILL
     refused: ClassVar[dict[str, str]] = {
         "rollout.max_staleness": "not for distill: it needs samples of the current student",
         "rollout.router_replay": "not for distill: it would replay the student's experts in the teacher",

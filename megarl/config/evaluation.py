@@ -16,6 +16,9 @@ from megarl.config.section import (
     rule,
 )
 
+LEAST_TEMPERATURE = 0.01
+"""vLLM raises a lower one to this, and calls one below 1e-5 greedy."""
+
 
 class EvaluationSizeConfig(Section):
     """Size, sampling and metrics of an evaluation."""
@@ -40,6 +43,15 @@ class EvaluationSizeConfig(Section):
     """Random subsets per prompt for consensus: sampled."""
     category_field: Text | None = None
     """Field to tabulate results by; null: the benchmark's category, if any."""
+
+    @rule
+    def _temperature(self) -> Problems:
+        """`temperature` is 0 (greedy) or at least 0.01."""
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            yield (
+                "temperature",
+                f"must be 0 (greedy) or at least {LEAST_TEMPERATURE} (got {self.temperature:g})",
+            )
 
     @rule
     def _greedy(self) -> Problems:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megarl.config.data import parts_of
+from megarl.config.environments import RewardModelConfig
 from megarl.config.hub import HubDirectory, is_id
 from megarl.config.model import is_checkpoint, read_model_config
 from megarl.config.section import Problems, Section, as_violation
@@ -65,6 +66,15 @@ def _data_files(config: Section) -> Problems:
                 yield f"{at}.path", f"no such file (got {file!r}){_relative_to(file)}"
             elif file is not None and Path(file).stat().st_size == 0:
                 yield f"{at}.path", f"the file is empty (got {file!r})"
+            yield from _environment_files(_get(source, "environment"), f"{at}.environment")
+
+
+def _environment_files(environment: Any, at: str) -> Problems:
+    path, corpus = _get(environment, "path"), _get(environment, "corpus")
+    if isinstance(environment, RewardModelConfig) and path is not None:
+        yield from _directory(f"{at}.path", path, [], weights=True)
+    if corpus is not None and not (_exists(corpus) and Path(corpus).is_file()):
+        yield f"{at}.corpus", f"no such file (got {corpus!r}){_relative_to(corpus)}"
 
 
 def _model(config: Section, weights: bool) -> Problems:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from megarl.config.dotted import is_dotted
+from megarl.config.metric_names import GRPO
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
 from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Problems, Text, rule
 
@@ -351,6 +352,13 @@ class GrpoConfig(OnlineConfig):
     """Root of `megarl grpo`."""
 
     algorithm: GrpoAlgorithmConfig = GrpoAlgorithmConfig()
+
+    metric_names: ClassVar[frozenset[str]] = GRPO
+
+    @property
+    def logs_others(self) -> bool:
+        """Whether code of the user's own may log metrics of other names."""
+        return self.algorithm.loss is not None
 
     @property
     def why_zero_advantages_train(self) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from megarl.config.data import PromptDataConfig
 from megarl.config.evaluation import EvaluationConfig
+from megarl.config.metric_names import ONLINE
 from megarl.config.rollout import RolloutConfig, Sampling
 from megarl.config.section import PositiveInt, Problems, Section, rule
 from megarl.config.training import TrainingRoot
@@ -81,6 +82,7 @@ class OnlineConfig(TrainingRoot, Sampling):
     weights: WeightsConfig = WeightsConfig()
     training: OnlineTrainingConfig
 
+    metric_names: ClassVar[frozenset[str]] = ONLINE
     refused: ClassVar[dict[str, str]] = {}
     """Shared settings that the algorithm does not support -> reason."""
     if TYPE_CHECKING:  # each root has its own type

@@ -35,7 +35,7 @@ class OptimizerConfig(Section):
     """Decay of the first moment."""
     adam_beta2: Decay = 0.95
     """Decay of the second moment."""
-    adam_eps: Annotated[float, Field(gt=0), at_most(1)] = 1e-8
+    adam_eps: Annotated[float, Field(ge=1e-30), at_most(1)] = 1e-8
     """Epsilon, added to the square root of the second moment."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Maximum global gradient norm; 0 disables clipping."""

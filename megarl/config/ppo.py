@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from megarl.config.hub import ModelPath
+from megarl.config.metric_names import PPO
 from megarl.config.online import OnlineAlgorithm, OnlineConfig
 from megarl.config.optimizer import OptimizerConfig
 from megarl.config.section import (
@@ -87,6 +88,7 @@ class PpoConfig(OnlineConfig):
     algorithm: PpoAlgorithmConfig = PpoAlgorithmConfig()
     critic: CriticConfig = CriticConfig()
 
+    metric_names: ClassVar[frozenset[str]] = PPO
     refused: ClassVar[dict[str, str]] = {
         "rollout.max_staleness": "not for ppo: values and old logprobs are those of the current weights",
         "rollout.router_replay": "not for ppo: it would replay the policy's experts in the critic",

@@ -15,6 +15,7 @@ from megarl.config.data import (
     TrainingDataReading,
 )
 from megarl.config.hub import ModelPath
+from megarl.config.metric_names import DPO, RM
 from megarl.config.row_formats import RowColumns
 from megarl.config.section import (
     NonNegativeFloat,
@@ -206,6 +207,8 @@ class DpoConfig(PreferenceRoot):
     reference: ReferenceConfig = ReferenceConfig()
     training: PreferenceTrainingConfig
 
+    metric_names: ClassVar[frozenset[str]] = DPO
+
     def describe_batch(self) -> list[str]:
         """Return the lines of --dry-run=full on the batch."""
         needed = self.algorithm.uses_reference
@@ -233,6 +236,8 @@ class RmConfig(PreferenceRoot):
 
     algorithm: RewardAlgorithmConfig = RewardAlgorithmConfig()
     training: PreferenceTrainingConfig
+
+    metric_names: ClassVar[frozenset[str]] = RM
 
     @rule
     def _no_adapters(self) -> Problems:

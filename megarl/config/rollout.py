@@ -8,12 +8,11 @@ from pydantic import Field
 
 from megarl.config.data import DataReading, parts_of
 from megarl.config.environments import EnvironmentRuntime, Judging
-from megarl.config.evaluation import EvaluationSizeConfig
+from megarl.config.evaluation import LEAST_TEMPERATURE, EvaluationSizeConfig
 from megarl.config.model import ModelConfig
 from megarl.config.section import (
     HERE,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Problems,
     ProcessCount,
@@ -100,7 +99,7 @@ class RolloutConfig(GenerationConfig):
     """Prompts per step."""
     num_generations_per_prompt: PositiveInt
     """Samples per prompt (the group size G)."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] = 1.0
     """Sampling temperature; the trainer's logprobs are scaled by it too."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling: the smallest set of tokens with this mass; also for trainer logprobs (1: off)."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from megarl.config.data import SftDataConfig
+from megarl.config.metric_names import SFT
 from megarl.config.section import NonNegativeInt, PositiveInt
 from megarl.config.training import OfflineRoot, OfflineTraining
 
@@ -23,3 +26,5 @@ class SftConfig(OfflineRoot):
 
     data: SftDataConfig
     training: SftTrainingConfig
+
+    metric_names: ClassVar[frozenset[str]] = SFT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, PlainSerializer
@@ -10,6 +11,7 @@ from pydantic import Field, PlainSerializer
 from megarl.config.checkpoint import CheckpointConfig
 from megarl.config.logging import LoggingConfig
 from megarl.config.lora import LoraConfig
+from megarl.config.metric_names import STEP, is_metric
 from megarl.config.model import ModelConfig
 from megarl.config.optimizer import OptimizerConfig
 from megarl.config.packing import PackingConfig
@@ -73,9 +75,16 @@ class TrainingRoot(Section):
     """Sequences per example, which share a microbatch."""
     example: ClassVar[str] = "sequences"
     """Unit of the batch size, in messages."""
+    metric_names: ClassVar[frozenset[str]] = STEP
+    """Names of metrics.jsonl."""
     if TYPE_CHECKING:  # each root has its own types
         data: Any
         training: Any
+
+    @property
+    def logs_others(self) -> bool:
+        """Whether code of the user's own may log metrics of other names."""
+        return False
 
     @property
     def offloads(self) -> list[str]:
@@ -199,9 +208,16 @@ class TrainingRoot(Section):
 
     @rule
     def _best_checkpoint(self) -> Problems:
-        """`checkpoint.keep_best_metric` on held-out data needs `data.held_out`."""
+        """`checkpoint.keep_best_metric` is a metric of this kind of run; on held-out data it needs
+        `data.held_out`."""
         metric = self.checkpoint.keep_best_metric
-        if metric is not None and self.measures(metric) and self.data.held_out is None:
+        if metric is None:
+            return
+        if not (is_metric(metric, self.metric_names) or self.logs_others):
+            near = get_close_matches(metric, self.metric_names, n=3, cutoff=0.7)
+            hint = f"did you mean {', '.join(near)}?" if near else "docs/metrics.md lists them"
+            yield "checkpoint.keep_best_metric", f"no metric of this kind of run; {hint} (got {metric!r})"
+        elif self.measures(metric) and self.data.held_out is None:
             reason = f"{metric} is computed on data.held_out, which is not set"
             yield "checkpoint.keep_best_metric", reason, "data.held_out"
 

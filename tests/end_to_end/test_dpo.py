@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from megarl.config.metric_names import DPO as LOGGED
 from tests.end_to_end.conftest import FinishedRun
 from tests.end_to_end.harness import (
     Command,
@@ -102,6 +103,7 @@ def response_logps(directory: Path, row: dict[str, Any], tokenizer: Any) -> list
 def test_a_run_learns_and_leaves_its_files(dpo_run: FinishedRun) -> None:
     steps = read_lines(dpo_run.dir / "metrics.jsonl")
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert set().union(*steps) - {"step"} <= LOGGED
     nll = -steps[0]["logps_chosen"]
     assert steps[0]["reward_margin"] == pytest.approx(0.0, abs=1e-5), "the policy is the reference at first"
     assert steps[0]["loss"] == pytest.approx(math.log(2) + 0.1 * steps[0]["sft_loss"], abs=1e-5)

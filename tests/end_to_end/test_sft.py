@@ -14,6 +14,7 @@ import transformers
 import yaml
 
 from megarl.config.load import load_config
+from megarl.config.metric_names import SFT as LOGGED
 from megarl.config.sft import SftConfig
 from tests.end_to_end.conftest import FinishedRun
 from tests.end_to_end.harness import (
@@ -62,6 +63,7 @@ def validation_loss_of(model: Any, directory: Path) -> float:
 def test_a_run_learns_and_leaves_its_files(sft_run: FinishedRun) -> None:
     steps = read_lines(sft_run.dir / "metrics.jsonl")
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert set().union(*steps) - {"step"} <= LOGGED
     losses = [line["loss"] for line in steps]
     assert losses[0] > 4  # 512 tokens, untrained: about log(512) = 6.2
     assert losses[-1] < 0.5 * losses[0]
