@@ -147,8 +147,10 @@ def carry_over(source: Path, target: Path, dtype: torch.dtype | None = None) -> 
     for name in CARRIED_OVER:
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
+    config = json.loads((target / "config.json").read_text())
+    quantized = config.pop("quantization_config", None)  # what is written is not
     if dtype is not None:
-        config = json.loads((target / "config.json").read_text())
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+    if quantized is not None or dtype is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

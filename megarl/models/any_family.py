@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from megarl.errors import UserError
+from megarl.models.quantization import SCALE, fp8_block, quantization_problem
 from megarl.models.spec import ModelSpec, RopeSpec
 from megarl.models.table import Architecture, Rule
 
@@ -25,7 +26,11 @@ def any_architecture(model_dir: str | Path, config: dict[str, Any]) -> Architect
     Raises:
         UserError: there are no weights, or a size that all decoders have is missing.
     """
-    shapes = _shapes(Path(model_dir))
+    if (problem := quantization_problem(config)) is not None:
+        raise UserError(f"config.json: {problem}")
+    scales = (SCALE,) if fp8_block(config) is not None else ()
+    found = _shapes(Path(model_dir))
+    shapes = {name: shape for name, shape in found.items() if not name.endswith(scales)}
     tied = bool(config.get("tie_word_embeddings", _HEAD not in shapes))
     if tied:
         shapes.pop(_HEAD, None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megarl.errors import UserError
+from megarl.models.quantization import quantization_problem
 
 _EVERYWHERE = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
@@ -246,11 +247,8 @@ def _problems(family: str, config: dict[str, Any]) -> Iterator[str]:
         if key in READ[family] or key in NOT_COMPUTED.get(family, ()) or key not in NEUTRAL or value is None:
             continue
         if key == "quantization_config":
-            method = value.get("quant_method") if isinstance(value, dict) else value
-            yield (
-                f"quantization_config ({method}) is not supported; where the weights have been dequantised, "
-                "take the key out of the file"
-            )
+            if (problem := quantization_problem(config)) is not None:
+                yield problem
         elif key == "layer_types":
             if not isinstance(value, list) or any(each != "full_attention" for each in value) or not value:
                 yield f"layer_types is not supported for {family} but for full_attention (got {value!r})"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from megarl.files import read_json_object
+from megarl.models.quantization import SCALE, fp8_block
 from megarl.models.table import Region
-from megarl.weights.hf import safetensors_files
+from megarl.weights.fp8 import BlockScaled
+from megarl.weights.hf import open_weights, safetensors_files
 from megarl.weights.plan import Owner
 from megarl.weights.shared_storage import pool_parameters, share_parameters
 
@@ -21,9 +23,19 @@ class FileOwner:
 
     def __init__(self, model_dir: str | Path, dtype: str) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
-        for name, path in safetensors_files(Path(model_dir)).items():
-            with safe_open(path, framework="pt") as file:
-                self._tensors[name] = file.get_tensor(name).to(getattr(torch, dtype))
+        files = safetensors_files(Path(model_dir))
+        block = fp8_block(read_json_object(Path(model_dir) / "config.json"))
+        for name, path in files.items():
+            if block is not None and name.endswith(SCALE):
+                continue
+            with open_weights(path) as file:
+                stored = file.get_slice(name)
+                if block is not None and (scale := f"{name}{SCALE}") in files:
+                    with open_weights(files[scale]) as scales:
+                        tensor = BlockScaled(stored, scales.get_slice(scale), block)[:]
+                else:
+                    tensor = file.get_tensor(name)
+            self._tensors[name] = tensor.to(getattr(torch, dtype))
         pool_parameters(self._tensors)
 
     def owner(self) -> Owner:

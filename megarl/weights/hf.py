@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megarl.errors import UserError
-from megarl.files import read_index, stand_in, writing
+from megarl.files import read_index, read_json_object, stand_in, writing
+from megarl.models.quantization import SCALE, fp8_block
 from megarl.models.score import SCORE, score_config
 from megarl.models.table import Architecture, Region, name_problems
+from megarl.weights.fp8 import STORED, BlockScaled, pair_problem
 
 _MAX_SHARD_BYTES = 5 * 2**30
 EMBEDDING = "model.embed_tokens.weight"
@@ -115,8 +117,13 @@ class WeightFiles:
         self, model_dir: Path, architecture: Architecture, initial: Mapping[str, torch.Tensor] | None = None
     ) -> None:
         files = safetensors_files(model_dir)
+        config = read_json_object(model_dir / "config.json")
         # Llama 2's files have them; they follow from config.json, and transformers drops them too.
         self._files = {name: file for name, file in files.items() if not name.endswith(_FREQUENCIES)}
+        self._block = fp8_block(config)
+        self._scales: dict[str, Path] = {}  # of weights in FP8, by the weight's name
+        for name in [name for name in self._files if name.endswith(SCALE)] if self._block else ():
+            self._scales[name.removesuffix(SCALE)] = self._files.pop(name)
         self._initial = {name: part for name, part in (initial or {}).items() if name not in self._files}
         self._handles: dict[Path, Any] = {}
         self.ignored = sorted(name for name in self._files if architecture.ignores(name))
@@ -132,21 +139,51 @@ class WeightFiles:
                     f"{model_dir}: {HEAD} differs from {EMBEDDING} though they are tied (tie_word_embeddings)"
                 )
             del self._files[HEAD]
+        found += self._fp8_problems(model_dir)
         used = [name for name in self._files if name not in set(self.ignored)]
         found += name_problems(expected, [*used, *self._initial], str(model_dir))
         for name, shape in expected.items():
-            if name in self._files and (actual := tuple(self.slice(name).get_shape())) != shape:
+            if name in self._files and (actual := tuple(self._stored(name).get_shape())) != shape:
                 found.append(f"{model_dir}: tensor {name} has shape {list(actual)}, expected {list(shape)}")
         return found
 
+    def _fp8_problems(self, model_dir: Path) -> Iterator[str]:
+        """Yield what keeps weights in FP8 from being dequantised."""
+        for name in sorted(self._scales.keys() - self._files.keys()):
+            yield f"{model_dir}: tensor {name}{SCALE} scales {name}, which is not there"
+        for name in sorted(self._files):
+            stored = self._stored(name)
+            in_fp8 = stored.get_dtype().startswith("F8_")
+            if in_fp8 and (self._block is None or name not in self._scales or stored.get_dtype() != STORED):
+                kind = stored.get_dtype()
+                why = "has no scales" if kind == STORED else f"only {STORED} is supported"
+                if self._block is None:
+                    why = "config.json has no quantization_config with a weight_block_size"
+                yield f"{model_dir}: tensor {name} is stored as {kind}, and {why}"
+            elif not in_fp8 and name in self._scales:
+                yield f"{model_dir}: tensor {name} has scales, but is stored as {stored.get_dtype()}"
+            elif in_fp8 and self._block is not None:
+                scales = self._open(self._scales[name]).get_slice(f"{name}{SCALE}")
+                if (problem := pair_problem(stored, scales, self._block)) is not None:
+                    yield f"{model_dir}: tensor {name}: {problem}"
+
     def slice(self, name: str) -> Any:
-        """Return a tensor whose parts can be read by indexing."""
+        """Return a tensor whose parts can be read by indexing; what is stored in FP8 is float32 then."""
         if name in self._initial:
             return self._initial[name]
-        path = self._files[name]
+        if name not in self._scales:
+            return self._stored(name)
+        assert self._block is not None
+        scales = self._open(self._scales[name]).get_slice(f"{name}{SCALE}")
+        return BlockScaled(self._stored(name), scales, self._block)
+
+    def _stored(self, name: str) -> Any:
+        return self._open(self._files[name]).get_slice(name)
+
+    def _open(self, path: Path) -> Any:
         if path not in self._handles:
             self._handles[path] = open_weights(path)
-        return self._handles[path].get_slice(name)
+        return self._handles[path]
 
     def unmap(self) -> None:
         """Close the files until the next read: file pages that were read count as memory."""
@@ -265,6 +302,7 @@ def export_hf(
             shutil.copy(source_dir / name, partial / name)
     config = json.loads((partial / "config.json").read_text())
     config.pop("torch_dtype", None)
+    config.pop("quantization_config", None)  # of the source's files
     config["dtype"] = str(dtype).removeprefix("torch.")
     if architecture.spec.score_head:
         config = score_config(config)

@@ -65,8 +65,7 @@ def engine_arguments(settings: EngineSettings, model: PretrainedConfig, on_gpu: 
         "block_size": LATENT_KV_BLOCK_SIZE if latent else KV_BLOCK_SIZE,
         "enable_prefix_caching": config.enable_prefix_caching,
         "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p, like the trainer's
-        # Without this field, which transformers does not write, vLLM ignores the router's bias.
-        "hf_overrides": {"topk_method": "noaux_tc"} if model.model_type == "deepseek_v3" else {},
+        "hf_overrides": _overrides(model),
         "generation_config": "vllm",  # the model's generation_config.json must not change sampling
         "async_scheduling": False,
         "disable_log_stats": True,
@@ -86,6 +85,17 @@ def engine_arguments(settings: EngineSettings, model: PretrainedConfig, on_gpu: 
             "enable_return_routed_experts": settings.record_routing,
         }
     return arguments
+
+
+def _overrides(model: PretrainedConfig) -> dict[str, Any]:
+    """Return the keys of config.json that vLLM has to read otherwise."""
+    overrides: dict[str, Any] = {}
+    if model.model_type == "deepseek_v3":
+        # Without this field, which transformers does not write, vLLM ignores the router's bias.
+        overrides["topk_method"] = "noaux_tc"
+    if getattr(model, "quantization_config", None) is not None:
+        overrides["quantization_config"] = None  # the trainer's weights are dequantised
+    return overrides
 
 
 def returns_routing(engine: LLMEngine) -> bool:
