@@ -163,3 +163,24 @@ def test_logprobs_of_the_sampled_tokens_are_the_first_of_each_position() -> None
     found = sampled_logprobs(flat)
     assert found.dtype == np.float32
     assert found.tolist() == np.float32([-0.1, -2.5, -7.0]).tolist()
+
+
+def test_vllm_does_not_expect_quantised_weights(tmp_path: Path) -> None:
+    """The trainer's are dequantised; config.json still speaks of FP8."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    config = transformers.Qwen3Config(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        architectures=["Qwen3ForCausalLM"],
+        quantization_config=fp8,
+    )
+    config.save_pretrained(tmp_path)
+    asked = engine_arguments(settings(str(tmp_path)), config, False)
+    assert EngineArgs(**asked).create_model_config().quantization is None
+    assert EngineArgs(**asked | {"hf_overrides": {}}).create_model_config().quantization == "fp8"

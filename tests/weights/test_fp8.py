@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megarl.convert import commands
 from megarl.errors import UserError
 from megarl.models import load_architecture
 from megarl.weights.file_owner import FileOwner
@@ -133,6 +134,26 @@ def test_tensors_without_a_table(tmp_path: Path) -> None:
     assert found.keys() == worth.keys()
     for key, value in worth.items():
         assert np.abs(found[key].double().numpy() - value).max() <= 2**-23 * np.abs(value).max(), key
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_conversion_dequantises(dtype: str | None, tmp_path: Path) -> None:
+    """To bfloat16, of which the numbers were made, unless another type is asked for."""
+    worth = save_fp8("deepseek-v3", tmp_path / "fp8")
+    commands.hf_to_megatron(tmp_path / "fp8", tmp_path / "megatron", dtype=dtype, max_bytes=2**30)
+    commands.megatron_to_hf(
+        tmp_path / "megatron", tmp_path / "back", hf_config=None, dtype=None, max_bytes=2**30
+    )
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == worth.keys()
+    for key, value in worth.items():
+        in_fp8 = "proj.weight" in key
+        assert found[key].dtype == (torch.bfloat16 if in_fp8 and dtype is None else torch.float32), key
+        step = 2**-8 if found[key].dtype == torch.bfloat16 else 2**-23
+        assert (np.abs(found[key].double().numpy() - value) <= step * np.abs(value)).all(), key
+    for path in (tmp_path / "megatron" / "release" / "hf", tmp_path / "megatron" / "hf", tmp_path / "back"):
+        if path.exists():
+            assert "quantization_config" not in json.loads((path / "config.json").read_text())
 
 
 KEY = "model.layers.0.mlp.down_proj.weight"
