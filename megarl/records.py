@@ -145,10 +145,11 @@ def merge_spans(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @dataclass(slots=True)
 class Group:
-    """The G samples of one prompt."""
+    """The G samples of one prompt, and the graded greedy response to it where one was asked for."""
 
     prompt: Prompt
     samples: list[Sample]  # [G]
+    greedy: Sample | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

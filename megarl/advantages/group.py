@@ -1,7 +1,7 @@
 """Group-relative advantages.
 
 GRPO: Shao et al. 2024, arXiv:2402.03300; RLOO: arXiv:2402.14740; OPO: arXiv:2505.23585; GDPO:
-arXiv:2601.05242.
+arXiv:2601.05242; ReMax: arXiv:2310.10505.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megarl.errors import UserError
 from megarl.ops.group_advantage import group_advantage
 from megarl.records import Sample
 
-Baseline = Literal["mean", "leave_one_out", "length_weighted", "none"]
+Baseline = Literal["mean", "leave_one_out", "length_weighted", "greedy", "none"]
 
 
 def group_advantages(
@@ -28,17 +28,19 @@ def group_advantages(
     normalize_std: bool = True,
     epsilon: float = 1e-6,
     lengths: np.ndarray | None = None,
+    greedy: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return group-relative advantages, ``A_i = (r_i - b_i) / (std + epsilon)``.
 
     ``b_i`` is the mean of the group ("mean"), the mean without sample i ("leave_one_out"; r_i - b_i is then
     G / (G - 1) times as large), the mean weighted by ``lengths`` ("length_weighted", OPO: the baseline of
-    least variance if a sample's squared gradient grows with its length), or 0 ("none"). ``std`` is the
+    least variance if a sample's squared gradient grows with its length), the reward of the greedy response
+    ("greedy", ReMax: the rewards in ``greedy``), or 0 ("none"). ``std`` is the
     *sample* standard deviation (divisor G - 1) of the whole group for every baseline, as in TRL 1.16 and NeMo
     RL, except that NeMo RL excludes sample i from the deviation too if it does so for the baseline.
 
     A group whose rewards are all equal gives no gradient: its advantages are exactly 0 (without a baseline
-    they are the undivided rewards). The test compares rewards, not a computed deviation, whose rounding
+    of its samples they are not divided). The test compares rewards, not a computed deviation, whose rounding
     residue (0.1 + 0.1 + 0.1 is not 0.3) would be amplified to +-1.
 
     Args:
@@ -48,6 +50,7 @@ def group_advantages(
         normalize_std: divide by the deviation.
         epsilon: added to the deviation.
         lengths: [S] tokens that were sampled, for "length_weighted".
+        greedy: [G] rewards of the groups' greedy responses, for "greedy".
 
     Returns:
         Advantages [S] float64.
@@ -57,11 +60,14 @@ def group_advantages(
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     _check(rewards, bounds, baseline)
-    if baseline in ("none", "length_weighted"):
+    if baseline in ("none", "length_weighted", "greedy"):
         deviation, center = np.ones(len(rewards)), np.zeros(len(rewards))
-        for start, end in pairwise(bounds):
+        for group, (start, end) in enumerate(pairwise(bounds)):
             own = rewards[start:end]
-            if baseline == "length_weighted":
+            if baseline == "greedy":
+                assert greedy is not None
+                center[start:end] = greedy[group]
+            elif baseline == "length_weighted":
                 assert lengths is not None
                 weights = np.asarray(lengths[start:end], dtype=np.float64)
                 total = weights.sum()

@@ -15,6 +15,7 @@ Where advantages depend on rewards only, they come first, and samples with advan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -30,7 +31,7 @@ from megarl.loops import minibatches
 from megarl.loops.minibatches import MiniBatch
 from megarl.loops.online import Learned, run_online
 from megarl.losses.custom import configured_loss
-from megarl.records import Group
+from megarl.records import Group, Sample
 from megarl.runs.training_run import TrainingRun
 from megarl.trainer.interface import Trainer
 
@@ -109,6 +110,15 @@ class GrpoLearner:
             then=then,
         )
 
+    def _rewards(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Return the rewards [S], less the penalty of overlong responses."""
+        rewards = np.array([float(sample.reward or 0.0) for sample in samples])
+        if (buffer := self.algorithm.overlong_buffer) is not None:
+            lengths, longest = [len(s.response_ids) for s in samples], self.config.rollout.max_new_tokens
+            penalty = overlong_penalty(np.array(lengths), max_tokens=longest, buffer=buffer)
+            rewards += self.algorithm.overlong_penalty * penalty
+        return rewards
+
     def give_advantages(
         self, groups: list[Group], minis: list[MiniBatch], kl: np.ndarray | None = None
     ) -> dict[str, float]:
@@ -123,11 +133,7 @@ class GrpoLearner:
         counts = np.concatenate([np.zeros(0, dtype=np.int64), *(mini.num_targets for mini in minis)])
         offsets, by_token = minibatches.token_offsets(minis), algorithm.kl_reward_level == "token"
 
-        rewards = np.array([float(sample.reward or 0.0) for sample in samples])
-        if (buffer := algorithm.overlong_buffer) is not None:
-            lengths, longest = [len(s.response_ids) for s in samples], self.config.rollout.max_new_tokens
-            penalty = overlong_penalty(np.array(lengths), max_tokens=longest, buffer=buffer)
-            rewards += algorithm.overlong_penalty * penalty
+        rewards = self._rewards(samples)
         if kl is not None:
             sums = np.add.reduceat(kl, offsets[:-1])
             values["kl_reward"] = float(sums.sum()) / max(int(counts.sum()), 1)
@@ -140,6 +146,14 @@ class GrpoLearner:
         else:
             weights = algorithm.reward_weights
             parts = [rewards] if weights is None else named_rewards(samples, list(weights))
+            best = [group.greedy for group in groups if group.greedy is not None]
+            greedy: Sequence[np.ndarray | None] = [None] * len(parts)
+            if algorithm.samples_greedily:
+                assert len(best) == len(groups), "a group without its greedy response is dropped"
+                greedy = (
+                    [self._rewards(best)] if weights is None else list(named_rewards(best, list(weights)))
+                )
+                values["greedy_reward_mean"] = float(np.mean([sample.reward for sample in best]))
             bounds = np.array([0, *accumulate(len(group.samples) for group in groups)])
             sampled = np.array([sample.num_sampled_tokens for sample in samples])
             each = [
@@ -149,8 +163,9 @@ class GrpoLearner:
                     baseline=algorithm.baseline,
                     normalize_std=algorithm.normalize_std,
                     lengths=sampled,
+                    greedy=theirs,
                 )
-                for part in parts
+                for part, theirs in zip(parts, greedy, strict=True)
             ]
             found = each[0] if weights is None else np.array(list(weights.values())) @ np.array(each)
         for sample, advantage in zip(samples, found.tolist(), strict=True):

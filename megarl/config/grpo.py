@@ -21,8 +21,9 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
     """Custom policy loss, "package.module:function", instead of `objective` (guides/custom-losses.md)."""
     advantage: Text | None = None
     """Custom advantage, "package.module:function", instead of `baseline` (guides/custom-losses.md)."""
-    baseline: Literal["mean", "leave_one_out", "length_weighted", "none"] = "mean"
-    """Subtracted from each reward (leave_one_out: RLOO, 2402.14740; length_weighted: OPO, 2505.23585)."""
+    baseline: Literal["mean", "leave_one_out", "length_weighted", "greedy", "none"] = "mean"
+    """Subtracted from each reward (leave_one_out: RLOO, 2402.14740; length_weighted: OPO, 2505.23585; greedy:
+    ReMax, 2310.10505, the reward of one more response per prompt, sampled at temperature 0)."""
     reward_weights: dict[Text, float] | None = None
     """Advantages of each of these rewards of info["rewards"] summed by weight (GDPO, arXiv:2601.05242)."""
     normalize_std: bool = True
@@ -145,8 +146,13 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
 
     @property
     def least_group(self) -> int:
-        """Samples a group must have: 2 with a baseline, else 1."""
-        return 1 if self.baseline == "none" or self.advantage is not None else 2
+        """Samples a group must have: 2 with a baseline of the samples, else 1."""
+        return 1 if self.baseline in ("greedy", "none") or self.advantage is not None else 2
+
+    @property
+    def samples_greedily(self) -> bool:
+        """Whether each group has a greedy response too."""
+        return self.baseline == "greedy"
 
     @property
     def most_batches(self) -> int | None:
@@ -288,6 +294,13 @@ class GrpoAlgorithmConfig(OnlineAlgorithm):
             yield "filter_overlong", reason, "kl_reward_level"
 
     @rule
+    def _greedy_baseline(self) -> Problems:
+        """`baseline: greedy` cannot be combined with `dynamic_sampling`."""
+        if self.samples_greedily and self.dynamic_sampling:
+            why = "groups of equal rewards, which it leaves out, differ from the greedy response"
+            yield "dynamic_sampling", f"not with algorithm.baseline = greedy: {why} (got true)", "baseline"
+
+    @rule
     def _old_of_the_engine(self) -> Problems:
         """`old_logprobs: rollout` excludes `off_policy_correction` and `max_logprob_error`."""
         if self.old_logprobs == "rollout":
@@ -399,7 +412,7 @@ class GrpoConfig(OnlineConfig):
         algorithm, size, against = self.algorithm, self.rollout.num_generations_per_prompt, {}
         if algorithm.advantage is not None:
             pass  # the function checks the group size
-        elif algorithm.baseline != "none":
+        elif algorithm.baseline not in ("greedy", "none"):
             alone = "with one, the baseline is the sample itself and the advantage 0"
             against["baseline"] = f"a group needs at least 2 samples: {alone}"
         elif algorithm.normalize_std:

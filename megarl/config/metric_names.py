@@ -48,8 +48,9 @@ PPO = _POLICY | _set(
 )
 GRPO = _POLICY | _set(
     """
-    kl_ref nll_positive drift correction_weight_mean corrected_fraction rejected_fraction positive_fraction
-    filtered_overlong dropped_logprob_error skipped_zero_advantage shaped_reward_mean
+    greedy_reward_mean kl_ref nll_positive drift correction_weight_mean corrected_fraction
+    rejected_fraction positive_fraction filtered_overlong dropped_logprob_error skipped_zero_advantage
+    shaped_reward_mean
     advantage_clipped_fraction num_generation_batches equal_groups surplus_groups staleness_mean staleness_max
     stale_tokens_fraction mixed_samples_fraction stale_logprob_abs_diff_mean stale_kl_rollout_trainer
     router_replay_rerouted

@@ -57,6 +57,11 @@ class OnlineAlgorithm(Section):
         return 1
 
     @property
+    def samples_greedily(self) -> bool:
+        """Whether each group has a greedy response too."""
+        return False
+
+    @property
     def most_batches(self) -> int | None:
         """Maximum rollout batches per step under dynamic sampling; None: all groups are used."""
         return None

@@ -132,6 +132,7 @@ class RolloutBatches:
             "top_k": rollout.top_k,
             "top_p": rollout.top_p,
             "max_new_tokens": rollout.max_new_tokens,
+            "greedy_too": self._config.algorithm.samples_greedily,
         }
 
     def _draw(self, step: int) -> GradedBatch:
@@ -170,5 +171,5 @@ class RolloutBatches:
 
     @property
     def _total(self) -> int:
-        rollout = self._config.rollout
-        return rollout.num_prompts_per_step * rollout.num_generations_per_prompt
+        rollout, greedy = self._config.rollout, int(self._config.algorithm.samples_greedily)
+        return rollout.num_prompts_per_step * (rollout.num_generations_per_prompt + greedy)

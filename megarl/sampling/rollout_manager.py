@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import itertools
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,7 @@ class RolloutCounts:
         return {"episodes_retried": self.num_retries, "episodes_dropped": self.num_dropped}
 
 
+_GREEDY: dict[str, Any] = {"temperature": 0.0, "logprobs": False, "top_k": 0, "top_p": 1.0}
 RolloutResult = tuple[list[Group], RolloutCounts, float]
 
 
@@ -111,13 +112,15 @@ class RolloutManager:
         max_new_tokens: int,
         top_k: int = 0,
         top_p: float = 1.0,
+        greedy_too: bool = False,
         advance: Callable[[int], None] = lambda _: None,
         phase: Phase = "rollout",
     ) -> list[Group]:
         """Return one group of ``generations`` samples per prompt, in the order of ``prompts``.
 
         All requests are batched continuously; ``advance(1)`` is called for each finished sample.
-        Temperature 0 is greedy and returns no logprobs.
+        Temperature 0 is greedy and returns no logprobs. With ``greedy_too`` each group has one more response,
+        its ``greedy``, at temperature 0; a group whose greedy one failed is empty.
         Time is booked under ``phase``; in a training rollout, time in which the engine idles while the
         environment works is booked under "reward".
 
@@ -135,6 +138,7 @@ class RolloutManager:
             max_new_tokens=max_new_tokens,
             top_k=top_k,
             top_p=top_p,
+            greedy_too=greedy_too,
             advance=advance,
         )
         with self._timers(phase):
@@ -153,6 +157,7 @@ class RolloutManager:
         max_new_tokens: int,
         top_k: int = 0,
         top_p: float = 1.0,
+        greedy_too: bool = False,
         advance: Callable[[int], None] = lambda _: None,
     ) -> RolloutResult:
         """See :meth:`sample`; also returns the failure counts and the engine's idle seconds."""
@@ -165,35 +170,47 @@ class RolloutManager:
             max_new_tokens, runtime.max_turns, runtime.max_new_tokens_per_turn, runtime.max_retries
         )
         runner = EpisodeRunner(self._environment, self._turns, limits)
-        counts = RolloutCounts(num_episodes=len(prompts) * generations)
+        count = len(prompts) * generations
+        counts = RolloutCounts(num_episodes=count + len(prompts) * greedy_too)
 
         def finished(_: object) -> None:
             advance(1)
             ranges.tick()
 
-        client = SessionClient(self._engine, sampling)
+        clients = [SessionClient(self._engine, sampling)]
+        if greedy_too:
+            clients.append(SessionClient(self._engine, replace(sampling, **_GREEDY)))
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     [
-                        group.create_task(self._episode(runner, client, counts, prompt, step, number, greedy))
-                        for number in range(p, len(prompts) * generations, len(prompts))
+                        group.create_task(
+                            self._episode(runner, clients[0], counts, prompt, step, number, greedy)
+                        )
+                        for number in range(p, count, len(prompts))
                     ]
                     for p, prompt in enumerate(prompts)
                 ]
-                for task in (task for row in tasks for task in row):
+                greedy_tasks = [
+                    group.create_task(self._episode(runner, client, counts, prompt, step, number, True))
+                    for client in clients[1:]
+                    for number, prompt in enumerate(prompts, start=count)
+                ]
+                for task in (task for row in [*tasks, greedy_tasks] for task in row):
                     task.add_done_callback(finished)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            client.close()
+            for client in clients:
+                client.close()
         counts.num_retries = runner.num_retries
         samples = [[task.result() for task in row] for row in tasks]
+        best = [task.result() for task in greedy_tasks] if greedy_too else [None] * len(prompts)
         groups = [
-            Group(prompt, [sample for sample in row if sample is not None])
-            for prompt, row in zip(prompts, samples, strict=True)
+            Group(prompt, [s for s in row if s is not None and (one or not greedy_too)], one)
+            for prompt, row, one in zip(prompts, samples, best, strict=True)
         ]
-        return groups, counts, client.idle_seconds()
+        return groups, counts, min(client.idle_seconds() for client in clients)
 
     async def _episode(
         self,

@@ -127,3 +127,17 @@ def test_named_rewards() -> None:
     ):
         with pytest.raises(UserError, match=rf"prompt 7 has no finite reward 'b' .*gave: {has}\)"):
             named_rewards([sample_with(**bad)], ["b"])
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_greedy_baseline_by_hand(normalize_std: bool) -> None:
+    """ReMax: what the greedy response earns; it needs no second sample, and equal rewards still teach."""
+    groups, greedy = [[1.0, 0.0, 0.5], [2.0, 2.0], [3.0]], [0.25, 1.5, 4.0]
+    found = module.group_advantages(
+        *ragged(groups), baseline="greedy", normalize_std=normalize_std, greedy=np.array(greedy)
+    )
+    expected = [0.75, -0.25, 0.25, 0.5, 0.5, -1.0]
+    if normalize_std:
+        deviations = [statistics.stdev(groups[0]) + 1e-6] * 3 + [1, 1, 1]
+        expected = [a / d for a, d in zip(expected, deviations, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +40,12 @@ def make_groups(seed: int = 0, prompts: int = 4, generations: int = 4) -> list[G
             )
         groups.append(Group(Prompt(p, "", token_ids(ids)), samples))
     return groups
+
+
+def with_greedy(group: Group) -> Group:
+    """The group with a greedy response: its first one, worth a quarter, half, ... by the prompt."""
+    first = replace(group.samples[0], reward=(group.prompt.index + 1) / 4)
+    return Group(group.prompt, group.samples, first)
 
 
 def fake_run() -> Any:
@@ -107,7 +114,12 @@ def learn(context: Any, model_dir: str, algorithm: dict[str, Any], parallel: dic
     policy.keep_reference()
     run = fake_run()
     learner = GrpoLearner(config, run, policy)
-    own = make_groups if context.is_first else lambda seed: []  # no other rank has the samples
+    greedy = algorithm.get("baseline") == "greedy"
+
+    def own(seed: int) -> list[Group]:
+        groups = make_groups(seed) if context.is_first else []  # no other rank has the samples
+        return [with_greedy(group) for group in groups] if greedy else groups
+
     learner.learn(1, own(1))  # so that the policy is no longer the reference
     seen: dict[tuple[int, int, int], dict[str, float]] = {}
 

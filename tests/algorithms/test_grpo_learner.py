@@ -11,7 +11,7 @@ import pytest
 
 from megarl.records import Group, Sample
 from tests.algorithms import learner_ranks
-from tests.algorithms.learner_ranks import MAX_NEW_TOKENS, make_groups
+from tests.algorithms.learner_ranks import MAX_NEW_TOKENS, make_groups, with_greedy
 from tests.trainer.world import world
 
 MODEL = "qwen3-tied"
@@ -312,3 +312,24 @@ def test_the_length_that_a_fixed_denominator_has(
     trained = {number for _, number, _ in result["seen"]}
     assert len(trained) > 4
     assert max(weights) == min(weights) == pytest.approx(1 / (16 * divisor), rel=1e-6)
+
+
+@pytest.mark.parametrize("buffer", [None, 6])
+def test_remax_takes_the_greedy_responses_reward_off(model_dirs: dict[str, str], buffer: int | None) -> None:
+    """Its penalty for length too; the greedy response is trained on by nobody."""
+    settings = {"baseline": "greedy", "normalize_std": False}
+    if buffer is not None:
+        settings |= {"overlong_buffer": buffer, "overlong_penalty": 0.5}
+    [result] = run(model_dirs, settings, {})
+
+    def shaped(sample: Sample) -> float:
+        return (sample.reward or 0.0) + (0.0 if buffer is None else penalty(sample))
+
+    groups = [with_greedy(group) for group in make_groups(2)]
+    for p, group in enumerate(groups):
+        assert group.greedy is not None
+        expected = [shaped(sample) - shaped(group.greedy) for sample in group.samples]
+        assert result["advantages"][p] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    mean = statistics.fmean(group.greedy.reward or 0.0 for group in groups if group.greedy is not None)
+    assert result["metrics"]["greedy_reward_mean"] == pytest.approx(mean)
+    assert max(number for _, number, _ in result["seen"]) < 16

@@ -185,7 +185,8 @@ def test_presets_of_the_guide() -> None:
     ]
     presets = {name: part for block in blocks for name, part in block.items()}
     names = (
-        "grpo dr_grpo dapo gspo cispo sapo dppo vespo rloo opo gdpo reinforce_plus_plus reinforce_baseline"
+        "grpo dr_grpo dapo gspo cispo sapo dppo vespo rloo opo remax gdpo reinforce_plus_plus"
+        " reinforce_baseline"
     )
     assert presets.keys() == set(names.split())
     for name, part in presets.items():

@@ -303,3 +303,47 @@ def test_groups_are_dealt_evenly_when_some_are_missing():
     assert dealt(8, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert dealt(7, 2) == [[0, 1, 2], [3, 4, 5, 6]]
     assert dealt(1, 2) == [[0]]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_group_has_its_greedy_response(fails: bool):
+    """Sampled at temperature 0 beside the others, graded like them, and no sample of the group."""
+
+    class Lengths(Verifier):
+        async def judge(self, prompt: Prompt, response_text: str) -> tuple[float, dict[str, Any]]:
+            if fails and prompt.index == 1 and response_text == "greedy":
+                raise OSError("no disk")
+            return float(len(response_text)), {}
+
+    made = rollouts(
+        Lengths(),
+        lambda request: "greedy" if request.seed is None else "drawn!!",
+        max_retries=0,
+        max_dropped_fraction=0.5,
+    )
+    engine: Any = made.engine  # type: ignore[attr-defined]
+    asked: list[SamplingConfig] = []
+    engine.session = lambda sampling: (asked.append(sampling), Scripted(engine.answer).session(sampling))[1]
+    groups = made.sample(
+        [prompt(0), prompt(1), prompt(2)],
+        step=1,
+        generations=2,
+        temperature=0.7,
+        top_p=0.9,
+        max_new_tokens=20,
+        greedy_too=True,
+    )
+    drawn, greedy = asked
+    assert (drawn.temperature, drawn.top_p, drawn.logprobs) == (0.7, 0.9, True)
+    assert (greedy.temperature, greedy.top_p, greedy.top_k, greedy.logprobs) == (0.0, 1.0, 0, False)
+    assert greedy.stop_token_ids == drawn.stop_token_ids
+    assert made.counts.num_episodes == 9 and made.counts.num_dropped == int(fails)
+    for group in groups:
+        if fails and group.prompt.index == 1:
+            assert group.samples == [] and group.greedy is None
+        else:
+            assert [one.reward for one in group.samples] == [7.0, 7.0]
+            assert group.greedy is not None and group.greedy.reward == 6.0
+    kept, _ = usable(groups, made.counts, Console("grpo", enabled=False), smallest=1)
+    assert len(kept) == (2 if fails else 3)
+    assert all(group.greedy is None for group in sample(rollouts(Lengths(), lambda _: "x"), prompts=2))

@@ -30,6 +30,8 @@ class Problems(list[Prompt]):
 class FakeRollouts:
     """Rewards are equal within the groups of prompts with an even index."""
 
+    greedy_too = False
+
     def __init__(self) -> None:
         self.asked: list[tuple[int, list[int]]] = []
         self.counts = RolloutCounts()
@@ -40,6 +42,7 @@ class FakeRollouts:
 
     def sample(self, prompts: list[Prompt], *, step: int, **settings: Any) -> list[Group]:
         assert settings["generations"] == 4 and settings["max_new_tokens"] == 12
+        assert settings["greedy_too"] == self.greedy_too
         self.asked.append((step, [p.index for p in prompts]))
         return [
             Group(
