@@ -251,6 +251,7 @@ def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argpar
         position_embedding_type="rope",
         rotary_base=spec.rope.theta,
         rotary_percent=1.0,
+        no_rope_freq=_unrotated(spec),
         normalization="RMSNorm",
         norm_epsilon=spec.norm_eps,
         swiglu=True,
@@ -271,6 +272,13 @@ def megatron_arguments(architecture: Architecture, dtype: torch.dtype) -> argpar
         use_dist_ckpt=True,
         dist_ckpt_format="torch_dist",
         iteration=0,
+    )
+
+
+def _unrotated(spec: ModelSpec) -> list[int] | None:
+    """Megatron's no_rope_freq: 1 for each layer without rotary embedding."""
+    return (
+        [int(n in spec.unrotated_layers) for n in range(spec.num_layers)] if spec.unrotated_layers else None
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.errors import UserError
 from megarl.files import read_json_object
-from megarl.models import deepseek_v3, gemma, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from megarl.models import deepseek_v3, gemma, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, smollm3
 from megarl.models.any_family import any_architecture
 from megarl.models.options import check_options, with_defaults
 from megarl.models.table import Architecture
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
     "qwen3_moe": qwen3_moe.architecture,
     "mixtral": mixtral.architecture,
     "deepseek_v3": deepseek_v3.architecture,
+    "smollm3": smollm3.architecture,
     "gemma2": gemma.gemma2,
     "gemma3_text": gemma.gemma3_text,
 }

@@ -32,6 +32,7 @@ READ: dict[str, frozenset[str]] = {
         " n_shared_experts first_k_dense_replace n_group topk_group norm_topk_prob routed_scaling_factor"
         " kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_nextn_predict_layers"
         " num_mtp_layers",
+        "smollm3": "attention_bias mlp_bias no_rope_layers no_rope_layer_interval",
         "gemma2": "attention_bias",
         "gemma3_text": "attention_bias",
     }.items()
@@ -168,6 +169,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 1536,
         "num_nextn_predict_layers": 1,
     },
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+        "no_rope_layer_interval": 4,
+    },
     "gemma2": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "gemma3_text": {"num_key_value_heads": 4, "tie_word_embeddings": True},
 }
@@ -252,7 +259,7 @@ def _problems(family: str, config: dict[str, Any]) -> Iterator[str]:
         elif key == "layer_types":
             if not isinstance(value, list) or any(each != "full_attention" for each in value) or not value:
                 yield f"layer_types is not supported for {family} but for full_attention (got {value!r})"
-        elif key == "sliding_window" and family.startswith("qwen"):
+        elif key == "sliding_window" and family.startswith(("qwen", "smollm3")):
             continue  # counts with use_sliding_window alone
         elif value not in (allowed := own.get(key, NEUTRAL[key])):
             built = f"; built is {allowed[0]!r}" if allowed else ""

@@ -140,6 +140,7 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     sandwich_norms: bool = False  # norms also after attention and after the MLP
+    unrotated_layers: tuple[int, ...] = ()  # global numbers of the layers without rotary embedding
     not_trainable: str | None = (
         None  # reason why the trainer cannot build it; planning and conversion still work
     )

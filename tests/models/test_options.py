@@ -88,6 +88,7 @@ def test_a_key_that_is_read_has_an_effect(family: str, tmp_path: Path):
             ("deepseek_v3", "num_nextn_predict_layers"),  # says which tensors are left out
             ("gemma3_text", "rope_parameters"),  # by layer type
             ("mixtral", "intermediate_size"),
+            ("smollm3", "no_rope_layer_interval"),  # counts without no_rope_layers alone
         }:
             continue
         change = OTHER.get(key, lambda value: value * 2)
@@ -116,7 +117,7 @@ def test_a_harmless_key_changes_no_logits_of_transformers(family: str, tmp_path:
 EVERY_FAMILY = {
     "hidden_dropout_prob": 0.1,
     "attention_dropout": 0.1,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "quantization_config": {"quant_method": "awq", "bits": 4},
     "partial_rotary_factor": 0.5,
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
@@ -162,9 +163,10 @@ ONE_FAMILY = [
 
 def refusals() -> list[tuple[str, str, Any]]:
     found = [(family, key, value) for family in FAMILIES for key, value in EVERY_FAMILY.items()]
+    found.remove(("smollm3", "no_rope_layers", EVERY_FAMILY["no_rope_layers"]))
     for family in FAMILIES:
         for key, value in TRAINABLE.items():
-            windowed = key == "sliding_window" and family.startswith(("qwen", "mistral"))
+            windowed = key == "sliding_window" and family.startswith(("qwen", "mistral", "smollm3"))
             if not family.startswith("gemma") and not windowed:
                 found.append((family, key, value))
     return [*found, *ONE_FAMILY]
@@ -191,6 +193,21 @@ def test_an_option_that_is_not_built_is_refused_by_name(family: str, key: str, v
 )
 def test_what_says_the_usual_is_accepted(family: str, changes: dict[str, Any], tmp_path: Path):
     assert spec_of(tmp_path, config_of(family, **changes)) == spec_of(tmp_path, config_of(family))
+
+
+def test_layers_without_rotation_are_those_of_transformers(tmp_path: Path):
+    """By the list, or by the interval; what fits neither is a line."""
+    base = config_of("smollm3", num_hidden_layers=6)
+    for change in ({}, {"no_rope_layer_interval": 3}, {"no_rope_layers": [0, 1, 1, 0, 1, 1]}):
+        config = {
+            name: value for name, value in base.items() if name not in ("no_rope_layers", "layer_types")
+        }
+        theirs = transformers.SmolLM3Config(**(config | change)).no_rope_layers
+        expected = tuple(layer for layer, rotates in enumerate(theirs) if not rotates)
+        assert expected and spec_of(tmp_path, config | change).unrotated_layers == expected
+    for bad in ([1, 1], [1, 1, 1, 2, 1, 1], "all"):
+        with pytest.raises(UserError, match=r"no_rope_layers must have a 0 or 1 for each of 6 layers"):
+            spec_of(tmp_path, base | {"no_rope_layers": bad})
 
 
 def test_a_plan_is_made_of_a_configuration_whose_weights_would_be_refused(tmp_path: Path):

@@ -69,6 +69,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-deep-tied": ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 4}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 32}),
+    "smollm3": ("smollm3", {"tie_word_embeddings": False, "num_hidden_layers": 4, "pad_token_id": 0}),
+    "smollm3-tied-biases": (
+        "smollm3",
+        {"no_rope_layers": [0, 1], "pad_token_id": 0, **BIASES},
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": False}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
@@ -93,6 +98,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 _CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),

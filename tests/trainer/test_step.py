@@ -49,6 +49,7 @@ def hf_gradients(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
         ("llama-biases", "token", True),
         ("qwen3-tied", "sequence", True),
         ("mistral", "token", False),
+        ("smollm3", "token", False),
     ],
 )
 def test_packed_gradients_equal_hf_unpacked_for_any_split(

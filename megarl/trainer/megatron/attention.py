@@ -98,6 +98,7 @@ class PackedAttention(MegatronModule):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.context_group = groups.cp
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.rotates = layer_number - 1 not in config.unrotated_layers
 
     def forward(
         self,
@@ -117,7 +118,8 @@ class PackedAttention(MegatronModule):
             packed.rope = cos_sin(
                 self.config.rope_inverse_frequencies, packed.position_ids, self.config.rope_attention_factor
             )
-        query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
+        if self.rotates:
+            query, key = rotate(query, *packed.rope), rotate(key, *packed.rope)
         return self.attend(query, key, value, packed).reshape(query.shape[0], -1)
 
     def attend(

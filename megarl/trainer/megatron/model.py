@@ -160,6 +160,7 @@ def transformer_config(
     )
     config.rope_inverse_frequencies = inverse_frequencies(spec.rope, spec.rope_dim).to(device)
     config.rope_attention_factor = spec.rope.attention_factor
+    config.unrotated_layers = spec.unrotated_layers
     config.moe_spec = spec.moe
     config.expert_dispatcher = dispatcher
     config.real_vocab_size = spec.vocab_size
