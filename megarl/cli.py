@@ -310,7 +310,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from megarl.models.layout_checks import check_training
 
             check_training(config)
-        if _rank() == 0:
+        if _rank() == 0 and options.dry_run != "full":
             from megarl.loops.lookups import check_names
 
             check_names(config, here=not options.dry_run)

@@ -109,10 +109,10 @@ def test_a_dry_run_looks_them_up(
 ) -> None:
     monkeypatch.setattr("megarl.config.load.find_file_violations", lambda config, weights: [])
     monkeypatch.setattr("megarl.models.layout_checks.check_training", lambda config: None)
-    monkeypatch.setattr("megarl.cli._resolved", lambda config: "resolved\n")
+    monkeypatch.setattr("megarl.loops.dry_run.dry_run", lambda job, config, problems: print("read"))
     command = ["grpo", "--config", "configs/quickstart_grpo.yaml", "--dry-run", f"run.dir={tmp_path}/run"]
     assert main([*command]) == 0
-    assert capsys.readouterr().out == "resolved\n"
+    assert capsys.readouterr().out == "read\n"
     assert main([*command, "data.train.task=nonsense"]) == 2
     told = capsys.readouterr()
     assert told.out == "" and "data.train.task: reasoning-gym has no task 'nonsense'" in told.err
