@@ -15,10 +15,11 @@ def fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         return None
     block = quantization.get("weight_block_size")
-    sizes = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    if not sizes or quantization.get("fmt") not in _FORMATS:
+    if not isinstance(block, list) or len(block) != 2 or quantization.get("fmt") not in _FORMATS:
         return None
-    return block[0], block[1]
+    rows, columns = block
+    whole = type(rows) is int and type(columns) is int
+    return (rows, columns) if whole and min(rows, columns) > 0 else None
 
 
 def quantization_problem(config: dict[str, Any]) -> str | None:
