@@ -123,6 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.recipes import run as recipes
 
                 return recipes(options)
+            case "push":
+                from megarl.push import run as push
+
+                return push(options)
             case "doctor":
                 announce("importing the libraries of trainer, engine and rewards")
                 from megarl.doctor import main as doctor
@@ -237,6 +241,10 @@ def make_parsers() -> tuple[
 
     text = "list, show or copy the configurations that come with MegaRL"
     add_recipes_arguments(commands.add_parser("recipes", help=text, description=text, allow_abbrev=False))
+    from megarl.push import add_arguments as add_push_arguments
+
+    text = "upload what a run has exported to the Hugging Face Hub"
+    add_push_arguments(commands.add_parser("push", help=text, description=text, allow_abbrev=False))
     commands.add_parser("doctor", help="check hardware, packages and native ops", allow_abbrev=False)
 
     return parser, commands.choices, with_overrides

@@ -54,14 +54,15 @@ MAY_IMPORT = {
     "algorithms": "loops runs data advantages batching losses trainer models weights ops cluster",
     "arguments": "",
     "launch": "cluster",
+    "push": "",
     "recipes": "",
     "init": "cluster",
     "completion": "",
     "foreign_output": "",
     "opening": "models",
     "doctor": "cluster environments ops platform",
-    "cli": "arguments foreign_output opening launch recipes init completion run_directory doctor loops"
-    " convert simulate metrics models weights cluster platform",
+    "cli": "arguments foreign_output opening launch push recipes init completion run_directory doctor"
+    " loops convert simulate metrics models weights cluster platform",
     "api": "run_directory cluster simulate cli",
     "__main__": "cli",
 }

@@ -167,7 +167,8 @@ class PromptFormat(Section):
     """Formatting of prompts."""
 
     chat_template: bool | Text = True
-    """true: the tokenizer's chat template; a path: the Jinja template in that file; false: bare text."""
+    """true: the tokenizer's chat template; chatml, llama3, mistral, gemma, qwen3 or deepseek_r1: this one,
+    under which every turn can be learned; a path: the Jinja template in that file; false: bare text."""
     system_prompt: str | None = None
     """First message, with role system (needs the chat template)."""
     prompt_suffix: str = ""

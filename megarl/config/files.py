@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+from megarl.config.chat_templates import CHAT_TEMPLATES
 from megarl.config.data import parts_of
 from megarl.config.environments import RewardModelConfig
 from megarl.config.hub import HubDirectory, is_id
@@ -55,8 +56,9 @@ def _run_directory(config: Section) -> Problems:
 
 def _data_files(config: Section) -> Problems:
     template = _get(config, "data", "format", "chat_template")
-    if isinstance(template, str) and not Path(template).is_file():
-        yield "data.format.chat_template", f"no such file (got {template!r}){_relative_to(template)}"
+    if isinstance(template, str) and template not in CHAT_TEMPLATES and not Path(template).is_file():
+        names = f"and no template of this name (they are {', '.join(CHAT_TEMPLATES)})"
+        yield "data.format.chat_template", f"no such file{_relative_to(template)}, {names} (got {template!r})"
     for split in ("train", "held_out"):
         for at, source in parts_of(_get(config, "data", split), f"data.{split}"):
             copy, file = _get(source, "directory"), _get(source, "path")

@@ -68,6 +68,11 @@ def is_id(path: str) -> bool:
         return False
 
 
+def is_model_id(text: str) -> bool:
+    """Return whether ``text`` has the form of an id, org/name or org/name@revision."""
+    return _ID.fullmatch(text) is not None
+
+
 def models_in(section: Section, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield (path of the field, value) for every model that a configuration names."""
     for name, field in type(section).model_fields.items():

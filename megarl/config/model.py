@@ -15,8 +15,8 @@ class ModelConfig(Section):
 
     path: ModelPath
     """Hugging Face directory (config.json, safetensors, tokenizer), an id of the hub (org/name[@revision]), a
-    checkpoint of either backend, or a run directory, whose newest checkpoint is taken. Checkpoints are
-    converted into the run directory first."""
+    checkpoint of either backend, a run directory, whose newest checkpoint is taken, or PEFT adapters. The
+    latter three are converted into the run directory first."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of parameters and activations. float32 is faster on CPUs without AMX or AVX512-BF16."""
     trust_remote_code: bool = False
@@ -24,12 +24,18 @@ class ModelConfig(Section):
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Return whether ``path`` is a checkpoint, names one in a tracker file, or is a run directory."""
+    """Return whether ``path`` is a checkpoint, names one in a tracker file, or is a run or an adapter."""
     names = (".metadata", "latest_checkpointed_iteration.txt")
     try:
-        return any((Path(path) / name).is_file() for name in names) or is_run_directory(path)
+        found = any((Path(path) / name).is_file() for name in names)
+        return found or is_run_directory(path) or is_adapter(path)
     except OSError:  # a name that the file system does not take
         return False
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Return whether ``path`` is a directory of PEFT adapters, without the weights of their base."""
+    return (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file()
 
 
 def is_run_directory(path: str | Path) -> bool:

@@ -41,6 +41,11 @@ def recognise(record: dict[str, Any], where: str, usable: Sequence[str], named: 
             which = " and ".join(found)
             raise UserError(f"{where}: has the columns of {which} rows; choose one with row_format")
         return found[0]
+    if full == [FORMATS["prompt"]] and "prompt_response" in usable and not _closest(record, usable):
+        users = FORMATS["prompt"].users
+        raise UserError(
+            f"{where}: no field 'response' or 'completion' beside 'prompt'; of prompts alone: {users}"
+        )
     if full and not (full[-1] is full[0] is FORMATS["prompt"] and _closest(record, usable)):
         raise UserError(f"{where}: {full[0].name} rows ({full[0].columns}): {full[0].users}")
     raise UserError(f"{where}: {_near_miss(record, usable)}")

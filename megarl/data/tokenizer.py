@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megarl.config.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from megarl.data.control_tokens import control_tokens, protect, protect_messages, tokenize
 from megarl.data.message_names import check_names
 from megarl.data.template_limits import check_template
@@ -68,7 +69,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt_
     if prompt_format.chat_template:
         if tokenizer.chat_template is None:
             problems.append(
-                "data.format.chat_template: the tokenizer has no chat template; use false for bare prompts"
+                "data.format.chat_template: the tokenizer has no chat template; name one "
+                f"({', '.join(CHAT_TEMPLATES)} or a file), or use false for bare prompts"
             )
         else:
             check_template(tokenizer.chat_template, "model.path")
@@ -93,7 +95,9 @@ def apply_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
         UserError: the file cannot be read, or the template reads no such variable.
     """
     path, variables = prompt_format.chat_template, prompt_format.chat_template_kwargs
-    if isinstance(path, str):
+    if isinstance(path, str) and (named_template := CHAT_TEMPLATES.get(path)) is not None:
+        _use(tokenizer, named_template)
+    elif isinstance(path, str):
         try:
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -109,6 +113,23 @@ def apply_format(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
         tokenizer.chat_template = {name: head + template for name, template in named.items()}
     else:
         tokenizer.chat_template = head + str(tokenizer.chat_template)
+
+
+def _use(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Set a template of MegaRL's; what ends its turns becomes the tokenizer's EOS.
+
+    Raises:
+        UserError: the vocabulary lacks tokens that the template writes.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in template.tokens if token not in vocabulary]:
+        raise UserError(
+            f"data.format.chat_template: {template.name} writes {', '.join(missing)}, which the tokenizer's "
+            "vocabulary does not have; use the template of another family, or a file"
+        )
+    tokenizer.chat_template = template.text
+    if template.ends_turns is not None:
+        tokenizer.eos_token = template.ends_turns
 
 
 class TurnReader:

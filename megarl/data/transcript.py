@@ -133,7 +133,8 @@ class Transcripts:
             if not whole.startswith(after):
                 raise ValueError(
                     f"the chat template renders message {position} differently when others follow; use a "
-                    "template that only appends, or learn the last turn only (data.learned_turns)"
+                    "template that only appends (data.format.chat_template: qwen3, ...), or learn the "
+                    "last turn only (data.learned_turns)"
                 )
             if not after.startswith(before):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""A trainer's checkpoint as ``model.path``: converted to a Hugging Face directory within the run directory.
+"""A trainer's checkpoint, or PEFT adapters, as ``model.path``: a Hugging Face directory within the run's.
 
 Either backend's checkpoint is taken, and either backend loads the result, so a run of one backend can start
 from the weights of the other's.
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megarl.config.evaluate import EvalConfig
-from megarl.config.model import is_run_directory
+from megarl.config.model import is_adapter, is_run_directory
 from megarl.config.training import TrainingRoot
 from megarl.convert.commands import find_iteration, megatron_to_hf
+from megarl.convert.merge import merge
 from megarl.convert.torch_native import is_torch_checkpoint, torch_to_hf
 from megarl.errors import UserError
 from megarl.run_directory import RunDirectory
@@ -36,7 +37,8 @@ def with_converted_path(config: Root) -> Root:
 def convert_start(source: str | Path, run_dir: str | Path, *, keep: bool = False) -> str | None:
     """Convert the checkpoint ``source``, bit for bit, unless it is there already; return a line for the log.
 
-    ``source`` is a checkpoint of either backend, a converted one, or a run directory: its newest checkpoint.
+    ``source`` is a checkpoint of either backend, a converted one, a run directory (its newest checkpoint is
+    taken), or PEFT adapters, which are merged into their base.
     With ``keep`` a run that has begun stays with what it began with, also where ``source`` is newer now.
 
     Raises:
@@ -57,6 +59,14 @@ def convert_start(source: str | Path, run_dir: str | Path, *, keep: bool = False
     origin = _origin(source, checkpoint)
     if _origin_of(target) == origin:
         return None
+    if is_adapter(checkpoint):
+        try:
+            merge(checkpoint, target, overwrite=True)
+        except UserError as error:
+            lines = str(error).splitlines()
+            raise UserError("\n".join(f"model.path: {line}" for line in lines)) from error
+        (target / _ORIGIN).write_text(json.dumps(origin))
+        return f"model.path: {checkpoint} merged with its base: {target}"
     convert = torch_to_hf if is_torch_checkpoint(checkpoint) else megatron_to_hf
     convert(checkpoint, target, hf_config=None, dtype=None, max_bytes=_MAX_FILE_BYTES, overwrite=True)
     (target / _ORIGIN).write_text(json.dumps(origin))
@@ -85,7 +95,9 @@ def wait_for_start(source: str | Path, run_dir: str | Path, seconds: float) -> N
 
 
 def _newest(source: Path) -> Path:
-    """Return the directory with .metadata that ``source`` stands for."""
+    """Return the directory with the weights that ``source`` stands for."""
+    if is_adapter(source):
+        return source
     if not is_run_directory(source):
         return find_iteration(source)
     newest = RunDirectory(source).latest_checkpoint()
@@ -95,7 +107,11 @@ def _newest(source: Path) -> Path:
 
 
 def _origin(source: Path, checkpoint: Path) -> dict[str, Any]:
-    written = (checkpoint / ".metadata").stat().st_mtime
+    marker = "adapter_model.safetensors" if is_adapter(checkpoint) else ".metadata"
+    try:
+        written = (checkpoint / marker).stat().st_mtime
+    except OSError as error:
+        raise UserError(f"model.path: {checkpoint / marker}: {error.strerror}") from error
     return {"source": str(source.resolve()), "checkpoint": str(checkpoint.resolve()), "written": written}
 
 

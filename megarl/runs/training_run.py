@@ -18,10 +18,12 @@ import torch.distributed as dist
 from megarl import platform
 from megarl.runs.provenance import append_start, describe_start
 from megarl.runs.inputs import changes, find_inputs, read_inputs
+from megarl.runs.model_card import write_card, write_chat_template
 from megarl.runs.resuming import load, newest_whole, told_once
 from megarl.runs.checkpoint_manager import CheckpointManager
 from megarl.cluster import heartbeat
 from megarl.cluster.heartbeat import Heartbeat
+from megarl.config.hub import as_written
 from megarl.config.load import public
 from megarl.config.training import TrainingRoot
 from megarl.errors import UserError, see
@@ -235,9 +237,11 @@ class TrainingRun:
             if lora is None or lora.export != "adapter":
                 tensors, target = policy.weights.hf_tensors(), self.directory.path / "hf"
                 self._write(tensors, partial(export_hf, target, base, architecture))
+                if self.is_first:
+                    write_chat_template(target, self.config.data.format)
             if lora is not None and lora.export != "merged":
                 tensors, target = policy.weights.adapter_tensors(), self.directory.path / "adapter"
-                self._write(tensors, partial(export_adapter, target, base, architecture, lora))
+                self._write(tensors, partial(export_adapter, target, as_written(base), architecture, lora))
 
     def _write(self, tensors: Tensors, write: Callable[[Tensors], None]) -> None:
         if self.is_first:
@@ -327,5 +331,8 @@ class TrainingRun:
         """Write summary.json and the report, and print its path."""
         if self.is_first:
             self.directory.write_summary(summary)
+            for name in ("hf", "adapter"):
+                if (self.directory.path / name).is_dir():
+                    write_card(self.directory.path / name, self.kind, self.config, summary)
             report = write_report(self.directory.path)
             self.console.note(f"Report: {report} (open it in a browser)")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megarl.config.hub import is_model_id
 from megarl.config.lora import LoraConfig
 from megarl.errors import UserError
 from megarl.files import writing
@@ -28,7 +29,8 @@ def export_adapter(
 ) -> None:
     """Write a directory that ``peft.PeftModel.from_pretrained`` loads on top of the model ``base``.
 
-    ``tensors`` are all A and B under PEFT's names. The directory appears atomically, complete or not at all.
+    ``base`` may be an id of the hub with a revision. ``tensors`` are all A and B under PEFT's names. The
+    directory appears atomically, complete or not at all.
 
     Raises:
         UserError: tensors are missing or left over.
@@ -46,7 +48,8 @@ def export_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.partition("@")[0] if is_model_id(base) else base,
+        "revision": (base.partition("@")[2] or None) if is_model_id(base) else None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -23,6 +24,7 @@ class FakeHub:
         self.files: dict[str, dict[str, dict[str, bytes]]] = {}
         self.private: dict[str, str] = {}  # repository -> the token that reads it
         self.gets: Counter[str] = Counter()
+        self.writers: set[str] = set()  # tokens that may write
         self.requests: list[str] = []
         self.url = ""
 
@@ -77,6 +79,8 @@ def serve() -> Iterator[FakeHub]:
             hub.requests.append(f"{self.command} {path}")
             parts = path.split("/")
             api = parts[0] == "api"
+            if self.command == "POST" and parts[1] != "datasets":
+                return self._write(parts[1:])
             if api:
                 parts = parts[1:]
             kind = "datasets/" if parts[0] == "datasets" else ""
@@ -108,6 +112,48 @@ def serve() -> Iterator[FakeHub]:
                 hub.gets[name] += 1
             etag = hashlib.sha1(files[name]).hexdigest()
             return self._send(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": commit})
+
+        def _body(self) -> bytes:
+            if self.headers["Transfer-Encoding"] != "chunked":
+                return self.rfile.read(int(self.headers["Content-Length"]))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def _write(self, parts: list[str]) -> None:
+            """Make a repository or a branch, say how to upload, or take a commit."""
+            body = self._body()
+            if parts[0] == "validate-yaml":
+                return self._json({"errors": [], "warnings": []})
+            if self.headers["Authorization"].removeprefix("Bearer ") not in hub.writers:
+                return self._send(403, b"{}", {})
+            if parts[:2] == ["repos", "create"]:
+                asked = json.loads(body)
+                name = (
+                    f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+                )
+                hub.files.setdefault(name, {"main": {}})
+                return self._json({"url": f"{hub.url}/{name}"})
+            repository, action, *revision = "/".join(parts[1:3]), parts[3], *parts[4:]
+            branches, branch = hub.files[repository], "/".join(revision)
+            if action == "branch":
+                branches.setdefault(branch, dict(branches["main"]))
+                return self._json({})
+            if action == "preupload":
+                files = json.loads(body)["files"]
+                modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+                return self._json({"files": modes})
+            for line in body.splitlines():
+                operation = json.loads(line)
+                if operation["key"] == "file":
+                    file = operation["value"]
+                    branches[branch][file["path"]] = base64.b64decode(file["content"])
+            commit = hub.commit(repository, branch)
+            address = f"{hub.url}/{repository}/commit/{commit}"
+            return self._json({"success": True, "commitUrl": address, "commitOid": commit})
 
         def _branch(self, repository: str, rest: list[str]) -> tuple[str, str] | None:
             """(branch, remaining path); a branch's name may have slashes."""

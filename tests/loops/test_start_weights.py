@@ -34,6 +34,33 @@ def finished(tmp_path: Path, model: Path) -> Path:
     return run
 
 
+def test_an_adapter_is_merged_with_its_base(tmp_path: Path, model: Path) -> None:
+    """As peft merges it, once."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapter, target = tmp_path / "adapter", tmp_path / "run" / "model"
+    adapted.save_pretrained(adapter)
+    assert is_checkpoint(adapter)
+    line = f"model.path: {adapter} merged with its base: {target}"
+    assert [convert_start(adapter, tmp_path / "run") for _ in range(2)] == [line, None]
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+    expected, before, found = whole.merge_and_unload().state_dict(), tensors(model), tensors(target)
+    assert sum(not found[name].equal(before[name]) for name in before) > 0
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^model.path: .*adapter_model.safetensors: No such file"):
+        convert_start(adapter, tmp_path / "other")
+
+
 def same_weights(one: Path, other: Path) -> bool:
     first, second = tensors(one), tensors(other)
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
