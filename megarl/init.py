@@ -30,7 +30,7 @@ _COMMENT = 78  # characters
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a first configuration needs to know."""
+    """Answers that a first configuration needs."""
 
     job: Job
     model: str

@@ -41,7 +41,7 @@ Problem = tuple[str, str, int]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is compared of a run directory."""
+    """Parts of a run directory that are compared."""
 
     directory: str
     job: str

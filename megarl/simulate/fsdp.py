@@ -177,7 +177,7 @@ def _boxes(params: list[Param]) -> list[Region]:
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """What a trainer GPU receives: the weights gathered for one microbatch, and the gradients of a reduction.
+    """Bytes that a trainer GPU receives: weights gathered for one microbatch, and a reduction of gradients.
 
     ``reduced`` arrives from the ranks of a shard group, ``replicated`` from the other replicas.
     """

@@ -302,7 +302,7 @@ class _Adapter:
         return not self._wrapper.disable_adapters
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """What it adds to the projection of ``x``."""
+        """Return what it adds to the projection of ``x``."""
         out: torch.Tensor = self.b(self.a(x)) * self._scale
         return out
 
