@@ -148,7 +148,7 @@ def _text(name: str) -> str:
 
 
 def _shared() -> dict[str, str]:
-    return {f"{name}.py": _text(name) for name in ("code_wire", "code_mirror")}
+    return {f"{name}.py": _text(name) for name in ("code_wire", "code_mirror", "code_standard")}
 
 
 def _read_report(done: Finished) -> dict[str, Any]:

@@ -28,10 +28,12 @@ from typing import Any
 
 try:
     from megarl.environments import code_mirror as mirror
+    from megarl.environments import code_standard as stdlib
     from megarl.environments import code_wire as wire
 except ImportError:  # beside this file, in the sandbox
     sys.path.insert(0, os.getcwd())
     mirror = importlib.import_module("code_mirror")
+    stdlib = importlib.import_module("code_standard")
     wire = importlib.import_module("code_wire")
     sys.path.pop(0)
 
@@ -361,11 +363,11 @@ def _offer_imports(trees: list[ast.Module], peer: Any) -> None:
                     if root in sys.stdlib_module_names and root != "unittest":
                         name = alias.name if alias.asname else root
                         peer.request("offer", None, alias.asname or root, (importlib.import_module(name),))
-            elif isinstance(node, ast.ImportFrom) and node.module in (*wire.PURE, "typing"):
+            elif isinstance(node, ast.ImportFrom) and node.module in (*stdlib.PURE, "typing"):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     value = getattr(module, alias.name, None)
-                    if wire.is_standard(value):
+                    if stdlib.is_standard(value):
                         peer.request("offer", None, alias.asname or alias.name, (value,))
 
 

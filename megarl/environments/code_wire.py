@@ -31,8 +31,10 @@ from typing import Any
 
 try:
     from megarl.environments import code_mirror as mirror
+    from megarl.environments import code_standard as stdlib
 except ImportError:  # beside this file, in the sandbox
     mirror = importlib.import_module("code_mirror")
+    stdlib = importlib.import_module("code_standard")
 
 MAX_MESSAGE = 16 << 20
 """Bytes of the longest message: arguments and results of one call."""
@@ -51,50 +53,6 @@ _CONTAINERS: dict[type, str] = {
 }
 _KINDS = {name: kind for kind, name in _CONTAINERS.items()}
 _VIEWS: dict[type, str] = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
-_TYPES_OF = ("builtins", "collections", "datetime", "decimal", "fractions", "numbers", "types", "typing")
-# Not unittest's, whose exceptions skip a test.
-_EXCEPTIONS_OF = frozenset(
-    (
-        "array",
-        "asyncio",
-        "binascii",
-        "calendar",
-        "concurrent",
-        "configparser",
-        "contextlib",
-        "copy",
-        "csv",
-        "dataclasses",
-        "email",
-        "graphlib",
-        "heapq",
-        "http",
-        "inspect",
-        "io",
-        "ipaddress",
-        "json",
-        "pickle",
-        "queue",
-        "re",
-        "shutil",
-        "socket",
-        "sqlite3",
-        "statistics",
-        "struct",
-        "subprocess",
-        "tarfile",
-        "tomllib",
-        "urllib",
-        "uuid",
-        "xml",
-        "zipfile",
-        "zlib",
-    )
-)
-_TEXTS = ("json", "re", "string")
-_NUMBERS = ("bisect", "cmath", "fractions", "heapq", "math", "operator", "statistics")
-PURE = frozenset((*_TEXTS, *_NUMBERS, "builtins", "collections", "copy", "functools", "itertools"))
-"""Modules whose functions are the same in both processes."""
 _FUNCTIONS = (
     types.FunctionType,
     types.MethodType,
@@ -702,7 +660,7 @@ class Peer:
         if not self._guard.may_give(value):
             raise TypeError(f"a {kind.__name__} cannot be passed")
         if isinstance(value, _FUNCTIONS):
-            return ["f", self._handle(value), getattr(value, "__name__", "function"), _standard_name(value)]
+            return ["f", self._handle(value), getattr(value, "__name__", "function"), stdlib.name_of(value)]
         if isinstance(value, types.GeneratorType):
             return ["g", self._handle(value)]
         if isinstance(value, types.CoroutineType):
@@ -734,8 +692,8 @@ class Peer:
         link = mirror.link_of(kind)
         if link is not None and link.peer is self:
             return ["y", link.handle]
-        name = _standard_name(kind)
-        if name is not None and _is_known(name[0], kind):
+        name = stdlib.name_of(kind)
+        if name is not None and stdlib.is_known(name[0], kind):
             return ["s", *name]
         return self._describe(kind)
 
@@ -745,9 +703,9 @@ class Peer:
         if link is not None and link.peer is self:
             return ["y", link.handle]
         if id(kind) not in self._handles:
-            own = [base for base in kind.__bases__ if _standard_name(base) is None]
+            own = [base for base in kind.__bases__ if stdlib.name_of(base) is None]
             bases = [self._describe(base) for base in own]
-            root = _base(kind, (*mirror.VALUES, *mirror.CHANGEABLE)) or _exception(kind)
+            root = _base(kind, (*mirror.VALUES, *mirror.CHANGEABLE)) or stdlib.exception_base(kind)
             news = {"handle": self._handle(kind), "name": kind.__name__, "module": kind.__module__}
             news |= {
                 "bases": bases,
@@ -795,7 +753,9 @@ class Peer:
     def _learn_class(self, about: dict[str, Any]) -> None:
         handle = int(about["handle"])
         link = mirror.Link(self, handle)
-        root = _ROOTS.get(about["root"]) or (_exceptions().get(about["root"]) if about["root"] else None)
+        root = _ROOTS.get(about["root"]) or (
+            stdlib.exceptions().get(about["root"]) if about["root"] else None
+        )
         bases = tuple(self.decode(base) for base in about["bases"])
         if not all(isinstance(base, mirror.Mirror) for base in bases):
             raise ValueError("bases that are no classes")
@@ -805,17 +765,21 @@ class Peer:
         return self._classes[handle]
 
     def _function(self, handle: int, name: str, standard: list[str] | None) -> Any:
-        if standard is not None and (self._guard.looks_up or self.is_looking_up) and standard[0] in PURE:
-            found = _find(*standard)
+        if (
+            standard is not None
+            and (self._guard.looks_up or self.is_looking_up)
+            and standard[0] in stdlib.PURE
+        ):
+            found = stdlib.find(*standard)
             if isinstance(found, _FUNCTIONS):
                 return found
         return self._mirrored(handle, lambda link: mirror.Function(link, str(name)))
 
     def _standard(self, module: str, name: str) -> Any:
-        if module.split(".")[0] in _EXCEPTIONS_OF:
+        if module.split(".")[0] in stdlib.EXCEPTIONS_OF:
             importlib.import_module(module)
-        found = _find(module, name)
-        if not isinstance(found, type) or not _is_known(module, found):
+        found = stdlib.find(module, name)
+        if not isinstance(found, type) or not stdlib.is_known(module, found):
             raise ValueError(f"{module}.{name}")
         return found
 
@@ -840,7 +804,7 @@ class Peer:
         if not (isinstance(found, type) and issubclass(found, BaseException)):
             raise ValueError("an exception of a class that is none")
         if not isinstance(found, mirror.Mirror):
-            return _exception_of(found, values)
+            return stdlib.make_exception(found, values)
         return self._mirrored(handle, lambda link: mirror.make_object(found, link, values))
 
     def _class_of(self, kind: Any) -> Any:
@@ -937,31 +901,8 @@ def _base(kind: type, bases: tuple[type, ...]) -> type | None:
     return next((base for base in kind.__mro__[1:] if base in bases), None)
 
 
-def _exception(kind: type) -> type | None:
-    """The nearest builtin exception that a class derives from."""
-    known = _exceptions()
-    return next((base for base in kind.__mro__ if known.get(base.__name__) is base), None)
-
-
-@functools.cache
-def _exceptions() -> dict[str, type]:
-    import builtins
-
-    found = {name: value for name, value in vars(builtins).items() if isinstance(value, type)}
-    return {name: value for name, value in found.items() if issubclass(value, BaseException)}
-
-
-def _exception_of(kind: type, args: tuple[Any, ...]) -> Any:
-    try:
-        return kind(*args)
-    except Exception:
-        made = kind.__new__(kind, *args)
-        made.args = args
-        return made
-
-
 def _builtin_exception(peer: Peer, name: str, args: list[Any]) -> Any:
-    return _exception_of(_exceptions()[name], tuple(peer.decode(part) for part in args))
+    return stdlib.make_exception(stdlib.exceptions()[name], tuple(peer.decode(part) for part in args))
 
 
 def _operators(kind: type, root: type | None) -> list[str]:
@@ -975,41 +916,6 @@ def _operators(kind: type, root: type | None) -> list[str]:
         value = getattr(kind, name, None)
         if value is not None and all(getattr(base, name, None) is not value for base in plain):
             found.append(name)
-    return found
-
-
-def _is_known(module: str, kind: type) -> bool:
-    """Whether a class is the same in both processes, and passed by its name."""
-    return module in _TYPES_OF or (issubclass(kind, BaseException) and module.split(".")[0] in _EXCEPTIONS_OF)
-
-
-def _standard_name(value: Any) -> list[str] | None:
-    """Module and name of what is the standard library's own; None for everything else."""
-    owner = getattr(value, "__self__", None)
-    if not isinstance(value, type) and owner is not None and not isinstance(owner, types.ModuleType):
-        return None  # bound to an object
-    described = getattr(value, "__objclass__", None)
-    module = getattr(value, "__module__", None) or getattr(described, "__module__", None)
-    name = getattr(value, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(name, str):
-        return None
-    module = _PUBLIC.get(module, module)
-    return [module, name] if _find(module, name) is value else None
-
-
-_PUBLIC = {
-    f"_{name}": name for name in ("bisect", "functools", "heapq", "operator", "queue", "random", "struct")
-}
-
-
-def _find(module: str, name: str) -> Any:
-    if module.split(".")[0] not in sys.stdlib_module_names:
-        return None
-    found: Any = sys.modules.get(module)
-    if found is None and module in PURE:
-        found = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
     return found
 
 
@@ -1087,11 +993,3 @@ _DECODERS: dict[str, Callable[..., Any]] = {
     "a": Peer._coroutine,
 }
 _ROOTS: dict[str, type] = {kind.__name__: kind for kind in (*mirror.VALUES, *mirror.CHANGEABLE)}
-
-
-def is_standard(value: Any) -> bool:
-    """Whether a function or class of the standard library is passed by its name."""
-    name = _standard_name(value)
-    if name is None:
-        return False
-    return _is_known(name[0], value) if isinstance(value, type) else name[0] in PURE
