@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
 
+from megarl.errors import UserError
 from megarl.models.table import Region
 from megarl.weights import cuda_ipc
 from megarl.weights.memory_domain import device_id, host_id
@@ -57,7 +59,7 @@ def share_parameters(
     for name, param in params.items():
         storage = param.untyped_storage()
         if param.device.type == "cpu" and not storage.is_shared():
-            storage._share_filename_cpu_()  # moves the storage: the address below is the new one
+            _move_to_shared_memory(storage)  # the address below is the new one
         key = storage.data_ptr()
         if key not in numbers:
             numbers[key] = len(storages)
@@ -71,6 +73,19 @@ def share_parameters(
         )
     device = next(iter(params.values())).device
     return Owner(regions, views, storages, host=host_id(), device=device_id(device))
+
+
+def _move_to_shared_memory(storage: torch.UntypedStorage) -> None:
+    try:
+        storage._share_filename_cpu_()
+    except RuntimeError as error:
+        if "torch_shm_manager" not in str(error):
+            raise
+        # The command line chooses another directory (megarl.cluster.limits); this is for other callers.
+        raise UserError(
+            f"TMPDIR: torch's manager of shared memory cannot use {os.environ.get('TMPDIR', '/tmp')!r}, "
+            "whose path is missing or too long for a socket: choose another directory"
+        ) from error
 
 
 def storages_of(params: Mapping[str, torch.Tensor]) -> list[torch.UntypedStorage]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import torch
 
@@ -69,3 +72,22 @@ def test_separate_storages_have_a_handle_each() -> None:
     owner = share_parameters(params, [])
     assert [owner.params[name].storage for name in ("a", "b")] == [0, 1]
     assert len({storage.handle for storage in owner.storages}) == 2
+
+
+def test_a_directory_that_torchs_manager_cannot_use_is_named() -> None:
+    """In a process of its own: the manager starts once."""
+    code = (
+        "import torch\nfrom megarl.errors import UserError\n"
+        "from megarl.weights.shared_storage import share_parameters\n"
+        "try:\n    share_parameters({'weight': torch.zeros(10)}, [])\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": "/no/such"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [line] = done.stdout.splitlines()
+    assert line.startswith("TMPDIR: torch's manager of shared memory cannot use '/no/such', whose path is")
