@@ -47,6 +47,7 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(rewards) == [1, 2, 3, 4, 5, 6]
     assert ast.literal_eval(streams[-1]) == rewards
     assert "Resuming from" in streams[4]
-    tables = [out.data["text/html"] for cell in code for out in cell.outputs if "data" in out]
+    shown = [out.data for cell in code for out in cell.outputs if "data" in out]
+    tables = [data["text/html"] for data in shown if "text/html" in data]
     assert len(tables) == 2 and all("report.html" in table for table in tables)
     assert (runs / "grpo" / "hf" / "config.json").is_file()
