@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -42,3 +43,23 @@ def _torch_is_unpatched() -> Iterator[None]:
     yield
     if before is None and _installed() is not None:
         pytest.fail("the platform was installed in the tests' own process; use a process for it")
+
+
+# What decides how a terminal is written to, where modules and files are found, and which machine is played.
+_WATCHED = re.compile(
+    r"COLUMNS|LINES|TERM|NO_COLOR|FORCE_COLOR|PYTHON.*|LANG|LC_.*|HOME|TMPDIR|MEGARL_.*|(LOCAL_)?RANK|WORLD_SIZE|"
+    r"MASTER_.*|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS"
+)
+
+
+def _watched() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if _WATCHED.fullmatch(name)}
+
+
+@pytest.fixture(autouse=True)
+def _environment_is_as_found() -> Iterator[None]:
+    """No test leaves a variable behind that changes what the tests after it see."""
+    before = _watched()
+    yield
+    if (after := _watched()) != before:
+        pytest.fail(f"environment variables were left changed: {sorted(before.items() ^ after.items())}")

@@ -332,8 +332,8 @@ class SftColumns(RowColumns):
         "messages",
         "sharegpt",
         "alpaca",
-        "prompt_completion",
         "prompt_response",
+        "prompt_completion",
         "text",
     )
 

@@ -41,14 +41,18 @@ def recognise(record: dict[str, Any], where: str, usable: Sequence[str], named: 
             which = " and ".join(found)
             raise UserError(f"{where}: has the columns of {which} rows; choose one with row_format")
         return found[0]
-    if full == [FORMATS["prompt"]] and "prompt_response" in usable and not _closest(record, usable):
-        users = FORMATS["prompt"].users
-        raise UserError(
-            f"{where}: no field 'response' or 'completion' beside 'prompt'; of prompts alone: {users}"
-        )
-    if full and not (full[-1] is full[0] is FORMATS["prompt"] and _closest(record, usable)):
-        raise UserError(f"{where}: {full[0].name} rows ({full[0].columns}): {full[0].users}")
+    prompt_alone = full == [FORMATS["prompt"]]
+    if full and not (prompt_alone and _closest(record, usable)):
+        lacks = f"{_more_than_a_prompt(record, usable)}; " if prompt_alone else ""
+        raise UserError(f"{where}: {lacks}{full[0].name} rows ({full[0].columns}): {full[0].users}")
     raise UserError(f"{where}: {_near_miss(record, usable)}")
+
+
+def _more_than_a_prompt(record: dict[str, Any], usable: Sequence[str]) -> str:
+    """Return the fields that a row with a prompt lacks for each format that has one."""
+    with_prompt = (FORMATS[name] for name in usable if "prompt" in FORMATS[name].needs + FORMATS[name].may)
+    lacking = (" and ".join(repr(n) for n in each.needs if n not in record) for each in with_prompt)
+    return f"no field {', or '.join(lacking)}"
 
 
 def _fits(format_: RowFormat, record: dict[str, Any]) -> bool:

@@ -242,7 +242,7 @@ ULTRAFEEDBACK = "prompt prompt_id messages chosen rejected score_chosen score_re
         (SFT, "prompt chosen rejected", "preference rows .*: megarl dpo and megarl rm train on them"),
         (SFT, "prompt completion label", "unpaired_preference rows .*: megarl dpo and megarl rm"),
         (SFT, "prompt completions labels", "stepwise_supervision rows .*: they train process reward models"),
-        (SFT, "prompt answer", "no field 'response' or .*: megarl grpo, ppo, distill and eval take prompts"),
+        (SFT, "prompt answer", "no field 'response', or .*: megarl grpo, ppo, distill and eval take prompts"),
         (DPO, "messages", "messages rows .*: megarl sft trains on them"),
         (DPO, "prompt completion", "prompt_completion rows .*: megarl sft"),
         (DPO, "prompt completions labels", "stepwise_supervision rows"),

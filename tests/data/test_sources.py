@@ -133,7 +133,7 @@ def test_a_split_that_is_not_there(tokenizer, tmp_path, kind, fields, words):
 
 BAD_FILES = {
     "a.csv": (b"prompt,response\na,b\na,b,c\n", ":3: 3 cells, but the first line names 2"),
-    "b.csv": (b"prompt,response\na,\n", ":2: no field 'response'"),
+    "b.csv": (b"prompt,response\na,\n", ":2: no field 'response', or 'completion'"),
     "a.json": (b'{"prompt": 1}', "expected a list of objects"),
     "b.json": (b'[{"prompt": "a", "response": "b"}, 3]', " row 1: expected a JSON object"),
     "c.json": (b"[{]", ":1: malformed JSON"),

@@ -25,7 +25,9 @@ def layers_and_bytes(directory: Path, num_layers: int) -> int:
     (directory / "config.json").write_text(json.dumps(model | {"num_hidden_layers": num_layers}))
     engine = ["engine.tensor_parallel_size=8", "engine.data_parallel_size=1", "engine.expert_parallel=false"]
     config = load_config(PlanConfig, PLAN, [f"model.path={directory}", *engine], check_files=False)
-    return sum(simulate(config, 128).traffic.network)
+    sync = simulate(config, 128).weight_sync
+    assert sync is not None
+    return sum(sync.traffic.network)
 
 
 def test_layers_that_are_cut_alike_share_their_choices(
