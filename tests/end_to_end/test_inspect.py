@@ -12,6 +12,7 @@ import pytest
 
 from megarl.cli import main
 from megarl.jobs import JOBS
+from tests.data import public_rows
 from tests.end_to_end.harness import GRPO, SFT, write_config
 
 pytestmark = pytest.mark.timeout(1800)
@@ -92,12 +93,18 @@ def checkout(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_configuration(
-    file: Path, checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Path,
+    checkout: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(checkout)
     monkeypatch.syspath_prepend(checkout)
     [kind] = {*JOBS, "plan"} & set(file.stem.split("_")) - ({"sft", "dpo"} if "plan" in file.stem else set())
     arguments = [str(file.relative_to(ROOT)), "-n", "1", "model.path=tokenizer"]
+    if file.stem in public_rows.ROWS:
+        arguments += public_rows.stand_in(file.stem, tmp_path)
     if kind == "plan":
         assert main(["data", "inspect", *arguments]) == 2
         assert "it is a setting of megarl plan" in capsys.readouterr().err
