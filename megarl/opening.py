@@ -8,6 +8,7 @@ from typing import Any
 from megarl.errors import UserError
 from megarl.jobs import Job
 from megarl.models import load_architecture
+from megarl.terminal import short_count
 
 
 def opening(job: Job, config: Any) -> str:
@@ -26,7 +27,7 @@ def _model(config: Any) -> str:
     except UserError:  # a Megatron checkpoint, or a family without a table
         return f"{name} {dtype}"
     count = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
-    return f"{name} ({_short(count)} parameters, {dtype})"
+    return f"{name} ({short_count(count)} parameters, {dtype})"
 
 
 def _steps(job: Job, config: Any) -> str:
@@ -40,11 +41,3 @@ def _steps(job: Job, config: Any) -> str:
     if training.num_steps is None:
         return f"{training.num_epochs:g} epochs in steps of {each}"
     return f"{training.num_steps:,} steps of {each}"
-
-
-def _short(count: int) -> str:
-    """Return 3 significant digits: 853k, 135M, 7.62B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)

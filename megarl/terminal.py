@@ -34,6 +34,14 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def short_count(number: float) -> str:
+    """Return 3 significant digits: 853k, 135M, 7.62B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
 def announce(what: str) -> None:
     """Say on a terminal what the next seconds are spent on, apart from the output."""
     if sys.stderr.isatty():

@@ -28,8 +28,11 @@ def tables() -> str:
     lines = ["| setting | megatron | torch |", "|---|---|---|"]
     lines += [f"| `{name}` | {megatron} | {torch} |" for name, megatron, torch in rows]
     families = ", ".join(f"`{name}`" for name in FAMILIES)
-    why = "which the Megatron backend needs and vLLM aliases or copies by"
-    lines += ["", f"Families with a table, {why}: {families}."]
+    lines += [
+        "",
+        f"Families with a table, which the Megatron backend needs: {families}. vLLM aliases or copies "
+        "weights by the same tables, but for `smollm3`, which it loads as whole tensors.",
+    ]
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from megarl.config.training import TrainingRoot
 from megarl.errors import UserError
 from megarl.jobs import Job
 from megarl.run_directory import RunDirectory
-from megarl.terminal import announce, one_line, printable
+from megarl.terminal import announce, one_line, printable, short_count
 
 _WIDTH, _LABEL = 110, 15
 _NUM_MEASURED = 1000  # examples whose lengths are averaged
@@ -59,7 +59,7 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
     architecture, tokenizer, longest = read_model(config)
     count = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
     trained = _trained(config, architecture) if job.trains else "not trained"
-    sizes = f"{architecture.spec.family}, {_count(count)} parameters, {config.model.dtype}"
+    sizes = f"{architecture.spec.family}, {short_count(count)} parameters, {config.model.dtype}"
     _say("model", f"{as_written(path)}: {sizes}; {trained}")
     for name in ("critic", "teacher"):
         if (other := getattr(config, name, None)) is not None:
@@ -96,14 +96,6 @@ def _say(label: str, text: str) -> None:
     lines = textwrap.wrap(printable(text), _WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
     for number, line in enumerate(lines):
         print(f"{label if number == 0 else '':<{_LABEL}}{line}", flush=True)
-
-
-def _count(number: float) -> str:
-    """A number of parameters or tokens in three digits."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 # --- the run directory and the model -------------------------------------------------------------

@@ -47,6 +47,7 @@ def test_it_says_what_the_run_did(sft_run: FinishedRun, tmp_path: Path, capsys: 
         "packing.max_tokens_per_microbatch=160",
         "packing.max_sequence_length=96",
         "checkpoint.interval=0",
+        "training.num_steps=40",
         "training.validation_size=32",
         "data.format.chat_template=false",
     }
