@@ -25,10 +25,8 @@ class ModelConfig(Section):
 
 def is_checkpoint(path: str | Path) -> bool:
     """Return whether ``path`` is a checkpoint, names one in a tracker file, or is a run or an adapter."""
-    names = (".metadata", "latest_checkpointed_iteration.txt")
     try:
-        found = any((Path(path) / name).is_file() for name in names)
-        return found or is_run_directory(path) or is_adapter(path)
+        return _holds_checkpoints(path) or is_run_directory(path) or is_adapter(path)
     except OSError:  # a name that the file system does not take
         return False
 
@@ -39,8 +37,17 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def is_run_directory(path: str | Path) -> bool:
-    """Return whether a run keeps its checkpoints in ``path``."""
-    return (Path(path) / "config.yaml").is_file() and (Path(path) / "checkpoints").is_dir()
+    """Return whether a run keeps its checkpoints in ``path``.
+
+    A checkpoint in whose directory something ran (an evaluation of it) stays a checkpoint.
+    """
+    is_run = (Path(path) / "config.yaml").is_file() and (Path(path) / "checkpoints").is_dir()
+    return is_run and not _holds_checkpoints(path)
+
+
+def _holds_checkpoints(path: str | Path) -> bool:
+    names = (".metadata", "latest_checkpointed_iteration.txt")
+    return any((Path(path) / name).is_file() for name in names)
 
 
 def read_model_config(path: str) -> dict[str, Any]:

@@ -34,6 +34,17 @@ def finished(tmp_path: Path, model: Path) -> Path:
     return run
 
 
+def test_a_checkpoint_with_a_run_in_its_directory_stays_one(tmp_path: Path, model: Path) -> None:
+    """`megarl eval` with the checkpoint's own directory as run.dir."""
+    checkpoint = tmp_path / "checkpoint"
+    hf_to_megatron(model, checkpoint, dtype=None, max_bytes=BYTES)
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump({"model": {"path": str(checkpoint)}}))
+    (checkpoint / "checkpoints").mkdir()
+    assert convert_start(checkpoint, checkpoint) is not None
+    found = tensors(checkpoint / "model")
+    assert all(found[name].equal(tensor) for name, tensor in tensors(model).items())
+
+
 def test_an_adapter_is_merged_with_its_base(tmp_path: Path, model: Path) -> None:
     """As peft merges it, once."""
     import torch
