@@ -149,9 +149,9 @@ def learn(context: Any, student_dir: str, teacher_dir: str, algorithm: dict[str,
     losses: list[float] = []
     take = learner.distiller.step
 
-    def step(batches: Any) -> Any:
+    def step(batches: Any, trace: Any = None) -> Any:
         targets.append(int(sum(batch.loss_mask.sum() for batch in batches)))
-        result = take(batches)
+        result = take(batches, trace)
         losses.append(result.metrics["loss"])
         return result
 
