@@ -112,7 +112,8 @@ def test_a_wheel_of_the_sdist_plans_and_trains(tmp_path: Path) -> None:
     assert "GiB" in run("megarl", "plan", "--config", "plan.yaml", f"model.path={model}", "--gpus", "32")
     run("megarl", "recipes", "cp", "quickstart_sft", "sft.yaml")
     run("python", str(ROOT / "tools" / "make_tiny_model.py"), "--output", "model", "--seed", "1")
-    run("megarl", "sft", "--config", "sft.yaml", "model.path=model", "training.num_steps=2", "run.dir=run")
+    short = ("training.num_steps=2", "optimizer.lr_warmup_steps=1")
+    run("megarl", "sft", "--config", "sft.yaml", "model.path=model", "run.dir=run", *short)
     assert (work / "run" / "summary.json").is_file()
 
 
