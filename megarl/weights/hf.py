@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class WeightFiles:
                     f"{model_dir}: {HEAD} differs from {EMBEDDING} though they are tied (tie_word_embeddings)"
                 )
             del self._files[HEAD]
-        found += self._fp8_problems(model_dir)
+        found += self._fp8_problems(model_dir, expected)
         used = [name for name in self._files if name not in set(self.ignored)]
         found += name_problems(expected, [*used, *self._initial], str(model_dir))
         for name, shape in expected.items():
@@ -147,11 +147,11 @@ class WeightFiles:
                 found.append(f"{model_dir}: tensor {name} has shape {list(actual)}, expected {list(shape)}")
         return found
 
-    def _fp8_problems(self, model_dir: Path) -> Iterator[str]:
+    def _fp8_problems(self, model_dir: Path, expected: Iterable[str]) -> Iterator[str]:
         """Yield what keeps weights in FP8 from being dequantised."""
         for name in sorted(self._scales.keys() - self._files.keys()):
             yield f"{model_dir}: tensor {name}{SCALE} scales {name}, which is not there"
-        for name in sorted(self._files):
+        for name in sorted(self._files.keys() & set(expected)):
             stored = self._stored(name)
             in_fp8 = stored.get_dtype().startswith("F8_")
             if in_fp8 and (self._block is None or name not in self._scales or stored.get_dtype() != STORED):
@@ -163,7 +163,7 @@ class WeightFiles:
             elif not in_fp8 and name in self._scales:
                 yield f"{model_dir}: tensor {name} has scales, but is stored as {stored.get_dtype()}"
             elif in_fp8 and self._block is not None:
-                scales = self._open(self._scales[name]).get_slice(f"{name}{SCALE}")
+                scales = self._slice_of(self._scales[name], f"{name}{SCALE}")
                 if (problem := pair_problem(stored, scales, self._block)) is not None:
                     yield f"{model_dir}: tensor {name}: {problem}"
 
@@ -174,11 +174,17 @@ class WeightFiles:
         if name not in self._scales:
             return self._stored(name)
         assert self._block is not None
-        scales = self._open(self._scales[name]).get_slice(f"{name}{SCALE}")
+        scales = self._slice_of(self._scales[name], f"{name}{SCALE}")
         return BlockScaled(self._stored(name), scales, self._block)
 
     def _stored(self, name: str) -> Any:
-        return self._open(self._files[name]).get_slice(name)
+        return self._slice_of(self._files[name], name)
+
+    def _slice_of(self, path: Path, name: str) -> Any:
+        try:
+            return self._open(path).get_slice(name)
+        except SafetensorError as error:  # an index may say anything
+            raise UserError(f"{path}: no tensor {name}, which the index places there") from error
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
