@@ -1,4 +1,4 @@
-"""What of the standard library is the same in both processes of a judged program, and passed by its name.
+"""Objects of the standard library that both processes of a judged program have, and that travel by name.
 
 Imports nothing but the standard library: it is also run as a file, in the sandbox.
 """
@@ -107,7 +107,7 @@ _PUBLIC = {
 
 
 def find(module: str, name: str) -> Any:
-    """What has this name in the standard library, where it is imported or pure; else None."""
+    """Return the object of this name in the standard library if its module is imported or pure; else None."""
     if module.split(".")[0] not in sys.stdlib_module_names:
         return None
     found: Any = sys.modules.get(module)

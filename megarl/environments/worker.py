@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer")
 
 GATHER_SECONDS = 0.02
-"""How long a judgement waits for others to travel with."""
+"""Time that a judgement waits for others to be sent with."""
 
 
 class ReadsTurns(Protocol):

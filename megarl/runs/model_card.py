@@ -1,4 +1,4 @@
-"""What lies beside exported weights: the model card (README.md), and the chat template of a model without one."""
+"""Files beside exported weights: the model card (README.md), and the chat template of a model without one."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class BlockScaled:
 
 
 def pair_problem(numbers: Any, scales: Any, block: tuple[int, int]) -> str | None:
-    """What is wrong with slices that are said to be numbers and their scales; None if nothing is."""
+    """Return what is wrong with an FP8 tensor and its scales; None if nothing is."""
     shape = list(numbers.get_shape())
     if len(shape) != 2:
         return f"FP8 weights have two dimensions (got shape {shape})"

@@ -26,7 +26,7 @@ from megarl.trainer.torch.fused_layers import fuse
 _PACKABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers whose tokens see others by attention alone; all others carry a state along the row."""
 PREFIX = "lm."
-"""What parameters of transformers' model have before their names."""
+"""Prefix of parameter names in transformers' models."""
 
 
 class Decoder(nn.Module):

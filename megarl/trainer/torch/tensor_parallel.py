@@ -31,7 +31,7 @@ _GATHERS, _SPLITS = {"colwise_gather_output", "colwise_rep"}, {"rowwise_split_in
 _PER_HEAD, _EXPERTS = "replicated_with_grad_allreduce", "moe_tp_experts"
 _KNOWN = _COLUMN | _ROW | {_PER_HEAD, _EXPERTS}
 _ADAPTER = re.compile(r"\.(base_layer|lora_[AB]\.default)\b")
-"""What PEFT puts into the names of an adapted projection's parameters."""
+"""Part that PEFT inserts into the parameter names of an adapted projection."""
 _SEQUENCE = 1  # dimension of tokens in [1, T, H]
 
 
