@@ -119,6 +119,7 @@ def give_memory(means: str) -> bool:
         except torch.cuda.OutOfMemoryError:
             fits = False
     collectives.barrier()
+    dist.destroy_process_group()  # else its threads may end the process as it exits
     return fits
 
 
