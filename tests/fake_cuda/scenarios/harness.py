@@ -65,6 +65,11 @@ class Finished:
     directory: Path
     output: str
 
+    @property
+    def log(self) -> str:
+        """What console.log has: the output, and details that the console leaves out."""
+        return (self.directory / "console.log").read_text()
+
     def steps(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return read_lines(self.directory / "metrics.jsonl")

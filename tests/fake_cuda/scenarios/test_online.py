@@ -54,7 +54,7 @@ def learn_alike(
         variables={"FAKECUDA_TAPE": f"record:{tape}"},
         launch=launch,
     )
-    assert "MegaRL's CUDA kernels" in cuda.output
+    assert "MegaRL's CUDA kernels" in cuda.log
     cpu = bench.run(
         "cpu",
         job,

@@ -69,7 +69,7 @@ def check(scenario: Scenario, bench: Workbench, agree: Callable[..., None]) -> N
         where: bench.run(where, scenario.job, f"{slug}-{where}", model=model, options=scenario.options)
         for where in ("cuda", "cpu")
     }
-    assert "CUDA kernels" in runs["cuda"].output, "it ran on something else"
+    assert "CUDA kernels" in runs["cuda"].log, "it ran on something else"
     figures = dict(scenario.figures)
     if scenario.job == "sft":
         figures["validation_loss"] = figures["loss"]
