@@ -223,28 +223,22 @@ def make_parsers() -> tuple[
     with_overrides["data"] = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     _add_data_arguments(with_overrides["data"])
     text = "try an environment on an answer, without training"
-    commands.add_parser("env", help=text, description=text, allow_abbrev=False)
-    with_overrides["env"] = commands.choices["env"]
+    with_overrides["env"] = commands.add_parser("env", help=text, description=text, allow_abbrev=False)
     add_env_arguments(with_overrides["env"])
+    from megarl.push import add_arguments as add_push_arguments
+    from megarl.recipes import add_arguments as add_recipes_arguments
+
     for name, text, add in (
         ("compare", "configuration, metrics and paired differences of runs", add_compare_arguments),
         ("chat", "talk to a model through an engine; questions on standard input", add_chat_arguments),
         ("merge", "write a LoRA adapter and its base model as one model", add_merge_arguments),
         ("completion", "completion of commands and settings in a shell", add_completion_arguments),
+        ("config", "explain a setting: type, default, meaning, which commands have it", add_config_arguments),
+        ("init", "write a first configuration of a job; asks for what is not given", add_init_arguments),
+        ("recipes", "list, show or copy the configurations that come with MegaRL", add_recipes_arguments),
+        ("push", "upload what a run has exported to the Hugging Face Hub", add_push_arguments),
     ):
         add(commands.add_parser(name, help=text, description=text, allow_abbrev=False))
-    text = "explain a setting: type, default, meaning, which commands have it"
-    add_config_arguments(commands.add_parser("config", help=text, description=text, allow_abbrev=False))
-    text = "write a first configuration of a job; asks for what is not given"
-    add_init_arguments(commands.add_parser("init", help=text, description=text, allow_abbrev=False))
-    from megarl.recipes import add_arguments as add_recipes_arguments
-
-    text = "list, show or copy the configurations that come with MegaRL"
-    add_recipes_arguments(commands.add_parser("recipes", help=text, description=text, allow_abbrev=False))
-    from megarl.push import add_arguments as add_push_arguments
-
-    text = "upload what a run has exported to the Hugging Face Hub"
-    add_push_arguments(commands.add_parser("push", help=text, description=text, allow_abbrev=False))
     commands.add_parser("doctor", help="check hardware, packages and native ops", allow_abbrev=False)
 
     return parser, commands.choices, with_overrides

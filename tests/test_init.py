@@ -14,18 +14,9 @@ from megarl import init
 from megarl.cli import main
 from megarl.config.load import load_config
 from megarl.jobs import JOBS, PAIRS, PROBLEMS
+from tests import test_cli
 
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 512,
-}
+MODEL = {**test_cli.MODEL, "max_position_embeddings": 512}
 
 
 @pytest.fixture

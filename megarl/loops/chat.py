@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megarl.config.hub import fetch, is_id, resolve_id
-from megarl.config.model import ModelConfig, is_checkpoint, is_run_directory, read_model_config
+from megarl.config.model import ModelConfig, is_checkpoint, read_model_config
 from megarl.config.parallel import ParallelConfig
 from megarl.config.rollout import EngineConfig
 from megarl.data.tokenizer import TurnReader, chat_ids, load_tokenizer, stop_token_ids
@@ -169,7 +169,7 @@ def model_directory(named: str, folder: Path, console: Console) -> str:
     path = Path(named)
     if (path / "hf" / "config.json").is_file():
         return str(path / "hf")
-    if is_checkpoint(path) or is_run_directory(path):
+    if is_checkpoint(path):
         if line := convert_start(path, folder):
             console.note(line)
         return str(folder / "model")

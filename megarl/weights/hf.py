@@ -162,10 +162,12 @@ class WeightFiles:
                 yield f"{model_dir}: tensor {name} is stored as {kind}, and {why}"
             elif not in_fp8 and name in self._scales:
                 yield f"{model_dir}: tensor {name} has scales, but is stored as {stored.get_dtype()}"
-            elif in_fp8 and self._block is not None:
-                scales = self._slice_of(self._scales[name], f"{name}{SCALE}")
-                if (problem := pair_problem(stored, scales, self._block)) is not None:
-                    yield f"{model_dir}: tensor {name}: {problem}"
+            elif (
+                in_fp8
+                and self._block is not None
+                and (problem := pair_problem(stored, self._scales_of(name), self._block)) is not None
+            ):
+                yield f"{model_dir}: tensor {name}: {problem}"
 
     def slice(self, name: str) -> Any:
         """Return a tensor whose parts can be read by indexing; what is stored in FP8 is float32 then."""
@@ -174,11 +176,13 @@ class WeightFiles:
         if name not in self._scales:
             return self._stored(name)
         assert self._block is not None
-        scales = self._slice_of(self._scales[name], f"{name}{SCALE}")
-        return BlockScaled(self._stored(name), scales, self._block)
+        return BlockScaled(self._stored(name), self._scales_of(name), self._block)
 
     def _stored(self, name: str) -> Any:
         return self._slice_of(self._files[name], name)
+
+    def _scales_of(self, name: str) -> Any:
+        return self._slice_of(self._scales[name], f"{name}{SCALE}")
 
     def _slice_of(self, path: Path, name: str) -> Any:
         try:

@@ -22,20 +22,10 @@ from megarl.weights.checksum import region_checksum
 from megarl.weights.file_owner import FileOwner
 from tests.inference.driving import generate
 from tests.inference.mini_trainer import logprobs_of
+from tests.trainer.torch import families
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 250,
-    "hidden_size": 128,  # heads of 32, which vLLM's CPU attention takes
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,
-}
+# Heads of 32, which vLLM's CPU attention takes.
+SIZES: dict[str, Any] = {**families.SIZES, "hidden_size": 128, "initializer_range": 0.2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
