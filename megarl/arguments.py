@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from megarl.dtypes import full_dtype
 from megarl.jobs import JOBS, PROBLEMS
 
 _SETTING = re.compile(r"--?([a-z][\w-]*(?:\.[\w-]+)+)(=.*)?", re.DOTALL)
@@ -97,7 +98,12 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_ADAPTER", help="run directory or adapter")
     parser.add_argument("target", type=Path, metavar="TARGET", help="the Hugging Face directory to write")
     parser.add_argument("--base", type=Path, metavar="DIR", help="base model; default: as the adapter says")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert to this dtype")
+    parser.add_argument(
+        "--dtype",
+        type=full_dtype,
+        choices=("float32", "bfloat16", "float16"),
+        help="convert to this dtype (fp32, bf16 and fp16 are short for them)",
+    )
     parser.add_argument("--max-shard-size", default="2GiB", metavar="SIZE", help="of a file (default 2GiB)")
     parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
 
@@ -115,7 +121,13 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON object per answer")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--backend", choices=("vllm", "hf"), default="vllm", help="default vllm")
-    engine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    engine.add_argument(
+        "--dtype",
+        type=full_dtype,
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="default float32; bf16 is short for bfloat16",
+    )
     engine.add_argument("--kv-cache-gib", type=float, default=0.5, metavar="GIB", help="default 0.5")
     engine.add_argument(
         "--max-model-len", type=int, default=4096, metavar="N", help="tokens of a conversation (default 4096)"

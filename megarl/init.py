@@ -143,8 +143,6 @@ def _sampling(job: Job, rows: int | None, longest: int) -> dict[str, Any]:
     return found | {
         "rollout.num_prompts_per_step": min(16, rows or 16),
         "rollout.num_generations_per_prompt": 1 if job.name == "distill" else 8,
-        "evaluation.at_start": False,  # set data.held_out, and both to true
-        "evaluation.at_end": False,
     }
 
 

@@ -54,7 +54,13 @@ _FREE_FIELDS = (
     *("run.dir", "run.hang_timeout_seconds", "run.on_non_finite", "run.on_changed_inputs"),
     *("logging", "checkpoint", "profile", "launcher", "parallel"),
     *("training.num_steps", "training.num_epochs"),
-    *("reference.cache_dir", "lora.export", "rollout.engine.data_parallel_size"),
+    *(
+        "evaluation.at_start",
+        "evaluation.at_end",
+        "reference.cache_dir",
+        "lora.export",
+        "rollout.engine.data_parallel_size",
+    ),
 )
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from megarl.config.dotted import is_dotted
+from megarl.config.dtypes import Dtype
 from megarl.config.hub import ModelPath
 from megarl.config.section import (
     NonNegativeFloat,
@@ -266,7 +267,7 @@ class RewardModelConfig(Judging):
     """Selects this environment."""
     path: ModelPath
     """Sequence classification directory or hub id with one label, e.g. <run.dir>/hf of `megarl rm`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Compute dtype."""
     num_threads: PositiveInt = 1
     """CPU threads per worker."""

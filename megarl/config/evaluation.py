@@ -88,12 +88,13 @@ class EvaluationConfig(EvaluationSizeConfig):
 
     interval: NonNegativeInt = 0
     """Steps between evaluations (0: only before and after training)."""
-    at_start: bool = True
-    """Evaluate before the first step."""
-    at_end: bool = True
-    """Evaluate after the last step."""
+    at_start: bool | None = None
+    """Evaluate before the first step; null: if data.held_out is set."""
+    at_end: bool | None = None
+    """Evaluate after the last step; null: if data.held_out is set."""
 
     @property
-    def asked_by(self) -> list[str]:
-        """The fields that request an evaluation."""
-        return [name for name in ("interval", "at_start", "at_end") if getattr(self, name)]
+    def asked_by(self) -> dict[str, str]:
+        """The fields that request an evaluation of their own accord, each with the value that does not."""
+        off = {"interval": "0", "at_start": "false", "at_end": "false"}
+        return {name: value for name, value in off.items() if getattr(self, name)}

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megarl.config import hub
@@ -275,6 +276,14 @@ class _Loading:
         return value
 
 
+def _as_read(field: FieldInfo, value: Any) -> Any:
+    """A valid value as the schema has it: short names are expanded."""
+    for each in field.metadata:
+        if isinstance(each, BeforeValidator):
+            value = each.func(value)  # type: ignore[call-arg]
+    return value
+
+
 def _build_partial(kind: type[Section], data: dict[str, Any], failed: set[Path], at: Path) -> Section:
     """Build ``kind`` from ``data`` without the fields that failed; reading one raises AttributeError.
 
@@ -294,7 +303,7 @@ def _build_partial(kind: type[Section], data: dict[str, Any], failed: set[Path],
             if chosen is not None:
                 values[name] = _build_partial(chosen, data[name], failed, path)
         else:
-            values[name] = data[name]
+            values[name] = _as_read(field, data[name])
     section = kind.model_construct(**values)
     for name in kind.model_fields.keys() - values.keys():
         vars(section).pop(name, None)  # model_construct fills in defaults

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from megarl.config.dtypes import Dtype
 from megarl.config.hub import ModelPath
 from megarl.config.section import Section
 from megarl.files import read_json_object
@@ -17,7 +18,7 @@ class ModelConfig(Section):
     """Hugging Face directory (config.json, safetensors, tokenizer), an id of the hub (org/name[@revision]), a
     checkpoint of either backend, a run directory, whose newest checkpoint is taken, or PEFT adapters. The
     latter three are converted into the run directory first."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Dtype of parameters and activations. float32 is faster on CPUs without AMX or AVX512-BF16."""
     trust_remote_code: bool = False
     """Run Python code of the model's directory where transformers lacks the model (trainer.backend torch)."""

@@ -110,7 +110,19 @@ class OnlineConfig(TrainingRoot, Sampling):
     @property
     def evaluates(self) -> bool:
         """Whether the run evaluates."""
-        return bool(self.evaluation.asked_by)
+        settings = self.evaluation
+        asked = bool(settings.interval) or settings.at_start is not False or settings.at_end is not False
+        return self.data.held_out is not None and asked
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the run evaluates after ``step`` (0: before the first)."""
+        settings = self.evaluation
+        if self.data.held_out is None:
+            return False
+        if step == 0:
+            return settings.at_start is not False
+        at_end = step == self.training.num_steps and settings.at_end is not False
+        return at_end or (settings.interval > 0 and step % settings.interval == 0)
 
     @property
     def longest_response(self) -> int:
@@ -152,10 +164,12 @@ class OnlineConfig(TrainingRoot, Sampling):
 
     @rule
     def _something_to_evaluate(self) -> Problems:
-        """`evaluation` needs `data.held_out`; without it set `evaluation.at_start` and `at_end` to false."""
-        asked = [f"evaluation.{name}" for name in self.evaluation.asked_by]
+        """`evaluation.interval`, `at_start: true` and `at_end: true` need `data.held_out`."""
+        asked = {f"evaluation.{name}": off for name, off in self.evaluation.asked_by.items()}
         if asked and self.data.held_out is None:
-            yield "data.held_out", f"missing, but required by {', '.join(asked)}", *asked
+            instead = " ".join(f"{name}={off}" for name, off in asked.items())
+            reason = f"missing, but required by {', '.join(asked)}: set it, or {instead}"
+            yield "data.held_out", reason, *asked
 
     @rule
     def _param_gather_with_an_engine(self) -> Problems:

@@ -28,7 +28,7 @@ class OptimizerConfig(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule after warm-up, over the run's optimizer steps."""
     lr_warmup_steps: NonNegativeInt = 0
-    """Optimizer steps of the linear warm-up from 0."""
+    """Optimizer steps of the linear warm-up from 0. A run that ends before says so at its start."""
     weight_decay: Annotated[float, Field(ge=0), at_most(1000)] = 0.0
     """Decoupled weight decay (norms and biases excluded)."""
     adam_beta1: Decay = 0.9
@@ -41,6 +41,17 @@ class OptimizerConfig(Section):
     """Maximum global gradient norm; 0 disables clipping."""
     distributed: bool = False
     """Shard the optimizer state over data-parallel ranks (Megatron's distributed optimizer)."""
+
+    def notes(self, at: str, num_steps: int) -> list[str]:
+        """Return a line if a run of ``num_steps`` optimizer steps (0: not known yet) ends in the warm-up.
+
+        ``at`` is the path of this section.
+        """
+        if not num_steps or self.lr_warmup_steps <= num_steps:
+            return []
+        run = f"the run's {num_steps} optimizer step{'s' if num_steps > 1 else ''}"
+        warmup = f"{at}.lr_warmup_steps = {self.lr_warmup_steps}"
+        return [f"the peak learning rate is never reached: {warmup} exceeds {run}"]
 
     @rule
     def _learning_rates(self) -> Problems:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megarl.config.dtypes import IS_DTYPE, Dtype
 from megarl.config.hub import ModelPath
 from megarl.config.lora import LoraLayers
 from megarl.config.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
@@ -101,15 +102,15 @@ class PlanWorkloadConfig(Section):
 class PlanDtypesConfig(Section):
     """Stored dtypes. The optimizer's master parameters are float32."""
 
-    parameters: Literal["float32", "bfloat16"] = "bfloat16"
+    parameters: Dtype = "bfloat16"
     """Parameters and activations of the trainer; float32 parameters need no master copy."""
-    gradients: Literal["float32", "bfloat16"] = "float32"
+    gradients: Dtype = "float32"
     """Gradients, accumulated over microbatches."""
-    moments: Literal["float32", "bfloat16"] = "float32"
+    moments: Dtype = "float32"
     """Adam's two moments."""
-    engine: Literal["float32", "bfloat16"] = "bfloat16"
+    engine: Dtype = "bfloat16"
     """Parameters of the engine; aliasing needs the trainer's dtype."""
-    kv_cache: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    kv_cache: Annotated[Literal["float32", "bfloat16", "float8"], IS_DTYPE] = "bfloat16"
     """KV cache."""
 
 

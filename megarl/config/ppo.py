@@ -117,17 +117,18 @@ class PpoConfig(OnlineConfig):
             f"critic: {self.critic.path or self.model.path}, {self.num_critic_steps} optimizer steps",
         ]
 
+    def notes(self) -> list[str]:
+        """Return a line per valid setting that may not do what was meant, for the start of a run."""
+        own, steps = self.critic.optimizer, self.num_critic_steps
+        return [*super().notes(), *(own.notes("critic.optimizer", steps) if own is not None else [])]
+
     @rule
     def _critic_steps(self) -> Problems:
-        """`critic.warmup_steps` is below `training.num_steps`; `critic.optimizer.lr_warmup_steps` must not
-        exceed the critic's optimizer steps."""
-        critic, steps, last = self.critic, self.num_critic_steps, self.training.num_steps
-        if (warmup := critic.warmup_steps) >= last:
+        """`critic.warmup_steps` is below `training.num_steps`."""
+        last = self.training.num_steps
+        if (warmup := self.critic.warmup_steps) >= last:
             reason = f"the policy trains in none of the run's {last} steps (got {warmup})"
             yield "critic.warmup_steps", reason, "training.num_steps"
-        if critic.optimizer is not None and (warmup := critic.optimizer.lr_warmup_steps) > steps:
-            reason = f"longer than the critic's {steps} optimizer steps (got {warmup})"
-            yield "critic.optimizer.lr_warmup_steps", reason, "training.num_steps"
 
     @rule
     def _truncated_sampling(self) -> Problems:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from megarl.config.data import DataReading, parts_of
+from megarl.config.dtypes import IS_DTYPE
 from megarl.config.environments import EnvironmentRuntime, Judging
 from megarl.config.evaluation import LEAST_TEMPERATURE, EvaluationSizeConfig
 from megarl.config.model import ModelConfig
@@ -28,7 +29,7 @@ class EngineConfig(Section):
 
     backend: Literal["vllm", "hf"] = "vllm"
     """vllm; or hf, the models of transformers: for those that vLLM lacks, and to compare vLLM with."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], IS_DTYPE] = "auto"
     """Dtype of the weights; auto: the trainer's, which aliasing needs."""
     kv_cache_gib: Annotated[float, Field(gt=0), at_most(1_000_000)] = 0.5
     """KV cache per engine rank."""

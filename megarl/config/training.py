@@ -118,6 +118,7 @@ class TrainingRoot(Section):
         if model_config is not None and "max_position_embeddings" in model_config:
             lines.append(f"longest sequence: {self.max_sequence_length(model_config)} tokens")
         lines += [*self.describe_batch(), f"optimizer steps in all: {self._steps_in_words()}"]
+        lines += [f"note: {line}" for line in self.notes()]
         if (lora := self.lora) is not None:
             targets = ", ".join(lora.target_modules)
             lines.append(f"trained: adapters of rank {lora.rank} on {targets}; exported: {lora.export}")
@@ -131,6 +132,10 @@ class TrainingRoot(Section):
     def describe_batch(self) -> list[str]:
         """Return the lines on the batch."""
         return []
+
+    def notes(self) -> list[str]:
+        """Return a line per valid setting that may not do what was meant, for the start of a run."""
+        return self.optimizer.notes("optimizer", self.num_optimizer_steps)
 
     def with_steps(self, num_rows: int) -> Self:
         """Return the configuration with the number of steps that its training rows give, if they do."""
@@ -199,14 +204,6 @@ class TrainingRoot(Section):
             yield "parallel.overlap_param_gather", reason, "optimizer.distributed"
 
     @rule
-    def _warmup(self) -> Problems:
-        """`optimizer.lr_warmup_steps` must not exceed the run's optimizer steps."""
-        steps, warmup = self.num_optimizer_steps, self.optimizer.lr_warmup_steps
-        if self.training.num_steps is not None and warmup > steps:
-            reason = f"longer than the run's {steps} optimizer steps (got {warmup})"
-            yield "optimizer.lr_warmup_steps", reason, "training.num_steps"
-
-    @rule
     def _best_checkpoint(self) -> Problems:
         """`checkpoint.keep_best_metric` is a metric of this kind of run; on held-out data it needs
         `data.held_out`."""
@@ -218,7 +215,7 @@ class TrainingRoot(Section):
             hint = f"did you mean {', '.join(near)}?" if near else "docs/metrics.md lists them"
             yield "checkpoint.keep_best_metric", f"no metric of this kind of run; {hint} (got {metric!r})"
         elif self.measures(metric) and self.data.held_out is None:
-            reason = f"{metric} is computed on data.held_out, which is not set"
+            reason = f"{metric} is computed on data.held_out, which is not set: set it, or this one to null"
             yield "checkpoint.keep_best_metric", reason, "data.held_out"
 
     @rule
@@ -291,7 +288,7 @@ class OfflineRoot(TrainingRoot):
         """Return the configuration with the number of steps that num_epochs gives on ``num_rows`` rows.
 
         Raises:
-            UserError: settings that do not fit this number, a longer warm-up say.
+            UserError: settings that do not fit this number, later profile.steps say.
         """
         training = self.training
         if training.num_epochs is None:
@@ -333,7 +330,7 @@ class OfflineRoot(TrainingRoot):
         `data.held_out.size`."""
         interval, held_out = self.training.validation_interval, self.data.held_out
         if interval and held_out is None:
-            reason = f"needs data.held_out, which is not set (got {interval})"
+            reason = f"needs data.held_out, which is not set: set it, or this one to 0 (got {interval})"
             yield "training.validation_interval", reason, "data.held_out"
         size, wanted = getattr(held_out, "size", None), self.training.validation_size
         if size is not None and wanted > size:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megarl.dtypes import full_dtype
 from megarl.errors import UserError
 from megarl.terminal import printable
 
@@ -26,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("source", type=Path, metavar="SOURCE")
         command.add_argument("target", type=Path, metavar="TARGET")
         command.add_argument(
-            "--dtype", choices=("float32", "bfloat16", "float16"), help="convert to this dtype"
+            "--dtype",
+            type=full_dtype,
+            choices=("float32", "bfloat16", "float16"),
+            help="convert to this dtype (fp32, bf16 and fp16 are short for them)",
         )
         command.add_argument(
             "--max-shard-size",

@@ -76,6 +76,8 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
         config = config.with_steps(len(data["train"]))
         for label, text in _steps(job, config, data["train"], longest):
             _say(label, text)
+        for line in config.notes():
+            _say("note", line)
     if hasattr(config, "rollout"):
         _say("evaluation", _evaluation(config))
         limit = config.rollout.environments.timeout_seconds
@@ -223,9 +225,9 @@ def _evaluation(config: Any) -> str:
     if not config.evaluates:
         return "none"
     times = [
-        *(["before the first step"] if settings.at_start else []),
+        *(["before the first step"] if settings.at_start is not False else []),
         *([f"every {settings.interval} steps"] if settings.interval else []),
-        *(["at the end"] if settings.at_end else []),
+        *(["at the end"] if settings.at_end is not False else []),
     ]
     return f"{' and '.join(times)}: {what}"
 

@@ -242,7 +242,7 @@ class OnlineLoop:
         earlier = totals.get("wall_seconds", 0.0)
         run.begin_steps()
         run.timers.start_step()
-        if state["step"] == 0 and config.evaluation.at_start:
+        if state["step"] == 0 and config.evaluates_after(0):
             found = self.evaluate(0)
             totals["accuracy_before"] = found["accuracy"]
             run.log(0, found)
@@ -260,8 +260,7 @@ class OnlineLoop:
             self._warn_on_mismatch(step, learned.mismatch)
             with run.timers("weights"):
                 values |= self.sync_weights(step)
-            interval = config.evaluation.interval
-            if (interval and step % interval == 0) or (step == last and config.evaluation.at_end):
+            if config.evaluates_after(step):
                 values |= self.evaluate(step)
                 totals["accuracy_after"] = values["accuracy"]
             if self.rollouts is not None and (count := config.logging.samples_per_step):

@@ -95,7 +95,7 @@ class TrainingRun:
         chosen = self.config.model_dump(mode="json", exclude_defaults=True)
         lines = self.directory.open(self._resolved, chosen)
         self.console.keep_log(self.directory.console_path)
-        for line in lines:
+        for line in [*lines, *(f"note: {each}" for each in self.config.notes())]:
             self.console.note(line)
         self._look_at_inputs()
         heartbeat.clear(self.directory.ranks_path)

@@ -23,6 +23,7 @@ def load(tmp_path: Path, kind: Any = SftConfig, data: Any = None, **training: An
     config = {
         "run": {"dir": str(tmp_path / "run")},
         "model": {"path": "m"},
+        "profile": {"steps": training.pop("traced", [])},
         "optimizer": {"lr": 1e-3, "lr_warmup_steps": training.pop("warmup", 0)},
         "data": {"train": data or GYM},
         "training": {"batch_size": 8} | training,
@@ -65,10 +66,15 @@ def test_what_is_written_are_the_epochs(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit_the_steps(tmp_path: Path) -> None:
-    config = load(tmp_path, num_epochs=1, warmup=20)
-    with pytest.raises(UserError, match=r"^optimizer.lr_warmup_steps: longer than the run's 13 .*got 20\)$"):
+    config = load(tmp_path, num_epochs=1, warmup=20, traced=[20])
+    with pytest.raises(UserError, match=r"^profile.steps: the run ends with step 13 \(got 20\)$"):
         config.with_steps(100)
     assert config.with_steps(160).num_optimizer_steps == 20
+    assert config.with_steps(160).notes() == []
+    shorter = load(tmp_path, num_epochs=1, warmup=20)
+    assert shorter.notes() == []  # of a length that is not known yet
+    [note] = shorter.with_steps(100).notes()
+    assert note.endswith("optimizer.lr_warmup_steps = 20 exceeds the run's 13 optimizer steps")
     mixture = {"source": "mixture", "weights": {"a": 1, "b": 2}, "sources": {"a": GYM, "b": GYM}}
     with pytest.raises(
         UserError, match=r"^training.num_epochs: each source of a weighted mixture has its own"

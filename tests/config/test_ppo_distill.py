@@ -28,7 +28,6 @@ BROKEN = [
         "critic.warmup_steps: the policy trains in none of the run's 50 steps",
     ),
     ("ppo", ["critic.optimizer.min_lr=1"], "critic.optimizer.min_lr: must not exceed"),
-    ("ppo", ["critic.optimizer.lr_warmup_steps=51"], "critic.optimizer.lr_warmup_steps: longer than"),
     (
         "ppo",
         ["rollout.top_p=0.9", "algorithm.num_epochs_per_batch=2"],

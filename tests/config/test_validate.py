@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import yaml
 
 from megarl.config.evaluate import EvalConfig
 from megarl.config.grpo import GrpoConfig
-from megarl.config.load import load_config
+from megarl.config.load import dump_config, load_config
+from megarl.config.ppo import PpoConfig
 from megarl.config.section import Section
 from megarl.config.sft import SftConfig
 from megarl.errors import UserError
@@ -95,20 +97,6 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
         "optimizer.min_lr: must not exceed optimizer.lr = 0.001 (got 0.01)",
     ),
     (
-        SftConfig,
-        ["optimizer.lr_warmup_steps=11"],
-        "optimizer.lr_warmup_steps: longer than the run's 10 optimizer steps (got 11)",
-    ),
-    (
-        GrpoConfig,
-        [
-            "optimizer.lr_warmup_steps=41",
-            "algorithm.num_optimizer_steps_per_batch=2",
-            "algorithm.num_epochs_per_batch=2",
-        ],
-        "optimizer.lr_warmup_steps: longer than the run's 40 optimizer steps (got 41)",
-    ),
-    (
         GrpoConfig,
         ["rollout.engine.expert_parallel=true"],
         "rollout.engine.expert_parallel: needs rollout.engine.tensor_parallel_size > 1, the ranks that "
@@ -150,7 +138,8 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     (
         SftConfig,
         ["training.validation_interval=5", "data.held_out=null"],
-        "training.validation_interval: needs data.held_out, which is not set (got 5)",
+        "training.validation_interval: needs data.held_out, which is not set: set it, or this one to 0 "
+        "(got 5)",
     ),
     (
         SftConfig,
@@ -289,7 +278,30 @@ BROKEN: list[tuple[type[Section], list[str], str]] = [
     (
         GrpoConfig,
         ["data.held_out=null", "evaluation.interval=5", "evaluation.at_end=false"],
-        "data.held_out: missing, but required by evaluation.interval, evaluation.at_start",
+        "data.held_out: missing, but required by evaluation.interval: set it, or evaluation.interval=0",
+    ),
+    (
+        GrpoConfig,
+        ["data.held_out=null", "evaluation.at_start=true", "evaluation.at_end=true"],
+        "data.held_out: missing, but required by evaluation.at_start, evaluation.at_end: set it, or "
+        "evaluation.at_start=false evaluation.at_end=false",
+    ),
+    (
+        GrpoConfig,
+        ["data.held_out=null", "checkpoint.keep_best_metric=accuracy"],
+        "checkpoint.keep_best_metric: accuracy is computed on data.held_out, which is not set: set it, or "
+        "this one to null",
+    ),
+    (
+        SftConfig,
+        ["model.dtype=fp16"],
+        "model.dtype: float16 is not supported: gradients underflow without loss scaling; use bfloat16 or "
+        "float32 (got 'fp16')",
+    ),
+    (
+        GrpoConfig,
+        ["rollout.engine.dtype=fp64"],
+        "rollout.engine.dtype: expected 'auto' or 'float32' or 'bfloat16' (got 'fp64')",
     ),
     (
         GrpoConfig,
@@ -320,7 +332,7 @@ def test_broken(tmp_path: Path, kind: type[Section], overrides: list[str], line:
                 "parallel.num_processes=4",
             ],
         ),
-        (SftConfig, ["optimizer.min_lr=0.001", "optimizer.lr_warmup_steps=10"]),
+        (SftConfig, ["optimizer.min_lr=0.001", "optimizer.lr_warmup_steps=11"]),
         (SftConfig, ["packing.max_sequence_length=4096", "training.batch_size=100"]),
         (SftConfig, ["data.held_out=null", "data.train.size=10"]),
         (GrpoConfig, ["rollout.engine.dtype=bfloat16"]),
@@ -355,6 +367,8 @@ def test_broken(tmp_path: Path, kind: type[Section], overrides: list[str], line:
         (GrpoConfig, ["rollout.max_new_tokens=511", "packing.max_sequence_length=512"]),
         (GrpoConfig, ["data.held_out.seed=0", "data.held_out.task=leg_counting"]),
         (GrpoConfig, ["data.held_out=null", "evaluation.at_start=false", "evaluation.at_end=false"]),
+        (GrpoConfig, ["data.held_out=null"]),
+        (GrpoConfig, ["model.dtype=bf16", "rollout.engine.dtype=fp32"]),
         (EvalConfig, ["data.format.system_prompt=Be brief."]),
     ],
 )
@@ -370,3 +384,75 @@ def test_line_number_of_the_field_that_was_written(tmp_path: Path) -> None:
         load_config(SftConfig, file, check_files=False)
     # num_processes has its default; the size that does not divide it is what stands in the file.
     assert str(caught.value).endswith(f"= 2 (got 1) [{file}:{number}]")
+
+
+@pytest.mark.parametrize(("written", "read"), [("bf16", "bfloat16"), ("torch.float32", "float32")])
+def test_short_names_of_dtypes(tmp_path: Path, written: str, read: str) -> None:
+    """Wherever a setting is a dtype; the run's own configuration has the full name."""
+    model = {"kind": "reward_model", "path": "rm", "dtype": written}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GRPO))
+    rows = json.dumps({"source": "jsonl", "path": "rows.jsonl", "environment": model})
+    settings = [f"model.dtype={written}", f"rollout.engine.dtype={written}", f"data.train={rows}"]
+    config = load_config(GrpoConfig, file, settings, check_files=False)
+    found = config.model.dtype, config.rollout.engine.dtype, config.data.train.environment.dtype
+    assert found == (read, read, read)
+    again = yaml.safe_load(dump_config(config))
+    assert again["model"]["dtype"] == read
+
+
+def test_short_names_beside_errors(tmp_path: Path) -> None:
+    """The rest of a configuration with an error is checked with full names."""
+    found = lines(
+        tmp_path, GrpoConfig, ["model.dtype=bf16", "optimizer.lr=none", "evaluation.num_prompts=101"]
+    )
+    assert [line.split(":")[0] for line in found] == ["optimizer.lr", "evaluation.num_prompts"]
+
+
+def test_which_evaluations_follow_the_held_out_data(tmp_path: Path) -> None:
+    """Of a run of 10 steps."""
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GRPO))
+
+    def evaluated(*settings: str) -> list[int]:
+        config = load_config(GrpoConfig, file, settings, check_files=False)
+        found = [step for step in range(11) if config.evaluates_after(step)]
+        assert config.evaluates == bool(found)
+        assert load_config(GrpoConfig, written(config), check_files=False) == config
+        return found
+
+    def written(config: GrpoConfig) -> Path:
+        path = tmp_path / "resolved.yaml"
+        path.write_text(dump_config(config))
+        return path
+
+    assert evaluated() == [0, 10]
+    assert evaluated("evaluation.interval=4") == [0, 4, 8, 10]
+    assert evaluated("evaluation.interval=4", "evaluation.at_start=false", "evaluation.at_end=false") == [
+        4,
+        8,
+    ]
+    assert evaluated("data.held_out=null") == []
+    assert evaluated("data.held_out=null", "evaluation.at_end=false") == []
+
+
+def test_a_warm_up_that_the_run_does_not_end_is_noted(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GRPO))
+    two_by_two = ["algorithm.num_optimizer_steps_per_batch=2", "algorithm.num_epochs_per_batch=2"]
+
+    def notes(kind: Any, *settings: str) -> list[str]:
+        found: list[str] = load_config(kind, file, settings, check_files=False).notes()
+        return found
+
+    assert notes(GrpoConfig, *two_by_two, "optimizer.lr_warmup_steps=40") == []
+    assert notes(GrpoConfig, *two_by_two, "optimizer.lr_warmup_steps=41") == [
+        "the peak learning rate is never reached: optimizer.lr_warmup_steps = 41 exceeds the run's 40 "
+        "optimizer steps"
+    ]
+    # The critic trains in all 10 steps, the policy in 4 of them.
+    own = ["critic.warmup_steps=6", "critic.optimizer={lr: 1e-3, lr_warmup_steps: 11}"]
+    assert [line.partition(": ")[2] for line in notes(PpoConfig, *own, "optimizer.lr_warmup_steps=5")] == [
+        "optimizer.lr_warmup_steps = 5 exceeds the run's 4 optimizer steps",
+        "critic.optimizer.lr_warmup_steps = 11 exceeds the run's 10 optimizer steps",
+    ]

@@ -39,7 +39,10 @@ from tests.config.rules import violations
         ),
         (
             {"checkpoint": {"keep_best_metric": "validation_loss"}},
-            ["checkpoint.keep_best_metric: validation_loss is computed on data.held_out, which is not set"],
+            [
+                "checkpoint.keep_best_metric: validation_loss is computed on data.held_out, which is not set:"
+                " set it, or this one to null"
+            ],
         ),
         (
             {"checkpoint": {"keep_best_metric": "validation_los"}},
