@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "files": "",
     "records": "",
     "layout": "",
+    "dtypes": "",
     "jobs": "",
-    "config": "jobs files",
+    "config": "jobs files dtypes",
     "run_directory": "",
     # devices and processes
     "ops": "",
