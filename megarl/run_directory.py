@@ -15,11 +15,13 @@
                               (step_N.damaged: a checkpoint whose checksums failed on resume)
       summary.json            headline metrics, written at the end
       report.html             rewritten during the run
+      timeline/rank_N.jsonl   when the phases of each step began and ended on rank N
       ranks/                  heartbeats of the trainer ranks, and the reason of a failure
       profile/                traces of the steps in profile.steps
       .lock                   held while a process runs here
 
-Rank 0 opens the directory and writes; other ranks only read paths and checkpoints.
+Rank 0 opens the directory and writes; other ranks write heartbeats, their timeline and their part of a
+checkpoint only.
 Order of use on rank 0: ``open`` -> load ``latest_checkpoint()`` if any -> ``start_after`` ->
 ``append_metrics`` / ``write_samples`` / ``begin_checkpoint`` + ``commit_checkpoint`` per step -> ``close``.
 A step's metrics are appended before its checkpoint is committed, so that a resumed run never lacks a line.
@@ -83,6 +85,7 @@ class RunDirectory:
         self.summary_path = self.path / "summary.json"
         self.report_path = self.path / "report.html"
         self.ranks_path = self.path / "ranks"
+        self.timeline_path = self.path / "timeline"
         self.profile_path = self.path / "profile"
         self.tensorboard_path = self.path / "tensorboard"
         self.started_after: int | None = None
@@ -120,14 +123,17 @@ class RunDirectory:
             self.close()
             raise
         self._remove_leftovers()
-        for folder in (self.samples_path, self.checkpoints_path, self.ranks_path):
+        for folder in (self.samples_path, self.checkpoints_path, self.ranks_path, self.timeline_path):
             folder.mkdir(exist_ok=True)
         write_atomically(self.config_path, dump_yaml(dict(resolved_config)))
         return changes
 
     def _check_kinds(self) -> None:
         """Refuse files where the run keeps directories, and directories where it keeps files."""
-        folders = (self.samples_path, self.checkpoints_path, self.ranks_path, self.evaluations_path)
+        folders = (
+            *(self.samples_path, self.checkpoints_path, self.ranks_path),
+            *(self.evaluations_path, self.timeline_path),
+        )
         files = (self.config_path, self.metrics_path, self.summary_path, self.report_path)
         for path in folders:
             if path.exists() and not path.is_dir():

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megarl import platform
 from megarl.errors import ToldByRankZeroError, UserError
+from megarl.platform import spans
 
 Result = TypeVar("Result")
 
@@ -43,7 +44,8 @@ def gather(value: Any) -> list[Any]:
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_groups[0])
+    with spans.span(spans.WAIT):
+        dist.all_gather_object(values, value, group=_groups[0])
     return values
 
 
@@ -52,7 +54,8 @@ def gather_to_first_rank(value: Any) -> list[Any]:
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=_groups[0])
+    with spans.span(spans.WAIT):
+        dist.gather_object(value, values, dst=0, group=_groups[0])
     return values or []
 
 
@@ -61,7 +64,8 @@ def broadcast(value: Any) -> Any:
     if dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_groups[0])
+    with spans.span(spans.WAIT):
+        dist.broadcast_object_list(box, src=0, group=_groups[0])
     return box[0]
 
 
@@ -144,7 +148,8 @@ def send_arrays(arrays: Mapping[str, np.ndarray | None], to: int) -> int:
 def receive_arrays(source: int) -> dict[str, np.ndarray]:
     """Receive the next arrays from rank ``source``, as views of one buffer."""
     sizes = torch.empty(2, dtype=torch.int64)
-    dist.recv(sizes, src=source, group=_groups[0])
+    with spans.span(spans.WAIT):
+        dist.recv(sizes, src=source, group=_groups[0])
     length, header = sizes.tolist()
     message = torch.empty(length, dtype=torch.uint8)
     dist.recv(message, src=source, group=_groups[0])
@@ -160,7 +165,8 @@ def broadcast_arrays(arrays: Mapping[str, np.ndarray | None] | None) -> dict[str
     if dist.get_rank() == 0:
         message, header, _ = packed_arrays(arrays or {})
         sizes = torch.tensor([len(message), header])
-    dist.broadcast(sizes, src=0, group=_groups[0])
+    with spans.span(spans.WAIT):
+        dist.broadcast(sizes, src=0, group=_groups[0])
     message = message if dist.get_rank() == 0 else np.empty(int(sizes[0]), dtype=np.uint8)
     dist.broadcast(torch.from_numpy(message), src=0, group=_groups[0])
     return unpacked_arrays(message, int(sizes[1]))

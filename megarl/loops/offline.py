@@ -24,6 +24,7 @@ from megarl.loops.datasets import load_splits
 from megarl.loops.model_files import check_fits, describe_model, memory_parts, read_model
 from megarl.metrics.console import Console
 from megarl.models.table import Architecture
+from megarl.platform import spans
 from megarl.records import PackedBatch, TrainBatch
 from megarl.runs.training_run import TrainingRun
 from megarl.simulate.shapes import active_elements
@@ -170,8 +171,9 @@ class OfflineLoop(Generic[Data]):
                 "tokens_per_second_train": packed.num_tokens / run.timers.seconds("train"),
             }
             if self.held_out is not None and self.validates(step):
-                packed, loss = self.take(self.held_out, self.validation)
-                found = objective.validate(packed.batches, loss)
+                with spans.span("evaluation"):
+                    packed, loss = self.take(self.held_out, self.validation)
+                    found = objective.validate(packed.batches, loss)
                 values |= found
                 totals |= found
             run.log(step, values)

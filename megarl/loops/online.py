@@ -44,6 +44,7 @@ from megarl.losses.logprob_mismatch import LogprobMismatch
 from megarl.metrics.console import Console
 from megarl.metrics.timers import PHASES
 from megarl.models.table import Architecture
+from megarl.platform import spans
 from megarl.records import Group, Prompt
 from megarl.runs.training_run import TrainingRun
 from megarl.sampling.rollout_batches import RolloutBatches
@@ -333,7 +334,8 @@ class OnlineLoop:
             self.run_.write_evaluation(step, found.rows(step))
             return found.metrics()
 
-        return from_first_rank(run)
+        with spans.span("evaluation"):
+            return from_first_rank(run)
 
     def _decode(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id]))

@@ -27,7 +27,7 @@ from megarl.metrics.summary import as_number
 from megarl.run_directory import to_json, write_atomically
 
 _PAGE = Path(__file__).parent / "page"
-_SCRIPTS = ("charts.js", "tokens.js", "samples.js", "timeline.js", "page.js")
+_SCRIPTS = ("charts.js", "tokens.js", "samples.js", "timeline.js", "ranks.js", "page.js")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -136,6 +136,10 @@ def _embedded(
                 for other in others
             ],
             "phase_seconds": run.summary.get("phase_seconds"),
+            "timeline": [
+                {"step": step, "ranks": [{"rank": rank, **line} for rank, line in lines.items()]}
+                for step, lines in sorted(run.timeline.items())
+            ],
             "difference_limit": DIFFERENCE_LIMITS[_dtype(run)],
         },
         separators=(",", ":"),
@@ -268,6 +272,7 @@ def _charts(run: RunData) -> str:
 <div class="chart"><div class="share" id="phase-share"></div>
 <div class="legend" id="phase-legend"></div></div></div>
 <div id="timeline"></div>
+<div id="rank-timeline"></div>
 {_memory(run)}"""
 
 

@@ -13,7 +13,8 @@ from megarl.config.yaml_text import parse_yaml
 from megarl.errors import UserError
 from megarl.jobs import job_with_sections
 from megarl.metrics.report_series import Best, add_training_rate, best_step, x_axes
-from megarl.metrics.summary import merge_steps, summarize
+from megarl.metrics.summary import as_number, merge_steps, summarize
+from megarl.metrics.timeline import read_timeline
 from megarl.run_directory import read_metrics, to_json
 
 MAX_CHART_STEPS = 2000
@@ -22,9 +23,13 @@ MAX_SAMPLE_BYTES = 4 * 2**20
 """Maximum size of the samples embedded as JSON."""
 MAX_ANSWER_BYTES = 2 * 2**20
 """Maximum size of the evaluations' answers embedded as JSON."""
+MAX_TIMELINE_BYTES = 2**20
+"""Maximum size of the ranks' timelines embedded as JSON."""
 TOKEN_FIELDS = ("rollout_logprobs", "trainer_logprobs", "entropy", "token_advantages", "response_tokens")
 """Fields of a sample with one value per response token."""
 _MAX_SAMPLE_STEPS = 64
+_MAX_TIMELINE_STEPS = 64
+_SLOWEST_STEPS = 8  # of which a timeline is wanted first
 
 _SAMPLES_NAME = re.compile(r"step_(\d+)\.jsonl")
 
@@ -56,6 +61,7 @@ class RunData:
     answers: SampleSelection  # of evaluations
     axes: dict[str, list[float]]  # of chart_steps: samples, tokens, hours
     best: Best | None
+    timeline: dict[int, dict[int, dict[str, Any]]]  # step -> rank -> its line, of chosen steps
     starts: list[dict[str, Any]]  # provenance.jsonl
     inputs: dict[str, Any]  # inputs.json
 
@@ -95,6 +101,7 @@ def read_run(run_dir: Path) -> RunData:
         answers=_select_samples(run_dir / "evaluations", MAX_ANSWER_BYTES),
         axes={name: [values[i] for i in chosen] for name, values in axes.items()},
         best=best_step(steps),
+        timeline=read_timeline(run_dir, _timeline_steps(steps), MAX_TIMELINE_BYTES),
         starts=starts,
         inputs=_read_json(path) if (path := run_dir / "inputs.json").exists() else {},
     )
@@ -127,6 +134,14 @@ def _thin(steps: list[dict[str, Any]]) -> list[int]:
         # thinning must keep spikes
         kept |= {start, max(stretch, key=lambda i: _severity(steps[i]))}
     return sorted(kept)
+
+
+def _timeline_steps(steps: list[dict[str, Any]]) -> list[int]:
+    """Order the steps whose timeline to show: the last, the slowest, then evenly spaced ones."""
+    timed = [step["step"] for step in steps if step.get("seconds") is not None]
+    seconds = {step["step"]: as_number(step.get("seconds")) or 0.0 for step in steps}
+    slowest = sorted(timed, key=lambda step: seconds[step], reverse=True)[:_SLOWEST_STEPS]
+    return list(dict.fromkeys([*timed[-1:], *slowest, *_coarse_to_fine(timed)]))[:_MAX_TIMELINE_STEPS]
 
 
 def _severity(step: Mapping[str, Any]) -> float:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from megarl.platform import spans
+
 _stack: list[str] = []
 _broken: tuple[str, ...] = ()  # the stack at the latest error
 _progress = 0
@@ -27,7 +29,7 @@ def phase(name: str) -> Iterator[None]:
     _broken = ()
     tick()
     try:
-        with torch.profiler.record_function(name):
+        with spans.span(name), torch.profiler.record_function(name):
             yield
     except BaseException:
         _broken = _broken or tuple(_stack)

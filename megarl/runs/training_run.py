@@ -33,9 +33,10 @@ from megarl.metrics.profile import StepProfiler
 from megarl.metrics.report import write_report
 from megarl.metrics.sink import Rows, Sink
 from megarl.metrics.sinks import build_sinks
+from megarl.metrics.timeline import TimelineWriter
 from megarl.metrics.timers import PhaseTimers
 from megarl.models.table import Architecture
-from megarl.platform import ranges
+from megarl.platform import ranges, spans
 from megarl.records import StepMetrics
 from megarl.run_directory import RunDirectory, to_json, write_atomically
 from megarl.cluster.collectives import broadcast, from_first_rank, on_first_rank
@@ -54,7 +55,7 @@ class Interrupted(SystemExit):
 
 
 class TrainingRun:
-    """One training run on one rank; only rank 0 writes."""
+    """One training run on one rank; only rank 0 writes, but for heartbeats and timelines."""
 
     def __init__(self, config: TrainingRoot, kind: str, *, is_first: bool) -> None:
         self.config, self.kind, self.is_first = config, kind, is_first
@@ -77,6 +78,8 @@ class TrainingRun:
             config.run.hang_timeout_seconds,
             lambda: (ranges.phase_stack(), ranges.progress()),
         )
+        self._spans = spans.Recorder()
+        self._timeline: TimelineWriter | None = None
         self._profiler = StepProfiler(config.profile, self.directory.profile_path, dist.get_rank())
         self._resolved = public(config)
 
@@ -121,10 +124,13 @@ class TrainingRun:
         self._heartbeat.stop(error)
         if self.checkpoints.is_pending:  # an error ended the run: other ranks may be anywhere
             self.console.warn("the checkpoint that was being written is given up; the one before it stays")
+        spans.record(None)
         for sink in self._sinks:
             sink.close()
         self.console.close()
         self.directory.close()
+        if self._timeline is not None:
+            self._timeline.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:  # a second signal exits at once
@@ -168,6 +174,12 @@ class TrainingRun:
         if self.is_first:
             self.directory.start_after(state["step"] if state else None)
         self._last_step = state["step"] if state else 0
+        self._timeline = TimelineWriter(
+            self.directory.timeline_path,
+            dist.get_rank(),
+            dist.get_world_size(),
+            state["step"] if state else -1,
+        )
         if self.is_first:
             with self.console.waiting("starting the sinks"):
                 self._sinks = build_sinks(self.config.logging, self.directory, self._resolved)
@@ -185,6 +197,8 @@ class TrainingRun:
     def begin_steps(self) -> None:
         """Begin the console's bar and the time left; comes after :meth:`resume`, before the first step."""
         total, interval = self.config.training.num_steps, self.config.logging.interval
+        self._spans.start()
+        spans.record(self._spans)
         self.console.begin_steps(total, self._last_step, interval)
 
     def _check_base(self, state: Mapping[str, Any]) -> None:
@@ -292,6 +306,8 @@ class TrainingRun:
             self.console.warn(f"step {step}: {', '.join(new)}")
         self._odd |= odd.keys()
         values = values | self.timers.end_step()
+        if self._timeline is not None:
+            self._timeline.write(step, self._spans.take().row())
         if (path := self._profiler.end(step)) is not None:
             self.console.note(f"profile of step {step}: {path}")
         self._last_step = step

@@ -223,3 +223,40 @@ def collect_and_fail(context: Any) -> list[str]:
     except UserError as error:
         told += [type(error).__name__, str(error)]
     return told
+
+
+def timeline(context: Any, model_dir: str, parallel: dict[str, Any], folder: Any) -> float:
+    """Two steps whose loss is slow on rank 1; the timelines of the ranks go to ``folder``.
+
+    Returns the seconds that this rank slept in the second step.
+    """
+    from megarl.algorithms.grpo import GrpoLearner
+    from megarl.cluster.collectives import barrier
+    from megarl.metrics.timeline import TimelineWriter
+    from megarl.metrics.timers import PhaseTimers
+    from megarl.models import load_architecture
+    from megarl.platform import ranges, spans
+    from megarl.trainer.megatron.trainer import MegatronTrainer
+    from tests.losses import own
+
+    config = make_config(model_dir, {"loss": "tests.losses.own:slow_on_rank_1"}, parallel)
+    policy = MegatronTrainer(
+        context, load_architecture(model_dir), config.model, config.packing, config.optimizer, 8
+    )
+    run = fake_run()
+    run.timers = PhaseTimers(ranges.phase)
+    learner = GrpoLearner(config, run, policy)
+    writer = TimelineWriter(folder, context.rank, 2, after=-1)
+    recorder = spans.Recorder()
+    spans.record(recorder)
+    try:
+        for step in (1, 2):
+            own.SLEPT.clear()
+            barrier()
+            recorder.start()
+            learner.learn(step, make_groups(step) if context.is_first else [])
+            writer.write(step, recorder.take().row())
+    finally:
+        spans.record(None)
+        writer.close()
+    return sum(own.SLEPT)

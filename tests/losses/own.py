@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
 from megarl.losses.base import LossTokens
 from megarl.records import Group
+
+SLEPT: list[float] = []
 
 
 def clipped(tokens: LossTokens) -> torch.Tensor:
@@ -60,3 +64,11 @@ def infinite(group: Group, rewards: np.ndarray) -> np.ndarray:
 
 
 not_a_function = 3
+
+
+def slow_on_rank_1(tokens: LossTokens) -> torch.Tensor:
+    """The clipped ratio, on rank 1 after a sleep of 2 s per microbatch."""
+    if torch.distributed.get_rank() == 1:
+        time.sleep(2)
+        SLEPT.append(2.0)
+    return clipped(tokens)

@@ -16,6 +16,7 @@ import pytest
 
 from megarl.metrics.report import write_comparison
 from megarl.metrics.report_server import ReportServer
+from megarl.metrics.timeline import TimelineWriter
 from megarl.run_directory import RunDirectory
 from tests.metrics.browser import Browser, needs_browser
 from tests.metrics.test_report import GRPO, HOSTILE, grpo_line, make_run, sample
@@ -83,6 +84,19 @@ def answers(step: int) -> list[dict[str, Any]]:
     ]
 
 
+def write_lanes(folder: Path, num_ranks: int) -> None:
+    """Of every step: rank 7 trains for 3 s, rank N for 1 + N/100 s, and then all exchange gradients."""
+    folder.mkdir(parents=True)
+    for rank in range(num_ranks):
+        worked = 3.0 if rank == 7 else 1 + rank / 100
+        spans = [(0, "rollout" if rank == 0 else "wait", 0.0, 1.0), (0, "train", 1.0, 4.0)]
+        spans.append((1, "gradient_reduction", 1 + worked, 4.0))
+        writer = TimelineWriter(folder, rank, num_ranks, after=-1)
+        for step in range(1, STEPS + 1):
+            writer.write(step, {"start": 5.0 * step, "seconds": 5.0, "spans": spans})
+        writer.close()
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "run"
@@ -91,6 +105,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in (5, 30)
     }
     lines = [line(step) for step in range(1, STEPS + 1)]
+    write_lanes(path / "timeline", 12)
     make_run(path, lines, samples, CONFIG, evaluations={10: answers(10), 20: answers(20)})
     return path
 
@@ -254,6 +269,20 @@ def test_the_slowest_step_is_found(page: Browser) -> None:
     [marked] = page.texts(".marked-row")
     assert marked.split() == ["12", "4.5", "s"]
     assert page.attributes(".marked-row i", "title") == ["step 12, rollout: 4 s", "step 12, train: 0.5 s"]
+
+
+def test_the_slowest_rank_is_found(page: Browser) -> None:
+    assert page.texts(".rank-row > :first-child") == ["rank 7, slowest", "rank 6, median", "rank 0, fastest"]
+    assert page.texts(".rank-row > :last-child") == ["3 s", "1.06 s", "1 s"], "without rollouts and waits"
+    page.choose('select[aria-label="Another rank"]', "3")
+    assert "rank 3" in page.texts(".rank-row > :first-child")
+    titles = page.attributes('[data-rank="3"] i', "title")
+    assert titles == ["rank 3, wait: 1 s", "rank 3, train: 3 s", "rank 3, train, gradient reduction: 1.97 s"]
+    styles = page.attributes('[data-rank="3"] .waits', "style")
+    assert styles == ["left: 0%; width: 20%;", "left: 40.6%; width: 39.4%;"]
+    page.click(".timeline-row:nth-child(1)")
+    chosen = page.run("return document.querySelector('#rank-timeline select').value")
+    assert chosen == page.texts(".timeline-row:nth-child(1) > :first-child")[0]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (390, "light"), (1440, "dark")])

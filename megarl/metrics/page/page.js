@@ -309,6 +309,7 @@ if (run.steps.length) connect(buildCharts(run), run);
 showRuns(run);
 showPhaseTotals(run.phase_seconds);
 showTimeline(run);
+showRanks(run.timeline);
 showSamples(run.samples);
 showAnswers(run.answers, run.best);
 if (run.version) follow(run.version);

@@ -23,7 +23,8 @@ function showTimeline(run) {
         part.style.background = `var(--s${n})`;
         bar.append(part);
       });
-      return el("div", { class: i === marked ? "timeline-row marked-row" : "timeline-row", role: "row" },
+      const show = () => document.dispatchEvent(new CustomEvent("show-ranks", { detail: run.steps[i] }));
+      return el("div", { class: i === marked ? "timeline-row marked-row" : "timeline-row", role: "row", onclick: show },
         el("span", { role: "rowheader" }, String(run.steps[i])), bar, el("span", { class: "soft", role: "cell" }, `${formatNumber(length(i))} s`));
     }));
   };

@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl.config.optimizer import OptimizerConfig
 from megarl.config.parallel import ParallelConfig
+from megarl.platform import spans
 
 
 def wrap_chunks(chunks: list[Any], parallel: ParallelConfig, *, distributed: bool) -> list[Any]:
@@ -34,7 +35,8 @@ def wrap_chunks(chunks: list[Any], parallel: ParallelConfig, *, distributed: boo
 
 def _finalize_without_scaling(model: list[Any], num_tokens: torch.Tensor | None, **kwargs: Any) -> None:
     """Run Megatron's gradient reduction without dividing by tokens, which the loss weights have done."""
-    finalize_model_grads(model, None, **kwargs)
+    with spans.span(spans.REDUCTION):
+        finalize_model_grads(model, None, **kwargs)
 
 
 def build_optimizer(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.config.optimizer import OptimizerConfig
+from megarl.platform import spans
 from megarl.trainer.host_copies import Put
 from megarl.trainer.torch.shards import Part
 
@@ -68,7 +69,8 @@ class Optimizer:
         """Of the gradients of all ranks, each element counted once."""
         squares = [grad.square().sum() / self._parts[name].copies for name, grad in gradients.items()]
         total = torch.stack(squares).sum().to(self._device)
-        dist.all_reduce(total)
+        with spans.span(spans.REDUCTION):
+            dist.all_reduce(total)
         return math.sqrt(float(total))
 
     @torch.no_grad()
