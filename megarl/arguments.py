@@ -17,8 +17,24 @@ _SETTING = re.compile(r"--?([a-z][\w-]*(?:\.[\w-]+)+)(=.*)?", re.DOTALL)
 _FILE = re.compile(r"[^=]+\.ya?ml", re.IGNORECASE)
 
 
+_TRAINING = ", ".join(job.name for job in JOBS.values() if job.trains)
+_ELSEWHERE = {
+    **dict.fromkeys(("train", "run", "start", "finetune", "fit", "rl"), f"one of {_TRAINING}"),
+    **dict.fromkeys(("list", "ls", "examples", "cp"), "recipes ls"),
+    **dict.fromkeys(("inference", "generate", "serve", "interactive"), "chat"),
+    **dict.fromkeys(("download", "login"), "a job with model.path=org/name, which downloads it"),
+    **dict.fromkeys(("env-info", "info", "check"), "doctor"),
+    **dict.fromkeys(("validate", "lint"), "a job with --dry-run"),
+    "upload": "push",
+    "export": "convert",
+}
+"""Commands of other tools -> what does the same here."""
+
+
 def nearest_command(name: str, commands: Collection[str]) -> str | None:
     """The command that was meant, None where nothing comes near."""
+    if name.lower() in _ELSEWHERE:
+        return _ELSEWHERE[name.lower()]
     near = get_close_matches(name.lower(), commands, n=1, cutoff=0.5)
     return near[0] if near else None
 
@@ -95,9 +111,13 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `megarl merge`."""
-    parser.add_argument("source", type=Path, metavar="RUN_OR_ADAPTER", help="run directory or adapter")
+    parser.add_argument(
+        "source", metavar="RUN_OR_ADAPTER", help="run directory, adapter, or an adapter's hub id"
+    )
     parser.add_argument("target", type=Path, metavar="TARGET", help="the Hugging Face directory to write")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="base model; default: as the adapter says")
+    parser.add_argument(
+        "--base", metavar="DIR", help="base model's directory or hub id; default: as the adapter says"
+    )
     parser.add_argument(
         "--dtype",
         type=full_dtype,

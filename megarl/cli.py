@@ -75,7 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "report":
                 return _report(options)
             case "convert":
-                announce("loading torch")
                 from megarl.convert.cli import run
 
                 return run(options)
@@ -102,13 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return init(options)
             case "chat":
+                from megarl.config.hub import argument_directory
+
+                argument_directory(options.model, "RUN_OR_MODEL")
                 announce("loading torch and the engine's libraries")
                 from megarl.loops.chat import run as chat
 
                 return chat(options)
             case "merge":
-                announce("reading adapter and base")
-                from megarl.convert.merge import run as merge
+                from megarl.convert.cli import run_merge as merge
 
                 return merge(options)
             case "completion":
@@ -250,6 +251,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not arguments:
         parser.print_help()
         raise SystemExit(0)
+    if arguments[0] in ("help", "version"):  # options in some tools, commands in others
+        arguments = ["--version"] if arguments[0] == "version" else [*arguments[1:2], "--help"]
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         near = nearest_command(arguments[0], commands)
         parser.error(
@@ -294,6 +297,11 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from megarl.run_directory import RunDirectory
 
     job = JOBS[options.command]
+    if options.config is None and not options.overrides:
+        raise UserError(
+            f"megarl {job.name}: no configuration: give FILE.yaml or settings as key=value; `megarl init "
+            f"--job {job.name}` writes a first file, `megarl recipes ls` lists those that come with MegaRL"
+        )
     if (note := choose_temp_dir(os.environ)) is not None and _rank() == 0:
         print(f"note: {one_line(note)}", file=sys.stderr)
     adopt_slurm(os.environ)

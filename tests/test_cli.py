@@ -17,6 +17,7 @@ import yaml
 
 import megarl
 from megarl import cli
+from megarl.cli import main
 from megarl.config.grpo import GrpoConfig
 from megarl.config.load import load_config
 from megarl.errors import UserError
@@ -96,10 +97,30 @@ def test_usage_errors(folder: Path) -> None:
         (["grpo", "--config", "c.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
         (["grop"], "there is no command 'grop'; did you mean grpo?"),
         (["xyz"], "there is no command 'xyz'; commands: sft, dpo"),
+        (["train"], "there is no command 'train'; did you mean one of sft, dpo, rm, grpo, ppo, distill?"),
+        (["list"], "there is no command 'list'; did you mean recipes ls?"),
     ):
         done = megarl_command(*arguments)
         assert done.returncode == 2
         assert "usage: megarl" in done.stderr and complaint in done.stderr
+
+
+def test_help_and_version_as_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    assert said("help") == said("--help")
+    assert said("help", "plan") == said("plan", "--help")
+    assert said("version") == said("--version")
+
+
+def test_a_job_without_any_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grpo"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: megarl grpo: no configuration: ") and "megarl init --job grpo" in line
 
 
 def test_without_a_command_there_is_the_help() -> None:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 from pydantic.fields import FieldInfo
 
+from megarl.config.foreign_names import called_here
 from megarl.config.introspect import describe_field, fields_at, sections_of, tag_field, tag_of, walk
 from megarl.config.renamed import RENAMED
 from megarl.config.section import Section
@@ -46,9 +47,10 @@ def explain(key: str, job: str | None = None) -> list[str]:
             raise UserError(f"{key}: it is called {new} now")
         keys = {".".join(each) for root in asked.values() for each in walk(root)}
         last = {each.rpartition(".")[2]: each for each in sorted(keys)}
-        near = get_close_matches(key, keys, n=3, cutoff=0.6) or [
-            last[each] for each in get_close_matches(path[-1], last, n=3, cutoff=0.7)
-        ]
+        near = [each for each in sorted(keys) if each.endswith(f".{key}")][:3]
+        near = near or [each for each in called_here(path[-1]) if each in keys]
+        near = near or get_close_matches(key, keys, n=3, cutoff=0.6)
+        near = near or [last[each] for each in get_close_matches(path[-1], last, n=3, cutoff=0.7)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"{key}: no such setting{hint}")
     lines: list[str] = []

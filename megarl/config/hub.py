@@ -147,6 +147,22 @@ def resolve_id(model_id: str) -> HubDirectory:
     return HubDirectory(_snapshot(model_id, _SMALL), model_id)
 
 
+def argument_directory(named: str, argument: str) -> str:
+    """Return the directory that a command's ``argument`` names by path, or the snapshot of an id.
+
+    Raises:
+        UserError: no such directory, or the hub does not have it; the message begins with ``argument``.
+    """
+    if not is_id(named):
+        if not named or not Path(named).is_dir():
+            raise UserError(f"{argument}: no such directory (got {named!r})")
+        return named
+    try:
+        return resolve_id(named)
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from error
+
+
 def directory_of(path: str) -> str:
     """Return the directory of a model named by path or id; raises as :func:`fetch_weights`."""
     return resolve_id(path) if is_id(path) else path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
+from megarl.config.foreign_names import called_here
 from megarl.config.introspect import fields_at, sections_of, select_section, tag_of, walk
 from megarl.config.renamed import RENAMED
 from megarl.config.section import Section
@@ -20,13 +21,16 @@ REPLACED = {
 def explain_unknown(root: type[Section], path: Path, around: Any) -> str:
     """Return the error message for the unknown key ``path``, with the best suggestion.
 
-    ``around`` is the enclosing mapping, which selects the member of a tagged union. Order of suggestions: a
-    close name in the same section, another ``source`` with this key, the same name elsewhere, another command
-    with this key, a less close name in the same section, a close name elsewhere.
+    ``around`` is the enclosing mapping, which selects the member of a tagged union. Order of suggestions: the
+    setting that other tools call so, a close name in the same section, another ``source`` with this key, the
+    same name elsewhere, another command with this key, a less close name in the same section, a close name
+    elsewhere.
     """
     if new := RENAMED.get(dotted(path)):
         return f"unknown key; it is called {new} now"
     key = path[-1].replace("-", "_").lower()
+    if here := [each for each in called_here(key) if fields_at(root, tuple(each.split(".")))]:
+        return f"unknown key; here it is {' or '.join(here)}"
     members = [section for field in fields_at(root, path[:-1]) for section in sections_of(field.annotation)]
     chosen = select_section(members, around)
     beside = [name for section in ([chosen] if chosen else members) for name in section.model_fields]

@@ -39,10 +39,12 @@ class Origins:
         self.places[path] = place
 
     def find(self, violation: Violation) -> str:
-        """Return the origin of the first field that was set, else of the nearest enclosing section."""
+        """Return the origin of the first field that was set, else of a key below it (of an unknown section on
+        the command line), else of the nearest enclosing section."""
         path = violation.path
+        below = (p for p in self.places if p[: len(path)] == path)
         enclosing = (path[:depth] for depth in range(len(path) - 1, 0, -1))
-        written = (self.places[p] for p in (path, *violation.related, *enclosing) if p in self.places)
+        written = (self.places[p] for p in (path, *violation.related, *below, *enclosing) if p in self.places)
         return next(written, self.file)
 
     def report(self, violations: list[Violation]) -> list[str]:

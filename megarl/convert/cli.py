@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.dtypes import full_dtype
 from megarl.errors import UserError
-from megarl.terminal import printable
+from megarl.terminal import announce, printable
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("torch-to-hf", "write a Hugging Face directory of a checkpoint of trainer.backend torch"),
     ):
         command = kinds.add_parser(kind, help=text, description=text, allow_abbrev=False)
-        command.add_argument("source", type=Path, metavar="SOURCE")
+        what = "directory or hub id, org/name[@revision]" if kind.startswith("hf") else "checkpoint"
+        command.add_argument("source", metavar="SOURCE", help=what)
         command.add_argument("target", type=Path, metavar="TARGET")
         command.add_argument(
             "--dtype",
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
         if kind.endswith("-to-hf"):
             command.add_argument(
-                "--hf-config", type=Path, metavar="DIR", help="directory with config.json and the tokenizer"
+                "--hf-config", metavar="DIR", help="directory or hub id with config.json and the tokenizer"
             )
     inspect = kinds.add_parser("inspect", help="list the tensors of a checkpoint", allow_abbrev=False)
     inspect.add_argument("source", type=Path, metavar="DIR")
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run one subcommand; raise UserError for errors the user can fix."""
+    _check(options)
+    announce("loading torch")
     from megarl.convert import check, commands
 
     if options.kind == "inspect":
@@ -88,6 +91,38 @@ def run(options: argparse.Namespace) -> int:
     if options.verify:
         difference = check.verify(*sides, getattr(options, "hf_config", None))
         print(f"verified: logits differ by at most {difference:.1e}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Replace names of directories by paths, hub ids by snapshots; UserError for what is not there."""
+    from megarl.config.hub import argument_directory
+    from megarl.convert.sources import check_target, checkpoint_directory, model_directory
+
+    if options.kind == "inspect":
+        argument_directory(str(options.source), "DIR")
+        return
+    parse_size(options.max_shard_size)
+    find = model_directory if options.kind.startswith("hf-") else checkpoint_directory
+    check_target(options.target, options.overwrite)
+    options.source = find(options.source, "SOURCE")
+    if getattr(options, "hf_config", None) is not None:
+        options.hf_config = Path(argument_directory(options.hf_config, "--hf-config"))
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    """Run `megarl merge`."""
+    from megarl.convert.sources import adapter_directory, check_target, model_directory
+
+    size = parse_size(options.max_shard_size)
+    check_target(options.target, options.overwrite)
+    source = adapter_directory(options.source, "RUN_OR_ADAPTER")
+    base = None if options.base is None else model_directory(options.base, "--base")
+    announce("loading torch")
+    from megarl.convert.merge import merge
+
+    merge(source, options.target, base=base, dtype=options.dtype, max_bytes=size, overwrite=options.overwrite)
+    print(printable(f"wrote {options.target}"))
     return 0
 
 

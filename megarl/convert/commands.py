@@ -20,6 +20,7 @@ from megarl.config import hub
 from megarl.convert import distcp, hf_side
 from megarl.convert.adapters import AdapterCheckpoint, has_adapters
 from megarl.convert.pieces import Dialect, Piece, extra_states, pieces_of
+from megarl.convert.sources import check_target
 from megarl.errors import UserError
 from megarl.files import disk_is_full
 from megarl.models import load_architecture
@@ -303,8 +304,7 @@ def _moe_arguments(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
 @contextmanager
 def output_directory(target: Path, request: dict[str, Any], overwrite: bool) -> Iterator[Path]:
     """A directory that becomes ``target`` when the block ends well, and waits for a rerun otherwise."""
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; give another directory or pass --overwrite")
+    check_target(target, overwrite)
     partial = target.with_name(target.name + ".partial")
     note = partial / "conversion.json"
     if partial.exists() and (not note.is_file() or json.loads(note.read_text()) != request):

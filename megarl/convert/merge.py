@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Mapping
@@ -12,19 +11,18 @@ from typing import Any
 
 import torch
 
-from megarl.config.hub import fetch, is_id, resolve_id
+from megarl.config.hub import is_id
 from megarl.convert import hf_side
-from megarl.convert.cli import parse_size
 from megarl.convert.commands import output_directory, progress_bar
+from megarl.convert.sources import ADAPTER_CONFIG, adapter_directory, model_directory
 from megarl.errors import UserError
 from megarl.files import read_json_object
 from megarl.models import load_architecture
 from megarl.models.lora import Matrix, peft_name
-from megarl.terminal import printable
 from megarl.weights.hf import open_weights
 from megarl.weights.peft import merged
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 # Options of PEFT that change what is computed, and their value without effect.
 _PLAIN = {
     "peft_type": "LORA",
@@ -35,25 +33,11 @@ _PLAIN = {
 }
 
 
-def run(options: argparse.Namespace) -> int:
-    """Merge and print the target."""
-    merge(
-        options.source,
-        options.target,
-        base=options.base,
-        dtype=options.dtype,
-        max_bytes=parse_size(options.max_shard_size),
-        overwrite=options.overwrite,
-    )
-    print(printable(f"wrote {options.target}"))
-    return 0
-
-
 def merge(
-    source: Path,
+    source: str | Path,
     target: Path,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
     dtype: str | None = None,
     max_bytes: int = 2 * 2**30,
     overwrite: bool = False,
@@ -64,9 +48,9 @@ def merge(
     of at most ``max_bytes`` at a time. An interrupted merge resumes; ``target`` appears when it is complete.
 
     Args:
-        source: an adapter's directory, or a run directory with one (<run.dir>/adapter).
+        source: an adapter's directory or hub id, or a run directory with one (<run.dir>/adapter).
         target: the new directory.
-        base: the base model's directory; None: the one that the adapter names.
+        base: the base model's directory or hub id; None: the one that the adapter names.
         dtype: of all tensors; None: as stored in the base.
         max_bytes: limit of a file.
         overwrite: replace ``target``.
@@ -75,15 +59,15 @@ def merge(
         UserError: no adapter, no base, tensors that do not fit it, or a kind of adapter that is not LoRA.
     """
     adapter = Adapter.open(source)
-    named = str(base) if base is not None else adapter.base
-    directory = Path(named)
-    if is_id(named):
-        snapshot = resolve_id(named)
-        fetch(snapshot)
-        directory = Path(snapshot)
-    if not (directory / "config.json").is_file():
-        where = "--base" if base is not None else f"{adapter.directory / _CONFIG}: base_model_name_or_path"
-        raise UserError(f"{where}: no model directory (got {str(directory)!r}); --base DIR names it")
+    if base is not None:
+        directory = model_directory(str(base), "--base")
+    else:
+        try:
+            directory = model_directory(
+                adapter.base, f"{adapter.directory / _CONFIG}: base_model_name_or_path"
+            )
+        except UserError as error:
+            raise UserError(f"{error}; --base DIR names it") from error
     architecture = load_architecture(directory, any_family=True)
     reader = hf_side.HfReader(directory, architecture)
     shapes = architecture.hf_shapes()
@@ -122,19 +106,13 @@ class Adapter:
     tensors: Mapping[str, Any]  # name -> safetensors slice
 
     @classmethod
-    def open(cls, source: Path) -> Adapter:
+    def open(cls, source: str | Path) -> Adapter:
         """Open an adapter's directory, or that of a run.
 
         Raises:
             UserError: there is none, or not a plain LoRA adapter.
         """
-        found = [each for each in (source, source / "adapter") if (each / _CONFIG).is_file()]
-        if not found:
-            hint = ""
-            if (source / "checkpoints").is_dir():
-                hint = "; `megarl convert` merges those of a checkpoint"
-            raise UserError(f"{source}: no adapter ({_CONFIG}) in it or in its folder adapter{hint}")
-        directory = found[0]
+        directory = adapter_directory(str(source), "adapter")
         settings = read_json_object(directory / _CONFIG, "adapter")
         for name, plain in _PLAIN.items():
             if settings.get(name, plain) not in (plain, None):
@@ -148,8 +126,10 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """The base model that the adapter names."""
-        return str(self.settings.get("base_model_name_or_path") or "")
+        """The base model that the adapter names; a hub id with the revision that it was trained on."""
+        named = str(self.settings.get("base_model_name_or_path") or "")
+        revision = self.settings.get("revision")
+        return f"{named}@{revision}" if revision and is_id(named) and "@" not in named else named
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError for every tensor that fits no weight of these shapes."""

@@ -98,7 +98,9 @@ def _read(
 
     theirs = [each for each in overrides if each.partition(".")[0] not in _OF_THE_PLAN]
     training = [each for each in JOBS.values() if each.trains]
-    [job, *_], settings = load_inferred(path, theirs, training, named, check_files=False, num_processes=gpus)
+    if gpus is not None:
+        theirs.append(f"parallel.num_processes={gpus}")
+    [job, *_], settings = load_inferred(path, theirs, training, named, check_files=False)
     settings, problems = resolve(settings)  # an id of the hub: config.json alone is fetched
     if problems:
         raise UserError("\n".join(f"{'.'.join(at)}: {message}" for at, message in problems))

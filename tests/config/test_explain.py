@@ -35,6 +35,8 @@ def test_kinds_of_a_section_are_told_apart() -> None:
     ("key", "answer"),
     [
         ("optimizer.lrr", "did you mean optimizer.lr"),
+        ("kl_coef", "did you mean algorithm.kl_coef?"),
+        ("learning_rate", "did you mean optimizer.lr?"),
         ("algorithm.clip_ratio_c", "it is called algorithm.dual_clip now"),
         ("kl_coeff", "algorithm.kl_coef"),
         ("zzzz", "zzzz: no such setting"),

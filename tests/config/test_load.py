@@ -8,11 +8,14 @@ import pytest
 
 from megarl.config.data import ReasoningGymSource
 from megarl.config.evaluate import EvalConfig
+from megarl.config.foreign_names import _SETTINGS
 from megarl.config.grpo import GrpoConfig
+from megarl.config.introspect import walk
 from megarl.config.load import dump_config, load_config
 from megarl.config.section import Section
 from megarl.config.sft import SftConfig
 from megarl.errors import UserError
+from megarl.jobs import roots
 
 SOURCES = "'reasoning_gym' or 'jsonl' or 'file' or 'hf' or 'benchmark' or 'mixture' or 'environment'"
 GRPO = """\
@@ -222,6 +225,33 @@ def test_one_wrong_value(folder: Path, old: str, new: str, line: str) -> None:
 )
 def test_unknown_key(folder: Path, addition: str, line: str) -> None:
     assert errors(folder, text=GRPO + addition + "\n") == [line]
+
+
+def test_an_unknown_section_of_the_command_line(folder: Path) -> None:
+    lines = errors(folder, "trainig.num_steps=3")
+    assert lines == ["trainig: unknown key; did you mean training? [command line]"]
+
+
+def test_names_that_other_tools_have(folder: Path) -> None:
+    """Only settings of this command are named."""
+    expected = {
+        "learning_rate": "optimizer.lr",
+        "optimizer.warmup_steps": "optimizer.lr_warmup_steps",
+        "algorithm.num_generations": "rollout.num_generations_per_prompt",
+        "eval_steps": "evaluation.interval",
+        "per_device_train_batch_size": "rollout.num_prompts_per_step",
+    }
+    assert sorted(errors(folder, *(f"{name}=1" for name in expected))) == sorted(
+        f"{name}: unknown key; here it is {here} [command line]" for name, here in expected.items()
+    )
+
+
+def test_foreign_names_lead_to_settings_and_shadow_none() -> None:
+    settings = {path for root in roots().values() for path in map(".".join, walk(root))}
+    assert _SETTINGS.keys() <= settings
+    ours = {path.rpartition(".")[2] for path in settings}
+    shadowed = {name for names in _SETTINGS.values() for name in names.split()} & ours
+    assert shadowed == {"warmup_steps"}  # critic's, which is not the learning rate's
 
 
 def test_unknown_key_of_another_source_or_command(folder: Path) -> None:

@@ -91,10 +91,11 @@ def test_what_cannot_be_merged(base: Path, tmp_path: Path, capsys: pytest.Captur
         return capsys.readouterr().err
 
     assert "use_dora: only False can be merged (got True)" in refusal(use_dora=True)
-    assert "no model directory (got 'nowhere'); --base DIR names it" in refusal(
+    assert "base_model_name_or_path: no such directory (got 'nowhere'); --base DIR names it" in refusal(
         base_model_name_or_path="nowhere"
     )
-    assert "--base: no model directory" in refusal("--base", str(tmp_path))
+    assert f"--base: {tmp_path}: no config.json in it" in refusal("--base", str(tmp_path))
+    assert "no such directory (got '')" in refusal(base_model_name_or_path=None)
     first = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight: expected shape (2, 48), has (4, 48)"
     assert first in refusal(rank_pattern={"down_proj": 2})
     assert main(["merge", str(base), str(tmp_path / "merged")]) == 2

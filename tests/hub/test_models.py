@@ -15,46 +15,8 @@ from megarl.config.load import dump_config, load_config
 from megarl.config.plan import PlanConfig
 from megarl.config.sft import SftConfig
 from megarl.errors import UserError
-from tests.hub.server import FakeHub, serve
-
-CONFIG = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "intermediate_size": 64,
-    "vocab_size": 64,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-}
-FILES = {
-    "config.json": json.dumps(CONFIG).encode(),
-    "tokenizer.json": b"{}",
-    "model.safetensors": b"weights",
-    "pytorch_model.bin": b"pickled",
-    "original/params.json": b"{}",
-}
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub with one model, and an empty cache."""
-    from huggingface_hub import constants
-
-    with serve() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        url = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "a-token")
-        monkeypatch.delenv(hub_ids.COMMITS, raising=False)
-        monkeypatch.chdir(tmp_path)
-        running.files["org/tiny"] = {"main": dict(FILES)}
-        yield running
+from tests.hub.conftest import FILES
+from tests.hub.server import FakeHub
 
 
 def config(path, **sections):
