@@ -14,7 +14,18 @@ from pathlib import Path
 
 # The user's variables with these prefixes are forwarded to processes on other nodes.
 _FORWARDED = (
-    *("MEGARL_", "HF_", "NCCL_", "GLOO_", "OMP_", "MKL_", "TORCH", "PYTORCH_", "CUDA_DEVICE_MAX_CONNECTIONS"),
+    *(
+        "MEGARL_",
+        "HF_",
+        "NCCL_",
+        "GLOO_",
+        "OMP_",
+        "GOMP_",
+        "MKL_",
+        "TORCH",
+        "PYTORCH_",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+    ),
     *("VLLM_", "WANDB_", "PYTHON", "TOKENIZERS_"),
 )
 
@@ -29,6 +40,9 @@ _ENGINE = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+_SPIN_COUNT = "1000"
+"""A few microseconds: about the gap between two loops of a step, so that idle cores lose nothing."""
 
 
 def is_first_process() -> bool:
@@ -65,11 +79,15 @@ def threads(count: int) -> dict[str, str]:
 
 
 def rank_threads(environ: Mapping[str, str], num_ranks: int) -> dict[str, str]:
-    """Return the thread count of each of ``num_ranks`` trainer ranks, which share this machine's cores.
+    """Return what each of ``num_ranks`` trainer ranks, which share this machine's cores, is told of threads.
 
-    Empty if ``environ`` sets OMP_NUM_THREADS.
+    Their number, unless ``environ`` sets OMP_NUM_THREADS, and how long a thread spins for the others, unless
+    it sets GOMP_SPINCOUNT or OMP_WAIT_POLICY. By libgomp's default it spins for milliseconds. Where another
+    process has the core of the thread waited for, that triples the CPU time of a small model's step.
     """
-    return {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(max(1, cores() // num_ranks))}
+    count = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(max(1, cores() // num_ranks))}
+    waits = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(environ)
+    return count if waits else {**count, "GOMP_SPINCOUNT": _SPIN_COUNT}
 
 
 def engine_variables(num_threads: int, *, batch_invariant: bool = False) -> dict[str, str]:

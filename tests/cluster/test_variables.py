@@ -23,7 +23,8 @@ from tests.processes import command_line
 # Stands in for the command line in the ranks: `python -m megarl.cli` finds this package first.
 RANK_PROGRAM = """
 import json, os, pathlib, sys, torch
-found = {name: os.environ.get(name) for name in ("RANK", "OMP_NUM_THREADS", "MEGARL_RAY_NODE")}
+names = ("RANK", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "MEGARL_RAY_NODE")
+found = {name: os.environ.get(name) for name in names}
 found["threads"] = torch.get_num_threads()
 if address := os.environ.get("MEGARL_RAY_ADDRESS"):
     import ray
@@ -92,7 +93,7 @@ stop_ray()
 
 def environment(**changes: str | None) -> dict[str, str]:
     """This process's environment, without the tests' thread limit."""
-    names = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAY_ADDRESS"}
+    names = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "RAY_ADDRESS"}
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return kept | {name: value for name, value in changes.items() if value is not None}
 
@@ -173,6 +174,7 @@ def run_ranks(folder: Path, how: str, num_ranks: int, **changes: str) -> list[di
 def test_ranks_share_the_cores(tmp_path: Path, how: str, num_ranks: int) -> None:
     found = run_ranks(tmp_path, how, num_ranks)
     assert [rank["threads"] for rank in found] == [max(1, cores() // num_ranks)] * num_ranks
+    assert [rank["GOMP_SPINCOUNT"] for rank in found] == ["1000"] * num_ranks
 
 
 def test_ranks_join_the_ray_that_was_started_for_them(tmp_path: Path) -> None:
@@ -180,6 +182,11 @@ def test_ranks_join_the_ray_that_was_started_for_them(tmp_path: Path) -> None:
     for rank in run_ranks(tmp_path, "run_ranks_on_ray", 2, OMP_NUM_THREADS="3"):
         assert rank["MEGARL_RAY_NODE"] and rank["answer"] == 42
         assert rank["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_how_threads_wait_is_the_persons_choice(name: str) -> None:
+    assert variables.rank_threads({name: "set", "OMP_NUM_THREADS": "3"}, 1) == {}
 
 
 def test_a_rank_under_srun_gets_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
