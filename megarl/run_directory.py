@@ -8,6 +8,7 @@
       inputs.json             sizes and checksums of what the run reads beside it
       provenance.jsonl        one line per start: command, commit, machine
       metrics.jsonl           one JSON object per step
+      rewards.jsonl           rewards of all samples of each step, counted
       samples/step_N.jsonl    samples of step N
       evaluations/step_N.jsonl  all responses of the evaluation after step N (0: before training)
       model/                  start weights, converted from the checkpoint that model.path named
@@ -79,6 +80,7 @@ class RunDirectory:
         self.inputs_path = self.path / "inputs.json"
         self.provenance_path = self.path / "provenance.jsonl"
         self.metrics_path = self.path / "metrics.jsonl"
+        self.rewards_path = self.path / "rewards.jsonl"
         self.samples_path = self.path / "samples"
         self.evaluations_path = self.path / "evaluations"
         self.checkpoints_path = self.path / "checkpoints"
@@ -138,7 +140,10 @@ class RunDirectory:
         for path in folders:
             if path.exists() and not path.is_dir():
                 raise UserError(f"run.dir: {path} is a file where the run keeps a directory; move it away")
-        for path in (*files, self.console_path, self.inputs_path, self.provenance_path):
+        for path in (
+            *(*files, self.console_path, self.inputs_path),
+            *(self.provenance_path, self.rewards_path),
+        ):
             if path.is_dir():
                 raise UserError(f"run.dir: {path} is a directory where the run keeps a file; move it away")
 
@@ -276,6 +281,9 @@ class RunDirectory:
         last = -1 if step is None else step
         kept = [line for line in read_metrics(self.path) if line["step"] <= last]
         write_atomically(self.metrics_path, "".join(_to_json_line(line) for line in kept))
+        if self.rewards_path.exists():  # only runs that sample have it
+            lines = [line for line in read_steps(self.rewards_path) if line["step"] <= last]
+            write_atomically(self.rewards_path, "".join(_to_json_line(line) for line in lines))
         evaluations = self.evaluations_path.glob("*")  # only runs that evaluate have the folder
         for path in [*self.samples_path.iterdir(), *evaluations]:
             match = _SAMPLES_NAME.fullmatch(path.name)
@@ -295,6 +303,11 @@ class RunDirectory:
             self._metrics.write(_to_json_line({"step": step, **values}))
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
+
+    def append_rewards(self, step: int, counted: Mapping[str, Any]) -> None:
+        """Append a line to rewards.jsonl; it need not survive a crash of the machine."""
+        with naming(self.rewards_path), open(self.rewards_path, "a", encoding="utf-8") as handle:
+            handle.write(_to_json_line({"step": step, **counted}))
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> Path:
         """Write samples/step_N.jsonl atomically.
@@ -386,12 +399,16 @@ class RunDirectory:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, without a half-written last line; [] if the file does not exist.
+    """Read metrics.jsonl: :func:`read_steps`."""
+    return read_steps(run_dir / "metrics.jsonl")
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one line per step, without a half-written last line; [] if it does not exist.
 
     Raises:
         UserError: another line is not a JSON object with an integer step.
     """
-    path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")

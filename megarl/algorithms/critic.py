@@ -63,6 +63,10 @@ class ActorCritic(Checkpointable):
         self.policy.wake()
         self.critic.wake()
 
+    def memory_bytes(self) -> dict[str, int]:
+        """See Checkpointable; all of the critic is one part."""
+        return {**self.policy.memory_bytes(), "critic": sum(self.critic.memory_bytes().values())}
+
     def load(self, directory: Path, *, optimizer: bool = True) -> bool:
         """See Checkpointable. The policy loads last; both files hold the same random states."""
         critic = self.critic.load(directory / "critic", optimizer=optimizer)

@@ -15,6 +15,8 @@ STEP = _set(
     loss grad_norm lr non_finite_weights num_tokens num_microbatches tokens_per_second_train peak_memory_gib
     num_split_sequences num_whole_sequences expert_load_max router_aux_loss seconds_checkpoint_blocked seconds
     seconds_rollout seconds_reward seconds_logprobs seconds_train seconds_weights seconds_other
+    memory_parameters_gib memory_gradients_gib memory_optimizer_gib memory_reference_gib memory_merged_gib
+    memory_activations_gib memory_other_gib memory_allocated_gib memory_reserved_gib memory_resident_gib
     """
 )
 SFT = STEP | _set("entropy validation_loss")
@@ -32,6 +34,8 @@ ONLINE = STEP | _set(
     response_length_mean response_length_max truncated_fraction episodes_retried episodes_dropped
     groups_dropped turns_mean turns_max num_computed_tokens tokens_per_second_rollout weights_bytes_moved
     policy_version logprob_abs_diff_mean logprob_abs_diff_max kl_rollout_trainer level
+    memory_engine_parameters_gib memory_engine_kv_cache_gib memory_engine_allocated_gib
+    memory_engine_resident_gib memory_environments_resident_gib
     """
 )
 DISTILL = ONLINE | _set("divergence_max")
@@ -43,7 +47,7 @@ _POLICY = ONLINE | _set(
 PPO = _POLICY | _set(
     """
     value_loss value_mean value_clip_fraction critic_grad_norm critic_lr critic_non_finite_weights return_mean
-    explained_variance
+    explained_variance memory_critic_gib
     """
 )
 GRPO = _POLICY | _set(

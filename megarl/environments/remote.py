@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,11 @@ class EnvironmentWorkers:
     def pids(self) -> list[int]:
         """Return the process ids of ready workers."""
         return [process.facts.pid for process in self.processes if process.facts is not None]
+
+    def local_pids(self) -> list[int]:
+        """Return the process ids of ready workers on this host."""
+        here, facts = socket.gethostname(), (process.facts for process in self.processes)
+        return [each.pid for each in facts if each is not None and each.host == here]
 
     def pick(self) -> WorkerProcess:
         """Return the worker with the fewest open episodes."""

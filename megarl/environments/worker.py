@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class EnvironmentFacts:
     """Properties of an environment that the driver reads."""
 
     pid: int
+    host: str
     one_step: bool  # as is_one_step says
     max_concurrency: int
     raw_actions: bool
@@ -101,6 +103,7 @@ class EnvironmentActor:
             raise self._failure
         return EnvironmentFacts(
             pid=os.getpid(),
+            host=socket.gethostname(),
             one_step=is_one_step(self._environment),
             max_concurrency=self._max_concurrency,
             raw_actions=self._raw,

@@ -20,6 +20,7 @@ from megarl.inference.interface import (
     AttachReport,
     Engine,
     EngineHealth,
+    EngineMemory,
     EngineSession,
     GeneratedResponse,
     GenerateRequest,
@@ -118,9 +119,13 @@ class EngineGroup:
         return reports
 
     def sync(self, policy_version: int) -> SyncReport:
-        """See Engine.sync: the sum of the members' bytes, the time of the slowest."""
+        """See Engine.sync: the sums of the members' bytes, the time of the slowest."""
         reports = self._each(lambda member: member.sync(policy_version))
-        return SyncReport(sum(r.bytes_moved for r in reports), max(r.seconds for r in reports))
+        return SyncReport(
+            sum(r.bytes_moved for r in reports),
+            max(r.seconds for r in reports),
+            sum((r.memory for r in reports), EngineMemory()),
+        )
 
     def checksums(self) -> list[list[RegionChecksum]]:
         """See Engine.checksums."""

@@ -7,7 +7,7 @@ the engine's process.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -105,11 +105,32 @@ class AttachReport:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """Bytes of an engine rank's process, or of several added up.
+
+    ``parameters`` are its own ones, without those that are the trainer's memory; ``kv_cache`` is what is
+    allocated, which a CPU takes page by page. ``allocated`` is all of torch's memory on a GPU, 0 on a CPU;
+    ``resident`` is the process's host memory, shared pages of the trainer included.
+    """
+
+    parameters: int = 0
+    kv_cache: int = 0
+    allocated: int = 0
+    resident: int = 0
+
+    def __add__(self, other: EngineMemory) -> EngineMemory:
+        """Return the sums of each part."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return EngineMemory(*(one + two for one, two in pairs))
+
+
+@dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One weight sync: bytes written into engine parameters (all ranks) and wall time."""
+    """One weight sync: bytes written into engine parameters, wall time, memory after it; of all ranks."""
 
     bytes_moved: int
     seconds: float
+    memory: EngineMemory = EngineMemory()
 
 
 @dataclass(frozen=True, slots=True)

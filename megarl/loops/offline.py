@@ -164,6 +164,7 @@ class OfflineLoop(Generic[Data]):
             position += training.batch_size
             with run.timers("train"):
                 values = objective.step(packed.batches, loss)
+            run.memory.measure(objective.trained)
             run.check(step, values)
             values |= packed.split_counts | {
                 "num_tokens": packed.num_tokens,

@@ -34,6 +34,7 @@ from megarl.loops.model_files import check_fits, describe_model, memory_parts, r
 from megarl.loops.online_metrics import (
     describe_overlap,
     disagreement,
+    engine_memory,
     first_samples,
     rollout_metrics,
     run_summary,
@@ -42,6 +43,7 @@ from megarl.loops.online_metrics import (
 )
 from megarl.losses.logprob_mismatch import LogprobMismatch
 from megarl.metrics.console import Console
+from megarl.metrics.rewards import count_rewards
 from megarl.metrics.timers import PHASES
 from megarl.models.table import Architecture
 from megarl.platform import spans
@@ -193,6 +195,7 @@ def _start_rollout(
         )
     read = TurnReader(tokenizer, stop_token_ids(tokenizer, config.model.path))
     workers = EnvironmentWorkers(config.data.train, "data.train", config.rollout.environments, read)
+    run.memory.watch("environments", workers.local_pids)
     return _Rollout(engine, workers, problems)
 
 
@@ -256,6 +259,7 @@ class OnlineLoop:
             groups, metrics = collector.collect(step, partial(self._describe, step))
             self.give_memory_to("trainer")
             learned = self.learner.learn(step, groups)
+            run.memory.measure(self.learner.trained)
             values = metrics | learned.metrics | learned.mismatch.metrics()
             run.check(step, values)
             self._warn_on_mismatch(step, learned.mismatch)
@@ -264,6 +268,9 @@ class OnlineLoop:
             if config.evaluates_after(step):
                 values |= self.evaluate(step)
                 totals["accuracy_after"] = values["accuracy"]
+            if self.rollouts is not None:
+                rewards = [float(s.reward or 0.0) for group in groups for s in group.samples]
+                run.directory.append_rewards(step, count_rewards(rewards))
             if self.rollouts is not None and (count := config.logging.samples_per_step):
                 chosen = first_samples(groups, count)
                 self.rollouts.read(sample for _, sample in chosen)
@@ -287,15 +294,19 @@ class OnlineLoop:
         return values | (staleness_metrics(groups, step - 1) if self.overlaps else {})
 
     def sync_weights(self, step: int) -> dict[str, float]:
-        """Sync policy version ``step`` to the engine; return the bytes moved."""
+        """Sync policy version ``step`` to the engine; return the bytes moved, and the engine's memory."""
         self.policy.weights.publish()
         self.give_memory_to("engine")
-        moved = self.engine.sync(step).bytes_moved if self.engine is not None else 0
+        report = self.engine.sync(step) if self.engine is not None else None
         if self.config.weights.verify == "checksum":
             verify_weights(self.engine, self.policy)
         if self.overlaps and self.engine is not None:
             self.engine.resume()
-        return {"weights_bytes_moved": moved, "policy_version": step}
+        values: dict[str, float] = {"weights_bytes_moved": 0, "policy_version": step}
+        if report is not None:
+            values["weights_bytes_moved"] = report.bytes_moved
+            values |= engine_memory(report.memory)
+        return values
 
     def _pause_engine(self) -> None:
         """Pause the engine, so no rank writes to shared parameters while it computes with them."""

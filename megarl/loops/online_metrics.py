@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ import numpy as np
 from megarl.advantages.group import zero_std_fraction
 from megarl.batching.token_trace import TracedTokens
 from megarl.config.online import OnlineConfig
+from megarl.inference.interface import EngineMemory
 from megarl.losses.logprob_mismatch import LogprobMismatch
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.timers import PHASES
 from megarl.records import Group, Sample
+from megarl.runs.memory_meter import as_metrics
 from megarl.sampling.rollout_manager import sample_row
 
 
@@ -119,6 +122,14 @@ def _traced_row(tokens: TracedTokens) -> dict[str, Any]:
         for name, each in values.items()
         if each is not None
     }
+
+
+def engine_memory(memory: EngineMemory) -> dict[str, float]:
+    """Return an engine's memory as metrics; on a CPU without what only a GPU's allocator knows."""
+    sizes = {f"engine_{name}": size for name, size in asdict(memory).items()}
+    if not memory.allocated:
+        del sizes["engine_allocated"]
+    return as_metrics(sizes)
 
 
 def disagreement(mismatch: LogprobMismatch, dtype: str, decode: Callable[[int], str]) -> str | None:

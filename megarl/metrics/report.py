@@ -22,12 +22,13 @@ from megarl.metrics.checks import DIFFERENCE_LIMITS, Check, run_checks
 from megarl.metrics.compare import compare
 from megarl.metrics.compare import read as read_compared
 from megarl.metrics.report_data import MAX_SAMPLE_BYTES, RunData, chart_columns, read_run
+from megarl.metrics.report_memory import bytes_in_words, memory_section
 from megarl.metrics.report_series import Best
 from megarl.metrics.summary import as_number
 from megarl.run_directory import to_json, write_atomically
 
 _PAGE = Path(__file__).parent / "page"
-_SCRIPTS = ("charts.js", "tokens.js", "samples.js", "timeline.js", "ranks.js", "page.js")
+_SCRIPTS = ("charts.js", "tokens.js", "samples.js", "timeline.js", "ranks.js", "rewards.js", "page.js")
 
 
 def write_report(run_dir: Path) -> Path:
@@ -136,6 +137,7 @@ def _embedded(
                 for other in others
             ],
             "phase_seconds": run.summary.get("phase_seconds"),
+            "rewards": run.rewards,
             "timeline": [
                 {"step": step, "ranks": [{"rank": rank, **line} for rank, line in lines.items()]}
                 for step, lines in sorted(run.timeline.items())
@@ -208,7 +210,7 @@ def _figures(run: RunData) -> Iterable[str]:
             yield _figure(f"{label} speed", f"{rate:,.0f} tok/s", "")
     if (moved := as_number(summary.get("weights_bytes_moved"))) is not None:
         note = "the engine reads the trainer's memory" if moved == 0 else "trainer to engine, all steps"
-        yield _figure("Weights moved", _bytes(moved), note, "ok" if moved == 0 else "")
+        yield _figure("Weights moved", bytes_in_words(moved), note, "ok" if moved == 0 else "")
     if (difference := as_number(summary.get("logprob_abs_diff_max"))) is not None:
         limit = DIFFERENCE_LIMITS[_dtype(run)]
         tone, word = ("ok", "below") if difference <= limit else ("warn", "above")
@@ -268,31 +270,13 @@ def _charts(run: RunData) -> str:
 {thinned}<p class="soft hint">Drag over a chart to zoom; click a point for the samples of its step.</p>
 <noscript><p class="soft">The charts need JavaScript, which is switched off here.</p></noscript>
 <div id="chart-sections"></div>
+<div id="rewards"></div>
 <div id="phases" hidden><h3>Time by phase, whole run</h3>
 <div class="chart"><div class="share" id="phase-share"></div>
 <div class="legend" id="phase-legend"></div></div></div>
 <div id="timeline"></div>
 <div id="rank-timeline"></div>
-{_memory(run)}"""
-
-
-def _memory(run: RunData) -> str:
-    """Return a bar of rank 0's memory by part."""
-    parts = run.starts[-1].get("memory_bytes") if run.starts else None
-    if not parts:
-        return ""
-    colors = {name: f"background: var(--s{i % 6})" for i, name in enumerate(parts)}
-    bar = "".join(
-        f'<i style="flex: {float(size)}; {colors[name]}" title="{escape(name)}: {_bytes(size)}"></i>'
-        for name, size in parts.items()
-    )
-    legend = "".join(
-        f'<span><i style="{colors[name]}"></i>{escape(name.replace("_", " "))} <b>{_bytes(size)}</b></span>'
-        for name, size in parts.items()
-    )
-    return f"""<h3>Memory by part, rank 0</h3>
-<div class="chart"><div class="share">{bar}</div><div class="legend">{legend}</div>
-<p class="soft">Counted as megarl plan does: without activations and an engine's own weights.</p></div>"""
+{memory_section(run)}"""
 
 
 def _samples(run: RunData) -> str:
@@ -443,11 +427,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"

@@ -15,7 +15,7 @@ from megarl.jobs import job_with_sections
 from megarl.metrics.report_series import Best, add_training_rate, best_step, x_axes
 from megarl.metrics.summary import as_number, merge_steps, summarize
 from megarl.metrics.timeline import read_timeline
-from megarl.run_directory import read_metrics, to_json
+from megarl.run_directory import read_metrics, read_steps, to_json
 
 MAX_CHART_STEPS = 2000
 """Steps drawn; a longer run shows evenly spaced steps, the worst of each interval and all evaluations."""
@@ -61,6 +61,7 @@ class RunData:
     answers: SampleSelection  # of evaluations
     axes: dict[str, list[float]]  # of chart_steps: samples, tokens, hours
     best: Best | None
+    rewards: list[dict[str, Any]]  # rewards.jsonl, of the drawn steps
     timeline: dict[int, dict[int, dict[str, Any]]]  # step -> rank -> its line, of chosen steps
     starts: list[dict[str, Any]]  # provenance.jsonl
     inputs: dict[str, Any]  # inputs.json
@@ -101,10 +102,15 @@ def read_run(run_dir: Path) -> RunData:
         answers=_select_samples(run_dir / "evaluations", MAX_ANSWER_BYTES),
         axes={name: [values[i] for i in chosen] for name, values in axes.items()},
         best=best_step(steps),
+        rewards=_rewards(run_dir, {steps[i]["step"] for i in chosen}),
         timeline=read_timeline(run_dir, _timeline_steps(steps), MAX_TIMELINE_BYTES),
         starts=starts,
         inputs=_read_json(path) if (path := run_dir / "inputs.json").exists() else {},
     )
+
+
+def _rewards(run_dir: Path, drawn: set[int]) -> list[dict[str, Any]]:
+    return [line for line in read_steps(run_dir / "rewards.jsonl") if line["step"] in drawn]
 
 
 def _samples_per_step(config: Mapping[str, Any]) -> int | None:

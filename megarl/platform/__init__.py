@@ -94,6 +94,15 @@ def device_name() -> str:
     return torch.cuda.get_device_name(chosen.device)
 
 
+def allocated_bytes() -> tuple[int, int]:
+    """Return what torch's allocator holds of this rank's GPU, in use and in all; (0, 0) on a CPU."""
+    if current().name == "cpu":
+        return 0, 0
+    import torch
+
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
 def peak_memory_gib() -> float:
     """Return this process's peak memory so far: device memory on CUDA, resident memory on a CPU."""
     if current().name == "cuda":

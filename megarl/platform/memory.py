@@ -1,4 +1,4 @@
-"""Return unused memory to the host and the GPU, from allocators and idle buffers."""
+"""Memory of processes and tensors: measure it, and return what is unused to the host and the GPU."""
 
 from __future__ import annotations
 
@@ -35,6 +35,34 @@ def wait_for(device: torch.device) -> None:
     """Wait for all work that this process has launched on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def storage_bytes(
+    tensors: Iterable[torch.Tensor], device_type: str, without: Iterable[torch.Tensor] = ()
+) -> int:
+    """Return the bytes of the storages under ``tensors``, each once, on devices of a type.
+
+    A storage is counted whole, with its padding; those under ``without`` are not counted.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    found = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.device.type == device_type and storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def resident_bytes(pid: int | None = None) -> int:
+    """Return the resident memory of a process of this host (None: this one), shared pages included.
+
+    0 if it has ended. Linux only.
+    """
+    try:
+        with open(f"/proc/{'self' if pid is None else pid}/statm") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def discard(tensors: Iterable[torch.Tensor]) -> int:

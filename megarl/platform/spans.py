@@ -57,38 +57,42 @@ class Recorder:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._open: list[tuple[str, _Mark]] = []
-        self._found: list[tuple[int, str, _Mark, _Mark]] = []
+        self._open: list[tuple[str, _Mark, int]] = []  # the last is a number of its own
+        self._found: list[tuple[int, int, str, _Mark, _Mark]] = []  # depth, number of the enclosing one
+        self._count = 0
         self.start()
 
     def start(self) -> None:
         """Begin a step; spans that are open go on into it."""
         self._start, self._origin = time.time(), self._mark()
         self._found = []
-        self._open = [(name, self._origin) for name, _ in self._open]
+        self._open = [(name, self._origin, number) for name, _, number in self._open]
 
     def begin(self, name: str) -> None:
         """Open a span inside those that are open."""
-        self._open.append((name, self._mark()))
+        self._count += 1
+        self._open.append((name, self._mark(), self._count))
 
     def end(self) -> None:
         """Close the innermost span."""
-        name, begin = self._open.pop()
-        self._found.append((len(self._open), name, begin, self._mark()))
+        name, begin, _ = self._open.pop()
+        inside = self._open[-1][2] if self._open else 0
+        self._found.append((len(self._open), inside, name, begin, self._mark()))
 
     def take(self) -> StepSpans:
         """End the step and begin the next; return its spans.
 
-        Spans of one name that touch are one; what is shorter than a thousandth of the step is left out.
+        Spans of one name that touch, inside one span, are one; what is shorter than a thousandth of the step
+        is left out.
         """
         last = self._mark()
         start, seconds = self._start, self._at(last)
-        found = [Span(d, name, self._at(begin), self._at(end)) for d, name, begin, end in self._found]
+        found = [(inside, Span(d, name, self._at(a), self._at(b))) for d, inside, name, a, b in self._found]
         self.start()
         shortest = _SHORTEST * seconds
         merged: dict[int, list[Span]] = {}
-        for span in sorted(found, key=lambda each: (each.depth, each.begin)):
-            row = merged.setdefault(span.depth, [])
+        for inside, span in sorted(found, key=lambda each: each[1].begin):
+            row = merged.setdefault(inside, [])
             if row and row[-1].name == span.name and span.begin - row[-1].end < shortest:
                 row[-1] = Span(span.depth, span.name, row[-1].begin, span.end)
             else:

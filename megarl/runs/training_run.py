@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megarl import platform
 from megarl.runs.provenance import append_start, describe_start
 from megarl.runs.inputs import changes, find_inputs, read_inputs
+from megarl.runs.memory_meter import MemoryMeter, as_metrics
 from megarl.runs.model_card import write_card, write_chat_template
 from megarl.runs.resuming import load, newest_whole, told_once
 from megarl.runs.checkpoint_manager import CheckpointManager
@@ -78,6 +79,7 @@ class TrainingRun:
             config.run.hang_timeout_seconds,
             lambda: (ranges.phase_stack(), ranges.progress()),
         )
+        self.memory = MemoryMeter()
         self._spans = spans.Recorder()
         self._timeline: TimelineWriter | None = None
         self._profiler = StepProfiler(config.profile, self.directory.profile_path, dist.get_rank())
@@ -306,8 +308,10 @@ class TrainingRun:
             self.console.warn(f"step {step}: {', '.join(new)}")
         self._odd |= odd.keys()
         values = values | self.timers.end_step()
+        memory = self.memory.read()
+        values |= as_metrics(memory)
         if self._timeline is not None:
-            self._timeline.write(step, self._spans.take().row())
+            self._timeline.write(step, {**self._spans.take().row(), "memory": memory})
         if (path := self._profiler.end(step)) is not None:
             self.console.note(f"profile of step {step}: {path}")
         self._last_step = step

@@ -77,6 +77,14 @@ class Checkpointable(Protocol):
         """Undo :meth:`sleep`; otherwise do nothing. Training and saving call it themselves."""
         ...
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Return the bytes that this rank holds on its device, by part, as the storages of tensors.
+
+        Parts are parameters, gradients, optimizer, reference, merged (LoRA's copy for engines) and critic;
+        those that are empty, or asleep on the host of a GPU, are left out. Not collective.
+        """
+        ...
+
     def save(self, directory: Path, *, optimizer: bool) -> None:
         """Write weights, optimizer and schedule as a distributed checkpoint."""
         ...

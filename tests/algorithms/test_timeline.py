@@ -33,4 +33,4 @@ def test_the_straggler_works_while_the_other_rank_waits_for_its_gradients(
     assert abs(seconds(0, "train") - seconds(1, "train")) < 0.5 * slept, "phases alone hide the straggler"
     for line in lines.values():
         names = {name for depth, name, _, _ in line["spans"] if depth == 0}
-        assert {"logprobs", "train"} <= names
+        assert "train" in names

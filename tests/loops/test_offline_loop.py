@@ -67,6 +67,7 @@ def run(**training: Any) -> tuple[list[list[int]], list[int]]:
     timers = PhaseTimers()
     loop_run: Any = SimpleNamespace(
         timers=timers,
+        memory=SimpleNamespace(measure=lambda trained: None),
         console=SimpleNamespace(end_steps=lambda: None),
         begin_steps=lambda: None,
         check=lambda step, values: None,

@@ -55,6 +55,7 @@ def run_of(steps: list[int]) -> Any:
         after_step=lambda step, last, trained, state: steps.append(step),
         finish=lambda summary: None,
         seconds_so_far=lambda: 0.0,
+        memory=SimpleNamespace(measure=lambda trained: None),
         kind="grpo",
         directory=None,
     )

@@ -344,13 +344,30 @@ def test_what_a_run_was_made_of_is_on_the_page(tmp_path: Path, monkeypatch: pyte
         "NVIDIA A100",
         "torch9.8",
         "sha256 beef",
-        "kv cache 3 GiB",
+        "KV cache3 GiB",
     ):
         assert shown in text
     with (tmp_path / "provenance.jsonl").open("a") as handle:
         handle.write("{oops\n")
     with pytest.raises(UserError, match=r"provenance\.jsonl, line 3"):
         write_report(tmp_path)
+
+
+def test_measured_memory_stands_beside_the_plan(tmp_path: Path) -> None:
+    measured = {"parameters": 2.0, "optimizer": 4.0, "activations": 1.5, "engine_kv_cache": 0.5}
+    lines = [grpo_line(1), grpo_line(2, **{f"memory_{name}_gib": size for name, size in measured.items()})]
+    make_run(tmp_path, [*lines, {"step": 2, "accuracy": 0.5}])
+    (tmp_path / "provenance.jsonl").write_text(json.dumps({"memory_bytes": {"parameters": 2**30}}) + "\n")
+    for rank, size in enumerate((2, 3)):
+        memory = {"parameters": size * 2**30, "resident": 2**40}
+        row = {"step": 2, "start": 0, "seconds": 1, "spans": [], "memory": memory}
+        (tmp_path / "timeline").mkdir(exist_ok=True)
+        (tmp_path / "timeline" / f"rank_0000{rank}.jsonl").write_text(to_json(row) + "\n")
+    text = Page(write_report(tmp_path).read_text()).text
+    table = text[text.index("Memory by part") :].split("The plan counts")[0]
+    rows = ("parameters1 GiB2 GiB3 GiB", "optimizer–4 GiB–", "activations and buffers–1.5 GiB–")
+    for row in (*rows, "KV cache–512 MiB–", "sum1 GiB8 GiB3 GiB"):
+        assert row in table
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")

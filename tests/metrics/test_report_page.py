@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from megarl.metrics.report import write_comparison
+from megarl.metrics.report import write_comparison, write_report
 from megarl.metrics.report_server import ReportServer
 from megarl.metrics.timeline import TimelineWriter
 from megarl.run_directory import RunDirectory
-from tests.metrics.browser import Browser, needs_browser
 from tests.metrics.test_report import GRPO, HOSTILE, grpo_line, make_run, sample
+from tools.browser import Browser, is_installed
 
-pytestmark = needs_browser
+pytestmark = pytest.mark.skipif(not is_installed(), reason="no chromium and chromedriver to open the page in")
 
 STEPS = 30
 CONFIG = GRPO | {
@@ -106,7 +106,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     lines = [line(step) for step in range(1, STEPS + 1)]
     write_lanes(path / "timeline", 12)
+    counted = [{"step": step, "values": [0, 1], "counts": [384 - step, step]} for step in range(1, STEPS + 1)]
     make_run(path, lines, samples, CONFIG, evaluations={10: answers(10), 20: answers(20)})
+    (path / "rewards.jsonl").write_text("".join(json.dumps(each) + "\n" for each in counted))
+    write_report(path)
     return path
 
 
@@ -269,6 +272,20 @@ def test_the_slowest_step_is_found(page: Browser) -> None:
     [marked] = page.texts(".marked-row")
     assert marked.split() == ["12", "4.5", "s"]
     assert page.attributes(".marked-row i", "title") == ["step 12, rollout: 4 s", "step 12, train: 0.5 s"]
+
+
+def test_rewards_of_all_samples_of_a_range_of_steps(page: Browser) -> None:
+    titles = page.attributes("#rewards .column", "title")
+    assert titles == ["0: 11,055", "1: 465"], "of 30 steps of 384 samples"
+    script = """
+        const [from, to] = document.querySelectorAll("#rewards input");
+        from.value = "9"; to.value = "10";
+        to.dispatchEvent(new Event("input"));
+    """
+    page.run(script)
+    assert page.attributes("#rewards .column", "title") == ["0: 747", "1: 21"]
+    assert page.texts("#rewards h4 small") == ["768 samples"]
+    assert page.texts("#rewards .tools > .soft")[-1] == "steps 10 to 11, all samples"
 
 
 def test_the_slowest_rank_is_found(page: Browser) -> None:

@@ -68,6 +68,14 @@ def test_spans_that_touch_are_one_and_flashes_are_left_out(clock: Clock) -> None
     assert take() == [Span(0, "wait", 0, 24 + 2**-9)]
 
 
+def test_waits_of_two_phases_stay_two(clock: Clock) -> None:
+    for phase in ("weights", "evaluation"):
+        with spans.span(phase), spans.span("wait"):
+            clock.now += 1
+    waits = [(span.begin, span.end) for span in take() if span.name == "wait"]
+    assert waits == [(0, 1), (1, 2)]
+
+
 def test_an_error_closes_its_spans(clock: Clock) -> None:
     def fail() -> None:
         with spans.span("train"), spans.span("optimizer"):

@@ -51,7 +51,9 @@ class Saver:
         self.said = io.StringIO()
         console = Console("sft", stream=self.said)
         self.trainer: Any = Trainer()
-        self.checkpoints = CheckpointManager(CheckpointConfig(**options), self.directory, console, is_first=True)
+        self.checkpoints = CheckpointManager(
+            CheckpointConfig(**options), self.directory, console, is_first=True
+        )
 
     def save(self, step: int, **values: float) -> list[int]:
         self.checkpoints.save(step, self.trainer, {"position": step}, values)

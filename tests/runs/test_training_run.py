@@ -14,9 +14,7 @@ from megarl.runs import training_run
 from megarl.runs.training_run import TrainingRun
 
 
-@pytest.mark.parametrize(
-    ("interval", "written"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (50, [7])]
-)
+@pytest.mark.parametrize(("interval", "written"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (50, [7])])
 def test_a_report_is_written_every_so_many_steps_and_at_the_end(
     interval: int, written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

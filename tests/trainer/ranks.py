@@ -6,6 +6,7 @@ import pickle
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,32 @@ def reference_exchange(context: Any, model_dir: str, distributed: bool) -> dict[
     except KeyboardInterrupt:
         facts["restored_after_error"] = addresses() == before
     return facts
+
+
+def memory_parts(context: Any, model_dir: str, backend: str, dtype: str, distributed: bool) -> Any:
+    """What a trainer says it holds: before a step, after it with a reference, and with gradients asleep."""
+    from megarl.config.model import ModelConfig
+    from megarl.config.optimizer import OptimizerConfig
+    from megarl.config.packing import PackingConfig
+    from megarl.config.trainer import TrainerConfig
+    from megarl.models import load_architecture
+    from megarl.trainer.build import trainer_class
+
+    context = replace(context, trainer=TrainerConfig(backend=backend))
+    policy = trainer_class(context)(
+        context,
+        load_architecture(model_dir),
+        ModelConfig(path=model_dir, dtype=dtype),
+        PackingConfig(max_tokens_per_microbatch=96),
+        OptimizerConfig(**OPTIMIZER, distributed=distributed),
+        TOTAL_STEPS,
+    )
+    before = policy.memory_bytes()
+    policy.keep_reference()
+    train_step(policy, prepare(policy, make_sequences(5), "token").batches, sft_loss, temperature=1.0)
+    after = policy.memory_bytes()
+    policy.sleep(["gradients"])
+    return before, after, policy.memory_bytes()
 
 
 def load_error(context: Any, model_dir: str, directory: str) -> str:

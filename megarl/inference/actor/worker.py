@@ -21,6 +21,7 @@ from megarl.inference.actor.settings import EngineSettings
 from megarl.inference.interface import (
     AttachReport,
     EngineHealth,
+    EngineMemory,
     GeneratedResponse,
     GenerateRequest,
     SamplingConfig,
@@ -177,6 +178,10 @@ class EngineActor(ABC):
         """Sync the weights and drop stale caches; return the bytes written."""
 
     @abstractmethod
+    def _memory(self) -> list[EngineMemory]:
+        """Return the memory of every engine rank, that of this process included."""
+
+    @abstractmethod
     def _checksums(self) -> list[list[RegionChecksum]]: ...
 
     @abstractmethod
@@ -244,7 +249,8 @@ class EngineActor(ABC):
         start = time.perf_counter()
         bytes_moved = self._sync(policy_version)
         self._policy_version = policy_version
-        return SyncReport(bytes_moved, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return SyncReport(bytes_moved, seconds, sum(self._memory(), EngineMemory()))
 
     def _admit(
         self, requests: list[GenerateRequest], sampling: SamplingConfig, responses: ResponseQueue

@@ -7,7 +7,7 @@ model's own cache, for models that do not let tokens of several requests stand i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from megarl.inference.hf.attention import (
 from megarl.inference.hf.model import forward, takes
 from megarl.inference.hf.pages import PAGE, PageTable, digests
 from megarl.inference.interface import GeneratedResponse, GenerateRequest, SamplingConfig
+from megarl.inference.memory_use import tensors_in
 from megarl.platform import memory
 from megarl.records import NO_LOGPROBS, TokenIds
 
@@ -114,6 +115,10 @@ class Runner(Protocol):
         """Give the memory of keys and values back; it is taken again by itself."""
         ...
 
+    def kv_caches(self) -> list[Any]:
+        """Return keys and values, tensors in whatever they are kept in; for their size."""
+        ...
+
 
 class PagedRunner:
     """Every request in one forward pass, keys and values in pages of a pool.
@@ -199,6 +204,10 @@ class PagedRunner:
         self.clear()
         self._pages = None
         memory.release_unused()
+
+    def kv_caches(self) -> list[Any]:
+        """See Runner.kv_caches."""
+        return [(layer.keys, layer.values) for layer in (self._pages or {}).values()]
 
     def _reserve(self, one: Decoding) -> bool:
         count = -(-len(one.tokens) // PAGE)
@@ -318,6 +327,10 @@ class RowRunner:
         self.clear()
         memory.release_unused()
 
+    def kv_caches(self) -> list[Any]:
+        """See Runner.kv_caches."""
+        return list(self._caches.values())
+
     def _logits(self, one: Decoding) -> torch.Tensor:
         ids = torch.tensor([one.tokens[one.cached :]], device=self._device)
         cache = self._caches[one.slot]
@@ -329,21 +342,8 @@ class RowRunner:
         return out.logits[0, -1]
 
     def _has_room(self) -> bool:
-        held = sum(part.nbytes for cache in self._caches.values() for part in _tensors(cache))
+        held = sum(part.nbytes for cache in self._caches.values() for part in tensors_in(cache))
         return not self._caches or held < self._max_bytes
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor inside a cache, of whatever class."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif type(value).__module__.startswith("transformers."):
-        yield from _tensors(getattr(value, "__dict__", {}))
 
 
 def num_pages(shapes: dict[int, LayerShape], dtype: torch.dtype, max_bytes: int) -> int:

@@ -18,11 +18,13 @@ from megarl.inference.hf.runner import PagedRunner, RowRunner, Runner, num_pages
 from megarl.inference.hf.scheduler import Scheduler
 from megarl.inference.interface import (
     AttachReport,
+    EngineMemory,
     GeneratedResponse,
     GenerateRequest,
     SamplingConfig,
     WeightPlanError,
 )
+from megarl.inference.memory_use import engine_memory
 from megarl.inference.weight_receiver import AttachedWeights, check_plan, dtype_name
 from megarl.models.table import Region
 from megarl.models.transformers_regions import transformers_regions
@@ -130,6 +132,10 @@ class HfEngineActor(EngineActor):
             self._scheduler.forget()  # stale; running requests are computed again
         self._scheduler.policy_version = policy_version
         return num_bytes
+
+    def _memory(self) -> list[EngineMemory]:
+        runner = self._scheduler.runner
+        return [engine_memory(self._parameters, self._attached, runner.kv_caches(), self._device)]
 
     def _checksums(self) -> list[list[RegionChecksum]]:
         assert self._attached is not None, "checksums before attach"

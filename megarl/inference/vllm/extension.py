@@ -22,7 +22,8 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 
 from megarl.cluster.processes import own_shared_memory
 from megarl.inference.cpu_linear import cpu_linear
-from megarl.inference.interface import AttachReport
+from megarl.inference.interface import AttachReport, EngineMemory
+from megarl.inference.memory_use import engine_memory
 from megarl.inference.streamed_weights import StreamedWeights, placeholders
 from megarl.inference.vllm.layout import foreign_layouts
 from megarl.inference.vllm.routing import RoutingRecorder, expert_layers, read_routing, record_routing
@@ -80,6 +81,11 @@ class WeightReceiver:
             layer.process_weights_after_loading(self.model_runner.dtype)
         memory.wait_for(self.model_runner.device)  # the trainer may write once this returns
         return num_bytes
+
+    def megarl_memory(self) -> tuple[int, EngineMemory]:
+        """Return this process's id, and its memory."""
+        runner = self.model_runner
+        return os.getpid(), engine_memory(self._parameters(), self._attached, runner.kv_caches, runner.device)
 
     def megarl_discard_cache(self) -> None:
         """Release the KV cache's memory until it is written again (on a CPU, where vLLM cannot)."""

@@ -6,6 +6,7 @@ and so does its worker unless there are several (tensor parallelism).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from megarl.inference.actor.worker import EngineActor
 from megarl.inference.interface import (
     AttachReport,
+    EngineMemory,
     GeneratedResponse,
     GenerateRequest,
     SamplingConfig,
@@ -21,6 +23,7 @@ from megarl.inference.interface import (
 )
 from megarl.inference.vllm.build import build_engine, returns_routing
 from megarl.inference.vllm.worker_failure import end_with_lost_worker
+from megarl.platform.memory import resident_bytes
 from megarl.records import NO_LOGPROBS, Logprobs, token_ids
 from megarl.weights.checksum import RegionChecksum
 from megarl.weights.sync_plan import ParamInfo, WeightPlan
@@ -90,6 +93,11 @@ class VllmEngineActor(EngineActor):
             self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(policy_version))
         return bytes_moved
+
+    def _memory(self) -> list[EngineMemory]:
+        found = dict(self._engine.collective_rpc("megarl_memory"))
+        found.setdefault(os.getpid(), EngineMemory(resident=resident_bytes()))  # the workers are others
+        return list(found.values())
 
     def _add(self, request: GenerateRequest, sampling: SamplingConfig) -> None:
         from vllm import SamplingParams

@@ -1,6 +1,7 @@
 // Which charts a run has, and the controls above them.
 const SERIES_COLORS = ["--s0", "--s1", "--s2", "--s3", "--s4", "--s5"];
 const PHASES = ["rollout", "reward", "logprobs", "train", "weights", "other"];
+const MEMORY = ["parameters", "gradients", "optimizer", "reference", "merged", "critic", "activations", "other"];
 const AXES = { steps: "Steps", samples: "Samples", tokens: "Tokens trained on", hours: "Hours" };
 const HEADLINES = ["reward_mean", "accuracy", "loss", "validation_loss", "validation_accuracy"];  // drawn even if constant
 
@@ -42,7 +43,15 @@ function chartPlan(limit) {
       ["Training compute", "TFLOP/s, all ranks", "", { train_tflops: "TFLOP/s" }, { zero: true, exact: true }],
       ["Model FLOPs utilisation", "training", "percent", { train_mfu: "MFU" }, { zero: true, exact: true }],
       ["Tokens per step", "", "", { num_tokens: "trained on", num_computed_tokens: "computed" }, { zero: true }],
-      ["Peak memory", "", "gib", { peak_memory_gib: "memory" }, { zero: true, exact: true }],
+    ]],
+    ["Memory", [
+      ["Trainer, by part", "rank 0, up to its peak", "gib", Object.fromEntries(MEMORY.map((name) => [`memory_${name}_gib`, name])), { stack: true, exact: true }],
+      ["Peak", "rank 0", "gib", { peak_memory_gib: "memory" }, { zero: true, exact: true }],
+      ["GPU memory", "after the step", "gib",
+        { memory_allocated_gib: "trainer, in use", memory_reserved_gib: "trainer, reserved", memory_engine_allocated_gib: "engines" }, { zero: true, exact: true }],
+      ["Engines", "their own", "gib", { memory_engine_parameters_gib: "parameters", memory_engine_kv_cache_gib: "KV cache" }, { zero: true, exact: true }],
+      ["Resident memory", "by process, after the step", "gib",
+        { memory_resident_gib: "trainer, rank 0", memory_engine_resident_gib: "engines", memory_environments_resident_gib: "environments" }, { zero: true, exact: true }],
     ]],
   ];
 }
@@ -134,7 +143,7 @@ function buildCharts(run) {
     const band = options.band && run.series[options.band.low] ? options.band : null;
     const dotted = (key) => options.dots === true || Boolean(options.dots?.includes(key));
     const series = present.map((key, i) => ({
-      key, label: keys[key], color: options.stack ? `--s${PHASES.indexOf(keys[key])}` : SERIES_COLORS[i],
+      key, label: keys[key], color: options.stack && PHASES.includes(keys[key]) ? `--s${PHASES.indexOf(keys[key])}` : SERIES_COLORS[i % SERIES_COLORS.length],
       dots: dotted(key), exact: dotted(key) || Boolean(options.exact),
     }));
     const chart = new Chart({ ...options, title, note: options.band && !band ? "mean" : note, unit, series, band }, run);
@@ -308,6 +317,7 @@ addRewardBand(run.series);
 if (run.steps.length) connect(buildCharts(run), run);
 showRuns(run);
 showPhaseTotals(run.phase_seconds);
+showRewards(run.rewards);
 showTimeline(run);
 showRanks(run.timeline);
 showSamples(run.samples);

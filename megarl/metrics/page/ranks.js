@@ -62,12 +62,13 @@ function showRanks(timeline) {
     const shown = (ranks.length <= MOST_LANES ? ranks : order).filter(isChosen);
     host.replaceChildren(...shown.map((line) => lane(line, `rank ${line.rank}${names.has(line.rank) ? `, ${names.get(line.rank)}` : ""}`, first, length)));
     const used = [...new Set(shown.flatMap((line) => line.spans.filter(([depth, name]) => depth === 0 || WAITS.includes(name)).map(([, name]) => name)))];
+    const place = (name) => (WAITS.includes(name) ? 99 : PHASES.includes(name) ? PHASES.indexOf(name) : 98);
     const swatch = (name) => {
       const node = el("i", { class: WAITS.includes(name) ? "waits" : "" });
       if (!WAITS.includes(name)) node.style.background = phaseColor(name);
       return el("span", {}, node, name.replaceAll("_", " "));
     };
-    legend.replaceChildren(...used.sort((a, b) => PHASES.indexOf(a) - PHASES.indexOf(b)).map(swatch));
+    legend.replaceChildren(...used.sort((a, b) => place(a) - place(b)).map(swatch));
   };
   choice.value = String(timeline.at(-1).step);
   choice.addEventListener("change", draw);

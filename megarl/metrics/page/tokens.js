@@ -113,7 +113,7 @@ function rewardHistogram(samples) {
   const rewards = samples.map((sample) => sample.reward).filter(finite);
   if (!rewards.length) return null;
   const distinct = [...new Set(rewards)].sort((a, b) => a - b);
-  const note = `of these ${rewards.length} samples`;
+  const note = `of these ${rewards.length} recorded samples`;
   if (distinct.length <= 12) {
     return barChart("Rewards", note, distinct.map((reward) => ({ label: formatNumber(reward), value: rewards.filter((each) => each === reward).length })), formatNumber);
   }

@@ -240,6 +240,10 @@ class Lora:
         for name, published in self._merged.items():
             self._adapters[name].merge(self._params[name], published)
 
+    def published(self) -> Iterable[torch.Tensor]:
+        """Return the merged weights that engines read, none before :meth:`publish`."""
+        return self._merged.values()
+
     def merged_weights(self) -> Mapping[str, torch.Tensor]:
         """Return the parameters with adapters merged in: the published ones, or computed on access."""
         return _MergedWeights(self._params, self._adapters, self._merged)

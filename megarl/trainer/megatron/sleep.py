@@ -47,6 +47,10 @@ class Sleeper:
                 chunk.restore_grad_buffers(synchronize=self._on_gpu)
         self._asleep = frozenset()
 
+    def optimizer_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield master parameters and optimizer state, wherever they are now."""
+        return (tensor for _, tensor, _ in self._tensors())
+
     def _tensors(self) -> Iterator[tuple[tuple[int, str], torch.Tensor, Put]]:
         """Yield master parameters and optimizer state: a stable key, the tensor, and its setter."""
         params = {id(param) for chunk in self._ddp for param in chunk.parameters()}

@@ -36,6 +36,7 @@ from megarl.trainer.megatron.model import build_chunks, is_first_replica, named_
 from megarl.trainer.megatron.optimizer import build_optimizer, wrap_chunks
 from megarl.trainer.megatron.reference import FrozenCopy
 from megarl.trainer.megatron.sleep import Sleeper
+from megarl.trainer.memory import parts_in_memory
 from megarl.trainer.outputs import Output, Read
 from megarl.trainer.reduce import reduce_results, weights_report
 from megarl.trainer.weights import TrainerWeights
@@ -246,6 +247,20 @@ class MegatronTrainer:
     def wake(self) -> None:
         """See Trainer."""
         self._sleeper.wake()
+
+    def memory_bytes(self) -> dict[str, int]:
+        """See Trainer."""
+        params = list(self.params.values())
+        trained = [param for chunk in self.ddp for param in chunk.parameters()]
+        gradients = (getattr(param, name, None) for param in trained for name in ("main_grad", "grad"))
+        return parts_in_memory(
+            self.device,
+            parameters=[*params, *trained],
+            gradients=[gradient for gradient in gradients if gradient is not None],
+            optimizer=self._sleeper.optimizer_tensors(),
+            reference=(self._reference or {}).values(),
+            merged=() if self.lora is None else self.lora.published(),
+        )
 
     # --- checkpoints --------------------------------------------------------------------------
 

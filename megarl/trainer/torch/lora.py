@@ -6,7 +6,7 @@ W and B are the same ones, since FSDP cuts both alike, and A, which is small, is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,6 +141,10 @@ class TorchLora:
     def _merge(self, name: str) -> torch.Tensor:
         b = self._model.tensors[self._name(self._adapted[name], "B")]
         return merged(self._model.tensors[name], self._whole_a[name], b, self._scale)
+
+    def published(self) -> Iterable[torch.Tensor]:
+        """Return the merged weights that engines read, none before :meth:`publish`."""
+        return self._merged.values()
 
     def merged_weights(self) -> Mapping[str, torch.Tensor]:
         """The model's parameters with adapters merged in, as of the last refresh."""

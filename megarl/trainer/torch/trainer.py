@@ -23,10 +23,12 @@ from megarl.losses.hidden import Head
 from megarl.models.table import Architecture, Region
 from megarl.models.transformers_regions import transformers_regions
 from megarl.platform import ranges
+from megarl.platform.memory import storage_bytes
 from megarl.records import PackedBatch
 from megarl.trainer import random_state
 from megarl.trainer.host_copies import HostCopies
 from megarl.trainer.interface import PendingSave, RankContext
+from megarl.trainer.memory import parts_in_memory
 from megarl.trainer.outputs import Output, Read
 from megarl.trainer.reduce import reduce_results, weights_report
 from megarl.trainer.torch import attention, checkpoint
@@ -115,6 +117,7 @@ class TorchTrainer:
         self._head_copy: weakref.ref[torch.Tensor] | None = None  # freed with the states that need it
         self._main_grads: dict[str, torch.Tensor] = {}
         self._trained: list[str] = []
+        self._gradient_bytes = 0  # of the last step, which has freed them
         if optimizer is None:
             decoder.requires_grad_(False)
             return
@@ -173,6 +176,7 @@ class TorchTrainer:
             self.before_update()
         with ranges.phase("optimizer"):
             gradients = self._take_gradients()
+            self._gradient_bytes = storage_bytes(gradients.values(), self.device.type)
             norm = self.optimizer.norm(gradients)
             self.optimizer.step(gradients, norm)
         trained = (self.model.tensors[name] for name in self._trained)
@@ -328,6 +332,17 @@ class TorchTrainer:
         """See Trainer."""
         self._copies.move_back()
         self._asleep = False
+
+    def memory_bytes(self) -> dict[str, int]:
+        """See Trainer. Gradients are those of the last optimizer step, which are freed after it."""
+        parts = parts_in_memory(
+            self.device,
+            parameters=self.model.tensors.values(),
+            optimizer=(tensor for _, tensor, _ in self.optimizer.movable()),
+            reference=(self._reference or {}).values(),
+            merged=() if self.lora is None else self.lora.published(),
+        )
+        return parts | ({"gradients": self._gradient_bytes} if self._gradient_bytes else {})
 
     # --- checkpoints --------------------------------------------------------------------------
 

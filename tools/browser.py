@@ -1,4 +1,4 @@
-"""Chromium by chromedriver's own protocol (W3C WebDriver), for tests of the report page."""
+"""Chromium by chromedriver's own protocol (W3C WebDriver), for tests and pictures of the report page."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import pytest
-
-needs_browser = pytest.mark.skipif(
-    shutil.which("chromium") is None or shutil.which("chromedriver") is None,
-    reason="no chromium and chromedriver to open the page in",
-)
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver's name for a reference to an element
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
+
+
+def is_installed() -> bool:
+    """Return whether chromium and chromedriver are on the PATH."""
+    return shutil.which("chromium") is not None and shutil.which("chromedriver") is not None
 
 
 class Browser:
@@ -155,5 +154,20 @@ class Browser:
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """Write a picture of the window, or of the ``whole`` page."""
-        shot = self.devtools("Page.captureScreenshot", captureBeyondViewport=whole)
+        self._capture(path, captureBeyondViewport=whole)
+
+    def picture(self, path: Path, first: str, last: str, margin: int = 12) -> None:
+        """Write a WebP of the page from the top of element ``first`` to the bottom of ``last``."""
+        script = """
+            const box = (selector) => document.querySelector(selector).getBoundingClientRect();
+            const [first, last] = [...arguments].map(box);
+            return [first.top + scrollY, last.bottom + scrollY, document.documentElement.clientWidth];
+        """
+        top, bottom, width = self.run(script, first, last)
+        start = max(top - margin, 0)
+        clip = {"x": 0, "y": start, "width": width, "height": bottom + margin - start, "scale": 1}
+        self._capture(path, captureBeyondViewport=True, clip=clip, format="webp", quality=85)
+
+    def _capture(self, path: Path, **options: Any) -> None:
+        shot = self.devtools("Page.captureScreenshot", **options)
         path.write_bytes(base64.b64decode(shot["data"]))
