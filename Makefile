@@ -13,7 +13,7 @@ BENCH ?= $(filter-out common loss_ops peers process_tree trainers %_trainer %_tr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint format smollm2 lock transformer-engine cuda-check cuda-env-check gpu-check \
-  fake-cuda-test quickstart-backends nightly bench-setup bench docs guides clean distclean
+  fake-cuda-test quickstart-backends nightly bench-setup bench screenshots docs guides clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench: setup  ## Run the benchmarks; results in runs/bench/ (BENCH=packing for o
 	@set -e; for name in $(BENCH); do \
 	  echo "== $$name"; $(VENV_PYTHON) -m benchmarks $$name --json runs/bench/$$name.json $(ARGS); \
 	done
+
+screenshots: setup  ## Make the pictures of the documentation (docs/images); needs chromium, and make quickstart before
+	@$(VENV_PYTHON) -m tools.make_screenshots $(ARGS)
 
 docs:  ## Build the documentation site into build/docs (open build/docs/index.html)
 	@bash tools/setup_env.sh uv venv --quiet --allow-existing --python 3.11 .setup/docs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def _write_twins(app: Any, error: Exception | None) -> None:
         for name in re.findall(r"^([\w/-]+)$", toctree, re.MULTILINE):
             lines.append(f"- [{app.env.titles[name].astext()}]({name}.md)")
         lines.append("")
+    shutil.copytree(ROOT / "docs" / "images", Path(app.outdir) / "images", dirs_exist_ok=True)
     for name in app.env.found_docs:
         target = Path(app.outdir) / f"{name}.md"
         assert target.with_suffix(".html").is_file(), f"{name} has no page"
