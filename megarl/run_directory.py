@@ -57,6 +57,7 @@ _FREE_FIELDS = (
     *("run.dir", "run.hang_timeout_seconds", "run.on_non_finite", "run.on_changed_inputs"),
     *("logging", "checkpoint", "profile", "launcher", "parallel"),
     *("training.num_steps", "training.num_epochs"),
+    *("data.on_bad_row", "data.filter.too_long"),  # how to go on at a row that has not been used
     *(
         "evaluation.at_start",
         "evaluation.at_end",

@@ -8,8 +8,8 @@ sigma the logistic function, and r_c, r_r a reward model's scores of the last to
 
 losses/preference.py adds ipo, kto, simpo and orpo, losses/reward.py the reward model's centring term. A step
 takes ``training.batch_size`` pairs; both responses of a pair share a microbatch. Reference logprobs are
-computed once, before the first step. A reward model is exported as a directory that
-``AutoModelForSequenceClassification`` loads.
+computed once, before the first step, or for streamed pairs in each step. A reward model is exported as a
+directory that ``AutoModelForSequenceClassification`` loads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megarl.config.preference import DpoConfig, RmConfig
 from megarl.data.preference import Pairs
 from megarl.loops.datasets import load_preference_pairs
 from megarl.loops.offline import Objective, run_offline
-from megarl.loops.reference_logprobs import ReferenceLogprobs
+from megarl.loops.reference_logprobs import ReferenceLogprobs, StepReference
 from megarl.losses.preference import PreferenceLoss, num_targets, options_of
 from megarl.losses.reward import RewardLoss
 from megarl.models.table import Architecture
@@ -69,14 +69,16 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
     ) -> None:
         self.run, self.options = run, options_of(config.algorithm)
         self.trained = build_trainer(config, context, architecture, config.num_optimizer_steps)
-        self.reference: ReferenceLogprobs | None = None
+        self.reference: ReferenceLogprobs | StepReference | None = None
         self.found: dict[str, float] | None = None
-        if config.algorithm.uses_reference:
+        if config.algorithm.uses_reference and config.data.streamed("train"):
+            self.reference = StepReference(config, self.trained)
+        elif config.algorithm.uses_reference:
             self.reference = ReferenceLogprobs(config, run, self.trained, architecture)
 
     def begin(self, rows: Callable[[], list[tuple[Pairs, list[int]]]]) -> None:
         """Compute the reference logprobs of every pair, while the policy still equals the reference."""
-        if self.reference is not None:
+        if isinstance(self.reference, ReferenceLogprobs):
             batches = (
                 batch for data, own in rows() for batch in (data.batch(own), self.mismatched(data, own))
             )
@@ -84,7 +86,8 @@ class DpoObjective(Objective[Pairs, PreferenceLoss]):
 
     def loss(self, data: Pairs, rows: list[int], batch: TrainBatch) -> PreferenceLoss:
         """Return the loss with the pairs' reference logprobs and, for KTO, the current KL."""
-        refs = None if self.reference is None else self.reference(batch)
+        with self.run.timers("logprobs"):
+            refs = None if self.reference is None else self.reference(batch)
         kl = 0.0
         if self.options.loss == "kto":
             assert self.reference is not None

@@ -57,7 +57,26 @@ FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 """Supported file name extensions."""
 
 
-class FileLocation(Section):
+STREAMED_KINDS = (".jsonl", ".parquet", ".arrow")
+"""Of these, those that can be read from the middle."""
+
+
+class RowLocation(Section):
+    """How the rows of a source are read."""
+
+    streaming: bool = False
+    """Read windows of rows as training reaches them, for data too large to hold (data.train only)."""
+    streaming_window: PositiveInt = 10_000
+    """Rows of a window, which are held in memory and shuffled among themselves."""
+
+    @rule
+    def _window(self) -> Problems:
+        """`streaming_window` needs `streaming`."""
+        if not self.streaming:
+            yield from self.unused("streaming_window", "all rows are read at the start", "streaming")
+
+
+class FileLocation(RowLocation):
     """Rows of a file."""
 
     source: Literal["jsonl", "file"]
@@ -72,8 +91,20 @@ class FileLocation(Section):
             kinds = ", ".join(FILE_KINDS)
             yield "path", f"its extension selects the format and must be one of {kinds} (got {self.path!r})"
 
+    @rule
+    def _kind_streamed(self) -> Problems:
+        """`streaming` needs a .jsonl, .parquet or .arrow file."""
+        kind = PurePath(self.path).suffix.lower()
+        if self.streaming and self.source == "file" and kind in FILE_KINDS and kind not in STREAMED_KINDS:
+            kinds = ", ".join(STREAMED_KINDS)
+            yield (
+                "streaming",
+                f"a {kind} file is read whole; {kinds} files can be streamed (got true)",
+                "path",
+            )
 
-class HfLocation(Section):
+
+class HfLocation(RowLocation):
     """Rows of a Hugging Face dataset."""
 
     source: Literal["hf"]
@@ -91,6 +122,12 @@ class HfLocation(Section):
     def rows(self) -> tuple[str | None, ...]:
         """Identity of the rows: dataset, subset, split, revision."""
         return self.dataset, self.subset, self.split, self.revision
+
+    @rule
+    def _split_streamed(self) -> Problems:
+        """`streaming` needs a whole `split`."""
+        if self.streaming and "[" in self.split:
+            yield "streaming", f"needs a whole split (got true and {self.split!r})", "split"
 
 
 class PromptReasoningGymSource(ReasoningGymSource):
@@ -248,6 +285,22 @@ class DataReading(Section):
             for at, held_out in parts_of(self.held_out, "held_out"):
                 yield from _overlap(train_at, train, at, held_out)
 
+    def streamed(self, split: Split) -> list[str]:
+        """Return the configuration paths of the streamed sources in a split."""
+        found = parts_of(getattr(self, split), split)
+        return [at for at, part in found if getattr(part, "streaming", False)]
+
+    @rule
+    def _streams(self) -> Problems:
+        """Only `data.train` can be streamed, as a single source."""
+        for split in self.measured:
+            for at in self.streamed(split):
+                yield f"{at}.streaming", "rows to be evaluated are read whole: remove it (got true)"
+        if "train" not in self.measured and isinstance(self.train, MixtureWeights):
+            for at in self.streamed("train"):
+                why = "the sources of a mixture are read whole; stream one source (got true)"
+                yield f"{at}.streaming", why, "train.source"
+
     @rule
     def _fixed_held_out(self) -> Problems:
         """Held-out data has no `weights` and no `curriculum`."""
@@ -297,6 +350,13 @@ class TrainingDataReading(DataReading):
 
     cache_dir: PathText | None = None
     """Token cache, keyed by the content of data, tokenizer and settings; null: tokenise at every start."""
+
+    @rule
+    def _no_cache_of_streams(self) -> Problems:
+        """`cache_dir` needs data that is not streamed."""
+        for at in self.streamed("train") if self.cache_dir is not None else ():
+            why = f"keeps the tokens of all rows, and data.{at}.streaming reads them as it goes"
+            yield "cache_dir", f"{why} (got {self.cache_dir!r})", f"{at}.streaming"
 
 
 class PromptDataConfig(DataReading):

@@ -114,6 +114,14 @@ class PreferenceDataConfig(TrainingDataReading):
     shuffle: bool = True
     """Shuffle once per epoch, by run.seed."""
 
+    @rule
+    def _no_streams_of_unpaired_rows(self) -> Problems:
+        """`row_format: unpaired_preference` needs data that is not streamed."""
+        for at in self.streamed("train"):
+            if getattr(self.train, "row_format", None) == "unpaired_preference":
+                why = "the rows of a pair may lie anywhere in the data: they cannot be streamed (got true)"
+                yield f"{at}.streaming", why, f"{at}.row_format"
+
 
 class PreferenceAlgorithmConfig(Section):
     """The preference loss (docs/algorithms.md has the formulas)."""
@@ -222,6 +230,15 @@ class DpoConfig(PreferenceRoot):
         for name, value in self.changed(*unused):
             reason = f"algorithm.loss = {self.algorithm.loss} needs no reference (got {value!r})"
             yield name, reason, "algorithm.loss"
+
+    @rule
+    def _reference_of_a_stream(self) -> Problems:
+        """Streamed pairs have the start weights as their reference, and no cache: no `reference.path` and
+        `reference.cache_dir`."""
+        for at in self.data.streamed("train") if self.algorithm.uses_reference else ():
+            for name, value in self.changed("reference.path", "reference.cache_dir"):
+                why = "streamed pairs get their reference logprobs step by step, from the start weights"
+                yield name, f"{why} (got {value!r})", f"data.{at}.streaming"
 
 
 class RewardAlgorithmConfig(Section):

@@ -312,6 +312,14 @@ class OfflineRoot(TrainingRoot):
             yield "training.num_epochs", f"{reason} (got {self.training.num_epochs:g})", "data.train.weights"
 
     @rule
+    def _epochs_of_a_stream(self) -> Problems:
+        """`training.num_epochs` needs data that is not streamed, whose number of rows is known."""
+        if self.training.num_epochs is not None and (streamed := self.data.streamed("train")):
+            reason = f"data.{streamed[0]}.streaming leaves the number of rows unknown: use training.num_steps"
+            got = f"{reason} (got {self.training.num_epochs:g})"
+            yield "training.num_epochs", got, f"data.{streamed[0]}.streaming"
+
+    @rule
     def _batch(self) -> Problems:
         """`training.batch_size` must not exceed `data.train.size`."""
         batch, size = self.training.batch_size, getattr(self.data.train, "size", None)

@@ -40,10 +40,13 @@ def collect(
     convert: Callable[[str, dict[str, Any]], Converted[_Item]],
     reading: DataReading,
     report: LoadReport,
+    *,
+    whole: bool = True,
 ) -> Iterator[_Item]:
     """Yield the items of all usable rows, in order; ``report`` counts the other rows.
 
-    ``convert`` raises UserError for a malformed row and TooLongError for one that is too long.
+    ``convert`` raises UserError for a malformed row and TooLongError for one that is too long. ``whole``:
+    these are all rows of a source, of which some must be usable.
 
     Raises:
         UserError: after all rows, with the first three bad ones, unless data.on_bad_row is skip; or no row is
@@ -72,7 +75,7 @@ def collect(
         yield from converted.items
     if problems.bad.count:
         raise problems.fail()
-    if not report.num_used:
+    if whole and not report.num_used:
         raise UserError("\n".join([f"{report.key}: no row is left to use", *report.lines()]))
 
 

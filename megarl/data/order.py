@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megarl.data.stream import ExampleStream
+
 _BLOCK = 1024  # draws per block of a mixture
 
 
@@ -27,6 +29,11 @@ class Ordered(Protocol):
 
     is_mixture: bool
 
+    @property
+    def stream(self) -> ExampleStream[Any] | None:
+        """The windows it is read in; None if all of it is there."""
+        ...
+
     def __len__(self) -> int: ...
 
     @property
@@ -37,6 +44,8 @@ class Ordered(Protocol):
 
 def order_of(data: Ordered, shuffle: bool, seed: int) -> Order:
     """Return the order of ``data`` in a training run."""
+    if data.stream is not None:
+        return StreamOrder(data.stream, shuffle, seed)
     if data.parts:
         return MixtureOrder([size for size, _ in data.parts], [w for _, w in data.parts], shuffle, seed)
     return PromptOrder(len(data), shuffle, seed)
@@ -114,6 +123,34 @@ class MixtureOrder:
         random = _random(self._seed, block)
         points = (random.random_sample() + np.arange(_BLOCK)) / _BLOCK
         return random.permutation(np.searchsorted(self._ends, points, side="right"))
+
+
+class StreamOrder:
+    """Visits the windows of a stream in turn, each in a permutation of its own (if ``shuffle``).
+
+    The permutation is a function of the seed, the epoch and the number of the window in it.
+    """
+
+    def __init__(self, stream: ExampleStream[Any], shuffle: bool, seed: int) -> None:
+        self._stream, self._shuffle, self._seed = stream, shuffle, seed
+        self._permuted = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def batch(self, position: int, n: int) -> list[int]:
+        """Return the ``n`` examples from ``position`` on."""
+        items: list[int] = []
+        while len(items) < n:
+            at = position + len(items)
+            window = self._stream.window(at)
+            first, end = window.start.first, min(window.end, position + n)
+            if self._shuffle:
+                order = self._permuted(window.start.epoch, window.start.number, window.end - first)
+                items += (order[at - first : end - first] + first).tolist()
+            else:
+                items += range(at, end)
+        return items
+
+    def _permutation(self, epoch: int, number: int, size: int) -> np.ndarray:
+        return _random(self._seed, epoch, number, 2).permutation(size)
 
 
 def _mixed(seed: int, source: int) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ from megarl.config.preference import (
     PlainPreferenceSource,
     PreferenceColumns,
     PreferenceDataConfig,
+    PreferenceHfSource,
+    PreferenceJsonlSource,
     PreferenceMixtureSource,
     PreferenceReasoningGymSource,
 )
@@ -32,9 +34,10 @@ from megarl.data.load import Converted, collect, load_tokens, locate, reads_ever
 from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
 from megarl.data.row_fields import as_messages, get_text_or_messages
-from megarl.data.row_formats import pair_up, preference_record, recognise, split_texts
-from megarl.data.rows import read_rows
+from megarl.data.row_formats import pair_up, preference_record, recognise, refuse_unpaired, split_texts
+from megarl.data.rows import Row, read_rows
 from megarl.data.store import TokenStore
+from megarl.data.stream import ExampleStream, Streamed
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
@@ -49,10 +52,11 @@ Messages = list[dict[str, Any]]
 class Pairs(ABC, Sequence[Pair]):
     """Pairs by index, deterministic.
 
-    ``reports`` has a LoadReport per source; ``parts`` is as in megarl.data.order.
+    ``reports`` has a LoadReport per source; ``parts`` and ``stream`` are as in megarl.data.order.
     """
 
     is_mixture = False
+    stream: ExampleStream[Pairs] | None = None
 
     def __init__(self, max_sequence_length: int, field: str) -> None:
         self._max_sequence_length = max_sequence_length
@@ -201,6 +205,22 @@ class _StoredPairs(Pairs):
         return Pair(replace(chosen, num_prompt_tokens=0), rejected, start)
 
 
+class _StreamedPairs(Streamed, Pairs):
+    def __init__(self, stream: ExampleStream[Pairs], *args: Any) -> None:
+        super().__init__(*args)
+        self.stream = stream
+        stream.tell = self.reports.append
+
+    def _pair(self, index: int) -> Pair:
+        pair: Pair = self.stream[index]
+        return pair
+
+    def mismatched(self, index: int) -> tuple[TokenSequence, TokenSequence]:
+        """Return the prompt with both responses of the next pair of its window that has another prompt."""
+        window = self.stream.window(index)
+        return window.data.mismatched(index - window.start.first)
+
+
 class _MixedPairs(Pairs):
     """Concatenated datasets."""
 
@@ -334,6 +354,9 @@ class _Loader:
 
     def load(self, source: PlainPreferenceSource, field: str) -> Pairs:
         """Load one plain source."""
+        if isinstance(source, PreferenceJsonlSource | PreferenceHfSource) and source.streaming:
+            window = functools.partial(self._window, source, field)
+            return _StreamedPairs(ExampleStream(source, field, window), self._longest, field)
         generated = None
         if isinstance(source, PreferenceReasoningGymSource):
             generated = _ReasoningGymPairs(source, self._maker, self._longest, field)
@@ -354,10 +377,29 @@ class _Loader:
             return collect(read, convert, self._config, report)
 
         def sequences(report: LoadReport) -> Iterator[TokenSequence]:
-            for pair in pairs(report):
-                yield replace(pair.chosen, num_prompt_tokens=pair.num_prompt_tokens)
-                yield pair.rejected
+            return _in_turn(pairs(report))
 
         kind = {"kind": "preference", "max_sequence_length": self._longest}
         store, report = load_tokens(source, self._config, self._tokenizer, kind, field, sequences)
         return _StoredPairs(store, report, self._longest, field)
+
+    def _window(
+        self,
+        source: PreferenceJsonlSource | PreferenceHfSource,
+        field: str,
+        rows: Iterable[Row],
+        report: LoadReport,
+        _before: int,
+    ) -> Pairs:
+        convert = functools.partial(self._maker.from_row, source)
+        if not source.names_columns and source.row_format == "auto":
+            rows = refuse_unpaired(rows, f"{field}.streaming")
+        store = TokenStore.of(_in_turn(collect(rows, convert, self._config, report, whole=False)))
+        return _StoredPairs(store, report, self._longest, field)
+
+
+def _in_turn(pairs: Iterable[Pair]) -> Iterator[TokenSequence]:
+    """Yield the chosen and the rejected sequence of each pair, as the store has them."""
+    for pair in pairs:
+        yield replace(pair.chosen, num_prompt_tokens=pair.num_prompt_tokens)
+        yield pair.rejected

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +16,12 @@ from megarl.config.data import (
     EvalDataConfig,
     FileLocation,
     HfLocation,
+    JsonlSource,
     PlainPromptSource,
     PromptColumns,
     PromptDataConfig,
     PromptFormat,
+    PromptHfSource,
     PromptMixtureSource,
     PromptReasoningGymSource,
     PromptSource,
@@ -31,7 +33,8 @@ from megarl.data.load import Converted, collect, locate, reads_everything
 from megarl.data.report import LoadReport, TooLongError
 from megarl.data.row_fields import get_field, get_text, get_text_or_messages
 from megarl.data.row_formats import instruction, recognise
-from megarl.data.rows import read_rows
+from megarl.data.rows import Row, read_rows
+from megarl.data.stream import ExampleStream, Streamed
 from megarl.data.tokenizer import chat_ids
 from megarl.data.tool_prompts import PromptTools
 from megarl.environments import make_environment, needs_answer, wrong_references
@@ -58,11 +61,12 @@ class PromptDataset(ABC, Sequence[Prompt]):
 
     ``prompt.text`` includes the chat template; ``prompt.metadata`` has ``question`` (the bare text),
     ``answer`` (the reference, "" if there is none) and ``entry`` (the reasoning-gym entry or the row); in a
-    mixture also ``source``, the name of the source. ``reports`` has a LoadReport per source; ``parts`` is as
-    in megarl.data.order.
+    mixture also ``source``, the name of the source. ``reports`` has a LoadReport per source; ``parts`` and
+    ``stream`` are as in megarl.data.order.
     """
 
     is_mixture = False
+    stream: ExampleStream[PromptDataset] | None = None
 
     def __init__(
         self,
@@ -106,16 +110,28 @@ class PromptDataset(ABC, Sequence[Prompt]):
     def unseen(self) -> list[int] | None:
         """Indices of the prompts whose text does not occur in the training data.
 
-        For the training split all of them. None if more than MAX_COMPARED_PROBLEMS training problems would
-        have to be generated (files are compared whatever their size).
+        For the training split all of them. None if they are not compared (:attr:`not_compared`).
         """
         if self._train is None:
             return list(range(len(self)))
-        parts = _plain_parts(self._train, "data.train")
-        if any(isinstance(p, ReasoningGymSource) and p.size > MAX_COMPARED_PROBLEMS for p, _ in parts):
+        if self.not_compared:
             return None
         train = set(questions_of(self._train, "data.train"))
         return [i for i, question in enumerate(self.questions()) if question not in train]
+
+    @property
+    def not_compared(self) -> str | None:
+        """Why the prompts are not compared with the training data, if they are not.
+
+        More than MAX_COMPARED_PROBLEMS problems would have to be generated, or the data is streamed. Other
+        files are compared whatever their size.
+        """
+        for part, at in _plain_parts(self._train, "data.train") if self._train is not None else ():
+            if isinstance(part, ReasoningGymSource) and part.size > MAX_COMPARED_PROBLEMS:
+                return f"there are more than {MAX_COMPARED_PROBLEMS} of them ({at}.size)"
+            if isinstance(part, FileLocation | HfLocation) and part.streaming:
+                return f"they are streamed ({at}.streaming)"
+        return None
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -233,22 +249,27 @@ class _EnvironmentPrompts(_SeededPrompts):
 
 
 class _RowPrompts(PromptDataset):
-    """Prompts from a file or a Hugging Face dataset."""
+    """Prompts of rows: of all of a file or Hugging Face dataset, or of a window of one.
+
+    The rows of a window come after ``before`` prompts, and need not hold one.
+    """
 
     def __init__(
         self,
-        source: FileLocation | HfLocation,
+        rows: Iterable[Row],
         columns: PromptColumns,
         reading: PromptDataConfig | EvalDataConfig,
+        report: LoadReport,
         *args: Any,
+        whole: bool = True,
+        before: int = 0,
     ) -> None:
         super().__init__(*args)
         self._columns = columns
         if isinstance(columns.environment, ToolsConfig):
             self._tools = PromptTools.of(columns.environment.tools, self._tokenizer)
-        report = LoadReport(self._field)
         self.reports = [report]
-        found = list(collect(read_rows(source, self._field), self._convert, reading, report))
+        found = list(collect(rows, self._convert, reading, report, whole=whole))
         # The environment decides which references it can use.
         lines = (
             (f"{where}: field {columns.answer_field!r}", prompt.metadata["answer"], prompt.metadata["entry"])
@@ -262,9 +283,9 @@ class _RowPrompts(PromptDataset):
             raise problems.fail()
         report.num_used -= len(wrong)
         kept = [prompt for i, (_, prompt) in enumerate(found) if i not in wrong]
-        if not kept:
+        if whole and not kept:
             raise UserError("\n".join([f"{self._field}: no row is left to use", *report.lines()]))
-        self._prompts = [replace(prompt, index=index) for index, prompt in enumerate(kept)]
+        self._prompts = [replace(prompt, index=index) for index, prompt in enumerate(kept, start=before)]
 
     def _convert(self, where: str, record: dict[str, Any]) -> Converted[tuple[str, Prompt]]:
         columns = self._columns
@@ -289,6 +310,21 @@ class _RowPrompts(PromptDataset):
 
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index]
+
+
+class _StreamedPrompts(Streamed, PromptDataset):
+    def __init__(self, stream: ExampleStream[PromptDataset], *args: Any) -> None:
+        super().__init__(*args)
+        self.stream = stream
+        stream.tell = self.reports.append
+
+    def questions(self) -> Iterator[str]:
+        """Raise TypeError: they have no end."""
+        raise TypeError("a stream has no end")
+
+    def _prompt(self, index: int) -> Prompt:
+        prompt: Prompt = self.stream[index]
+        return prompt
 
 
 def _with_prompt(record: dict[str, Any], columns: PromptColumns, where: str) -> dict[str, Any]:
@@ -468,11 +504,26 @@ def _load_plain(
     elif isinstance(source, EnvironmentSource):
         dataset = _EnvironmentPrompts(source, *arguments)
     else:
-        return _RowPrompts(source, source, config, *arguments)
+        return _load_rows(source, config, field, *arguments)
     if reads_everything(config):
         return _KeptPrompts(dataset, config, *arguments)
     dataset.check()
     return dataset
+
+
+def _load_rows(
+    source: JsonlSource | PromptHfSource,
+    config: PromptDataConfig | EvalDataConfig,
+    field: str,
+    *arguments: Any,
+) -> PromptDataset:
+    if not source.streaming:
+        return _RowPrompts(read_rows(source, field), source, config, LoadReport(field), *arguments)
+
+    def window(rows: Iterable[Row], report: LoadReport, before: int) -> PromptDataset:
+        return _RowPrompts(rows, source, config, report, *arguments, whole=False, before=before)
+
+    return _StreamedPrompts(ExampleStream(source, field, window), *arguments)
 
 
 def _plain_parts(source: PromptSource, field: str) -> list[tuple[PlainPromptSource | EnvironmentSource, str]]:

@@ -193,6 +193,17 @@ def pair_up(rows: Iterable[Row], named: str) -> Iterator[Row]:
                 yield where, UserError(f"{where}: no {kind} response to the same prompt to pair it with")
 
 
+def refuse_unpaired(rows: Iterable[Row], field: str) -> Iterator[Row]:
+    """Yield rows of a stream; raise UserError, which names ``field``, at one of unpaired preference."""
+    for where, record in rows:
+        if not isinstance(record, UserError) and _is_unpaired(record, "auto"):
+            raise UserError(
+                f"{field}: {where} is a row of unpaired preference, whose partner may lie anywhere; "
+                "they cannot be streamed"
+            )
+        yield where, record
+
+
 def _is_unpaired(record: dict[str, Any], named: str) -> bool:
     if named != "auto":
         return named == "unpaired_preference"

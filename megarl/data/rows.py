@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megarl.config.data import FileLocation, HfLocation
 from megarl.errors import UserError
 
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # may begin one: cheaper than a look at every value
+_SLICE = 64  # rows of an Arrow table that are Python objects at a time
 Row = tuple[str, dict[str, Any] | UserError]
 """Location ("file:line", "file row 3") and the record, or its error."""
 
@@ -55,7 +57,7 @@ def content_digest(source: FileLocation | HfLocation, field: str) -> str:
         except OSError as error:
             raise UserError(f"{field}.path: cannot read {source.path}: {error.strerror}") from error
         return digest.hexdigest()
-    dataset = _hf_dataset(source, field)
+    dataset = hf_dataset(source, field)
     for file in sorted(entry["filename"] for entry in dataset.cache_files):
         _hash_file(Path(file), digest)
     digest.update(f"{dataset._fingerprint} {source.split} {len(dataset)}".encode())
@@ -81,22 +83,27 @@ def _file_rows(source: FileLocation, field: str) -> Iterator[Row]:
 
 
 def _jsonl(path: str) -> Iterator[Row]:
-    # Not str.splitlines(): it also splits at U+2028 and others, which JSON strings may contain.
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            yield where, UserError(f"{where}: not UTF-8 text ({error.reason})")
-            continue
-        if not text.strip():
-            continue
-        try:
-            yield where, _as_record(where, read_json(text))
-        except json.JSONDecodeError as error:
-            yield where, UserError(f"{where}: malformed JSON at column {error.colno}: {error.msg}")
-        except ValueError as error:
-            yield where, UserError(f"{where}: {error}")
+    with open(path, "rb") as file:  # not as text: it also splits at carriage returns
+        for number, line in enumerate(file, start=1):
+            if (row := json_row(path, number, line)) is not None:
+                yield row
+
+
+def json_row(path: str, number: int, line: bytes) -> Row | None:
+    """Return the row of a line of a JSONL file, which is its ``number``-th from 1; None if it is blank."""
+    where = f"{path}:{number}"
+    try:
+        text = line.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        return where, UserError(f"{where}: not UTF-8 text ({error.reason})")
+    if not text.strip():
+        return None
+    try:
+        return where, _as_record(where, read_json(text))
+    except json.JSONDecodeError as error:
+        return where, UserError(f"{where}: malformed JSON at column {error.colno}: {error.msg}")
+    except ValueError as error:
+        return where, UserError(f"{where}: {error}")
 
 
 def _json(path: str) -> Iterator[Row]:
@@ -142,63 +149,106 @@ def _parquet(path: str) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        yield from _batches(path, ParquetFile(path).iter_batches())
+        yield from table_rows(path, ParquetFile(path).iter_batches())
     except ArrowInvalid as error:
         raise UserError(f"{path}: not a readable parquet file: {error}") from error
 
 
 def _arrow(path: str) -> Iterator[Row]:
+    with arrow_batches(path) as batches:
+        yield from table_rows(path, batches)
+
+
+@contextmanager
+def arrow_batches(path: str) -> Iterator[Iterator[Any]]:
+    """Yield the record batches of an Arrow file, which stays open meanwhile.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     import pyarrow as pa
 
     with pa.memory_map(path) as file:
         try:
             try:
-                batches: Any = pa.ipc.open_stream(file)
+                batches: Any = iter(pa.ipc.open_stream(file))
             except pa.ArrowInvalid:  # the file format instead of the stream format
                 reader = pa.ipc.open_file(file)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            yield from _batches(path, batches)
+            yield batches
         except pa.ArrowInvalid as error:
             raise UserError(f"{path}: not a readable Arrow file: {error}") from error
 
 
-def _batches(what: str, batches: Any) -> Iterator[Row]:
-    index = 0
+def table_rows(what: str, batches: Any, *, first: int = 0, start: int = 0) -> Iterator[Row]:
+    """Yield the rows of Arrow record batches from row ``start`` on; ``first`` is the first's number."""
     for batch in batches:
-        for record in batch.to_pylist():
-            yield f"{what} row {index}", _without_nulls(record)
-            index += 1
+        for offset in range(max(start - first, 0), len(batch), _SLICE):
+            records = batch.slice(offset, _SLICE).to_pylist()
+            for index, record in enumerate(records, start=first + offset):
+                yield f"{what} row {index}", without_nulls(record)
+        first += len(batch)
 
 
 def _hf_rows(source: HfLocation, field: str) -> Iterator[Row]:
-    for index, record in enumerate(_hf_dataset(source, field)):
-        yield f"{source.dataset} ({source.split}) row {index}", _without_nulls(record)
+    for index, record in enumerate(hf_dataset(source, field)):
+        yield hf_row(source, index, record)
 
 
-def _hf_dataset(source: HfLocation, field: str) -> Any:
+def hf_row(source: HfLocation, index: int, record: dict[str, Any]) -> Row:
+    """Return row ``index`` of a Hugging Face dataset."""
+    return f"{source.dataset} ({source.split}) row {index}", without_nulls(record)
+
+
+def hf_dataset(source: HfLocation, field: str, *, streaming: bool = False) -> Any:
+    """Return the split of a Hugging Face dataset, with ``streaming`` an IterableDataset.
+
+    Raises:
+        UserError: it cannot be read or has no such split.
+    """
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path, split = Path(source.dataset), source.split
     saved = path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    at = {"split": split, "revision": source.revision, "streaming": streaming}
     try:
-        dataset = (
-            load_from_disk(str(path))
-            if saved
-            else load_dataset(source.dataset, source.subset, split=split, revision=source.revision)
-        )
+        dataset = load_from_disk(str(path)) if saved else load_dataset(source.dataset, source.subset, **at)
     except Exception as error:  # the library raises some twenty types
-        reason = unreachable(error, source.dataset, source.subset) or " ".join(str(error).split())[:300]
-        raise UserError(f"{field}: cannot read split {split!r} of {source.dataset}: {reason}") from error
+        reason = None if streaming else unreachable(error, source.dataset, source.subset)
+        raise _cannot_read(source, field, error, reason) from error
     if saved and (source.subset or source.revision):
         name = "subset" if source.subset else "revision"
         raise UserError(f"{field}.{name}: {source.dataset} was saved by save_to_disk and has none")
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise UserError(f"{field}.split: {source.dataset} has {', '.join(dataset)} (got {split!r})")
-        return dataset[split]
-    if saved and split != (str(dataset.split) if dataset.split is not None else "train"):
+        dataset = dataset[split]
+    elif saved and split != (str(dataset.split) if dataset.split is not None else "train"):
         raise UserError(f"{field}.split: {source.dataset} holds one split, {dataset.split} (got {split!r})")
-    return dataset
+    return dataset.to_iterable_dataset() if saved and streaming else dataset
+
+
+def hub_commit(source: HfLocation, field: str) -> str | None:
+    """Return the commit of a dataset on the hub; None for one in a local directory.
+
+    Raises:
+        UserError: the hub does not answer or has no such dataset.
+    """
+    from huggingface_hub import HfApi
+
+    if Path(source.dataset).exists():
+        return None
+    try:
+        return HfApi().dataset_info(source.dataset, revision=source.revision).sha
+    except Exception as error:  # also those of its HTTP library
+        raise _cannot_read(source, field, error) from error
+
+
+def _cannot_read(
+    source: HfLocation, field: str, error: BaseException, reason: str | None = None
+) -> UserError:
+    reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
+    return UserError(f"{field}: cannot read split {source.split!r} of {source.dataset}: {reason}")
 
 
 def unreachable(error: BaseException, dataset: str, subset: str | None) -> str | None:
@@ -249,12 +299,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _without_nulls(value: Any) -> Any:
-    """Remove null fields: Arrow gives every struct of a column the keys of all others."""
+def without_nulls(value: Any) -> Any:
+    """Return a value without null fields: Arrow gives every struct of a column the keys of all others."""
     if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+        return {name: without_nulls(each) for name, each in value.items() if each is not None}
     if isinstance(value, list):
-        return [_without_nulls(each) for each in value]
+        return [without_nulls(each) for each in value]
     return value
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megarl.config.data import (
     PlainSftSource,
     SftColumns,
     SftDataConfig,
+    SftHfSource,
+    SftJsonlSource,
     SftMixtureSource,
     SftReasoningGymSource,
 )
@@ -19,8 +22,9 @@ from megarl.data.prompts import NUM_CHECKED_AT_LOAD, Split
 from megarl.data.report import LoadReport
 from megarl.data.row_fields import as_messages, get_field, get_messages, get_text, get_text_or_messages
 from megarl.data.row_formats import alpaca_messages, instruction, recognise, sharegpt_messages
-from megarl.data.rows import read_json, read_rows
+from megarl.data.rows import Row, read_json, read_rows
 from megarl.data.store import TokenStore
+from megarl.data.stream import ExampleStream, Streamed
 from megarl.data.transcript import Transcripts
 from megarl.environments.tasks import make_dataset
 from megarl.errors import UserError
@@ -33,10 +37,11 @@ if TYPE_CHECKING:
 class SftDataset(ABC, Sequence[TokenSequence]):
     """Training sequences by index, deterministic.
 
-    ``reports`` has a LoadReport per source; ``parts`` is as in megarl.data.order.
+    ``reports`` has a LoadReport per source; ``parts`` and ``stream`` are as in megarl.data.order.
     """
 
     is_mixture = False
+    stream: ExampleStream[SftDataset] | None = None
 
     def __init__(self, reports: list[LoadReport]) -> None:
         self.reports = reports
@@ -94,6 +99,17 @@ class _StoredDemonstrations(SftDataset):
 
     def _sequence(self, index: int) -> TokenSequence:
         sequence: TokenSequence = self._store[index]
+        return sequence
+
+
+class _StreamedDemonstrations(Streamed, SftDataset):
+    def __init__(self, stream: ExampleStream[SftDataset]) -> None:
+        super().__init__([])
+        self.stream = stream
+        stream.tell = self.reports.append
+
+    def _sequence(self, index: int) -> TokenSequence:
+        sequence: TokenSequence = self.stream[index]
         return sequence
 
 
@@ -256,6 +272,10 @@ class _Loader:
 
     def load(self, source: PlainSftSource, field: str) -> SftDataset:
         """Load one plain source."""
+        if isinstance(source, SftJsonlSource | SftHfSource) and source.streaming:
+            return _StreamedDemonstrations(
+                ExampleStream(source, field, functools.partial(self._window, source))
+            )
         generated = None
         if isinstance(source, SftReasoningGymSource):
             generated = _ReasoningGymDemonstrations(source, self._transcripts, field)
@@ -278,4 +298,11 @@ class _Loader:
             return collect(read_rows(source, field), forms, self._config, report)
 
         store, report = load_tokens(source, self._config, self._tokenizer, self._kind, field, sequences)
+        return _StoredDemonstrations(store, report)
+
+    def _window(
+        self, source: SftJsonlSource | SftHfSource, rows: Iterable[Row], report: LoadReport, _before: int
+    ) -> SftDataset:
+        forms = _RowForms(source, self._transcripts, report)
+        store = TokenStore.of(collect(rows, forms, self._config, report, whole=False))
         return _StoredDemonstrations(store, report)

@@ -19,6 +19,7 @@ from megarl.config.model import is_checkpoint, read_model_config
 from megarl.config.online import OnlineConfig
 from megarl.config.section import Section
 from megarl.config.training import TrainingRoot
+from megarl.data.stream import beginning
 from megarl.errors import UserError
 from megarl.jobs import Job
 from megarl.run_directory import RunDirectory
@@ -73,7 +74,8 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
                 for line in report.lines():
                     _say("", line)
     if job.trains:
-        config = config.with_steps(len(data["train"]))
+        if data["train"].stream is None:
+            config = config.with_steps(len(data["train"]))
         for label, text in _steps(job, config, data["train"], longest):
             _say(label, text)
         for line in config.notes():
@@ -138,14 +140,16 @@ def _lengths(example: Any) -> list[int]:
 
 
 def _describe_data(job: Job, source: Any, data: Any) -> str:
+    streamed = "" if data.stream is None else f" in the first {source.streaming_window:,} rows"
+    data = beginning(data)
     count = min(len(data), _NUM_MEASURED)
     lengths = [length for index in range(count) for length in _lengths(data[index])]
     of = "" if count == len(data) else f" (of the first {count:,})"
     what = "prompts of" if job.data.noun == "problems" else "sequences of"
     mean = sum(lengths) / len(lengths)
     return (
-        f"{len(data):,} {job.data.noun} of {_source(source)}; {what} {mean:.0f} tokens in the mean, "
-        f"{max(lengths)} at most{of}"
+        f"{len(data):,} {job.data.noun}{streamed} of {_source(source)}; {what} {mean:.0f} tokens in the "
+        f"mean, {max(lengths)} at most{of}"
     )
 
 
@@ -170,9 +174,12 @@ def _steps(job: Job, config: TrainingRoot, train: Any, longest: int) -> Iterator
     else:
         examples, each, bound = config.training.batch_size, 1, ""
         batch = f"{examples} {job.data.noun}"
-    epochs = steps * examples / len(train)
+    if train.stream is None:
+        length = f"{steps * examples / len(train):.3g} epochs"
+    else:
+        length = f"{steps * examples:,} in all, of a stream of unknown length"
     updates = config.num_optimizer_steps
-    yield "steps", f"{steps:,} steps of {batch}: {epochs:.3g} epochs; {updates:,} optimizer steps"
+    yield "steps", f"{steps:,} steps of {batch}: {length}; {updates:,} optimizer steps"
     lengths = _first_step(config, train, examples, each, longest)
     counts, tokens = _microbatches(config, lengths)
     budget = config.packing.max_tokens_per_microbatch

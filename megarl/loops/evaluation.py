@@ -11,7 +11,7 @@ from megarl.config.evaluation import EvaluationSizeConfig
 from megarl.config.load import public
 from megarl.config.model import ModelConfig, is_checkpoint
 from megarl.config.parallel import ParallelConfig
-from megarl.data.prompts import MAX_COMPARED_PROBLEMS, PromptDataset
+from megarl.data.prompts import PromptDataset
 from megarl.data.tokenizer import TurnReader, stop_token_ids
 from megarl.environments.remote import EnvironmentWorkers
 from megarl.errors import UserError
@@ -69,10 +69,8 @@ def pick_problems(held_out: PromptDataset, settings: EvaluationSizeConfig, conso
     with console.waiting("comparison of held-out and training problems"):
         unseen = held_out.unseen
     if unseen is None:
-        console.warn(
-            "held-out problems were not checked against the training problems: "
-            f"there are more than {MAX_COMPARED_PROBLEMS} of them (data.train.size)"
-        )
+        why = held_out.not_compared
+        console.warn(f"held-out problems were not checked against the training problems: {why}")
         unseen = list(range(len(held_out)))
     if left_out := len(held_out) - len(unseen):
         console.note(f"{left_out} of {len(held_out)} held-out problems also occur in training: left out")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from megarl.config.infer import load_inferred
 from megarl.data.order import order_of
+from megarl.data.stream import beginning
 from megarl.errors import UserError
 from megarl.jobs import JOBS
 from megarl.loops.model_files import read_model
@@ -42,9 +43,13 @@ def run(options: argparse.Namespace) -> int:
     data = jobs[0].data.loader()(config, tokenizer, longest, split)
     console = Console(highlight=False, soft_wrap=True)
     shuffle = split == "train" and bool(getattr(config.data, "shuffle", False))
-    indices = order_of(data, shuffle, config.run.seed).batch(0, min(options.n, len(data)))
+    shown, streamed = beginning(data), ""
+    if data.stream is not None:
+        streamed = f" in the first {getattr(config.data, split).streaming_window:,} rows of a stream"
+    indices = order_of(data, shuffle, config.run.seed).batch(0, min(options.n, len(shown)))
     names = " or ".join(job.name for job in jobs)
-    console.print(f"megarl {names}, data.{split}: {len(data)} {jobs[0].data.noun}; {_legend(console)}")
+    count = f"{len(shown)} {jobs[0].data.noun}{streamed}"
+    console.print(f"megarl {names}, data.{split}: {count}; {_legend(console)}")
     for index in indices:
         for title, sequence, note in _views(data[index], index):
             lengths = f"{len(sequence)} tokens, {int(sequence.loss_mask.sum())} learned"
@@ -52,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
             console.print(rendered(tokenizer, sequence, colour=console.color_system is not None))
             if note:
                 console.print(Text(note, style="dim"))
-    console.rule("all of them", align="left", characters="-")
-    for line in _summary(data, longest):
+    console.rule(f"all of {'the first window' if streamed else 'them'}", align="left", characters="-")
+    for line in _summary(shown, longest):
         console.print(Text(printable(line)))
     return 0
 

@@ -4,9 +4,9 @@ One step, on every rank; ranks wait for each other only::
 
     training.batch_size rows -> batch -> [the objective's loss] -> packing -> forward/backward -> optimizer
 
-Every rank reads the data and packs its microbatches. The loss is an :class:`Objective`, one class per
-algorithm (sft.py, preference.py); held-out rows are evaluated every training.validation_interval steps and
-after the last.
+Every rank reads the data and packs its microbatches; windows of a stream are read by the first. The loss is
+an :class:`Objective`, one class per algorithm (sft.py, preference.py); held-out rows are evaluated every
+training.validation_interval steps and after the last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from megarl.batching.rank_microbatches import PackedStep
+from megarl.cluster.collectives import from_first_rank
 from megarl.cluster.variables import is_first_process
 from megarl.config.preference import PreferenceRoot
 from megarl.config.sft import SftConfig
@@ -70,7 +71,10 @@ class Objective(ABC, Generic[Data, Loss]):
         return []
 
     def begin(self, rows: Callable[[], list[tuple[Data, list[int]]]]) -> None:
-        """Prepare before a checkpoint is loaded; ``rows()`` returns all rows the run will use."""
+        """Prepare before a checkpoint is loaded.
+
+        ``rows()`` returns all rows the run will use; not of a stream.
+        """
 
     def state(self) -> dict[str, Any]:
         """Return the state a checkpoint holds apart from the weights."""
@@ -95,10 +99,15 @@ def run_offline(
     with console.waiting("reading model and data"):
         architecture, tokenizer, longest = read_model(config)
         train, held_out = load_splits(load, config, tokenizer, longest)
-        config = config.with_steps(len(train))
+        if train.stream is None:
+            config = config.with_steps(len(train))
     with console.waiting("starting the trainer's processes"):
         context = initialize(config.parallel, config.run.seed, config.trainer)
         check_fits(config, architecture, context)
+    if train.stream is not None:
+        train.stream.share = from_first_rank
+        with console.waiting("reading the first rows"):
+            train.stream.window(0)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
         run.record_start(active_elements(architecture), memory_parts(config, architecture, context))
@@ -115,6 +124,7 @@ def run_offline(
         objective.begin(loop.rows)
         state = run.resume(objective.trained) or {"step": 0, "position": 0, "totals": {}}
         objective.check(state)
+        loop.restore(state)
         totals = loop.run(state)
         run.export(objective.trained, objective.trained.architecture)
         run.finish({f"{kind}_steps": config.num_optimizer_steps, **totals, **objective.summary()})
@@ -145,6 +155,11 @@ class OfflineLoop(Generic[Data]):
         self.validation: list[int] = []
         if held_out is not None:
             self.validation = held_out_rows(held_out, min(config.training.validation_size, len(held_out)))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint's state says."""
+        if self.train.stream is not None and "stream" in state:
+            self.train.stream.restore(state["stream"])
 
     def rows(self) -> list[tuple[Data, list[int]]]:
         """Return every row the run will see, each once."""
@@ -181,6 +196,8 @@ class OfflineLoop(Generic[Data]):
             totals |= {name: values[name] for name in objective.headlines}
             totals["wall_seconds"] = totals.get("wall_seconds", 0.0) + run.timers.last_step["seconds"]
             kept = {"position": position, "totals": totals, **objective.state()}
+            if self.train.stream is not None:
+                kept["stream"] = self.train.stream.place(position)
             run.after_step(step, self.num_steps, objective.trained, kept)
         run.console.end_steps()
         return totals

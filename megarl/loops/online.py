@@ -99,6 +99,9 @@ def run_online(config: OnlineConfig, kind: str, make_learner: MakeLearner) -> No
     with console.waiting("starting the trainer's processes"):
         context = initialize(config.parallel, config.run.seed, config.trainer)
         check_fits(config, architecture, context)
+    if train.stream is not None:
+        with console.waiting("reading the first rows"):
+            on_first_rank(partial(train.stream.window, 0))
     check_offload(config.weights)
     with TrainingRun(config, kind, is_first=context.is_first) as run:
         run.tell(train, held_out)
@@ -238,7 +241,9 @@ class OnlineLoop:
         config, run = self.config, self.run_
         for line in self.learner.notes():
             run.console.detail(line)
-        curriculum = self.train.curriculum
+        curriculum, stream = self.train.curriculum, self.train.stream
+        if stream is not None and "stream" in state:
+            stream.restore(state["stream"])
         if curriculum is not None and "curriculum" in state:
             curriculum.load_state(state["curriculum"])
         totals: dict[str, float] = dict(state["totals"])
@@ -278,6 +283,8 @@ class OnlineLoop:
             self._log(step, values, totals)
             totals["wall_seconds"] = earlier + run.seconds_so_far()
             kept = {"curriculum": curriculum.state()} if curriculum is not None else {}
+            if stream is not None and run.is_first:
+                kept["stream"] = stream.place(collector.position)
             run.after_step(
                 step, last, self.learner.trained, {"position": collector.position, "totals": totals, **kept}
             )

@@ -1,4 +1,8 @@
-"""Reference logprobs of a preference run: read from the cache or computed, once, before the first step."""
+"""Reference logprobs of a preference run: of all its sequences before the first step, or of each step's.
+
+All of them are read from the cache or computed once. Those of a stream, whose sequences nobody knows before
+they are drawn, are computed in every step with a frozen copy of the start weights.
+"""
 
 from __future__ import annotations
 
@@ -98,22 +102,13 @@ class ReferenceLogprobs:
 
     def check_same_model(self, earlier: str) -> None:
         """Raise UserError unless the reference is the one the run began with (``model`` of its state)."""
-        if earlier != self.model:
-            field = "model.path" if self._is_own else "reference.path"
-            raise UserError(
-                f"{field}: {self._path} holds other weights than when this run began; restore them or choose "
-                "another run.dir"
-            )
+        field = "model.path" if self._is_own else "reference.path"
+        _check_same_model(field, self._path, earlier, self.model)
 
     def _compute(self, digests: list[bytes], sequences: list[TokenSequence]) -> None:
-        values = sequence_logprobs(self._policy, TrainBatch.of(sequences)).tolist()
-        for digest, value, sequence in zip(digests, values, sequences, strict=True):
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{self._path}: the reference's logprob of a response is {value} (its prompt begins with "
-                    f"token ids {sequence.token_ids[:8].tolist()})"
-                )
-            self._logps[digest] = value
+        batch = TrainBatch.of(sequences)
+        values = _finite(sequence_logprobs(self._policy, batch), batch, self._path)
+        self._logps |= dict(zip(digests, values.tolist(), strict=True))
 
     def _read(self) -> dict[bytes, float]:
         try:
@@ -128,3 +123,48 @@ class ReferenceLogprobs:
         """Save this run's logprobs together with the file's others (sequences of other runs)."""
         if self._run.is_first:
             self._cache.write(kept | self._logps)
+
+
+class StepReference:
+    """Summed reference logprobs of the sequences of a step, the same on every rank.
+
+    The reference is a frozen copy of the weights that the policy has now (with LoRA, the policy without its
+    adapters).
+    """
+
+    def __init__(self, config: DpoConfig, policy: Trainer) -> None:
+        """Keep the reference; ``policy`` must still hold the weights of ``model.path``."""
+        self._policy, self._path = policy, config.model.path
+        self.model: str = from_first_rank(lambda: model_digest(self._path, config.model.dtype))
+        policy.keep_reference()
+
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
+        """Return the summed logprobs [S] float64 of sequences; every rank calls it with the same ones.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        with self._policy.reference():
+            return _finite(sequence_logprobs(self._policy, batch), batch, self._path)
+
+    def check_same_model(self, earlier: str) -> None:
+        """Raise UserError unless the reference is the one the run began with (``model`` of its state)."""
+        _check_same_model("model.path", self._path, earlier, self.model)
+
+
+def _finite(values: torch.Tensor, batch: TrainBatch, path: str) -> torch.Tensor:
+    for value, sequence in zip(values.tolist(), batch, strict=True):
+        if not math.isfinite(value):
+            raise UserError(
+                f"{path}: the reference's logprob of a response is {value} (its prompt begins with token ids "
+                f"{sequence.token_ids[:8].tolist()})"
+            )
+    return values
+
+
+def _check_same_model(field: str, path: str, earlier: str, now: str) -> None:
+    if earlier != now:
+        raise UserError(
+            f"{field}: {path} holds other weights than when this run began; restore them or choose another "
+            "run.dir"
+        )

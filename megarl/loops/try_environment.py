@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from megarl.config.data import parts_of
 from megarl.config.evaluate import EvalConfig
 from megarl.config.online import OnlineConfig
+from megarl.data.stream import beginning
 from megarl.environments import make
 from megarl.environments.base import Environment, is_one_step
 from megarl.errors import UserError
@@ -144,9 +145,10 @@ def run(options: argparse.Namespace) -> int:
     if source is None:
         raise UserError(f"data.{split}: missing, nothing to try")
     _, tokenizer, longest = read_model(config)
-    data = jobs[0].data.loader()(config, tokenizer, longest, split)
+    data = beginning(jobs[0].data.loader()(config, tokenizer, longest, split))
     if options.problem >= len(data):
-        raise UserError(f"--problem: data.{split} has {len(data)} problems (got {options.problem})")
+        of = f" in the first {source.streaming_window:,} rows" if getattr(source, "streaming", False) else ""
+        raise UserError(f"--problem: data.{split} has {len(data)} problems{of} (got {options.problem})")
     prompt = data[options.problem]
     limit = config.rollout.environments.timeout_seconds
     environment = make(source, f"data.{split}")

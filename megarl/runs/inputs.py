@@ -29,7 +29,7 @@ PACKAGES = (
     *("reasoning-gym", "math-verify"),
 )
 """Their versions decide what is generated, tokenised, computed and judged."""
-_SAMPLED_ABOVE = 256 * 2**20  # bytes: weights that would take minutes are looked at here and there
+_SAMPLED_ABOVE = 256 * 2**20  # bytes: weights and streamed data are looked at here and there above it
 _NUM_SAMPLES, _SAMPLE = 256, 2**16
 
 Inputs = dict[str, dict[str, Any]]
@@ -42,13 +42,14 @@ def find_inputs(config: BaseModel, known: Inputs | None = None) -> Inputs:
     A file with the size and time recorded in ``known`` is not read again.
     """
     found: Inputs = {}
-    for key, value in _texts(config):
+    for key, value, streamed in _texts(config):
         name = key.rpartition(".")[2].partition("[")[0]
         before = (known or {}).get(key, {})
         if name in CODE_KEYS and is_dotted(value):
             found[key] = _describe(_source_files(value), before)
         elif name in FILE_KEYS and (path := Path(value)).exists():
-            found[key] = _describe(_files(path, deep=name in ("directory", "dataset")), before)
+            files = _files(path, deep=name in ("directory", "dataset"))
+            found[key] = _describe(files, before, sampled=streamed)
     for name in PACKAGES:
         try:
             found[f"package {name}"] = {"version": importlib.metadata.version(name)}
@@ -88,18 +89,19 @@ def read_inputs(path: Path) -> Inputs | None:
     return found if whole else None
 
 
-def _texts(section: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, text) for every text of a configuration."""
+def _texts(section: Any, at: str = "", streamed: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """Yield (dotted key, text, whether it stands in a streamed source) for every text of a configuration."""
     if isinstance(section, BaseModel):
         section = dict(section)
     if isinstance(section, dict):
+        streamed = section.get("streaming") is True
         for name, value in section.items():
-            yield from _texts(value, f"{at}.{name}" if at else str(name))
+            yield from _texts(value, f"{at}.{name}" if at else str(name), streamed)
     elif isinstance(section, list):
         for number, value in enumerate(section):
-            yield from _texts(value, f"{at}[{number}]")
+            yield from _texts(value, f"{at}[{number}]", streamed)
     elif isinstance(section, str) and section:
-        yield at, section
+        yield at, section, streamed
 
 
 def _files(path: Path, *, deep: bool) -> dict[str, Path]:
@@ -123,7 +125,7 @@ def _source_files(dotted: str) -> dict[str, Path]:
     return {str(each.relative_to(origin.parent.parent)): each for each in sorted(origin.parent.rglob("*.py"))}
 
 
-def _describe(files: dict[str, Path], before: dict[str, Any]) -> dict[str, Any]:
+def _describe(files: dict[str, Path], before: dict[str, Any], *, sampled: bool = False) -> dict[str, Any]:
     found = {}
     for name, path in files.items():
         stat = path.stat()
@@ -131,12 +133,13 @@ def _describe(files: dict[str, Path], before: dict[str, Any]) -> dict[str, Any]:
         known = before.get(name)
         old = known if isinstance(known, dict) else {}
         same = "content" in old and all(old.get(key) == value for key, value in told.items())
-        found[name] = told | {"content": old["content"] if same else _content(path)}
+        found[name] = told | {"content": old["content"] if same else _content(path, sampled)}
     return found
 
 
-def _content(path: Path) -> str:
-    if (size := path.stat().st_size) <= _SAMPLED_ABOVE or path.suffix not in (".safetensors", ".bin", ".pt"):
+def _content(path: Path, sampled: bool) -> str:
+    sampled = sampled or path.suffix in (".safetensors", ".bin", ".pt")
+    if (size := path.stat().st_size) <= _SAMPLED_ABOVE or not sampled:
         sums = checksums_of(path.parent, [path.name])[path.name]["crc32"]
         return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()
     digest = hashlib.blake2b(digest_size=8)

@@ -146,10 +146,18 @@ class TrainingRun:
                 os.write(sys.stderr.fileno(), line.encode())
 
     def tell(self, *data: Any) -> None:
-        """Print the load reports of datasets (None is skipped)."""
-        for report in (report for each in data if each is not None for report in each.reports):
-            for line in report.lines():
-                self.console.note(line)
+        """Print the load reports of datasets (None is skipped), those of a stream as it reads on."""
+        for each in (each for each in data if each is not None):
+            for report in each.reports:
+                for line in report.lines():
+                    self.console.note(line)
+            if each.stream is not None:
+                each.stream.tell = self._tell_window
+
+    def _tell_window(self, report: Any) -> None:
+        say = self.console.note if report.bad.count else self.console.detail
+        for line in report.lines():
+            say(line)
 
     # --- checkpoints --------------------------------------------------------------------------
 

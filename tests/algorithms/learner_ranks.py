@@ -210,7 +210,7 @@ def collect_and_fail(context: Any) -> list[str]:
             return make_groups(step)
 
     class Problems(list[Prompt]):
-        is_mixture, parts = False, ()
+        is_mixture, parts, stream = False, (), None
 
     config = make_config("unused", {}, {})
     run, train = fake_run(), Problems(Prompt(i, "", [1]) for i in range(8))

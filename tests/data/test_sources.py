@@ -348,7 +348,11 @@ def test_the_part_of_a_dataset_that_is_read(tokenizer, tmp_path, monkeypatch):
     for fields, revision in (({}, None), ({"revision": "v1.2"}, "v1.2")):
         source = SftHfSource(source="hf", dataset="somebody/sums", subset="red", **COLUMNS, **fields)
         assert len(load(tokenizer, source)) == len(ROWS)
-        assert asked.pop() == ("somebody/sums", "red", {"split": "train", "revision": revision})
+        assert asked.pop() == (
+            "somebody/sums",
+            "red",
+            {"split": "train", "revision": revision, "streaming": False},
+        )
 
 
 def test_problems_that_an_environment_makes_are_those_of_its_seeds(tokenizer):

@@ -50,6 +50,36 @@ def test_every_kind_of_data(tmp_path: Path, model: Path, capsys: pytest.CaptureF
     assert "1 + 1 =[[ 3<|end|>]]" in out
 
 
+def test_a_stream_is_read_to_the_end_of_its_first_window(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By inspect, by --dry-run and by env try; row 4 is malformed."""
+    path = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"prompt": f"{n} + 1 =", "response": f" {n + 1}", "answer": n + 1}) for n in range(3)]
+    path.write_text("\n".join([*rows, "{"]))
+    stream = {"source": "jsonl", "path": str(path), "streaming": True, "streaming_window": 3}
+    data = {"train": stream | {"row_format": "prompt_response"}}
+    config = write_config(tmp_path / "sft.yaml", SFT, run_dir=tmp_path / "run", model=model, data=data)
+    out = shown(capsys, config, "-n", "9")
+    assert "megarl sft, data.train: 3 sequences in the first 3 rows of a stream" in out
+    assert all(f"{n} + 1 =[[ {n + 1}<|end|>]]" in out for n in range(3))
+    assert "all of the first window" in out
+    assert main(["sft", str(config), "--dry-run", "training.batch_size=3"]) == 0
+    out = capsys.readouterr().out
+    assert "3 sequences in the first 3 rows of jsonl" in out
+    assert "40 steps of 3 sequences: 120 in all, of a stream of unknown length" in " ".join(out.split())
+    assert main(["data", "inspect", str(config), "data.train.streaming_window=4"]) == 2
+    assert "rows.jsonl:4: malformed JSON" in capsys.readouterr().err
+
+    config = write_config(
+        tmp_path / "grpo.yaml", GRPO, run_dir=tmp_path / "run", model=model, data={"train": stream}
+    )
+    assert main(["env", "try", str(config), "--problem", "2", "--answer", "3"]) == 0
+    assert "2 + 1 =" in capsys.readouterr().out
+    assert main(["env", "try", str(config), "--problem", "3", "--answer", "3"]) == 2
+    assert "has 3 problems in the first 3 rows (got 3)" in capsys.readouterr().err
+
+
 def test_colour_and_what_is_refused(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ GYM = {"source": "reasoning_gym", "task": "chain_sum"}
 class Rows:
     """A dataset of so many rows; a batch is its row numbers."""
 
-    is_mixture, parts, reports = False, (), ()
+    is_mixture, parts, reports, stream = False, (), (), None
 
     def __init__(self, size: int) -> None:
         self.size = size

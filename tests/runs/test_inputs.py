@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from megarl.config.data import SftDataConfig
 from megarl.config.environments import FunctionConfig
 from megarl.config.grpo import GrpoConfig
 from megarl.jobs import JOBS
@@ -128,6 +129,30 @@ def test_large_weights_are_sampled_and_data_is_not(
     told = changes(before, find_inputs(config, before))
     assert "model.path: model.safetensors has changed since this run began" in told
     assert f"{EDITS['rows.jsonl'][0]} since this run began" in told
+
+
+def test_a_large_streamed_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its beginning, its end and its size are looked at; of one that is read whole, every byte."""
+    monkeypatch.setattr(inputs, "_SAMPLED_ABOVE", 2**20)
+    monkeypatch.setattr(inputs, "_SAMPLE", 16)
+    path = tmp_path / "rows.jsonl"
+    size = 2 * 2**20
+    edits = {"first": (0, size), "last": (size - 1, size), "longer": (0, size + 1), "between": (10**6, size)}
+
+    def told(streaming: bool, place: int, length: int) -> bool:
+        path.write_bytes(bytes(size))
+        source = {"source": "jsonl", "path": str(path), "streaming": streaming}
+        data = SftDataConfig.model_validate({"train": source})
+        before = find_inputs(data)
+        content = bytearray(length)
+        content[place] = length == size
+        path.write_bytes(content)
+        lines = changes(before, find_inputs(data, before))
+        assert lines in ([], ["train.path: rows.jsonl has changed since this run began"])
+        return bool(lines)
+
+    assert [name for name, edit in edits.items() if told(True, *edit)] == ["first", "last", "longer"]
+    assert told(False, *edits["between"])
 
 
 def _fields(kind: Any, seen: set[Any]) -> Iterator[str]:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl import cli
+from megarl.config.data import JsonlSource
 from megarl.data.order import PromptOrder
+from megarl.data.report import LoadReport
+from megarl.data.rows import Row
+from megarl.data.stream import ExampleStream, Streamed
 from megarl.errors import ToldByRankZeroError, UserError
 from megarl.records import Group, Prompt, Sample
 from megarl.sampling import rollout_batches
@@ -25,6 +32,7 @@ COUNT, SIZE = 4, 10  # prompts per step, problems
 class Problems(list[Prompt]):
     is_mixture = False
     parts = ()
+    stream = None
 
 
 class FakeRollouts:
@@ -98,6 +106,52 @@ def test_a_resumed_run_goes_on_behind_the_last_step(staleness: int) -> None:
     assert collector.position == 3 * COUNT
     assert dict(rollouts.asked)[3] == expected(3)
     collector.close()
+
+
+class StreamedProblems(Streamed):
+    """Problems of a file of SIZE rows, in windows of 3."""
+
+    is_mixture = False
+    parts = ()
+
+    def __init__(self, path: Path) -> None:
+        path.write_text('{"prompt": "a"}\n' * SIZE)
+        source = JsonlSource(source="jsonl", path=str(path), streaming=True, streaming_window=3)
+        self.stream = ExampleStream(source, "data.train", self.convert)
+
+    @staticmethod
+    def convert(rows: Iterable[Row], report: LoadReport, before: int) -> list[Prompt]:
+        return [Prompt(index, "", [1]) for index, _ in enumerate(rows, start=before)]
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_stream_goes_on_behind_the_last_step(tmp_path: Path, staleness: int) -> None:
+    """From the place of the collected steps, whatever was read ahead of them."""
+
+    def prompts(first: int, last: int, state: dict[str, Any] | None) -> tuple[list[int], dict[str, Any]]:
+        train = StreamedProblems(tmp_path / "rows.jsonl")
+        if state is not None:
+            train.stream.restore(state)
+        config = make_config("unused", {}, {})
+        rollout = config.rollout.model_copy(update={"max_staleness": staleness})
+        collector = RolloutBatches(
+            config.model_copy(update={"rollout": rollout}),
+            fake_run(),
+            FakeRollouts(),  # type: ignore[arg-type]
+            train,  # type: ignore[arg-type]
+            step=first - 1,
+            position=(first - 1) * COUNT,
+        )
+        steps = [collector.collect(step)[0] for step in range(first, last + 1)]
+        collector.close()
+        drawn = [group.prompt.index for groups in steps for group in groups]
+        return drawn, json.loads(json.dumps(train.stream.place(collector.position)))
+
+    whole, _ = prompts(1, 4, None)
+    assert sorted(whole[:SIZE]) == list(range(SIZE)) and whole[:SIZE] != list(range(SIZE))
+    begun, state = prompts(1, 2, None)
+    assert state["first"] == 6, "the window of example 8"
+    assert begun + prompts(3, 4, state)[0] == whole
 
 
 def test_dynamic_sampling_draws_fresh_prompts_and_moves_on() -> None:
