@@ -9,6 +9,7 @@ from megarl.errors import UserError
 
 _ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+_WEIGHT = "weight"  # of OpenAI's fine-tuning format
 # Names of ShareGPT's "from", and OpenAI's newer name of the system role.
 _SAME_ROLES = {
     "human": "user",
@@ -38,22 +39,26 @@ def get_text(record: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def get_messages(record: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+def get_messages(
+    record: dict[str, Any], name: str, where: str, *, weighted: bool = False
+) -> list[dict[str, Any]]:
     """Return a field that must be a list of chat messages, each with a role and a text.
 
     An assistant message may have tool_calls, with or without text; null fields are removed. ShareGPT's
-    messages ("from", "value") become such ones, and OpenAI's list of text parts a text.
+    messages ("from", "value") become such ones, and OpenAI's list of text parts a text. With ``weighted`` an
+    assistant message may have OpenAI's weight; only 0 is kept, for 1 is the default.
     """
     value = get_field(record, name, where)
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: field {name!r} must be a list of chat messages and not empty")
-    return [_message(message, f"{where}: {name}[{position}]") for position, message in enumerate(value)]
+    return [_message(each, f"{where}: {name}[{number}]", weighted) for number, each in enumerate(value)]
 
 
-def _message(message: Any, at: str) -> dict[str, Any]:
+def _message(message: Any, at: str, weighted: bool) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise UserError(f'{at} must be an object with "role" and "content"')
     message = _as_openai({key: value for key, value in message.items() if value is not None}, at)
+    weight = message.pop(_WEIGHT, 1) if weighted else 1
     calls = message.get("tool_calls")
     if "role" not in message or ("content" not in message and not calls):
         raise UserError(f'{at} must be an object with "role" and "content" (or "tool_calls")')
@@ -61,6 +66,14 @@ def _message(message: Any, at: str) -> dict[str, Any]:
         raise UserError(f"{at} has {unknown[0]!r}; known are {', '.join(_MESSAGE_FIELDS)}")
     if message["role"] not in _ROLES:
         raise UserError(f"{at}.role is {message['role']!r}; known roles are {', '.join(_ROLES)}")
+    if type(weight) not in (int, float) or weight not in (0, 1):
+        raise UserError(f"{at}.weight must be 0 (not learned) or 1 (got {json.dumps(weight)})")
+    if weight == 0:
+        if message["role"] != "assistant":
+            raise UserError(
+                f"{at}.weight: only the assistant's messages are learned (got {message['role']!r})"
+            )
+        message[_WEIGHT] = 0
     message.setdefault("content", "")
     if isinstance(message["content"], list):
         message["content"] = _joined(message["content"], at)
@@ -123,10 +136,12 @@ def as_messages(value: str | list[dict[str, Any]], role: str) -> list[dict[str, 
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def get_text_or_messages(record: dict[str, Any], name: str, where: str) -> str | list[dict[str, Any]]:
-    """Return a field that must be a text or a list of chat messages."""
+def get_text_or_messages(
+    record: dict[str, Any], name: str, where: str, *, weighted: bool = False
+) -> str | list[dict[str, Any]]:
+    """Return a field that must be a text or a list of chat messages, as :func:`get_messages`."""
     if isinstance(get_field(record, name, where), list):
-        return get_messages(record, name, where)
+        return get_messages(record, name, where, weighted=weighted)
     return get_text(record, name, where)
 
 

@@ -128,9 +128,9 @@ def alpaca_messages(record: dict[str, Any], where: str) -> Messages | None:
     return [*turns, {"role": "assistant", "content": get_text(record, "output", where)}]
 
 
-def sharegpt_messages(record: dict[str, Any], column: str, where: str) -> Messages:
+def sharegpt_messages(record: dict[str, Any], column: str, where: str, *, weighted: bool = False) -> Messages:
     """Return the conversation of a ShareGPT row; its column ``system``, if any, comes first."""
-    messages = get_messages(record, column, where)
+    messages = get_messages(record, column, where, weighted=weighted)
     if not record.get("system"):
         return messages
     if messages[0]["role"] == "system":

@@ -171,16 +171,18 @@ class _RowForms:
         names = self._names
         if form == "messages":
             name = names["messages"]
-            return get_messages(self._parsed(record, name, where), name, where), 0
+            return get_messages(self._parsed(record, name, where), name, where, weighted=True), 0
         if form == "sharegpt":
             name = self._columns.messages_field or "conversations"
-            return sharegpt_messages(self._parsed(record, name, where), name, where), 0
+            return sharegpt_messages(self._parsed(record, name, where), name, where, weighted=True), 0
         if form == "alpaca":
             if (messages := alpaca_messages(record, where)) is not None:
                 return messages, 0
             return instruction(record, where), get_text(record, "output", where)
         response = names["response"] if self._columns.response_field else form.removeprefix("prompt_")
-        given, answer = (get_text_or_messages(record, name, where) for name in (names["prompt"], response))
+        given, answer = (
+            get_text_or_messages(record, name, where, weighted=True) for name in (names["prompt"], response)
+        )
         if isinstance(given, str) and isinstance(answer, str):
             return given, answer
         prompt = as_messages(given, "user")

@@ -68,17 +68,23 @@ class Transcripts:
         """Tokenise a conversation; the loss mask covers assistant turns from ``messages[first_learned]`` on.
 
         The tokens of a turn are those that the template appends for it, EOS included. The prompt suffix is
-        appended to user turns, as in rollouts. ``tools`` are passed to the template.
+        appended to user turns, as in rollouts. ``tools`` are passed to the template. A message of weight 0 is
+        context, not a target.
 
         Raises:
-            UserError: the template is not prefix-stable or drops tools; the sequence is too long.
+            UserError: no turn is a target; the template is not prefix-stable or drops tools; the sequence is
+                too long.
         """
         if not self._format.chat_template:
             raise UserError(f"{where}: chat messages need data.format.chat_template: true")
         turns = self._with_format(where, messages)
+        first = len(turns) - 1 if self._last_only else first_learned + len(turns) - len(messages)
+        learned = [n for n in range(first, len(turns)) if _is_target(turns[n])]
+        if not learned:
+            raise UserError(f"{where}: nothing to learn: the weight of the assistant's messages is 0")
+        turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
         try:
-            first = len(turns) - 1 if self._last_only else first_learned + len(turns) - len(messages)
-            token_ids, loss_mask = self._mask_turns(where, turns, first, tools)
+            token_ids, loss_mask = self._mask_turns(where, turns, learned, tools)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
         return self._checked(where, token_ids, loss_mask)
@@ -115,17 +121,15 @@ class Transcripts:
         return turns
 
     def _mask_turns(
-        self, where: str, turns: list[Message], first: int, tools: Sequence[Any] | None
+        self, where: str, turns: list[Message], learned: Sequence[int], tools: Sequence[Any] | None
     ) -> tuple[list[int], list[int]]:
         eos = self._eos()
         whole = self._render(turns, tools, prompt=False)
         # Before the template is applied up to every turn: that takes the square of their number.
         self._check_length(where, len(tokenize(self._tokenizer, whole)), spare=_MAX_AFTER_EOS)
         cut, token_ids, loss_mask = 0, list[int](), list[int]()
-        for position, turn in enumerate(turns):
-            if turn["role"] != "assistant" or position < first:
-                continue
-            last = position == len(turns) - 1
+        for position in learned:
+            turn, last = turns[position], position == len(turns) - 1
             before = self._render(turns[:position], tools, prompt=True)
             after = whole if last else self._render(turns[: position + 1], tools, prompt=False)
             if last and (written := self._reasoned(turn, before, after)) is not None:
@@ -200,6 +204,10 @@ class Transcripts:
                 f"{where}: the {self._noun} has {length} tokens, but at most "
                 f"{self._max_sequence_length} are allowed (packing.max_sequence_length)"
             )
+
+
+def _is_target(turn: Message) -> bool:
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0
 
 
 def _common(first: str, second: str) -> int:

@@ -132,6 +132,36 @@ def test_every_assistant_turn_is_learned_and_nothing_else(tokenizer, jsonl, temp
     assert tokenizer.decode(full[len(sequence.token_ids) :]) == ("" if template is None else "\n")
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((None, None, 1), "It is 2<|end|>|7<|end|>|9<|end|>"),
+        ((1, 0, 1), "It is 2<|end|>|9<|end|>"),
+        ((0, 1, 0), "7<|end|>"),
+        ((0.0, 0, 1.0), "9<|end|>"),
+    ],
+)
+def test_weights_of_openai_s_messages(tokenizer, jsonl, weights, expected):
+    """A turn of weight 0 is context: the tokens are the same, up to the last target."""
+    texts = [("1 + 1?", "It is 2"), ("+ 5?", "7"), ("+ 2?", "9")]
+    plain = [
+        {"role": role, "content": text}
+        for pair in texts
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    given = [dict(each) for each in plain]
+    for message, weight in zip(given[1::2], weights, strict=True):
+        message |= {} if weight is None else {"weight": weight}
+    whole, sequence = load(tokenizer, file(jsonl(*(json.dumps({"messages": m}) for m in (plain, given)))))
+    assert learned(tokenizer, sequence) == expected
+    length = len(sequence.token_ids)
+    assert sequence.token_ids.tolist() == whole.token_ids[:length].tolist()
+    assert length == len(whole.token_ids) or weights[-1] == 0
+    # The response of a pair has them too; learned_turns: last asks for the last turn.
+    pair = json.dumps({"prompt": given[:-1], "completion": [given[-1] | {"weight": 1}]})
+    assert learned(tokenizer, load(tokenizer, file(jsonl(pair)))[0]) == "9<|end|>"
+
+
 def test_eos_is_added_where_the_template_ends_a_turn_with_another_token(tokenizer, jsonl):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = "<|pad|>"
@@ -237,6 +267,11 @@ def test_an_answer_that_begins_with_a_line_break(jsonl):
     assert sequence.loss_mask.tolist() == [0] * 8 + [1] * 4
 
 
+def weighted(answer, question=1):
+    user = {"role": "user", "content": "a", "weight": question}
+    return json.dumps({"messages": [user, {"role": "assistant", "content": "b", "weight": answer}]})
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
@@ -248,6 +283,14 @@ def test_an_answer_that_begins_with_a_line_break(jsonl):
         ('{"messages": [{"role": "user", "content": "a"}]}', [":1:", "assistant"]),
         ('{"messages": [{"role": "user", "content": 1}]}', [":1:", "messages[0].content"]),
         ('{"prompt": "a" "response"}', [":1:", "malformed JSON"]),
+        (weighted(0.5), [":1:", "messages[1].weight must be 0 (not learned) or 1 (got 0.5)"]),
+        (weighted(True), [":1:", "messages[1].weight must be 0 (not learned) or 1 (got true)"]),
+        (weighted("0"), [":1:", 'messages[1].weight must be 0 (not learned) or 1 (got "0")']),
+        (
+            weighted(0, 0),
+            [":1:", "messages[0].weight: only the assistant's messages are learned (got 'user')"],
+        ),
+        (weighted(0), [":1:", "nothing to learn: the weight of the assistant's messages is 0"]),
     ],
 )
 def test_bad_records_are_named(tokenizer, jsonl, record, words):
