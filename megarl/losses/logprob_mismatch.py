@@ -72,21 +72,26 @@ def measure_mismatch(
     Tokens drawn by older weights (``stale`` [N] not 0) also differ by the updates since; they are summed
     separately.
     """
-    if stale is not None and stale.any():
-        old = stale != 0
-        d = trainer.detach()[old].double() - rollout[old].double()
-        current = measure_mismatch(trainer[~old], rollout[~old], labels[~old], sequence_ids[~old])
-        current.num_stale = d.numel()
-        current.stale_abs_diff_sum = float(d.abs().sum())
-        current.stale_kl_sum = float((torch.expm1(d) - d).sum())
-        return current
     if trainer.numel() == 0:
         return LogprobMismatch()
-    trainer = trainer.detach()
-    d = trainer.double() - rollout.double()
-    difference = d.abs()
-    at = int(difference.argmax())
-    worst = WorstToken(
-        float(difference[at]), int(sequence_ids[at]), int(labels[at]), float(trainer[at]), float(rollout[at])
+    trainer = trainer.detach().double()
+    d = trainer - rollout.double()
+    difference, kl = d.abs(), torch.expm1(d) - d
+    old = torch.zeros_like(d, dtype=torch.bool) if stale is None else stale != 0
+    at = torch.where(old, -1.0, difference).argmax()  # of the current tokens, if there are any
+    at_worst = [x.take(at) for x in (difference, sequence_ids, labels, trainer, rollout)]  # x[at] waits
+    sums = [torch.where(left_out, 0.0, x).sum() for left_out in (old, ~old) for x in (difference, kl)]
+    # In one copy: each would wait for the device.
+    values = torch.stack([value.double() for value in (*at_worst, old.sum(), *sums)]).tolist()
+    num_stale, abs_diff_sum, kl_sum, stale_abs_diff_sum, stale_kl_sum = values[5:]
+    num_tokens = d.numel() - int(num_stale)
+    worst = WorstToken(values[0], int(values[1]), int(values[2]), values[3], values[4])
+    return LogprobMismatch(
+        num_tokens,
+        abs_diff_sum,
+        kl_sum,
+        worst if num_tokens else None,
+        int(num_stale),
+        stale_abs_diff_sum,
+        stale_kl_sum,
     )
-    return LogprobMismatch(d.numel(), float(difference.sum()), float((torch.expm1(d) - d).sum()), worst)

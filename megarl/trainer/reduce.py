@@ -16,10 +16,9 @@ from megarl.trainer.interface import RankContext
 
 def reduce_results(results: list[LossResult]) -> dict[str, float]:
     """Return means and maxima over microbatches and ranks of the ranks' ``run`` results."""
-    local = [
-        [{name: float(value) for name, value in part.items()} for part in (r.sums, r.token_sums, r.maxima)]
-        for r in results
-    ]
+    scalars = [(r.sums, r.token_sums, r.maxima) for r in results]
+    values = iter(_on_host([value for parts in scalars for part in parts for value in part.values()]))
+    local = [[{name: next(values) for name in part} for part in parts] for parts in scalars]
     parts = [part for rank in gather(local) for part in rank]
 
     def over_all(index: int, combine: Callable[[Iterable[float]], float]) -> dict[str, float]:
@@ -30,6 +29,16 @@ def reduce_results(results: list[LossResult]) -> dict[str, float]:
     weight, num_tokens = sums.pop("weight", 0.0) or 1.0, token_sums.pop("tokens", 0.0) or 1.0
     means = {name: value / weight for name, value in sums.items()}
     return means | {name: value / num_tokens for name, value in token_sums.items()} | over_all(2, _largest)
+
+
+def _on_host(scalars: list[torch.Tensor]) -> list[float]:
+    """Return the values of scalars in one copy: each would wait for the device."""
+    if not scalars:
+        return []
+    values = [torch.as_tensor(scalar) for scalar in scalars]  # a user's loss may give numbers
+    device = next((value.device for value in values if value.device.type != "cpu"), torch.device("cpu"))
+    floats: list[float] = torch.stack([value.to(device, torch.float64) for value in values]).tolist()
+    return floats
 
 
 def _largest(values: Iterable[float]) -> float:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megarl.losses.base import LossTokens, token_weights
 from megarl.losses.logprob_mismatch import LogprobMismatch, measure_mismatch
@@ -53,6 +54,42 @@ def test_agreement_names_the_worst_token() -> None:
     assert metrics["logprob_abs_diff_max"] == 2.0
     k3 = (math.exp(0.25) - 1 - 0.25) + (math.exp(-2.0) - 1 + 2.0)
     assert metrics["kl_rollout_trainer"] == pytest.approx(k3 / 4, rel=1e-12)
+
+
+def test_tokens_of_older_weights_are_summed_apart() -> None:
+    torch.manual_seed(0)
+    trainer, rollout = torch.randn(40), torch.randn(40)
+    labels, rows, old = torch.arange(40), torch.arange(40) // 7, torch.arange(40) % 3 == 0
+    trainer[0] = 100.0  # the worst, were it current
+    found = measure_mismatch(trainer, rollout, labels, rows, stale=old.float())
+    current = measure_mismatch(trainer[~old], rollout[~old], labels[~old], rows[~old])
+    stale = measure_mismatch(trainer[old], rollout[old], labels[old], rows[old])
+    assert (found.num_tokens, found.num_stale, found.worst) == (26, 14, current.worst)
+    assert (found.abs_diff_sum, found.kl_sum) == pytest.approx(
+        (current.abs_diff_sum, current.kl_sum), rel=1e-12
+    )
+    assert found.stale_abs_diff_sum == pytest.approx(stale.abs_diff_sum, rel=1e-12)
+    assert found.stale_kl_sum == pytest.approx(stale.kl_sum, rel=1e-12)
+    none = measure_mismatch(trainer, rollout, labels, rows, stale=torch.ones(40))
+    assert (none.num_tokens, none.abs_diff_sum, none.worst, none.num_stale) == (0, 0.0, None, 40)
+
+
+def test_a_mismatch_is_read_in_one_copy() -> None:
+    """A scalar read by itself waits for a GPU's queue."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    ids = torch.arange(8)
+    with Reads() as reads:
+        measure_mismatch(torch.randn(8), torch.randn(8), ids, ids, stale=torch.ones(8))
+        assert reads.count == 0
+        float(torch.ones(()))
+        assert reads.count == 1, "the mode sees them"
 
 
 def test_agreements_add_up_however_tokens_are_split() -> None:

@@ -32,6 +32,6 @@ def test_every_step_passes(bench: Workbench, tmp_path: Path) -> None:
     assert {name: outcome["verdict"] for name, outcome in steps.items()} == dict.fromkeys(
         STEPS.split(","), "passed"
     )
-    assert steps["gpu_tests"]["figures"]["tests"]["PASSED"] > 90
+    assert steps["gpu_tests"]["figures"]["tests"]["PASSED"] > 80
     assert steps["trainer"]["figures"]["moe_bfloat16_distributed"]["moved_again"] < 0.05
     assert steps["microbatch"]["figures"]["grpo_waits"]["per_microbatch"] > 0
