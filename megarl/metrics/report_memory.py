@@ -51,7 +51,7 @@ def memory_section(run: RunData) -> str:
 <div class="chart"><div class="timeline">{bars}</div>
 <table class="facts-table memory-table"><tr><td></td>{heads}</tr>{rows}<tr><th>sum</th>{totals}</tr></table>
 <p class="soft">The plan counts as megarl plan does, before activations and an engine's own weights.
-Ranks are measured at the last step: tensors by part, the rest of the peak, all engines.</p></div>"""
+Ranks are measured at the last step: tensors by part, the rest of the peak; engines at rank 0.</p></div>"""
 
 
 def bytes_in_words(count: float) -> str:

@@ -77,6 +77,22 @@ def test_a_run_learns_and_leaves_its_files(sft_run: FinishedRun) -> None:
     assert checkpoints(sft_run.dir) == [f"step_{STEPS}"]
 
 
+def test_every_step_has_its_timeline_and_its_memory(sft_run: FinishedRun) -> None:
+    lines = read_lines(sft_run.dir / "timeline" / "rank_00000.jsonl")
+    steps = read_lines(sft_run.dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [step["step"] for step in steps]
+    spans = [span for line in lines for span in line["spans"]]
+    train = sum(end - begin for depth, name, begin, end in spans if (depth, name) == (0, "train"))
+    # A busy machine may halt the process between the two clocks of a step.
+    assert train == pytest.approx(sum(step["seconds_train"] for step in steps), rel=0.2)
+    total = sum(step["seconds"] for step in steps)
+    assert sum(line["seconds"] for line in lines) == pytest.approx(total, rel=0.2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(sft_run.dir / "hf")
+    size = 4 * model.num_parameters()
+    for name, factor in (("parameters", 1), ("gradients", 1), ("optimizer", 2)):
+        assert factor * size <= steps[-1][f"memory_{name}_gib"] * 2**30 <= 1.03 * factor * size
+
+
 def test_transformers_agrees_on_the_exported_model(sft_run: FinishedRun) -> None:
     expected = hf_validation_loss(sft_run.dir / "hf")
     assert read_summary(sft_run.dir)["validation_loss"] == pytest.approx(expected, abs=1e-4)
