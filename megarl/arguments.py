@@ -156,7 +156,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_init_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `megarl init`."""
-    parser.add_argument("--job", choices=list(JOBS), help="what to run")
+    parser.add_argument("job", nargs="?", choices=list(JOBS), help="what to run")
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory, or an id of the hub")
     parser.add_argument(
         "--data",

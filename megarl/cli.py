@@ -48,7 +48,7 @@ examples:
   megarl report runs/quickstart
   megarl compare runs/quickstart runs/mine
   echo "1 + 2 + 3 =" | megarl chat runs/quickstart
-  megarl init --job grpo --model models/smollm2-135m-instruct --data configs/data/sums.jsonl
+  megarl init grpo --model models/smollm2-135m-instruct --data configs/data/sums.jsonl
   megarl recipes cp grpo_math_jsonl my.yaml
   megarl doctor
 
@@ -300,7 +300,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.config is None and not options.overrides:
         raise UserError(
             f"megarl {job.name}: no configuration: give FILE.yaml or settings as key=value; `megarl init "
-            f"--job {job.name}` writes a first file, `megarl recipes ls` lists those that come with MegaRL"
+            f"{job.name}` writes a first file, `megarl recipes ls` lists those that come with MegaRL"
         )
     if (note := choose_temp_dir(os.environ)) is not None and _rank() == 0:
         print(f"note: {one_line(note)}", file=sys.stderr)

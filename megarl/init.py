@@ -65,9 +65,7 @@ def ask(options: argparse.Namespace) -> Answers:
     if options.job == "distill" and options.teacher is None:
         missing.append("teacher")
     if missing and not sys.stdin.isatty():
-        raise UserError(
-            f"megarl init: {', '.join(f'--{name}' for name in missing)} required without a terminal"
-        )
+        raise UserError(f"megarl init: {', '.join(map(_argument, missing))} required without a terminal")
     name = options.job or _reply(
         "job", "; ".join(f"{job.name}: {job.help}" for job in JOBS.values()), list(JOBS)
     )
@@ -90,6 +88,10 @@ def ask(options: argparse.Namespace) -> Answers:
     return Answers(job, model, data, teacher, out)
 
 
+def _argument(name: str) -> str:
+    return "JOB" if name == "job" else f"--{name}"
+
+
 def _reply(name: str, about: str, choices: list[str] | None = None, default: str | None = None) -> str:
     """Ask at the terminal until there is an answer."""
     print(about)
@@ -97,7 +99,7 @@ def _reply(name: str, about: str, choices: list[str] | None = None, default: str
         try:
             text = input(f"{name}: ").strip() or default or ""
         except EOFError:
-            raise UserError(f"megarl init: no {name} was given; --{name} names it") from None
+            raise UserError(f"megarl init: no {name} was given: {_argument(name)} names it") from None
         if text and (choices is None or text in choices):
             return text
         if text and choices is not None:

@@ -120,7 +120,7 @@ def test_help_and_version_as_commands(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_job_without_any_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["grpo"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: megarl grpo: no configuration: ") and "megarl init --job grpo" in line
+    assert line.startswith("error: megarl grpo: no configuration: ") and "megarl init grpo" in line
 
 
 def test_without_a_command_there_is_the_help() -> None:

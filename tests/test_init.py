@@ -44,7 +44,7 @@ def data_of(job: str) -> str:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_it_writes_a_configuration_of_the_job(job: str, folder: Path, capsys: Any) -> None:
-    flags = ["--job", job, "--model", "model", "--data", data_of(job), "--out", "mine.yaml"]
+    flags = [job, "--model", "model", "--data", data_of(job), "--out", "mine.yaml"]
     assert main(["init", *flags, *(["--teacher", "model"] if job == "distill" else [])]) == 0
     assert f"wrote mine.yaml; next: megarl {job} mine.yaml --dry-run" in capsys.readouterr().out
     config = load_config(JOBS[job].root(), "mine.yaml")
@@ -62,7 +62,7 @@ def test_it_writes_a_configuration_of_the_job(job: str, folder: Path, capsys: An
 
 
 def test_generated_problems_and_what_is_refused(folder: Path, capsys: Any) -> None:
-    flags = ["init", "--job", "grpo", "--model", "model"]
+    flags = ["init", "grpo", "--model", "model"]
     assert main([*flags, "--data", "chain_sum"]) == 0
     written = yaml.safe_load((folder / "grpo.yaml").read_text())
     assert written["data"]["train"] == {"source": "reasoning_gym", "task": "chain_sum", "size": 1000}
@@ -76,7 +76,7 @@ def test_generated_problems_and_what_is_refused(folder: Path, capsys: Any) -> No
         assert main([*flags, *more, "--out", "other.yaml"]) == 2
         assert message in capsys.readouterr().err
         assert not (folder / "other.yaml").exists()
-    assert main(["init", "--job", "grpo"]) == 2
+    assert main(["init", "grpo"]) == 2
     assert "--model, --data required without a terminal" in capsys.readouterr().err
 
 

@@ -251,7 +251,7 @@ class _Loading:
         if detail["type"] == "missing":
             sections = sections_of(fields[0].annotation)
             about = fields[0].description or (sections[0].__doc__ or "").strip()
-            return Violation(path, f"required but missing: {expected}. {about}")
+            return Violation(path, f"required but missing: {expected}. {about}{_needs(path, sections)}")
         if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
             sections = sections_of(fields[0].annotation)
             tags = " or ".join(repr(tag) for section in sections for tag in tags_of(section))
@@ -274,6 +274,13 @@ class _Loading:
                 return _NO_VALUE
             value = value[name]
         return value
+
+
+def _needs(path: Path, sections: list[type[Section]]) -> str:
+    """Say which keys a missing section must have, unless it is one of several kinds."""
+    fields = sections[0].model_fields.items() if len(sections) == 1 else ()
+    needed = [".".join((*path, name)) for name, field in fields if field.is_required()]
+    return f" It needs {', '.join(needed)}." if needed else ""
 
 
 def _as_read(field: FieldInfo, value: Any) -> Any:

@@ -279,9 +279,10 @@ def test_a_grpo_file_given_to_sft(folder: Path) -> None:
 def test_missing_sections(folder: Path) -> None:
     lines = errors(folder, text="run: {dir: x}\n", kind=EvalConfig)
     assert lines == [
-        "model: required but missing: a section. The model to train. [c.yaml]",
-        "data: required but missing: a section. Prompts for evaluation. [c.yaml]",
-        "rollout: required but missing: a section. Generation, for training and evaluation. [c.yaml]",
+        "model: required but missing: a section. The model to train. It needs model.path. [c.yaml]",
+        "data: required but missing: a section. Prompts for evaluation. It needs data.held_out. [c.yaml]",
+        "rollout: required but missing: a section. Generation, for training and evaluation. It needs "
+        "rollout.max_new_tokens. [c.yaml]",
     ]
 
 
