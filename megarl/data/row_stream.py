@@ -31,8 +31,8 @@ class RowReader:
         self._source, self._field = source, field
         self._stream: _RowStream | None = None
 
-    def read(self, place: Place, n: int) -> tuple[list[Row], Place]:
-        """Return ``n`` rows from ``place`` on and the place after them.
+    def read(self, place: Place, n: int, tick: Callable[[], None] = lambda: None) -> tuple[list[Row], Place]:
+        """Return ``n`` rows from ``place`` on and the place after them; ``tick`` is called at every row.
 
         If the source ends, they are fewer, and the place is that of its first row.
 
@@ -42,7 +42,10 @@ class RowReader:
         if self._stream is None or self._stream.place() != place:
             self._stream = _stream_of(self._source, self._field, place)
         try:
-            rows = list(islice(self._stream.rows, n))
+            rows = []
+            for row in islice(self._stream.rows, n):
+                rows.append(row)
+                tick()
         except OSError as error:
             what = self._source.path if isinstance(self._source, FileLocation) else self._source.dataset
             raise UserError(f"{self._field}: cannot read {what}: {error.strerror or error}") from error

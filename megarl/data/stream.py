@@ -8,7 +8,7 @@ window. What a run needs to go on is where the window of its next example begins
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -72,6 +72,8 @@ class ExampleStream(Generic[_Data]):
         """Reads a window, or gets it from the rank that does."""
         self.tell: Callable[[LoadReport], None] = lambda _: None
         """Called with the reports of each window that is read."""
+        self.tick: Callable[[], None] = lambda: None
+        """Called at every row that is read and every one that is converted."""
 
     def __getitem__(self, index: int) -> Any:
         window = self.window(index)
@@ -115,7 +117,7 @@ class ExampleStream(Generic[_Data]):
         """Read the window that begins there, or the first one after it that has examples."""
         reports: list[LoadReport] = []
         while True:
-            rows, place = self._rows.read(start.place, self._size)
+            rows, place = self._rows.read(start.place, self._size, self.tick)
             ended = len(rows) < self._size
             if not rows and not start.number:
                 raise UserError(f"{self._field}: holds no records")
@@ -123,7 +125,7 @@ class ExampleStream(Generic[_Data]):
             if rows:
                 first = start.number * self._size + 1
                 reports.append(LoadReport(f"{self._field}, rows {first:,} to {first + len(rows) - 1:,}"))
-                data = self._convert(rows, reports[-1], start.before)
+                data = self._convert(self._ticking(rows), reports[-1], start.before)
             end = start.first + len(data)
             after = (
                 WindowStart(start.epoch + 1, first=end, place=place)
@@ -136,6 +138,11 @@ class ExampleStream(Generic[_Data]):
                 lines = [line for each in reports[-3:] for line in each.lines()]
                 raise UserError("\n".join([f"{self._field}: no row is left to use", *lines]))
             start = after
+
+    def _ticking(self, rows: list[Row]) -> Iterator[Row]:
+        for row in rows:
+            yield row
+            self.tick()
 
 
 def beginning(data: Any) -> Any:

@@ -152,11 +152,11 @@ class TrainingRun:
                 for line in report.lines():
                     self.console.note(line)
             if each.stream is not None:
-                each.stream.tell = self._tell_window
+                each.stream.tell, each.stream.tick = self._tell_window, ranges.tick
 
     def _tell_window(self, report: Any) -> None:
         say = self.console.note if report.bad.count else self.console.detail
-        for line in report.lines():
+        for line in [*report.lines(), f"{report.key}: {report.num_used:,} of {report.num_rows:,} used"]:
             say(line)
 
     # --- checkpoints --------------------------------------------------------------------------

@@ -170,6 +170,16 @@ def test_bad_and_long_rows_of_a_window(tokenizer, jsonl):
         load(tokenizer, streamed(file(empty)))[0]
 
 
+def test_every_row_that_is_read_and_converted_is_progress(tokenizer, tmp_path):
+    """Else a run whose window takes long would count as hung."""
+    data, ticks = load(tokenizer, streamed(write(tmp_path, ".jsonl"))), []
+    data.stream.tick = lambda: ticks.append(1)
+    data.stream.window(0)
+    assert len(ticks) == 3 + 3
+    data.stream.window(6)
+    assert len(ticks) == 7 + 7
+
+
 def test_pairs(tokenizer, jsonl):
     rows = [{"prompt": f"{n} + 1?", "chosen": str(n + 1), "rejected": str(n + 2)} for n in range(5)]
     source = PreferenceJsonlSource(source="jsonl", path=jsonl(*map(json.dumps, rows)))
