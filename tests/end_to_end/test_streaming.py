@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.harness import GRPO, SFT, Command, column, read_steps, read_summary, run, write_config
+from tests.end_to_end.harness import (
+    GRPO,
+    SFT,
+    Command,
+    column,
+    read_lines,
+    read_steps,
+    read_summary,
+    run,
+    write_config,
+)
 
 # Generous: process starts take ten times as long on a machine that does other things as well.
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
@@ -121,21 +131,28 @@ def test_dpo(tmp_path: Path, model: Path) -> None:
     assert losses("stopped", STREAM) == column(tmp_path / "streamed", "loss")
 
 
-def test_grpo(tmp_path: Path, sft_run: Any) -> None:
-    def rewards(name: str, stream: dict[str, Any]) -> list[dict[str, Any]]:
+def test_grpo(tmp_path: Path, model: Path) -> None:
+    """The prompts of a stream, their numbers (which seed the samples), and a run that is resumed."""
+
+    def samples(name: str, stream: dict[str, Any], *overrides: str) -> list[Any]:
         config = write_config(
             tmp_path / f"{name}.yaml",
             GRPO,
             run_dir=tmp_path / name,
-            model=sft_run.dir / "hf",
+            model=model,
             data={"train": source(tmp_path / "rows.jsonl", **stream), "shuffle": False},
+            rollout={"engine": {**GRPO["rollout"]["engine"], "backend": "hf"}},
+            evaluation={"at_start": False},
             checkpoint={"export_hf": False},
         )
-        output = run("grpo", "--config", config, output=tmp_path / f"{name}.log")
+        output = run("grpo", "--config", config, *overrides, output=tmp_path / f"{name}.log")
         assert ("were not checked against the training problems: they are streamed" in output) == bool(stream)
-        return [
-            {key: step[key] for key in ("reward_mean", "response_length_mean", "num_tokens")}
-            for step in read_steps(tmp_path / name)
-        ]
+        files = [tmp_path / name / "samples" / f"step_{step}.jsonl" for step in range(1, 5)]
+        rows = [row for file in files for row in read_lines(file)]
+        return [(row["step"], row["prompt"], row["response_tokens"]) for row in rows]
 
-    assert rewards("streamed", STREAM) == rewards("whole", {})
+    expected = samples("whole", {})
+    assert len(expected) == 4 * 16
+    stream = {"streaming": True, "streaming_window": 6}
+    assert len(samples("streamed", stream, "training.num_steps=2")) == 2 * 16
+    assert samples("streamed", stream) == expected
