@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megarl.batching.expert_routing import real_tokens
 from megarl.cluster.collectives import gather
@@ -29,7 +30,9 @@ class Routers:
     ) -> None:
         self._context, self._moe = context, moe
         self.replays = True
-        self._routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, PolicyRouter)]
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        self._routers = [module for module in modules if isinstance(module, PolicyRouter)]
+        self._dispatchers = [module.token_dispatcher for module in modules if isinstance(module, MoELayer)]
         if moe is None:
             return
         coef = moe.aux_loss_coef if config.aux_loss_coef is None else config.aux_loss_coef
@@ -44,6 +47,17 @@ class Routers:
         at, layout = self._context.at, self._context.layout
         real = real_tokens(batch, at.context, layout.context) if batch.split else real_tokens(batch)
         return Routing(real, batch.token_share, batch.experts if self.replays else None, batch.split)
+
+    def finish_pass(self) -> None:
+        """Drop what Megatron's dispatchers keep of the last microbatch.
+
+        Its graph holds the parameters' hooks, and they the whole model, through C++, where Python's collector
+        does not look: a model that has been trained would never be freed.
+        """
+        for dispatcher in self._dispatchers:
+            for name, value in vars(dispatcher).items():
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    setattr(dispatcher, name, None)
 
     def finish_step(self) -> dict[str, float]:
         """Finish the optimizer's step: update the bias, reset the counters, and return their metrics.

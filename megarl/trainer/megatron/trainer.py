@@ -130,6 +130,7 @@ class MegatronTrainer:
                 micro_batch_size=1,
                 forward_only=not grad,
             )
+        self._routers.finish_pass()
         return [result for result in results if result is not None] if self.context.has_results else []
 
     def optimizer_step(
