@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from megarl.completion import complete
 from megarl.errors import ToldByRankZeroError, UserError
 from megarl.files import as_user_error
 from megarl.jobs import JOBS, Job
-from megarl.terminal import announce, one_line
+from megarl.terminal import one_line, working
 
 if TYPE_CHECKING:
     from megarl.config.evaluate import EvalConfig
@@ -83,13 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return plan(options)
             case "data":
-                announce("reading model and data")
-                from megarl.loops.inspect_data import run as inspect
+                with working("loading the tokenizer's libraries"):
+                    from megarl.loops.inspect_data import run as inspect
 
                 return inspect(options)
             case "env":
-                announce("reading model, data and environment")
-                from megarl.loops.try_environment import run as try_environment
+                with working("loading the libraries of data and environments"):
+                    from megarl.loops.try_environment import run as try_environment
 
                 return try_environment(options)
             case "compare":
@@ -104,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from megarl.config.hub import argument_directory
 
                 argument_directory(options.model, "RUN_OR_MODEL")
-                announce("loading torch and the engine's libraries")
-                from megarl.loops.chat import run as chat
+                with working("loading torch and the engine's libraries"):
+                    from megarl.loops.chat import run as chat
 
                 return chat(options)
             case "merge":
@@ -129,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return push(options)
             case "doctor":
-                announce("importing the libraries of trainer, engine and rewards")
                 from megarl.doctor import main as doctor
 
                 return doctor()
@@ -291,8 +291,6 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from megarl.cluster.limits import choose_temp_dir
-    from megarl.config.load import load_config
-    from megarl.config.model import is_checkpoint
     from megarl.launch import adopt_slurm, run_ranks, run_ranks_on_ray, world_size
     from megarl.run_directory import RunDirectory
 
@@ -307,26 +305,7 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     adopt_slurm(os.environ)
     started = world_size(os.environ)
     try:
-        config = load_config(
-            job.root(),
-            options.config,
-            options.overrides,
-            num_processes=started if job.trains else None,
-        )
-        from_checkpoint = job.trains and is_checkpoint(config.model.path)
-        if not options.dry_run and getattr(config, "trainer", None) and config.trainer.any_family:
-            _fetch_models(config)  # their weights say what the model is
-        if job.trains and not from_checkpoint:
-            from megarl.models.layout_checks import check_training
-
-            check_training(config)
-        if _rank() == 0 and options.dry_run != "full":
-            from megarl.loops.lookups import check_names
-
-            check_names(config, here=not options.dry_run)
-        if not options.dry_run:  # a dry run may be on another machine than the run
-            _check_machine(job, config, started)
-            _fetch_models(config)
+        config, from_checkpoint = _read_job(options, job, started)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # every rank finds the same errors; the first of each machine prints them
@@ -339,7 +318,9 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if _rank() == 0:
             from megarl.loops.dry_run import dry_run
 
-            dry_run(job, config, _problems_here(job, config, started))
+            with working("checking the machine"):
+                problems = _problems_here(job, config, started)
+            dry_run(job, config, problems)
         return 0
     source = config.model.path
     if from_checkpoint:
@@ -363,6 +344,44 @@ def _run_job(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     use_level("quiet" if options.quiet else "verbose" if options.verbose else "normal")
     _call_loop(job, config)
     return 0
+
+
+def _read_job(options: argparse.Namespace, job: Job, started: int | None) -> tuple[Any, bool]:
+    """Return the configuration, and whether its run starts from a checkpoint.
+
+    Raises:
+        UserError: the configuration is wrong; or, unless this is a dry run, the machine cannot run it.
+    """
+    from megarl.config.load import load_config
+    from megarl.config.model import is_checkpoint
+
+    def checking() -> AbstractContextManager[None]:
+        return working("checking the configuration") if _rank() == 0 else nullcontext()
+
+    with checking():
+        config = load_config(
+            job.root(),
+            options.config,
+            options.overrides,
+            num_processes=started if job.trains else None,
+        )
+    from_checkpoint = job.trains and is_checkpoint(config.model.path)
+    if not options.dry_run and getattr(config, "trainer", None) and config.trainer.any_family:
+        _fetch_models(config)  # their weights say what the model is
+    with checking():
+        if job.trains and not from_checkpoint:
+            from megarl.models.layout_checks import check_training
+
+            check_training(config)
+        if _rank() == 0 and options.dry_run != "full":
+            from megarl.loops.lookups import check_names
+
+            check_names(config, here=not options.dry_run)
+        if not options.dry_run:  # a dry run may be on another machine than the run
+            _check_machine(job, config, started)
+    if not options.dry_run:
+        _fetch_models(config)
+    return config, from_checkpoint
 
 
 def _fetch_models(config: Any) -> None:

@@ -24,6 +24,7 @@ from typing import Literal
 
 from megarl.cluster.devices import Driver, find_driver
 from megarl.cluster.limits import memory_limit
+from megarl.terminal import working
 
 Level = Literal["ok", "note", "problem"]
 
@@ -59,8 +60,9 @@ def main() -> int:
         *(check_processor, check_memory, check_disk, check_network, check_python, check_packages),
         *(check_libraries, check_native_ops, check_cuda, check_layers, check_sandbox),
     ]
-    findings = [finding for check in checks for finding in check()]
-    findings += [check_import(name, process) for name, process in importing.items()]
+    with working("importing the libraries of trainer, engine and rewards"):
+        findings = [finding for check in checks for finding in check()]
+        findings += [check_import(name, process) for name, process in importing.items()]
     show(findings)
     return 2 if any(finding.level == "problem" for finding in findings) else 0
 

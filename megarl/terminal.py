@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 MAX_LINE = 1200
 """Characters of a line that are printed: what is wrong, not all of the value that is."""
 # Of "other" characters (control, format, surrogate, private, unassigned) and separators these may stay.
 _HARMLESS = "\t\n"
+_AT_ONCE, _SHORT, _TICK, _LONG = 0.3, 1.0, 1.0, 30.0  # seconds, of :func:`working`
+_ERASE = "\x1b[2K"  # the terminal's line
 _ASCII = re.compile(r"[\t\n\x20-\x7e]*")
 
 
@@ -42,7 +49,37 @@ def short_count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def announce(what: str) -> None:
-    """Say on a terminal what the next seconds are spent on, apart from the output."""
-    if sys.stderr.isatty():
-        print(f"{what} ...", file=sys.stderr, flush=True)
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Say on standard error what goes on while the block lasts, apart from the output.
+
+    On a terminal one line counts the seconds, and disappears with the block; elsewhere a line comes after a
+    second and every half minute. The block itself should print nothing.
+    """
+    on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    over, started = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        if over.wait(_AT_ONCE if on_terminal else _SHORT):
+            return
+        while True:
+            seconds = time.monotonic() - started
+            took = f" {seconds:.0f} s" if seconds >= _TICK else ""
+            line = f"\r{_ERASE}{what} ...{took}" if on_terminal else f"{what} ...{took}\n"
+            with suppress(OSError, ValueError):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            if over.wait(_TICK if on_terminal else _LONG):
+                break
+        if on_terminal:
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"\r{_ERASE}")
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=say, name="megarl-working", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

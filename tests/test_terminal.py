@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import pytest
 
-from megarl.terminal import MAX_LINE, announce, one_line, printable
+from megarl import terminal
+from megarl.terminal import MAX_LINE, one_line, printable, working
 
 
 @pytest.mark.parametrize(
@@ -33,11 +37,41 @@ def test_one_line_keeps_both_ends() -> None:
     assert "\n" not in line
 
 
-def test_what_takes_long_is_said_to_people_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    announce("reading")
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting that says something after 0.05 s, and again after 0.1 s."""
+    for name, seconds in (("_AT_ONCE", 0.05), ("_SHORT", 0.05), ("_TICK", 0.1), ("_LONG", 0.1)):
+        monkeypatch.setattr(terminal, name, seconds)
+
+
+def test_what_takes_long_is_said_in_lines(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with working("reading"):
+        pass
     assert capsys.readouterr() == ("", "")
+    with working("reading"):
+        time.sleep(0.4)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == "reading ..." and len(lines) >= 2
+    assert all(re.fullmatch(r"reading \.\.\. \d s", line) for line in lines[1:])
+    time.sleep(0.2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_one_line_counts_and_disappears(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    announce("reading")
-    assert capsys.readouterr() == ("", "reading ...\n")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def fail() -> None:
+        time.sleep(0.4)
+        raise ValueError("an error")
+
+    with pytest.raises(ValueError, match="an error"), working("reading"):
+        fail()
+    out, err = capsys.readouterr()
+    assert (out, "\n" in err) == ("", False)
+    shown = err.split("\r\x1b[2K")
+    assert shown[0] == shown[-1] == "" and shown[1] == "reading ..." and len(shown) >= 4

@@ -9,7 +9,7 @@ from typing import Any
 
 from megarl.dtypes import full_dtype
 from megarl.errors import UserError
-from megarl.terminal import announce, printable
+from megarl.terminal import printable, working
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run one subcommand; raise UserError for errors the user can fix."""
     _check(options)
-    announce("loading torch")
-    from megarl.convert import check, commands
+    with working("loading torch"):
+        from megarl.convert import check, commands
 
     if options.kind == "inspect":
         print(check.inspect(options.source, as_json=options.json))
@@ -118,8 +118,8 @@ def run_merge(options: argparse.Namespace) -> int:
     check_target(options.target, options.overwrite)
     source = adapter_directory(options.source, "RUN_OR_ADAPTER")
     base = None if options.base is None else model_directory(options.base, "--base")
-    announce("loading torch")
-    from megarl.convert.merge import merge
+    with working("loading torch"):
+        from megarl.convert.merge import merge
 
     merge(source, options.target, base=base, dtype=options.dtype, max_bytes=size, overwrite=options.overwrite)
     print(printable(f"wrote {options.target}"))

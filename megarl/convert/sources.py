@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megarl.config.hub import HubDirectory, argument_directory, fetch, is_id
+from megarl.config.hub import HubDirectory, argument_directory, fetch
 from megarl.errors import UserError
-from megarl.terminal import announce
+from megarl.terminal import working
 
 ADAPTER_CONFIG = "adapter_config.json"
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -62,15 +62,13 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _found(named: str, argument: str) -> str:
-    if is_id(named):
-        announce(f"looking up {named} on the hub")
-    return argument_directory(named, argument)
+    with working(f"looking for {named}"):
+        return argument_directory(named, argument)
 
 
 def _fetch(directory: str, argument: str) -> None:
     if not isinstance(directory, HubDirectory):
         return
-    announce(f"fetching {directory.written}")
     try:
         fetch(directory)
     except UserError as error:

@@ -23,7 +23,7 @@ from megarl.data.stream import beginning
 from megarl.errors import UserError
 from megarl.jobs import Job
 from megarl.run_directory import RunDirectory
-from megarl.terminal import announce, one_line, printable, short_count
+from megarl.terminal import one_line, printable, short_count, working
 
 _WIDTH, _LABEL = 110, 15
 _NUM_MEASURED = 1000  # examples whose lengths are averaged
@@ -46,18 +46,18 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
     """
     _say("dry run", f"megarl {job.name}; nothing is started or written (--dry-run=full prints the settings)")
     _say("run", _state_of_run(config))
-    announce("reading model and data")
     path = config.model.path
     if is_checkpoint(path):
         _say("model", f"{path}: a checkpoint, converted to Hugging Face's format first")
         for line in problems:
             _say("machine", line)
         return
-    # These import torch and transformers.
-    from megarl.loops.model_files import read_model
-    from megarl.loops.try_environment import check_environments
+    with working("reading the model's files"):
+        # These import torch and transformers.
+        from megarl.loops.model_files import read_model
+        from megarl.loops.try_environment import check_environments
 
-    architecture, tokenizer, longest = read_model(config)
+        architecture, tokenizer, longest = read_model(config)
     count = sum(math.prod(shape) for shape in architecture.hf_shapes().values())
     trained = _trained(config, architecture) if job.trains else "not trained"
     sizes = f"{architecture.spec.family}, {short_count(count)} parameters, {config.model.dtype}"
@@ -68,8 +68,10 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
     load, data = job.data.loader(), {}
     for split in ("train", "held_out"):
         if getattr(config.data, split, None) is not None:
-            data[split] = load(config, tokenizer, longest, split)
-            _say(f"data.{split}", _describe_data(job, getattr(config.data, split), data[split]))
+            with working(f"reading data.{split}"):
+                data[split] = load(config, tokenizer, longest, split)
+                described = _describe_data(job, getattr(config.data, split), data[split])
+            _say(f"data.{split}", described)
             for report in data[split].reports:
                 for line in report.lines():
                     _say("", line)
@@ -84,12 +86,18 @@ def dry_run(job: Job, config: Any, problems: Iterable[str]) -> None:
         _say("evaluation", _evaluation(config))
         limit = config.rollout.environments.timeout_seconds
         for split in data:
-            for line in check_environments(getattr(config.data, split), f"data.{split}", data[split], limit):
+            with working(f"trying the environment of data.{split}"):
+                lines = list(
+                    check_environments(getattr(config.data, split), f"data.{split}", data[split], limit)
+                )
+            for line in lines:
                 _say("environment", line)
         _say("engine", _engine(config))
     if job.trains:
         _say("trainer", _layout(config))
-        _say("memory", _memory(config))
+        with working("planning the memory"):
+            memory = _memory(config)
+        _say("memory", memory)
         _say("disk", _disk(config, architecture, count))
     _say("not default", _changed(config))
     for line in problems:

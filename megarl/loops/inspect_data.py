@@ -19,7 +19,7 @@ from megarl.errors import UserError
 from megarl.jobs import JOBS
 from megarl.loops.model_files import read_model
 from megarl.records import Pair, Prompt, TokenSequence
-from megarl.terminal import printable
+from megarl.terminal import printable, working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,14 +33,15 @@ def run(options: argparse.Namespace) -> int:
     """Show the examples selected by ``options``; return the exit code."""
     if options.n < 0:
         raise UserError(f"-n: expected a whole number >= 0 (got {options.n})")
-    jobs, config = load_inferred(
-        options.config, options.overrides, list(JOBS.values()), options.job, check_weights=False
-    )
-    _, tokenizer, longest = read_model(config)
-    split = options.split
-    if getattr(config.data, split) is None:
-        raise UserError(f"data.{split}: missing, nothing to show")
-    data = jobs[0].data.loader()(config, tokenizer, longest, split)
+    with working("reading model and data"):
+        jobs, config = load_inferred(
+            options.config, options.overrides, list(JOBS.values()), options.job, check_weights=False
+        )
+        _, tokenizer, longest = read_model(config)
+        split = options.split
+        if getattr(config.data, split) is None:
+            raise UserError(f"data.{split}: missing, nothing to show")
+        data = jobs[0].data.loader()(config, tokenizer, longest, split)
     console = Console(highlight=False, soft_wrap=True)
     shuffle = split == "train" and bool(getattr(config.data, "shuffle", False))
     shown, streamed = beginning(data), ""

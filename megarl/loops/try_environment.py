@@ -23,7 +23,7 @@ from megarl.environments import make
 from megarl.environments.base import Environment, is_one_step
 from megarl.errors import UserError
 from megarl.records import Prompt
-from megarl.terminal import one_line, printable
+from megarl.terminal import one_line, printable, working
 
 _NOT_ASKED = {
     "judge": "its endpoint is not asked here",
@@ -138,20 +138,27 @@ def run(options: argparse.Namespace) -> int:
     if options.problem < 0:
         raise UserError(f"--problem: expected a whole number >= 0 (got {options.problem})")
     online = [job for job in JOBS.values() if job.data.noun == "problems"]
-    jobs, config = load_inferred(options.config, options.overrides, online, options.job, check_weights=False)
-    assert isinstance(config, OnlineConfig | EvalConfig)
-    split = options.split or ("train" if getattr(config.data, "train", None) is not None else "held_out")
-    source = getattr(config.data, split, None)
-    if source is None:
-        raise UserError(f"data.{split}: missing, nothing to try")
-    _, tokenizer, longest = read_model(config)
-    data = beginning(jobs[0].data.loader()(config, tokenizer, longest, split))
-    if options.problem >= len(data):
-        of = f" in the first {source.streaming_window:,} rows" if getattr(source, "streaming", False) else ""
-        raise UserError(f"--problem: data.{split} has {len(data)} problems{of} (got {options.problem})")
-    prompt = data[options.problem]
-    limit = config.rollout.environments.timeout_seconds
-    environment = make(source, f"data.{split}")
+    with working("reading model, data and environment"):
+        jobs, config = load_inferred(
+            options.config, options.overrides, online, options.job, check_weights=False
+        )
+        assert isinstance(config, OnlineConfig | EvalConfig)
+        split = options.split or ("train" if getattr(config.data, "train", None) is not None else "held_out")
+        source = getattr(config.data, split, None)
+        if source is None:
+            raise UserError(f"data.{split}: missing, nothing to try")
+        _, tokenizer, longest = read_model(config)
+        data = beginning(jobs[0].data.loader()(config, tokenizer, longest, split))
+        if options.problem >= len(data):
+            of = (
+                f" in the first {source.streaming_window:,} rows"
+                if getattr(source, "streaming", False)
+                else ""
+            )
+            raise UserError(f"--problem: data.{split} has {len(data)} problems{of} (got {options.problem})")
+        prompt = data[options.problem]
+        limit = config.rollout.environments.timeout_seconds
+        environment = make(source, f"data.{split}")
     answers = _Answers(options, prompt, one_step=is_one_step(environment))
     tell = (lambda *_: None) if options.json else _show
     episode = play(

@@ -96,7 +96,7 @@ def test_what_the_data_refuses_is_refused(
     settings, message = MISTAKES[name]
     config = write_config(tmp_path / "grpo.yaml", GRPO, run_dir=tmp_path / "run", model=model)
     assert main(["grpo", str(config), "--dry-run", *settings]) == 2
-    error = capsys.readouterr().err.splitlines()[0]
+    error = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert error.startswith("error: ") and message in error
 
 
