@@ -14,7 +14,7 @@ MAX_LINE = 1200
 """Characters of a line that are printed: what is wrong, not all of the value that is."""
 # Of "other" characters (control, format, surrogate, private, unassigned) and separators these may stay.
 _HARMLESS = "\t\n"
-_AT_ONCE, _SHORT, _TICK, _LONG = 0.3, 1.0, 1.0, 30.0  # seconds, of :func:`working`
+_AT_ONCE, _SHORT, _TICK, _LONG = 0.3, 1.5, 1.0, 30.0  # seconds, of :func:`working`
 _ERASE = "\x1b[2K"  # the terminal's line
 _ASCII = re.compile(r"[\t\n\x20-\x7e]*")
 
@@ -53,8 +53,8 @@ def short_count(number: float) -> str:
 def working(what: str) -> Iterator[None]:
     """Say on standard error what goes on while the block lasts, apart from the output.
 
-    On a terminal one line counts the seconds, and disappears with the block; elsewhere a line comes after a
-    second and every half minute. The block itself should print nothing.
+    On a terminal one line counts the seconds, and disappears with the block; elsewhere a line comes after
+    a moment and every half minute. The block itself should print nothing.
     """
     on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     over, started = threading.Event(), time.monotonic()

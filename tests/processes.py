@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import psutil
 
 
@@ -11,3 +13,8 @@ def command_line(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def apart_from_waits(errors: str) -> list[str]:
+    """Lines of standard error without those that a slow machine adds: "reading data ... 3 s"."""
+    return [line for line in errors.splitlines() if not re.fullmatch(r".+ \.\.\.( \d+ s)?", line)]

@@ -4,8 +4,10 @@ python tools/run_guides.py            all pages
 python tools/run_guides.py eval sft   some of them
 python tools/run_guides.py --list     show the commands, and why some are not run here
 
-Command blocks are fenced as ```bash. Exit code 1 if one fails or takes longer than the 5 minutes that guides
-promise (--limit). Output goes to runs/guides/NAME.log. ELSEWHERE names the blocks that are not run here.
+Command blocks are fenced as ```bash. An output that the page prints is compared in kind with the command's
+(tools/doc_outputs.py). Exit code 1 if one differs, or if a command fails or takes longer than the 5 minutes
+that guides promise (--limit). Output goes to runs/guides/NAME.log. ELSEWHERE names the blocks that are not
+run here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a program
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tools.doc_outputs import difference, outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -106,6 +112,23 @@ def run(command: str, log: Path, limit: float) -> tuple[str, float]:
     return "ok" if code == 0 else f"exit code {code}", time.monotonic() - started
 
 
+def named_outputs(names: list[str] | None = None) -> Iterator[tuple[str, str, str]]:
+    """Yield (page, command, output) of every output whose command a comment names."""
+    for page, path in pages().items():
+        if not names or page in names:
+            for each in outputs(path.read_text(encoding="utf-8")):
+                if not each.follows:
+                    yield page, each.command, each.text
+
+
+def _compared(page: str, command: str, said: str) -> str:
+    """Return "ok", or how the page's output of this block differs from what it says."""
+    for each in outputs(pages()[page].read_text(encoding="utf-8")):
+        if each.follows and each.command == command and (other := difference(each.text, said)):
+            return f"output: {other.splitlines()[0]}"
+    return "ok"
+
+
 def main() -> int:
     """Run the requested pages' blocks."""
     parser = argparse.ArgumentParser(
@@ -134,11 +157,30 @@ def main() -> int:
         if log not in started:
             log.unlink(missing_ok=True)
             started.add(log)
+        begun = log.stat().st_size if log.exists() else 0
         outcome, seconds = run(command, log, options.limit)
+        if outcome == "ok":
+            said = log.read_bytes()[begun:].decode(errors="replace")
+            outcome = _compared(page, command, said)
         failed += outcome != "ok"
         told = outcome if outcome == "ok" else f"{outcome}: see {log}"
         print(f"{page:24} {seconds:6.0f} s  {told}", flush=True)
+    if not options.list:  # after the blocks, whose runs they may read
+        failed += _run_named(names, logs, options.limit)
     return 1 if failed else 0
+
+
+def _run_named(names: list[str], logs: Path, limit: float) -> int:
+    """Run the commands that comments above outputs name; return how many outputs differ."""
+    failed = 0
+    for page, command, text in named_outputs(names):
+        log = logs / f"{page.replace('/', '-')}-output.log"
+        log.unlink(missing_ok=True)
+        run(command, log, limit)  # an output may be that of a refusal
+        other = difference(text, log.read_text(errors="replace"))
+        failed += other is not None
+        print(f"{page:24} output of {command}: {'ok' if other is None else other}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":

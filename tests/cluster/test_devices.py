@@ -34,6 +34,7 @@ COMMAND = """
 import sys, torch
 torch.version.cuda = "13.0"
 from megarl.cli import main
+from tests.processes import apart_from_waits
 code = main(sys.argv[1:])
 started = [name for name in ("ray", "vllm", "megatron.core") if name in sys.modules]
 sys.exit(code if not started else f"started {started}")
@@ -189,7 +190,7 @@ def test_a_command_ends_with_the_line_and_starts_nothing(tmp_path: Path) -> None
     environment = build_nvml(tmp_path, loaded=True)
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2, ended.stderr
-    [line] = ended.stderr.splitlines()
+    [line] = apart_from_waits(ended.stderr)
     assert line.startswith("error: CUDA: driver 550.54.14, for CUDA up to 12.4, is too old")
     assert not (tmp_path / "run").exists()
 

@@ -23,6 +23,7 @@ from megarl.models.lora import (
 )
 from tests.config.rules import GYM, violations
 from tests.models.tiny import EXPERTS, LATENT, SIZES
+from tests.processes import apart_from_waits
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: dict[str, transformers.PretrainedConfig] = {
@@ -94,10 +95,10 @@ def test_the_command_line_says_it_before_anything_starts(
     assert main([*asked, "lora={rank: 4, target_modules: [q_proj, v_proj]}"]) == 0
     assert "trained: adapters of rank 4 on q_proj, v_proj; exported: both" in capsys.readouterr().out
     assert main([*asked, "lora={rank: 4}"]) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = apart_from_waits(capsys.readouterr().err)
     assert line.startswith("error: lora.target_modules: all-linear, but experts have no adapters yet")
     assert main([*asked, "lora={dropout: 0.1}"]) == 2
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = apart_from_waits(capsys.readouterr().err)
     assert "lora.dropout" in line
 
 
