@@ -18,6 +18,7 @@ from megarl.cluster import devices, ray_ranks
 from megarl.cluster.devices import Driver, check_devices
 from megarl.errors import UserError
 from tests.end_to_end.harness import SFT, write_config
+from tests.processes import apart_from_waits
 
 OLD, NEW = Driver("550.54.14", (12, 4), 2), Driver("580.65.06", (13, 0), 2)
 
@@ -34,7 +35,6 @@ COMMAND = """
 import sys, torch
 torch.version.cuda = "13.0"
 from megarl.cli import main
-from tests.processes import apart_from_waits
 code = main(sys.argv[1:])
 started = [name for name in ("ray", "vllm", "megatron.core") if name in sys.modules]
 sys.exit(code if not started else f"started {started}")

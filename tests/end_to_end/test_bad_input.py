@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.harness import GRPO, ROOT, SFT, Command, write_config
+from tests.processes import apart_from_waits
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.timeout(1800)
 DRIVER = """
 import contextlib, io, json, sys
 from megarl.cli import main
-from tests.processes import apart_from_waits
 for arguments in json.load(sys.stdin):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
