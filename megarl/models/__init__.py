@@ -43,8 +43,10 @@ def load_architecture(model_dir: str | Path, *, any_family: bool = False) -> Arc
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, 1)
         hint = f"; nearest is {near[0]}" if near else ""
+        known = f"known: {', '.join(sorted(FAMILIES))}{hint}"
         raise UserError(
-            f"{path}: model_type {model_type!r} is not supported (known: {', '.join(sorted(FAMILIES))}{hint})"
+            f"{path}: model_type {model_type!r} is not supported ({known}); trainer.backend=torch trains "
+            "most models that transformers has"
         )
     if not any(path.parent.glob("*.safetensors")):  # a plan has no weights to read, however they are stored
         config.pop("quantization_config", None)

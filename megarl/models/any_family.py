@@ -23,13 +23,17 @@ _HEAD = "lm_head.weight"
 def any_architecture(model_dir: str | Path, config: dict[str, Any]) -> Architecture:
     """Build an architecture from the names and shapes of the weights and common keys of ``config``.
 
+    Without weights (a hub id in a dry run) the shapes are those of the model that transformers builds.
+
     Raises:
-        UserError: there are no weights, or a size that all decoders have is missing.
+        UserError: files of weights are missing, or a size that all decoders have; or there are no weights,
+            and transformers cannot build the model.
     """
     if (problem := quantization_problem(config)) is not None:
         raise UserError(f"config.json: {problem}")
     scales = (SCALE,) if fp8_block(config) is not None else ()
-    found = _shapes(Path(model_dir))
+    directory = Path(model_dir)
+    found = _shapes(directory) if any(directory.glob("*.safetensors*")) else _built_shapes(directory)
     shapes = {name: shape for name, shape in found.items() if not name.endswith(scales)}
     tied = bool(config.get("tie_word_embeddings", _HEAD not in shapes))
     if tied:
@@ -59,6 +63,28 @@ def any_architecture(model_dir: str | Path, config: dict[str, Any]) -> Architect
 def has_engine_table(architecture: Architecture) -> bool:
     """Return whether the table maps vLLM's parameters, so that an engine can alias or copy weights."""
     return any(rule.engine for rule in architecture.rules)
+
+
+def _built_shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that transformers would write of its model, built without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megarl.models.transformers_regions import transformers_regions
+
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.path: no weights in {model_dir}, and transformers cannot build the model of its "
+            f"config.json: {reason}"
+        ) from error
+    shapes = {name: tuple(param.shape) for name, param in lm.named_parameters()}
+    regions = transformers_regions(lm, shapes, None)
+    return {region.hf: tuple(end for _, end in region.box) for region in regions}
 
 
 def _shapes(model_dir: Path) -> dict[str, tuple[int, ...]]:

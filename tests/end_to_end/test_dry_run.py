@@ -52,7 +52,8 @@ def test_it_says_what_the_run_did(sft_run: FinishedRun, tmp_path: Path, capsys: 
         "data.format.chat_template=false",
     }
     assert "note" not in lines
-    too_long = said(capsys, "sft", sft_run.config, "optimizer.lr_warmup_steps=41")
+    new = f"run.dir={tmp_path / 'new'}"
+    too_long = said(capsys, "sft", sft_run.config, new, "optimizer.lr_warmup_steps=41")
     assert "optimizer.lr_warmup_steps = 41 exceeds the run's 40 optimizer steps" in too_long["note"]
     assert said(capsys, "sft", sft_run.config)["run"].startswith(f"{sft_run.dir}: complete, 40 of 40 steps")
 
