@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
 import random
 import time
-import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -658,14 +656,3 @@ def assert_same_gradients(expected: dict[str, np.ndarray], parts: list[dict[str,
             assert np.abs(part[key] - grad)[there].max(initial=0) < bound, key
             seen |= there
         assert seen.all(), key
-
-
-def is_freed(context: Any, model_dir: str) -> bool:
-    """Train a step; return whether nothing of the model is left once its trainer is dropped."""
-    policy = build(context, model_dir)
-    train_step(policy, prepare(policy, make_sequences(5), "token").batches, sft_loss, temperature=1.0)
-    chunks = [weakref.ref(chunk) for chunk in policy.chunks]
-    params = [weakref.ref(param) for param in policy.params.values()]
-    del policy
-    gc.collect()
-    return all(ref() is None for ref in (*chunks, *params))

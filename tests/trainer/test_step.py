@@ -136,11 +136,6 @@ def test_first_policy_step_has_ratio_one(model_dirs: dict[str, str]) -> None:
     assert metrics["grad_norm"] > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "qwen3-moe"])
-def test_a_dropped_trainer_frees_its_model(model_dirs: dict[str, str], name: str) -> None:
-    assert world(1).run(ranks.is_freed, model_dirs[name]) == [True]
-
-
 @pytest.mark.parametrize("distributed", [False, True])
 def test_reference_is_an_exchange_of_pointers(model_dirs: dict[str, str], distributed: bool) -> None:
     [facts] = world(1).run(ranks.reference_exchange, model_dirs["qwen3-tied"], distributed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -77,6 +79,18 @@ def step(policy: Any, kind: str, number: int) -> dict[str, float]:
     return dict(train_step(policy, batches, loss, temperature=ranks.TEMPERATURE).metrics)
 
 
+def is_freed(context: Any, model_dir: str, backend: str) -> bool:
+    """Train a step; return whether no parameter is left once the trainer is dropped."""
+    policy = build(context, model_dir, backend)
+    policy.keep_reference()
+    step(policy, "grpo", 1)
+    held = policy.model if backend == "torch" else policy
+    params = [weakref.ref(param) for param in held.params.values()]
+    del policy, held
+    gc.collect()
+    return bool(params) and all(param() is None for param in params)
+
+
 def steps(
     context: Any, model_dir: str, backend: str = "torch", trainer: dict[str, Any] | None = None
 ) -> dict[str, list[dict[str, float]]]:
@@ -145,6 +159,7 @@ def save(context: Any, model_dir: str, directory: str, trainer: dict[str, Any]) 
     policy = build(context, model_dir, trainer=trainer)
     policy.keep_reference()
     step(policy, "sft", 0)
+    policy.keep_reference()
     step(policy, "grpo", 1)
     saved = ranks.weights(policy)
     pending = policy.start_save(Path(directory), optimizer=True)

@@ -74,6 +74,19 @@ def test_layouts_equal_the_megatron_backend(dirs: dict[str, str], model: str, na
     backend_ranks.assert_equal_steps(results[0], megatron(dirs[model]))
 
 
+@pytest.mark.parametrize(
+    ("backend", "size", "model"),
+    [
+        ("megatron", 1, "llama-biases"),
+        ("megatron", 1, "qwen3-moe-mixed-tied"),
+        ("torch", 1, "qwen3-moe-mixed-tied"),
+        ("torch", 2, "llama-biases"),
+    ],
+)
+def test_a_dropped_trainer_frees_its_model(dirs: dict[str, str], backend: str, size: int, model: str) -> None:
+    assert all(world(size).run(backend_ranks.is_freed, dirs[model], backend))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_host_memory_changes_no_bit(dirs: dict[str, str], size: int) -> None:
