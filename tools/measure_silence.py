@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -26,16 +27,18 @@ ROOT = Path(__file__).resolve().parent.parent
 QWEN = ROOT / "configs" / "models" / "qwen3_30b_a3b"
 LIMIT = 2.0
 _READ_EVERY = 0.05  # seconds
+_KEPT = 2000  # characters, of which the last line is shown
 
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """Seconds: before the first output, the longest without output, all in all; and the exit code."""
+    """Seconds to the first output, of the longest silence and in all; exit code; last words before it."""
 
     first: float
     longest: float
     total: float
     code: int
+    after: str
 
 
 def measure(command: list[str], cwd: Path, *, at_terminal: bool, timeout: float = 600.0) -> Silence:
@@ -48,6 +51,7 @@ def measure(command: list[str], cwd: Path, *, at_terminal: bool, timeout: float 
     )
     os.close(writer)
     said, longest, first = started, 0.0, None
+    text = after = ""
     try:
         while True:
             if select.select([reader], [], [], _READ_EVERY)[0]:
@@ -56,7 +60,9 @@ def measure(command: list[str], cwd: Path, *, at_terminal: bool, timeout: float 
                 except OSError:  # a terminal without a process
                     data = b""
                 now = time.monotonic()
-                longest, said = max(longest, now - said), now
+                if now - said > longest:
+                    longest, after = now - said, _last_line(text)
+                said, text = now, (text + data.decode(errors="replace"))[-_KEPT:]
                 if not data:
                     break
                 first = now - started if first is None else first
@@ -66,7 +72,14 @@ def measure(command: list[str], cwd: Path, *, at_terminal: bool, timeout: float 
     finally:
         os.close(reader)
     total = time.monotonic() - started
-    return Silence(total if first is None else first, longest, total, code)
+    return Silence(total if first is None else first, longest, total, code, after)
+
+
+def _last_line(text: str) -> str:
+    lines = [
+        line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)) if line.strip()
+    ]
+    return lines[-1].strip()[:60] if lines else ""
 
 
 def commands(model: Path, folder: Path) -> dict[str, list[str]]:
@@ -107,7 +120,7 @@ def commands(model: Path, folder: Path) -> dict[str, list[str]]:
             "32",
             f"model.path={QWEN}",
         ],
-        "init": ["init", "--job", "sft", "--model", str(model), "--data", str(rows), "--out", "new.yaml"],
+        "init": ["init", "sft", "--model", str(model), "--data", str(rows), "--out", "new.yaml"],
         "data inspect": ["data", "inspect", str(config)],
         "env try": ["env", "try", str(config), "--answer", "3"],
         "dry run": ["grpo", str(config), "--dry-run"],
@@ -154,7 +167,7 @@ def main() -> int:
         print(
             f"{name:14}{terminal.first:16.1f}{terminal.longest:7.1f}{terminal.total:7.1f}   "
             f"{pipe.first:12.1f}{pipe.longest:7.1f}{pipe.total:7.1f}  {terminal.code} {pipe.code}"
-            f"{'  TOO LONG' if late else ''}",
+            f"{f'  TOO LONG, after: {terminal.after}' if late else ''}",
             flush=True,
         )
     for place in places:
