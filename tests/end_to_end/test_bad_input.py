@@ -47,7 +47,7 @@ def jsonl(path: str) -> dict[str, Any]:
 CASES = {
     "misspelt key": Case(
         "grpo",
-        ("optimizer.learning_rate", "valid here: lr"),
+        ("optimizer.learning_rate", "here it is optimizer.lr"),
         {"optimizer": {"lr": 1e-3, "learning_rate": 1e-3}},
     ),
     "misspelt key of sft": Case("sft", ("training.batchsize", "batch_size"), {"training": {"batchsize": 8}}),
