@@ -46,6 +46,7 @@ def test_srun_step() -> None:
     environ = dict(STEP)
     adopt_slurm(environ)
     assert int(environ.pop("OMP_NUM_THREADS")) >= 1  # see tests/cluster/test_variables.py
+    assert environ.pop("GOMP_SPINCOUNT") == "1000"
     assert environ.pop("LOCAL_WORLD_SIZE") == "1"
     assert {name: environ[name] for name in environ.keys() - STEP.keys()} == {
         "RANK": "5",

@@ -77,7 +77,7 @@ def loop_of(config: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, l
     )
     monkeypatch.setattr(online, "barrier", lambda: None)
     monkeypatch.setattr(online, "RolloutBatches", lambda *args, **kwargs: Collector())
-    train: Any = SimpleNamespace(curriculum=None)
+    train: Any = SimpleNamespace(curriculum=None, stream=None)
     policy: Any = SimpleNamespace()
     loop = OnlineLoop(config, run_of(steps), policy, learner, None, engine, train, [], None)  # type: ignore[arg-type]
     monkeypatch.setattr(loop, "sync_weights", lambda step: {"weights_bytes_moved": 0.0})

@@ -12,7 +12,6 @@ import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 MODE, _, PATH = os.environ.get("FAKECUDA_TAPE", "").partition(":")
@@ -22,7 +21,9 @@ class _NoEngine:
     """Takes every call, as an engine would that has nothing to do."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: SimpleNamespace(bytes_moved=0)
+        from megarl.inference.interface import SyncReport  # this module is loaded before megarl
+
+        return lambda *args, **kwargs: SyncReport(0, 0.0)
 
 
 def tape_rollouts(module: Any) -> None:
