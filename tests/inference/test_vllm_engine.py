@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 import signal
-import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -213,20 +212,21 @@ def test_a_paused_engine_waits_and_takes_weights(trainer: Any) -> None:
 def test_weights_change_in_the_middle_of_samples(trainer: Any) -> None:
     """Every token's logprob is that of the version it is recorded with, given all tokens before it."""
     requests = trainer.requests(4, max_new_tokens=230)
-    responses: list[GeneratedResponse] = []
-    consumer = threading.Thread(target=lambda: responses.extend(generate(trainer.engine, requests, PLAIN)))
-    consumer.start()
-    time.sleep(0.25)
+    short = replace(requests[0], request_id="short", max_new_tokens=4)
+    responses = generate(trainer.engine, [short, *requests], PLAIN)
+    assert next(responses).request_id == "short"  # so the others have tokens too
     trainer.engine.pause()
-    assert trainer.engine.health().num_unfinished_requests == 4
-    before = copy.deepcopy(trainer.model)
-    trainer.change_weights()
-    trainer.engine.sync(1)
-    trainer.engine.resume()
-    consumer.join(timeout=120)
-    assert len(responses) == 4
+    try:
+        assert trainer.engine.health().num_unfinished_requests == 4
+        before = copy.deepcopy(trainer.model)
+        trainer.change_weights()
+        trainer.engine.sync(1)
+    finally:
+        trainer.engine.resume()
+    finished = list(responses)
+    assert len(finished) == 4
     prompts = {request.request_id: request.prompt_ids for request in requests}
-    for response in responses:
+    for response in finished:
         assert response.policy_version == 0
         (first, count), (second, rest) = response.version_spans
         assert (first, second, count + rest) == (0, 1, 230) and count > 0
