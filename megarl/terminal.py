@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 MAX_LINE = 1200
@@ -57,9 +57,9 @@ def working(what: str) -> Iterator[None]:
     a moment and every half minute. The block itself should print nothing.
     """
     on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    over, started = threading.Event(), time.monotonic()
+    started = time.monotonic()
 
-    def say() -> None:
+    def say(over: threading.Event) -> None:
         if over.wait(_AT_ONCE if on_terminal else _SHORT):
             return
         while True:
@@ -76,7 +76,15 @@ def working(what: str) -> Iterator[None]:
                 sys.stderr.write(f"\r{_ERASE}")
                 sys.stderr.flush()
 
-    thread = threading.Thread(target=say, name="megarl-working", daemon=True)
+    with beside(say):
+        yield
+
+
+@contextmanager
+def beside(run: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run ``run(over)`` in a thread beside the block; at its end the event is set and the thread joined."""
+    over = threading.Event()
+    thread = threading.Thread(target=run, args=(over,), name="megarl-beside", daemon=True)
     thread.start()
     try:
         yield

@@ -14,18 +14,8 @@ from pathlib import Path
 
 # The user's variables with these prefixes are forwarded to processes on other nodes.
 _FORWARDED = (
-    *(
-        "MEGARL_",
-        "HF_",
-        "NCCL_",
-        "GLOO_",
-        "OMP_",
-        "GOMP_",
-        "MKL_",
-        "TORCH",
-        "PYTORCH_",
-        "CUDA_DEVICE_MAX_CONNECTIONS",
-    ),
+    *("MEGARL_", "HF_", "NCCL_", "GLOO_", "OMP_", "GOMP_", "MKL_"),
+    *("TORCH", "PYTORCH_", "CUDA_DEVICE_MAX_CONNECTIONS"),
     *("VLLM_", "WANDB_", "PYTHON", "TOKENIZERS_"),
 )
 

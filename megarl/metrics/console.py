@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TextIO, get_args
 
@@ -34,7 +34,7 @@ from megarl.jobs import JOBS, Column
 from megarl.metrics.checks import DIFFERENCE_LIMITS
 from megarl.metrics.pace import Pace
 from megarl.records import StepMetrics
-from megarl.terminal import printable
+from megarl.terminal import beside, printable
 
 _HEADER_EVERY = 25  # lines, so that a header is visible on most screens
 _PLAIN_PROGRESS_SECONDS = 30.0  # interval of progress lines in a log
@@ -221,25 +221,17 @@ class Console:
         say = self.note if took >= _SHORT_SECONDS else self.detail
         say(f"{label}: {took:.1f} s")
 
-    @contextmanager
-    def _announced(self, label: str, started: float) -> Iterator[None]:
+    def _announced(self, label: str, started: float) -> AbstractContextManager[None]:
         """Say in lines, from a thread, that the phase is going on."""
-        over = threading.Event()
 
-        def announce() -> None:
+        def announce(over: threading.Event) -> None:
             if over.wait(_SHORT_SECONDS):
                 return
             self.note(f"{label} ...")
             while not over.wait(_PLAIN_PROGRESS_SECONDS):
                 self.note(f"{label} ... {time.monotonic() - started:.0f} s")
 
-        thread = threading.Thread(target=announce, name="megarl-console", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        return beside(announce)
 
     @property
     def _shows_bars(self) -> bool:

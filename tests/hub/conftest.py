@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megarl.config import hub as hub_ids
-from tests.hub.server import serve
+from tests.hub.server import ask, serve
 
 CONFIG = {
     "model_type": "qwen3",
@@ -33,15 +33,8 @@ FILES = {
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub with one model, and an empty cache."""
-    from huggingface_hub import constants
-
     with serve() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        url = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        ask(running.url, monkeypatch, tmp_path / "cache")
         monkeypatch.setenv("HF_TOKEN", "a-token")
         monkeypatch.delenv(hub_ids.COMMITS, raising=False)
         monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from megarl.cli import main
 from megarl.config.load import load_config
 from megarl.data.tokenizer import apply_format, load_tokenizer
 from megarl.jobs import JOBS
-from tests.hub.server import FakeHub, serve
+from tests.hub.server import FakeHub, ask, serve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Qwen2.5-1.5B's and 0.5B's config.json; the distillate of DeepSeek-R1 has the former's sizes.
@@ -90,8 +90,6 @@ def tokenizer_files(tmp_path_factory) -> Path:
 @pytest.fixture
 def hub(monkeypatch, tmp_path, tokenizer_files):
     """The models of the recipes without weights, their data sets' rows, and a directory to work in."""
-    from huggingface_hub import constants
-
     asked: list[tuple[str, str | None, str]] = []
 
     def load_dataset(
@@ -102,11 +100,7 @@ def hub(monkeypatch, tmp_path, tokenizer_files):
         return datasets.Dataset.from_list(rows(name))
 
     with serve() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        url = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        ask(running.url, monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         monkeypatch.chdir(tmp_path)
         running.asked = asked
